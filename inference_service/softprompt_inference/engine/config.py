@@ -1,0 +1,32 @@
+"""What an engine is started with."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine, checked by whoever reads them from a user.
+
+    Attributes:
+        model_path: local Hugging Face folder.
+        device: "cpu", "cuda", "cuda:1", or "auto" (cuda when there is one).
+        dtype: "auto" (the model's own, bfloat16 on hardware that has it), "float32", "bfloat16" or "float16".
+        page_size: KV positions in one page.
+        kv_cache_bytes: memory for KV pages; None: planned from what the device has free.
+        max_model_len: longest sequence; None: the model's own limit.
+        max_num_sequences: most sequences in one batch.
+        max_step_tokens: most tokens computed in one step; None: 128 on a CPU, 4096 on a GPU.
+        max_virtual_tokens: most virtual tokens of one adapter.
+        num_threads: of torch on a CPU; None: torch's own choice.
+    """
+
+    model_path: str
+    device: str = "auto"
+    dtype: str = "auto"
+    page_size: int = 16
+    kv_cache_bytes: int | None = None
+    max_model_len: int | None = None
+    max_num_sequences: int = 256
+    max_step_tokens: int | None = None
+    max_virtual_tokens: int = 512
+    num_threads: int | None = None

@@ -1,0 +1,167 @@
+"""What the front says to the engine and what the engine answers: plain data, no torch.
+
+The same values travel in one process (`softprompt.LLM`) and, as msgpack, between two (the service).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from softprompt_api.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextPart:
+    """Token ids of the vocabulary, in order."""
+
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoftPromptPart:
+    """All virtual tokens of one resident adapter."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddRequest:
+    """Generate one choice. Its adapters must be loaded before, and stay loaded until it has finished.
+
+    Attributes:
+        request_id: unique among the unfinished; made by the front.
+        prompt: parts in order, usually a SoftPromptPart and a TextPart.
+        params: `max_tokens` may be None (as many as fit); `n`, `stop` strings and `skip_special_tokens` are the
+            front's business and ignored here.
+        eos_token_ids: end the output unless `params.ignore_eos`.
+        seed: the seed of this choice; the front draws one where the user gave none.
+        salt: kept apart in the prefix cache from requests with another salt.
+    """
+
+    request_id: str
+    prompt: list[TextPart | SoftPromptPart]
+    params: SamplingParams
+    eos_token_ids: list[int] = field(default_factory=list)
+    seed: int = 0
+    salt: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abort:
+    """Forget a request and free its pages; unknown ids are ignored (it may just have finished)."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadAdapter:
+    """Put an adapter's rows on the device.
+
+    Attributes:
+        digest: the version's digest.
+        rows: raw little-endian values, row by row.
+        dtype: "float32", "float16" or "bfloat16".
+        num_virtual_tokens, hidden_size: shape of the rows.
+    """
+
+    digest: str
+    rows: bytes
+    dtype: str
+    num_virtual_tokens: int
+    hidden_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropAdapter:
+    """Free an adapter's rows; the front sends it only when no unfinished request uses them."""
+
+    digest: str
+
+
+Command = AddRequest | Abort | LoadAdapter | DropAdapter
+
+
+class Finish(StrEnum):
+    """Why a choice ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logprobs:
+    """Log-probabilities of one chosen token, from the model's unmodified logits.
+
+    Attributes:
+        chosen: the chosen token's.
+        top: (token id, logprob) of the most likely tokens, most likely first.
+    """
+
+    chosen: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """One step's result for one request: a token, or an end without one (error).
+
+    Attributes:
+        token_id: None only where `finish` is ERROR.
+        finish: set on the last output of a request.
+        stop_token_id: the id of `params.stop_token_ids` that ended it.
+        error_reason, error_message: set where `finish` is ERROR.
+        cached_tokens: set on the first output: prompt positions taken from the prefix cache.
+    """
+
+    request_id: str
+    token_id: int | None = None
+    logprobs: Logprobs | None = None
+    finish: Finish | None = None
+    stop_token_id: int | None = None
+    error_reason: str = ""
+    error_message: str = ""
+    cached_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """The engine's load now, and its counters since the start."""
+
+    running: int = 0
+    waiting: int = 0
+    used_pages: int = 0
+    num_pages: int = 0
+    resident_adapters: int = 0
+    computed_prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """One message per step."""
+
+    outputs: Sequence[Output]
+    stats: Stats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """The loaded model, sent once when the engine is ready. Sizes in bytes; see BaseModel in the protos."""
+
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    dtype: str
+    device: str
+    max_model_len: int
+    max_virtual_tokens: int
+    weights_bytes: int
+    kv_cache_bytes: int
+    num_pages: int
+    page_size: int

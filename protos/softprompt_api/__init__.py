@@ -1,0 +1,1 @@
+"""The contract that all services share: protos with their generated code, and a few hand-written words."""

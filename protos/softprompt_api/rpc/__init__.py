@@ -1,0 +1,1 @@
+"""gRPC plumbing that all services share: channels, servers, statuses."""

@@ -1,0 +1,70 @@
+"""Channels between services: message limits, keepalive, and retries before the first answer."""
+
+import json
+from collections.abc import Sequence
+
+import grpc
+
+MAX_MESSAGE_BYTES = 8 * 2**20
+CHUNK_BYTES = 2**20
+
+# Only UNAVAILABLE is retried, and only for calls that change nothing; gRPC never retries once an answer began.
+_RETRIED = [
+    {"service": "softprompt_api.registry.v1.RegistryService", "method": method}
+    for method in ("GetAdapter", "ListAdapters", "ListVersions", "ReadTensors", "ListBaseModels", "PutBaseModel")
+] + [
+    {"service": "softprompt_api.inference.v1.InferenceService", "method": method}
+    for method in ("Generate", "Tokenize", "Detokenize", "GetModel", "GetLoad")
+]
+_SERVICE_CONFIG = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": _RETRIED,
+                "retryPolicy": {
+                    "maxAttempts": 3,
+                    "initialBackoff": "0.05s",
+                    "maxBackoff": "0.5s",
+                    "backoffMultiplier": 2,
+                    "retryableStatusCodes": ["UNAVAILABLE"],
+                },
+            }
+        ]
+    }
+)
+
+CLIENT_OPTIONS: Sequence[tuple[str, int | str]] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.service_config", _SERVICE_CONFIG),
+)
+
+SERVER_OPTIONS: Sequence[tuple[str, int]] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.max_connection_age_ms", 3_600_000),
+    ("grpc.max_connection_age_grace_ms", 600_000),
+    # Two servers on one port would share its connections unseen.
+    ("grpc.so_reuseport", 0),
+)
+
+
+def open_channel(target: str) -> grpc.aio.Channel:
+    """An asyncio channel to a service at `host:port` or `unix:path`."""
+    return grpc.aio.insecure_channel(target, options=list(CLIENT_OPTIONS))
+
+
+def open_blocking_channel(target: str) -> grpc.Channel:
+    """A blocking channel to a service, for scripts and the command line."""
+    return grpc.insecure_channel(target, options=list(CLIENT_OPTIONS))

@@ -1,0 +1,121 @@
+"""What every gRPC server of ours has: health, reflection, errors as statuses, and a graceful stop."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf.descriptor import ServiceDescriptor
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from grpc_status import rpc_status
+
+from softprompt_api.errors import InternalError, SoftpromptError
+from softprompt_api.rpc.channel import SERVER_OPTIONS
+from softprompt_api.rpc.status import to_status
+
+_log = structlog.get_logger()
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turn every SoftpromptError into its status, and every other exception into INTERNAL without its text."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        if handler.response_streaming:
+            return handler._replace(
+                **{name: _streaming(method, getattr(handler, name)) for name in _behaviours(handler)}
+            )
+        return handler._replace(**{name: _unary(method, getattr(handler, name)) for name in _behaviours(handler)})
+
+
+def _behaviours(handler: Any) -> list[str]:
+    names = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+    return [name for name in names if getattr(handler, name) is not None]
+
+
+def _unary(method: str, behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await behaviour(request, context)
+        except Exception as error:
+            await _abort(method, error, context)
+
+    return call
+
+
+def _streaming(method: str, behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        try:
+            async for response in behaviour(request, context):
+                yield response
+        except Exception as error:
+            await _abort(method, error, context)
+
+    return call
+
+
+async def _abort(method: str, error: Exception, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, SoftpromptError):
+        _log.exception("call failed", method=method)
+        error = InternalError("internal error; the service's log has the details")
+    await context.abort_with_status(rpc_status.to_status(to_status(error)))
+
+
+class ServiceServer:
+    """A gRPC server on one address, with health and reflection.
+
+    Args:
+        address: `host:port`; port 0 picks a free one, told by `port` after `start`.
+        services: descriptors of the services added through `server`, for reflection and health.
+    """
+
+    def __init__(self, address: str, services: Sequence[ServiceDescriptor]) -> None:
+        self.server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=list(SERVER_OPTIONS))
+        self._address = address
+        self._names = [service.full_name for service in services]
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        reflected = (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(reflected, self.server)
+        self.port = 0
+
+    async def start(self, *, serving: bool = True) -> None:
+        """Listen; OSError names the address when it is taken."""
+        try:
+            self.port = self.server.add_insecure_port(self._address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {self._address}: is another service running there?") from error
+        await self.set_serving(serving)
+        await self.server.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        """Tell health checks, for the whole server and for each service."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *self._names):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        """NOT_SERVING, then let running calls end within the grace, then cancel them."""
+        await self._health.enter_graceful_shutdown()
+        await self.server.stop(grace_s)
+
+
+async def wait_for_stop_signal() -> None:
+    """Return at the first SIGTERM or SIGINT."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    await stopped.wait()
