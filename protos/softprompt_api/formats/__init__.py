@@ -1,0 +1,26 @@
+"""Adapter files as PEFT writes them: read, checked and named, without PEFT and without torch.
+
+`adapter_config.json` becomes an AdapterSpec through an allowlist of keys; `adapter_model.safetensors` is checked
+while it streams past. Nothing in either file can cause an import, an open or a connection.
+"""
+
+from softprompt_api.formats.config import MAX_CONFIG_BYTES, parse_config
+from softprompt_api.formats.folder import CONFIG_FILE, TENSORS_FILE, AdapterFiles, read_folder
+from softprompt_api.formats.spec import AdapterKind, AdapterSpec
+from softprompt_api.formats.verify import AdapterVerifier, Rows, VerifiedAdapter, adapter_digest, read_rows
+
+__all__ = [
+    "CONFIG_FILE",
+    "MAX_CONFIG_BYTES",
+    "TENSORS_FILE",
+    "AdapterFiles",
+    "AdapterKind",
+    "AdapterSpec",
+    "AdapterVerifier",
+    "Rows",
+    "VerifiedAdapter",
+    "adapter_digest",
+    "parse_config",
+    "read_folder",
+    "read_rows",
+]

@@ -1,0 +1,88 @@
+"""Checks for the values of config keys. Each takes the key and its value, and raises AdapterInvalid."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from softprompt_api.errors import AdapterInvalid
+from softprompt_api.names import shown
+
+Check = Callable[[str, Any], None]
+MAX_INTEGER = 2**31 - 1
+
+
+def refuse(key: str, problem: str) -> NoReturn:
+    """Raise AdapterInvalid for a config key."""
+    raise AdapterInvalid(f"{shown(key)} in adapter_config.json {problem}", field=f"config.{printable(key)}")
+
+
+def printable(key: str) -> str:
+    """A key as part of a field name: short, and harmless in a log line."""
+    return shown(key)[1:-1]
+
+
+def text(key: str, value: Any) -> None:
+    """A string or null; kept as it is and never acted on."""
+    if value is not None and not isinstance(value, str):
+        refuse(key, "must be text or null")
+
+
+def flag(key: str, value: Any) -> None:
+    """True, false or null."""
+    if value is not None and not isinstance(value, bool):
+        refuse(key, "must be true, false or null")
+
+
+def number(key: str, value: Any) -> None:
+    """A finite number or null."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        refuse(key, "must be a number or null")
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def count(key: str, value: Any) -> None:
+    """A whole number from 0, or null."""
+    if value is not None and not (is_integer(value) and 0 <= value <= MAX_INTEGER):
+        refuse(key, "must be a whole number or null")
+
+
+def integers(key: str, value: Any) -> None:
+    """A list of integers, or null."""
+    if value is not None and not (isinstance(value, list) and all(is_integer(item) for item in value)):
+        refuse(key, "must be a list of integers or null")
+
+
+def size(key: str, value: Any) -> None:
+    """A required whole number from 1."""
+    if not is_integer(value) or not 1 <= value <= MAX_INTEGER:
+        refuse(key, f"must be a whole number from 1 to {MAX_INTEGER}")
+
+
+def one_of(*allowed: str | int | None) -> Check:
+    """Exactly one of these values."""
+
+    def check(key: str, value: Any) -> None:
+        # A bool equals 1 in Python; the type must agree as well.
+        if not any(type(value) is type(choice) and value == choice for choice in allowed):
+            supported = ", ".join("null" if choice is None else repr(choice) for choice in allowed)
+            refuse(key, f"is {shown(str(value))}; supported: {supported}")
+
+    return check
+
+
+def unused(advice: str, default: str | None = None) -> Check:
+    """A feature that must be off: null, false, empty, or what PEFT writes when it is not used."""
+
+    def check(key: str, value: Any) -> None:
+        if not is_off(value) and not (default is not None and value == default):
+            refuse(key, advice)
+
+    return check
+
+
+def is_off(value: Any) -> bool:
+    """Whether this is how PEFT writes an unused feature: null, false or empty."""
+    return value is None or value is False or value in ("", [], {})

@@ -1,0 +1,50 @@
+"""adapter_config.json to an AdapterSpec, through an allowlist of keys per kind.
+
+PEFT writes its defaults into every file, so a key of an unused feature is accepted while it is off, and a key that
+nobody here knows is accepted only while it is null, false or empty. Everything else is refused by name: an adapter
+is served as it was trained, or not at all.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from softprompt_api.errors import AdapterInvalid
+from softprompt_api.formats import checks, cpt, p_tuning, prompt_tuning
+from softprompt_api.formats.spec import AdapterFormat, AdapterKind, AdapterSpec
+from softprompt_api.formats.strict_json import parse_object
+from softprompt_api.names import shown
+
+MAX_CONFIG_BYTES = 2**20
+
+FORMATS: Mapping[AdapterKind, AdapterFormat] = MappingProxyType(
+    {format_.kind: format_ for format_ in (prompt_tuning.FORMAT, p_tuning.FORMAT, cpt.FORMAT)}
+)
+
+
+def parse_config(text: str | bytes) -> AdapterSpec:
+    """The spec in the text of an adapter_config.json; AdapterInvalid names the key at fault."""
+    size_bytes = len(text.encode(errors="surrogatepass")) if isinstance(text, str) else len(text)
+    if size_bytes > MAX_CONFIG_BYTES:
+        raise AdapterInvalid(
+            f"adapter_config.json has {size_bytes} bytes; at most {MAX_CONFIG_BYTES}", field="config_json"
+        )
+    config = parse_object(text, what="adapter_config.json", field="config_json")
+    format_ = FORMATS[_kind(config)]
+    for key, value in config.items():
+        if key == "peft_type":
+            continue
+        if check := format_.keys.get(key):
+            check(key, value)
+        elif not checks.is_off(value):
+            checks.refuse(key, f"is not known for {format_.kind} adapters, and it is filled; remove it")
+    return format_.spec(config)
+
+
+def _kind(config: Mapping[str, object]) -> AdapterKind:
+    named = config.get("peft_type")
+    supported = ", ".join(sorted(FORMATS))
+    if not isinstance(named, str):
+        checks.refuse("peft_type", f"is missing or not text; supported: {supported}")
+    if named not in FORMATS:
+        checks.refuse("peft_type", f"is {shown(named)}, which is not supported; supported: {supported}")
+    return AdapterKind(named)

@@ -1,0 +1,83 @@
+"""The values of a tensor, scanned as they stream past: finite, also in the serving dtype, and not all zero."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from softprompt_api.formats.safetensors_header import ITEM_BYTES, TensorInfo, tensor_invalid
+
+# safetensors dtype to the name used everywhere else.
+FLOAT_DTYPES: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+# The smallest magnitude that rounds to infinity: halfway from a dtype's largest value to the next power of two.
+_OVERFLOW: Mapping[str, float] = {"float32": 2.0**128, "float16": 65520.0, "bfloat16": 2.0**128 - 2.0**119}
+# The largest magnitude that rounds to zero in a dtype: half its smallest subnormal (ties go to even, to zero).
+_UNDERFLOW: Mapping[str, float] = {"float32": 0.0, "float16": 2.0**-25, "bfloat16": 2.0**-134}
+
+
+class ValueScan:
+    """Watch one float tensor's bytes go by, in any pieces.
+
+    Args:
+        info: the tensor, of dtype F32, F16 or BF16.
+        serving_dtype: "float32", "float16", "bfloat16", or None when not known.
+    """
+
+    def __init__(self, info: TensorInfo, serving_dtype: str | None) -> None:
+        self._info = info
+        self._dtype = serving_dtype or "float32"
+        self._rest = b""
+        self._num_seen = 0
+        self._largest = 0.0
+
+    def feed(self, piece: memoryview) -> None:
+        """Take the next bytes; AdapterInvalid at the first value that cannot be served."""
+        item_bytes = ITEM_BYTES[self._info.dtype]
+        if self._rest:
+            needed = item_bytes - len(self._rest)
+            self._rest += bytes(piece[:needed])
+            piece = piece[needed:]
+            if len(self._rest) < item_bytes:
+                return
+            self._scan(self._rest)
+            self._rest = b""
+        whole = len(piece) // item_bytes * item_bytes
+        if whole:
+            self._scan(piece[:whole])
+        self._rest = bytes(piece[whole:])
+
+    def finish(self) -> None:
+        """Raise AdapterInvalid for a tensor that would do nothing."""
+        if self._largest == 0.0:
+            raise tensor_invalid(self._info.name, "is all zeros")
+        if self._largest <= _UNDERFLOW[self._dtype]:
+            raise tensor_invalid(self._info.name, f"becomes all zeros in {self._dtype}, the serving dtype")
+
+    def _scan(self, data: memoryview | bytes) -> None:
+        values = as_float32(data, self._info.dtype)
+        magnitudes = np.abs(values)
+        largest = float(magnitudes.max())  # NaN wins over every number
+        if not largest < _OVERFLOW[self._dtype]:
+            self._refuse(values, magnitudes)
+        self._largest = max(self._largest, largest)
+        self._num_seen += len(values)
+
+    def _refuse(self, values: np.ndarray, magnitudes: np.ndarray) -> None:
+        index = int(np.argmax(~(magnitudes < _OVERFLOW[self._dtype])))
+        row, column = divmod(self._num_seen + index, self._info.shape[-1])
+        value = float(values[index])
+        problem = f"has {value:g} at row {row}, column {column}"
+        if np.isfinite(value):
+            problem += f", which is infinite in {self._dtype}, the serving dtype"
+        raise tensor_invalid(self._info.name, problem)
+
+
+def as_float32(data: memoryview | bytes, dtype: str) -> np.ndarray:
+    """Little-endian values of a safetensors float dtype as float32, exactly. `[n]`"""
+    if dtype == "F32":
+        return np.frombuffer(data, dtype="<f4")
+    if dtype == "F16":
+        with np.errstate(invalid="ignore"):  # signalling NaNs are found by the scan
+            return np.frombuffer(data, dtype="<f2").astype(np.float32)
+    # bfloat16 is the upper half of a float32.
+    return (np.frombuffer(data, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
