@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+CPU_STEP_TOKENS = 128
+GPU_STEP_TOKENS = 4096
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -15,7 +18,7 @@ class EngineConfig:
         kv_cache_bytes: memory for KV pages; None: planned from what the device has free.
         max_model_len: longest sequence; None: the model's own limit.
         max_num_sequences: most sequences in one batch.
-        max_step_tokens: most tokens computed in one step; None: 128 on a CPU, 4096 on a GPU.
+        max_step_tokens: most tokens computed in one step; None: few on a CPU, many on a GPU.
         max_virtual_tokens: most virtual tokens of one adapter.
         num_threads: of torch on a CPU; None: torch's own choice.
     """
@@ -30,3 +33,7 @@ class EngineConfig:
     max_step_tokens: int | None = None
     max_virtual_tokens: int = 512
     num_threads: int | None = None
+
+    def step_tokens(self, device: str) -> int:
+        """Most tokens computed in one step on a device like "cpu" or "cuda:0"."""
+        return self.max_step_tokens or (CPU_STEP_TOKENS if device == "cpu" else GPU_STEP_TOKENS)

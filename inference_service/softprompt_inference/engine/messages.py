@@ -110,7 +110,8 @@ class Output:
         token_id: None only where `finish` is ERROR.
         finish: set on the last output of a request.
         stop_token_id: the id of `params.stop_token_ids` that ended it.
-        error_reason, error_message: set where `finish` is ERROR.
+        error_reason, error_message: set where `finish` is ERROR; reasons are those of `softprompt_api.errors`.
+        error_field: the request field at fault, if one is.
         cached_tokens: set on the first output: prompt positions taken from the prefix cache.
     """
 
@@ -121,6 +122,7 @@ class Output:
     stop_token_id: int | None = None
     error_reason: str = ""
     error_message: str = ""
+    error_field: str = ""
     cached_tokens: int | None = None
 
 

@@ -36,7 +36,8 @@ class Chunk:
     Attributes:
         token_ids: ids to compute; an id ≥ vocab_size is a virtual token.
         start: absolute position of the first; KV of all positions before it is in the pages.
-        page_ids: pages of the sequence in order, covering start + len(token_ids) positions.
+        page_ids: pages of the sequence in order, covering start + len(token_ids) positions or more; live, not to
+            be kept.
         sample: set when the last position's logits choose a token.
     """
 

@@ -1,0 +1,7 @@
+"""Text to ids and ids to text: tokenizer, chat template, incremental detokenizer, stop strings."""
+
+from softprompt_inference.text.chat import ChatMessage
+from softprompt_inference.text.detokenizer import OutputText
+from softprompt_inference.text.tokenizer import Tokenizer
+
+__all__ = ["ChatMessage", "OutputText", "Tokenizer"]

@@ -1,0 +1,38 @@
+"""`python -m softprompt_gateway`: serve HTTP until SIGTERM or SIGINT."""
+
+import asyncio
+import socket
+import sys
+
+from softprompt_gateway.app import make_app
+from softprompt_gateway.clients import open_clients
+from softprompt_gateway.logs import configure_logs
+from softprompt_gateway.server import GracefulServer, listen, uvicorn_config
+from softprompt_gateway.settings import Settings, SettingsError, read_settings
+
+
+async def serve(settings: Settings, listener: socket.socket) -> None:
+    """Serve on a bound socket until stopped."""
+    clients = open_clients(settings)
+    try:
+        server = GracefulServer(uvicorn_config(make_app(settings, clients), settings))
+        await server.serve(sockets=[listener])
+    finally:
+        await clients.close()
+
+
+def main() -> int:
+    """Run the gateway; return the process's exit status."""
+    try:
+        settings = read_settings()
+        listener = listen(settings.host, settings.port)
+    except (SettingsError, OSError) as error:
+        print(f"softprompt gateway: {error}", file=sys.stderr)
+        return 1
+    configure_logs(settings.log_format)
+    asyncio.run(serve(settings, listener))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Admin routes: register, list, describe and delete adapters."""

@@ -1,0 +1,159 @@
+"""`/v1/adapters`: what admins do with adapters over HTTP.
+
+An adapter is registered in one of two ways:
+
+* `POST /v1/adapters` with JSON: name, config, tensors_base64;
+* `POST /v1/adapters/{name}` with the tensor file itself as `application/octet-stream`, its size as content-length,
+  `x-adapter-config: <base64 of adapter_config.json>` and `x-adapter-sha256: <hex>`; optional `x-adapter-labels`
+  (base64 of a JSON object), `x-adapter-base-model` and `idempotency-key`. Large files pass in chunks.
+"""
+
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from softprompt_api.errors import InvalidArgument, SoftpromptError
+from softprompt_api.names import parse_adapter
+from softprompt_api.registry.v1.registry_pb2 import (
+    ListAdaptersRequest,
+    ListVersionsRequest,
+    RegisterAdapterResponse,
+)
+from starlette.requests import Request
+
+from softprompt_gateway.adapters.schema import RegisterRequest, adapter_json, upload_header
+from softprompt_gateway.adapters.upload import register, whole
+from softprompt_gateway.body import body_chunks, check_encoding, content_length, discard
+from softprompt_gateway.disconnect import unless_gone
+from softprompt_gateway.documented import json_body
+from softprompt_gateway.errors import Refused
+from softprompt_gateway.gateway import Gateway
+
+REQUEST_MODELS = (RegisterRequest,)
+PageSize = Annotated[int, Query(ge=1, le=1000, description="adapters in one page")]
+PageToken = Annotated[str, Query(max_length=1024, description="next_page_token of the page before")]
+Prefix = Annotated[str, Query(max_length=128, description="only names that start with this")]
+
+_UPLOAD_DOCUMENTATION: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    },
+    "parameters": [
+        {"in": "header", "name": name, "required": required, "schema": {"type": "string"}, "description": text}
+        for name, required, text in (
+            ("x-adapter-config", True, "base64 of PEFT's adapter_config.json"),
+            ("x-adapter-sha256", True, "hex sha256 of the body"),
+            ("x-adapter-labels", False, "base64 of a JSON object of labels"),
+            ("x-adapter-base-model", False, "id of the base model the adapter is for"),
+            ("idempotency-key", False, "the same key with the same content answers with the same version"),
+        )
+    ],
+}
+
+
+def adapters_router(gateway: Gateway) -> APIRouter:
+    """The routes, over one gateway's parts."""
+    router = APIRouter(prefix="/v1/adapters")
+    routes = _Routes(gateway)
+    router.add_api_route("", routes.list_, methods=["GET"])
+    router.add_api_route(
+        "", routes.register, methods=["POST"], status_code=201, openapi_extra=json_body(RegisterRequest)
+    )
+    router.add_api_route("/{adapter}", routes.show, methods=["GET"])
+    router.add_api_route(
+        "/{adapter}", routes.upload, methods=["POST"], status_code=201, openapi_extra=_UPLOAD_DOCUMENTATION
+    )
+    router.add_api_route("/{adapter}", routes.delete, methods=["DELETE"])
+    router.add_api_route("/{adapter}/versions", routes.versions, methods=["GET"])
+    return router
+
+
+class _Routes:
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._registry = gateway.clients.registry
+        self._settings = gateway.settings
+
+    async def list_(
+        self, page_size: PageSize = 100, page_token: PageToken = "", prefix: Prefix = ""
+    ) -> dict[str, Any]:
+        """List the latest version of every adapter, in order of names, in pages."""
+        page = await self._registry.list_adapters(
+            ListAdaptersRequest(page_size=page_size, page_token=page_token, name_prefix=prefix)
+        )
+        return {
+            "object": "list",
+            "data": [adapter_json(version) for version in page.adapters],
+            "next_page_token": page.next_page_token or None,
+            "total_size": page.total_size,
+        }
+
+    async def show(self, adapter: str) -> dict[str, Any]:
+        """Describe one version: `name`, `name@3` or a digest."""
+        spelling = str(parse_adapter(adapter))
+        return adapter_json(await self._registry.get_adapter(spelling), with_config=True)
+
+    async def versions(
+        self, adapter: str, page_size: PageSize = 100, page_token: PageToken = ""
+    ) -> dict[str, Any]:
+        """List every version of one adapter, newest first, in pages."""
+        name = self._name(adapter)
+        page = await self._registry.list_versions(
+            ListVersionsRequest(name=name, page_size=page_size, page_token=page_token)
+        )
+        return {
+            "object": "list",
+            "data": [adapter_json(version) for version in page.versions],
+            "next_page_token": page.next_page_token or None,
+        }
+
+    async def register(self, request: Request) -> dict[str, Any]:
+        """Register an adapter from JSON; the next request can use it."""
+        body = RegisterRequest.checked(await self._gateway.json(request))
+        tensors = body.tensors()
+        answer = await unless_gone(request, register(self._registry, body.header(tensors), whole(tensors)))
+        return self._registered(answer)
+
+    async def upload(self, request: Request, adapter: str) -> dict[str, Any]:
+        """Register an adapter from its tensor file; the next request can use it."""
+        check_encoding(request, "application/octet-stream")
+        size_bytes = content_length(request)
+        if size_bytes is None:
+            raise Refused("content-length is required", code="length_required", status=411)
+        chunks = body_chunks(
+            request, limit_bytes=self._settings.max_upload_bytes, timeout_s=self._settings.upload_timeout_s
+        )
+        async with aclosing(chunks):
+            try:
+                header = upload_header(self._name(adapter), request.headers, size_bytes=size_bytes)
+                answer = await register(self._registry, header, chunks)
+            except (SoftpromptError, Refused):
+                await discard(chunks)
+                raise
+        return self._registered(answer)
+
+    async def delete(self, adapter: str) -> dict[str, Any]:
+        """Delete `name` with all its versions, or only `name@3`."""
+        ref = parse_adapter(adapter)
+        if ref.digest or (ref.version is None and "@" in adapter):
+            raise InvalidArgument("delete takes a name or name@number", field="adapter")
+        if ref.version is None:
+            deleted = await self._registry.delete_adapter(ref.name)
+        else:
+            await self._registry.delete_version(ref.name, ref.version)
+            deleted = 1
+        self._gateway.catalog.forget(ref.name, ref.version)
+        return {"object": "adapter.deleted", "id": str(ref), "deleted": True, "deleted_versions": deleted}
+
+    def _registered(self, answer: RegisterAdapterResponse) -> dict[str, Any]:
+        # The watch brings it too, a moment later; a listing right after this answer must have it.
+        self._gateway.catalog.learn(answer.adapter, is_latest=True)
+        return adapter_json(answer.adapter) | {"warnings": list(answer.warnings)}
+
+    @staticmethod
+    def _name(adapter: str) -> str:
+        ref = parse_adapter(adapter)
+        if ref.digest or "@" in adapter:
+            raise InvalidArgument("a plain adapter name is expected here, without a version", field="adapter")
+        return ref.name

@@ -1,0 +1,140 @@
+"""Bodies and headers of the admin routes."""
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+from softprompt_api.errors import AdapterInvalid, InvalidArgument
+from softprompt_api.registry.v1.registry_pb2 import AdapterVersion, RegisterAdapterHeader
+from starlette.datastructures import Headers
+
+from softprompt_gateway.body import parse_object
+from softprompt_gateway.catalog import spelling_of
+from softprompt_gateway.errors import Refused
+from softprompt_gateway.openai.models import kind_name
+from softprompt_gateway.validation import RequestModel
+
+_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Labels = Annotated[dict[str, str], Field(max_length=32)]
+
+
+class RegisterRequest(RequestModel):
+    """Body of `POST /v1/adapters`: a whole adapter in JSON, for small ones."""
+
+    name: str = Field(max_length=128)
+    config: str | dict[str, Any] = Field(description="PEFT's adapter_config.json, as an object or its text")
+    tensors_base64: str = Field(description="adapter_model.safetensors in base64")
+    sha256: Sha256 | None = Field(None, description="of the tensor file; checked where given")
+    labels: Labels | None = None
+    idempotency_key: Annotated[str, Field(max_length=128)] | None = Field(
+        None, description="the same key with the same content answers with the same version"
+    )
+    base_model: Annotated[str, Field(max_length=512)] | None = Field(
+        None, description="id of the base model the adapter is for; default: the one that is served"
+    )
+
+    @field_validator("config", mode="before")
+    @classmethod
+    def _object_or_text(cls, value: object) -> object:
+        # Checked here because a union's own message would name types, not the field.
+        if not isinstance(value, str | dict):
+            raise InvalidArgument("config must be an object or a string", field="config")
+        return value
+
+    def tensors(self) -> bytes:
+        """The tensor file, whose sha256 is the given one."""
+        try:
+            data = base64.b64decode(self.tensors_base64, validate=True)
+        except (binascii.Error, ValueError):
+            raise InvalidArgument("tensors_base64 is not base64", field="tensors_base64") from None
+        if self.sha256 is not None and hashlib.sha256(data).hexdigest() != self.sha256:
+            raise AdapterInvalid("the tensors' sha256 is not the given one", field="sha256")
+        return data
+
+    def header(self, tensors: bytes) -> RegisterAdapterHeader:
+        """The upload's header."""
+        return RegisterAdapterHeader(
+            name=self.name,
+            config_json=self.config if isinstance(self.config, str) else json.dumps(self.config),
+            tensors_size_bytes=len(tensors),
+            tensors_sha256=hashlib.sha256(tensors).hexdigest(),
+            idempotency_key=self.idempotency_key or "",
+            labels=self.labels or {},
+            base_model_id=self.base_model or "",
+        )
+
+
+class UploadLabels(RequestModel):
+    """The header `x-adapter-labels`, decoded."""
+
+    labels: Labels
+
+
+def upload_header(name: str, headers: Headers, *, size_bytes: int) -> RegisterAdapterHeader:
+    """The header of a raw upload, from HTTP headers; what is wrong is refused by the header's name."""
+    sha256 = _required(headers, "x-adapter-sha256", "hex sha256 of the body")
+    if not _SHA256.match(sha256):
+        raise InvalidArgument("x-adapter-sha256 must be 64 lower-case hex digits", field="x-adapter-sha256")
+    config = _from_base64(
+        _required(headers, "x-adapter-config", "base64 of adapter_config.json"), "x-adapter-config"
+    )
+    labels: dict[str, str] = {}
+    if "x-adapter-labels" in headers:
+        decoded = parse_object(_from_base64(headers["x-adapter-labels"], "x-adapter-labels"))
+        labels = UploadLabels.checked({"labels": decoded}).labels
+    try:
+        config_json = config.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InvalidArgument("x-adapter-config is not UTF-8", field="x-adapter-config") from None
+    return RegisterAdapterHeader(
+        name=name,
+        config_json=config_json,
+        tensors_size_bytes=size_bytes,
+        tensors_sha256=sha256,
+        idempotency_key=headers.get("idempotency-key", "")[:129],
+        labels=labels,
+        base_model_id=headers.get("x-adapter-base-model", ""),
+    )
+
+
+def _required(headers: Headers, name: str, meaning: str) -> str:
+    value = headers.get(name)
+    if value is None:
+        raise Refused(f"the header {name} is required: {meaning}", code="missing_required_parameter", param=name)
+    return value
+
+
+def _from_base64(value: str, name: str) -> bytes:
+    try:
+        return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidArgument(f"the header {name} is not base64", field=name) from None
+
+
+def adapter_json(version: AdapterVersion, *, with_config: bool = False) -> dict[str, Any]:
+    """One version, as the admin routes show it."""
+    shape: dict[str, Any] = {
+        "object": "adapter",
+        "id": version.id,
+        "name": version.name,
+        "version": version.version,
+        "model": spelling_of(version),
+        "digest": version.digest,
+        "kind": kind_name(version.kind),
+        "num_virtual_tokens": version.num_virtual_tokens,
+        "hidden_size": version.hidden_size,
+        "dtype": version.dtype,
+        "size_bytes": version.size_bytes,
+        "sha256": version.tensors_sha256,
+        "base_model": version.base_model.id or None,
+        "created_at": version.created_at.seconds,
+        "labels": dict(version.labels),
+    }
+    if with_config:
+        shape["config_json"] = version.config_json
+    return shape

@@ -1,0 +1,114 @@
+"""Request bodies: sized before they are read, and JSON that means one thing only."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+import orjson
+from starlette.requests import ClientDisconnect, Request
+
+from softprompt_gateway.errors import ClientGone, Refused
+
+# What is read and thrown away so that a client that is still sending can read its answer.
+_DISCARDED_BYTES = 16 * 2**20
+
+
+def content_length(request: Request) -> int | None:
+    """The declared size of the body; h11 has checked that it is a number."""
+    declared = request.headers.get("content-length")
+    return None if declared is None else int(declared)
+
+
+def check_encoding(request: Request, media_type: str) -> None:
+    """Refuse a compressed body, and one declared as anything but `media_type`."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise Refused(
+            "send the body uncompressed; content-encoding is not supported",
+            code="unsupported_media_type",
+            status=415,
+        )
+    declared = request.headers.get("content-type", media_type).partition(";")[0].strip().lower()
+    if declared != media_type:
+        raise Refused(f"content-type must be {media_type}", code="unsupported_media_type", status=415)
+
+
+async def body_chunks(request: Request, *, limit_bytes: int, timeout_s: float) -> AsyncGenerator[bytes, None]:
+    """The body as it arrives; more than `limit_bytes` is 413, longer than `timeout_s` is 408."""
+    declared, received = content_length(request), 0
+    stream = request.stream()
+    try:
+        async with asyncio.timeout(timeout_s):
+            if declared is not None and declared > limit_bytes:
+                await discard(stream)
+                raise _too_large(limit_bytes)
+            async for chunk in stream:
+                received += len(chunk)
+                if received > limit_bytes:
+                    await discard(stream)
+                    raise _too_large(limit_bytes)
+                if chunk:
+                    yield chunk
+    except TimeoutError:
+        raise Refused(
+            f"the body did not arrive within {timeout_s:g} s",
+            code="request_timeout",
+            status=408,
+            headers={"connection": "close"},
+        ) from None
+    except ClientDisconnect:
+        raise ClientGone from None
+
+
+async def discard(chunks: AsyncIterator[bytes]) -> None:
+    """Read on for a while, so that the answer is not lost in a reset connection."""
+    discarded = 0
+    async for chunk in chunks:
+        discarded += len(chunk)
+        if discarded > _DISCARDED_BYTES:
+            return
+
+
+def _too_large(limit_bytes: int) -> Refused:
+    return Refused(
+        f"the body is larger than {limit_bytes} bytes",
+        code="body_too_large",
+        status=413,
+        headers={"connection": "close"},
+    )
+
+
+async def read_json(request: Request, *, limit_bytes: int, timeout_s: float) -> dict[str, Any]:
+    """The body as a JSON object."""
+    check_encoding(request, "application/json")
+    body = b"".join([chunk async for chunk in body_chunks(request, limit_bytes=limit_bytes, timeout_s=timeout_s)])
+    return parse_object(body)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Parse strict JSON whose top is an object.
+
+    Refused: anything but UTF-8, NaN and infinities, lone surrogates, trailing bytes, deep nesting, duplicate keys.
+    """
+    try:
+        orjson.loads(body)  # knows every rule above but the last
+        value = json.loads(body, object_pairs_hook=_unique)
+    except orjson.JSONDecodeError as error:
+        raise Refused(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    except (RecursionError, ValueError):
+        raise Refused(
+            "the body is not valid JSON: nested too deep, or a number too long", code="invalid_json"
+        ) from None
+    if not isinstance(value, dict):
+        raise Refused("the body must be a JSON object", code="invalid_json")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise Refused(f"the body has the key {twice[:64]!a} twice", code="invalid_json")
+    return members

@@ -1,0 +1,92 @@
+"""The adapters that this gateway has heard of: for listings, near names, and while the registry is away."""
+
+import difflib
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from softprompt_api.names import AdapterRef
+from softprompt_api.registry.v1.registry_pb2 import AdapterEventType, AdapterVersion, WatchAdaptersResponse
+
+_MAX_REMEMBERED = 4096
+
+
+def spelling_of(version: AdapterVersion) -> str:
+    """`name@version`, which stands for this content for ever."""
+    return f"{version.name}@{version.version}"
+
+
+class Catalog:
+    """The latest version of every name, and versions that were asked for lately.
+
+    `synced` is true once everything the registry has was listed.
+    """
+
+    def __init__(self) -> None:
+        self.synced = False
+        self._latest: dict[str, AdapterVersion] = {}
+        # By digest and by name@version: both mean one content for ever, so a copy can be old but not wrong.
+        self._remembered: OrderedDict[str, AdapterVersion] = OrderedDict()
+
+    def replace(self, versions: Iterable[AdapterVersion]) -> None:
+        """Take the registry's whole list."""
+        self._latest = {version.name: version for version in versions}
+        self.synced = True
+
+    def learn(self, version: AdapterVersion, *, is_latest: bool) -> None:
+        """Take one version that the registry told of."""
+        for key in (version.digest, spelling_of(version)):
+            self._remembered[key] = version
+            self._remembered.move_to_end(key)
+        while len(self._remembered) > _MAX_REMEMBERED:
+            self._remembered.popitem(last=False)
+        known = self._latest.get(version.name)
+        # Events arrive after answers: an older version must not come back.
+        if is_latest and (known is None or known.version <= version.version):
+            self._latest[version.name] = version
+
+    def forget(self, name: str, version: int | None = None) -> bool:
+        """Drop a deleted name, or one version of it; return whether the name's latest is now unknown."""
+        gone = [
+            key
+            for key, known in self._remembered.items()
+            if known.name == name and version in (None, known.version)
+        ]
+        for key in gone:
+            del self._remembered[key]
+        latest = self._latest.get(name)
+        if latest is None or version not in (None, latest.version):
+            return False
+        del self._latest[name]
+        return version is not None
+
+    def apply(self, event: WatchAdaptersResponse) -> bool:
+        """Take one event; return whether the latest version of its name must be asked for."""
+        if event.type == AdapterEventType.ADAPTER_EVENT_TYPE_REGISTERED:
+            self.learn(event.adapter, is_latest=True)
+        elif event.type == AdapterEventType.ADAPTER_EVENT_TYPE_VERSION_DELETED:
+            return self.forget(event.adapter.name, event.adapter.version)
+        elif event.type == AdapterEventType.ADAPTER_EVENT_TYPE_ADAPTER_DELETED:
+            self.forget(event.adapter.name)
+        return False
+
+    def find(self, ref: AdapterRef) -> AdapterVersion | None:
+        """The version a spelling stood for when last heard of."""
+        if not ref.digest and ref.version is None:
+            return self._latest.get(ref.name)
+        by_name = self._latest.get(ref.name)
+        if by_name is not None and by_name.version == ref.version:
+            return by_name
+        return self._remembered.get(str(ref)) or next(
+            (version for version in self._latest.values() if ref.digest and version.digest == ref.digest), None
+        )
+
+    def versions(self) -> list[AdapterVersion]:
+        """The latest version of each name, in order of names."""
+        return [self._latest[name] for name in sorted(self._latest)]
+
+    def near(self, spelling: str, *others: str) -> str:
+        """The name, among ours and the others, that looks most like a misspelled one; "" if none does."""
+        # Comparing is quadratic in length and linear in names: bounded for what strangers may send.
+        candidates = [*others, *list(self._latest)[:_MAX_REMEMBERED]]
+        matches = difflib.get_close_matches(spelling[:128], candidates, n=1)
+        return matches[0] if matches else ""

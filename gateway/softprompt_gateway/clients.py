@@ -1,0 +1,197 @@
+"""The two services behind the gateway, with their failures as errors of ours."""
+
+from collections.abc import AsyncIterator, Awaitable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from softprompt_api import errors
+from softprompt_api.inference.v1 import inference_pb2 as inference
+from softprompt_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from softprompt_api.registry.v1 import registry_pb2 as registry
+from softprompt_api.registry.v1.registry_pb2_grpc import RegistryServiceStub
+from softprompt_api.rpc.channel import open_channel
+from softprompt_api.rpc.status import from_rpc_error
+
+from softprompt_gateway.settings import Settings
+
+Response = TypeVar("Response")
+UploadCall = grpc.aio.StreamUnaryCall[registry.RegisterAdapterRequest, registry.RegisterAdapterResponse]
+
+_QUICK_TIMEOUT_S = 2.0
+_DETAILS_KEY = "grpc-status-details-bin"
+# Statuses that gRPC itself makes tell hosts and ports, which are nobody's business outside.
+_PLAIN_WORDS: dict[type[errors.SoftpromptError], str] = {
+    errors.Unavailable: "is not available; try again",
+    errors.DeadlineExceeded: "did not answer in time",
+    errors.Overloaded: "cannot take a message this large or this many",
+}
+
+
+def translate(service: str, error: grpc.aio.AioRpcError) -> errors.SoftpromptError:
+    """The error that a failed call to "registry" or "inference" stands for, in words fit for a client."""
+    known = from_rpc_error(error)
+    if any(key == _DETAILS_KEY for key, _ in error.trailing_metadata()):
+        return known
+    return type(known)(f"the {service} service {_PLAIN_WORDS.get(type(known), 'refused the call')}")
+
+
+async def _answer(service: str, call: Awaitable[Response]) -> Response:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        raise translate(service, error) from error
+
+
+async def _is_serving(channel: grpc.aio.Channel) -> bool:
+    try:
+        check = health_pb2.HealthCheckRequest()
+        stub: Any = health_pb2_grpc.HealthStub(channel)  # makes its methods as it is made: no types
+        answer = await stub.Check(check, timeout=_QUICK_TIMEOUT_S)
+    except grpc.aio.AioRpcError:
+        return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+class RegistryClient:
+    """The adapter registry."""
+
+    def __init__(self, channel: grpc.aio.Channel, *, timeout_s: float, upload_timeout_s: float) -> None:
+        self._channel = channel
+        self._stub = RegistryServiceStub(channel)
+        self._timeout_s = timeout_s
+        self._upload_timeout_s = upload_timeout_s
+
+    async def serving(self) -> bool:
+        """Whether its health check says so."""
+        return await _is_serving(self._channel)
+
+    async def get_adapter(self, spelling: str) -> registry.AdapterVersion:
+        """The version that `name`, `name@3` or a digest stands for now."""
+        request = registry.GetAdapterRequest(adapter=spelling)
+        answer = await _answer("registry", self._stub.GetAdapter(request, timeout=self._timeout_s))
+        return answer.adapter
+
+    async def list_adapters(self, request: registry.ListAdaptersRequest) -> registry.ListAdaptersResponse:
+        """One page of names with their latest versions."""
+        return await _answer("registry", self._stub.ListAdapters(request, timeout=self._timeout_s))
+
+    async def list_versions(self, request: registry.ListVersionsRequest) -> registry.ListVersionsResponse:
+        """One page of a name's versions, newest first."""
+        return await _answer("registry", self._stub.ListVersions(request, timeout=self._timeout_s))
+
+    async def delete_adapter(self, name: str) -> int:
+        """Delete a name; how many versions it had."""
+        request = registry.DeleteAdapterRequest(name=name)
+        answer = await _answer("registry", self._stub.DeleteAdapter(request, timeout=self._timeout_s))
+        return answer.deleted_versions
+
+    async def delete_version(self, name: str, version: int) -> None:
+        """Delete one version."""
+        request = registry.DeleteVersionRequest(name=name, version=version)
+        await _answer("registry", self._stub.DeleteVersion(request, timeout=self._timeout_s))
+
+    async def watch(self, cursor: str) -> AsyncIterator[registry.WatchAdaptersResponse]:
+        """Changes after the cursor, until the stream breaks with an error."""
+        try:
+            async for event in self._stub.WatchAdapters(registry.WatchAdaptersRequest(cursor=cursor)):
+                yield event
+        except grpc.aio.AioRpcError as error:
+            raise translate("registry", error) from error
+
+    def open_upload(self) -> UploadCall:
+        """A registration to write a header and chunks into."""
+        return self._stub.RegisterAdapter(timeout=self._upload_timeout_s)
+
+    async def finish_upload(self, call: UploadCall) -> registry.RegisterAdapterResponse:
+        """The registry's answer to a registration that was written, or that it broke off."""
+        return await _answer("registry", call)
+
+
+class GenerateCall:
+    """One running Generate call."""
+
+    def __init__(
+        self, call: grpc.aio.UnaryStreamCall[inference.GenerateRequest, inference.GenerateResponse]
+    ) -> None:
+        self._call = call
+
+    async def events(self) -> AsyncIterator[inference.GenerateResponse]:
+        """Events as they come."""
+        try:
+            async for event in self._call:
+                yield event
+        except grpc.aio.AioRpcError as error:
+            raise translate("inference", error) from error
+
+    def cancel(self) -> None:
+        """Abort the request; nothing happens if it has ended."""
+        self._call.cancel()
+
+
+class InferenceClient:
+    """The inference service."""
+
+    def __init__(self, channel: grpc.aio.Channel, *, timeout_s: float, generate_timeout_s: float) -> None:
+        self._channel = channel
+        self._stub = InferenceServiceStub(channel)
+        self._timeout_s = timeout_s
+        self._generate_timeout_s = generate_timeout_s
+
+    async def serving(self) -> bool:
+        """Whether its health check says so."""
+        return await _is_serving(self._channel)
+
+    def generate(self, request: inference.GenerateRequest) -> GenerateCall:
+        """Start a generation."""
+        return GenerateCall(self._stub.Generate(request, timeout=self._generate_timeout_s))
+
+    async def tokenize(self, request: inference.TokenizeRequest) -> inference.TokenizeResponse:
+        """The ids of a prompt."""
+        return await _answer("inference", self._stub.Tokenize(request, timeout=self._timeout_s))
+
+    async def detokenize(self, token_ids: list[int]) -> str:
+        """The text of ids."""
+        request = inference.DetokenizeRequest(ids=token_ids)
+        answer = await _answer("inference", self._stub.Detokenize(request, timeout=self._timeout_s))
+        return answer.text
+
+    async def model(self) -> inference.GetModelResponse:
+        """What is served."""
+        return await _answer(
+            "inference", self._stub.GetModel(inference.GetModelRequest(), timeout=_QUICK_TIMEOUT_S)
+        )
+
+    async def load(self) -> inference.GetLoadResponse:
+        """What is running now."""
+        return await _answer("inference", self._stub.GetLoad(inference.GetLoadRequest(), timeout=_QUICK_TIMEOUT_S))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clients:
+    """The services, connected when first called."""
+
+    registry: RegistryClient
+    inference: InferenceClient
+    channels: tuple[grpc.aio.Channel, ...]
+
+    async def close(self) -> None:
+        """Close the connections; running calls are cancelled."""
+        for channel in self.channels:
+            await channel.close()
+
+
+def open_clients(settings: Settings) -> Clients:
+    """Clients of the services at the settings' addresses; needs a running event loop."""
+    to_registry = open_channel(settings.registry_address)
+    to_inference = open_channel(settings.inference_address)
+    return Clients(
+        registry=RegistryClient(
+            to_registry, timeout_s=settings.registry_timeout_s, upload_timeout_s=settings.upload_timeout_s
+        ),
+        inference=InferenceClient(
+            to_inference, timeout_s=settings.body_timeout_s, generate_timeout_s=settings.request_timeout_s
+        ),
+        channels=(to_registry, to_inference),
+    )

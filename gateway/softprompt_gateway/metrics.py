@@ -1,0 +1,88 @@
+"""What the gateway counts, and the engine's load as the inference service tells it, for Prometheus."""
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from softprompt_api.inference.v1.inference_pb2 import GetLoadResponse, Usage
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
+# Labels take values from closed sets only: a client can invent methods and paths without end.
+_METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
+
+_GAUGES = {
+    "running": "Sequences in the running batch",
+    "waiting": "Sequences that wait for pages or a place",
+    "used_pages": "KV pages in use by sequences",
+    "num_pages": "All KV pages",
+    "resident_adapters": "Adapters whose rows are on the device",
+}
+_COUNTERS = {
+    "computed_prompt_tokens": "Prompt positions computed",
+    "cached_prompt_tokens": "Prompt positions taken from the prefix cache",
+    "generated_tokens": "Tokens generated",
+    "preemptions": "Times a sequence lost its pages to an older one",
+}
+
+
+class _EngineLoad(Collector):
+    """The last load the inference service told; None: it did not answer."""
+
+    def __init__(self) -> None:
+        self.latest: GetLoadResponse | None = None
+
+    def collect(self) -> Iterable[Metric]:
+        load = self.latest
+        yield GaugeMetricFamily(
+            "softprompt_engine_up", "Whether the engine answered", value=float(load is not None)
+        )
+        if load is None:
+            return
+        for name, text in _GAUGES.items():
+            yield GaugeMetricFamily(f"softprompt_engine_{name}", text, value=getattr(load, name))
+        for name, text in _COUNTERS.items():
+            yield CounterMetricFamily(f"softprompt_engine_{name}", text, value=getattr(load, name))
+
+
+class Metrics:
+    """The metrics of one app, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "softprompt_gateway_requests",
+            "Answered requests",
+            ["route", "method", "status"],
+            registry=self.registry,
+        )
+        self._seconds = Histogram(
+            "softprompt_gateway_request_seconds",
+            "Time from a request's headers to the end of its answer",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.in_progress = Gauge(
+            "softprompt_gateway_requests_in_progress", "Requests being answered", registry=self.registry
+        )
+        self._tokens = Counter(
+            "softprompt_gateway_tokens", "Tokens of finished generations", ["kind"], registry=self.registry
+        )
+        self._engine = _EngineLoad()
+        self.registry.register(self._engine)
+
+    def answered(self, *, route: str, method: str, status: int, seconds: float) -> None:
+        """Count one answer; `route` is the path's template, never the path."""
+        self._requests.labels(route, method if method in _METHODS else "other", str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def used(self, usage: Usage) -> None:
+        """Count the tokens of one finished generation."""
+        for kind in ("prompt", "completion", "virtual", "cached"):
+            self._tokens.labels(kind).inc(getattr(usage, f"{kind}_tokens"))
+
+    def exposition(self, load: GetLoadResponse | None) -> bytes:
+        """The text that Prometheus reads."""
+        self._engine.latest = load
+        return generate_latest(self.registry)

@@ -1,0 +1,132 @@
+"""What completions and chat requests share: sampling fields, and fields that are accepted or refused by name."""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+from softprompt_api.errors import InvalidArgument, Unsupported
+from softprompt_api.inference.v1 import inference_pb2 as pb
+from softprompt_api.names import shown
+from softprompt_api.params import MAX_LOGIT_BIAS, MAX_N, MAX_TOKENS_LIMIT, SamplingParams
+
+from softprompt_gateway.validation import RequestModel
+
+_SAMPLING_FIELDS = (
+    *("temperature", "top_p", "top_k", "min_p", "seed"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("stop", "stop_token_ids", "include_stop_str_in_output", "min_tokens", "ignore_eos", "skip_special_tokens"),
+)
+_TOKEN_ID = re.compile(r"[0-9]{1,10}\Z")
+Count = Annotated[int, Field(ge=1, le=MAX_TOKENS_LIMIT)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS_LIMIT)]
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _check_bias_keys(value: dict[str, float]) -> dict[str, float]:
+    for key in value:
+        if not _TOKEN_ID.match(key):
+            raise InvalidArgument(f"logit_bias: {shown(key)} is not a token id", field="logit_bias")
+    return value
+
+
+def refuse(field: str, value: object, *, because: str = "is not supported") -> None:
+    """Raise Unsupported where a field that we do not serve holds something that would change the answer."""
+    if value not in (None, False, "", [], {}):
+        raise Unsupported(f"{field} {because}", field=field)
+
+
+StopStrings = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+
+
+class StreamOptions(RequestModel):
+    """How to stream."""
+
+    include_usage: bool | None = Field(None, description="send a last chunk with the usage")
+
+
+class GenerationFields(RequestModel):
+    """Fields of every request that generates; null means the default."""
+
+    model: str = Field(
+        description="the base model's id, or an adapter: name, name@version or sha256:…", max_length=512
+    )
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS_LIMIT)] | None = Field(None, description="-1 or 0: all")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)] | None = None
+    stop: StopStrings | None = None
+    stop_token_ids: list[TokenId] | None = None
+    include_stop_str_in_output: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS_LIMIT)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = Field(None, description="add the token ids of prompt and choices")
+
+    user: Any = Field(None, description="accepted, without effect")
+    metadata: Any = Field(None, description="accepted, without effect")
+    store: Any = Field(None, description="accepted, without effect")
+    service_tier: Any = Field(None, description="accepted, without effect")
+    safety_identifier: Any = Field(None, description="accepted, without effect")
+    prompt_cache_key: Any = Field(None, description="accepted, without effect")
+
+    @model_validator(mode="after")
+    def _check_shared(self) -> "GenerationFields":
+        if self.stream_options is not None and not self.stream:
+            raise InvalidArgument("stream_options needs stream to be true", field="stream_options")
+        if self.logit_bias:
+            _check_bias_keys(self.logit_bias)
+        return self
+
+    @property
+    def choices_per_prompt(self) -> int:
+        """`n`, or its default."""
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """The checked parameters, the same that every service checks."""
+        given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
+        bias = {int(key): value for key, value in (self.logit_bias or {}).items()}
+        return SamplingParams(
+            **given, n=self.choices_per_prompt, logit_bias=bias, max_tokens=max_tokens, logprobs=logprobs
+        )
+
+
+def sampling_message(params: SamplingParams) -> pb.SamplingParams:
+    """The parameters as the inference service takes them."""
+    return pb.SamplingParams(
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        seed=params.seed,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        stop=params.stop,
+        stop_token_ids=params.stop_token_ids,
+        min_tokens=params.min_tokens,
+        ignore_eos=params.ignore_eos,
+        logit_bias=params.logit_bias,
+        logprobs=params.logprobs,
+        n=params.n,
+        include_stop_str_in_output=params.include_stop_str_in_output,
+        skip_special_tokens=params.skip_special_tokens,
+    )

@@ -1,0 +1,47 @@
+"""`/v1/models`: the base model and every adapter, as model cards."""
+
+from typing import Any
+
+from softprompt_api.inference.v1.inference_pb2 import GetModelResponse
+from softprompt_api.registry.v1.registry_pb2 import AdapterKind, AdapterVersion
+
+from softprompt_gateway.catalog import spelling_of
+
+OWNER = "softprompt"
+
+
+def kind_name(kind: int) -> str:
+    """PEFT's name of a kind, for example "PROMPT_TUNING"."""
+    return AdapterKind.Name(AdapterKind.ValueType(kind)).removeprefix("ADAPTER_KIND_")
+
+
+def base_card(served: GetModelResponse) -> dict[str, Any]:
+    """The base model: its own root, without a parent."""
+    return {
+        "id": served.base_model.id,
+        "object": "model",
+        "created": served.ready_unix_s,
+        "owned_by": OWNER,
+        "root": served.base_model.id,
+        "parent": None,
+        "max_model_len": served.max_model_len,
+    }
+
+
+def adapter_card(version: AdapterVersion, served: GetModelResponse, *, id_: str | None = None) -> dict[str, Any]:
+    """An adapter: its root is the exact version that its name stands for, its parent the base model."""
+    return {
+        "id": id_ or version.name,
+        "object": "model",
+        "created": version.created_at.seconds,
+        "owned_by": OWNER,
+        "root": spelling_of(version),
+        "parent": version.base_model.id or served.base_model.id,
+        "max_model_len": served.max_model_len,
+        "adapter": {
+            "kind": kind_name(version.kind),
+            "version": version.version,
+            "digest": version.digest,
+            "num_virtual_tokens": version.num_virtual_tokens,
+        },
+    }

@@ -1,0 +1,134 @@
+"""Routes under /v1 that OpenAI's clients call, and vLLM's /tokenize and /detokenize."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from softprompt_gateway.disconnect import unless_gone
+from softprompt_gateway.documented import json_body
+from softprompt_gateway.gateway import Gateway
+from softprompt_gateway.openai.answering import Answering, Job
+from softprompt_gateway.openai.chat import ChatRequest, ChatStyle
+from softprompt_gateway.openai.completions import CompletionRequest, CompletionStyle
+from softprompt_gateway.openai.generation import all_of
+from softprompt_gateway.openai.models import adapter_card, base_card
+from softprompt_gateway.openai.tokens import (
+    DetokenizeRequest,
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+    parse_tokenize,
+    tokenized,
+)
+
+REQUEST_MODELS = (
+    CompletionRequest,
+    ChatRequest,
+    TokenizeCompletionRequest,
+    TokenizeChatRequest,
+    DetokenizeRequest,
+)
+
+
+def openai_router(gateway: Gateway) -> APIRouter:
+    """The routes, over one gateway's parts."""
+    router = APIRouter()
+    routes = _Routes(gateway)
+    for path, handler, models in (
+        ("/v1/completions", routes.complete, (CompletionRequest,)),
+        ("/v1/chat/completions", routes.chat, (ChatRequest,)),
+        ("/tokenize", routes.tokenize, (TokenizeCompletionRequest, TokenizeChatRequest)),
+        ("/detokenize", routes.detokenize, (DetokenizeRequest,)),
+    ):
+        router.add_api_route(
+            path, handler, methods=["POST"], openapi_extra=json_body(*models), response_class=JSONResponse
+        )
+    router.add_api_route("/v1/models", routes.models, methods=["GET"])
+    router.add_api_route("/v1/models/{id_:path}", routes.model, methods=["GET"])
+    return router
+
+
+class _Routes:
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._max_choices = gateway.settings.max_choices
+        self._resolver = gateway.resolver
+        self._inference = gateway.clients.inference
+        self._answering = Answering(
+            self._inference, gateway.metrics, write_timeout_s=gateway.settings.write_timeout_s
+        )
+
+    async def complete(self, request: Request) -> Response:
+        """Complete one or more prompts."""
+        body = CompletionRequest.checked(await self._gateway.json(request))
+        return await unless_gone(request, self._complete(body, request.state.request_id))
+
+    async def _complete(self, body: CompletionRequest, request_id: str) -> Response:
+        target = await self._resolver.resolve(body.model)
+        calls = body.calls(target, request_id=request_id, max_choices=self._max_choices)
+        echoes = (
+            await all_of([self._text_of(prompt) for prompt in body.prompt]) if body.echo else [""] * len(calls)
+        )
+        return await self._answering.answer(
+            Job(
+                target=target,
+                calls=calls,
+                choices_per_prompt=body.choices_per_prompt,
+                style=CompletionStyle(body, echoes),
+                stream=bool(body.stream),
+                include_usage=body.include_usage,
+                silent=body.logprobs is None and not body.return_token_ids,
+            )
+        )
+
+    async def _text_of(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else await self._inference.detokenize(prompt)
+
+    async def chat(self, request: Request) -> Response:
+        """Continue a conversation."""
+        body = ChatRequest.checked(await self._gateway.json(request))
+        return await unless_gone(request, self._chat(body, request.state.request_id))
+
+    async def _chat(self, body: ChatRequest, request_id: str) -> Response:
+        target = await self._resolver.resolve(body.model)
+        return await self._answering.answer(
+            Job(
+                target=target,
+                calls=body.calls(target, request_id=request_id, max_choices=self._max_choices),
+                choices_per_prompt=body.choices_per_prompt,
+                style=ChatStyle(body),
+                stream=bool(body.stream),
+                include_usage=body.include_usage,
+                silent=not body.logprobs and not body.return_token_ids,
+            )
+        )
+
+    async def models(self) -> dict[str, Any]:
+        """List the base model and every adapter."""
+        served = await self._resolver.served()
+        adapters = [adapter_card(version, served) for version in self._gateway.catalog.versions()]
+        return {"object": "list", "data": [base_card(served), *adapters]}
+
+    async def model(self, id_: str) -> dict[str, Any]:
+        """Describe one model: the base model, or an adapter by name, name@version or digest."""
+        target = await self._resolver.resolve(id_)
+        if target.adapter is None:
+            return base_card(target.served)
+        return adapter_card(target.adapter, target.served, id_=id_)
+
+    async def tokenize(self, request: Request) -> dict[str, Any]:
+        """Show the token ids of a text or a conversation."""
+        body = parse_tokenize(await self._gateway.json(request))
+        digest = await self._digest_of(body.model)
+        answer = await unless_gone(request, self._inference.tokenize(body.call(digest)))
+        return tokenized(answer, with_strings=bool(body.return_token_strs))
+
+    async def detokenize(self, request: Request) -> dict[str, Any]:
+        """Turn token ids into text."""
+        body = DetokenizeRequest.checked(await self._gateway.json(request))
+        await self._digest_of(body.model)
+        return {"prompt": await unless_gone(request, self._inference.detokenize(body.tokens))}
+
+    async def _digest_of(self, model: str | None) -> str:
+        return (await self._resolver.resolve(model)).digest if model is not None else ""

@@ -1,0 +1,112 @@
+"""What a request's `model` stands for, decided anew for every request."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from softprompt_api import errors
+from softprompt_api.inference.v1.inference_pb2 import GetModelResponse
+from softprompt_api.names import AdapterRef, parse_model, shown
+from softprompt_api.registry.v1.registry_pb2 import AdapterVersion
+
+from softprompt_gateway.catalog import Catalog, spelling_of
+from softprompt_gateway.clients import InferenceClient, RegistryClient
+from softprompt_gateway.errors import ModelNotFound
+
+_MODEL_FRESH_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The one thing a request is computed with.
+
+    Attributes:
+        model: as the request spelled it.
+        served: the base model and its limits.
+        adapter: the adapter version; None: the base model alone.
+    """
+
+    model: str
+    served: GetModelResponse
+    adapter: AdapterVersion | None
+
+    @property
+    def digest(self) -> str:
+        """The adapter as the inference service is told; "" for the base model."""
+        return self.adapter.digest if self.adapter else ""
+
+    def headers(self) -> dict[str, str]:
+        """Response headers that say which version answered."""
+        if self.adapter is None:
+            return {}
+        return {
+            "x-softprompt-adapter": spelling_of(self.adapter),
+            "x-softprompt-adapter-digest": self.adapter.digest,
+        }
+
+
+class Resolver:
+    """Turns `model` into a Target.
+
+    The registry is asked every time, so that the request after a registration gets what was registered. While it
+    is away, what the catalogue last heard is used.
+    """
+
+    def __init__(self, registry: RegistryClient, inference: InferenceClient, catalog: Catalog) -> None:
+        self._registry = registry
+        self._inference = inference
+        self._catalog = catalog
+        self._served: GetModelResponse | None = None
+        self._served_until_s = 0.0
+        self._asking: asyncio.Task[None] | None = None
+
+    async def served(self) -> GetModelResponse:
+        """The base model, as last told by an inference service that answers."""
+        if self._served is None or time.monotonic() >= self._served_until_s:
+            # One question for all requests that wait; one of them leaving does not end it.
+            self._asking = self._asking or asyncio.create_task(self._ask())
+            await asyncio.shield(self._asking)
+        assert self._served is not None
+        return self._served
+
+    async def _ask(self) -> None:
+        try:
+            self._served = await self._inference.model()
+        except errors.SoftpromptError:
+            if self._served is None:
+                raise
+        finally:
+            self._asking = None
+        self._served_until_s = time.monotonic() + _MODEL_FRESH_S
+
+    async def resolve(self, model: str) -> Target:
+        """Raise ModelNotFound, with a near name, where there is no such model."""
+        served = await self.served()
+        base_id = served.base_model.id
+        try:
+            ref = parse_model(model, base_model_id=base_id)
+        except errors.InvalidArgument:
+            raise self._not_found(model, base_id) from None
+        if ref is None:
+            return Target(model=model, served=served, adapter=None)
+        try:
+            version = await self._registry.get_adapter(str(ref))
+        except errors.AdapterNotFound:
+            raise self._not_found(model, base_id) from None
+        except (errors.Unavailable, errors.DeadlineExceeded):
+            known = self._catalog.find(ref)
+            if known is None:
+                raise
+            version = known
+        else:
+            self._catalog.learn(version, is_latest=_means_latest(ref))
+        return Target(model=model, served=served, adapter=version)
+
+    def _not_found(self, model: str, base_id: str) -> ModelNotFound:
+        near = self._catalog.near(model.removeprefix(f"{base_id}:"), base_id)
+        hint = f"; did you mean {shown(near, 256)}?" if near else "; GET /v1/models lists what there is"
+        return ModelNotFound(f"the model {shown(model)} does not exist{hint}")
+
+
+def _means_latest(ref: AdapterRef) -> bool:
+    return not ref.digest and ref.version is None

@@ -1,0 +1,137 @@
+"""uvicorn with h11, hardened: deadlines for headers, errors in our shape, and an orderly stop."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Iterator
+
+import h11
+import structlog
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from softprompt_gateway.errors import Refused
+from softprompt_gateway.settings import Settings
+
+_MAX_HEADER_BYTES = 64 * 2**10
+_KEEP_ALIVE_S = 75
+_BACKLOG = 2048
+_log = structlog.get_logger()
+
+
+def protocol_with_deadline(header_timeout_s: float) -> type[H11Protocol]:
+    """An HTTP protocol that closes connections whose headers take longer than this to arrive."""
+
+    class DeadlineProtocol(H11Protocol):
+        """Times the wait for headers; after them the app's own deadlines hold."""
+
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._arm()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is None or self.cycle.response_complete:
+                self._arm()
+            else:
+                self._disarm()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._disarm()
+            super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            self._refuse(Refused(msg, code="invalid_http"), http_status=400)
+
+        def _arm(self) -> None:
+            # Armed once per request: bytes that trickle in do not move it.
+            if self._deadline is None:
+                self._deadline = self.loop.call_later(header_timeout_s, self._late)
+
+        def _disarm(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+        def _late(self) -> None:
+            self._deadline = None
+            idle = self.cycle is None or self.cycle.response_complete
+            if idle and not self.transport.is_closing() and self.timeout_keep_alive_task is None:
+                message = f"the request's headers did not arrive within {header_timeout_s:g} s"
+                self._refuse(Refused(message, code="request_timeout", status=408), http_status=408)
+
+        def _refuse(self, error: Refused, *, http_status: int) -> None:
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+                body = error.body.json()
+                headers = [
+                    (b"content-type", b"application/json"),
+                    (b"content-length", str(len(body)).encode()),
+                    (b"connection", b"close"),
+                ]
+                start = h11.Response(status_code=http_status, headers=headers)
+                for event in (start, h11.Data(data=body), h11.EndOfMessage()):
+                    self.transport.write(self.conn.send(event) or b"")
+            self.transport.close()
+
+    return DeadlineProtocol
+
+
+class GracefulServer(uvicorn.Server):
+    """Ends with status 0 after SIGTERM or SIGINT: uvicorn's own would end by the signal."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """At the first signal stop taking requests and let running ones end; at the second end at once."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept requests, and say so."""
+        await super().startup(sockets)
+        if self.started:
+            for listener in sockets or []:
+                host, port = listener.getsockname()[:2]
+                _log.info("gateway ready", host=host, port=port)
+
+    def _stop(self) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+def uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
+    """How uvicorn runs the app."""
+    return uvicorn.Config(
+        app,
+        loop="asyncio",
+        http=protocol_with_deadline(settings.header_timeout_s),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=settings.max_connections,
+        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        # 0 would mean "wait for ever" to uvicorn's truth test.
+        timeout_graceful_shutdown=max(1, round(settings.grace_s)),
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; OSError says which address is taken or cannot be."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error

@@ -1,0 +1,57 @@
+"""Checked request models, and what is wrong with a request in words."""
+
+import difflib
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+from softprompt_api.names import shown
+
+from softprompt_gateway.errors import Refused
+
+# What other servers call a parameter of ours.
+_FOREIGN_NAMES = {
+    "do_sample": "temperature",
+    "max_length": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+    "num_return_sequences": "n",
+    "random_seed": "seed",
+    "repeat_penalty": "repetition_penalty",
+    "stop_sequences": "stop",
+}
+
+
+class RequestModel(BaseModel):
+    """A request body: exact types (no "16" for 16, no true for 1), and no field that we do not know."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    @classmethod
+    def checked(cls, value: dict[str, Any]) -> Self:
+        """Validate; raise Refused, or the InvalidArgument of a field's own check."""
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            raise _refusal(cls, error.errors(include_url=False, include_input=False)[0]) from None
+
+
+def _refusal(model: type[BaseModel], error: ErrorDetails) -> Refused:
+    param = ".".join(str(part)[:64] for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return Refused(_unknown(model, error), code="unknown_parameter", param=shown(param).strip("'"))
+    if error["type"] == "missing":
+        return Refused(f"{param} is required", code="missing_required_parameter", param=param)
+    return Refused(f"{param}: {error['msg'].removeprefix('Input ')}", code="invalid_value", param=param)
+
+
+def _unknown(model: type[BaseModel], error: ErrorDetails) -> str:
+    name = str(error["loc"][-1])
+    message = f"unknown parameter {shown(name)}"
+    if len(error["loc"]) > 1:
+        return message
+    near = _FOREIGN_NAMES.get(name) or next(
+        iter(difflib.get_close_matches(name[:64], model.model_fields, n=1)), ""
+    )
+    return f"{message}; did you mean {near!r}?" if near in model.model_fields else message

@@ -1,0 +1,69 @@
+"""Keep the catalogue in step with the registry: list once, then follow its changes, through outages."""
+
+import asyncio
+import random
+
+import structlog
+from softprompt_api import errors
+from softprompt_api.registry.v1.registry_pb2 import AdapterVersion, ListAdaptersRequest
+
+from softprompt_gateway.catalog import Catalog
+from softprompt_gateway.clients import RegistryClient
+
+_PAGE_SIZE = 1000
+_MIN_PAUSE_S = 0.1
+_MAX_PAUSE_S = 5.0
+_log = structlog.get_logger()
+
+
+class CatalogWatcher:
+    """Feeds a catalogue from the registry until cancelled."""
+
+    def __init__(self, catalog: Catalog, registry: RegistryClient) -> None:
+        self._catalog = catalog
+        self._registry = registry
+        self._cursor = ""
+        self._pause_s = _MIN_PAUSE_S
+
+    async def run(self) -> None:
+        """List, watch, and begin again from the last cursor whenever the registry goes away."""
+        while True:
+            try:
+                await self._follow()
+            except errors.CursorExpired:
+                self._cursor = ""
+            except errors.SoftpromptError as error:
+                if self._pause_s == _MIN_PAUSE_S:
+                    _log.warning("registry away, serving known adapters", reason=error.reason)
+            await asyncio.sleep(self._pause_s * random.uniform(0.5, 1.0))
+            self._pause_s = min(2 * self._pause_s, _MAX_PAUSE_S)
+
+    async def _follow(self) -> None:
+        if not self._cursor:
+            self._cursor = await self._list()
+        async for event in self._registry.watch(self._cursor):
+            if self._pause_s > _MIN_PAUSE_S:
+                _log.info("registry watched", adapters=len(self._catalog.versions()))
+            self._pause_s = _MIN_PAUSE_S
+            if self._catalog.apply(event):
+                await self._ask_for_latest(event.adapter.name)
+            self._cursor = event.cursor
+
+    async def _list(self) -> str:
+        """Replace the catalogue; the cursor is the first page's, so that no change after it is missed."""
+        versions: list[AdapterVersion] = []
+        request, cursor = ListAdaptersRequest(page_size=_PAGE_SIZE), ""
+        while True:
+            page = await self._registry.list_adapters(request)
+            versions += page.adapters
+            cursor = cursor or page.cursor
+            if not page.next_page_token:
+                self._catalog.replace(versions)
+                return cursor
+            request = ListAdaptersRequest(page_size=_PAGE_SIZE, page_token=page.next_page_token)
+
+    async def _ask_for_latest(self, name: str) -> None:
+        try:
+            self._catalog.learn(await self._registry.get_adapter(name), is_latest=True)
+        except errors.AdapterNotFound:
+            self._catalog.forget(name)

@@ -1,0 +1,48 @@
+"""`python -m softprompt_inference`: serve until SIGTERM or SIGINT, then drain."""
+
+import asyncio
+import sys
+
+from softprompt_api.errors import SoftpromptError
+from softprompt_api.rpc.server import wait_for_stop_signal
+
+from softprompt_inference.engine.client import EngineStartError
+from softprompt_inference.logs import configure_logs
+from softprompt_inference.model.source import ModelSourceError
+from softprompt_inference.server import EngineDied, InferenceServer
+from softprompt_inference.settings import Settings, SettingsError, read_settings
+
+
+async def serve(settings: Settings) -> None:
+    """Run the service until a signal stops it, also while it starts; EngineDied when its engine ends."""
+    server = InferenceServer(settings)
+    stopping = asyncio.create_task(wait_for_stop_signal())
+    running = asyncio.create_task(_run(server))
+    try:
+        await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
+    finally:
+        running.cancel()
+        stopping.cancel()
+        await asyncio.gather(running, stopping, return_exceptions=True)
+        await server.stop()
+
+
+async def _run(server: InferenceServer) -> None:
+    await server.start()
+    await server.run_until_engine_ends()
+
+
+def main() -> None:
+    """Start with what flags and environment say; exit 1 with one plain sentence when that cannot be."""
+    try:
+        settings = read_settings(sys.argv[1:])
+        configure_logs(settings.log_format)
+        asyncio.run(serve(settings))
+    except (SettingsError, ModelSourceError, EngineStartError, EngineDied, SoftpromptError, OSError) as error:
+        sys.exit(f"softprompt inference: {error}")
+
+
+if __name__ == "__main__":
+    main()

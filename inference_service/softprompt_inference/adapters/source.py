@@ -1,0 +1,152 @@
+"""Adapters from the registry: names resolved to versions, versions fetched, verified and parsed."""
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+
+import grpc
+import structlog
+from softprompt_api.errors import AdapterInvalid, DataCorrupted, InternalError, SoftpromptError, Unavailable
+from softprompt_api.formats import AdapterSpec, AdapterVerifier, parse_config, read_rows
+from softprompt_api.registry.v1 import registry_pb2 as pb
+from softprompt_api.registry.v1 import registry_pb2_grpc as pb_grpc
+from softprompt_api.rpc.status import from_rpc_error
+
+from softprompt_inference.adapters.adapter import Adapter
+
+RESOLVE_TIMEOUT_S = 5.0
+FETCH_TIMEOUT_S = 120.0
+# An interrupted transfer goes on where it stopped; so many interruptions without a byte in between end it.
+RESUME_DELAYS_S: Sequence[float] = (0.1, 0.3, 1.0, 2.0)
+
+_MAX_HEADER_BYTES = 2**20 + 8
+_MAX_VALUE_BYTES = 4
+_SHAPE_FIELDS = ("architecture", "hidden_size", "num_layers", "num_kv_heads", "head_dim", "vocab_size")
+
+_log = structlog.get_logger()
+
+
+class AdapterSource:
+    """The registry as the inference service sees it.
+
+    Args:
+        stub: the registry.
+        base_model: the model that is served; an adapter made for another is refused.
+    """
+
+    def __init__(self, stub: "pb_grpc.RegistryServiceAsyncStub", base_model: pb.BaseModel) -> None:
+        self._stub = stub
+        self._base_model = base_model
+
+    async def resolve(self, spelling: str) -> pb.AdapterVersion:
+        """The version that a name, `name@version` or digest stands for now.
+
+        AdapterNotFound: there is none. Unavailable: the registry cannot be asked.
+        """
+        try:
+            answer = await self._stub.GetAdapter(pb.GetAdapterRequest(adapter=spelling), timeout=RESOLVE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise _translated(error) from error
+        return answer.adapter
+
+    async def fetch(self, digest: str) -> Adapter:
+        """A version's rows, verified against its digest.
+
+        AdapterInvalid: it does not fit the model. DataCorrupted: what came is not what was registered.
+        """
+        version = await self.resolve(digest)
+        if version.digest != digest:
+            raise DataCorrupted("the registry answered with another version than it was asked for")
+        spec = parse_config(version.config_json)
+        check_fits(version, self._base_model)
+        verifier = AdapterVerifier(
+            spec,
+            size_bytes=version.size_bytes,
+            sha256=version.tensors_sha256,
+            hidden_size=self._base_model.hidden_size,
+            max_virtual_tokens=self._base_model.max_virtual_tokens,
+            dtype=self._base_model.dtype,
+        )
+        _check_size(version, spec)
+        try:
+            async with asyncio.timeout(FETCH_TIMEOUT_S):
+                data = await self._read(version)
+        except TimeoutError as error:
+            raise Unavailable("the registry is too slow to deliver the adapter; try again later") from error
+        adapter = await asyncio.to_thread(_parsed, version, spec, verifier, data)
+        _log.info("adapter fetched", adapter=version.name, version=version.version, digest=digest)
+        return adapter
+
+    async def _read(self, version: pb.AdapterVersion) -> bytes:
+        """The tensor file, resumed where the link was cut."""
+        data = bytearray()
+        num_interruptions = 0
+        while True:
+            had_bytes = len(data)
+            try:
+                await self._read_on(version, data)
+            except grpc.aio.AioRpcError as error:
+                num_interruptions = 1 if len(data) > had_bytes else num_interruptions + 1
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or num_interruptions > len(RESUME_DELAYS_S):
+                    raise _translated(error) from error
+                _log.warning("adapter transfer interrupted", digest=version.digest, received_bytes=len(data))
+                await asyncio.sleep(RESUME_DELAYS_S[num_interruptions - 1])
+            else:
+                return bytes(data)
+
+    async def _read_on(self, version: pb.AdapterVersion, data: bytearray) -> None:
+        request = pb.ReadTensorsRequest(digest=version.digest, offset=len(data))
+        async for response in self._stub.ReadTensors(request, timeout=FETCH_TIMEOUT_S):
+            chunk = response.chunk
+            if chunk.offset != len(data) or len(data) + len(chunk.data) > version.size_bytes:
+                raise DataCorrupted("the registry sent other bytes of the adapter than were asked for")
+            data += chunk.data
+
+
+def check_fits(version: pb.AdapterVersion, base_model: pb.BaseModel) -> None:
+    """Raise AdapterInvalid when the version was registered for a model of another shape."""
+    made_for = version.base_model
+    for name in _SHAPE_FIELDS:
+        expected, found = getattr(base_model, name), getattr(made_for, name)
+        if found and found != expected:
+            raise AdapterInvalid(
+                f"the adapter was made for a model with {name} {found}, and this model has {expected}; "
+                "use an adapter trained for this model",
+                field="adapter",
+            )
+    if made_for.tokenizer_sha256 not in ("", base_model.tokenizer_sha256):
+        # Of equal shape it may be an update that changes nothing; so this is said and not refused.
+        _log.warning("adapter was registered under another tokenizer", adapter=version.name, digest=version.digest)
+
+
+def _check_size(version: pb.AdapterVersion, spec: AdapterSpec) -> None:
+    """Nothing is allocated for a file that cannot be one of these."""
+    most = _MAX_HEADER_BYTES + spec.num_virtual_tokens * spec.hidden_size * _MAX_VALUE_BYTES
+    if not 0 < version.size_bytes <= most:
+        raise DataCorrupted(f"the registry gives the adapter {version.size_bytes} bytes; its config allows {most}")
+
+
+def _parsed(version: pb.AdapterVersion, spec: AdapterSpec, verifier: AdapterVerifier, data: bytes) -> Adapter:
+    if hashlib.sha256(data).hexdigest() != version.tensors_sha256:
+        raise DataCorrupted("the adapter's bytes are not those that were registered")
+    verifier.feed(data)
+    if verifier.finish().digest != version.digest:
+        raise DataCorrupted("the adapter's digest is not that of its config and bytes")
+    rows = read_rows(spec, data)
+    return Adapter(
+        digest=version.digest,
+        rows=rows.data,
+        dtype=rows.dtype,
+        num_virtual_tokens=rows.num_virtual_tokens,
+        hidden_size=rows.hidden_size,
+    )
+
+
+def _translated(error: grpc.aio.AioRpcError) -> SoftpromptError:
+    """What a failed call to the registry means to our own caller, without the registry's address."""
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
+        return Unavailable("the adapter registry cannot be reached; try again later")
+    translated = from_rpc_error(error)
+    if isinstance(translated, InternalError):
+        return InternalError("the adapter registry failed; its log has the details")
+    return translated

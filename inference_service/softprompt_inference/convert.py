@@ -1,0 +1,150 @@
+"""Protobuf messages to what the service works with, and back."""
+
+from collections.abc import Sequence
+
+from google.protobuf.message import Message
+from softprompt_api.errors import InvalidArgument
+from softprompt_api.inference.v1 import inference_pb2 as pb
+from softprompt_api.params import SamplingParams
+
+from softprompt_inference.choice import Delta, Finished
+from softprompt_inference.engine.messages import Finish, Logprobs
+from softprompt_inference.generation import Accepted, Event, GenerateCall, Usage
+from softprompt_inference.prompts import ChatPrompt, IdsPrompt, Prompt, TextPrompt
+from softprompt_inference.text import ChatMessage, Tokenizer
+
+MAX_REQUEST_ID_CHARACTERS = 128
+
+_OPTIONAL = (
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logprobs",
+    "skip_special_tokens",
+)
+_REASONS = {Finish.STOP: pb.FINISH_REASON_STOP, Finish.LENGTH: pb.FINISH_REASON_LENGTH}
+
+
+def to_call(request: pb.GenerateRequest) -> GenerateCall:
+    """The request, checked as far as it can be without the model; InvalidArgument names the field."""
+    request_id = request.request_id
+    if len(request_id) > MAX_REQUEST_ID_CHARACTERS or not request_id.isprintable():
+        raise InvalidArgument(
+            f"request_id must be at most {MAX_REQUEST_ID_CHARACTERS} printable characters", field="request_id"
+        )
+    return GenerateCall(prompt=to_prompt(request), params=to_params(request.sampling), adapter=request.adapter)
+
+
+def to_params(sampling: pb.SamplingParams) -> SamplingParams:
+    """Sampling parameters; InvalidArgument names the field that is out of range."""
+    given = {name: getattr(sampling, name) for name in _OPTIONAL if sampling.HasField(name)}
+    return SamplingParams(
+        **{"max_tokens": None, **given},
+        stop=tuple(sampling.stop),
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        min_tokens=sampling.min_tokens,
+        ignore_eos=sampling.ignore_eos,
+        logit_bias=dict(sampling.logit_bias),
+        n=sampling.n or 1,
+        include_stop_str_in_output=sampling.include_stop_str_in_output,
+    )
+
+
+def to_prompt(request: pb.GenerateRequest | pb.TokenizeRequest) -> Prompt:
+    """The prompt; InvalidArgument when there is none."""
+    match request.WhichOneof("prompt"):
+        case "text":
+            return TextPrompt(text=request.text, add_special_tokens=_or_true(request, "add_special_tokens"))
+        case "chat":
+            return _to_chat(request.chat)
+        case "token_ids":
+            assert isinstance(request, pb.GenerateRequest)
+            return IdsPrompt(token_ids=request.token_ids.ids)
+        case _:
+            raise InvalidArgument("the prompt is missing", field="prompt")
+
+
+def _to_chat(chat: pb.ChatPrompt) -> ChatPrompt:
+    return ChatPrompt(
+        messages=[
+            ChatMessage(role=message.role, content=message.content, name=message.name) for message in chat.messages
+        ],
+        add_generation_prompt=_or_true(chat, "add_generation_prompt"),
+        continue_final_message=chat.continue_final_message,
+    )
+
+
+def _or_true(message: Message, field: str) -> bool:
+    return bool(getattr(message, field)) if message.HasField(field) else True
+
+
+def to_response(event: Event, tokenizer: Tokenizer) -> pb.GenerateResponse:
+    """One event of a generation."""
+    match event:
+        case Delta():
+            return pb.GenerateResponse(
+                delta=pb.Delta(
+                    index=event.index,
+                    text=event.text,
+                    token_ids=event.token_ids,
+                    logprobs=_to_logprobs(event.token_ids, event.logprobs, tokenizer),
+                )
+            )
+        case Finished():
+            return pb.GenerateResponse(
+                finished=pb.Finished(
+                    index=event.index,
+                    reason=_REASONS[event.reason],
+                    stop_string=event.stop_string,
+                    stop_token_id=event.stop_token_id,
+                )
+            )
+        case Accepted():
+            return pb.GenerateResponse(accepted=_to_accepted(event))
+        case Usage():
+            return pb.GenerateResponse(
+                usage=pb.Usage(
+                    prompt_tokens=event.prompt_tokens,
+                    completion_tokens=event.completion_tokens,
+                    virtual_tokens=event.virtual_tokens,
+                    cached_tokens=event.cached_tokens,
+                )
+            )
+
+
+def _to_accepted(event: Accepted) -> pb.Accepted:
+    accepted = pb.Accepted(prompt_token_ids=event.prompt_token_ids, virtual_tokens=event.virtual_tokens)
+    if event.adapter is not None:
+        accepted.adapter_name = event.adapter.name
+        accepted.adapter_version = event.adapter.version
+        accepted.adapter_digest = event.adapter.digest
+    return accepted
+
+
+def _to_logprobs(
+    token_ids: Sequence[int], logprobs: Sequence[Logprobs], tokenizer: Tokenizer
+) -> list[pb.TokenLogprob]:
+    if not logprobs:
+        return []
+    return [
+        pb.TokenLogprob(
+            chosen=_to_entry(token_id, entry.chosen, tokenizer),
+            top=[_to_entry(top_id, logprob, tokenizer) for top_id, logprob in entry.top],
+        )
+        for token_id, entry in zip(token_ids, logprobs, strict=True)
+    ]
+
+
+def _to_entry(token_id: int, logprob: float, tokenizer: Tokenizer) -> pb.LogprobEntry:
+    return pb.LogprobEntry(
+        token_id=token_id,
+        logprob=logprob,
+        token=tokenizer.token_text(token_id),
+        token_bytes=tokenizer.token_bytes(token_id),
+    )

@@ -1,0 +1,258 @@
+"""The front's side of the engine process: start it, send commands, hand out each request's outputs."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Self
+
+from softprompt_api.errors import Unavailable
+from softprompt_inference.engine.codec import HEADER, Message, Progress, StartupFailed, decode, encode
+from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.messages import (
+    Abort,
+    AddRequest,
+    Command,
+    Finish,
+    ModelInfo,
+    Output,
+    Stats,
+    StepResult,
+)
+
+_log = logging.getLogger(__name__)
+
+STOP_GRACE_S = 5.0
+
+
+class EngineStartError(RuntimeError):
+    """The engine process could not start; the text says why in plain words."""
+
+
+class OutputStream:
+    """The outputs of one request, until its last: `async for outputs in stream` yields all since the last look.
+
+    It holds at most one output per token of the request, however slow its reader is. One reader only. A reader
+    that leaves before the last output closes it (or uses it in a `with` block), which aborts the request.
+    """
+
+    def __init__(self, client: "EngineClient", request_id: str) -> None:
+        self._client = client
+        self._request_id = request_id
+        self._outputs: deque[Output] = deque()
+        self._arrived = asyncio.Event()
+        self._has_ended = False  # the last output has arrived
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __aiter__(self) -> AsyncIterator[list[Output]]:
+        return self
+
+    async def __anext__(self) -> list[Output]:
+        if not self._outputs and self._has_ended:
+            raise StopAsyncIteration
+        await self._arrived.wait()
+        self._arrived.clear()
+        outputs = list(self._outputs)
+        self._outputs.clear()
+        if self._has_ended:
+            self._client._forget(self._request_id, abort=False)
+        if not outputs:
+            raise StopAsyncIteration
+        return outputs
+
+    def close(self) -> None:
+        """Want no more; the engine frees the request's pages before its next step."""
+        self._client._forget(self._request_id, abort=not self._has_ended)
+        self._has_ended = True
+        self._outputs.clear()
+        self._arrived.set()
+
+    def _put(self, output: Output) -> None:
+        self._outputs.append(output)
+        self._has_ended = output.finish is not None
+        self._arrived.set()
+
+
+class EngineClient:
+    """A running engine process.
+
+    Attributes:
+        info: the loaded model.
+        stats: the engine's load at its last step.
+        dead: done when the process has ended, with the reason in plain words, also after `stop`.
+    """
+
+    info: ModelInfo
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """Made by `start`."""
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self._streams: dict[str, OutputStream] = {}
+        self._reading: asyncio.Task[None] | None = None
+        self._is_stopping = False
+        self.stats = Stats()
+        self.dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    @classmethod
+    async def start(cls, config: EngineConfig, report: Callable[[str], None]) -> Self:
+        """Start a process and wait until its model is loaded.
+
+        Args:
+            config: what to load.
+            report: is told each slow phase as it begins.
+
+        Raises EngineStartError when it cannot start. Cancelling ends the process.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",  # the working directory is no place to import from
+                "-m",
+                "softprompt_inference.engine",
+                "--fd",
+                str(theirs.fileno()),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        client = cls(process, reader, writer)
+        try:
+            writer.write(encode(config))
+            client.info = await client._wait_until_ready(report)
+        except BaseException:
+            client._kill()
+            await client.stop()
+            raise
+        client._reading = asyncio.create_task(client._read())
+        return client
+
+    async def _wait_until_ready(self, report: Callable[[str], None]) -> ModelInfo:
+        while True:
+            try:
+                message = await self._receive()
+            except (EOFError, ConnectionError):
+                raise EngineStartError(await self._exit_reason()) from None
+            match message:
+                case Progress(text=text):
+                    report(text)
+                case StartupFailed(message=text):
+                    raise EngineStartError(text)
+                case ModelInfo():
+                    return message
+                case _:
+                    raise EngineStartError(f"the engine answered with {type(message).__name__} while starting")
+
+    @property
+    def pid(self) -> int:
+        """Process id of the engine."""
+        return self._process.pid
+
+    def submit(self, command: Command) -> None:
+        """Send a command; commands are carried out in order. Raises Unavailable when the engine has ended.
+
+        An AddRequest's outputs are kept from now on until `outputs` is asked for them; its id must not be open.
+        """
+        self._check_alive()
+        frame = encode(command)
+        if isinstance(command, AddRequest):
+            if command.request_id in self._streams:
+                raise ValueError(f"request id {command.request_id} is open already")
+            self._streams[command.request_id] = OutputStream(self, command.request_id)
+        self._writer.write(frame)
+
+    def outputs(self, request_id: str) -> OutputStream:
+        """The outputs of a submitted request; KeyError when it is not open."""
+        return self._streams[request_id]
+
+    async def stop(self) -> None:
+        """End the engine; open requests get an error. Harmless when it has ended."""
+        self._is_stopping = True
+        self._writer.close()
+        await self._wait_for_exit()
+        if self._reading is not None:
+            await self._reading
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+    async def _wait_for_exit(self) -> int:
+        """The exit code of a process whose socket has closed; one that stays is killed."""
+        try:
+            return await asyncio.wait_for(self._process.wait(), STOP_GRACE_S)
+        except TimeoutError:
+            self._kill()
+            return await self._process.wait()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def _exit_reason(self) -> str:
+        code = await self._wait_for_exit()
+        if self._is_stopping:
+            return "the engine was stopped"
+        return f"the engine was killed by signal {-code}" if code < 0 else f"the engine ended with code {code}"
+
+    def _check_alive(self) -> None:
+        if self._is_stopping or self.dead.done():
+            raise Unavailable("the engine is stopping or has ended; try again")
+
+    async def _receive(self) -> Message:
+        """The next message; raises EOFError or ConnectionError at the end."""
+        header = await self._reader.readexactly(HEADER.size)
+        return decode(await self._reader.readexactly(HEADER.unpack(header)[0]))
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                message = await self._receive()
+                assert isinstance(message, StepResult)
+                self._deliver(message)
+        except (EOFError, ConnectionError):
+            pass
+        except Exception:
+            _log.exception("the engine's answer makes no sense; it is ended")
+            self._kill()
+        self._end(await self._exit_reason())
+
+    def _deliver(self, result: StepResult) -> None:
+        self.stats = result.stats
+        for output in result.outputs:
+            # An aborted request may still have outputs on their way.
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream._put(output)
+
+    def _end(self, reason: str) -> None:
+        self.dead.set_result(reason)
+        for request_id, stream in list(self._streams.items()):
+            if not stream._has_ended:
+                stream._put(
+                    Output(
+                        request_id=request_id,
+                        finish=Finish.ERROR,
+                        error_reason=Unavailable.reason,
+                        error_message="the engine has ended; try again",
+                    )
+                )
+
+    def _forget(self, request_id: str, *, abort: bool) -> None:
+        if self._streams.pop(request_id, None) is None:
+            return
+        if abort and not self._is_stopping and not self.dead.done():
+            self._writer.write(encode(Abort(request_id=request_id)))

@@ -1,0 +1,190 @@
+"""The engine: commands in, one step at a time out.
+
+What it does is a function of the order of its commands and steps. Nothing that one request holds can end another,
+and no exception leaves `handle` or `step` but EngineBroken.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+from softprompt_api.errors import AdapterInvalid, InternalError, InvalidArgument, SoftpromptError
+from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.keys import VirtualIds
+from softprompt_inference.engine.messages import (
+    Abort,
+    AddRequest,
+    Command,
+    DropAdapter,
+    LoadAdapter,
+    Output,
+    SoftPromptPart,
+    StepResult,
+)
+from softprompt_inference.engine.plan import Runner, StepPlan
+from softprompt_inference.engine.prompt import make_sequence
+from softprompt_inference.engine.scheduler import Scheduler, failure
+from softprompt_inference.engine.sequence import Sequence
+
+_log = logging.getLogger(__name__)
+
+# A device that fails this often in a row will not recover within the process.
+MAX_FAILED_STEPS = 3
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class EngineBroken(Exception):
+    """The model failed in several steps in a row; only a new process can help."""
+
+
+class Engine:
+    """Serves many requests over one model in one batch.
+
+    Args:
+        runner: the model.
+        config: limits of the batch; sizes of memory come from the runner.
+
+    Raises ValueError when the KV cache is too small for one sequence of full length.
+    """
+
+    def __init__(self, runner: Runner, config: EngineConfig) -> None:
+        info = runner.info
+        self.info = info
+        self._runner = runner
+        self._virtual_ids = VirtualIds(info.vocab_size)
+        # How to make the error anew: a raised one would keep its frames, and with them the adapter's rows.
+        self._load_errors: dict[str, Callable[[], SoftpromptError]] = {}
+        self._dropping: set[str] = set()
+        self._refused: list[Output] = []
+        self._failed_steps = 0
+        self._scheduler = Scheduler(
+            num_pages=info.num_pages,
+            page_size=info.page_size,
+            vocab_size=info.vocab_size,
+            max_model_len=info.max_model_len,
+            max_num_sequences=config.max_num_sequences,
+            max_step_tokens=config.step_tokens(info.device),
+        )
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self._scheduler.has_work or bool(self._refused)
+
+    def handle(self, command: Command) -> None:
+        """Carry out one command; what cannot be done becomes an output of the request concerned."""
+        match command:
+            case AddRequest():
+                self.add(command)
+            case Abort(request_id=request_id):
+                self.abort(request_id)
+            case LoadAdapter():
+                self.load_adapter(command)
+            case DropAdapter(digest=digest):
+                self.drop_adapter(digest)
+
+    def add(self, request: AddRequest) -> None:
+        """Queue a request; a refusal is an output of the next step."""
+        try:
+            sequence = self._make_sequence(request)
+        except SoftpromptError as error:
+            self._refused.append(failure(request.request_id, error))
+        else:
+            self._scheduler.add(sequence)
+
+    def _make_sequence(self, request: AddRequest) -> Sequence:
+        if request.request_id in self._scheduler:
+            raise InvalidArgument(f"request id {request.request_id} is in use", field="request_id")
+        for part in request.prompt:
+            if isinstance(part, SoftPromptPart) and part.digest in self._load_errors:
+                raise self._load_errors[part.digest]()
+        return make_sequence(request, virtual_ids=self._virtual_ids, max_model_len=self.info.max_model_len)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request; its pages are free at once."""
+        self._scheduler.abort(request_id)
+
+    def load_adapter(self, adapter: LoadAdapter) -> None:
+        """Give an adapter virtual ids; a failure is told to the requests that ask for it."""
+        digest = adapter.digest
+        self._dropping.discard(digest)
+        if digest in self._virtual_ids:
+            return
+        self._load_errors.pop(digest, None)
+        try:
+            self._check_rows(adapter)
+            self._put_on_device(adapter)
+        except SoftpromptError as error:
+            self._load_errors[digest] = partial(type(error), error.message, field=error.field)
+
+    def _put_on_device(self, adapter: LoadAdapter) -> None:
+        ids = self._virtual_ids.assign(adapter.digest, adapter.num_virtual_tokens)
+        try:
+            self._runner.load_rows(ids.start, adapter)
+        except Exception as error:
+            self._virtual_ids.retire(adapter.digest)
+            if isinstance(error, SoftpromptError):
+                raise
+            _log.exception("adapter %s could not be put on the device", adapter.digest)
+            raise InternalError("the adapter could not be put on the device") from error
+
+    def _check_rows(self, adapter: LoadAdapter) -> None:
+        info = self.info
+        if adapter.dtype not in _ITEM_BYTES:
+            raise AdapterInvalid(f"rows of dtype {adapter.dtype} are not supported", field="tensors")
+        if adapter.hidden_size != info.hidden_size:
+            raise AdapterInvalid(
+                f"the rows have {adapter.hidden_size} values; the model's hidden size is {info.hidden_size}",
+                field="tensors",
+            )
+        if not 1 <= adapter.num_virtual_tokens <= info.max_virtual_tokens:
+            raise AdapterInvalid(
+                f"the adapter has {adapter.num_virtual_tokens} virtual tokens; "
+                f"1 to {info.max_virtual_tokens} are allowed",
+                field="config.num_virtual_tokens",
+            )
+        expected = adapter.num_virtual_tokens * adapter.hidden_size * _ITEM_BYTES[adapter.dtype]
+        if len(adapter.rows) != expected:
+            raise AdapterInvalid(f"the rows are {len(adapter.rows)} bytes, not {expected}", field="tensors")
+
+    def drop_adapter(self, digest: str) -> None:
+        """Free an adapter's rows, at the latest when the last request with them has finished."""
+        self._load_errors.pop(digest, None)
+        if digest in self._virtual_ids:
+            self._dropping.add(digest)
+            self._drop_unused()
+
+    def _drop_unused(self) -> None:
+        for digest in [digest for digest in self._dropping if not self._scheduler.uses(digest)]:
+            self._dropping.remove(digest)
+            self._runner.drop_rows(self._virtual_ids.retire(digest).start)
+
+    def step(self) -> StepResult:
+        """Compute one step for everybody.
+
+        Raises EngineBroken when the model has failed MAX_FAILED_STEPS times in a row.
+        """
+        outputs, self._refused = self._refused, []
+        plan = self._scheduler.plan()
+        if plan.chunks:
+            outputs += self._compute(plan)
+        if self._dropping:
+            self._drop_unused()
+        return StepResult(outputs=outputs, stats=self._scheduler.stats(resident_adapters=len(self._virtual_ids)))
+
+    def _compute(self, plan: StepPlan) -> list[Output]:
+        try:
+            sampled = self._runner.run(plan)
+        except Exception as error:
+            _log.exception("a step of %d sequences failed", len(plan.chunks))
+            self._failed_steps += 1
+            if self._failed_steps >= MAX_FAILED_STEPS:
+                raise EngineBroken(f"the model failed in {self._failed_steps} steps in a row") from error
+            return self._scheduler.fail_planned(InternalError("the model failed while computing this request"))
+        self._failed_steps = 0
+        return self._scheduler.commit(plan, sampled)
+
+    def check(self) -> None:
+        """Verify all invariants; AssertionError on any disagreement."""
+        self._scheduler.check()
+        assert all(digest in self._virtual_ids for digest in self._dropping)

@@ -1,0 +1,84 @@
+"""Identity of KV pages: which pages may stand in for which.
+
+KV of a position depends on every position up to it, so a page's key is a sha256 chain over the ids of all pages up
+to it. Virtual ids are local to one process and say nothing about content; (digest, row) takes their place.
+"""
+
+import hashlib
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+
+PageKey = bytes
+
+
+class VirtualIds:
+    """Ranges of ids above the vocabulary, each standing for the rows of one adapter; no id is ever given twice.
+
+    Args:
+        vocab_size: the first id that may be given.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._next_id = vocab_size
+        self._ranges: dict[str, range] = {}
+        # Parallel lists in rising order: the next range always lies above all others.
+        self._first_ids: list[int] = []
+        self._digests: list[str] = []
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._ranges
+
+    def __len__(self) -> int:
+        return len(self._ranges)
+
+    def ids(self, digest: str) -> range:
+        """The ids of a digest that has some."""
+        return self._ranges[digest]
+
+    def assign(self, digest: str, num_virtual_tokens: int) -> range:
+        """Give the next ids to a digest that has none."""
+        assert digest not in self._ranges
+        ids = range(self._next_id, self._next_id + num_virtual_tokens)
+        self._next_id = ids.stop
+        self._ranges[digest] = ids
+        self._first_ids.append(ids.start)
+        self._digests.append(digest)
+        return ids
+
+    def retire(self, digest: str) -> range:
+        """Take the ids of a digest back, for good."""
+        ids = self._ranges.pop(digest)
+        index = bisect_right(self._first_ids, ids.start) - 1
+        del self._first_ids[index], self._digests[index]
+        return ids
+
+    def row(self, virtual_id: int) -> tuple[str, int]:
+        """(digest, row) that a live virtual id stands for."""
+        index = bisect_right(self._first_ids, virtual_id) - 1
+        digest = self._digests[index]
+        ids = self._ranges[digest]
+        assert virtual_id in ids, "a retired virtual id is in use"
+        return digest, virtual_id - ids.start
+
+
+def root_key(salt: str) -> PageKey:
+    """What the first page of a sequence is chained to; requests with different salts share nothing."""
+    return hashlib.sha256(b"softprompt page chain 1\0" + salt.encode("utf-8", "surrogatepass")).digest()
+
+
+def page_key(parent: PageKey, token_ids: Sequence[int], virtual_ids: VirtualIds) -> PageKey:
+    """Key of a full page of `token_ids` that follows the page `parent`."""
+    chain = hashlib.sha256(parent)
+    if max(token_ids) < virtual_ids.vocab_size:
+        chain.update(array("q", token_ids).tobytes())
+        return chain.digest()
+    # A text id is 8 bytes ≥ 0; a virtual token is 8 bytes < 0 and then 32 of its digest: no two pages read alike.
+    for token_id in token_ids:
+        if token_id < virtual_ids.vocab_size:
+            chain.update(array("q", (token_id,)).tobytes())
+        else:
+            digest, row = virtual_ids.row(token_id)
+            chain.update(array("q", (-1 - row,)).tobytes() + hashlib.sha256(digest.encode()).digest())
+    return chain.digest()

@@ -1,0 +1,143 @@
+"""The engine's side of its process: `serve` reads commands from a socket and answers every step.
+
+The conversation: EngineConfig comes in; Progress goes out while the model loads, then ModelInfo or StartupFailed;
+from then on commands come in and one StepResult per step goes out. The end of the socket is the end of the engine.
+"""
+
+import ctypes
+import gc
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+from softprompt_api.errors import SoftpromptError
+from softprompt_inference.engine.codec import (
+    HEADER,
+    Message,
+    Progress,
+    StartupFailed,
+    decode,
+    encode,
+)
+from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.engine import Engine
+from softprompt_inference.engine.messages import Abort, AddRequest, DropAdapter, LoadAdapter
+from softprompt_inference.engine.plan import Runner
+
+_log = logging.getLogger(__name__)
+
+Load = Callable[[EngineConfig, Callable[[str], None]], Runner]
+
+_RECEIVE_BYTES = 2**18
+_PR_SET_PDEATHSIG = 1
+
+
+class Connection:
+    """Whole messages over a stream socket, blocking or not."""
+
+    def __init__(self, stream: socket.socket) -> None:
+        self._stream = stream
+        self._buffer = bytearray()
+
+    def send(self, message: Message) -> None:
+        """Send one message; raises OSError when the other side is gone."""
+        self._stream.sendall(encode(message))
+
+    def receive(self, *, wait: bool) -> list[Message]:
+        """The messages that have arrived, at least one when told to wait; raises EOFError at the end."""
+        self._fill(wait=False)
+        messages = self._take()
+        while wait and not messages:
+            self._fill(wait=True)
+            messages = self._take()
+        return messages
+
+    def _fill(self, *, wait: bool) -> None:
+        """Read what is there; with `wait`, at least one byte."""
+        flags = 0 if wait else socket.MSG_DONTWAIT
+        while True:
+            try:
+                data = self._stream.recv(_RECEIVE_BYTES, flags)
+            except BlockingIOError:
+                return
+            if not data:
+                raise EOFError
+            self._buffer += data
+            flags = socket.MSG_DONTWAIT
+
+    def _take(self) -> list[Message]:
+        """Cut the whole messages off the buffer."""
+        messages: list[Message] = []
+        start = 0
+        with memoryview(self._buffer) as view:
+            while len(view) - start >= HEADER.size:
+                stop = start + HEADER.size + HEADER.unpack_from(view, start)[0]
+                if stop > len(view):
+                    break
+                messages.append(decode(view[start + HEADER.size : stop]))
+                start = stop
+        del self._buffer[:start]
+        return messages
+
+
+def serve(stream: socket.socket, load: Load) -> None:
+    """Load a model and run its engine until the socket ends.
+
+    Args:
+        stream: connected to the front.
+        load: makes the runner from the config, and reports slow phases.
+    """
+    connection = Connection(stream)
+    try:
+        engine = _start(connection, load)
+        if engine is not None:
+            _run(connection, engine)
+    except (EOFError, ConnectionError):
+        _log.debug("the front is gone")
+    finally:
+        # Native modules count what is never collected as leaks, and say so at the exit.
+        gc.unfreeze()
+
+
+def _start(connection: Connection, load: Load) -> Engine | None:
+    [config] = connection.receive(wait=True)
+    assert isinstance(config, EngineConfig)
+    try:
+        runner = load(config, lambda text: connection.send(Progress(text=text)))
+        engine = Engine(runner, config)
+    except (EOFError, ConnectionError):
+        raise
+    except (SoftpromptError, ValueError, OSError) as error:
+        # What loaders raise on purpose says what is wrong in plain words.
+        connection.send(StartupFailed(message=str(error)))
+        return None
+    except Exception as error:
+        _log.exception("the engine could not start")
+        connection.send(StartupFailed(message=f"{type(error).__name__}: {error}"))
+        return None
+    # What exists now lives as long as the process: the collector need not look at it again.
+    gc.collect()
+    gc.freeze()
+    connection.send(engine.info)
+    return engine
+
+
+def _run(connection: Connection, engine: Engine) -> None:
+    while True:
+        for command in connection.receive(wait=not engine.has_work):
+            assert isinstance(command, AddRequest | Abort | LoadAdapter | DropAdapter)
+            engine.handle(command)
+        connection.send(engine.step())
+
+
+def end_with_parent() -> None:
+    """Let the parent decide when this process ends: it closes the socket, or dies.
+
+    Ctrl-C and a service manager's SIGTERM reach every process of a group; the front still has requests to finish.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,256 @@
+"""A generation from its request to its last event.
+
+    admit → encode the prompt → bind an adapter version and bring it in → check the context → Accepted
+          → one engine request per choice → Delta … Finished → Usage
+
+Whoever closes the iterator of events (or is cancelled in it) aborts what is unfinished and lets the adapter go.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from softprompt_api.errors import ContextLengthExceeded, InvalidArgument, Overloaded
+from softprompt_api.names import parse_model
+from softprompt_api.params import SamplingParams
+
+from softprompt_inference.adapters.residency import Residency
+from softprompt_inference.adapters.source import AdapterSource
+from softprompt_inference.choice import Choice, Delta, Finished
+from softprompt_inference.engine.messages import (
+    AddRequest,
+    Command,
+    ModelInfo,
+    Output,
+    SoftPromptPart,
+    Stats,
+    TextPart,
+)
+from softprompt_inference.prompts import Prompt, PromptEncoder
+from softprompt_inference.text import Tokenizer
+
+
+class OutputStream(Protocol):
+    """The engine's outputs of one request; see `softprompt_inference.engine.client.OutputStream`."""
+
+    def __aiter__(self) -> AsyncIterator[list[Output]]: ...
+    async def __anext__(self) -> list[Output]: ...
+    def close(self) -> None: ...
+
+
+class EngineHandle(Protocol):
+    """What the front needs of the engine; the real one is `softprompt_inference.engine.client.EngineClient`."""
+
+    info: ModelInfo
+    stats: Stats
+
+    def submit(self, command: Command) -> None: ...
+    def outputs(self, request_id: str) -> OutputStream: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateCall:
+    """A request, parsed. `adapter` is spelled as users spell it; "" is the base model."""
+
+    prompt: Prompt
+    params: SamplingParams
+    adapter: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoundAdapter:
+    """The one version a request is computed with. `name` and `version` are "" and 0 when it named a digest."""
+
+    name: str
+    version: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """The request runs; `adapter` is None for the base model."""
+
+    adapter: BoundAdapter | None
+    prompt_token_ids: list[int]
+    virtual_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens counted; see the proto."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    virtual_tokens: int
+    cached_tokens: int
+
+
+Event = Accepted | Delta | Finished | Usage
+
+
+class Generator:
+    """Runs generations over one engine.
+
+    Args:
+        engine: the engine.
+        tokenizer: the model's.
+        prompts: encodes prompts.
+        source: resolves adapters.
+        residency: holds adapters in the engine.
+        base_model_id: a spelling of the base model, beside "".
+        max_open_choices: most choices that run or wait; more are Overloaded.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: EngineHandle,
+        tokenizer: Tokenizer,
+        prompts: PromptEncoder,
+        source: AdapterSource,
+        residency: Residency,
+        base_model_id: str,
+        max_open_choices: int,
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._source = source
+        self._residency = residency
+        self._base_model_id = base_model_id
+        self._max_open_choices = max_open_choices
+        self._num_open_choices = 0
+        self._numbers = itertools.count(1)
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
+        """The events of one generation; every SoftpromptError it raises is meant for the caller."""
+        call.params.check_vocabulary(self._engine.info.vocab_size)
+        with self._admitted(call.params.n):
+            token_ids = await self._prompts.encode(call.prompt)
+            if not token_ids:
+                raise InvalidArgument("the prompt is empty: it has no tokens", field="prompt")
+            bound = await self.bind(call.adapter)
+            async with self._resident(bound) as virtual_tokens:
+                self._check_context(len(token_ids), virtual_tokens, call.params.max_tokens)
+                yield Accepted(adapter=bound, prompt_token_ids=token_ids, virtual_tokens=virtual_tokens)
+                choices = [
+                    Choice(index, self._tokenizer.output_text(call.params)) for index in range(call.params.n)
+                ]
+                async with contextlib.aclosing(self._run(call.params, token_ids, bound, choices)) as events:
+                    async for event in events:
+                        yield event
+                yield Usage(
+                    prompt_tokens=len(token_ids),
+                    completion_tokens=sum(choice.num_tokens for choice in choices),
+                    virtual_tokens=virtual_tokens,
+                    cached_tokens=sum(choice.cached_tokens for choice in choices),
+                )
+
+    async def bind(self, spelling: str) -> BoundAdapter | None:
+        """The version that a spelling stands for now; None for the base model."""
+        ref = parse_model(spelling, base_model_id=self._base_model_id, field="adapter") if spelling else None
+        if ref is None:
+            return None
+        if ref.digest:
+            return BoundAdapter(name="", version=0, digest=ref.digest)
+        version = await self._source.resolve(str(ref))
+        return BoundAdapter(name=version.name, version=version.version, digest=version.digest)
+
+    async def count_virtual_tokens(self, spelling: str) -> int:
+        """Virtual tokens of the version that a spelling stands for now."""
+        bound = await self.bind(spelling)
+        return 0 if bound is None else (await self._source.resolve(bound.digest)).num_virtual_tokens
+
+    async def _run(
+        self, params: SamplingParams, token_ids: list[int], bound: BoundAdapter | None, choices: Sequence[Choice]
+    ) -> AsyncGenerator[Delta | Finished, None]:
+        text = TextPart(token_ids=token_ids)
+        prompt = [text] if bound is None else [SoftPromptPart(digest=bound.digest), text]
+        seed = secrets.randbits(62) if params.seed is None else params.seed
+        request_number = next(self._numbers)
+        with contextlib.ExitStack() as open_streams:
+            streams: list[OutputStream] = []
+            for index in range(params.n):
+                request = AddRequest(
+                    request_id=f"{request_number}-{index}",
+                    prompt=prompt,
+                    params=params,
+                    eos_token_ids=list(self._tokenizer.eos_token_ids),
+                    seed=seed + index,
+                )
+                self._engine.submit(request)
+                streams.append(self._engine.outputs(request.request_id))
+                # Closing a stream that has not ended aborts its request.
+                open_streams.callback(streams[-1].close)
+            async with contextlib.aclosing(_merged(streams)) as arrivals:
+                async for index, outputs in arrivals:
+                    for event in choices[index].read(outputs):
+                        yield event
+                    if choices[index].has_ended:
+                        streams[index].close()
+
+    @contextlib.asynccontextmanager
+    async def _resident(self, bound: BoundAdapter | None) -> AsyncIterator[int]:
+        """Number of virtual tokens, with the adapter held in the engine."""
+        if bound is None:
+            yield 0
+            return
+        async with self._residency.use(bound.digest) as adapter:
+            yield adapter.num_virtual_tokens
+
+    @contextlib.contextmanager
+    def _admitted(self, num_choices: int) -> Iterator[None]:
+        if self._num_open_choices + num_choices > self._max_open_choices:
+            raise Overloaded(
+                f"{self._num_open_choices} completions run or wait, and at most {self._max_open_choices} may; "
+                "try again later"
+            )
+        self._num_open_choices += num_choices
+        try:
+            yield
+        finally:
+            self._num_open_choices -= num_choices
+
+    def _check_context(self, num_tokens: int, virtual_tokens: int, max_tokens: int | None) -> None:
+        limit = self._engine.info.max_model_len
+        num_prompt = num_tokens + virtual_tokens
+        if num_prompt + (max_tokens or 1) <= limit:
+            return
+        output = "at least 1 token of output" if max_tokens is None else f"max_tokens {max_tokens}"
+        raise ContextLengthExceeded(
+            f"the prompt has {num_tokens} tokens + {virtual_tokens} virtual tokens + {output}, "
+            f"the limit is {limit}",
+            field="prompt" if num_prompt >= limit else "max_tokens",
+        )
+
+
+async def _merged(streams: Sequence[OutputStream]) -> AsyncGenerator[tuple[int, list[Output]], None]:
+    """What arrives on any of the streams, with the stream's index; what arrived meanwhile comes together."""
+    if len(streams) == 1:
+        async for outputs in streams[0]:
+            yield 0, outputs
+        return
+    waiting = {asyncio.ensure_future(_next(stream)): index for index, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index = waiting.pop(task)
+                if (arrived := task.result()) is not None:
+                    waiting[asyncio.ensure_future(_next(streams[index]))] = index
+                    yield index, arrived
+    finally:
+        for task in waiting:
+            task.cancel()
+
+
+async def _next(stream: OutputStream) -> list[Output] | None:
+    """The next outputs; None at the end."""
+    try:
+        return await anext(stream)
+    except StopAsyncIteration:
+        return None

@@ -1,0 +1,251 @@
+"""The attention function that transformers' models call, and the paged keys and values behind it.
+
+A model is loaded with `attn_implementation=ATTENTION`. Its attention modules then call one registered function,
+which hands the call to whatever hangs on the module: a `CallRecorder` while the loader learns the model's layers,
+a `PagedLayer` when it serves. Step state lives in one `StepContext` that all layers of a model share, not in
+keyword arguments, which some models drop.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from softprompt_kernels.kv_write import kv_write
+from softprompt_kernels.paged_attention import Plan, paged_attention, plan_paged_attention
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+ATTENTION = "softprompt"
+_HANDLER = "softprompt_attention"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionCall:
+    """One call of an attention module, after rotary and projections.
+
+    q      [T, H, D]
+    k, v   [T, Hkv, D]
+    sinks  [H], or None
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    unsupported: str
+
+
+class Handler(Protocol):
+    """What may hang on an attention module."""
+
+    def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        """Answer the call: [T, H, D]."""
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,  # noqa: ARG001 - zero outside training
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface: q [1, H, T, D], k and v [1, Hkv, T, D] → ([1, T, H, D], None)."""
+    unsupported = ""
+    if attention_mask is not None:
+        unsupported = "makes its own attention mask"
+    elif is_causal is False or getattr(module, "is_causal", True) is False:
+        unsupported = "attends to later tokens"
+    elif others.get("position_bias") is not None:
+        unsupported = "adds a position bias to its attention scores"
+    call = AttentionCall(
+        q=query[0].transpose(0, 1),
+        k=key[0].transpose(0, 1),
+        v=value[0].transpose(0, 1),
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        unsupported=unsupported,
+    )
+    handler: Handler = getattr(module, _HANDLER)
+    return handler.attend(module, call)[None], None
+
+
+AttentionInterface.register(ATTENTION, attention_forward)
+
+
+def attach(module: nn.Module, handler: Handler) -> None:
+    """Let `handler` answer the module's attention calls."""
+    setattr(module, _HANDLER, handler)
+
+
+def detach(module: nn.Module) -> None:
+    """Undo `attach`; nothing happens where nothing hangs."""
+    if hasattr(module, _HANDLER):
+        delattr(module, _HANDLER)
+
+
+class CallRecorder:
+    """Notes who calls for attention and how, and answers as if the tokens were one whole sequence."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[nn.Module, AttentionCall]] = []
+
+    def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
+        """Plain causal attention; only its shape matters."""
+        self.calls.append((module, call))
+        if call.unsupported or call.k.shape != call.v.shape:
+            return call.q.new_zeros(*call.q.shape[:2], call.v.shape[2])
+        q, k, v = (tensor.transpose(0, 1) for tensor in (call.q, call.k, call.v))
+        repeats = q.shape[0] // k.shape[0]
+        k, v = k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=call.scale).transpose(0, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """One attention layer as it was seen at work.
+
+    Attributes:
+        module: the module that calls for attention.
+        num_heads, num_kv_heads, head_dim: shape of its queries, and of its keys and values.
+        sliding_window: positions a query sees, itself among them; None: all.
+    """
+
+    module: nn.Module
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int | None
+
+
+@dataclass(slots=True, kw_only=True)
+class StepBatch:
+    """The geometry of one step, common to all layers.
+
+    slots         [T] int64               where each token's key and value go: page * page_size + offset
+    page_table    [B, max_pages] int32
+    query_start   [B + 1] int32
+    context_lens  [B] int32               with the step's tokens
+    """
+
+    slots: Tensor
+    page_table: Tensor
+    query_start: Tensor
+    context_lens: Tensor
+    page_size: int
+    plans: dict[int | None, Plan] = field(default_factory=dict)
+
+    def plan(self, window: int | None, dtype: torch.dtype) -> Plan | None:
+        """The CPU path's plan for layers with this window, made for the first of them; None on a GPU."""
+        if self.slots.device.type != "cpu":
+            return None
+        if window not in self.plans:
+            self.plans[window] = plan_paged_attention(
+                self.page_table,
+                self.query_start,
+                self.context_lens,
+                page_size=self.page_size,
+                dtype=dtype,
+                sliding_window=window,
+            )
+        return self.plans[window]
+
+
+def build_step_batch(
+    spans: Sequence[tuple[int, int, Sequence[int]]], *, page_size: int, device: torch.device
+) -> StepBatch:
+    """Lay out one step.
+
+    Args:
+        spans: (first position, number of new tokens, pages) of each sequence.
+    """
+    page_lists = [list(page_ids[: -(-(start + count) // page_size)]) for start, count, page_ids in spans]
+    width = max(map(len, page_lists))
+    query_start, slots = [0], []
+    for (start, count, _), pages in zip(spans, page_lists, strict=True):
+        query_start.append(query_start[-1] + count)
+        slots += [pages[p // page_size] * page_size + p % page_size for p in range(start, start + count)]
+    table = [pages + [0] * (width - len(pages)) for pages in page_lists]
+    return StepBatch(
+        slots=torch.tensor(slots, dtype=torch.int64).to(device, non_blocking=True),
+        page_table=torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True),
+        query_start=torch.tensor(query_start, dtype=torch.int32).to(device, non_blocking=True),
+        context_lens=torch.tensor([start + count for start, count, _ in spans], dtype=torch.int32).to(
+            device, non_blocking=True
+        ),
+        page_size=page_size,
+    )
+
+
+class StepContext:
+    """Holds the step that is being computed."""
+
+    def __init__(self) -> None:
+        self.batch: StepBatch | None = None
+
+
+class PagedLayer:
+    """The keys and values of one attention layer, and its attention over them.
+
+    keys, values  [num_pages, page_size, Hkv, D]
+    """
+
+    def __init__(self, context: StepContext, keys: Tensor, values: Tensor) -> None:
+        self._context = context
+        self._keys = keys
+        self._values = values
+
+    def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:  # noqa: ARG002
+        """Write the new keys and values into their pages, then attend to all pages of each sequence."""
+        batch = self._context.batch
+        assert batch is not None, "the model ran outside a step"
+        dtype = self._keys.dtype
+        kv_write(self._keys, self._values, call.k.to(dtype), call.v.to(dtype), batch.slots)
+        return paged_attention(
+            call.q.to(dtype),
+            self._keys,
+            self._values,
+            batch.page_table,
+            batch.query_start,
+            batch.context_lens,
+            scale=call.scale,
+            sliding_window=call.sliding_window,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            plan=batch.plan(call.sliding_window, dtype),
+        ).to(call.q.dtype)
+
+
+def attach_pages(
+    layers: Sequence[LayerSpec],
+    context: StepContext,
+    *,
+    num_pages: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Give every layer fresh pages, in place of those it had."""
+    for layer in layers:
+        detach(layer.module)
+        shape = (num_pages, page_size, layer.num_kv_heads, layer.head_dim)
+        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        attach(layer.module, PagedLayer(context, keys, values))
+
+
+def page_bytes(layers: Sequence[LayerSpec], *, page_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one page over all layers."""
+    return sum(2 * page_size * layer.num_kv_heads * layer.head_dim * dtype.itemsize for layer in layers)

@@ -1,0 +1,83 @@
+"""What the machine offers: devices, number formats, free memory."""
+
+from pathlib import Path
+
+import torch
+from softprompt_api.errors import InvalidArgument
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CPU_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+
+CPU_KV_CACHE_SHARE = 0.25
+CPU_KV_CACHE_LIMIT_BYTES = 2 * 2**30
+CUDA_KV_CACHE_SHARE = 0.9
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the first GPU, else the CPU. Raises InvalidArgument."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidArgument(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N", field="device")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise InvalidArgument(f"device is {name!r}, but there are {count} GPUs here", field="device")
+        device = torch.device("cuda", device.index or 0)
+    return device
+
+
+def choose_dtype(name: str, own: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype called `name`; "auto" is the model's own, but on a CPU a 16-bit model becomes bfloat16 where the
+    processor computes in it, else float32. Raises InvalidArgument."""
+    if name != "auto":
+        if name not in _DTYPES:
+            raise InvalidArgument(f"dtype is {name!r}; it must be auto, {', '.join(_DTYPES)}", field="dtype")
+        return _DTYPES[name]
+    if own not in (torch.bfloat16, torch.float16):
+        return torch.float32
+    if device.type == "cpu":
+        return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+    return own
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself."""
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    flags = next((line for line in cpuinfo.splitlines() if line.startswith(("flags", "Features"))), "")
+    return not _CPU_BFLOAT16_FLAGS.isdisjoint(flags.split())
+
+
+def plan_kv_cache_bytes(device: torch.device) -> int:
+    """Memory for KV pages, from what is free now."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return int(free_bytes * CUDA_KV_CACHE_SHARE)
+    return min(int(available_memory_bytes() * CPU_KV_CACHE_SHARE), CPU_KV_CACHE_LIMIT_BYTES)
+
+
+def available_memory_bytes() -> int:
+    """Host memory this process may still take: the machine's, or its container's if that is less."""
+    available = CPU_KV_CACHE_LIMIT_BYTES
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+    except OSError:
+        return available
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
+        if limit != "max":
+            available = min(available, max(0, int(limit) - int(used)))
+    except OSError:
+        pass  # no cgroup v2: the machine's own figure stands
+    return available

@@ -1,0 +1,186 @@
+"""Computes the steps that the scheduler plans."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from softprompt_api.errors import InvalidArgument
+from softprompt_api.params import SamplingParams
+from softprompt_kernels.embed_gather import embed_gather
+from torch import Tensor
+
+from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.messages import LoadAdapter, ModelInfo
+from softprompt_inference.engine.plan import Chunk, Sample, Sampled, StepPlan
+from softprompt_inference.model import hardware
+from softprompt_inference.model.attention import StepContext, attach_pages, build_step_batch, page_bytes
+from softprompt_inference.model.loader import LoadedModel, load_model
+from softprompt_inference.model.rows import VirtualRows
+from softprompt_inference.model.sampler import sample
+
+
+class ModelRunner:
+    """A loaded model with its KV pages and the rows of resident adapters; the engine's `Runner`."""
+
+    def __init__(self, loaded: LoadedModel, *, page_size: int) -> None:
+        self.loaded = loaded
+        self.info: ModelInfo
+        self._page_size = page_size
+        self._context = StepContext()
+        self._rows = VirtualRows(loaded.hidden_size, loaded.dtype, loaded.device)
+
+    def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
+        """Make ids first_id … first_id + num_virtual_tokens − 1 stand for the adapter's rows."""
+        self._rows.load(first_id, adapter)
+
+    def drop_rows(self, first_id: int) -> None:
+        """Forget the rows that were loaded at first_id."""
+        self._rows.drop(first_id)
+
+    def allocate_pages(self, num_pages: int) -> None:
+        """Give the model that many empty KV pages, in place of those it had."""
+        attach_pages(
+            self.loaded.layers,
+            self._context,
+            num_pages=num_pages,
+            page_size=self._page_size,
+            dtype=self.loaded.dtype,
+            device=self.loaded.device,
+        )
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> Sequence[Sampled]:
+        """Compute the plan; one Sampled per chunk that has a sample, in order."""
+        if not plan.chunks:
+            return []
+        logits = self._forward(plan.chunks)
+        return sample(logits, [chunk.sample for chunk in plan.chunks if chunk.sample is not None])
+
+    def _forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Write the chunks' KV; logits of the last token of each chunk that has a sample: [n, vocabulary]."""
+        spans = [(chunk.start, len(chunk.token_ids), chunk.page_ids) for chunk in chunks]
+        positions = [start + i for start, count, _ in spans for i in range(count)]
+        sampled_rows, num_tokens = [], 0
+        for chunk in chunks:
+            num_tokens += len(chunk.token_ids)
+            if chunk.sample is not None:
+                sampled_rows.append(num_tokens - 1)
+        self._context.batch = build_step_batch(spans, page_size=self._page_size, device=self.loaded.device)
+        try:
+            return self.loaded.logits(
+                self._embed([token_id for chunk in chunks for token_id in chunk.token_ids]),
+                self._to_device(positions),
+                self._to_device(sampled_rows),
+            )
+        finally:
+            self._context.batch = None
+
+    def _embed(self, token_ids: list[int]) -> Tensor:
+        """Text through the model's own embedding (some scale there), adapter rows as they are: [T, hidden]."""
+        vocab_size = self.loaded.vocab_size
+        places = [i for i, token_id in enumerate(token_ids) if token_id >= vocab_size]
+        if not places:
+            return self.loaded.embedding(self._to_device(token_ids))  # type: ignore[no-any-return]
+        sources = self._rows.find([token_ids[i] for i in places])
+        text_ids = [token_id if token_id < vocab_size else 0 for token_id in token_ids]
+        embeddings: Tensor = self.loaded.embedding(self._to_device(text_ids))
+        embed_gather(embeddings, self._rows.rows, self._to_device(places), self._to_device(sources))
+        return embeddings
+
+    def _to_device(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self.loaded.device, non_blocking=True)
+
+
+def load_runner(config: EngineConfig, report: Callable[[str], None]) -> ModelRunner:
+    """Load the model, plan its memory and warm it up.
+
+    Args:
+        report: told about each slow phase, in a few words.
+
+    Raises:
+        Unsupported: the architecture cannot be served.
+        InvalidArgument: the folder, or a setting that does not fit it.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    loaded = load_model(config, report)
+    runner = ModelRunner(loaded, page_size=config.page_size)
+    report("warming up")
+    step_bytes = _warm_up(runner, config)
+    bytes_per_page = page_bytes(loaded.layers, page_size=config.page_size, dtype=loaded.dtype)
+    kv_cache_bytes = config.kv_cache_bytes
+    if kv_cache_bytes is None:
+        kv_cache_bytes = hardware.plan_kv_cache_bytes(loaded.device) - step_bytes
+    num_pages = kv_cache_bytes // bytes_per_page
+    if num_pages < 1:
+        raise InvalidArgument(
+            f"one KV page takes {bytes_per_page} bytes, but kv_cache_bytes is {kv_cache_bytes}",
+            field="kv_cache_bytes",
+        )
+    max_model_len = _plan_max_model_len(config, loaded, num_pages)
+    megabytes = num_pages * bytes_per_page / 2**20
+    report(f"reserving {num_pages} KV pages of {config.page_size} tokens ({megabytes:.0f} MiB)")
+    runner.allocate_pages(num_pages)
+    first = loaded.layers[0]
+    runner.info = ModelInfo(
+        architecture=loaded.architecture,
+        hidden_size=loaded.hidden_size,
+        num_layers=len(loaded.layers),
+        num_kv_heads=first.num_kv_heads,
+        head_dim=first.head_dim,
+        vocab_size=loaded.vocab_size,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=str(loaded.device),
+        max_model_len=max_model_len,
+        max_virtual_tokens=config.max_virtual_tokens,
+        weights_bytes=loaded.weights_bytes,
+        kv_cache_bytes=num_pages * bytes_per_page,
+        num_pages=num_pages,
+        page_size=config.page_size,
+    )
+    return runner
+
+
+def _plan_max_model_len(config: EngineConfig, loaded: LoadedModel, num_pages: int) -> int:
+    """The longest sequence: what was asked for, else what model and pages allow."""
+    limit, capacity = loaded.max_positions, num_pages * config.page_size
+    wanted = config.max_model_len
+    if wanted is None:
+        return min(limit, capacity)
+    if wanted > limit:
+        raise InvalidArgument(
+            f"max_model_len is {wanted}, but this model computes at most {limit} positions rightly",
+            field="max_model_len",
+        )
+    if wanted > capacity:
+        raise InvalidArgument(
+            f"max_model_len is {wanted}, but the KV pages hold {capacity} positions; raise kv_cache_bytes",
+            field="max_model_len",
+        )
+    return wanted
+
+
+def _warm_up(runner: ModelRunner, config: EngineConfig) -> int:
+    """Run the largest step once; returns the device memory it took beside weights and pages (0 on a CPU)."""
+    device = runner.loaded.device
+    on_cuda = device.type == "cuda"
+    num_tokens = config.step_tokens(device.type)
+    num_decodes = min(config.max_num_sequences, num_tokens) - 1
+    lengths = [1] * num_decodes + [min(num_tokens - num_decodes, runner.loaded.max_positions)]
+    chunks, num_pages = [], 0
+    for length in lengths:
+        count = -(-length // config.page_size)
+        chunks.append(
+            Chunk(
+                token_ids=[0] * length,
+                start=0,
+                page_ids=range(num_pages, num_pages + count),
+                sample=Sample(params=SamplingParams(), seed=0, index=0, prompt_ids=(), output_ids=()),
+            )
+        )
+        num_pages += count
+    runner.allocate_pages(num_pages)
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        before_bytes = torch.cuda.memory_allocated(device)
+    runner.run(StepPlan(chunks=chunks))
+    return torch.cuda.max_memory_allocated(device) - before_bytes if on_cuda else 0

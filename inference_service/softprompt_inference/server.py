@@ -1,0 +1,201 @@
+"""The inference service as a running server: engine process, adapters, RPCs, graceful stop.
+
+Health says NOT_SERVING from the first moment until the model is loaded and the registry knows of it.
+"""
+
+import asyncio
+import contextlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc
+import structlog
+from softprompt_api.errors import Unavailable
+from softprompt_api.inference.v1 import inference_pb2, inference_pb2_grpc
+from softprompt_api.registry.v1 import registry_pb2, registry_pb2_grpc
+from softprompt_api.rpc.channel import open_channel
+from softprompt_api.rpc.server import ServiceServer
+
+from softprompt_inference.adapters.host_cache import HostCache
+from softprompt_inference.adapters.residency import Residency
+from softprompt_inference.adapters.source import AdapterSource
+from softprompt_inference.announce import Announcer
+from softprompt_inference.engine.client import EngineClient
+from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.messages import DropAdapter, ModelInfo
+from softprompt_inference.generation import Generator
+from softprompt_inference.model.source import resolve_model
+from softprompt_inference.prompts import PromptEncoder
+from softprompt_inference.servicer import Front, InferenceServicer
+from softprompt_inference.settings import Settings
+from softprompt_inference.text import Tokenizer
+
+# Encoding a prompt takes milliseconds; more threads would only take processors from the engine.
+_ENCODING_THREADS = 2
+_GRACE_AFTER_ENGINE_DEATH_S = 1.0
+
+_log = structlog.get_logger()
+
+
+class EngineDied(Exception):
+    """The engine process has ended by itself; the message says how."""
+
+
+class InferenceServer:
+    """Serves between `start` and `stop`, or as an async context manager."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        service = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
+        self._server = ServiceServer(settings.inference_address, [service])
+        self._servicer = InferenceServicer()
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._servicer, self._server.server)
+        self._executor = ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="encode")
+        self._channel: grpc.aio.Channel | None = None
+        self._engine: EngineClient | None = None
+        self._residency: Residency | None = None
+        self._announcing: asyncio.Task[None] | None = None
+
+    @property
+    def port(self) -> int:
+        """The port it listens on."""
+        return self._server.port
+
+    async def start(self) -> None:
+        """Load the model, then serve.
+
+        Raises:
+            OSError: the address is taken.
+            ModelSourceError, EngineStartError, Unsupported: the model cannot be served; the text says why.
+        """
+        settings = self._settings
+        await self._server.start(serving=False)
+        _log.info("starting", port=self.port, model=settings.model)
+        folder = await asyncio.to_thread(resolve_model, settings.model, None, _log.info)
+        engine, tokenizer = await self._load(folder)
+        base_model = make_base_model(settings.model_id, engine.info, tokenizer)
+        self._channel = open_channel(settings.registry_address)
+        stub: registry_pb2_grpc.RegistryServiceAsyncStub = registry_pb2_grpc.RegistryServiceStub(self._channel)
+        self._servicer.open(self._make_front(engine, tokenizer, base_model, AdapterSource(stub, base_model)))
+        await self._announce(Announcer(stub, base_model))
+        await self._server.set_serving(True)
+        _log.info("inference ready", port=self.port, model=base_model.id, device=engine.info.device)
+
+    async def run_until_engine_ends(self) -> None:
+        """Wait for the engine's end, which nobody wished for; then end open calls and raise EngineDied."""
+        assert self._engine is not None, "start it first"
+        reason = await self._engine.dead
+        _log.error("the engine has ended; this service ends with it", reason=reason)
+        await self._server.set_serving(False)
+        await self._server.stop(_GRACE_AFTER_ENGINE_DEATH_S)
+        raise EngineDied(reason)
+
+    async def stop(self) -> None:
+        """Take no more calls, let running ones end within the grace; also after a start that failed."""
+        await self._server.stop(self._settings.grace_s)
+        if self._announcing is not None:
+            self._announcing.cancel()
+        if self._residency is not None:
+            await self._residency.close()
+        if self._engine is not None:
+            await self._engine.stop()
+        if self._channel is not None:
+            await self._channel.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        _log.info("inference stopped")
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def _load(self, folder: Path) -> tuple[EngineClient, Tokenizer]:
+        """Engine and tokenizer, loaded at the same time."""
+        starting = asyncio.create_task(self._start_engine(self._settings.engine_config(folder)))
+        try:
+            tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
+            return await starting, tokenizer
+        except BaseException:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            raise
+
+    async def _start_engine(self, config: EngineConfig) -> EngineClient:
+        self._engine = await EngineClient.start(config, _log.info)
+        return self._engine
+
+    async def _announce(self, announcer: Announcer) -> None:
+        self._announcing = asyncio.create_task(announcer.run())
+        await announcer.announced.wait()
+
+    def _make_front(
+        self,
+        engine: EngineClient,
+        tokenizer: Tokenizer,
+        base_model: registry_pb2.BaseModel,
+        source: AdapterSource,
+    ) -> Front:
+        settings = self._settings
+
+        def drop(digest: str) -> None:
+            with contextlib.suppress(Unavailable):  # an engine that has ended holds nothing
+                engine.submit(DropAdapter(digest=digest))
+
+        self._residency = Residency(
+            fetch=source.fetch,
+            load=lambda adapter: engine.submit(adapter.load_command()),
+            drop=drop,
+            max_adapters=settings.max_prompt_adapters,
+            max_rows=settings.max_adapter_rows,
+            host_cache=HostCache(settings.adapter_cache_bytes),
+        )
+        prompts = PromptEncoder(
+            tokenizer,
+            vocab_size=engine.info.vocab_size,
+            max_tokens=engine.info.max_model_len,
+            executor=self._executor,
+        )
+        generator = Generator(
+            engine=engine,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            source=source,
+            residency=self._residency,
+            base_model_id=base_model.id,
+            max_open_choices=settings.max_num_sequences + settings.max_queued_requests,
+        )
+        return Front(
+            engine=engine,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            generator=generator,
+            base_model=base_model,
+            ready_unix_s=int(time.time()),
+        )
+
+
+def make_base_model(model_id: str, info: ModelInfo, tokenizer: Tokenizer) -> registry_pb2.BaseModel:
+    """The fingerprint of what is served."""
+    return registry_pb2.BaseModel(
+        id=model_id,
+        architecture=info.architecture,
+        hidden_size=info.hidden_size,
+        num_layers=info.num_layers,
+        num_kv_heads=info.num_kv_heads,
+        head_dim=info.head_dim,
+        vocab_size=info.vocab_size,
+        tokenizer_sha256=tokenizer.sha256,
+        max_virtual_tokens=info.max_virtual_tokens,
+        dtype=info.dtype,
+    )

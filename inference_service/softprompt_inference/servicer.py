@@ -1,0 +1,122 @@
+"""The RPCs of inference.proto: parse, call, format. Errors become statuses in the server's interceptor."""
+
+# gRPC names the methods and their arguments.
+# ruff: noqa: ARG002, N802
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+from softprompt_api.errors import Unavailable
+from softprompt_api.inference.v1 import inference_pb2 as pb
+from softprompt_api.inference.v1 import inference_pb2_grpc as pb_grpc
+from softprompt_api.registry.v1 import registry_pb2
+
+from softprompt_inference.convert import to_call, to_prompt, to_response
+from softprompt_inference.generation import EngineHandle, GenerateCall, Generator, Usage
+from softprompt_inference.prompts import PromptEncoder
+from softprompt_inference.text import Tokenizer
+
+_log = structlog.get_logger()
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Front:
+    """What answers the RPCs, once the model is loaded."""
+
+    engine: EngineHandle
+    tokenizer: Tokenizer
+    prompts: PromptEncoder
+    generator: Generator
+    base_model: registry_pb2.BaseModel
+    ready_unix_s: int
+
+
+class InferenceServicer(pb_grpc.InferenceServiceServicer):
+    """Answers Unavailable until it is `opened` with a front."""
+
+    def __init__(self) -> None:
+        self._front: Front | None = None
+
+    def open(self, front: Front) -> None:
+        """Answer with this front from now on."""
+        self._front = front
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        front = self._ready()
+        call = to_call(request)
+        async with aclosing(front.generator.generate(call)) as events:
+            began = time.monotonic()
+            async for event in events:
+                yield to_response(event, front.tokenizer)
+                if isinstance(event, Usage):
+                    _log_request(request.request_id, call, event, time.monotonic() - began)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        front = self._ready()
+        ids = await front.prompts.encode(to_prompt(request))
+        return pb.TokenizeResponse(
+            ids=ids,
+            token_strings=map(front.tokenizer.token_text, ids) if request.return_token_strings else (),
+            max_model_len=front.engine.info.max_model_len,
+            virtual_tokens=await front.generator.count_virtual_tokens(request.adapter),
+        )
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        return pb.DetokenizeResponse(text=await self._ready().prompts.decode(request.ids))
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        front = self._ready()
+        info = front.engine.info
+        return pb.GetModelResponse(
+            base_model=front.base_model,
+            max_model_len=info.max_model_len,
+            device=info.device,
+            max_virtual_tokens=info.max_virtual_tokens,
+            memory=pb.MemoryPlan(
+                weights_bytes=info.weights_bytes,
+                kv_cache_bytes=info.kv_cache_bytes,
+                num_pages=info.num_pages,
+                page_size=info.page_size,
+            ),
+            ready_unix_s=front.ready_unix_s,
+        )
+
+    async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:
+        front = self._ready()
+        stats = front.engine.stats
+        return pb.GetLoadResponse(
+            running=stats.running,
+            waiting=stats.waiting,
+            used_pages=stats.used_pages,
+            num_pages=front.engine.info.num_pages,
+            resident_adapters=stats.resident_adapters,
+            computed_prompt_tokens=stats.computed_prompt_tokens,
+            cached_prompt_tokens=stats.cached_prompt_tokens,
+            generated_tokens=stats.generated_tokens,
+            preemptions=stats.preemptions,
+        )
+
+    def _ready(self) -> Front:
+        if self._front is None:
+            raise Unavailable("the model is still loading; try again in a moment")
+        return self._front
+
+
+def _log_request(request_id: str, call: GenerateCall, usage: Usage, seconds: float) -> None:
+    _log.info(
+        "generated",
+        request_id=request_id,
+        adapter=call.adapter,
+        prompt_tokens=usage.prompt_tokens,
+        virtual_tokens=usage.virtual_tokens,
+        cached_tokens=usage.cached_tokens,
+        completion_tokens=usage.completion_tokens,
+        seconds=round(seconds, 3),
+    )

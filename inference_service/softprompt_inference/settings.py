@@ -1,0 +1,115 @@
+"""The inference service's settings, read once from flags and environment."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import ByteSize, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+
+from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.model.source import DEFAULT_MODEL, is_default_model
+
+ENV_PREFIX = "SOFTPROMPT_"
+_MIB = 2**20
+_LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
+
+PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class SettingsError(Exception):
+    """A setting has a value that cannot be; the message is for the person at the terminal."""
+
+
+class Settings(BaseSettings):
+    """Everything about the inference service that can be set; times in seconds, sizes as bytes or like "4GiB".
+
+    A field is the flag `--field-name`, or the variable `SOFTPROMPT_<FIELD>`.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", protected_namespaces=())
+
+    inference_address: str = Field("127.0.0.1:2244", min_length=3, description="host:port to listen on")
+    inference_allow_remote: bool = Field(
+        False, description="listen, without encryption, beyond this machine's loopback"
+    )
+    registry_address: str = Field("127.0.0.1:2243", min_length=3, description="host:port of the registry")
+    log_format: Literal["auto", "json"] = Field("auto", description="json, or what suits the terminal")
+
+    model: str = Field(DEFAULT_MODEL, min_length=1, description="folder, .gguf file or hub id of the base model")
+    served_model_name: str | None = Field(None, min_length=1, description="public id; default: from the model")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of weights and KV")
+    kv_cache_bytes: ByteSize | None = Field(None, ge=_MIB, description="memory for KV; default: what is free")
+    max_model_len: PositiveInt | None = Field(None, description="longest sequence; default: the model's")
+    max_num_sequences: PositiveInt = Field(256, description="most sequences in one batch")
+    max_step_tokens: PositiveInt | None = Field(None, description="most tokens in one step")
+    num_threads: PositiveInt | None = Field(None, description="torch's threads on a CPU")
+
+    max_virtual_tokens: PositiveInt = Field(512, description="most virtual tokens of one adapter")
+    max_prompt_adapters: PositiveInt = Field(1024, description="most adapters on the device at one time")
+    max_adapter_rows: PositiveInt = Field(65_536, description="most virtual tokens on the device at one time")
+    adapter_cache_bytes: ByteSize = Field(ByteSize(512 * _MIB), ge=0, description="adapters in host memory")
+
+    max_queued_requests: PositiveInt = Field(1024, description="most completions waiting beside a full batch")
+    grace_s: float = Field(30.0, ge=0, le=3600, description="for running requests to end after SIGTERM")
+
+    @model_validator(mode="after")
+    def _check_address(self) -> Self:
+        if not self.inference_allow_remote and not self.inference_address.startswith(_LOOPBACK):
+            raise ValueError(
+                f"inference_address {self.inference_address} is reachable from other machines, without "
+                "encryption; use 127.0.0.1, or set inference_allow_remote where the network is private"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_rows(self) -> Self:
+        if self.max_adapter_rows < self.max_virtual_tokens:
+            raise ValueError(
+                f"max_adapter_rows {self.max_adapter_rows} must hold one adapter of max_virtual_tokens "
+                f"{self.max_virtual_tokens}"
+            )
+        return self
+
+    @property
+    def model_id(self) -> str:
+        """The base model's public id."""
+        if self.served_model_name is not None:
+            return self.served_model_name
+        path = Path(self.model).expanduser()
+        if path.exists():
+            return path.resolve().stem if path.is_file() else path.resolve().name
+        return DEFAULT_MODEL if is_default_model(self.model) else self.model
+
+    def engine_config(self, model_path: Path) -> EngineConfig:
+        """What the engine is started with."""
+        return EngineConfig(
+            model_path=str(model_path),
+            device=self.device,
+            dtype=self.dtype,
+            kv_cache_bytes=None if self.kv_cache_bytes is None else int(self.kv_cache_bytes),
+            max_model_len=self.max_model_len,
+            max_num_sequences=self.max_num_sequences,
+            max_step_tokens=self.max_step_tokens,
+            max_virtual_tokens=self.max_virtual_tokens,
+            num_threads=self.num_threads,
+        )
+
+
+def read_settings(arguments: Sequence[str] = ()) -> Settings:
+    """Read flags and environment; SettingsError, in plain words, for a bad value."""
+    flags = CliSettingsSource[object](
+        Settings,
+        cli_prog_name="python -m softprompt_inference",
+        cli_parse_args=list(arguments),
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+    )
+    try:
+        return Settings(_cli_settings_source=flags)  # type: ignore[call-arg]
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise SettingsError(f"{name}: {first['msg']}" if name else str(first["msg"])) from None

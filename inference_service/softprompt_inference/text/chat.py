@@ -1,0 +1,94 @@
+"""Conversations to prompt ids, through the model's own chat template."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jinja2 import TemplateError
+from softprompt_api.errors import InvalidArgument, Unsupported
+from softprompt_api.names import shown
+
+from softprompt_inference.text.control import ControlTokens
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_MESSAGES = 2048
+MAX_NAME_CHARACTERS = 128
+
+# messages, add_generation_prompt, continue_final_message → the rendered conversation
+Render = Callable[[list[dict[str, str]], bool, bool], str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatMessage:
+    """One turn. `role` is one of ROLES; `name` is optional and given to the template."""
+
+    role: str
+    content: str
+    name: str = ""
+
+
+class ChatEncoder:
+    """Renders conversations and encodes them; special tokens spelled in messages stay plain text.
+
+    Args:
+        render: the sandboxed chat template; None: the model has none.
+        control: tells the template's control tokens from the messages' text.
+    """
+
+    def __init__(self, render: Render | None, control: ControlTokens) -> None:
+        self._render = render
+        self._control = control
+
+    def encode(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """Ids of a conversation; InvalidArgument names what the template or we cannot take."""
+        check_messages(messages)
+        if continue_final_message and add_generation_prompt:
+            raise InvalidArgument(
+                "continue_final_message continues the last message; set add_generation_prompt to false with it",
+                field="continue_final_message",
+            )
+        if self._render is None:
+            raise Unsupported(
+                "the model has no chat template, so it takes no messages; send the text as a prompt instead",
+                field="messages",
+            )
+        shielded = [self._shielded(message) for message in messages]
+        try:
+            rendered = self._render(shielded, add_generation_prompt, continue_final_message)
+        except TemplateError as error:  # also what a template refuses by itself, such as roles out of order
+            raise InvalidArgument(
+                f"the model's chat template refuses the messages: {str(error)[:200]}", field="messages"
+            ) from error
+        except Exception as error:  # a template is foreign code, and can fail in any way over what it is given
+            raise InvalidArgument(
+                "the model's chat template cannot render these messages; see the model's card for what it takes",
+                field="messages",
+            ) from error
+        return self._control.encode(rendered)
+
+    def _shielded(self, message: ChatMessage) -> dict[str, str]:
+        role = "system" if message.role == "developer" else message.role
+        turn = {"role": role, "content": self._control.shield(message.content)}
+        return {**turn, "name": self._control.shield(message.name)} if message.name else turn
+
+
+def check_messages(messages: Sequence[ChatMessage]) -> None:
+    """Raise InvalidArgument for a conversation that no template is asked about."""
+    if not 1 <= len(messages) <= MAX_MESSAGES:
+        raise InvalidArgument(
+            f"a conversation has 1 to {MAX_MESSAGES} messages; there are {len(messages)}", field="messages"
+        )
+    for number, message in enumerate(messages):
+        if message.role not in ROLES:
+            raise InvalidArgument(
+                f"{shown(message.role)} is no role; roles are {', '.join(ROLES)}", field=f"messages[{number}].role"
+            )
+        if len(message.name) > MAX_NAME_CHARACTERS:
+            raise InvalidArgument(
+                f"a name has at most {MAX_NAME_CHARACTERS} characters", field=f"messages[{number}].name"
+            )

@@ -1,0 +1,146 @@
+"""The model's tokenizer: prompts to ids, ids to text, and what else a service must know of it."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from softprompt_api.errors import ContextLengthExceeded, InvalidArgument, Unsupported
+from softprompt_api.params import SamplingParams
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer
+
+from softprompt_inference.text.chat import ChatEncoder, ChatMessage, Render
+from softprompt_inference.text.control import ControlTokens
+from softprompt_inference.text.detokenizer import OutputText
+from softprompt_inference.text.vocabulary import Vocabulary
+
+
+class Tokenizer:
+    """A tokenizer with its chat template. Calls are safe from several threads and keep the interpreter free.
+
+    Attributes:
+        sha256: hex digest of the serialised tokenizer, part of the model's fingerprint.
+        eos_token_ids: every id that ends a sequence, sorted.
+    """
+
+    def __init__(self, backend: Backend, render: Render | None, eos_token_ids: Sequence[int]) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        serialized = backend.to_str()
+        self._backend = backend
+        self._vocabulary = Vocabulary(backend, serialized)
+        self._chat = ChatEncoder(render, ControlTokens(serialized))
+        self.sha256 = hashlib.sha256(serialized.encode()).hexdigest()
+        self.eos_token_ids = tuple(sorted(set(eos_token_ids)))
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Tokenizer":
+        """The tokenizer of a local model folder; Unsupported where it has none that can be used."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers raises whatever the files lead it to
+            raise Unsupported(f"the model's tokenizer cannot be loaded: {str(error)[:300]}") from error
+        if not tokenizer.is_fast:
+            raise Unsupported("the model has no tokenizer.json, and none can be made from its tokenizer's files")
+        return cls(
+            tokenizer.backend_tokenizer,
+            _renderer(tokenizer) if tokenizer.chat_template else None,
+            [*_eos_ids_of_model(Path(folder)), *_ids(tokenizer.eos_token_id)],
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+        """Ids of a text. Special tokens spelled in it are special.
+
+        Args:
+            add_special_tokens: add what the tokenizer adds by itself, such as BOS.
+            max_tokens: refuse a text that cannot fit in so many without encoding it (ContextLengthExceeded).
+        """
+        self._check_size(len(text), max_tokens)
+        _check_unicode(text, field="prompt")
+        # Only the batch call releases the interpreter lock.
+        ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    def encode_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        max_tokens: int | None = None,
+    ) -> list[int]:
+        """Ids of a conversation, `max_tokens` as in `encode`. Special tokens in messages are plain text."""
+        self._check_size(sum(len(message.content) for message in messages), max_tokens)
+        for message in messages:
+            _check_unicode(message.content + message.name, field="messages")
+        return self._chat.encode(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of ids as a whole; ids that the tokenizer does not have are left out."""
+        texts: list[str] = self._backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)
+        return texts[0]
+
+    def output_text(self, params: SamplingParams) -> OutputText:
+        """A detokenizer for one choice."""
+        return OutputText(self._vocabulary, params)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes of one token; empty for an id the tokenizer does not have."""
+        return self._vocabulary.token_bytes(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """Text of one token, replacement characters where it is not whole UTF-8."""
+        return self._vocabulary.token_text(token_id)
+
+    def _check_size(self, num_characters: int, max_tokens: int | None) -> None:
+        if max_tokens is None:
+            return
+        least = -(-num_characters // self._vocabulary.max_token_characters)
+        if least > max_tokens:
+            raise ContextLengthExceeded(
+                f"the prompt has {num_characters} characters, which are at least {least} tokens; "
+                f"the limit is {max_tokens}",
+                field="prompt",
+            )
+
+
+def _renderer(tokenizer: Any) -> Render:
+    def render(messages: list[dict[str, str]], add_generation_prompt: bool, continue_final_message: bool) -> str:
+        rendered: str = tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        return rendered
+
+    return render
+
+
+def _eos_ids_of_model(folder: Path) -> list[int]:
+    """End-of-sequence ids that the model's own files name; newer chat models have several."""
+    ids: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if path.exists():
+            ids += _ids(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+    return ids
+
+
+def _ids(value: Any) -> list[int]:
+    """One id, several, or none, as configs spell them."""
+    values = value if isinstance(value, list) else [value]
+    return [token_id for token_id in values if isinstance(token_id, int)]
+
+
+def _check_unicode(text: str, *, field: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgument("the text holds a lone surrogate, which is no character", field=field) from error

@@ -1,0 +1,166 @@
+"""Tensor files in the store: staged while they arrive, published whole, read with every chunk's digest checked."""
+
+import hashlib
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
+from softprompt_api.errors import AdapterNotFound, DataCorrupted, InvalidArgument
+
+from softprompt_registry import keys
+from softprompt_registry.connection import reads, reply, writes
+
+CHUNK_BYTES = 2**20
+_DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobInfo:
+    """What is stored beside a blob's chunks.
+
+    Attributes:
+        chunk_digests: the sha256 of every chunk, one after the other, 32 bytes each.
+        num_versions: how many versions use the blob.
+    """
+
+    sha256: str
+    size_bytes: int
+    chunk_digests: bytes
+    num_versions: int
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.chunk_digests) // _DIGEST_BYTES
+
+    def digest_of(self, index: int) -> bytes:
+        """sha256 of a chunk."""
+        return self.chunk_digests[index * _DIGEST_BYTES : (index + 1) * _DIGEST_BYTES]
+
+
+class StagedBlob:
+    """One upload's chunks in the store: invisible, and gone after a while unless they are published.
+
+    Bytes are regrouped into chunks of one size, whatever the sizes they arrive in; at most one chunk is in memory.
+    """
+
+    def __init__(self, client: Redis, sha256: str, *, ttl_s: int) -> None:
+        self._client = client
+        self._sha256 = sha256
+        self._ttl_s = ttl_s
+        self._upload = secrets.token_hex(8)
+        self._buffer = bytearray()
+        self._digests = bytearray()
+        self._size_bytes = 0
+
+    @property
+    def keys(self) -> list[str]:
+        """The staged chunks' keys, in order."""
+        count = len(self._digests) // _DIGEST_BYTES
+        return [keys.staged(self._sha256, self._upload, index) for index in range(count)]
+
+    async def write(self, data: bytes) -> None:
+        """Take the next bytes."""
+        self._size_bytes += len(data)
+        self._buffer += data
+        while len(self._buffer) >= CHUNK_BYTES:
+            await self._put(bytes(self._buffer[:CHUNK_BYTES]))
+            del self._buffer[:CHUNK_BYTES]
+
+    async def close(self) -> None:
+        """Write what is left."""
+        if self._buffer:
+            await self._put(bytes(self._buffer))
+            self._buffer.clear()
+
+    @writes
+    async def discard(self) -> None:
+        """Remove what was staged; nothing to remove is fine."""
+        if staged := self.keys:
+            await self._client.unlink(*staged)
+
+    def publish(self, transaction: Pipeline, *, num_versions: int) -> None:
+        """Queue the commands that make the staged chunks the blob, used by so many versions.
+
+        Chunks that are there already are replaced by the same, freshly verified, bytes.
+        """
+        for index, staged in enumerate(self.keys):
+            transaction.rename(staged, keys.chunk(self._sha256, index))
+            transaction.persist(keys.chunk(self._sha256, index))
+        facts: dict[Any, Any] = {
+            "sha256": self._sha256,
+            "size_bytes": self._size_bytes,
+            "chunk_digests": bytes(self._digests),
+            "num_versions": num_versions,
+        }
+        transaction.hset(keys.blob(self._sha256), mapping=facts)
+
+    @writes
+    async def _put(self, chunk: bytes) -> None:
+        index = len(self._digests) // _DIGEST_BYTES
+        # Counted before it is written, so that a write whose answer was lost is discarded as well.
+        self._digests += hashlib.sha256(chunk).digest()
+        await self._client.set(keys.staged(self._sha256, self._upload, index), chunk, ex=self._ttl_s)
+
+
+def decode_blob(fields: dict[bytes, bytes], *, sha256: str) -> BlobInfo | None:
+    """A blob's facts from its hash; None when there is no such blob."""
+    if not fields:
+        return None
+    try:
+        info = BlobInfo(
+            sha256=fields[b"sha256"].decode(),
+            size_bytes=int(fields[b"size_bytes"]),
+            chunk_digests=fields[b"chunk_digests"],
+            num_versions=int(fields[b"num_versions"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise DataCorrupted("the stored facts of a tensor file cannot be read") from error
+    if info.sha256 != sha256 or info.num_chunks != -(-info.size_bytes // CHUNK_BYTES):
+        raise DataCorrupted("the stored facts of a tensor file do not belong to it")
+    return info
+
+
+class BlobReader:
+    """Read published blobs."""
+
+    def __init__(self, client: Redis) -> None:
+        self._client = client
+
+    async def read(self, sha256: str, *, offset: int) -> AsyncIterator[tuple[int, bytes]]:
+        """A blob's bytes from an offset, as (offset, piece); each chunk is compared with its sha256 first.
+
+        Raises:
+            AdapterNotFound: there is no such blob, or it was deleted while it was read.
+            InvalidArgument: the offset lies beyond the file.
+            DataCorrupted: a chunk is not what was stored; no byte of it is given out.
+        """
+        info = await self._info(sha256)
+        if info is None:
+            raise _deleted()
+        if not 0 <= offset <= info.size_bytes:
+            raise InvalidArgument(f"offset must be 0 to {info.size_bytes}, the file's size", field="offset")
+        for index in range(offset // CHUNK_BYTES, info.num_chunks):
+            chunk = await self._chunk(sha256, index)
+            if chunk is None and await self._info(sha256) is None:
+                raise _deleted()
+            if chunk is None or hashlib.sha256(chunk).digest() != info.digest_of(index):
+                raise DataCorrupted("the stored tensors do not match their sha256; register the adapter again")
+            skipped = max(0, offset - index * CHUNK_BYTES)
+            if skipped < len(chunk):
+                yield index * CHUNK_BYTES + skipped, chunk[skipped:]
+
+    @reads
+    async def _info(self, sha256: str) -> BlobInfo | None:
+        return decode_blob(await reply(self._client.hgetall(keys.blob(sha256))), sha256=sha256)
+
+    @reads
+    async def _chunk(self, sha256: str, index: int) -> bytes | None:
+        chunk: bytes | None = await reply(self._client.get(keys.chunk(sha256, index)))
+        return chunk
+
+
+def _deleted() -> AdapterNotFound:
+    return AdapterNotFound("the adapter was deleted", field="digest")

@@ -1,0 +1,254 @@
+"""The registry's rules, without a store or a wire: what may be registered, what is near, how pages are cut."""
+
+import base64
+import binascii
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from softprompt_api.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    BaseModelUnknown,
+    InvalidArgument,
+    Overloaded,
+)
+from softprompt_api.names import AdapterRef, check_name, shown
+
+DEFAULT_PAGE_SIZE = 100
+MAX_PAGE_SIZE = 1000
+MAX_LABELS = 32
+MAX_LABEL_KEY_CHARACTERS = 64
+MAX_LABEL_VALUE_CHARACTERS = 256
+MAX_IDEMPOTENCY_KEY_CHARACTERS = 128
+MAX_BASE_MODEL_ID_CHARACTERS = 256
+SERVING_DTYPES = ("float32", "bfloat16", "float16")
+_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+_PRINTABLE = re.compile(r"[\x21-\x7e][\x20-\x7e]*\Z")
+_CHECK_CHARACTERS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseModel:
+    """The fingerprint of a base model; fields as in the protocol."""
+
+    id: str
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tokenizer_sha256: str
+    max_virtual_tokens: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """A verified adapter that has no version yet."""
+
+    name: str
+    digest: str
+    kind: str
+    num_virtual_tokens: int
+    hidden_size: int
+    dtype: str
+    size_bytes: int
+    tensors_sha256: str
+    config_json: str
+    base_model: BaseModel
+    labels: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterVersion(Draft):
+    """A published version: immutable."""
+
+    version: int
+    id: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """What a client says of an adapter before its tensors."""
+
+    name: str
+    config_json: str
+    size_bytes: int
+    sha256: str
+    idempotency_key: str
+    labels: Mapping[str, str]
+    base_model_id: str
+
+    def content(self) -> str:
+        """sha256 (hex) over everything but the idempotency key."""
+        parts = [self.name, self.config_json, self.size_bytes, self.sha256, dict(self.labels), self.base_model_id]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class EventType(StrEnum):
+    """What a change did."""
+
+    REGISTERED = "registered"
+    VERSION_DELETED = "version_deleted"
+    ADAPTER_DELETED = "adapter_deleted"
+
+
+def check_registration(registration: Registration, *, max_size_bytes: int) -> None:
+    """Raise InvalidArgument or AdapterInvalid for a header that cannot become a version."""
+    check_name(registration.name)
+    if registration.size_bytes < 1:
+        raise InvalidArgument(
+            "tensors_size_bytes must be the size of the file, at least 1", field="tensors_size_bytes"
+        )
+    if registration.size_bytes > max_size_bytes:
+        raise AdapterInvalid(
+            f"the tensor file has {registration.size_bytes} bytes; at most {max_size_bytes} are accepted",
+            field="tensors_size_bytes",
+        )
+    if not _SHA256.match(registration.sha256):
+        raise InvalidArgument("tensors_sha256 must be 64 lower-case hex digits", field="tensors_sha256")
+    key = registration.idempotency_key
+    if key and (len(key) > MAX_IDEMPOTENCY_KEY_CHARACTERS or not _PRINTABLE.match(key)):
+        raise InvalidArgument(
+            f"idempotency_key must be 1 to {MAX_IDEMPOTENCY_KEY_CHARACTERS} printable ASCII characters",
+            field="idempotency_key",
+        )
+    _check_labels(registration.labels)
+
+
+def _check_labels(labels: Mapping[str, str]) -> None:
+    if len(labels) > MAX_LABELS:
+        raise InvalidArgument(f"there are {len(labels)} labels; at most {MAX_LABELS}", field="labels")
+    for key, value in labels.items():
+        if not 1 <= len(key) <= MAX_LABEL_KEY_CHARACTERS or len(value) > MAX_LABEL_VALUE_CHARACTERS:
+            raise InvalidArgument(
+                f"label {shown(key)}: keys have 1 to {MAX_LABEL_KEY_CHARACTERS} characters, "
+                f"values at most {MAX_LABEL_VALUE_CHARACTERS}",
+                field="labels",
+            )
+
+
+def check_base_model(model: BaseModel) -> None:
+    """Raise InvalidArgument for a fingerprint that no adapter could be checked against."""
+    if len(model.id) > MAX_BASE_MODEL_ID_CHARACTERS or not _PRINTABLE.match(model.id):
+        raise InvalidArgument(
+            f"base_model.id must be 1 to {MAX_BASE_MODEL_ID_CHARACTERS} printable ASCII characters",
+            field="base_model.id",
+        )
+    if model.hidden_size < 1:
+        raise InvalidArgument("base_model.hidden_size must be at least 1", field="base_model.hidden_size")
+    for field in ("num_layers", "num_kv_heads", "head_dim", "vocab_size", "max_virtual_tokens"):
+        if getattr(model, field) < 0:
+            raise InvalidArgument(f"base_model.{field} cannot be negative", field=f"base_model.{field}")
+    if model.dtype and model.dtype not in SERVING_DTYPES:
+        raise InvalidArgument(
+            f"base_model.dtype is {shown(model.dtype)}; known are {', '.join(SERVING_DTYPES)}",
+            field="base_model.dtype",
+        )
+
+
+def choose_base_model(models: Sequence[BaseModel], wanted_id: str) -> BaseModel:
+    """The base model a registration is for: the named one, or the only one there is."""
+    known = ", ".join(model.id for model in models[:8])
+    if not models:
+        raise BaseModelUnknown(
+            "the registry knows no base model to check the adapter against; start the inference service, which "
+            "tells of its model, or call PutBaseModel",
+            field="base_model_id",
+        )
+    if not wanted_id:
+        if len(models) > 1:
+            raise InvalidArgument(f"several base models are known; choose one of {known}", field="base_model_id")
+        return models[0]
+    for model in models:
+        if model.id == wanted_id:
+            return model
+    raise BaseModelUnknown(f"no base model {shown(wanted_id)} is known; known are {known}", field="base_model_id")
+
+
+def check_name_is_free_of_models(name: str, models: Iterable[BaseModel]) -> None:
+    """Raise InvalidArgument when an adapter would be spelled like a base model."""
+    for model in models:
+        check_name(name, base_model_id=model.id)
+
+
+def warnings_for(config_json: str, base: BaseModel) -> list[str]:
+    """What a person should know of a registration that was accepted."""
+    trained_on = json.loads(config_json).get("base_model_name_or_path")
+    if not isinstance(trained_on, str) or not trained_on:
+        return []
+    last_part = trained_on.rstrip("/").rpartition("/")[2]
+    if last_part.lower() == base.id.rpartition("/")[2].lower():
+        return []
+    return [f"the config says it was trained on {shown(trained_on)}; it was checked against {shown(base.id)}"]
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str:
+    """The existing name a person most likely meant; "" when none is near."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return near[0] if near else ""
+
+
+def not_found(ref: AdapterRef, *, latest: int | None = None, near: str = "") -> AdapterNotFound:
+    """The error for a spelling that names no version.
+
+    Args:
+        latest: the name's latest version, when the name exists.
+        near: the name the caller most likely meant; "" when none is near.
+    """
+    if ref.digest:
+        return AdapterNotFound(f"no adapter has the digest {ref.digest}", field="adapter")
+    if latest is not None:
+        return AdapterNotFound(
+            f"{ref.name} has no version {ref.version}; its latest is {latest}",
+            field="adapter",
+            details={"did_you_mean": f"{ref.name}@{latest}"},
+        )
+    if not near:
+        return AdapterNotFound(f"there is no adapter {shown(ref.name)}", field="adapter")
+    message = f"there is no adapter {shown(ref.name)}; did you mean {shown(near)}?"
+    return AdapterNotFound(message, field="adapter", details={"did_you_mean": near})
+
+
+def page_size(wanted: int) -> int:
+    """The size of a page; InvalidArgument outside 0 … MAX_PAGE_SIZE."""
+    if not 0 <= wanted <= MAX_PAGE_SIZE:
+        raise InvalidArgument(f"page_size must be 1 to {MAX_PAGE_SIZE}, or 0 for the default", field="page_size")
+    return wanted or DEFAULT_PAGE_SIZE
+
+
+def page_token(query: str, after: str) -> str:
+    """An opaque token for the page of `query` that begins after the item `after`."""
+    return base64.urlsafe_b64encode(f"{_check(query, after)}{after}".encode()).decode()
+
+
+def page_start(token: str, query: str) -> str:
+    """The item a page begins after, "" for the first page; InvalidArgument for a token of anything else."""
+    if not token:
+        return ""
+    try:
+        text = base64.b64decode(token.encode("ascii"), altchars=b"-_", validate=True).decode("ascii")
+    except (binascii.Error, ValueError):
+        text = ""
+    check, after = text[:_CHECK_CHARACTERS], text[_CHECK_CHARACTERS:]
+    if not after or check != _check(query, after):
+        raise InvalidArgument("page_token is not from the page before of this list", field="page_token")
+    return after
+
+
+def _check(query: str, after: str) -> str:
+    # Not a secret: it tells a token of another list, or a mangled one, from one of ours.
+    return hashlib.sha256(f"{query}\n{after}".encode()).hexdigest()[:_CHECK_CHARACTERS]
+
+
+def too_many_writers(name: str) -> Overloaded:
+    """The error when a name kept changing under every attempt to publish."""
+    return Overloaded(f"too many writers change {shown(name)} at this moment; try again")

@@ -1,0 +1,190 @@
+"""Names and versions in the store, as they are changed: one transaction each, all or nothing.
+
+Writers never wait for each other: a transaction watches the keys it read, and begins anew when one changed.
+"""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import redis.exceptions
+from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
+from softprompt_api.errors import Unavailable
+
+from softprompt_registry import catalog, events, keys
+from softprompt_registry.blobs import BlobInfo, StagedBlob, decode_blob
+from softprompt_registry.catalog import AdapterVersion, Draft, EventType
+from softprompt_registry.codec import encode_version
+from softprompt_registry.connection import reply, store_errors, writes
+from softprompt_registry.store import Store
+
+T = TypeVar("T")
+
+IDEMPOTENCY_TTL_S = 7 * 24 * 3600
+_MAX_ATTEMPTS = 200
+_MAX_JITTER_S = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Doomed:
+    """What must be known of a version to delete it; digest and sha256 are "" where its record is damaged."""
+
+    id: int
+    number: int
+    digest: str
+    sha256: str
+
+
+class Changes:
+    """Publish and delete versions."""
+
+    def __init__(self, client: Redis, store: Store) -> None:
+        self._client = client
+        self._store = store
+
+    async def publish(self, draft: Draft, staged: StagedBlob, *, key: str, content: str) -> AdapterVersion:
+        """Make a draft the next version of its name: durable, and visible to everybody at once.
+
+        Args:
+            key: idempotency key, or "".
+            content: sha256 of what the client sent, kept with the key.
+
+        Raises:
+            AdapterConflict: the key was used for other content meanwhile.
+            Unavailable: the store is away.
+        """
+        async with store_errors():
+            version_id = int(await self._client.incr(keys.IDS))
+        try:
+            return await self._publish(draft, staged, version_id=version_id, key=key, content=content)
+        except Unavailable as error:
+            # The answer to the transaction may be lost, and not the transaction.
+            try:
+                version = await self._store.find_id(version_id)
+            except Unavailable:
+                raise Unavailable(
+                    "the store went away; ask for the adapter, or register again with an idempotency key"
+                ) from error
+            if version is None:
+                raise
+            return version
+
+    @writes
+    async def _publish(
+        self, draft: Draft, staged: StagedBlob, *, version_id: int, key: str, content: str
+    ) -> AdapterVersion:
+        blob = keys.blob(draft.tensors_sha256)
+        watched = [keys.name(draft.name), blob, *staged.keys, *([keys.idempotency(key)] if key else [])]
+
+        async def attempt(pipe: Pipeline) -> AdapterVersion:
+            await pipe.watch(*watched)
+            if made := await self._store.made_by(key, content):
+                return made
+            if await reply(pipe.exists(*staged.keys)) != len(staged.keys):
+                raise Unavailable("the upload took too long and expired; register again")
+            number = int(await reply(pipe.hget(keys.name(draft.name), "next")) or 1)
+            num_users = int(await reply(pipe.hget(blob, "num_versions")) or 0)
+            version = AdapterVersion(**_fields(draft), version=number, id=version_id, created_at=datetime.now(UTC))
+            pipe.multi()  # type: ignore[no-untyped-call]
+            pipe.hset(keys.version(version_id), mapping=encode_version(version))
+            pipe.hset(keys.name(draft.name), "next", str(number + 1))
+            pipe.zadd(keys.versions(draft.name), {str(version_id): number})
+            pipe.zadd(keys.NAMES, {draft.name: 0})
+            pipe.sadd(keys.digest(draft.digest), version_id)
+            staged.publish(pipe, num_versions=num_users + 1)
+            events.append(pipe, EventType.REGISTERED, name=draft.name, id_=version_id, version=number)
+            if key:
+                pipe.set(keys.idempotency(key), f"{content}:{version_id}", ex=IDEMPOTENCY_TTL_S)
+            await pipe.execute()
+            return version
+
+        return await self._transact(draft.name, attempt)
+
+    @writes
+    async def delete_adapter(self, name: str) -> int:
+        """Delete a name with all its versions; returns how many there were, 0 when there is no such name."""
+
+        async def attempt(pipe: Pipeline) -> int:
+            await pipe.watch(keys.versions(name))
+            doomed = await self._doomed(pipe, name, low="-inf", high="+inf")
+            if doomed:
+                blobs = await self._blobs(pipe, doomed)
+                pipe.multi()  # type: ignore[no-untyped-call]
+                self._remove(pipe, name, doomed, blobs)
+                pipe.zrem(keys.NAMES, name)
+                events.append(pipe, EventType.ADAPTER_DELETED, name=name)
+                await pipe.execute()
+            return len(doomed)
+
+        return await self._transact(name, attempt)
+
+    @writes
+    async def delete_version(self, name: str, number: int) -> bool:
+        """Delete one version, with the name when it is its last; False when there is no such version."""
+
+        async def attempt(pipe: Pipeline) -> bool:
+            await pipe.watch(keys.versions(name))
+            doomed = await self._doomed(pipe, name, low=number, high=number)
+            if doomed:
+                is_last = await reply(pipe.zcard(keys.versions(name))) == 1
+                blobs = await self._blobs(pipe, doomed)
+                pipe.multi()  # type: ignore[no-untyped-call]
+                self._remove(pipe, name, doomed, blobs)
+                events.append(pipe, EventType.VERSION_DELETED, name=name, version=number, digest=doomed[0].digest)
+                if is_last:
+                    pipe.zrem(keys.NAMES, name)
+                    events.append(pipe, EventType.ADAPTER_DELETED, name=name)
+                await pipe.execute()
+            return bool(doomed)
+
+        return await self._transact(name, attempt)
+
+    async def _transact(self, name: str, attempt: Callable[[Pipeline], Awaitable[T]]) -> T:
+        async with self._client.pipeline(transaction=True) as pipe:
+            for _ in range(_MAX_ATTEMPTS):
+                try:
+                    return await attempt(pipe)
+                except redis.exceptions.WatchError:
+                    await asyncio.sleep(random.uniform(0, _MAX_JITTER_S))
+        raise catalog.too_many_writers(name)
+
+    async def _doomed(self, pipe: Pipeline, name: str, *, low: float | str, high: float | str) -> list[_Doomed]:
+        found = await reply(pipe.zrangebyscore(keys.versions(name), low, high, withscores=True))
+        doomed = []
+        for version_id, number in found:
+            record = await reply(pipe.hmget(keys.version(int(version_id)), "digest", "tensors_sha256"))
+            digest, sha256 = (text.decode() if text else "" for text in record)
+            doomed.append(_Doomed(id=int(version_id), number=int(number), digest=digest, sha256=sha256))
+        return doomed
+
+    async def _blobs(self, pipe: Pipeline, doomed: Sequence[_Doomed]) -> dict[str, BlobInfo]:
+        """The blobs that versions use, watched."""
+        blobs = {}
+        for sha256 in {version.sha256 for version in doomed if version.sha256}:
+            await pipe.watch(keys.blob(sha256))
+            if info := decode_blob(await reply(pipe.hgetall(keys.blob(sha256))), sha256=sha256):
+                blobs[sha256] = info
+        return blobs
+
+    def _remove(self, pipe: Pipeline, name: str, doomed: Sequence[_Doomed], blobs: Mapping[str, BlobInfo]) -> None:
+        """Queue the removal of versions, and of the blobs that nobody uses then."""
+        for version in doomed:
+            pipe.unlink(keys.version(version.id))
+            pipe.zrem(keys.versions(name), version.id)
+            pipe.srem(keys.digest(version.digest), version.id)
+        for sha256, num_gone in Counter(version.sha256 for version in doomed).items():
+            if not (info := blobs.get(sha256)):
+                continue
+            if info.num_versions > num_gone:
+                pipe.hset(keys.blob(sha256), "num_versions", str(info.num_versions - num_gone))
+            else:
+                pipe.unlink(keys.blob(sha256), *(keys.chunk(sha256, index) for index in range(info.num_chunks)))
+
+
+def _fields(draft: Draft) -> dict[str, Any]:
+    return {field.name: getattr(draft, field.name) for field in fields(draft)}

@@ -1,0 +1,52 @@
+"""Versions and base models to what the store holds, and back."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from softprompt_api.errors import DataCorrupted
+
+from softprompt_registry.catalog import AdapterVersion, BaseModel
+
+_INTEGERS = ("version", "id", "num_virtual_tokens", "hidden_size", "size_bytes")
+_TEXTS = ("name", "digest", "kind", "dtype", "tensors_sha256", "config_json")
+
+
+def encode_version(version: AdapterVersion) -> Mapping[Any, Any]:
+    """The hash fields of a version."""
+    fields = {name: str(getattr(version, name)) for name in (*_INTEGERS, *_TEXTS)}
+    fields["base_model"] = encode_base_model(version.base_model)
+    fields["labels"] = json.dumps(dict(version.labels), sort_keys=True)
+    fields["created_at"] = version.created_at.isoformat()
+    return fields
+
+
+def decode_version(fields: Mapping[bytes, bytes], *, version_id: int) -> AdapterVersion:
+    """A version from its hash; DataCorrupted unless it is a whole version with this very id."""
+    try:
+        texts: Mapping[str, Any] = {key.decode(): value.decode() for key, value in fields.items()}
+        numbers: Mapping[str, Any] = {name: int(texts[name]) for name in _INTEGERS}
+        version = AdapterVersion(
+            **{name: texts[name] for name in _TEXTS},
+            **numbers,
+            base_model=decode_base_model(texts["base_model"]),
+            labels=json.loads(texts["labels"]),
+            created_at=datetime.fromisoformat(texts["created_at"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataCorrupted(f"the stored version with id {version_id} cannot be read") from error
+    if version.id != version_id:
+        raise DataCorrupted(f"the store answered with version id {version.id} for {version_id}")
+    return version
+
+
+def encode_base_model(model: BaseModel) -> str:
+    """A base model as JSON."""
+    return json.dumps(asdict(model), sort_keys=True)
+
+
+def decode_base_model(text: str | bytes) -> BaseModel:
+    """A base model from its JSON."""
+    return BaseModel(**json.loads(text))

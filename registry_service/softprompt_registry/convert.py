@@ -1,0 +1,93 @@
+"""Protocol messages to the registry's values, and back."""
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from softprompt_api.registry.v1 import registry_pb2 as pb
+
+from softprompt_registry.catalog import AdapterVersion, BaseModel, EventType, Registration
+from softprompt_registry.events import Event
+from softprompt_registry.watching import Change
+
+_EVENT_TYPES = {
+    EventType.REGISTERED: pb.ADAPTER_EVENT_TYPE_REGISTERED,
+    EventType.VERSION_DELETED: pb.ADAPTER_EVENT_TYPE_VERSION_DELETED,
+    EventType.ADAPTER_DELETED: pb.ADAPTER_EVENT_TYPE_ADAPTER_DELETED,
+}
+
+
+def registration_from(header: pb.RegisterAdapterHeader) -> Registration:
+    """What a client says of an adapter."""
+    return Registration(
+        name=header.name,
+        config_json=header.config_json,
+        size_bytes=header.tensors_size_bytes,
+        sha256=header.tensors_sha256,
+        idempotency_key=header.idempotency_key,
+        labels=dict(header.labels),
+        base_model_id=header.base_model_id,
+    )
+
+
+def base_model_from(message: pb.BaseModel) -> BaseModel:
+    """A fingerprint."""
+    return BaseModel(
+        id=message.id,
+        architecture=message.architecture,
+        hidden_size=message.hidden_size,
+        num_layers=message.num_layers,
+        num_kv_heads=message.num_kv_heads,
+        head_dim=message.head_dim,
+        vocab_size=message.vocab_size,
+        tokenizer_sha256=message.tokenizer_sha256,
+        max_virtual_tokens=message.max_virtual_tokens,
+        dtype=message.dtype,
+    )
+
+
+def base_model_to(model: BaseModel) -> pb.BaseModel:
+    """A fingerprint's message."""
+    return pb.BaseModel(
+        id=model.id,
+        architecture=model.architecture,
+        hidden_size=model.hidden_size,
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        vocab_size=model.vocab_size,
+        tokenizer_sha256=model.tokenizer_sha256,
+        max_virtual_tokens=model.max_virtual_tokens,
+        dtype=model.dtype,
+    )
+
+
+def version_to(version: AdapterVersion) -> pb.AdapterVersion:
+    """A version's message."""
+    created_at = Timestamp()
+    created_at.FromDatetime(version.created_at)
+    return pb.AdapterVersion(
+        name=version.name,
+        version=version.version,
+        id=version.id,
+        digest=version.digest,
+        kind=pb.AdapterKind.Value(f"ADAPTER_KIND_{version.kind}"),
+        num_virtual_tokens=version.num_virtual_tokens,
+        hidden_size=version.hidden_size,
+        dtype=version.dtype,
+        size_bytes=version.size_bytes,
+        tensors_sha256=version.tensors_sha256,
+        config_json=version.config_json,
+        base_model=base_model_to(version.base_model),
+        created_at=created_at,
+        labels=version.labels,
+    )
+
+
+def change_to(change: Change) -> pb.WatchAdaptersResponse:
+    """What a watcher is told, as a message."""
+    if change.event is None:
+        return pb.WatchAdaptersResponse(cursor=change.cursor, type=pb.ADAPTER_EVENT_TYPE_HEARTBEAT)
+    adapter = version_to(change.version) if change.version else _deleted(change.event)
+    return pb.WatchAdaptersResponse(cursor=change.cursor, type=_EVENT_TYPES[change.event.type], adapter=adapter)
+
+
+def _deleted(event: Event) -> pb.AdapterVersion:
+    return pb.AdapterVersion(name=event.name, version=event.version, digest=event.digest)

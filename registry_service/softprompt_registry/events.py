@@ -1,0 +1,126 @@
+"""The stream of changes: what Watch reads, from any cursor that is still kept."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import redis.exceptions
+from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
+from softprompt_api.errors import CursorExpired, InvalidArgument
+
+from softprompt_registry import keys
+from softprompt_registry.catalog import EventType
+from softprompt_registry.connection import reads
+
+MAX_KEPT_EVENTS = 10_000
+_BATCH = 100
+_START = "0-0"
+_CURSOR = re.compile(r"(\d{1,20})-(\d{1,20})\Z", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One change.
+
+    Attributes:
+        cursor: watch from here to get what came after it.
+        id: global id of the version, for REGISTERED.
+        version, digest: of the version, for VERSION_DELETED.
+    """
+
+    cursor: str
+    type: EventType
+    name: str
+    id: int
+    version: int
+    digest: str
+
+
+def append(
+    transaction: Pipeline, type_: EventType, *, name: str, id_: int = 0, version: int = 0, digest: str = ""
+) -> None:
+    """Queue an event into a transaction."""
+    fields: dict[Any, Any] = {"type": type_.value, "name": name, "id": id_, "version": version, "digest": digest}
+    transaction.xadd(keys.EVENTS, fields, maxlen=MAX_KEPT_EVENTS, approximate=True)
+
+
+class EventLog:
+    """Read the stream of changes.
+
+    Args:
+        client: for short commands.
+        watch_client: for waiting ones; its timeout must be longer than any wait.
+    """
+
+    def __init__(self, client: Redis, watch_client: Redis) -> None:
+        self._client = client
+        self._watch_client = watch_client
+
+    async def position(self) -> str:
+        """The cursor after the newest change."""
+        return (await self._state()).last
+
+    async def check(self, cursor: str) -> None:
+        """Raise InvalidArgument for what is no cursor, CursorExpired when changes after it are lost."""
+        asked = _parse(cursor)
+        state = await self._state()
+        if asked > _parse(state.last):
+            raise CursorExpired("the cursor is not of this store; list again and watch from there")
+        if state.is_trimmed and asked < _parse(state.first):
+            raise CursorExpired("changes after the cursor are not kept any more; list again and watch from there")
+
+    @reads
+    async def after(self, cursor: str, *, wait_s: float) -> list[Event]:
+        """Changes after a cursor, oldest first; waits for the first one, and returns [] when the time is over."""
+        answer: Any = await self._watch_client.xread(
+            {keys.EVENTS: cursor}, count=_BATCH, block=max(1, int(wait_s * 1000))
+        )
+        streams = answer.values() if isinstance(answer, dict) else [entries for _, entries in answer or ()]
+        return [_decode(entry_id, fields) for entries in streams for entry_id, fields in _flat(entries)]
+
+    @reads
+    async def _state(self) -> "_State":
+        try:
+            info: Mapping[str, Any] = await self._client.xinfo_stream(keys.EVENTS)
+        except redis.exceptions.ResponseError as error:
+            if "no such key" not in str(error):
+                raise
+            return _State(first=_START, last=_START, is_trimmed=False)
+        first = info["first-entry"]
+        return _State(
+            first=first[0].decode() if first else _START,
+            last=info["last-generated-id"].decode(),
+            is_trimmed=info["entries-added"] > info["length"],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _State:
+    first: str
+    last: str
+    is_trimmed: bool
+
+
+def _flat(entries: Any) -> Any:
+    """RESP3 wraps a stream's entries in one more list."""
+    return entries[0] if entries and isinstance(entries[0], list) else entries
+
+
+def _decode(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Event:
+    return Event(
+        cursor=entry_id.decode(),
+        type=EventType(fields[b"type"].decode()),
+        name=fields[b"name"].decode(),
+        id=int(fields[b"id"]),
+        version=int(fields[b"version"]),
+        digest=fields[b"digest"].decode(),
+    )
+
+
+def _parse(cursor: str) -> tuple[int, int]:
+    match = _CURSOR.match(cursor)
+    if match is None:
+        raise InvalidArgument("this is not a cursor of the registry", field="cursor")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,65 @@
+"""Every key in the store, in one place.
+
+    sp:id                            counter of global ids
+    sp:names                         sorted set of names, for listing
+    sp:events                        stream of changes
+    sp:base                          hash: base model id → fingerprint
+    sp:{n:<name>}                    hash: next version number; stays when the name is deleted
+    sp:{n:<name>}:v                  sorted set: version id by version number
+    sp:{v:<id>}                      hash: one version
+    sp:{d:<digest>}                  set: ids of the versions with this digest
+    sp:{blob:<sha256>}:m             hash: sizes, digests of the chunks, number of versions that use the blob
+    sp:{blob:<sha256>}:c:<i>         chunk of a blob
+    sp:{blob:<sha256>}:u:<upload>:<i>   chunk of an upload that is not published; expires
+    sp:{i:<sha256 of key>}           idempotency key → what it made; expires
+
+Hash tags keep what belongs together in one slot of a cluster. No key holds a client's text but checked names.
+"""
+
+import hashlib
+
+IDS = "sp:id"
+NAMES = "sp:names"
+EVENTS = "sp:events"
+BASE_MODELS = "sp:base"
+PROBE = "sp:probe"
+
+
+def name(adapter: str) -> str:
+    """Counter of a name's versions."""
+    return f"sp:{{n:{adapter}}}"
+
+
+def versions(adapter: str) -> str:
+    """A name's live versions."""
+    return f"sp:{{n:{adapter}}}:v"
+
+
+def version(version_id: int) -> str:
+    """One version."""
+    return f"sp:{{v:{version_id}}}"
+
+
+def digest(adapter_digest: str) -> str:
+    """Versions that share a digest."""
+    return f"sp:{{d:{adapter_digest.removeprefix('sha256:')}}}"
+
+
+def blob(sha256: str) -> str:
+    """A blob's facts."""
+    return f"sp:{{blob:{sha256}}}:m"
+
+
+def chunk(sha256: str, index: int) -> str:
+    """A published chunk."""
+    return f"sp:{{blob:{sha256}}}:c:{index}"
+
+
+def staged(sha256: str, upload: str, index: int) -> str:
+    """A chunk of an upload under way."""
+    return f"sp:{{blob:{sha256}}}:u:{upload}:{index}"
+
+
+def idempotency(key: str) -> str:
+    """What an idempotency key made."""
+    return f"sp:{{i:{hashlib.sha256(key.encode()).hexdigest()}}}"

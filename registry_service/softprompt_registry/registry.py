@@ -1,0 +1,122 @@
+"""What the registry does, in words of its own: the servicer puts them on the wire."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+from softprompt_api.errors import AdapterNotFound, DataCorrupted
+from softprompt_api.names import AdapterRef, check_name, parse_adapter
+
+from softprompt_registry import catalog
+from softprompt_registry.blobs import BlobReader
+from softprompt_registry.catalog import AdapterVersion, BaseModel
+from softprompt_registry.changes import Changes
+from softprompt_registry.events import EventLog
+from softprompt_registry.pages import Page, read_page
+from softprompt_registry.store import Store
+from softprompt_registry.uploads import Piece, UploadLimits, Uploads
+from softprompt_registry.watching import Watching
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """One page of names: where the stream of changes stood before it was read, and how many names there are."""
+
+    page: Page
+    cursor: str
+    total: int
+
+
+class Registry:
+    """Adapters, their versions and their tensors.
+
+    Args:
+        client: the store, for short commands.
+        watch_client: the same store, for commands that wait up to `heartbeat_s`.
+    """
+
+    def __init__(
+        self, client: Redis, watch_client: Redis, *, limits: UploadLimits, heartbeat_s: float, max_watchers: int
+    ) -> None:
+        self._store = Store(client)
+        self._blobs = BlobReader(client)
+        self._changes = Changes(client, self._store)
+        self._events = EventLog(client, watch_client)
+        self.uploads = Uploads(client, self._store, self._changes, limits)
+        self.watching = Watching(self._store, self._events, heartbeat_s=heartbeat_s, max_watchers=max_watchers)
+
+    async def get(self, spelling: str) -> AdapterVersion:
+        """The version a spelling names; AdapterNotFound tells what may have been meant."""
+        ref = parse_adapter(spelling)
+        version = await self._store.find(ref)
+        if version is None:
+            raise await self._not_found(ref)
+        return version
+
+    async def list_adapters(self, *, size: int, token: str, prefix: str) -> Listing:
+        """One page of the names that begin with a prefix, each with its latest version."""
+
+        async def fetch(after: str, limit: int) -> Sequence[tuple[str, AdapterVersion | None]]:
+            names = await self._store.names(prefix=prefix, after=after, limit=limit)
+            return list(zip(names, await self._store.latest(names), strict=True))
+
+        cursor = await self._events.position()
+        page = await read_page(fetch, query=f"adapters {prefix}", size=size, token=token)
+        return Listing(page=page, cursor=cursor, total=await self._store.count_names())
+
+    async def list_versions(self, name: str, *, size: int, token: str) -> Page:
+        """One page of a name's versions, newest first."""
+
+        async def fetch(after: str, limit: int) -> Sequence[tuple[str, AdapterVersion | None]]:
+            found = await self._store.version_ids(name, below=int(after) if after else None, limit=limit)
+            versions = await self._store.find_ids([version_id for _, version_id in found])
+            return [(str(number), version) for (number, _), version in zip(found, versions, strict=True)]
+
+        check_name(name)
+        if await self._store.latest_number(name) is None:
+            raise await self._not_found(AdapterRef(name=name))
+        return await read_page(fetch, query=f"versions {name}", size=size, token=token)
+
+    async def delete_adapter(self, name: str) -> int:
+        """Delete a name with all its versions; returns how many there were."""
+        check_name(name)
+        num_deleted = await self._changes.delete_adapter(name)
+        if not num_deleted:
+            raise await self._not_found(AdapterRef(name=name))
+        return num_deleted
+
+    async def delete_version(self, name: str, number: int) -> None:
+        """Delete one version."""
+        ref = parse_adapter(f"{check_name(name)}@{number}", field="version")
+        if not await self._changes.delete_version(name, number):
+            raise await self._not_found(ref)
+
+    async def read(self, digest: str, *, offset: int) -> AsyncIterator[tuple[AdapterVersion, Piece]]:
+        """A version's tensor file from an offset, piece by piece; every piece was compared with its sha256."""
+        ref = parse_adapter(digest, field="digest")
+        version = await self._store.find(ref)
+        if version is None or not ref.digest:
+            raise catalog.not_found(ref)
+        try:
+            async for start, data in self._blobs.read(version.tensors_sha256, offset=offset):
+                yield version, Piece(offset=start, data=data)
+        except AdapterNotFound:
+            if await self._store.find(ref) is None:
+                raise
+            raise DataCorrupted("the stored tensors are missing; register the adapter again") from None
+
+    async def put_base_model(self, model: BaseModel) -> None:
+        """Tell of a base model that is served; replaces what was known under its id."""
+        catalog.check_base_model(model)
+        await self._store.put_base_model(model)
+
+    async def base_models(self) -> list[BaseModel]:
+        """All known base models, in order of ids."""
+        return await self._store.base_models()
+
+    async def _not_found(self, ref: AdapterRef) -> AdapterNotFound:
+        if ref.digest:
+            return catalog.not_found(ref)
+        latest = await self._store.latest_number(ref.name) if ref.version is not None else None
+        near = "" if latest else catalog.nearest_name(ref.name, await self._store.names_near(ref.name))
+        return catalog.not_found(ref, latest=latest, near=near)

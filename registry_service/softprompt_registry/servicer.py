@@ -1,0 +1,91 @@
+"""RegistryService on the wire: parse, call, format. Errors become statuses in the server's interceptor."""
+
+# gRPC names the methods and their arguments.
+# ruff: noqa: ARG002, N802
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from softprompt_api.errors import InvalidArgument
+from softprompt_api.registry.v1 import registry_pb2 as pb
+from softprompt_api.registry.v1 import registry_pb2_grpc
+
+from softprompt_registry.convert import base_model_from, base_model_to, change_to, registration_from, version_to
+from softprompt_registry.registry import Registry
+from softprompt_registry.uploads import Piece
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
+    """Serve a Registry."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    async def RegisterAdapter(
+        self, request_iterator: AsyncIterator[pb.RegisterAdapterRequest], context: Context
+    ) -> pb.RegisterAdapterResponse:
+        requests = aiter(request_iterator)
+        first = await anext(requests, pb.RegisterAdapterRequest())
+        if first.WhichOneof("part") != "header":
+            raise InvalidArgument("the first message of an upload must be its header", field="header")
+        registered = await self._registry.uploads.register(registration_from(first.header), _pieces(requests))
+        return pb.RegisterAdapterResponse(adapter=version_to(registered.version), warnings=registered.warnings)
+
+    async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
+        return pb.GetAdapterResponse(adapter=version_to(await self._registry.get(request.adapter)))
+
+    async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
+        listing = await self._registry.list_adapters(
+            size=request.page_size, token=request.page_token, prefix=request.name_prefix
+        )
+        return pb.ListAdaptersResponse(
+            adapters=[version_to(version) for version in listing.page.versions],
+            next_page_token=listing.page.next_token,
+            cursor=listing.cursor,
+            total_size=listing.total,
+        )
+
+    async def ListVersions(self, request: pb.ListVersionsRequest, context: Context) -> pb.ListVersionsResponse:
+        page = await self._registry.list_versions(request.name, size=request.page_size, token=request.page_token)
+        versions = [version_to(version) for version in page.versions]
+        return pb.ListVersionsResponse(versions=versions, next_page_token=page.next_token)
+
+    async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:
+        return pb.DeleteAdapterResponse(deleted_versions=await self._registry.delete_adapter(request.name))
+
+    async def DeleteVersion(self, request: pb.DeleteVersionRequest, context: Context) -> pb.DeleteVersionResponse:
+        await self._registry.delete_version(request.name, request.version)
+        return pb.DeleteVersionResponse()
+
+    async def ReadTensors(
+        self, request: pb.ReadTensorsRequest, context: Context
+    ) -> AsyncIterator[pb.ReadTensorsResponse]:
+        async for version, piece in self._registry.read(request.digest, offset=request.offset):
+            chunk = pb.Chunk(offset=piece.offset, data=piece.data)
+            yield pb.ReadTensorsResponse(chunk=chunk, size_bytes=version.size_bytes)
+
+    async def WatchAdapters(
+        self, request: pb.WatchAdaptersRequest, context: Context
+    ) -> AsyncIterator[pb.WatchAdaptersResponse]:
+        async for change in self._registry.watching.watch(request.cursor):
+            yield change_to(change)
+
+    async def PutBaseModel(self, request: pb.PutBaseModelRequest, context: Context) -> pb.PutBaseModelResponse:
+        await self._registry.put_base_model(base_model_from(request.base_model))
+        return pb.PutBaseModelResponse()
+
+    async def ListBaseModels(
+        self, request: pb.ListBaseModelsRequest, context: Context
+    ) -> pb.ListBaseModelsResponse:
+        models = await self._registry.base_models()
+        return pb.ListBaseModelsResponse(base_models=[base_model_to(model) for model in models])
+
+
+async def _pieces(requests: AsyncIterator[pb.RegisterAdapterRequest]) -> AsyncIterator[Piece]:
+    async for request in requests:
+        if request.WhichOneof("part") != "chunk":
+            raise InvalidArgument("after the header of an upload follow chunks alone", field="chunk")
+        yield Piece(offset=request.chunk.offset, data=request.chunk.data)

@@ -1,0 +1,87 @@
+"""The registry's settings, read once from flags and environment."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, Self
+
+from pydantic import AliasChoices, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+
+ENV_PREFIX = "SOFTPROMPT_REGISTRY_"
+_GIB = 2**30
+_LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
+
+PositiveSeconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class SettingsError(Exception):
+    """A setting is unknown or has a value that cannot be; the message is for the person at the terminal."""
+
+
+class Settings(BaseSettings):
+    """Everything about the registry that can be set; sizes in bytes, times in seconds.
+
+    A field is the flag `--field-name`, or the variable `SOFTPROMPT_REGISTRY_<FIELD>`; the log format, which other
+    services share, is `SOFTPROMPT_LOG_FORMAT`.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", populate_by_name=True)
+
+    address: str = Field("127.0.0.1:2243", min_length=3, description="host:port to listen on; port 0: a free one")
+    allow_remote: bool = Field(False, description="listen, without encryption, beyond this machine's loopback")
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="redis://, rediss:// or unix:// of the store")
+    durability: Literal["strong", "weak"] = Field(
+        "strong", description="strong: start only with a store that keeps every acknowledged write"
+    )
+    log_format: Literal["auto", "json"] = Field(
+        "auto",
+        description="json, or what suits the terminal",
+        validation_alias=AliasChoices("log_format", "log-format", "SOFTPROMPT_LOG_FORMAT"),
+    )
+
+    max_upload_bytes: int = Field(2 * _GIB, ge=1024, description="largest tensor file")
+    max_uploads: int = Field(64, ge=1, le=4096, description="uploads at the same time")
+    max_watchers: int = Field(256, ge=1, le=4096, description="watchers at the same time")
+    upload_timeout_s: PositiveSeconds = Field(900.0, description="for one upload")
+    heartbeat_s: PositiveSeconds = Field(5.0, description="between heartbeats of a quiet watch")
+    store_timeout_s: PositiveSeconds = Field(5.0, description="for one command of the store")
+    start_timeout_s: PositiveSeconds = Field(30.0, description="to wait for the store at the start")
+    probe_interval_s: PositiveSeconds = Field(1.0, description="between looks whether the store answers")
+    grace_s: float = Field(30.0, ge=0, le=3600, description="for running calls to end after SIGTERM")
+
+    @model_validator(mode="after")
+    def _check_address(self) -> Self:
+        if not self.allow_remote and not self.address.startswith(_LOOPBACK):
+            raise ValueError(
+                f"address {self.address} is reachable from other machines, without encryption; use 127.0.0.1, or "
+                "set allow_remote where the network is private"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_redis_url(self) -> Self:
+        if not self.redis_url.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("redis_url must begin with redis://, rediss:// or unix://")
+        return self
+
+
+def read_settings(arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Settings:
+    """Read flags and environment; SettingsError, in plain words, for an unknown setting or a bad value."""
+    environment = os.environ if environment is None else environment
+    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
+    if unknown := sorted(name for name in environment if name.startswith(ENV_PREFIX) and name not in known):
+        raise SettingsError(f"unknown setting {unknown[0]}; known are {', '.join(sorted(known))}")
+    flags = CliSettingsSource[object](
+        Settings,
+        cli_prog_name="python -m softprompt_registry",
+        cli_parse_args=list(arguments),
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+    )
+    try:
+        return Settings(_cli_settings_source=flags)  # type: ignore[call-arg]
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise SettingsError(f"{name}: {first['msg']}" if name else str(first["msg"])) from None

@@ -1,0 +1,90 @@
+"""Before the first request: is the store there, and does it keep what it acknowledges?"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+import redis.exceptions
+import structlog
+from redis.asyncio import Redis
+from softprompt_api.errors import Unavailable
+
+from softprompt_registry import keys
+from softprompt_registry.connection import reply, store_errors
+
+_log = structlog.get_logger()
+_RETRY_S = 0.2
+_REPORT_S = 5.0
+
+# What makes an acknowledged write survive the death of every process, the store's own too.
+_REQUIRED: Mapping[str, str] = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+
+
+class StoreUnfit(Exception):
+    """The store cannot be used; the message says what to do."""
+
+
+def shown_url(url: str) -> str:
+    """A store's address for messages, without its password."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+async def wait_for_store(client: Redis, url: str, *, timeout_s: float) -> None:
+    """Return when the store answers; StoreUnfit when it does not within the time."""
+    deadline = time.monotonic() + timeout_s
+    next_report = time.monotonic() + _REPORT_S / 5
+    while True:
+        try:
+            async with store_errors():
+                await reply(client.ping())
+        except Unavailable as error:
+            cause = str(error.__cause__)
+            if isinstance(error.__cause__, redis.exceptions.AuthenticationError):
+                raise StoreUnfit(f"the store at {shown_url(url)} refuses the password") from None
+            if time.monotonic() > deadline:
+                raise StoreUnfit(
+                    f"no store answers at {shown_url(url)} ({cause}); start Redis or Valkey there, or set "
+                    "redis_url"
+                ) from None
+            if time.monotonic() > next_report:
+                next_report = time.monotonic() + _REPORT_S
+                _log.warning("waiting for the store", store=shown_url(url), cause=cause)
+            await asyncio.sleep(_RETRY_S)
+        else:
+            return
+
+
+async def check_store(client: Redis, *, durability: str) -> None:
+    """Raise StoreUnfit unless the store can be written and, for "strong", keeps every acknowledged write."""
+    problems = await _problems(client)
+    if problems and durability == "strong":
+        raise StoreUnfit(
+            f"the store would lose acknowledged adapters: {'; '.join(problems)}. Start it with "
+            "'--appendonly yes --appendfsync always --maxmemory-policy noeviction', or accept losses with "
+            "--durability weak"
+        )
+    if problems:
+        _log.warning("durability is weak: acknowledged adapters may be lost", problems="; ".join(problems))
+    try:
+        written = secrets.token_hex(8)
+        await reply(client.set(keys.PROBE, written, ex=60))
+        read = await reply(client.get(keys.PROBE))
+    except redis.exceptions.RedisError as error:
+        raise StoreUnfit(f"the store cannot be written: {error}") from None
+    if read != written.encode():
+        raise StoreUnfit("the store does not give back what was written; is another registry starting?")
+
+
+async def _problems(client: Redis) -> list[str]:
+    problems = []
+    for name, wanted in _REQUIRED.items():
+        try:
+            found = (await reply(client.config_get(name))).get(name)
+        except redis.exceptions.RedisError as error:
+            return [f"its settings cannot be read ({error})"]
+        if found != wanted:
+            problems.append(f"{name} is {found!r} and must be {wanted!r}")
+    return problems

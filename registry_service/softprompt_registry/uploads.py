@@ -1,0 +1,138 @@
+"""A registration from its header to its version: checked while it streams in, visible only when it is whole."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import structlog
+from redis.asyncio import Redis
+from softprompt_api.errors import DeadlineExceeded, InvalidArgument, Overloaded, Unavailable
+from softprompt_api.formats import AdapterVerifier, parse_config
+
+from softprompt_registry import catalog
+from softprompt_registry.blobs import CHUNK_BYTES, StagedBlob
+from softprompt_registry.catalog import AdapterVersion, Draft, Registration
+from softprompt_registry.changes import Changes
+from softprompt_registry.store import Store
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadLimits:
+    """What one upload, and all of them together, may take."""
+
+    max_size_bytes: int
+    max_concurrent: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A piece of a file, and where it starts."""
+
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registered:
+    """The version that a registration made, and what a person should know of it."""
+
+    version: AdapterVersion
+    warnings: list[str]
+
+
+class Uploads:
+    """Take uploads."""
+
+    def __init__(self, client: Redis, store: Store, changes: Changes, limits: UploadLimits) -> None:
+        self._client = client
+        self._store = store
+        self._changes = changes
+        self._limits = limits
+        self._num_running = 0
+
+    async def register(self, registration: Registration, pieces: AsyncIterator[Piece]) -> Registered:
+        """Make the next version of a name from a header and the pieces of its tensor file."""
+        catalog.check_registration(registration, max_size_bytes=self._limits.max_size_bytes)
+        content = registration.content()
+        async with self._slot():
+            if made := await self._store.made_by(registration.idempotency_key, content):
+                return Registered(version=made, warnings=[])
+            return await self._upload(registration, content, pieces)
+
+    async def _upload(self, registration: Registration, content: str, pieces: AsyncIterator[Piece]) -> Registered:
+        spec = parse_config(registration.config_json)
+        models = await self._store.base_models()
+        base = catalog.choose_base_model(models, registration.base_model_id)
+        catalog.check_name_is_free_of_models(registration.name, models)
+        verifier = AdapterVerifier(
+            spec,
+            size_bytes=registration.size_bytes,
+            sha256=registration.sha256,
+            hidden_size=base.hidden_size,
+            max_virtual_tokens=base.max_virtual_tokens,
+            dtype=base.dtype,
+        )
+        # Longer than any upload may take: what is published cannot have expired.
+        staged = StagedBlob(self._client, registration.sha256, ttl_s=int(self._limits.timeout_s) + 300)
+        try:
+            await _receive(pieces, verifier, staged)
+            verified = verifier.finish()
+            await staged.close()
+            draft = Draft(
+                name=registration.name,
+                digest=verified.digest,
+                kind=spec.kind.value,
+                num_virtual_tokens=spec.num_virtual_tokens,
+                hidden_size=spec.hidden_size,
+                dtype=verified.tensor_dtype,
+                size_bytes=verified.size_bytes,
+                tensors_sha256=verified.sha256,
+                config_json=registration.config_json,
+                base_model=base,
+                labels=dict(registration.labels),
+            )
+            version = await self._changes.publish(draft, staged, key=registration.idempotency_key, content=content)
+        finally:
+            await _discard(staged)
+        _log.info("registered", adapter=version.name, version=version.version, digest=version.digest)
+        return Registered(version=version, warnings=catalog.warnings_for(registration.config_json, base))
+
+    @asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        """One of a bounded number of uploads, for a bounded time."""
+        if self._num_running >= self._limits.max_concurrent:
+            raise Overloaded(f"{self._num_running} uploads are running, as many as are allowed; try again")
+        self._num_running += 1
+        try:
+            async with asyncio.timeout(self._limits.timeout_s):
+                yield
+        except TimeoutError:
+            raise DeadlineExceeded(f"the upload took more than {self._limits.timeout_s:g} s") from None
+        finally:
+            self._num_running -= 1
+
+
+async def _receive(pieces: AsyncIterator[Piece], verifier: AdapterVerifier, staged: StagedBlob) -> None:
+    position = 0
+    async for piece in pieces:
+        if piece.offset != position:
+            raise InvalidArgument(
+                f"the chunk starts at {piece.offset}, but {position} bytes were sent before", field="chunk.offset"
+            )
+        if not 1 <= len(piece.data) <= CHUNK_BYTES:
+            raise InvalidArgument(f"a chunk has 1 to {CHUNK_BYTES} bytes", field="chunk.data")
+        position += len(piece.data)
+        verifier.feed(piece.data)
+        await staged.write(piece.data)
+
+
+async def _discard(staged: StagedBlob) -> None:
+    """Remove what an upload left; after a publication nothing is left."""
+    try:
+        await staged.discard()
+    except Unavailable:
+        _log.info("the store is away; what an upload left there expires by itself")

@@ -1,0 +1,56 @@
+"""The command `softprompt`."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+from softprompt_api.errors import SoftpromptError
+
+from softprompt.cli import adapters, doctor, run, serve, talk
+from softprompt.cli.argv import repeat_flags
+from softprompt.cli.problems import Problem
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="softprompt",
+    help="Serve soft prompts over one base model, and manage them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("run", help="Start everything on this machine and serve MODEL.")(run.run)
+app.command(
+    "serve",
+    help="Start one service, set through its environment: registry, inference or gateway.",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(serve.serve)
+app.add_typer(adapters.app, name="adapter")
+app.command("complete", help="Complete a text with a running system.")(talk.complete)
+app.command("chat", help="Chat with a running system.")(talk.chat)
+app.command("doctor", help="Say what is installed, what is missing, and what is in the way.")(doctor.doctor)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 1 it could not be done, 2 wrong usage; one plain line says why."""
+    try:
+        code = app(
+            repeat_flags(sys.argv[1:] if argv is None else argv), prog_name="softprompt", standalone_mode=False
+        )
+    except typer.TyperException as error:
+        _fail(" ".join(error.format_message().split()), error.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except Problem as problem:
+        _fail(problem.message, problem.exit_code, detail=problem.detail)
+    except SoftpromptError as error:
+        hint = error.details.get("did_you_mean")
+        _fail(error.message + (f" (did you mean {hint!r}?)" if hint and hint not in error.message else ""), 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int, *, detail: str = "") -> None:
+    lines = [f"softprompt: {message or 'no command; see softprompt --help'}", *([detail] if detail else [])]
+    print("\n".join(lines), file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,6 @@
+"""`python -m softprompt.cli`."""
+
+from softprompt.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""`softprompt adapter`: add, list, show and remove adapters of a running system."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.table import Table
+
+from softprompt.cli.problems import WrongUsage
+from softprompt.registry import DEFAULT_ADDRESS, AdapterInfo, RegistryClient
+
+app = typer.Typer(
+    help="Add, list, show and remove adapters of a running system.", no_args_is_help=True, rich_markup_mode=None
+)
+
+Registry = Annotated[
+    str,
+    typer.Option("--registry", envvar="SOFTPROMPT_REGISTRY_ADDRESS", help="host:port of the registry's gRPC"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Adapter = Annotated[str, typer.Argument(help="NAME, NAME@VERSION or sha256:DIGEST")]
+
+
+@app.command(help="Register a PEFT folder or a hub id under NAME; requests can use it at once.")
+def add(
+    name: Annotated[str, typer.Argument(help="what requests call it")],
+    path: Annotated[str, typer.Argument(help="folder with adapter_config.json and adapter_model.safetensors")],
+    label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="free text to keep with it")] = None,
+    registry: Registry = DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+) -> None:
+    """Upload one adapter; an existing name gets a new version."""
+    labels = dict(_label(text) for text in label or ())
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with (
+        RegistryClient(registry) as client,
+        Progress(*columns, console=Console(stderr=True), transient=True) as bar,
+    ):
+        task = bar.add_task(f"uploading {name}")
+        info, warnings = client.add(
+            name, path, labels=labels, progress=lambda sent, total: bar.update(task, completed=sent, total=total)
+        )
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    if as_json:
+        _print_json(info.as_dict())
+    else:
+        typer.echo(f"{info.name}@{info.version} is ready: {info.num_virtual_tokens} virtual tokens, {info.digest}")
+
+
+@app.command(help="List the adapters, the latest version of each.")
+def ls(registry: Registry = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+    """List every name."""
+    with RegistryClient(registry) as client:
+        adapters = client.adapters()
+    if as_json:
+        _print_json([info.as_dict() for info in adapters])
+    elif not adapters:
+        typer.echo("no adapters; add one with: softprompt adapter add NAME PATH")
+    else:
+        Console().print(_table(adapters))
+
+
+@app.command(help="Show one adapter, and with a bare name all its versions.")
+def show(adapter: Adapter, registry: Registry = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+    """Show everything the registry knows."""
+    with RegistryClient(registry) as client:
+        info = client.get(adapter)
+        versions = client.versions(info.name) if adapter == info.name else [info]
+    if as_json:
+        _print_json({**info.as_dict(), "versions": [version.version for version in versions]})
+        return
+    facts = Table.grid(padding=(0, 2))
+    for name, value in info.as_dict().items():
+        facts.add_row(name.replace("_", " "), json.dumps(value) if isinstance(value, dict) else str(value))
+    console = Console()
+    console.print(facts, highlight=False, markup=False)
+    if len(versions) > 1:
+        console.print(_table(versions))
+
+
+@app.command(
+    help="Delete an adapter with all its versions, or NAME@VERSION alone. Running requests finish with it."
+)
+def rm(adapter: Adapter, registry: Registry = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+    """Delete a name or one version."""
+    with RegistryClient(registry) as client:
+        deleted = client.remove(adapter)
+    if as_json:
+        _print_json({"adapter": adapter, "deleted_versions": deleted})
+    else:
+        typer.echo(f"deleted {adapter} ({deleted} {'version' if deleted == 1 else 'versions'})")
+
+
+def _label(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise WrongUsage(f"--label: {text!r} is not KEY=VALUE")
+    return key, value
+
+
+def _table(adapters: list[AdapterInfo]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for column in ("NAME", "VERSION", "KIND", "VIRTUAL TOKENS", "DTYPE", "SIZE", "DIGEST", "CREATED"):
+        table.add_column(column, no_wrap=True)
+    for info in adapters:
+        size = f"{info.size_bytes / 1024:,.1f} KiB"
+        tokens, digest = str(info.num_virtual_tokens), info.digest[:19]
+        table.add_row(info.name, str(info.version), info.kind, tokens, info.dtype, size, digest, info.created_at)
+    return table
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))

@@ -1,0 +1,101 @@
+"""`softprompt doctor`: what is installed, what is missing, and what is in the way."""
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from softprompt.cli import ports
+from softprompt.cli.options import RunOptions, default_data_dir
+from softprompt.cli.problems import Problem, WrongUsage
+from softprompt.cli.store import find_server
+
+# What each extra must be able to import.
+_EXTRAS = {
+    "registry": ("redis", "tenacity"),
+    "gateway": ("fastapi", "uvicorn", "prometheus_client"),
+    "inference": ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "msgspec", "jinja2"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that was looked at; `remedy` says what to do where it is not well."""
+
+    subject: str
+    state: str
+    remedy: str = ""
+
+
+def doctor(
+    data_dir: Annotated[
+        str | None, typer.Option(envvar="SOFTPROMPT_DATA_DIR", help="the data folder to look at")
+    ] = None,
+) -> None:
+    """Print every finding; exit 1 when something must be done before `softprompt run` can work."""
+    findings = [*_python(), *_extras(), *_torch(), *_store(), *_ports(), _folder(data_dir or default_data_dir())]
+    for finding in findings:
+        mark = "!" if finding.remedy else "ok"
+        typer.echo(f"{mark:>2}  {finding.subject:<14} {finding.state}")
+        if finding.remedy:
+            typer.echo(f"{'':<19}→ {finding.remedy}")
+    if any(finding.remedy for finding in findings):
+        raise typer.Exit(1)
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding(subject="python", state=f"{sys.version.split()[0]} ({sys.executable})")
+    yield Finding(subject="softprompt", state=importlib.metadata.version("softprompt"))
+
+
+def _extras() -> Iterator[Finding]:
+    for extra, modules in _EXTRAS.items():
+        missing = [module for module in modules if importlib.util.find_spec(module) is None]
+        if missing:
+            remedy = f"pip install 'softprompt[{extra}]'"
+            yield Finding(subject=extra, state=f"not installed: {', '.join(missing)}", remedy=remedy)
+        else:
+            yield Finding(subject=extra, state="installed")
+
+
+def _torch() -> Iterator[Finding]:
+    if importlib.util.find_spec("torch") is None:
+        return
+    import torch
+
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device, so the CPU is used"
+    yield Finding(subject="torch", state=f"{torch.__version__}, {cuda}")
+
+
+def _store() -> Iterator[Finding]:
+    try:
+        yield Finding(subject="store", state=str(find_server()))
+    except Problem as problem:
+        yield Finding(subject="store", state="none", remedy=problem.message)
+
+
+def _ports() -> Iterator[Finding]:
+    for flag in ("port", "registry_port", "inference_port"):
+        port = int(RunOptions.model_fields[flag].default)
+        subject = f"port {port}"
+        try:
+            ports.claim("127.0.0.1", port, f"--{flag.replace('_', '-')}")
+            yield Finding(subject=subject, state="free")
+        except WrongUsage as problem:
+            yield Finding(subject=subject, state="taken", remedy=problem.message)
+
+
+def _folder(data_dir: str) -> Finding:
+    folder = Path(data_dir).expanduser()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if os.access(existing, os.W_OK):
+        return Finding(subject="data folder", state=str(folder))
+    return Finding(
+        subject="data folder", state=f"{folder} cannot be written", remedy="choose another with --data-dir"
+    )

@@ -1,0 +1,158 @@
+"""What `softprompt run` is told: flags win over the environment, which wins over the config file."""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from softprompt_api.errors import InvalidArgument
+from softprompt_api.names import check_name
+
+from softprompt.cli.problems import WrongUsage
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def default_data_dir() -> str:
+    """`$XDG_DATA_HOME/softprompt`, or `~/.local/share/softprompt`."""
+    return str(Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "softprompt")
+
+
+def default_model() -> str:
+    """The model that is served when none is named."""
+    from softprompt_inference.model.source import DEFAULT_MODEL
+
+    return DEFAULT_MODEL
+
+
+class RunOptions(BaseModel):
+    """Options of one system on this machine. Field names are the config file's keys and, with dashes, the flags.
+
+    Ports: 0 takes a free one. Sizes: `kv_cache_gb` in GiB. None leaves the choice to the service.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    model: str = Field(default_factory=default_model, min_length=1)
+    served_model_name: str | None = Field(default=None, min_length=1)
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: Port = 2242
+    registry_port: Port = 2243
+    inference_port: Port = 2244
+    data_dir: str = Field(default_factory=default_data_dir, min_length=1)
+    redis_url: str | None = Field(default=None, min_length=1)
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_cache_gb: float | None = Field(default=None, gt=0)
+    max_model_len: int | None = Field(default=None, ge=1)
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    enable_prompt_adapter: bool = True
+    prompt_adapters: dict[str, str] = Field(default_factory=dict)
+    max_prompt_adapters: int | None = Field(default=None, ge=1)
+    max_prompt_adapter_token: int = Field(default=512, ge=1)
+
+    @field_validator("prompt_adapters", mode="before")
+    @classmethod
+    def _adapters_in_any_form(cls, value: object) -> dict[str, str]:
+        return parse_adapters(value)
+
+    @field_validator("enable_prompt_adapter")
+    @classmethod
+    def _adapters_are_always_enabled(cls, value: bool) -> bool:
+        if not value:
+            raise ValueError("must be true: soft prompts are always served; without adapters they cost nothing")
+        return value
+
+
+def parse_adapters(value: object) -> dict[str, str]:
+    """Adapter name → path from a mapping, or from a list of "name=path" or {name: …, path: …}.
+
+    Raises ValueError, also when a name comes twice with different paths.
+    """
+    if value is None:
+        return {}
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+    elif isinstance(value, list | tuple):
+        pairs = [_pair(entry) for entry in value]
+    else:
+        raise ValueError("must be a mapping of names to paths, or a list of NAME=PATH")
+    adapters: dict[str, str] = {}
+    for name, path in pairs:
+        if not isinstance(name, str) or not isinstance(path, str) or not path:
+            raise ValueError(f"{name!r}: {path!r} is not a name with a path")
+        try:
+            check_name(name)
+        except InvalidArgument as error:
+            raise ValueError(error.message) from error
+        if adapters.setdefault(name, path) != path:
+            raise ValueError(f"{name!r} is given twice, with different paths")
+    return adapters
+
+
+def _pair(entry: object) -> tuple[object, object]:
+    if isinstance(entry, str) and "=" in entry:
+        name, _, path = entry.partition("=")
+        return name, path
+    if isinstance(entry, Mapping) and set(entry) == {"name", "path"}:
+        return entry["name"], entry["path"]
+    if isinstance(entry, Mapping) and len(entry) == 1:
+        return next(iter(entry.items()))
+    raise ValueError(f"{entry!r} is not NAME=PATH")
+
+
+def make_options(flags: Mapping[str, Any], config: Path | None = None) -> RunOptions:
+    """Options from flags (None: not given), then the config file, then the defaults; WrongUsage otherwise."""
+    given = {key: value for key, value in flags.items() if value is not None}
+    try:
+        return RunOptions.model_validate({**(read_config(config) if config else {}), **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        source = f"--{key.replace('_', '-')}" if key in given else f"{key} in {config}" if config else key
+        raise WrongUsage(f"{source}: {first['msg'].removeprefix('Value error, ')}") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys of a YAML config file; dashes may stand for underscores. WrongUsage names what is wrong."""
+    try:
+        loaded = _UniqueKeyLoader(path.read_text(encoding="utf-8")).get_single_data()
+    except OSError as error:
+        raise WrongUsage(f"cannot read the config file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise WrongUsage(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise WrongUsage(f"{path} must hold `key: value` lines, such as `model: {default_model()}`")
+    values: dict[str, Any] = {}
+    for key, value in loaded.items():
+        values[_known_key(str(key), path)] = value
+    return values
+
+
+def _known_key(key: str, path: Path) -> str:
+    name = key.replace("-", "_")
+    if name in RunOptions.model_fields:
+        return name
+    if name == "lora_modules":
+        raise WrongUsage(f"lora_modules in {path}: LoRA adapters are not supported yet; remove the key")
+    near = difflib.get_close_matches(name, RunOptions.model_fields, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(RunOptions.model_fields)}"
+    raise WrongUsage(f"unknown key {key!r} in {path}; {hint}")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice instead of keeping the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice!r} is given twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,93 @@
+"""What a system that has started shows: what it serves, where, and one command to try."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import grpc
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from softprompt_api.inference.v1 import inference_pb2 as pb
+from softprompt_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from softprompt_api.rpc.channel import open_blocking_channel
+from softprompt_api.rpc.status import from_rpc_error
+
+from softprompt.cli.options import RunOptions
+from softprompt.cli.services import Addresses
+from softprompt.registry import AdapterInfo, RegistryClient
+
+_MAX_ADAPTERS = 12
+_MIB = 2**20
+
+
+def show(console: Console, options: RunOptions, addresses: Addresses, logs: Path) -> None:
+    """Print the start panel, with facts asked from the running services."""
+    model = get_model(addresses.inference)
+    with RegistryClient(addresses.registry) as registry:
+        adapters = registry.adapters()
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    for name, value in _facts(options, addresses, logs, model, adapters):
+        facts.add_row(name, Text(value))
+    console.print(Panel(facts, title="Softprompt is serving", title_align="left", expand=False))
+    # Outside the frame, so that it can be copied.
+    console.print(curl(addresses, model, adapters), highlight=False, markup=False, soft_wrap=True)
+    console.print("Ctrl-C stops everything.", style="dim")
+
+
+def get_model(address: str) -> pb.GetModelResponse:
+    """What the inference service says of itself; an error of softprompt_api.errors when it cannot."""
+    with open_blocking_channel(address) as channel:
+        try:
+            return InferenceServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=20.0)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+
+
+def curl(addresses: Addresses, model: pb.GetModelResponse, adapters: list[AdapterInfo]) -> str:
+    """One request to paste: the first adapter's, or the base model's."""
+    body = {
+        "model": adapters[0].name if adapters else model.base_model.id,
+        "prompt": "Tweet text : @support my order still has not arrived Label :" if adapters else "The sky is",
+        "max_tokens": 16,
+        "temperature": 0,
+    }
+    return (
+        f'curl {addresses.gateway_url}/v1/completions -H "Content-Type: application/json" \\\n  -d {_quoted(body)}'
+    )
+
+
+def _quoted(body: Mapping[str, object]) -> str:
+    return "'" + json.dumps(body).replace("'", "'\\''") + "'"
+
+
+def _facts(
+    options: RunOptions, addresses: Addresses, logs: Path, model: pb.GetModelResponse, adapters: list[AdapterInfo]
+) -> list[tuple[str, str]]:
+    base, memory = model.base_model, model.memory
+    return [
+        ("model", f"{base.id} ({base.architecture}, {base.num_layers} layers, hidden size {base.hidden_size})"),
+        ("device", f"{model.device}, {base.dtype}"),
+        (
+            "memory",
+            f"weights {memory.weights_bytes / _MIB:,.0f} MiB, KV cache {memory.kv_cache_bytes / _MIB:,.0f} MiB = "
+            f"{memory.num_pages} pages of {memory.page_size} positions",
+        ),
+        ("context", f"{model.max_model_len} positions, at most {model.max_virtual_tokens} of them virtual tokens"),
+        ("adapters", _adapter_list(adapters)),
+        ("OpenAI API", f"{addresses.gateway_url}/v1   (documentation: {addresses.gateway_url}/docs)"),
+        ("gRPC", f"registry {addresses.registry}, inference {addresses.inference}"),
+        ("store", addresses.redis_url if options.redis_url is None else "as given by --redis-url"),
+        ("logs", str(logs)),
+    ]
+
+
+def _adapter_list(adapters: list[AdapterInfo]) -> str:
+    if not adapters:
+        return "none yet: softprompt adapter add NAME PATH"
+    shown = ", ".join(f"{info.name}@{info.version}" for info in adapters[:_MAX_ADAPTERS])
+    more = len(adapters) - _MAX_ADAPTERS
+    return f"{shown} and {more} more" if more > 0 else shown

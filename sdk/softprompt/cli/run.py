@@ -1,0 +1,92 @@
+"""`softprompt run`: everything on one machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from softprompt.cli.options import make_options
+from softprompt.cli.problems import WrongUsage
+from softprompt.cli.stopping import Stop
+from softprompt.cli.supervisor import Supervisor
+
+_SERVING = "Serving"
+_MODEL = "Model"
+_ADAPTERS = "Adapters"
+
+
+def run(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            envvar="SOFTPROMPT_MODEL",
+            help="Hugging Face folder, .gguf file or hub id; SmolLM2-135M-Instruct when not given",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(envvar="SOFTPROMPT_CONFIG", help="YAML file; its keys are these flags")
+    ] = None,
+    prompt_adapters: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH ...", help="adapters to register; PATH is a PEFT folder or a hub id"),
+    ] = None,
+    enable_prompt_adapter: Annotated[
+        bool | None,
+        typer.Option("--enable-prompt-adapter", help="accepted for vLLM's sake: soft prompts are always served"),
+    ] = None,
+    max_prompt_adapter_token: Annotated[
+        int | None,
+        typer.Option(envvar="SOFTPROMPT_MAX_PROMPT_ADAPTER_TOKEN", help="most virtual tokens of an adapter"),
+    ] = None,
+    max_prompt_adapters: Annotated[
+        int | None, typer.Option(envvar="SOFTPROMPT_MAX_PROMPT_ADAPTERS", help="most adapters kept in memory")
+    ] = None,
+    lora_modules: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH ...", help="not supported yet")
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(envvar="SOFTPROMPT_SERVED_MODEL_NAME", help="what requests call the base model")
+    ] = None,
+    host: Annotated[str | None, typer.Option(envvar="SOFTPROMPT_HOST", help="interface of the HTTP API")] = None,
+    port: Annotated[
+        int | None, typer.Option(envvar="SOFTPROMPT_PORT", help="port of the HTTP API; 0 takes a free one")
+    ] = None,
+    registry_port: Annotated[int | None, typer.Option(envvar="SOFTPROMPT_REGISTRY_PORT")] = None,
+    inference_port: Annotated[int | None, typer.Option(envvar="SOFTPROMPT_INFERENCE_PORT")] = None,
+    data_dir: Annotated[
+        str | None,
+        typer.Option(envvar="SOFTPROMPT_DATA_DIR", help="keeps adapters and logs; ~/.local/share/softprompt"),
+    ] = None,
+    redis_url: Annotated[
+        str | None, typer.Option(envvar="SOFTPROMPT_REDIS_URL", help="use this Redis or Valkey, embed none")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(envvar="SOFTPROMPT_DEVICE", help="auto, cpu, cuda or cuda:N")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(envvar="SOFTPROMPT_DTYPE", help="auto, float32, bfloat16 or float16")
+    ] = None,
+    kv_cache_gb: Annotated[
+        float | None, typer.Option(envvar="SOFTPROMPT_KV_CACHE_GB", help="memory for the KV cache, in GiB")
+    ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(envvar="SOFTPROMPT_MAX_MODEL_LEN", help="longest sequence, virtual tokens included"),
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(envvar="SOFTPROMPT_MAX_NUM_SEQS", help="most sequences in one batch")
+    ] = None,
+) -> None:
+    """Start the store, the registry, the inference service and the gateway; Ctrl-C ends them all."""
+    if lora_modules:
+        raise WrongUsage(
+            "--lora-modules: LoRA adapters are not supported yet; soft prompts are (--prompt-adapters)"
+        )
+    flags = dict(locals())
+    for not_an_option in ("config", "lora_modules"):
+        del flags[not_an_option]
+    options = make_options(flags, config)
+    stop = Stop()
+    stop.listen()
+    Supervisor(options, Console(), stop).run()

@@ -1,0 +1,26 @@
+"""`softprompt serve`: one service, in this very process."""
+
+import os
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from softprompt.cli.services import command
+
+
+class Service(StrEnum):
+    """The services."""
+
+    REGISTRY = "registry"
+    INFERENCE = "inference"
+    GATEWAY = "gateway"
+
+
+def serve(
+    context: typer.Context,
+    service: Annotated[Service, typer.Argument(help="which one")],
+) -> None:
+    """Become the service: signals and exit code are its own."""
+    line = command(service, context.args)
+    os.execv(line[0], line)

@@ -1,0 +1,163 @@
+"""All services on one machine, as processes that live and end together.
+
+store → registry → gateway and inference → adapters → serve until asked to stop → all ended, last started first
+"""
+
+import contextlib
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+from softprompt_api.errors import SoftpromptError
+from softprompt_api.rpc.probe import is_serving
+
+from softprompt.adapter_files import LocalAdapter, find_adapter
+from softprompt.cli import panel, ports
+from softprompt.cli.options import RunOptions
+from softprompt.cli.phases import Phase, phase
+from softprompt.cli.problems import Problem, WrongUsage
+from softprompt.cli.processes import Child
+from softprompt.cli.services import GRACE_S, Addresses, command, environment
+from softprompt.cli.stopping import Stop
+from softprompt.cli.store import EmbeddedStore, locked
+from softprompt.registry import RegistryClient
+
+# Loading a large model from a cold disk takes minutes; a hub may have to be asked for it first.
+READY_TIMEOUT_S = 3600.0
+_POLL_S = 0.05
+_WATCH_S = 0.25
+
+
+class _Stopped(Exception):
+    """Somebody asked to stop while the system was starting."""
+
+
+class Supervisor:
+    """Starts a system, watches it, ends it. Not reusable.
+
+    Args:
+        options: what to serve and where.
+        console: where progress, the panel and the services' errors go.
+        stop: already listening to signals.
+    """
+
+    def __init__(self, options: RunOptions, console: Console, stop: Stop) -> None:
+        self._options = options
+        self._console = console
+        self._stop = stop
+        self._data_dir = Path(options.data_dir).expanduser().absolute()
+        self._logs = self._data_dir / "logs"
+        self._children: list[Child] = []
+
+    def run(self) -> None:
+        """Serve until asked to stop. Problem when something does not start, or ends unasked."""
+        adapters = {name: _find(name, path) for name, path in self._options.prompt_adapters.items()}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self._data_dir))
+            store = None if self._options.redis_url else EmbeddedStore(self._data_dir, self._logs, self._stop)
+            addresses = self._claim_addresses(store)
+            stack.callback(self._end_all)
+            with contextlib.suppress(_Stopped):
+                self._start_all(store, addresses)
+                self._register(adapters, addresses)
+                panel.show(self._console, self._options, addresses, self._logs)
+                self._watch()
+
+    def _claim_addresses(self, store: EmbeddedStore | None) -> Addresses:
+        options = self._options
+        registry_port = ports.claim("127.0.0.1", options.registry_port, "--registry-port")
+        inference_port = ports.claim("127.0.0.1", options.inference_port, "--inference-port")
+        return Addresses(
+            redis_url=store.url if store else str(options.redis_url),
+            registry=f"127.0.0.1:{registry_port}",
+            inference=f"127.0.0.1:{inference_port}",
+            gateway_host=options.host,
+            gateway_port=ports.claim(options.host, options.port, "--port"),
+        )
+
+    def _start_all(self, store: EmbeddedStore | None, addresses: Addresses) -> None:
+        if store is not None:
+            with self._phase("store") as current:
+                self._children.append(store.start())
+                current.result = store.version()
+        with self._phase("registry") as current:
+            self._start("registry", addresses)
+            self._await(lambda: is_serving(addresses.registry, 1.0), current)
+            current.result = f"gRPC on {addresses.registry}"
+        with self._phase("inference") as current:
+            self._start("inference", addresses)
+            self._start("gateway", addresses)
+            self._await(lambda: is_serving(addresses.inference, 1.0), current)
+            current.result = f"gRPC on {addresses.inference}, {self._options.model}"
+        with self._phase("gateway") as current:
+            self._await(lambda: _is_ready(addresses.gateway_url), current)
+            current.result = f"HTTP on {addresses.gateway_url}"
+
+    def _start(self, service: str, addresses: Addresses) -> None:
+        env = environment(service, self._options, addresses)
+        self._children.append(Child(service, command(service), log=self._logs / f"{service}.log", env=env))
+
+    def _await(self, ready: Callable[[], bool], current: Phase) -> None:
+        while not ready():
+            self._check_children()
+            if current.elapsed_s > READY_TIMEOUT_S:
+                raise Problem(
+                    f"{current.name} is not ready after {READY_TIMEOUT_S:.0f} s; its log is in {self._logs}"
+                )
+            current.tick()
+            if self._stop.wait(_POLL_S):
+                raise _Stopped
+
+    def _register(self, adapters: dict[str, LocalAdapter], addresses: Addresses) -> None:
+        with RegistryClient(addresses.registry) as registry:
+            for name, adapter in adapters.items():
+                if self._stop.asked():
+                    raise _Stopped
+                with self._phase("adapter") as current:
+                    try:
+                        info, is_new = registry.ensure(name, adapter)
+                    except SoftpromptError as error:
+                        raise Problem(f"cannot serve the adapter {name!r}: {error.message}") from error
+                    state = "registered" if is_new else "unchanged"
+                    current.result = f"{name}@{info.version}, {info.num_virtual_tokens} virtual tokens, {state}"
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_WATCH_S):
+            for child in self._children:
+                for line in child.new_errors():
+                    self._console.print(f"{child.name}: {line}", style="red", highlight=False, markup=False)
+            self._check_children()
+
+    def _check_children(self) -> None:
+        for child in self._children:
+            code = child.exit_code()
+            if code is not None:
+                how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+                raise Problem(
+                    f"{child.name} ended unexpectedly ({how}); its log ends with", detail=child.log_tail()
+                )
+
+    def _end_all(self) -> None:
+        if self._stop.asked():
+            self._console.print("stopping …")
+        for child in reversed(self._children):
+            child.end(GRACE_S, hurried=self._stop.hurried)
+
+    def _phase(self, name: str) -> contextlib.AbstractContextManager[Phase]:
+        return phase(name, self._console)
+
+
+def _find(name: str, path: str) -> LocalAdapter:
+    try:
+        return find_adapter(path)
+    except SoftpromptError as error:
+        raise WrongUsage(f"adapter {name!r}: {error.message}") from error
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health/ready", timeout=1.0, trust_env=False).is_success
+    except httpx.HTTPError:
+        return False

@@ -1,0 +1,110 @@
+"""The gateway from Python: text as it is generated, for the command line and for scripts without an OpenAI SDK."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+from softprompt_api import errors
+
+DEFAULT_URL = "http://127.0.0.1:2242"
+_CONNECT_TIMEOUT_S = 5.0
+# The first token may have to wait for others' prompts.
+_READ_TIMEOUT_S = 600.0
+
+_BY_STATUS: Mapping[int, type[errors.SoftpromptError]] = {
+    404: errors.AdapterNotFound,
+    409: errors.AdapterConflict,
+    429: errors.Overloaded,
+    500: errors.InternalError,
+    503: errors.Unavailable,
+    504: errors.DeadlineExceeded,
+}
+
+
+class GatewayClient:
+    """A connection to a gateway; close it, or use it in a `with`. Failures raise errors of softprompt_api.errors.
+
+    Args:
+        url: the gateway, with or without `/v1`.
+    """
+
+    def __init__(self, url: str = DEFAULT_URL) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self._http = httpx.Client(
+            base_url=self._url, timeout=httpx.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._http.close()
+
+    def models(self) -> list[dict[str, Any]]:
+        """The base model, then the adapters, as `/v1/models` tells them."""
+        with self._translated():
+            answer = self._http.get("/v1/models")
+        _raise_for_error(answer)
+        models: list[dict[str, Any]] = answer.json()["data"]
+        return models
+
+    def base_model(self) -> str:
+        """The base model's id."""
+        return str(next(model["id"] for model in self.models() if not model.get("parent")))
+
+    def complete(self, prompt: str, **body: Any) -> Iterator[str]:
+        """Pieces of a completion. `body` holds further fields of `/v1/completions`, such as `model`."""
+        for event in self._stream("/v1/completions", {"prompt": prompt, **body}):
+            for choice in event.get("choices", ()):
+                yield choice.get("text") or ""
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **body: Any) -> Iterator[str]:
+        """Pieces of the assistant's answer. `body` holds further fields of `/v1/chat/completions`."""
+        for event in self._stream("/v1/chat/completions", {"messages": list(messages), **body}):
+            for choice in event.get("choices", ()):
+                yield choice.get("delta", {}).get("content") or ""
+
+    def _stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        with self._translated(), self._http.stream("POST", path, json={**body, "stream": True}) as answer:
+            if answer.is_error:
+                answer.read()
+            _raise_for_error(answer)
+            for line in answer.iter_lines():
+                data = line.removeprefix("data: ")
+                if data == line or data == "[DONE]":
+                    continue
+                event: dict[str, Any] = json.loads(data)
+                if "error" in event:
+                    raise errors.InternalError(str(event["error"].get("message")))
+                yield event
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise errors.Unavailable(
+                f"no gateway answers at {self._url}: start one with `softprompt run`, or give its address"
+            ) from error
+        except httpx.HTTPError as error:
+            raise errors.Unavailable(f"the gateway at {self._url} broke off: {error}") from error
+
+
+def _raise_for_error(answer: httpx.Response) -> None:
+    if not answer.is_error:
+        return
+    try:
+        error = answer.json()["error"]
+        message, field = str(error["message"]), str(error.get("param") or "")
+    except (ValueError, KeyError, TypeError):
+        message, field = f"the gateway answered {answer.status_code} without saying why", ""
+    raise _BY_STATUS.get(answer.status_code, errors.InvalidArgument)(message, field=field)

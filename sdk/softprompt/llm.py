@@ -1,0 +1,256 @@
+"""`LLM`: the engine in this process, without servers."""
+
+import itertools
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from softprompt_api.errors import InvalidArgument, SoftpromptError
+from softprompt_api.params import SamplingParams
+from softprompt_inference.choice import Choice
+from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.engine import Engine
+from softprompt_inference.engine.keys import VirtualIds
+from softprompt_inference.engine.messages import AddRequest, ModelInfo, SoftPromptPart, TextPart
+from softprompt_inference.engine.prompt import make_sequence
+from softprompt_inference.model.runner import load_runner
+from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
+from softprompt_inference.text import ChatMessage, Tokenizer
+
+from softprompt.batch import Running, run
+from softprompt.outputs import RequestOutput
+from softprompt.prompts import ParsedPrompt, Prompt, one_each, parse_prompts
+from softprompt.requests import PromptAdapterRequest
+from softprompt.resident import ResidentAdapters
+
+_log = logging.getLogger(__name__)
+_GIB = 2**30
+
+Adapters = PromptAdapterRequest | Sequence[PromptAdapterRequest | None] | None
+Message = Mapping[str, str]
+
+
+class LLM:
+    """One base model with any number of soft prompts, mixed freely in one batch. Not for several threads at once.
+
+    Args:
+        model: Hugging Face folder, .gguf file or hub id.
+        enable_prompt_adapter: whether calls may name adapters.
+        max_prompt_adapters: how many adapters stay loaded between calls.
+        max_prompt_adapter_token: most virtual tokens of one adapter.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda" or "cuda:1".
+        max_model_len: longest sequence, virtual tokens included; None: the model's own limit.
+        max_num_seqs: most sequences in one batch.
+        max_num_batched_tokens: most tokens computed in one step; None: by device.
+        kv_cache_gb: memory for the KV cache in GiB; None: planned from what is free.
+        seed: makes calls without a seed of their own repeatable; None: random.
+
+    Raises ValueError when there is no such model, and errors of softprompt_api.errors when it cannot be served.
+    """
+
+    def __init__(
+        self,
+        model: str = DEFAULT_MODEL,
+        *,
+        enable_prompt_adapter: bool = True,
+        max_prompt_adapters: int = 64,
+        max_prompt_adapter_token: int = 512,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int | None = None,
+        kv_cache_gb: float | None = None,
+        seed: int | None = None,
+    ) -> None:
+        folder = resolve_model(str(model), report=_log.info)
+        config = EngineConfig(
+            model_path=str(folder),
+            device=device,
+            dtype=dtype,
+            kv_cache_bytes=None if kv_cache_gb is None else int(kv_cache_gb * _GIB),
+            max_model_len=max_model_len,
+            max_num_sequences=max_num_seqs,
+            max_step_tokens=max_num_batched_tokens,
+            max_virtual_tokens=max_prompt_adapter_token,
+        )
+        self._tokenizer = Tokenizer.load(folder)
+        self._engine = Engine(load_runner(config, _log.info), config)
+        self._adapters = ResidentAdapters(self._engine, max_prompt_adapters)
+        self._enable_prompt_adapter = enable_prompt_adapter
+        self._random = random.Random(seed)
+        self._request_ids = itertools.count()
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model, its limits and its memory."""
+        return self._engine.info
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        prompt_adapter_request: Adapters = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete prompts, all in one batch; outputs in the prompts' order.
+
+        Args:
+            prompts: one or a list of: text, token ids, {"prompt": …}, {"prompt_token_ids": […]}.
+            sampling_params: one for all, or one for each; None: SamplingParams().
+            prompt_adapter_request: one for all, or a list with one or None (the base model) for each.
+            use_tqdm: show progress on a terminal.
+
+        Raises an error of softprompt_api.errors, before anything runs, that names the prompt which cannot be run.
+        """
+        parsed = parse_prompts(prompts)
+        ids = [self._encode(index, prompt) for index, prompt in enumerate(parsed)]
+        texts = [prompt.text for prompt in parsed]
+        return self._run(texts, ids, sampling_params, prompt_adapter_request, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        prompt_adapter_request: Adapters = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of a list of them, through the model's chat template.
+
+        A message is {"role": …, "content": …}; the rest is as in `generate`.
+        """
+        conversations = _conversations(messages)
+        ids = []
+        for index, conversation in enumerate(conversations):
+            with _naming(index):
+                token_ids = self._tokenizer.encode_chat(
+                    [_message(message) for message in conversation],
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    max_tokens=self.info.max_model_len,
+                )
+            ids.append(token_ids)
+        texts = [self._tokenizer.decode(token_ids) for token_ids in ids]
+        return self._run(texts, ids, sampling_params, prompt_adapter_request, use_tqdm)
+
+    def _encode(self, index: int, prompt: ParsedPrompt) -> list[int]:
+        if prompt.token_ids is not None:
+            return prompt.token_ids
+        with _naming(index):
+            return self._tokenizer.encode(prompt.text or "", max_tokens=self.info.max_model_len)
+
+    def _run(
+        self,
+        texts: Sequence[str | None],
+        ids: Sequence[list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        adapters: Adapters,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        params = one_each(sampling_params or SamplingParams(), len(ids), "sampling_params")
+        requests = one_each(adapters, len(ids), "prompt_adapter_request")
+        digests = self._load(requests)
+        choices = [
+            self._make_choices(index, token_ids, one_params, digest)
+            for index, (token_ids, one_params, digest) in enumerate(zip(ids, params, digests, strict=True))
+        ]
+        with _progress(len(ids), use_tqdm) as advance:
+            run(self._engine, choices, advance)
+        self._adapters.trim()
+        return [
+            RequestOutput(
+                request_id=mine[0].request.request_id.partition("-")[0],
+                prompt=text,
+                prompt_token_ids=token_ids,
+                outputs=[one.completion(self._tokenizer) for one in mine],
+                prompt_adapter_request=request,
+                num_cached_tokens=mine[0].choice.cached_tokens,
+            )
+            for text, token_ids, mine, request in zip(texts, ids, choices, requests, strict=True)
+        ]
+
+    def _load(self, requests: Sequence[PromptAdapterRequest | None]) -> list[str | None]:
+        """The digest of each request's adapter, which is loaded then; None for the base model."""
+        named = [request for request in requests if request is not None]
+        if named and not self._enable_prompt_adapter:
+            raise InvalidArgument(
+                "this LLM was made with enable_prompt_adapter=False, so it takes no prompt_adapter_request",
+                field="prompt_adapter_request",
+            )
+        digests = self._adapters.load(named)
+        return [None if request is None else digests[request] for request in requests]
+
+    def _make_choices(
+        self, index: int, token_ids: list[int], params: SamplingParams, digest: str | None
+    ) -> list[Running]:
+        """One choice for each of `params.n`, checked as the engine would, so that nothing runs when one cannot."""
+        number = next(self._request_ids)
+        seed = self._random.getrandbits(62) if params.seed is None else params.seed
+        virtual = [] if digest is None else [SoftPromptPart(digest=digest)]
+        requests = [
+            AddRequest(
+                request_id=f"{number}-{choice}",
+                prompt=[*virtual, TextPart(token_ids=token_ids)],
+                params=params,
+                eos_token_ids=list(self._tokenizer.eos_token_ids),
+                seed=seed + choice,
+            )
+            for choice in range(params.n)
+        ]
+        with _naming(index):
+            self._check(requests[0], digest)
+        texts = [self._tokenizer.output_text(params) for _ in requests]
+        return [
+            Running(index=choice, request=request, choice=Choice(choice, text))
+            for choice, (request, text) in enumerate(zip(requests, texts, strict=True))
+        ]
+
+    def _check(self, request: AddRequest, digest: str | None) -> None:
+        ids = VirtualIds(self.info.vocab_size)
+        if digest is not None:
+            ids.assign(digest, self._adapters.num_virtual_tokens(digest))
+        make_sequence(request, virtual_ids=ids, max_model_len=self.info.max_model_len)
+
+
+def _conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> Sequence[Sequence[Message]]:
+    if isinstance(messages, Sequence) and messages and isinstance(messages[0], Mapping):
+        return [cast(Sequence[Message], messages)]
+    return cast(Sequence[Sequence[Message]], messages)
+
+
+def _message(message: Message) -> ChatMessage:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message) <= {"role", "content", "name"}:
+        raise InvalidArgument("each message must be {'role': …, 'content': …}", field="messages")
+    if not all(isinstance(value, str) for value in message.values()):
+        raise InvalidArgument("a message's role, content and name must be strings", field="messages")
+    return ChatMessage(role=message["role"], content=message["content"], name=message.get("name", ""))
+
+
+@contextmanager
+def _naming(index: int) -> Iterator[None]:
+    """Say which prompt an error is about; the error stays of its kind."""
+    try:
+        yield
+    except SoftpromptError as error:
+        raise type(error)(
+            f"prompts[{index}]: {error.message}", field=error.field, details=error.details
+        ) from error
+
+
+@contextmanager
+def _progress(num_prompts: int, is_wanted: bool) -> Iterator[Callable[[], None]]:
+    """A bar on the terminal's standard error; nothing where that is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not (is_wanted and console.is_terminal)) as bar:
+        task = bar.add_task("prompts", total=num_prompts)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,68 @@
+"""What `LLM` returns, in the shape vLLM's users know."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from softprompt.requests import PromptAdapterRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logprob:
+    """The log-probability of one token, from the model's unmodified logits.
+
+    Attributes:
+        logprob: natural logarithm of the probability.
+        rank: 1 for the likeliest token; None for a chosen token below those that were asked for.
+        decoded_token: the token's text.
+    """
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionOutput:
+    """One completion of a prompt.
+
+    Attributes:
+        index: which of the `n` completions.
+        text: the generated text, without the stop string unless that was asked for.
+        token_ids: every generated token, also the one that ended it.
+        cumulative_logprob: sum over the chosen tokens; None where no logprobs were asked for.
+        logprobs: for each token the chosen and the likeliest tokens by id; None where none were asked for.
+        finish_reason: "stop" or "length".
+        stop_reason: the stop string or stop token id that ended it; None for end of sequence or length.
+    """
+
+    index: int
+    text: str
+    token_ids: Sequence[int]
+    cumulative_logprob: float | None
+    logprobs: Sequence[Mapping[int, Logprob]] | None
+    finish_reason: str
+    stop_reason: str | int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """A prompt with its completions.
+
+    Attributes:
+        request_id: place of the prompt in all calls of this LLM.
+        prompt: its text; None where token ids were given.
+        prompt_token_ids: its ids, without virtual tokens.
+        outputs: its completions, by index.
+        finished: always true; kept for code written for vLLM.
+        prompt_adapter_request: the adapter it ran with; None for the base model.
+        num_cached_tokens: positions of the prompt, virtual ones included, whose KV was at hand; of the first
+            completion.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: Sequence[int]
+    outputs: Sequence[CompletionOutput]
+    finished: bool = True
+    prompt_adapter_request: PromptAdapterRequest | None = None
+    num_cached_tokens: int = 0

@@ -1,0 +1,213 @@
+"""The registry from Python: add, list, show and remove adapters of a running system."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from softprompt_api.errors import AdapterNotFound, Unavailable
+from softprompt_api.names import check_name, parse_adapter
+from softprompt_api.registry.v1 import registry_pb2 as pb
+from softprompt_api.registry.v1.registry_pb2_grpc import RegistryServiceStub
+from softprompt_api.rpc.channel import open_blocking_channel
+from softprompt_api.rpc.status import from_rpc_error
+
+from softprompt.adapter_files import LocalAdapter, chunks, find_adapter
+
+DEFAULT_ADDRESS = "127.0.0.1:2243"
+_CALL_TIMEOUT_S = 20.0
+_UPLOAD_TIMEOUT_S = 600.0
+_PAGE_SIZE = 500
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterInfo:
+    """One version of an adapter as the registry keeps it.
+
+    Attributes:
+        name, version: what requests call it; `name` alone means the latest version.
+        id: integer, unique over all names and times.
+        digest: identity of the content.
+        kind: "PROMPT_TUNING", "P_TUNING" or "CPT".
+        num_virtual_tokens, hidden_size, dtype: shape and type of the rows.
+        size_bytes: of the tensor file.
+        base_model: id of the model it was checked against.
+        created_at: ISO 8601, UTC.
+        labels: free text given at registration.
+    """
+
+    name: str
+    version: int
+    id: int
+    digest: str
+    kind: str
+    num_virtual_tokens: int
+    hidden_size: int
+    dtype: str
+    size_bytes: int
+    base_model: str
+    created_at: str
+    labels: dict[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+class RegistryClient:
+    """A connection to a registry; close it, or use it in a `with`.
+
+    Every failed call raises an error of `softprompt_api.errors`.
+
+    Args:
+        address: `host:port` of the registry's gRPC.
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+        self._address = address
+        self._channel = open_blocking_channel(address)
+        self._stub = RegistryServiceStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def add(
+        self,
+        name: str,
+        path: str | Path | LocalAdapter,
+        *,
+        labels: Mapping[str, str] | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[AdapterInfo, list[str]]:
+        """Upload a PEFT folder or a hub id; the version it became and the registry's warnings.
+
+        `progress` is told (bytes sent, bytes in all).
+        """
+        check_name(name)
+        adapter = path if isinstance(path, LocalAdapter) else find_adapter(path)
+        with self._translated():
+            response = self._stub.RegisterAdapter(
+                _upload(name, adapter, labels or {}, progress), timeout=_UPLOAD_TIMEOUT_S
+            )
+        return _info(response.adapter), list(response.warnings)
+
+    def ensure(self, name: str, path: str | Path | LocalAdapter) -> tuple[AdapterInfo, bool]:
+        """Make `name` stand for this content; True when that needed a new version."""
+        adapter = path if isinstance(path, LocalAdapter) else find_adapter(path)
+        with contextlib.suppress(AdapterNotFound):
+            latest = self.get(name)
+            if latest.digest == adapter.digest:
+                return latest, False
+        return self.add(name, adapter)[0], True
+
+    def get(self, adapter: str) -> AdapterInfo:
+        """One version: `name`, `name@3` or `sha256:…`."""
+        parse_adapter(adapter)
+        with self._translated():
+            return _info(
+                self._stub.GetAdapter(pb.GetAdapterRequest(adapter=adapter), timeout=_CALL_TIMEOUT_S).adapter
+            )
+
+    def adapters(self, *, prefix: str = "") -> list[AdapterInfo]:
+        """The latest version of every name, in order of names."""
+        infos, token = [], ""
+        while True:
+            request = pb.ListAdaptersRequest(page_size=_PAGE_SIZE, page_token=token, name_prefix=prefix)
+            with self._translated():
+                page = self._stub.ListAdapters(request, timeout=_CALL_TIMEOUT_S)
+            infos += [_info(version) for version in page.adapters]
+            token = page.next_page_token
+            if not token:
+                return infos
+
+    def versions(self, name: str) -> list[AdapterInfo]:
+        """Every version of a name, newest first."""
+        infos, token = [], ""
+        while True:
+            request = pb.ListVersionsRequest(name=name, page_size=_PAGE_SIZE, page_token=token)
+            with self._translated():
+                page = self._stub.ListVersions(request, timeout=_CALL_TIMEOUT_S)
+            infos += [_info(version) for version in page.versions]
+            token = page.next_page_token
+            if not token:
+                return infos
+
+    def remove(self, adapter: str) -> int:
+        """Delete a name with all its versions, or `name@3` alone; how many versions went."""
+        ref = parse_adapter(adapter)
+        with self._translated():
+            if ref.digest:
+                info = _info(self._stub.GetAdapter(pb.GetAdapterRequest(adapter=adapter)).adapter)
+                ref = parse_adapter(f"{info.name}@{info.version}")
+            if ref.version is None:
+                request = pb.DeleteAdapterRequest(name=ref.name)
+                return self._stub.DeleteAdapter(request, timeout=_CALL_TIMEOUT_S).deleted_versions
+            self._stub.DeleteVersion(
+                pb.DeleteVersionRequest(name=ref.name, version=ref.version), timeout=_CALL_TIMEOUT_S
+            )
+            return 1
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            translated = from_rpc_error(error)
+            # gRPC's own text for "nobody is there" speaks of sockets; ours for "the store is away" stays.
+            if isinstance(translated, Unavailable) and not error.trailing_metadata():
+                raise Unavailable(
+                    f"no registry answers at {self._address}: start one with `softprompt run`, or give its address"
+                ) from error
+            raise translated from error
+
+
+def _upload(
+    name: str, adapter: LocalAdapter, labels: Mapping[str, str], progress: Progress | None
+) -> Iterator[pb.RegisterAdapterRequest]:
+    yield pb.RegisterAdapterRequest(
+        header=pb.RegisterAdapterHeader(
+            name=name,
+            config_json=adapter.files.config_json,
+            tensors_size_bytes=adapter.size_bytes,
+            tensors_sha256=adapter.sha256,
+            labels=labels,
+        )
+    )
+    offset = 0
+    for data in chunks(adapter.files.tensors_path):
+        yield pb.RegisterAdapterRequest(chunk=pb.Chunk(offset=offset, data=data))
+        offset += len(data)
+        if progress is not None:
+            progress(offset, adapter.size_bytes)
+
+
+def _info(version: pb.AdapterVersion) -> AdapterInfo:
+    return AdapterInfo(
+        name=version.name,
+        version=version.version,
+        id=version.id,
+        digest=version.digest,
+        kind=pb.AdapterKind.Name(version.kind).removeprefix("ADAPTER_KIND_"),
+        num_virtual_tokens=version.num_virtual_tokens,
+        hidden_size=version.hidden_size,
+        dtype=version.dtype,
+        size_bytes=version.size_bytes,
+        base_model=version.base_model.id,
+        created_at=version.created_at.ToDatetime(tzinfo=UTC).isoformat(timespec="seconds"),
+        labels=dict(version.labels),
+    )

@@ -1,0 +1,54 @@
+"""What is asked of an `LLM` beside prompts and sampling parameters."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from softprompt_api.errors import InvalidArgument
+from softprompt_api.names import check_name
+
+_MAX_ID = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class PromptAdapterRequest:
+    """Which soft prompt a prompt runs with: `PromptAdapterRequest("tweet_adapter", 1, PATH)`.
+
+    Within one LLM an id stands for one name and one content for good; a changed adapter needs another id.
+
+    Attributes:
+        prompt_adapter_name: 1 to 128 lower-case letters, digits, '.', '_' or '-'.
+        prompt_adapter_id: a positive integer.
+        prompt_adapter_local_path: PEFT folder, or a hub id where a hub is reachable.
+
+    Raises InvalidArgument for a value that cannot be.
+    """
+
+    prompt_adapter_name: str
+    prompt_adapter_id: int
+    prompt_adapter_local_path: str | Path
+
+    def __post_init__(self) -> None:
+        check_name(self.prompt_adapter_name, field="prompt_adapter_name")
+        number = self.prompt_adapter_id
+        # bool is an int in Python, and True is nobody's id.
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= _MAX_ID:
+            raise InvalidArgument("prompt_adapter_id must be a positive integer", field="prompt_adapter_id")
+        if not isinstance(self.prompt_adapter_local_path, str | Path) or not str(self.prompt_adapter_local_path):
+            raise InvalidArgument(
+                "prompt_adapter_local_path must be a folder or a hub id", field="prompt_adapter_local_path"
+            )
+
+    @property
+    def name(self) -> str:
+        """The adapter's name."""
+        return self.prompt_adapter_name
+
+    @property
+    def adapter_id(self) -> int:
+        """The adapter's id."""
+        return self.prompt_adapter_id
+
+    @property
+    def local_path(self) -> str:
+        """Where the adapter is."""
+        return str(self.prompt_adapter_local_path)

@@ -1,0 +1,474 @@
+# ruff: noqa: N802 (servicer methods have the names of their RPCs)
+"""A gateway on a real socket over two small, predictable services on real gRPC.
+
+The fake model's tokens are bytes and it repeats its prompt; with an adapter it does so in capitals. Some prompts
+make it misbehave: see `FakeInference.Generate`.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import httpx
+import openai
+import pytest
+import structlog
+from google.protobuf.timestamp_pb2 import Timestamp
+from softprompt_api import errors
+from softprompt_api.inference.v1 import inference_pb2 as pb
+from softprompt_api.inference.v1.inference_pb2_grpc import (
+    InferenceServiceServicer,
+    add_InferenceServiceServicer_to_server,
+)
+from softprompt_api.names import parse_adapter
+from softprompt_api.registry.v1 import registry_pb2 as reg
+from softprompt_api.registry.v1.registry_pb2_grpc import (
+    RegistryServiceServicer,
+    add_RegistryServiceServicer_to_server,
+)
+from softprompt_api.rpc.server import ServiceServer
+from softprompt_gateway.app import make_app
+from softprompt_gateway.clients import open_clients
+from softprompt_gateway.server import GracefulServer, listen, uvicorn_config
+from softprompt_gateway.settings import Settings
+
+BASE = "acme/tiny-1"
+CACHED = 3
+FAILURES = {leaf.reason: leaf for leaf in errors.SoftpromptError.__subclasses__()} | {
+    leaf.reason: leaf for leaf in errors.InvalidArgument.__subclasses__()
+}
+
+
+class FakeInference(InferenceServiceServicer):
+    """Repeats prompts.
+
+    Attributes:
+        requests: every Generate request.
+        running: Generate calls that have begun and not ended.
+        cancelled: how many ended by cancellation.
+    """
+
+    def __init__(self, registry: "FakeRegistry") -> None:
+        self.registry = registry
+        self.requests: list[pb.GenerateRequest] = []
+        self.running = 0
+        self.cancelled = 0
+        self.changed = asyncio.Condition()
+        self.model_error: Exception | None = None
+
+    async def until(self, predicate: Any) -> None:
+        """Wait until something holds of this fake."""
+        async with asyncio.timeout(5), self.changed:
+            await self.changed.wait_for(lambda: predicate(self))
+
+    async def _change(self, **by: int) -> None:
+        async with self.changed:
+            for name, amount in by.items():
+                setattr(self, name, getattr(self, name) + amount)
+            self.changed.notify_all()
+
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        """Repeat the prompt, unless it is a command.
+
+        "refuse REASON" fails at once, "break REASON" after one token; "crash" is a defect; "stall" hangs after one
+        token, "silence" before it is accepted; "flood" never ends.
+        """
+        self.requests.append(request)
+        await self._change(running=1)
+        try:
+            async for event in self._generate(request):
+                yield event
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+            asyncio.get_running_loop().create_task(self._change())
+
+    async def _generate(self, request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        ids, text = _prompt(request)
+        command, _, reason = text.partition(" ")
+        if command == "refuse":
+            raise FAILURES[reason]("refused as asked", field="prompt")
+        if command == "crash":
+            raise RuntimeError("secret in /etc/passwd")
+        if command == "silence":
+            await asyncio.Event().wait()
+        version = self.registry.by_digest(request.adapter) if request.adapter else None
+        virtual = version.num_virtual_tokens if version else 0
+        yield pb.GenerateResponse(
+            accepted=pb.Accepted(adapter_digest=request.adapter, prompt_token_ids=ids, virtual_tokens=virtual)
+        )
+        if command == "break":
+            yield _delta(0, "b", request)
+            raise FAILURES[reason]("broken as asked")
+        if command == "stall":
+            yield _delta(0, "s", request)
+            await asyncio.Event().wait()
+        while command == "flood":
+            yield _delta(0, "f" * 50_000, request)
+        text = text.upper() if version else text
+        stops = [stop for stop in request.sampling.stop if stop in text]
+        kept = text.split(stops[0])[0] if stops else text
+        limit = request.sampling.max_tokens if request.sampling.HasField("max_tokens") else 1000
+        reason = pb.FINISH_REASON_LENGTH if len(kept) > limit else pb.FINISH_REASON_STOP
+        for index in range(request.sampling.n):
+            for character in kept[:limit]:
+                yield _delta(index, character, request)
+            finished = pb.Finished(index=index, reason=reason, stop_string=stops[0] if stops else None)
+            yield pb.GenerateResponse(finished=finished)
+        usage = pb.Usage(
+            prompt_tokens=len(ids),
+            completion_tokens=len(kept[:limit]) * request.sampling.n,
+            virtual_tokens=virtual,
+            cached_tokens=CACHED,
+        )
+        yield pb.GenerateResponse(usage=usage)
+
+    async def Tokenize(self, request: Any, context: Any) -> pb.TokenizeResponse:
+        ids, text = _prompt(request)
+        version = self.registry.by_digest(request.adapter) if request.adapter else None
+        return pb.TokenizeResponse(
+            ids=ids,
+            token_strings=list(text) if request.return_token_strings else [],
+            max_model_len=512,
+            virtual_tokens=version.num_virtual_tokens if version else 0,
+        )
+
+    async def Detokenize(self, request: Any, context: Any) -> pb.DetokenizeResponse:
+        if max(request.ids, default=0) > 255:
+            raise errors.InvalidArgument("an id is outside the vocabulary", field="ids")
+        return pb.DetokenizeResponse(text=bytes(request.ids).decode())
+
+    async def GetModel(self, request: Any, context: Any) -> pb.GetModelResponse:
+        if self.model_error is not None:
+            raise self.model_error
+        model = reg.BaseModel(id=BASE, architecture="TinyForCausalLM", hidden_size=8, vocab_size=256)
+        return pb.GetModelResponse(base_model=model, max_model_len=512, ready_unix_s=1_700_000_000)
+
+    async def GetLoad(self, request: Any, context: Any) -> pb.GetLoadResponse:
+        return pb.GetLoadResponse(running=self.running, num_pages=64, generated_tokens=7)
+
+
+def _prompt(request: Any) -> tuple[list[int], str]:
+    which = request.WhichOneof("prompt")
+    if which == "token_ids":
+        ids = list(request.token_ids.ids)
+        return ids, bytes(ids).decode()
+    if which == "chat":
+        return list(request.chat.messages[-1].content.encode()), request.chat.messages[-1].content
+    return list(request.text.encode()), request.text
+
+
+def _delta(index: int, text: str, request: pb.GenerateRequest) -> pb.GenerateResponse:
+    ids = list(text.encode())
+    logprobs = []
+    if request.sampling.HasField("logprobs"):
+        top = [_entry(ids[0] + rank, -0.5 - rank) for rank in range(request.sampling.logprobs)]
+        logprobs = [pb.TokenLogprob(chosen=_entry(ids[0], -0.5), top=top)]
+    return pb.GenerateResponse(delta=pb.Delta(index=index, text=text, token_ids=ids, logprobs=logprobs))
+
+
+def _entry(token_id: int, logprob: float) -> pb.LogprobEntry:
+    return pb.LogprobEntry(
+        token_id=token_id, logprob=logprob, token=chr(token_id), token_bytes=chr(token_id).encode()
+    )
+
+
+class FakeRegistry(RegistryServiceServicer):
+    """Adapters in memory; what is uploaded is any bytes.
+
+    Attributes:
+        uploads: sizes of the chunks of every upload.
+        error: raised by every call where set.
+    """
+
+    def __init__(self) -> None:
+        self.versions: dict[str, dict[int, reg.AdapterVersion]] = {}
+        self.next_versions: dict[str, int] = {}
+        self.log: list[reg.WatchAdaptersResponse] = []
+        self.changed = asyncio.Condition()
+        self.uploads: list[list[int]] = []
+        self.headers: list[reg.RegisterAdapterHeader] = []
+        self.cancelled_uploads = 0
+        self.error: Exception | None = None
+        self.expired_cursors = 0
+        self.lists = 0
+        self.base_model_id = BASE
+
+    def by_digest(self, digest: str) -> reg.AdapterVersion | None:
+        """The version with this digest."""
+        every = [version for versions in self.versions.values() for version in versions.values()]
+        return next((version for version in every if version.digest == digest), None)
+
+    async def add(self, name: str, *, virtual_tokens: int = 5) -> reg.AdapterVersion:
+        """Publish a version, as another client would."""
+        number = self.next_versions.get(name, 1)
+        self.next_versions[name] = number + 1
+        version = reg.AdapterVersion(
+            name=name,
+            version=number,
+            id=sum(self.next_versions.values()),
+            digest="sha256:" + hashlib.sha256(f"{name}{number}".encode()).hexdigest(),
+            kind=reg.ADAPTER_KIND_PROMPT_TUNING,
+            num_virtual_tokens=virtual_tokens,
+            hidden_size=8,
+            dtype="F32",
+            config_json='{"peft_type": "PROMPT_TUNING"}',
+            base_model=reg.BaseModel(id=self.base_model_id),
+            created_at=Timestamp(seconds=1_700_000_100),
+        )
+        self.versions.setdefault(name, {})[number] = version
+        await self._tell(reg.ADAPTER_EVENT_TYPE_REGISTERED, version)
+        return version
+
+    async def _tell(self, kind: Any, version: reg.AdapterVersion) -> None:
+        async with self.changed:
+            cursor = str(len(self.log) + 1)
+            self.log.append(reg.WatchAdaptersResponse(cursor=cursor, type=kind, adapter=version))
+            self.changed.notify_all()
+
+    def _check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    async def RegisterAdapter(self, request_iterator: Any, context: Any) -> reg.RegisterAdapterResponse:
+        self._check()
+        first = await anext(request_iterator)
+        header = first.header
+        self.headers.append(header)
+        if "explode" in header.config_json:
+            raise errors.AdapterInvalid("peft_type 'EXPLODE' is not supported", field="config.peft_type")
+        self.uploads.append([])
+        digest = hashlib.sha256()
+        try:
+            async for message in request_iterator:
+                assert message.chunk.offset == sum(self.uploads[-1])
+                self.uploads[-1].append(len(message.chunk.data))
+                digest.update(message.chunk.data)
+        except (asyncio.CancelledError, grpc.RpcError):
+            self.cancelled_uploads += 1
+            raise
+        if sum(self.uploads[-1]) != header.tensors_size_bytes or digest.hexdigest() != header.tensors_sha256:
+            raise errors.AdapterInvalid("the tensors are not what the header says", field="tensors")
+        return reg.RegisterAdapterResponse(adapter=await self.add(header.name), warnings=["small"])
+
+    async def GetAdapter(self, request: Any, context: Any) -> reg.GetAdapterResponse:
+        self._check()
+        ref = parse_adapter(request.adapter)
+        if ref.digest:
+            found = self.by_digest(ref.digest)
+        else:
+            versions = self.versions.get(ref.name, {})
+            found = versions.get(ref.version or max(versions, default=0))
+        if found is None:
+            raise errors.AdapterNotFound(f"no adapter {request.adapter}", field="adapter")
+        return reg.GetAdapterResponse(adapter=found)
+
+    async def ListAdapters(self, request: Any, context: Any) -> reg.ListAdaptersResponse:
+        self._check()
+        self.lists += 1
+        if request.page_token and not request.page_token.isdigit():
+            raise errors.InvalidArgument("not a page token", field="page_token")
+        names = sorted(name for name in self.versions if name.startswith(request.name_prefix))
+        start, size = int(request.page_token or 0), request.page_size or 100
+        page = [self.versions[name][max(self.versions[name])] for name in names[start : start + size]]
+        more = str(start + size) if start + size < len(names) else ""
+        return reg.ListAdaptersResponse(
+            adapters=page, next_page_token=more, cursor=str(len(self.log)), total_size=len(names)
+        )
+
+    async def ListVersions(self, request: Any, context: Any) -> reg.ListVersionsResponse:
+        self._check()
+        if request.name not in self.versions:
+            raise errors.AdapterNotFound(f"no adapter {request.name}", field="name")
+        versions = self.versions[request.name]
+        return reg.ListVersionsResponse(versions=[versions[number] for number in sorted(versions, reverse=True)])
+
+    async def DeleteAdapter(self, request: Any, context: Any) -> reg.DeleteAdapterResponse:
+        self._check()
+        if request.name not in self.versions:
+            raise errors.AdapterNotFound(f"no adapter {request.name}", field="name")
+        versions = self.versions.pop(request.name)
+        await self._tell(reg.ADAPTER_EVENT_TYPE_ADAPTER_DELETED, reg.AdapterVersion(name=request.name))
+        return reg.DeleteAdapterResponse(deleted_versions=len(versions))
+
+    async def DeleteVersion(self, request: Any, context: Any) -> reg.DeleteVersionResponse:
+        self._check()
+        if request.version not in self.versions.get(request.name, {}):
+            raise errors.AdapterNotFound(f"no adapter {request.name}@{request.version}", field="version")
+        version = self.versions[request.name].pop(request.version)
+        if not self.versions[request.name]:
+            del self.versions[request.name]
+        await self._tell(reg.ADAPTER_EVENT_TYPE_VERSION_DELETED, version)
+        return reg.DeleteVersionResponse()
+
+    async def WatchAdapters(self, request: Any, context: Any) -> AsyncIterator[reg.WatchAdaptersResponse]:
+        self._check()
+        if self.expired_cursors:
+            self.expired_cursors -= 1
+            raise errors.CursorExpired("too old")
+        at = int(request.cursor or len(self.log))
+        yield reg.WatchAdaptersResponse(cursor=str(at), type=reg.ADAPTER_EVENT_TYPE_HEARTBEAT)
+        while True:
+            async with self.changed:
+                while len(self.log) == at:
+                    await self.changed.wait()
+            for event in self.log[at:]:
+                yield event
+            at = len(self.log)
+
+
+@dataclass(kw_only=True)
+class Stack:
+    """A gateway on a real socket, with the two services behind it on real gRPC.
+
+    Attributes:
+        url: of the gateway.
+        http: a client of it.
+        services: the gRPC servers, to be stopped by tests that take one away.
+    """
+
+    url: str
+    port: int
+    http: httpx.AsyncClient
+    registry: FakeRegistry
+    inference: FakeInference
+    settings: Settings
+    services: dict[str, ServiceServer]
+    base: str = BASE
+    raw_bodies: list[bytes] = field(default_factory=list)
+
+    async def post(self, path: str, **body: Any) -> httpx.Response:
+        """POST a JSON body."""
+        return await self.http.post(path, json=body)
+
+    async def complete(self, prompt: Any, *, model: str = BASE, **body: Any) -> httpx.Response:
+        """POST /v1/completions, with room for whole prompts."""
+        return await self.post("/v1/completions", **{"model": model, "prompt": prompt, "max_tokens": 100} | body)
+
+    async def chat(self, content: Any, *, model: str = BASE, **body: Any) -> httpx.Response:
+        """POST /v1/chat/completions with one user message."""
+        return await self.post(
+            "/v1/chat/completions", model=model, messages=[{"role": "user", "content": content}], **body
+        )
+
+    async def events(self, path: str, **body: Any) -> list[Any]:
+        """The events of a stream; its end mark stays the text "[DONE]"."""
+        response = await self.post(path, stream=True, **body)
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"].startswith("text/event-stream")
+        self.raw_bodies.append(response.content)
+        lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+        return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+    async def connect(self, request: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A bare connection with these bytes sent."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(request)
+        await writer.drain()
+        return reader, writer
+
+    async def listed(self) -> list[str]:
+        """The ids that GET /v1/models shows."""
+        return [card["id"] for card in (await self.http.get("/v1/models")).json()["data"]]
+
+    async def until_listed(self, *names: str) -> None:
+        """Wait until the listing is the base model and these."""
+        async with asyncio.timeout(5):
+            listed: list[str] = []
+            while set(listed) != {BASE, *names}:
+                listed = await self.listed()
+
+
+async def _service(name: str, address: str, servicer: Any) -> ServiceServer:
+    module, add = {
+        "registry": (reg, add_RegistryServiceServicer_to_server),
+        "inference": (pb, add_InferenceServiceServicer_to_server),
+    }[name]
+    server = ServiceServer(address, list(module.DESCRIPTOR.services_by_name.values()))
+    add(servicer, server.server)
+    await server.start()
+    return server
+
+
+@contextlib.asynccontextmanager
+async def _running(settings: Settings) -> AsyncIterator[int]:
+    """Serve the app on a free port, and stop it as a signal would."""
+    listener = listen("127.0.0.1", 0)
+    clients = open_clients(settings)
+    server = GracefulServer(uvicorn_config(make_app(settings, clients), settings))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await serving
+        await clients.close()
+
+
+@pytest.fixture(autouse=True)
+def logged() -> Iterator[list[Any]]:
+    """What was logged."""
+    with structlog.testing.capture_logs() as events:
+        yield events
+
+
+@pytest.fixture
+def gateway_settings() -> dict[str, Any]:
+    """Settings other than the defaults; tests override this by parametrising it."""
+    return {}
+
+
+@contextlib.asynccontextmanager
+async def _running_stack(**gateway_settings: Any) -> AsyncIterator[Stack]:
+    registry = FakeRegistry()
+    inference = FakeInference(registry)
+    services = {
+        "registry": await _service("registry", "127.0.0.1:0", registry),
+        "inference": await _service("inference", "127.0.0.1:0", inference),
+    }
+    settings = Settings(
+        registry_address=f"127.0.0.1:{services['registry'].port}",
+        inference_address=f"127.0.0.1:{services['inference'].port}",
+        **{"grace_s": 1} | gateway_settings,
+    )
+    async with _running(settings) as port:
+        url = f"http://127.0.0.1:{port}"
+        async with httpx.AsyncClient(base_url=url, timeout=10) as http:
+            yield Stack(
+                url=url,
+                port=port,
+                http=http,
+                registry=registry,
+                inference=inference,
+                settings=settings,
+                services=services,
+            )
+    for service in services.values():
+        await service.stop(0)
+
+
+@pytest.fixture(scope="session")
+def running_stack() -> Callable[..., contextlib.AbstractAsyncContextManager[Stack]]:
+    """Start a stack with these settings; for files whose tests share one."""
+    return _running_stack
+
+
+@pytest.fixture
+async def stack(gateway_settings: dict[str, Any]) -> AsyncIterator[Stack]:
+    """A stack of the test's own."""
+    async with _running_stack(**gateway_settings) as running:
+        yield running
+
+
+@pytest.fixture
+async def sdk(stack: Stack) -> AsyncIterator[openai.AsyncOpenAI]:
+    """OpenAI's own client of the gateway."""
+    async with openai.AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="unused", max_retries=0) as client:
+        yield client

@@ -1,0 +1,168 @@
+"""POST /v1/chat/completions through OpenAI's client and by hand."""
+
+from typing import Any
+
+import openai
+import pytest
+
+
+async def test_a_conversation_is_continued(stack: Any, sdk: openai.AsyncOpenAI) -> None:
+    answer = await sdk.chat.completions.create(
+        model=stack.base,
+        messages=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": "hello"}],
+    )
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content == "hello"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.object == "chat.completion"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == 10
+    messages = stack.inference.requests[-1].chat.messages
+    assert [(message.role, message.content) for message in messages] == [
+        ("developer", "be brief"),
+        ("user", "hello"),
+    ]
+
+
+async def test_an_answers_own_message_may_be_sent_back(stack: Any, sdk: openai.AsyncOpenAI) -> None:
+    first = await sdk.chat.completions.create(model=stack.base, messages=[{"role": "user", "content": "hello"}])
+    history: Any = [first.choices[0].message.model_dump(), {"role": "user", "content": "again"}]
+    second = await sdk.chat.completions.create(model=stack.base, messages=history)
+    assert second.choices[0].message.content == "again"
+
+
+async def test_without_a_limit_as_many_tokens_as_fit_are_asked_for(stack: Any) -> None:
+    await stack.chat("hello")
+    assert not stack.inference.requests[-1].sampling.HasField("max_tokens")
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+async def test_both_names_of_the_limit_work(stack: Any, name: str) -> None:
+    choice = (await stack.chat("hello", **{name: 2})).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("he", "length")
+
+
+async def test_text_parts_are_joined_by_line_breaks(stack: Any) -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    assert (await stack.chat(parts)).json()["choices"][0]["message"]["content"] == "one\ntwo"
+
+
+async def test_an_adapter_answers_in_chat_too(stack: Any) -> None:
+    await stack.registry.add("loud")
+    response = await stack.chat("hello", model="loud", n=2)
+    assert [choice["message"]["content"] for choice in response.json()["choices"]] == ["HELLO", "HELLO"]
+    assert response.headers["x-softprompt-adapter"] == "loud@1"
+
+
+async def test_logprobs_have_chats_shape(stack: Any, sdk: openai.AsyncOpenAI) -> None:
+    answer = await sdk.chat.completions.create(
+        model=stack.base, messages=[{"role": "user", "content": "ab"}], logprobs=True, top_logprobs=2
+    )
+    assert answer.choices[0].logprobs is not None
+    content = answer.choices[0].logprobs.content
+    assert content is not None
+    assert [token.token for token in content] == ["a", "b"]
+    assert content[0].bytes == [97]
+    assert [(top.token, top.logprob) for top in content[0].top_logprobs] == [("a", -0.5), ("b", -1.5)]
+
+
+async def test_logprobs_without_alternatives_are_asked_for_as_none(stack: Any) -> None:
+    answer = await stack.chat("a", logprobs=True)
+    assert answer.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+    assert stack.inference.requests[-1].sampling.logprobs == 0
+
+
+async def test_token_ids_are_returned_where_asked_for(stack: Any) -> None:
+    answer = (await stack.chat("ab", return_token_ids=True)).json()
+    assert answer["prompt_token_ids"] == [97, 98]
+    assert answer["choices"][0]["token_ids"] == [97, 98]
+
+
+@pytest.mark.parametrize(
+    ("fields", "opens", "continues"),
+    [
+        ({}, True, False),
+        ({"add_generation_prompt": False}, False, False),
+        ({"continue_final_message": True}, False, True),
+        ({"continue_final_message": True, "add_generation_prompt": False}, False, True),
+    ],
+)
+async def test_the_template_is_told_how_to_end(stack: Any, fields: Any, opens: bool, continues: bool) -> None:
+    await stack.chat("x", **fields)
+    chat = stack.inference.requests[-1].chat
+    assert (chat.add_generation_prompt, chat.continue_final_message) == (opens, continues)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "text"}},
+        {"tool_choice": "none"},
+        {"tools": []},
+        {"modalities": ["text"]},
+        {"parallel_tool_calls": True},
+        {"add_special_tokens": False},
+    ],
+)
+async def test_what_changes_nothing_is_accepted(stack: Any, fields: Any) -> None:
+    assert (await stack.chat("x", **fields)).status_code == 200
+
+
+async def test_a_stream_opens_with_the_role_and_ends_with_its_reason(stack: Any) -> None:
+    events = await stack.events(
+        "/v1/chat/completions", model=stack.base, messages=[{"role": "user", "content": "abc"}]
+    )
+    assert events[-1] == "[DONE]"
+    assert {event["object"] for event in events[:-1]} == {"chat.completion.chunk"}
+    assert len({event["id"] for event in events[:-1]}) == 1
+    choices = [event["choices"][0] for event in events[:-1]]
+    assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+    assert [choice["delta"] for choice in choices[1:-1]] == [{"content": "a"}, {"content": "b"}, {"content": "c"}]
+    assert [choice["finish_reason"] for choice in choices] == [None] * 4 + ["stop"]
+    assert choices[-1]["delta"] == {}
+    assert all("usage" not in event for event in events[:-1])
+
+
+async def test_usage_comes_last_where_asked_for(stack: Any) -> None:
+    await stack.registry.add("loud", virtual_tokens=4)
+    events = await stack.events(
+        "/v1/chat/completions",
+        model="loud",
+        messages=[{"role": "user", "content": "abc"}],
+        stream_options={"include_usage": True},
+    )
+    assert events[-1] == "[DONE]"
+    assert events[-2]["choices"] == []
+    assert events[-2]["usage"]["prompt_tokens"] == 3
+    assert events[-2]["usage"]["prompt_tokens_details"] == {"cached_tokens": 3, "virtual_tokens": 4}
+    assert all(event["usage"] is None for event in events[:-2])
+
+
+async def test_openais_client_reads_the_stream(stack: Any, sdk: openai.AsyncOpenAI) -> None:
+    stream = await sdk.chat.completions.create(
+        model=stack.base,
+        messages=[{"role": "user", "content": "hello"}],
+        n=2,
+        stream=True,
+        stream_options={"include_usage": True},
+        logprobs=True,
+        extra_body={"return_token_ids": True},
+    )
+    texts, usage = ["", ""], None
+    async for chunk in stream:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+        usage = chunk.usage or usage
+    assert texts == ["hello", "hello"]
+    assert usage is not None
+    assert usage.completion_tokens == 10
+
+
+async def test_prompt_ids_come_with_the_opening_chunk(stack: Any) -> None:
+    body: Any = {"model": stack.base, "messages": [{"role": "user", "content": "ab"}], "return_token_ids": True}
+    events = await stack.events("/v1/chat/completions", **body)
+    with_usage = await stack.events("/v1/chat/completions", **body, stream_options={"include_usage": True})
+    for first, second in ((events[0], events[1]), (with_usage[0], with_usage[1])):
+        assert first["prompt_token_ids"] == [97, 98]
+        assert "prompt_token_ids" not in second
+    assert with_usage[0]["usage"] is None

@@ -1,0 +1,200 @@
+"""POST /v1/completions through OpenAI's client and by hand."""
+
+from typing import Any
+
+import openai
+import pytest
+
+
+async def test_a_prompt_is_completed(stack: Any, sdk: openai.AsyncOpenAI) -> None:
+    answer = await sdk.completions.create(model=stack.base, prompt="hello", max_tokens=100)
+    assert answer.choices[0].text == "hello"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.object == "text_completion"
+    assert answer.id.startswith("cmpl-")
+    assert answer.model == stack.base
+    assert answer.usage is not None
+    assert answer.usage.model_dump(exclude_none=True) == {
+        "prompt_tokens": 5,
+        "completion_tokens": 5,
+        "total_tokens": 10,
+        "prompt_tokens_details": {"cached_tokens": 3, "virtual_tokens": 0},
+    }
+
+
+async def test_sixteen_tokens_are_the_default(stack: Any) -> None:
+    answer = (await stack.post("/v1/completions", model=stack.base, prompt="x" * 40)).json()
+    assert answer["choices"][0]["text"] == "x" * 16
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+async def test_an_adapter_answers_under_its_name_and_says_its_version(stack: Any) -> None:
+    await stack.registry.add("loud", virtual_tokens=7)
+    second = await stack.registry.add("loud", virtual_tokens=9)
+    response = await stack.complete("hello", model="loud")
+    assert response.json()["choices"][0]["text"] == "HELLO"
+    assert response.json()["model"] == "loud"
+    assert response.json()["usage"]["prompt_tokens_details"]["virtual_tokens"] == 9
+    assert response.headers["x-softprompt-adapter"] == "loud@2"
+    assert response.headers["x-softprompt-adapter-digest"] == second.digest
+    assert stack.inference.requests[-1].adapter == second.digest
+
+
+@pytest.mark.parametrize("spelling", ["loud", "loud@1", "loud@latest", "acme/tiny-1:loud", "digest"])
+async def test_every_spelling_of_an_adapter_is_understood(stack: Any, spelling: str) -> None:
+    version = await stack.registry.add("loud")
+    model = version.digest if spelling == "digest" else spelling
+    assert (await stack.complete("hi", model=model)).headers["x-softprompt-adapter"] == "loud@1"
+
+
+async def test_the_request_after_a_registration_gets_what_was_registered(stack: Any) -> None:
+    for number in range(1, 6):
+        await stack.registry.add("loud")
+        assert (await stack.complete("hi", model="loud")).headers["x-softprompt-adapter"] == f"loud@{number}"
+
+
+async def test_the_base_model_has_no_adapter_headers(stack: Any) -> None:
+    assert "x-softprompt-adapter" not in (await stack.complete("hi")).headers
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [
+        ("ab", ["ab"]),
+        (["ab", "cd"], ["ab", "cd"]),
+        ([97, 98], ["ab"]),
+        ([[97, 98], [99]], ["ab", "c"]),
+    ],
+)
+async def test_prompts_are_texts_or_ids_one_or_many(stack: Any, prompt: Any, texts: list[str]) -> None:
+    answer = (await stack.complete(prompt)).json()
+    assert [choice["text"] for choice in answer["choices"]] == texts
+    assert [choice["index"] for choice in answer["choices"]] == list(range(len(texts)))
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, texts))
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 3 * len(texts)
+
+
+async def test_choices_of_several_prompts_are_numbered_through(stack: Any) -> None:
+    answer = (await stack.complete(["ab", "cd"], n=2, best_of=2)).json()
+    assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [
+        (0, "ab"),
+        (1, "ab"),
+        (2, "cd"),
+        (3, "cd"),
+    ]
+
+
+@pytest.mark.parametrize(("prompt", "text"), [("ab", "abab"), ([[97, 98], [99]], "abab")])
+async def test_echo_puts_the_prompt_in_front(stack: Any, prompt: Any, text: str) -> None:
+    assert (await stack.complete(prompt, echo=True)).json()["choices"][0]["text"] == text
+
+
+async def test_echo_works_in_a_stream(stack: Any) -> None:
+    events = await stack.events("/v1/completions", model=stack.base, prompt=["ab", "cd"], echo=True)
+    texts = ["", ""]
+    for event in events[:-1]:
+        texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
+    assert texts == ["abab", "cdcd"]
+
+
+async def test_a_stop_string_ends_the_text_and_is_told(stack: Any) -> None:
+    choice = (await stack.complete("hello", stop="l")).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("he", "stop", "l")
+
+
+@pytest.mark.parametrize(("logprobs", "top"), [(0, {"a": -0.5}), (2, {"a": -0.5, "b": -1.5})])
+async def test_logprobs_are_parallel_lists(stack: Any, logprobs: int, top: dict[str, float]) -> None:
+    found = (await stack.complete("abc", logprobs=logprobs)).json()["choices"][0]["logprobs"]
+    assert found["tokens"] == ["a", "b", "c"]
+    assert found["token_logprobs"] == [-0.5, -0.5, -0.5]
+    assert found["top_logprobs"][0] == top
+    assert found["text_offset"] == [0, 1, 2]
+
+
+async def test_streamed_logprobs_are_the_unstreamed_ones_in_pieces(stack: Any) -> None:
+    whole = (await stack.complete("abc", logprobs=2)).json()["choices"][0]["logprobs"]
+    events = await stack.events("/v1/completions", model=stack.base, prompt="abc", logprobs=2)
+    pieces = [event["choices"][0]["logprobs"] for event in events[:-1] if event["choices"][0]["logprobs"]]
+    for name in whole:
+        assert [value for piece in pieces for value in piece[name]] == whole[name]
+
+
+async def test_token_ids_are_returned_where_asked_for(stack: Any) -> None:
+    choice = (await stack.complete("abc", return_token_ids=True)).json()["choices"][0]
+    assert choice["prompt_token_ids"] == [97, 98, 99]
+    assert choice["token_ids"] == [97, 98, 99]
+    events = await stack.events("/v1/completions", model=stack.base, prompt="abc", return_token_ids=True)
+    assert events[0]["choices"][0]["prompt_token_ids"] == [97, 98, 99]
+    assert [event["choices"][0]["token_ids"] for event in events[1:4]] == [[97], [98], [99]]
+
+
+async def test_every_sampling_field_reaches_the_inference_service(stack: Any) -> None:
+    fields = {
+        "temperature": 0.5,
+        "top_p": 0.25,
+        "top_k": 5,
+        "min_p": 0.125,
+        "seed": -7,
+        "presence_penalty": 1.5,
+        "frequency_penalty": -1.5,
+        "repetition_penalty": 1.25,
+        "stop_token_ids": [1, 2],
+        "min_tokens": 2,
+        "ignore_eos": True,
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+        "n": 2,
+    }
+    await stack.complete(
+        "abc", **fields, stop=["x", "y"], logit_bias={"5": 1, "6": -2.5}, add_special_tokens=False
+    )
+    request = stack.inference.requests[-1]
+    sent = {name: getattr(request.sampling, name) for name in fields}
+    assert sent == fields
+    assert list(request.sampling.stop) == ["x", "y"]
+    assert dict(request.sampling.logit_bias) == {5: 1.0, 6: -2.5}
+    assert request.sampling.max_tokens == 100
+    assert request.add_special_tokens is False
+
+
+async def test_null_means_the_default(stack: Any) -> None:
+    response = await stack.complete(
+        "abc", temperature=None, stop=None, n=None, stream=None, logit_bias=None, top_k=None
+    )
+    assert response.status_code == 200
+    assert stack.inference.requests[-1].sampling.temperature == 1.0
+
+
+async def test_fields_without_effect_are_accepted(stack: Any) -> None:
+    fields = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"}
+    response = await stack.complete("abc", **fields, safety_identifier="s", prompt_cache_key="k")
+    assert response.status_code == 200
+
+
+async def test_one_failing_prompt_fails_the_request_and_ends_the_others(stack: Any) -> None:
+    response = await stack.complete(["stall", "stall", "refuse OVERLOADED"])
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "overloaded"
+    await stack.inference.until(lambda fake: fake.running == 0)
+    assert stack.inference.cancelled == 2
+
+
+async def test_a_prompt_that_breaks_later_fails_the_request_and_ends_the_others(stack: Any) -> None:
+    response = await stack.complete(["stall", "break DATA_CORRUPTED", "stall"])
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "data_corrupted"
+    await stack.inference.until(lambda fake: fake.running == 0)
+
+
+async def test_the_request_id_is_passed_on(stack: Any) -> None:
+    body = {"model": stack.base, "prompt": "x"}
+    response = await stack.http.post("/v1/completions", json=body, headers={"x-request-id": "mine-1"})
+    assert response.headers["x-request-id"] == "mine-1"
+    assert stack.inference.requests[-1].request_id == "mine-1"
+
+
+async def test_an_adapter_deleted_between_lookup_and_use_is_an_unknown_model(stack: Any) -> None:
+    response = await stack.complete("refuse ADAPTER_NOT_FOUND")
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+    assert response.json()["error"]["param"] == "model"

@@ -1,0 +1,247 @@
+"""Bad requests, as data: each is refused in OpenAI's error shape, none is a 5xx, and the gateway goes on."""
+
+import json
+from typing import Any
+
+import pytest
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+BASE = "acme/tiny-1"
+HUGE = 2**70
+
+# (what is wrong, body, status, code)
+RAW_BODIES: list[tuple[str, bytes, str]] = [
+    ("empty", b"", "invalid_json"),
+    ("not JSON", b"model=x", "invalid_json"),
+    ("cut off", b'{"model": "x", "prompt": "y', "invalid_json"),
+    ("trailing bytes", b'{"model": "x", "prompt": "y"} {}', "invalid_json"),
+    ("an array", b"[]", "invalid_json"),
+    ("a string", b'"x"', "invalid_json"),
+    ("null", b"null", "invalid_json"),
+    ("NaN", b'{"model": "x", "prompt": "y", "temperature": NaN}', "invalid_json"),
+    ("Infinity", b'{"model": "x", "prompt": "y", "temperature": Infinity}', "invalid_json"),
+    ("-Infinity", b'{"model": "x", "prompt": "y", "temperature": -Infinity}', "invalid_json"),
+    ("1e999", b'{"model": "x", "prompt": "y", "temperature": 1e999}', "invalid_json"),
+    ("5,000 digits", b'{"model": "x", "prompt": "y", "n": ' + b"1" * 5000 + b"}", "invalid_json"),
+    ("lone surrogate", rb'{"model": "x", "prompt": "\ud800"}', "invalid_json"),
+    ("lone surrogate in a key", rb'{"model": "x", "prompt": "y", "\udfff": 1}', "invalid_json"),
+    ("invalid UTF-8", b'{"model": "x", "prompt": "\xff\xfe"}', "invalid_json"),
+    ("UTF-16", '{"model": "x", "prompt": "y"}'.encode("utf-16"), "invalid_json"),
+    ("a BOM", b'\xef\xbb\xbf{"model": "x", "prompt": "y"}', "invalid_json"),
+    ("duplicate key", b'{"model": "x", "prompt": "y", "prompt": "z"}', "invalid_json"),
+    ("duplicate inner key", b'{"model": "x", "prompt": "y", "logit_bias": {"1": 1, "1": 2}}', "invalid_json"),
+    ("nested deep", b'{"model": "x", "prompt": ' + b"[" * 900 + b"]" * 900 + b"}", "invalid_value"),
+    ("nested deeper", b'{"model": "x", "prompt": ' + b"[" * 1010 + b"]" * 1010 + b"}", "invalid_json"),
+    ("nested deepest", b"[" * 200_000 + b"]" * 200_000, "invalid_json"),
+    ("objects nested deep", b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "invalid_json"),
+    ("NUL", b"\x00", "invalid_json"),
+    ("a comment", b'{"model": "x" /* */}', "invalid_json"),
+]
+
+# Fields that both routes know, each with values that are refused with its name.
+SHARED_FIELDS: dict[str, list[Any]] = {
+    "n": [0, -1, 10**9, HUGE, True, "1", 1.5, [1]],
+    "max_tokens": [0, -1, HUGE, True, "16", 1.5, {}],
+    "min_tokens": [-1, HUGE, True, "1", 101],
+    "temperature": [-0.1, 2.1, 10**400, True, "1", [1]],
+    "top_p": [0, -0.5, 1.5, True, "0.5"],
+    "top_k": [-2, HUGE, True, 1.5, "5"],
+    "min_p": [-0.1, 1.1, "0"],
+    "seed": [HUGE, -HUGE, True, 1.5, "7"],
+    "presence_penalty": [-2.1, 2.1, True, "1"],
+    "frequency_penalty": [-2.1, 2.1, True, "1"],
+    "repetition_penalty": [0, -1, 2.1, "1"],
+    "stop": [["x"] * 17, [""], "", [1], 5, {}, ["x" * 2000], True],
+    "stop_token_ids": [[-1], [HUGE], [True], ["1"], 5, [0] * 1000],
+    "logit_bias": [{"x": 1}, {"-1": 1}, {"1.5": 1}, {"": 1}, {"1": 101}, {"1": "1"}, {"1": True}, [], {"٣": 1}],
+    "ignore_eos": [1, "true", 0.0],
+    "stream": [1, "true", []],
+    "stream_options": [{}, {"include_usage": True}, True, {"nonsense": 1}],
+    "return_token_ids": [1],
+    "skip_special_tokens": ["no"],
+    "model": [None, 5, "", "x" * 600, ["acme/tiny-1"]],
+}
+COMPLETION_FIELDS: dict[str, list[Any]] = {
+    "prompt": [
+        *(None, "", [], [""], ["x", ""], [[]], [[1], []], 5, True, {}, {"a": "b"}),
+        *([True], ["x", 1], [1, "x"], [[1], "x"], [-1], [HUGE], [1.5], [["x"]], [None], [256], [[1], [256]]),
+    ],
+    "logprobs": [-1, 21, HUGE, True, "5"],
+    "best_of": [2, 0, True, "1", HUGE],
+    "suffix": ["x"],
+    "add_special_tokens": ["yes"],
+    "echo": ["yes"],
+}
+CHAT_FIELDS: dict[str, list[Any]] = {
+    "messages": [
+        *([], None, "x", {}, [None], ["x"]),
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}],
+        [{"role": "user", "content": [{"type": "input_audio"}]}],
+        [{"role": "user", "content": [{"text": "x"}]}],
+        [{"role": "user", "content": ["x"]}],
+        [{"role": "user", "content": [{"type": ["text"]}]}],
+    ],
+    "max_completion_tokens": [0, HUGE, True, "5", 99],
+    "logprobs": [1, 5, "true"],
+    "top_logprobs": [-1, 5, 21, True],
+    "response_format": [{"type": "json_object"}, {"type": "json_schema"}, "text", 5],
+    "tools": [[{"type": "function"}], "x"],
+    "tool_choice": ["auto", {"type": "function"}],
+    "functions": [[{}]],
+    "function_call": ["auto"],
+    "modalities": [["audio"]],
+    "audio": [{"voice": "x"}],
+    "reasoning_effort": ["high"],
+    "add_special_tokens": [True],
+    "continue_final_message": ["x"],
+}
+
+
+def _id(value: Any) -> str:
+    return repr(value)[:40].encode("ascii", "replace").decode()
+
+
+def _table(fields: dict[str, list[Any]]) -> list[Any]:
+    rows = [(name, value) for name, values in fields.items() for value in values]
+    return [pytest.param(name, value, id=f"{name}={_id(value)}") for name, value in rows]
+
+
+async def _refused(stack: Any, path: str, body: dict[str, Any], param: str) -> None:
+    # json.dumps, because httpx would refuse to send what a hostile client sends.
+    response = await stack.http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+    assert response.status_code in (400, 404), response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    if error["code"] != "invalid_json":
+        assert error["param"].split(".")[0] == param
+        assert error["message"]
+    assert not stack.inference.requests
+    assert (await stack.complete("ok")).status_code == 200
+
+
+@pytest.mark.parametrize(("raw", "code"), [pytest.param(raw, code, id=name) for name, raw, code in RAW_BODIES])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_a_broken_body_is_refused(stack: Any, path: str, raw: bytes, code: str) -> None:
+    response = await stack.http.post(path, content=raw, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    if path == COMPLETIONS:
+        assert error["code"] == code
+
+
+@pytest.mark.parametrize(("name", "value"), _table(SHARED_FIELDS | COMPLETION_FIELDS))
+async def test_a_bad_field_of_a_completion_is_refused_by_name(stack: Any, name: str, value: Any) -> None:
+    await _refused(stack, COMPLETIONS, {"model": BASE, "prompt": "x", "max_tokens": 100} | {name: value}, name)
+
+
+@pytest.mark.parametrize(("name", "value"), _table(SHARED_FIELDS | CHAT_FIELDS))
+async def test_a_bad_field_of_a_chat_is_refused_by_name(stack: Any, name: str, value: Any) -> None:
+    body: dict[str, Any] = {"model": BASE, "messages": [{"role": "user", "content": "x"}], "max_tokens": 100}
+    param = "max_tokens" if (name, value) == ("max_completion_tokens", 99) else name
+    await _refused(stack, CHAT, body | {name: value}, param)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user"},
+        {"content": "x"},
+        {"role": "robot", "content": "x"},
+        {"role": "user", "content": None},
+        {"role": "user", "content": 5},
+        {"role": "user", "content": "x", "nonsense": 1},
+        {"role": "user", "content": "x", "name": 5},
+        {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]},
+        {"role": "assistant", "content": "x", "function_call": {"name": "f"}},
+    ],
+)
+async def test_a_bad_message_is_refused(stack: Any, message: Any) -> None:
+    await _refused(stack, CHAT, {"model": BASE, "messages": [message]}, "messages")
+
+
+@pytest.mark.parametrize(
+    ("field", "hint"),
+    [
+        ("temprature", "; did you mean 'temperature'?"),
+        ("max_new_tokens", "; did you mean 'max_tokens'?"),
+        ("stop_sequences", "; did you mean 'stop'?"),
+        ("zzz", ""),
+        ("x" * 10_000, ""),
+        ("a\r\nb\x00", ""),
+    ],
+)
+async def test_an_unknown_field_is_named_with_a_guess(stack: Any, field: str, hint: str) -> None:
+    response = await stack.complete("x", **{field: 1})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "unknown_parameter")
+    assert error["message"].startswith("unknown parameter '")
+    assert error["message"].endswith(hint)
+    assert len(error["message"]) < 200
+    assert "\n" not in error["message"]
+
+
+@pytest.mark.parametrize("field", ["model", "prompt"])
+async def test_a_missing_field_is_named(stack: Any, field: str) -> None:
+    body = {"model": BASE, "prompt": "x"}
+    del body[field]
+    error = (await stack.post(COMPLETIONS, **body)).json()["error"]
+    assert (error["code"], error["param"]) == ("missing_required_parameter", field)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *("../etc/passwd", "%2e%2e", "a\x00b", "a\r\nb", "-x", "x" * 512, "🦜", "ACME/TINY-1", "Acme/tiny-1"),
+        *("loud@0", "loud@-1", "loud@x", "loud@99999999999", "loud@", "@1", "loud@1@2", "loud:task", "loud+loud"),
+        *(
+            "sha256:",
+            "sha256:abc",
+            "sha256:" + "0" * 64,
+            "acme/tiny-1:",
+            "acme/tiny-1:acme/tiny-1",
+            "base",
+            "gpt-4o",
+        ),
+    ],
+)
+async def test_an_unknown_model_is_not_found(stack: Any, model: str) -> None:
+    await stack.registry.add("loud")
+    response = await stack.complete("x", model=model)
+    assert response.status_code == 404, response.text
+    assert response.json()["error"]["code"] == "model_not_found"
+    assert response.json()["error"]["param"] == "model"
+
+
+@pytest.mark.parametrize(("model", "near"), [("lowd", "loud"), ("acme/tiny-2", "acme/tiny-1"), ("Loud", "loud")])
+async def test_an_unknown_model_comes_with_a_near_one(stack: Any, model: str, near: str) -> None:
+    await stack.registry.add("loud")
+    await stack.until_listed("loud")
+    assert f"did you mean '{near}'?" in (await stack.complete("x", model=model)).json()["error"]["message"]
+
+
+async def test_more_choices_than_allowed_are_refused_with_numbers(stack: Any) -> None:
+    response = await stack.complete(["x"] * 65, n=2)
+    assert response.status_code == 400
+    assert "130 choices; at most 128" in response.json()["error"]["message"]
+
+
+async def test_echo_with_logprobs_is_refused_by_name(stack: Any) -> None:
+    error = (await stack.complete("x", echo=True, logprobs=1)).json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", "echo")
+
+
+@pytest.mark.parametrize(("field", "value"), [("suffix", "x"), ("best_of", 2)])
+async def test_what_is_not_supported_has_its_own_code(stack: Any, field: str, value: Any) -> None:
+    error = (await stack.complete("x", **{field: value})).json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", field)
+
+
+async def test_a_failing_service_tells_nothing_about_itself(stack: Any) -> None:
+    response = await stack.complete("crash")
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "internal_error"
+    assert "passwd" not in response.text
+    assert "Error" not in response.text

@@ -1,0 +1,83 @@
+"""The bytes of streams, and how streams end."""
+
+import json
+from typing import Any
+
+import openai
+import pytest
+from softprompt_gateway import sse
+
+
+def test_an_event_is_one_data_line() -> None:
+    assert sse.event(b'{"a":1}') == b'data: {"a":1}\n\n'
+    assert sse.DONE == b"data: [DONE]\n\n"
+
+
+async def test_the_bytes_of_a_stream_are_events_and_nothing_else(stack: Any) -> None:
+    await stack.events("/v1/completions", model=stack.base, prompt="a\n\u2028é", max_tokens=9)
+    blocks = stack.raw_bodies[-1].split(b"\n\n")
+    assert blocks[-2:] == [b"data: [DONE]", b""]
+    for block in blocks[:-2]:
+        assert block.startswith(b'data: {"id":"cmpl-')
+        assert b"\n" not in block
+        event = json.loads(block.removeprefix(b"data: "))
+        assert list(event) == ["id", "object", "created", "model", "choices"]
+
+
+async def test_a_stream_is_not_to_be_buffered(stack: Any) -> None:
+    response = await stack.complete("x", stream=True)
+    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["x-accel-buffering"] == "no"
+    assert "content-length" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("prompt", "status", "code"),
+    [
+        ("refuse OVERLOADED", 503, "overloaded"),
+        ("refuse CONTEXT_LENGTH_EXCEEDED", 400, "context_length_exceeded"),
+        ("crash", 500, "internal_error"),
+    ],
+)
+async def test_a_failure_before_the_first_byte_has_its_own_status(
+    stack: Any, prompt: str, status: int, code: str
+) -> None:
+    response = await stack.complete(prompt, stream=True)
+    assert response.status_code == status
+    assert response.json()["error"]["code"] == code
+    assert "passwd" not in response.text
+
+
+async def test_a_failure_after_the_first_byte_is_the_streams_last_event(stack: Any) -> None:
+    events = await stack.events("/v1/completions", model=stack.base, prompt="break UNAVAILABLE")
+    assert events[0]["choices"][0]["text"] == "b"
+    assert events[1:] == [
+        {"error": {"message": "broken as asked", "type": "server_error", "param": None, "code": "unavailable"}}
+    ]
+
+
+async def test_openais_client_raises_the_error_of_a_broken_stream(stack: Any, sdk: openai.AsyncOpenAI) -> None:
+    stream = await sdk.chat.completions.create(
+        model=stack.base, messages=[{"role": "user", "content": "break UNAVAILABLE"}], stream=True
+    )
+    with pytest.raises(openai.APIError, match="broken as asked"):
+        async for _ in stream:
+            pass
+
+
+async def test_one_breaking_prompt_ends_the_stream_of_all(stack: Any) -> None:
+    prompts = ["stall", "break DEADLINE_EXCEEDED", "stall"]
+    events = await stack.events("/v1/completions", model=stack.base, prompt=prompts)
+    assert events[-1]["error"]["code"] == "deadline_exceeded"
+    assert {event["choices"][0]["text"] for event in events[:-1]} <= {"b", "s"}
+    await stack.inference.until(lambda fake: fake.running == 0)
+
+
+@pytest.mark.parametrize("prompts", [["hello"], ["hello", "there", "you all"]])
+async def test_streamed_text_is_the_unstreamed_text(stack: Any, prompts: list[str]) -> None:
+    whole = [choice["text"] for choice in (await stack.complete(prompts, n=2)).json()["choices"]]
+    texts = [""] * len(whole)
+    events = await stack.events("/v1/completions", model=stack.base, prompt=prompts, n=2)
+    for event in events[:-1]:
+        texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
+    assert texts == whole

@@ -1,0 +1,237 @@
+"""A model at the edge of the engine whose every token depends on all it should see, and on nothing else."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from softprompt_api.params import SamplingParams
+from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.engine import Engine
+from softprompt_inference.engine.messages import (
+    AddRequest,
+    LoadAdapter,
+    Logprobs,
+    ModelInfo,
+    Output,
+    SoftPromptPart,
+    TextPart,
+)
+from softprompt_inference.engine.plan import Chunk, Sample, Sampled, StepPlan
+
+VOCAB_SIZE = 50
+HIDDEN_SIZE = 4
+
+
+def _hash(*parts: object) -> bytes:
+    return hashlib.sha256(repr(parts).encode()).digest()
+
+
+def _choose(cells: Sequence[tuple[int, bytes]], sample: Sample) -> int:
+    seen = (list(cells), sample.seed, sample.index, list(sample.prompt_ids), list(sample.output_ids))
+    token_id = int.from_bytes(_hash(seen)[:4], "little") % VOCAB_SIZE
+    while token_id in sample.banned_ids:
+        token_id = (token_id + 1) % VOCAB_SIZE
+    return token_id
+
+
+@dataclass
+class FakeRunner:
+    """Keeps pages as the real one does, and computes tokens from the pages alone.
+
+    A cell holds its position and a hash over its own content and the cell before it, as KV depends on all that
+    came before. A token is a hash over all cells of its sequence: a stale, foreign or misplaced page shows.
+    """
+
+    info: ModelInfo
+    failures: int = 0  # how many of the next steps raise
+    broken_seed: int | None = None  # a sample with this seed has logits that are not finite
+    plans: list[StepPlan] = field(default_factory=list)
+    rows: dict[int, bytes] = field(default_factory=dict)
+    dropped: list[int] = field(default_factory=list)
+    load_error: Exception | None = None
+    _cells: dict[tuple[int, int], tuple[int, bytes]] = field(default_factory=dict)
+    _lengths: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def computed_positions(self) -> int:
+        return sum(len(chunk.token_ids) for plan in self.plans for chunk in plan.chunks)
+
+    def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
+        if self.load_error:
+            raise self.load_error
+        row_bytes = len(adapter.rows) // adapter.num_virtual_tokens
+        self._lengths[first_id] = adapter.num_virtual_tokens
+        for row in range(adapter.num_virtual_tokens):
+            assert first_id + row not in self.rows
+            self.rows[first_id + row] = adapter.rows[row * row_bytes : (row + 1) * row_bytes]
+
+    def drop_rows(self, first_id: int) -> None:
+        self.dropped.append(first_id)
+        for row in range(self._lengths.pop(first_id)):
+            del self.rows[first_id + row]
+
+    def run(self, plan: StepPlan) -> Sequence[Sampled]:
+        self.plans.append(plan)
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("the device fell over")
+        written = [cell for chunk in plan.chunks for cell in self._slots(chunk, chunk.start)]
+        assert len(written) == len(set(written)), "two sequences write one cell"
+        for chunk in plan.chunks:
+            self._write(chunk)
+        return [self._sample(chunk, chunk.sample) for chunk in plan.chunks if chunk.sample is not None]
+
+    def _slots(self, chunk: Chunk, start: int) -> list[tuple[int, int]]:
+        size = self.info.page_size
+        stop = chunk.start + len(chunk.token_ids)
+        return [(chunk.page_ids[position // size], position % size) for position in range(start, stop)]
+
+    def _write(self, chunk: Chunk) -> None:
+        slots = self._slots(chunk, 0)
+        chain = self._cells[slots[chunk.start - 1]][1] if chunk.start else b""
+        for position, token_id in enumerate(chunk.token_ids, start=chunk.start):
+            content = self.rows[token_id] if token_id >= VOCAB_SIZE else token_id
+            chain = _hash(chain, content)
+            self._cells[slots[position]] = (position, chain)
+
+    def _sample(self, chunk: Chunk, sample: Sample) -> Sampled:
+        if sample.seed == self.broken_seed:
+            return Sampled(token_id=0, error="the logits are not finite")
+        token_id = _choose([self._cells[slot] for slot in self._slots(chunk, 0)], sample)
+        logprobs = Logprobs(chosen=-1.0, top=[(token_id, -1.0)]) if sample.params.logprobs is not None else None
+        return Sampled(token_id=token_id, logprobs=logprobs)
+
+
+@dataclass
+class Fakes:
+    """Makers of the fake model, engines over it, adapters and requests, and what each request must yield."""
+
+    vocab_size: int = VOCAB_SIZE
+
+    def runner(
+        self, *, num_pages: int = 16, page_size: int = 4, max_model_len: int = 32, device: str = "cpu"
+    ) -> FakeRunner:
+        return FakeRunner(
+            ModelInfo(
+                architecture="FakeForCausalLM",
+                hidden_size=HIDDEN_SIZE,
+                num_layers=1,
+                num_kv_heads=1,
+                head_dim=4,
+                vocab_size=VOCAB_SIZE,
+                dtype="float32",
+                device=device,
+                max_model_len=max_model_len,
+                max_virtual_tokens=12,
+                weights_bytes=0,
+                kv_cache_bytes=0,
+                num_pages=num_pages,
+                page_size=page_size,
+            )
+        )
+
+    def engine(self, runner: FakeRunner, *, max_num_sequences: int = 8, max_step_tokens: int = 16) -> Engine:
+        return Engine(
+            runner,
+            EngineConfig(model_path="", max_num_sequences=max_num_sequences, max_step_tokens=max_step_tokens),
+        )
+
+    def adapter(self, name: str, num_virtual_tokens: int) -> LoadAdapter:
+        """An adapter whose rows depend on its name alone."""
+        row_bytes = HIDDEN_SIZE * 4
+        rows = b"".join(_hash(name, row)[:row_bytes] for row in range(num_virtual_tokens))
+        return LoadAdapter(
+            digest=f"sha256:{name}",
+            rows=rows,
+            dtype="float32",
+            num_virtual_tokens=num_virtual_tokens,
+            hidden_size=HIDDEN_SIZE,
+        )
+
+    def request(
+        self,
+        request_id: str,
+        *parts: str | Iterable[int],
+        seed: int = 0,
+        salt: str = "",
+        eos: Iterable[int] = (),
+        params: SamplingParams | None = None,
+        max_tokens: int | None = 4,
+    ) -> AddRequest:
+        """A request whose prompt is adapters (by name) and ids, in order."""
+        return AddRequest(
+            request_id=request_id,
+            prompt=[
+                SoftPromptPart(digest=f"sha256:{part}")
+                if isinstance(part, str)
+                else TextPart(token_ids=list(part))
+                for part in parts
+            ],
+            params=params or SamplingParams(max_tokens=max_tokens),
+            eos_token_ids=list(eos),
+            seed=seed,
+            salt=salt,
+        )
+
+    def drain(self, engine: Engine, *, max_steps: int = 5000) -> dict[str, list[Output]]:
+        """Step until nothing is left to do, checking after every step; outputs by request."""
+        outputs: dict[str, list[Output]] = {}
+        for _ in range(max_steps):
+            if not engine.has_work:
+                return outputs
+            for output in engine.step().outputs:
+                outputs.setdefault(output.request_id, []).append(output)
+            engine.check()
+        raise AssertionError("the engine does not come to an end")
+
+    def solo(
+        self, request: AddRequest, adapters: Iterable[LoadAdapter] = (), *, max_model_len: int = 32
+    ) -> list[int]:
+        """The ids this request must yield, computed without pages, batches or engine."""
+        by_digest = {adapter.digest: adapter for adapter in adapters}
+        contents: list[object] = []
+        prompt_ids: list[int] = []
+        for part in request.prompt:
+            if isinstance(part, TextPart):
+                contents += part.token_ids
+                prompt_ids += part.token_ids
+            else:
+                adapter = by_digest[part.digest]
+                size = len(adapter.rows) // adapter.num_virtual_tokens
+                contents += [adapter.rows[start : start + size] for start in range(0, len(adapter.rows), size)]
+        params = request.params
+        eos = set() if params.ignore_eos else set(request.eos_token_ids)
+        ends = eos | set(params.stop_token_ids)
+        room = max_model_len - len(contents)
+        cells: list[tuple[int, bytes]] = []
+        outputs: list[int] = []
+        while True:
+            for content in contents[len(cells) :]:
+                cells.append((len(cells), _hash(cells[-1][1] if cells else b"", content)))
+            sample = Sample(
+                params=params,
+                seed=request.seed,
+                index=len(outputs),
+                prompt_ids=prompt_ids,
+                output_ids=outputs,
+                banned_ids=sorted(ends) if len(outputs) < params.min_tokens else (),
+            )
+            token_id = _choose(cells, sample)
+            outputs.append(token_id)
+            contents.append(token_id)
+            if token_id in ends or len(outputs) == (params.max_tokens or room):
+                return outputs
+
+
+@pytest.fixture(scope="session")
+def fakes() -> Fakes:
+    """The fake model and what goes with it."""
+    return Fakes()
+
+
+@pytest.fixture(scope="session")
+def token_ids() -> Callable[[Iterable[Output]], list[int]]:
+    """The ids in a request's outputs."""
+    return lambda outputs: [output.token_id for output in outputs if output.token_id is not None]

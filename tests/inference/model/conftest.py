@@ -1,0 +1,353 @@
+"""Tiny random models, adapters written by PEFT, and PEFT itself as the oracle."""
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from peft import (
+    CPTConfig,
+    PeftModel,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    PromptTuningInit,
+    TaskType,
+    get_peft_model,
+)
+from softprompt_api.formats import AdapterVerifier, parse_config, read_folder, read_rows
+from softprompt_api.params import SamplingParams
+from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.engine import Engine
+from softprompt_inference.engine.messages import AddRequest, LoadAdapter, Output, SoftPromptPart, TextPart
+from softprompt_inference.model.runner import ModelRunner, load_runner
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+VOCAB_SIZE = 256
+PAGE_SIZE = 16
+LOGPROB_TOLERANCE = 1e-4
+# Where the oracle's two likeliest tokens are closer than this, float32 cannot tell which is first.
+WAIVED_MARGIN = 2e-4
+
+# Large weights, so that random models have opinions: margins are healthy and every adapter changes the text.
+_COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.25,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+_GQA = {**_COMMON, "num_key_value_heads": 2}
+_WINDOW = 24
+TINY_CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": transformers.LlamaConfig(**_GQA),
+    "mistral": transformers.MistralConfig(**_GQA, sliding_window=_WINDOW),
+    "qwen3": transformers.Qwen3Config(**_GQA, head_dim=16),
+    "gemma2": transformers.Gemma2Config(
+        **{**_GQA, "num_hidden_layers": 4},
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=_WINDOW,
+        attn_logit_softcapping=5.0,
+    ),
+    "gpt2": transformers.GPT2Config(**{k: v for k, v in _COMMON.items() if k != "intermediate_size"}),
+    "phi3": transformers.Phi3Config(**_GQA, sliding_window=_WINDOW),
+    "opt": transformers.OPTConfig(
+        **{k: v for k, v in _COMMON.items() if k not in ("intermediate_size", "initializer_range")},
+        ffn_dim=64,
+        word_embed_proj_dim=32,
+        init_std=0.25,
+    ),
+    "gpt_neox": transformers.GPTNeoXConfig(**_COMMON),
+    "gpt_oss": transformers.GptOssConfig(
+        **_GQA,
+        head_dim=16,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=_WINDOW,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """An adapter folder that PEFT wrote, and what our own reader made of it."""
+
+    folder: Path
+    load: LoadAdapter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A prompt for an adapter (None: the base model)."""
+
+    adapter: Adapter | None
+    prompt_ids: tuple[int, ...]
+    max_tokens: int = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """The oracle's greedy tokens, their logprobs, and how far the second choice was behind."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    margins: list[float]
+
+
+@contextlib.contextmanager
+def _warnings_of_peft_ignored() -> Iterator[None]:
+    """PEFT's warnings are not ours; what we serve runs outside of this."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class Oracle:
+    """PEFT and transformers alone: float32, CPU, batch size one, no cache of ours."""
+
+    def __init__(self, model_path: Path) -> None:
+        self._model_path = model_path
+        self._models: dict[Path | None, PreTrainedModel | PeftModel] = {}
+        self._answers: dict[tuple[Path | None, tuple[int, ...], int], Answer] = {}
+
+    def answer(self, request: Request) -> Answer:
+        """Greedy by `generate`, then logprobs by one teacher-forced pass."""
+        folder = request.adapter.folder if request.adapter else None
+        key = (folder, request.prompt_ids, request.max_tokens)
+        if key not in self._answers:
+            with _warnings_of_peft_ignored():
+                self._answers[key] = self._compute(self._model(folder), request)
+        return self._answers[key]
+
+    def _model(self, folder: Path | None) -> PreTrainedModel | PeftModel:
+        if folder not in self._models:
+            base = AutoModelForCausalLM.from_pretrained(self._model_path, dtype=torch.float32)
+            model = base if folder is None else PeftModel.from_pretrained(base, folder)
+            self._models[folder] = model.eval()
+        return self._models[folder]
+
+    @torch.inference_mode()
+    def _compute(self, model: PreTrainedModel | PeftModel, request: Request) -> Answer:
+        prompt = torch.tensor([request.prompt_ids])
+        whole = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=request.max_tokens,
+            min_new_tokens=request.max_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        token_ids = whole[0, -request.max_tokens :]
+        forced = torch.cat([prompt[0], token_ids])[None]
+        logits = model(input_ids=forced, attention_mask=torch.ones_like(forced)).logits[0]
+        logprobs = torch.log_softmax(logits[-request.max_tokens - 1 : -1].double(), dim=-1)
+        two = logprobs.topk(2).values
+        return Answer(
+            token_ids=token_ids.tolist(),
+            logprobs=logprobs.gather(1, token_ids[:, None]).flatten().tolist(),
+            margins=(two[:, 0] - two[:, 1]).tolist(),
+        )
+
+
+@dataclass(slots=True)
+class Comparison:
+    """What differed from the oracle, and how many tokens were too close to call."""
+
+    problems: list[str] = field(default_factory=list)
+    num_tokens: int = 0
+    num_waived: int = 0
+
+    def add(self, name: str, expected: Answer, outputs: Sequence[Output]) -> None:
+        """Compare up to the first waived token: after it the texts may differ."""
+        if len(outputs) != len(expected.token_ids):
+            self.problems.append(f"{name}: {len(outputs)} tokens, not {len(expected.token_ids)}")
+        for i, output in enumerate(outputs[: len(expected.token_ids)]):
+            self.num_tokens += 1
+            if output.token_id != expected.token_ids[i]:
+                if expected.margins[i] < WAIVED_MARGIN:
+                    self.num_waived += 1
+                else:
+                    self.problems.append(f"{name}: token {i} is {output.token_id}, not {expected.token_ids[i]}")
+                return
+            assert output.logprobs is not None
+            difference = abs(output.logprobs.chosen - expected.logprobs[i])
+            if not difference <= LOGPROB_TOLERANCE:
+                self.problems.append(f"{name}: logprob of token {i} differs by {difference:.2g}")
+
+    def assert_equal(self) -> None:
+        """Fail on any difference, and where more than one token in fifty was too close to call."""
+        assert not self.problems, self.problems[:5]
+        assert self.num_waived * 50 <= self.num_tokens, f"{self.num_waived} of {self.num_tokens} tokens waived"
+
+
+@dataclass
+class Lab:
+    """Makes models, adapters, engines and requests, and compares what comes out with the oracle."""
+
+    folder: Path
+    _oracles: dict[Path, Oracle] = field(default_factory=dict)
+
+    def model(self, name: str) -> Path:
+        """Folder of the tiny random model of that architecture."""
+        path = self.folder / name
+        if not path.exists():
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(TINY_CONFIGS[name]).save_pretrained(path)
+        return path
+
+    def runner(self, model_path: Path, **settings: object) -> ModelRunner:
+        """A runner of 256 pages on the CPU, in float32."""
+        return load_runner(self._config(model_path, settings), lambda _: None)
+
+    def engine(self, model_path: Path, **settings: object) -> Engine:
+        """An engine over a new runner; `settings` as in EngineConfig."""
+        config = self._config(model_path, settings)
+        return Engine(load_runner(config, lambda _: None), config)
+
+    def _config(self, model_path: Path, settings: dict[str, object]) -> EngineConfig:
+        defaults = {"device": "cpu", "dtype": "float32", "page_size": PAGE_SIZE, "kv_cache_bytes": 8 * 2**20}
+        return EngineConfig(model_path=str(model_path), **{**defaults, **settings})
+
+    def adapter(self, model_path: Path, kind: str, num_virtual_tokens: int, *, seed: int = 0) -> Adapter:
+        """An adapter of random content, saved by PEFT and read by us; made once."""
+        folder = self.folder / f"{model_path.name}-{kind}-{num_virtual_tokens}-{seed}"
+        if not folder.exists():
+            with _warnings_of_peft_ignored():
+                self._save_adapter(folder, model_path, kind, num_virtual_tokens, seed)
+        return self.read_adapter(folder)
+
+    def _save_adapter(self, folder: Path, model_path: Path, kind: str, num_virtual_tokens: int, seed: int) -> None:
+        torch.manual_seed(1000 + seed)
+        base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        model = get_peft_model(base, _peft_config(kind, num_virtual_tokens, seed, model_path))
+        if kind == "cpt":
+            delta = model.prompt_encoder["default"].delta_embedding.weight
+            delta.data = torch.randn_like(delta)
+        model.save_pretrained(folder)
+
+    def read_adapter(self, folder: Path) -> Adapter:
+        """An adapter folder, through the reader that the services use."""
+        files = read_folder(folder)
+        spec = parse_config(files.config_json)
+        data = files.tensors_path.read_bytes()
+        verifier = AdapterVerifier(spec, size_bytes=len(data))
+        verifier.feed(data)
+        rows = read_rows(spec, data)
+        load = LoadAdapter(
+            digest=verifier.finish().digest,
+            rows=rows.data,
+            dtype=rows.dtype,
+            num_virtual_tokens=rows.num_virtual_tokens,
+            hidden_size=rows.hidden_size,
+        )
+        return Adapter(folder=folder, load=load)
+
+    def requests(
+        self, adapters: Iterable[Adapter | None], *, seed: int = 0, length: int = 9, max_tokens: int = 12
+    ) -> list[Request]:
+        """One request for each, with prompts of unequal lengths from `length` on."""
+        generator = torch.Generator().manual_seed(seed)
+        return [
+            Request(
+                adapter=adapter,
+                prompt_ids=tuple(
+                    torch.randint(3, VOCAB_SIZE, (length + 3 * i % 17,), generator=generator).tolist()
+                ),
+                max_tokens=max_tokens,
+            )
+            for i, adapter in enumerate(adapters)
+        ]
+
+    def submit(self, engine: Engine, requests: Sequence[Request]) -> None:
+        """Load what they need and queue them as requests "0", "1" …"""
+        for i, request in enumerate(requests):
+            prompt: list[TextPart | SoftPromptPart] = [TextPart(token_ids=list(request.prompt_ids))]
+            if request.adapter is not None:
+                engine.load_adapter(request.adapter.load)
+                prompt.insert(0, SoftPromptPart(digest=request.adapter.load.digest))
+            params = SamplingParams(max_tokens=request.max_tokens, temperature=0.0, logprobs=0)
+            engine.add(AddRequest(request_id=str(i), prompt=prompt, params=params))
+
+    def serve(self, engine: Engine, requests: Sequence[Request]) -> list[list[Output]]:
+        """Run the requests together to their ends; outputs of each."""
+        self.submit(engine, requests)
+        outputs: list[list[Output]] = [[] for _ in requests]
+        while engine.has_work:
+            for output in engine.step().outputs:
+                assert not output.error_message, output.error_message
+                outputs[int(output.request_id)].append(output)
+        return outputs
+
+    def oracle(self, model_path: Path) -> Oracle:
+        """The oracle over that model."""
+        return self._oracles.setdefault(model_path, Oracle(model_path))
+
+    def compare(
+        self, model_path: Path, requests: Sequence[Request], outputs: Sequence[Sequence[Output]]
+    ) -> Comparison:
+        """Every request with the oracle's answer to it alone."""
+        oracle = self.oracle(model_path)
+        comparison = Comparison()
+        for i, (request, own) in enumerate(zip(requests, outputs, strict=True)):
+            comparison.add(f"request {i}", oracle.answer(request), own)
+        return comparison
+
+
+def _peft_config(
+    kind: str, num_virtual_tokens: int, seed: int, model_path: Path
+) -> PromptTuningConfig | PromptEncoderConfig | CPTConfig:
+    match kind:
+        case "prompt_tuning":
+            return PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=num_virtual_tokens)
+        case "text_prompt":
+            return PromptTuningConfig(
+                task_type=TaskType.CAUSAL_LM,
+                num_virtual_tokens=num_virtual_tokens,
+                prompt_tuning_init=PromptTuningInit.TEXT,
+                prompt_tuning_init_text=["Answer like a pirate.", "Reply in French, in one word."][seed],
+                tokenizer_name_or_path=str(model_path),
+            )
+        case "p_tuning_mlp" | "p_tuning_lstm":
+            return PromptEncoderConfig(
+                task_type=TaskType.CAUSAL_LM,
+                num_virtual_tokens=num_virtual_tokens,
+                encoder_reparameterization_type=kind.removeprefix("p_tuning_").upper(),
+                encoder_hidden_size=64,
+                encoder_num_layers=2,
+            )
+        case "cpt":
+            ids: Tensor = torch.randint(3, VOCAB_SIZE, (num_virtual_tokens,))
+            return CPTConfig(
+                task_type=TaskType.CAUSAL_LM,
+                num_virtual_tokens=num_virtual_tokens,
+                cpt_token_ids=ids.tolist(),
+                cpt_mask=[1] * num_virtual_tokens,
+                cpt_tokens_type_mask=[1, 2, 3, 4] * (num_virtual_tokens // 4) + [2] * (num_virtual_tokens % 4),
+                opt_projection_epsilon=5.0,
+                opt_projection_format_epsilon=5.0,
+            )
+    raise AssertionError(kind)
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """The laboratory; what it makes lasts for the session."""
+    return Lab(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture(scope="session")
+def llama(lab: Lab) -> Path:
+    """Folder of a tiny Llama."""
+    return lab.model("llama")

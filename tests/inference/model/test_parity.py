@@ -1,0 +1,171 @@
+"""What is served equals what PEFT computes: float32, greedy, ids equal and logprobs within 1e-4."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from softprompt_inference.model import attention
+from softprompt_inference.model.loader import LoadedModel
+from softprompt_inference.model.source import DEFAULT_MODEL, ModelSourceError, resolve_model
+from softprompt_kernels.kv_write import kv_write
+from torch import Tensor
+
+KINDS = ["prompt_tuning", "p_tuning_mlp", "p_tuning_lstm", "cpt"]
+# Not a multiple of the page size (16), one page, between, two pages.
+COUNTS = [5, 16, 20, 32]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_alone(lab: Any, llama: Path, kind: str, count: int) -> None:
+    requests = lab.requests([lab.adapter(llama, kind, count)])
+    outputs = lab.serve(lab.engine(llama), requests)
+    lab.compare(llama, requests, outputs).assert_equal()
+
+
+def test_every_kind_and_the_base_model_in_one_batch_of_sixteen(lab: Any, llama: Path) -> None:
+    adapters = [lab.adapter(llama, kind, count) for kind, count in zip(KINDS, COUNTS, strict=True)]
+    adapters += [lab.adapter(llama, "prompt_tuning", count, seed=1) for count in COUNTS]
+    requests = lab.requests([*adapters, *([None] * 4), *adapters[:4]])
+    assert len(requests) == 16
+    outputs = lab.serve(lab.engine(llama), requests)
+    lab.compare(llama, requests, outputs).assert_equal()
+
+
+@pytest.mark.parametrize("max_step_tokens", [3, 5, 7, 16, 20])
+@pytest.mark.parametrize("count", COUNTS)
+def test_chunks_that_end_inside_and_just_after_the_virtual_tokens(
+    lab: Any, llama: Path, count: int, max_step_tokens: int
+) -> None:
+    adapter = lab.adapter(llama, "prompt_tuning", count)
+    requests = lab.requests([adapter, None, adapter])
+    outputs = lab.serve(lab.engine(llama, max_step_tokens=max_step_tokens), requests)
+    lab.compare(llama, requests, outputs).assert_equal()
+
+
+@pytest.mark.parametrize("page_size", [4, 5, 16])
+def test_preempted_requests_go_on_as_if_nothing_had_happened(lab: Any, llama: Path, page_size: int) -> None:
+    adapters = [lab.adapter(llama, "prompt_tuning", 20), lab.adapter(llama, "prompt_tuning", 5), None, None]
+    requests = lab.requests([*adapters, *adapters], max_tokens=30)
+    # 2 layers of 2 heads of 8 float32 keys and values: 256 bytes per position, 120 positions in all.
+    settings = {"page_size": page_size, "kv_cache_bytes": 120 * 256, "max_model_len": 80}
+    engine = lab.engine(llama, **settings)
+    outputs = lab.serve(engine, requests)
+    assert engine.step().stats.preemptions > 0
+    lab.compare(llama, requests, outputs).assert_equal()
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_a_prefix_hit_changes_nothing(lab: Any, llama: Path, count: int) -> None:
+    requests = lab.requests([lab.adapter(llama, "prompt_tuning", count), None], length=40)
+    engine = lab.engine(llama)
+    first, second = lab.serve(engine, requests), lab.serve(engine, requests)
+    assert all(outputs[0].cached_tokens == 0 for outputs in first)
+    assert all(outputs[0].cached_tokens >= 32 for outputs in second)
+    lab.compare(llama, requests, first).assert_equal()
+    lab.compare(llama, requests, second).assert_equal()
+
+
+def test_adapters_of_one_length_and_one_text_do_not_share_keys(lab: Any, llama: Path) -> None:
+    one, other = (lab.adapter(llama, "prompt_tuning", 32, seed=seed) for seed in (0, 1))
+    [request] = lab.requests([one], length=40)
+    requests = [request, replace(request, adapter=other), replace(request, adapter=None)]
+    engine = lab.engine(llama)
+    for each in (requests, list(reversed(requests))):
+        outputs = lab.serve(engine, each)
+        lab.compare(llama, each, outputs).assert_equal()
+
+
+def test_the_default_model_with_adapters_made_from_text(lab: Any) -> None:
+    try:
+        path = resolve_model(DEFAULT_MODEL)
+    except ModelSourceError as error:
+        pytest.skip(str(error))
+    one, other = (lab.adapter(path, "text_prompt", 20, seed=seed) for seed in (0, 1))
+    requests = lab.requests([one, other, None, one], length=20, max_tokens=8)
+    fillers = lab.requests([None, one, other] * 4, length=4, max_tokens=4, seed=1)
+    outputs = lab.serve(lab.engine(path, kv_cache_bytes=64 * 2**20), [*requests, *fillers])
+    lab.compare(path, requests, outputs[: len(requests)]).assert_equal()
+
+
+def test_the_oracle_tells_all_requests_apart(lab: Any, llama: Path) -> None:
+    adapters = [lab.adapter(llama, kind, 20) for kind in KINDS] + [None]
+    [request] = lab.requests([None])
+    answers = [lab.oracle(llama).answer(replace(request, adapter=adapter)) for adapter in adapters]
+    assert len({tuple(answer.token_ids) for answer in answers}) == len(adapters)
+
+
+# From here on something is broken on purpose: the comparison must notice.
+
+
+def test_swapped_adapters_are_noticed(lab: Any, llama: Path) -> None:
+    requests = lab.requests([lab.adapter(llama, "prompt_tuning", 20, seed=seed) for seed in (0, 1)])
+    rows = [request.adapter.load.rows for request in requests]
+    swapped = [with_rows(request, own) for request, own in zip(requests, reversed(rows), strict=True)]
+    comparison = lab.compare(llama, requests, lab.serve(lab.engine(llama), swapped))
+    assert {problem.split(":")[0] for problem in comparison.problems} == {"request 0", "request 1"}
+
+
+@pytest.mark.parametrize("row", [0, 10, 19])
+def test_a_dropped_virtual_token_is_noticed(lab: Any, llama: Path, row: int) -> None:
+    [request] = lab.requests([lab.adapter(llama, "prompt_tuning", 20)])
+    rows = request.adapter.load.rows
+    row_bytes = len(rows) // 20
+    shorter = with_rows(request, rows[: row * row_bytes] + rows[(row + 1) * row_bytes :])
+    assert lab.compare(llama, [request], lab.serve(lab.engine(llama), [shorter])).problems
+
+
+# Rotary positions are relative: only a gap between virtual tokens and text can show. Learned ones are absolute.
+@pytest.mark.parametrize(("name", "first_shifted"), [("llama", 20), ("gpt2", 20), ("gpt2", 0)])
+def test_positions_shifted_by_one_are_noticed(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, name: str, first_shifted: int
+) -> None:
+    path = lab.model(name)
+    requests = lab.requests([lab.adapter(path, "prompt_tuning", 20)])
+    engine = lab.engine(path)
+    compute = LoadedModel.logits
+
+    def shifted(self: LoadedModel, embeddings: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        return compute(self, embeddings, positions + (positions >= first_shifted), rows)
+
+    monkeypatch.setattr(LoadedModel, "logits", shifted)
+    assert lab.compare(path, requests, lab.serve(engine, requests)).problems
+
+
+def test_pages_used_again_without_writing_are_noticed(
+    lab: Any, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = lab.requests([lab.adapter(llama, "prompt_tuning", 20, seed=seed) for seed in (0, 1)] * 2)
+    engine = lab.engine(llama, kv_cache_bytes=80 * 256, max_model_len=80)
+    written: dict[int, set[int]] = {}
+
+    def write_only_once(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        seen = written.setdefault(keys.data_ptr(), set())
+        fresh = [i for i, slot in enumerate(slots.tolist()) if slot not in seen]
+        seen.update(slots.tolist())
+        kv_write(keys, values, k[fresh], v[fresh], slots[fresh])
+
+    monkeypatch.setattr(attention, "kv_write", write_only_once)
+    assert lab.compare(llama, requests, lab.serve(engine, requests)).problems
+
+
+def test_cached_keys_of_another_adapter_are_noticed(lab: Any, llama: Path) -> None:
+    one, other = lab.requests([lab.adapter(llama, "prompt_tuning", 32, seed=seed) for seed in (0, 1)])
+    engine = lab.engine(llama)
+    digest = one.adapter.load.digest
+    lab.compare(llama, [one], lab.serve(engine, [one])).assert_equal()
+    engine.drop_adapter(digest)
+    # As if the cache did not look at the digest: both adapters go by one.
+    under_one_digest = replace(
+        other, adapter=replace(other.adapter, load=replace(other.adapter.load, digest=digest))
+    )
+    assert lab.compare(llama, [other], lab.serve(engine, [under_one_digest])).problems
+
+
+def with_rows(request: Any, rows: bytes) -> Any:
+    """The same request for an adapter with other rows of the same size, and fewer or more of them."""
+    load = request.adapter.load
+    row_bytes = len(load.rows) // load.num_virtual_tokens
+    changed = replace(load, rows=rows, num_virtual_tokens=len(rows) // row_bytes)
+    return replace(request, adapter=replace(request.adapter, load=changed))

@@ -1,0 +1,223 @@
+import math
+from collections import Counter
+
+import pytest
+import torch
+from softprompt_api.params import SamplingParams
+from softprompt_inference.engine.plan import Sample, Sampled
+from softprompt_inference.model import sampler
+from softprompt_inference.model.sampler import sample, uniform
+from torch import Tensor
+
+
+def ask(
+    *,
+    seed: int = 0,
+    index: int = 0,
+    prompt_ids: tuple[int, ...] = (),
+    output_ids: tuple[int, ...] = (),
+    banned_ids: tuple[int, ...] = (),
+    **params: object,
+) -> Sample:
+    return Sample(
+        params=SamplingParams(**params),
+        seed=seed,
+        index=index,
+        prompt_ids=prompt_ids,
+        output_ids=output_ids,
+        banned_ids=banned_ids,
+    )
+
+
+def one(logits: list[float] | Tensor, s: Sample) -> Sampled:
+    return sample(torch.as_tensor(logits)[None], [s])[0]
+
+
+def drawn(logits: list[float] | Tensor, count: int = 400, **params: object) -> Counter[int]:
+    """Tokens over many seeds."""
+    samples = [ask(seed=seed, **params) for seed in range(count)]
+    row = torch.as_tensor(logits)
+    return Counter(result.token_id for result in sample(row.expand(count, -1), samples))
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    assert one([0.0, 3.0, 1.0], ask(temperature=0.0)).token_id == 1
+
+
+def test_a_vanishing_temperature_is_greedy_and_finite() -> None:
+    assert one([0.0, 3e30, 1.0], ask(temperature=1e-30)).token_id == 1
+
+
+def test_draws_follow_the_probabilities() -> None:
+    shares = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    counts = drawn(shares.log(), count=4000)
+    for token_id, share in enumerate(shares.tolist()):
+        assert counts[token_id] / 4000 == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / 4000))
+
+
+def test_temperature_sharpens_and_flattens() -> None:
+    logits = [1.0, 0.0]
+    cold, warm = drawn(logits, temperature=0.25), drawn(logits, temperature=2.0)
+    assert cold[0] > 385
+    assert 200 < warm[0] < 300
+
+
+def test_top_k_keeps_the_k_likeliest() -> None:
+    assert set(drawn([0.0, 2.0, 1.0, 1.9], top_k=2)) == {1, 3}
+    assert set(drawn([0.0, 2.0, 1.0, 1.9], top_k=1)) == {1}
+
+
+def test_top_k_beyond_the_vocabulary_keeps_all() -> None:
+    assert set(drawn([0.0, 0.1, 0.2], top_k=1000)) == {0, 1, 2}
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    assert set(drawn(logits, top_p=0.45)) == {0}
+    assert set(drawn(logits, top_p=0.6)) == {0, 1}
+    assert set(drawn(logits, top_p=0.9)) == {0, 1, 2}
+
+
+def test_top_p_is_a_share_of_what_top_k_left() -> None:
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    # Of 0.7, the first has 0.57.
+    assert set(drawn(logits, top_k=2, top_p=0.55)) == {0}
+    assert set(drawn(logits, top_p=0.55)) == {0, 1}
+
+
+def test_top_p_looks_further_where_the_candidates_do_not_reach_it() -> None:
+    logits = torch.zeros(20)
+    params = [SamplingParams(top_p=0.74), SamplingParams(top_p=0.1)]
+    logits = logits - torch.arange(20) * 1e-3
+    few = sampler._keep_top(logits.expand(2, -1).clone(), params, 4)
+    assert torch.isfinite(few).sum(-1).tolist() == [15, 2]
+    assert torch.equal(few, sampler._keep_top(logits.expand(2, -1).clone(), params, 20))
+
+
+def test_min_p_is_a_share_of_the_likeliest() -> None:
+    logits = torch.tensor([0.6, 0.35, 0.05]).log()
+    assert set(drawn(logits, min_p=0.5)) == {0, 1}
+    assert set(drawn(logits, min_p=1.0)) == {0}
+
+
+def test_min_p_comes_after_temperature() -> None:
+    logits = torch.tensor([0.6, 0.35, 0.05]).log()
+    assert set(drawn(logits, min_p=0.25, temperature=2.0)) == {0, 1, 2}
+
+
+def test_logit_bias_moves_tokens() -> None:
+    assert one([0.0, 3.0, 1.0], ask(temperature=0.0, logit_bias={2: 5.0, 1: -1.0})).token_id == 2
+
+
+def test_banned_ids_are_never_chosen() -> None:
+    assert one([0.0, 3.0, 1.0], ask(temperature=0.0, banned_ids=(1,))).token_id == 2
+    samples = [ask(seed=seed, banned_ids=(1,)) for seed in range(200)]
+    assert {result.token_id for result in sample(torch.tensor([[0.0, 3.0, 1.0]]).expand(200, -1), samples)} == {
+        0,
+        2,
+    }
+
+
+def test_a_ban_outweighs_a_bias() -> None:
+    assert one([0.0, 0.0], ask(temperature=0.0, logit_bias={1: 100.0}, banned_ids=(1,))).token_id == 0
+
+
+def test_repetition_penalty_divides_what_is_likely_and_multiplies_what_is_not() -> None:
+    # 4 / 2 = 2 for the prompt's token, −1 · 2 = −2 for the output's.
+    s = ask(temperature=0.0, repetition_penalty=2.0, prompt_ids=(0, 0), output_ids=(1,))
+    edited = torch.tensor([4.0, -1.0, 2.5])
+    sampler._edit(edited, s)
+    assert edited.tolist() == [2.0, -2.0, 2.5]
+    assert one([4.0, -1.0, 2.5], s).token_id == 2
+
+
+def test_presence_and_frequency_look_at_the_output_alone() -> None:
+    s = ask(presence_penalty=1.0, frequency_penalty=0.5, prompt_ids=(2,), output_ids=(0, 0, 1))
+    edited = torch.zeros(3)
+    sampler._edit(edited, s)
+    assert edited.tolist() == [-2.0, -1.5, 0.0]
+
+
+def test_edits_do_not_touch_the_callers_logits_or_other_rows() -> None:
+    logits = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    results = sample(logits, [ask(temperature=0.0, banned_ids=(0,)), ask(temperature=0.0)])
+    assert [result.token_id for result in results] == [1, 0]
+    assert logits.tolist() == [[1.0, 0.0], [1.0, 0.0]]
+
+
+def test_logprobs_are_those_of_the_unmodified_logits() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    expected = torch.log_softmax(logits, -1).tolist()
+    s = ask(temperature=0.0, logprobs=2, banned_ids=(0,), logit_bias={3: 9.0})
+    result = one(logits, s)
+    assert result.token_id == 3
+    assert result.logprobs is not None
+    assert result.logprobs.chosen == pytest.approx(expected[3])
+    assert [token_id for token_id, _ in result.logprobs.top] == [0, 1]
+    assert [logprob for _, logprob in result.logprobs.top] == pytest.approx(expected[:2])
+
+
+def test_each_row_gets_as_many_alternatives_as_it_asks_for() -> None:
+    logits = torch.randn(4, 10)
+    results = sample(logits, [ask(logprobs=count) for count in (0, None, 3, 20)])
+    counts = [None if result.logprobs is None else len(result.logprobs.top) for result in results]
+    assert counts == [0, None, 3, 10]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_fails_alone(value: float) -> None:
+    logits = torch.zeros(3, 5)
+    logits[1, 3] = value
+    logits[2, 4] = 2.0
+    samples = [ask(temperature=0.0, logit_bias={1: 1.0}), ask(logprobs=1), ask(temperature=0.0, logprobs=1)]
+    first, broken, last = sample(logits, samples)
+    assert (first.token_id, first.error) == (1, "")
+    assert broken.error == sampler.NOT_FINITE
+    assert broken.logprobs is None
+    assert (last.token_id, last.error) == (4, "")
+
+
+def test_a_token_that_the_model_itself_excludes_is_no_error() -> None:
+    assert one([-math.inf, 0.0], ask(temperature=0.0)).error == ""
+
+
+def test_a_seeded_draw_is_the_same_in_any_batch() -> None:
+    logits = torch.randn(24, 3000, generator=torch.Generator().manual_seed(1))
+    kinds = [
+        {},
+        {"top_k": 5},
+        {"top_p": 0.9},
+        {"top_k": 2000, "top_p": 0.99},
+        {"min_p": 0.02, "temperature": 1.7},
+        {"temperature": 0.0},
+    ]
+    samples = [ask(seed=i, index=i % 5, **kinds[i % len(kinds)]) for i in range(24)]
+    together = [result.token_id for result in sample(logits, samples)]
+    alone = [one(row, s).token_id for row, s in zip(logits, samples, strict=True)]
+    assert together == alone
+
+
+def test_ties_at_the_edge_stay_whatever_else_is_in_the_batch() -> None:
+    logits = torch.zeros(2, 3000)
+    narrow = [one(logits[0], ask(seed=seed, top_k=3)).token_id for seed in range(20)]
+    wide = [sample(logits, [ask(seed=seed, top_k=3), ask(top_k=2900)])[0].token_id for seed in range(20)]
+    assert narrow == wide
+    assert len(set(narrow)) > 3
+
+
+def test_seeds_and_indices_make_different_draws() -> None:
+    points = {uniform(seed, index) for seed in range(-20, 20) for index in range(20)}
+    assert len(points) == 800
+    assert all(0 <= point < 1 for point in points)
+    assert sum(points) / 800 == pytest.approx(0.5, abs=0.05)
+
+
+def test_sixteen_bit_logits_are_sampled_in_float32() -> None:
+    logits = torch.randn(1, 100).bfloat16()
+    result = sample(logits, [ask(temperature=0.0, logprobs=0)])[0]
+    assert result.logprobs is not None
+    assert result.logprobs.chosen == pytest.approx(float(torch.log_softmax(logits.float(), -1).max()))
+
+
+def test_nothing_to_sample_is_fine() -> None:
+    assert sample(torch.zeros(0, 5), []) == []

@@ -1,0 +1,46 @@
+"""Host memory holds the adapters used last, within its limit."""
+
+import random
+
+from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.adapters.host_cache import HostCache
+
+
+def adapter(digest: str, size_bytes: int) -> Adapter:
+    return Adapter(digest=digest, rows=bytes(size_bytes), dtype="float32", num_virtual_tokens=1, hidden_size=1)
+
+
+def test_what_was_put_is_found_and_nothing_else() -> None:
+    cache = HostCache(10)
+    kept = adapter("a", 4)
+    cache.put(kept)
+    assert cache.get("a") is kept
+    assert cache.get("b") is None
+
+
+def test_the_least_recently_used_is_forgotten() -> None:
+    cache = HostCache(10)
+    cache.put(adapter("a", 5))
+    cache.put(adapter("b", 5))
+    cache.get("a")
+    cache.put(adapter("c", 5))
+    assert [digest for digest in "abc" if cache.get(digest)] == ["a", "c"]
+
+
+def test_an_adapter_larger_than_the_cache_is_not_kept_and_pushes_nobody_out() -> None:
+    cache = HostCache(10)
+    cache.put(adapter("a", 5))
+    cache.put(adapter("b", 11))
+    assert [digest for digest in "ab" if cache.get(digest)] == ["a"]
+
+
+def test_the_counters_stay_right_over_many_operations() -> None:
+    draw, cache = random.Random(1), HostCache(100)
+    for _ in range(1000):
+        digest = str(draw.randrange(30))
+        if draw.random() < 0.5:
+            cache.get(digest)
+        else:
+            cache.put(adapter(digest, draw.randrange(40)))
+        cache.check()
+    assert 0 < cache.size_bytes <= 100

@@ -1,0 +1,352 @@
+"""Adapters are brought in once, kept while used, dropped only when idle, and nobody waits without need."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import pytest
+from softprompt_api.errors import Unavailable
+from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.adapters.host_cache import HostCache
+from softprompt_inference.adapters.residency import Residency
+
+
+def adapter(digest: str, num_rows: int = 1) -> Adapter:
+    return Adapter(
+        digest=digest, rows=bytes(4 * num_rows), dtype="float32", num_virtual_tokens=num_rows, hidden_size=1
+    )
+
+
+@dataclass
+class Edge:
+    """The registry and the engine, as far as residency sees them."""
+
+    num_rows: dict[str, int] = field(default_factory=dict)
+    fetched: list[str] = field(default_factory=list)
+    engine: set[str] = field(default_factory=set)
+    commands: list[str] = field(default_factory=list)
+    gates: dict[str, asyncio.Event] = field(default_factory=dict)
+    failures: dict[str, Exception] = field(default_factory=dict)
+
+    async def fetch(self, digest: str) -> Adapter:
+        self.fetched.append(digest)
+        await self.gates.get(digest, _open()).wait()
+        if digest in self.failures:
+            raise self.failures.pop(digest)
+        return adapter(digest, self.num_rows.get(digest, 1))
+
+    def load(self, loaded: Adapter) -> None:
+        assert loaded.digest not in self.engine
+        self.engine.add(loaded.digest)
+        self.commands.append(f"load {loaded.digest}")
+
+    def drop(self, digest: str) -> None:
+        self.engine.remove(digest)
+        self.commands.append(f"drop {digest}")
+
+
+def _open() -> asyncio.Event:
+    gate = asyncio.Event()
+    gate.set()
+    return gate
+
+
+@pytest.fixture
+def edge() -> Edge:
+    return Edge()
+
+
+@pytest.fixture
+async def make(edge: Edge) -> AsyncIterator[Callable[..., Residency]]:
+    made: list[Residency] = []
+
+    def make(*, max_adapters: int = 2, max_rows: int = 100, host_bytes: int = 10_000) -> Residency:
+        residency = Residency(
+            fetch=edge.fetch,
+            load=edge.load,
+            drop=edge.drop,
+            max_adapters=max_adapters,
+            max_rows=max_rows,
+            host_cache=HostCache(host_bytes),
+        )
+        made.append(residency)
+        return residency
+
+    yield make
+    for residency in made:
+        residency.check()
+        await residency.close()
+
+
+class User:
+    """A request that uses an adapter until it is told to end."""
+
+    def __init__(self, residency: Residency, digest: str) -> None:
+        self._end = asyncio.Event()
+        self.got = asyncio.Event()
+        self.task = asyncio.create_task(self._run(residency, digest))
+
+    async def _run(self, residency: Residency, digest: str) -> None:
+        async with residency.use(digest) as held:
+            assert held.digest == digest
+            self.got.set()
+            await self._end.wait()
+
+    async def end(self) -> None:
+        self._end.set()
+        await self.task
+
+    async def cancel(self) -> None:
+        self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
+
+
+async def settle() -> None:
+    """Let everything that can run now run."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_the_first_user_loads_and_later_ones_find_it_there(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make()
+    for _ in range(3):
+        async with residency.use("a"):
+            residency.check()
+    assert (edge.fetched, edge.commands) == (["a"], ["load a"])
+
+
+async def test_users_at_the_same_time_share_one_fetch(edge: Edge, make: Callable[..., Residency]) -> None:
+    edge.gates["a"] = asyncio.Event()
+    residency = make()
+    users = [User(residency, "a") for _ in range(5)]
+    await settle()
+    assert not any(user.got.is_set() for user in users)
+    edge.gates["a"].set()
+    await settle()
+    assert all(user.got.is_set() for user in users)
+    assert edge.fetched == ["a"]
+    for user in users:
+        await user.end()
+
+
+async def test_a_slow_fetch_blocks_nobody_else(edge: Edge, make: Callable[..., Residency]) -> None:
+    edge.gates["slow"] = asyncio.Event()
+    residency = make()
+    slow = User(residency, "slow")
+    async with residency.use("quick"):
+        assert not slow.got.is_set()
+    edge.gates["slow"].set()
+    await slow.end()
+
+
+async def test_the_least_recently_used_idle_adapter_makes_room(edge: Edge, make: Callable[..., Residency]) -> None:
+    residency = make(max_adapters=2)
+    for digest in ("a", "b", "a", "c"):
+        async with residency.use(digest):
+            residency.check()
+    assert edge.commands == ["load a", "load b", "drop b", "load c"]
+
+
+async def test_rows_bound_what_is_resident_too(edge: Edge, make: Callable[..., Residency]) -> None:
+    edge.num_rows = {"a": 6, "b": 3, "c": 4}
+    residency = make(max_adapters=10, max_rows=10)
+    for digest in ("a", "b", "c"):
+        async with residency.use(digest):
+            residency.check()
+    assert edge.commands == ["load a", "load b", "drop a", "load c"]
+
+
+async def test_an_adapter_in_use_is_never_dropped_and_others_wait_for_it(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_adapters=1)
+    first = User(residency, "a")
+    await settle()
+    second = User(residency, "b")
+    await settle()
+    residency.check()
+    assert (first.got.is_set(), second.got.is_set()) == (True, False)
+    assert edge.engine == {"a"}
+    await first.end()
+    await settle()
+    assert second.got.is_set()
+    assert edge.commands == ["load a", "drop a", "load b"]
+    await second.end()
+
+
+async def test_while_others_wait_for_room_resident_adapters_are_used_at_once(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_adapters=1)
+    first = User(residency, "a")
+    waiting = User(residency, "b")
+    await settle()
+    async with residency.use("a"):
+        assert not waiting.got.is_set()
+    await first.end()
+    await settle()
+    assert waiting.got.is_set()
+    await waiting.end()
+
+
+async def test_those_who_wait_for_room_get_it_in_order(edge: Edge, make: Callable[..., Residency]) -> None:
+    edge.num_rows = {"large": 10}
+    residency = make(max_adapters=2, max_rows=10)
+    holder = User(residency, "a")
+    await settle()
+    large = User(residency, "large")
+    await settle()
+    small = User(residency, "b")
+    await settle()
+    residency.check()
+    assert not small.got.is_set()  # it would fit, but would starve the one before it
+    await holder.end()
+    await settle()
+    assert (large.got.is_set(), small.got.is_set()) == (True, False)
+    await large.end()
+    await small.end()
+
+
+async def test_a_failed_fetch_reaches_its_waiters_and_is_not_remembered(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    edge.failures["a"] = Unavailable("the registry is away")
+    residency = make()
+    users = [User(residency, "a") for _ in range(3)]
+    results = await asyncio.gather(*(user.task for user in users), return_exceptions=True)
+    assert all(isinstance(result, Unavailable) for result in results)
+    async with residency.use("a"):
+        assert edge.fetched == ["a", "a"]
+
+
+async def test_a_failed_fetch_does_not_touch_others(edge: Edge, make: Callable[..., Residency]) -> None:
+    edge.failures["bad"] = Unavailable("the registry is away")
+    residency = make(max_adapters=1)
+    with pytest.raises(Unavailable):
+        async with residency.use("bad"):
+            pass
+    async with residency.use("good"):
+        residency.check()
+
+
+async def test_an_engine_that_refuses_a_load_leaves_the_room_free(edge: Edge) -> None:
+    def refuse(_: Adapter) -> None:
+        raise Unavailable("the engine has stopped")
+
+    residency = Residency(
+        fetch=edge.fetch, load=refuse, drop=edge.drop, max_adapters=1, max_rows=9, host_cache=HostCache(0)
+    )
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            async with residency.use("a"):
+                pass
+        residency.check()
+
+
+async def test_one_waiter_that_leaves_does_not_end_the_fetch_of_others(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    edge.gates["a"] = asyncio.Event()
+    residency = make()
+    leaver, stayer = User(residency, "a"), User(residency, "a")
+    await settle()
+    await leaver.cancel()
+    edge.gates["a"].set()
+    await settle()
+    assert stayer.got.is_set()
+    assert edge.fetched == ["a"]
+    await stayer.end()
+
+
+async def test_a_fetch_that_nobody_waits_for_ends(edge: Edge, make: Callable[..., Residency]) -> None:
+    edge.gates["a"] = asyncio.Event()
+    residency = make()
+    leaver = User(residency, "a")
+    await settle()
+    await leaver.cancel()
+    edge.gates["a"].set()
+    await settle()
+    assert edge.commands == []
+    async with residency.use("a"):
+        assert edge.fetched == ["a", "a"]
+
+
+async def test_a_waiter_for_room_that_leaves_lets_the_next_one_in(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    edge.num_rows = {"large": 10}
+    residency = make(max_adapters=2, max_rows=10)
+    holder = User(residency, "a")
+    await settle()
+    large = User(residency, "large")
+    await settle()
+    small = User(residency, "b")
+    await settle()
+    await large.cancel()
+    await settle()
+    assert small.got.is_set()
+    await small.end()
+    await holder.end()
+
+
+async def test_a_dropped_adapter_comes_back_from_host_memory(edge: Edge, make: Callable[..., Residency]) -> None:
+    residency = make(max_adapters=1)
+    for digest in ("a", "b", "a"):
+        async with residency.use(digest):
+            pass
+    assert edge.fetched == ["a", "b"]
+    assert edge.commands == ["load a", "drop a", "load b", "drop b", "load a"]
+
+
+async def test_without_host_memory_a_dropped_adapter_is_fetched_again(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_adapters=1, host_bytes=0)
+    for digest in ("a", "b", "a"):
+        async with residency.use(digest):
+            pass
+    assert edge.fetched == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_a_storm_of_users_and_cancellations_keeps_every_invariant(
+    edge: Edge, make: Callable[..., Residency], seed: int
+) -> None:
+    draw = random.Random(seed)
+    edge.num_rows = {str(number): 1 + number % 5 for number in range(12)}
+    residency = make(max_adapters=3, max_rows=7, host_bytes=20)
+    in_use: list[str] = []
+
+    async def user(digest: str) -> None:
+        if draw.random() < 0.1:
+            edge.failures[digest] = Unavailable("the registry is away")
+        async with residency.use(digest):
+            in_use.append(digest)
+            try:
+                for _ in range(draw.randrange(4)):
+                    await asyncio.sleep(0)
+                    assert digest in edge.engine
+            finally:
+                in_use.remove(digest)
+
+    tasks: list[asyncio.Task[None]] = []
+    for _ in range(300):
+        tasks.append(asyncio.create_task(user(str(draw.randrange(12)))))
+        if draw.random() < 0.3:
+            draw.choice(tasks).cancel()
+        if draw.random() < 0.7:
+            await asyncio.sleep(0)
+        residency.check()
+        assert set(in_use) <= edge.engine
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(result, Unavailable | asyncio.CancelledError | None) for result in results)
+    await settle()
+    residency.check()
+    edge.failures.clear()
+    async with asyncio.timeout(5), residency.use("11"), residency.use("0"):
+        residency.check()

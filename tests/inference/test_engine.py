@@ -1,0 +1,450 @@
+"""Whatever else runs, every request gets exactly what it would get alone, or an error that names the reason."""
+
+import time
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from softprompt_api.params import SamplingParams
+from softprompt_inference.engine.engine import EngineBroken
+from softprompt_inference.engine.messages import (
+    Abort,
+    AddRequest,
+    DropAdapter,
+    Finish,
+    LoadAdapter,
+    Output,
+    SoftPromptPart,
+    TextPart,
+)
+from softprompt_inference.engine.plan import Sampled
+
+
+def ids(outputs: list[Output]) -> list[int]:
+    return [output.token_id for output in outputs if output.token_id is not None]
+
+
+ADAPTER_LENGTHS = {"a": 3, "b": 4, "c": 4, "d": 9}
+
+
+@st.composite
+def requests(draw: st.DrawFn, index: int) -> AddRequest:
+    # Few ids and few prefixes, so that prompts often share pages.
+    parts: list[TextPart | SoftPromptPart] = [
+        SoftPromptPart(digest=f"sha256:{name}")
+        for name in draw(st.lists(st.sampled_from(sorted(ADAPTER_LENGTHS)), max_size=2))
+    ]
+    text = draw(st.sampled_from([[1] * 14, [1] * 8, [1, 2, 3], [2]]))
+    parts.append(TextPart(token_ids=text[: draw(st.integers(1, len(text)))]))
+    if draw(st.booleans()):
+        parts.reverse()
+    length = sum(
+        len(part.token_ids) if isinstance(part, TextPart) else ADAPTER_LENGTHS[part.digest[-1]] for part in parts
+    )
+    room = 40 - length
+    params = SamplingParams(
+        max_tokens=draw(st.one_of(st.none(), st.integers(1, room))),
+        min_tokens=draw(st.sampled_from([0, 0, 1])),
+        stop_token_ids=draw(st.lists(st.integers(0, 49), max_size=3)),
+        ignore_eos=draw(st.booleans()),
+    )
+    return AddRequest(
+        request_id=str(index),
+        prompt=parts,
+        params=params,
+        eos_token_ids=draw(st.lists(st.integers(0, 49), max_size=2)),
+        seed=draw(st.integers(0, 3)),
+        salt=draw(st.sampled_from(["", "", "tenant"])),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_every_output_equals_the_solo_output_under_any_load(fakes, data: st.DataObject) -> None:
+    runner = fakes.runner(num_pages=data.draw(st.integers(10, 24)), page_size=4, max_model_len=40)
+    engine = fakes.engine(
+        runner,
+        max_num_sequences=data.draw(st.integers(1, 6)),
+        max_step_tokens=data.draw(st.integers(1, 24)),
+    )
+    adapters = [fakes.adapter(name, length) for name, length in ADAPTER_LENGTHS.items()]
+    for adapter in adapters:
+        engine.handle(adapter)
+    sent: dict[str, AddRequest] = {}
+    aborted: set[str] = set()
+    outputs: dict[str, list[Output]] = {}
+    for index in range(data.draw(st.integers(1, 12))):
+        request = data.draw(requests(index))
+        sent[request.request_id] = request
+        engine.handle(request)
+        engine.check()
+        for _ in range(data.draw(st.integers(0, 4))):
+            for output in engine.step().outputs:
+                outputs.setdefault(output.request_id, []).append(output)
+            engine.check()
+        if data.draw(st.integers(0, 4)) == 0:
+            victim = data.draw(st.sampled_from(sorted(sent)))
+            engine.handle(Abort(request_id=victim))
+            aborted.add(victim)
+            engine.check()
+    for request_id, rest in fakes.drain(engine).items():
+        outputs.setdefault(request_id, []).extend(rest)
+    for request_id, request in sent.items():
+        expected = fakes.solo(request, adapters, max_model_len=40)
+        got = outputs.get(request_id, [])
+        if request_id in aborted:
+            assert ids(got) == expected[: len(got)]
+            continue
+        assert ids(got) == expected
+        assert [output.finish is not None for output in got] == [False] * (len(got) - 1) + [True]
+        assert [output.cached_tokens is not None for output in got] == [True] + [False] * (len(got) - 1)
+    stats = engine.step().stats
+    assert (stats.running, stats.waiting, stats.used_pages) == (0, 0, 0)
+
+
+def test_preempted_requests_lose_nothing(fakes) -> None:
+    runner = fakes.runner(num_pages=8, page_size=4, max_model_len=32)
+    engine = fakes.engine(runner, max_num_sequences=4)
+    sent = [fakes.request(str(index), [index, 7], max_tokens=20, seed=index) for index in range(4)]
+    for request in sent:
+        engine.handle(request)
+    outputs = fakes.drain(engine)
+    assert engine.step().stats.preemptions > 0
+    for request in sent:
+        assert ids(outputs[request.request_id]) == fakes.solo(request)
+
+
+def test_the_oldest_finish_first_when_all_are_equal(fakes) -> None:
+    engine = fakes.engine(fakes.runner(num_pages=8), max_num_sequences=4)
+    for index in range(4):
+        engine.handle(fakes.request(str(index), [index, 7], max_tokens=20))
+    finished = []
+    while engine.has_work:
+        finished += [output.request_id for output in engine.step().outputs if output.finish]
+    assert finished == ["0", "1", "2", "3"]
+
+
+def test_adapters_of_equal_length_and_text_never_share_pages(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner)
+    adapters = [fakes.adapter("a", 8), fakes.adapter("b", 8)]
+    for adapter in adapters:
+        engine.handle(adapter)
+    sent = [fakes.request(name, name, [1, 2, 3]) for name in "ab"]
+    for request in sent:
+        engine.handle(request)
+        outputs = fakes.drain(engine)[request.request_id]
+        assert outputs[0].cached_tokens == 0
+        assert ids(outputs) == fakes.solo(request, adapters)
+
+
+def test_the_same_adapter_and_text_are_computed_once(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner)
+    engine.handle(fakes.adapter("a", 8))
+    engine.handle(fakes.request("first", "a", [1, 2, 3], max_tokens=1))
+    fakes.drain(engine)
+    before = runner.computed_positions
+    engine.handle(fakes.request("second", "a", [1, 2, 3], max_tokens=1))
+    outputs = fakes.drain(engine)["second"]
+    assert outputs[0].cached_tokens == 8
+    assert runner.computed_positions - before == 3
+
+
+def test_an_adapter_that_is_loaded_again_finds_its_pages_again(fakes) -> None:
+    engine = fakes.engine(fakes.runner())
+    adapter = fakes.adapter("a", 8)
+    for request_id, cached in (("first", 0), ("second", 8)):
+        engine.handle(adapter)
+        engine.handle(fakes.request(request_id, "a", [1]))
+        assert fakes.drain(engine)[request_id][0].cached_tokens == cached
+        engine.handle(DropAdapter(digest=adapter.digest))
+
+
+def test_salts_keep_requests_apart(fakes) -> None:
+    engine = fakes.engine(fakes.runner())
+    for request_id, salt, cached in (("0", "x", 0), ("1", "y", 0), ("2", "x", 8)):
+        engine.handle(fakes.request(request_id, range(10), salt=salt))
+        assert fakes.drain(engine)[request_id][0].cached_tokens == cached
+
+
+def test_an_adapter_in_use_is_dropped_after_its_last_request(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner)
+    adapter = fakes.adapter("a", 3)
+    request = fakes.request("0", "a", [1], max_tokens=6)
+    engine.handle(adapter)
+    engine.handle(request)
+    outputs = list(engine.step().outputs)
+    engine.handle(DropAdapter(digest=adapter.digest))
+    engine.check()
+    assert runner.dropped == []
+    outputs += fakes.drain(engine)["0"]
+    assert ids(outputs) == fakes.solo(request, [adapter])
+    assert runner.dropped == [fakes.vocab_size]
+    assert engine.step().stats.resident_adapters == 0
+
+
+def test_loading_again_takes_back_a_drop(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner)
+    adapter = fakes.adapter("a", 3)
+    engine.handle(adapter)
+    engine.handle(fakes.request("0", "a", [1]))
+    engine.handle(DropAdapter(digest=adapter.digest))
+    engine.handle(adapter)
+    fakes.drain(engine)
+    assert runner.dropped == []
+    assert engine.step().stats.resident_adapters == 1
+
+
+def test_unused_adapters_are_dropped_at_once_and_unknown_drops_ignored(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner)
+    engine.handle(fakes.adapter("a", 3))
+    engine.handle(DropAdapter(digest="sha256:a"))
+    engine.handle(DropAdapter(digest="sha256:never"))
+    assert runner.dropped == [fakes.vocab_size]
+    assert runner.rows == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 5}, "hidden size is 4"),
+        ({"num_virtual_tokens": 13}, "1 to 12 are allowed"),
+        ({"num_virtual_tokens": 0}, "1 to 12 are allowed"),
+        ({"rows": b"short"}, "5 bytes, not 48"),
+        ({"dtype": "int8"}, "dtype int8"),
+    ],
+)
+def test_rows_that_do_not_fit_the_model_fail_the_requests_that_want_them(fakes, change, message) -> None:
+    engine = fakes.engine(fakes.runner())
+    engine.handle(replace(fakes.adapter("a", 3), **change))
+    engine.handle(fakes.request("0", "a", [1]))
+    [output] = fakes.drain(engine)["0"]
+    assert output.error_reason == "ADAPTER_INVALID"
+    assert message in output.error_message
+
+
+def test_an_adapter_that_the_device_refused_can_be_loaded_again(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner)
+    runner.load_error = MemoryError("no room")
+    engine.handle(fakes.adapter("a", 3))
+    engine.handle(fakes.request("0", "a", [1]))
+    [output] = fakes.drain(engine)["0"]
+    assert (output.error_reason, "no room" in output.error_message) == ("INTERNAL", False)
+    runner.load_error = None
+    engine.handle(fakes.adapter("a", 3))
+    engine.handle(fakes.request("1", "a", [1]))
+    assert len(fakes.drain(engine)["1"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("parts", "kwargs", "reason", "field", "message"),
+    [
+        (([],), {}, "INVALID_ARGUMENT", "prompt", "empty"),
+        ((), {}, "INVALID_ARGUMENT", "prompt", "empty"),
+        (([1, 50],), {}, "INVALID_ARGUMENT", "prompt", "id 50; the vocabulary has ids 0 to 49"),
+        (([-1],), {}, "INVALID_ARGUMENT", "prompt", "id -1"),
+        (([1],), {"eos": [50]}, "INVALID_ARGUMENT", "eos_token_ids", "id 50"),
+        (([1],), {"params": SamplingParams(stop_token_ids=[51])}, "INVALID_ARGUMENT", "stop_token_ids", "51"),
+        (([1],), {"params": SamplingParams(logit_bias={52: 1.0})}, "INVALID_ARGUMENT", "logit_bias", "52"),
+        (("unknown", [1]), {}, "ADAPTER_NOT_FOUND", "adapter", "sha256:unknown is not loaded"),
+        (("a", [1] * 28), {"max_tokens": 2}, "CONTEXT_LENGTH_EXCEEDED", "max_tokens", "3 virtual tokens"),
+        (("a", [1] * 29), {"max_tokens": None}, "CONTEXT_LENGTH_EXCEEDED", "prompt", "29 prompt tokens"),
+    ],
+)
+def test_bad_requests_are_refused_with_field_and_reason(fakes, parts, kwargs, reason, field, message) -> None:
+    engine = fakes.engine(fakes.runner())
+    engine.handle(fakes.adapter("a", 3))
+    engine.handle(fakes.request("bad", *parts, **kwargs))
+    good = fakes.request("good", [1])
+    engine.handle(good)
+    outputs = fakes.drain(engine)
+    [output] = outputs["bad"]
+    assert (output.finish, output.error_reason, output.error_field) == (Finish.ERROR, reason, field)
+    assert message in output.error_message
+    assert ids(outputs["good"]) == fakes.solo(good)
+
+
+def test_ids_of_loaded_virtual_tokens_cannot_be_named_in_text(fakes) -> None:
+    engine = fakes.engine(fakes.runner())
+    engine.handle(fakes.adapter("a", 3))
+    engine.handle(fakes.request("0", [fakes.vocab_size]))
+    assert fakes.drain(engine)["0"][0].error_reason == "INVALID_ARGUMENT"
+
+
+def test_a_request_id_in_use_is_refused(fakes) -> None:
+    engine = fakes.engine(fakes.runner())
+    engine.handle(fakes.request("0", [1]))
+    engine.handle(fakes.request("0", [2]))
+    assert engine.step().outputs[0].error_field == "request_id"
+
+
+def test_a_request_that_fills_the_context_exactly_is_served(fakes) -> None:
+    engine = fakes.engine(fakes.runner(num_pages=8))
+    request = fakes.request("0", [1] * 12, max_tokens=20)
+    engine.handle(request)
+    outputs = fakes.drain(engine)["0"]
+    assert ids(outputs) == fakes.solo(request)
+    assert (len(outputs), outputs[-1].finish) == (20, Finish.LENGTH)
+
+
+def test_a_cache_smaller_than_one_sequence_stops_the_start(fakes) -> None:
+    with pytest.raises(ValueError, match=r"room for 28 positions \(7 pages of 4\)"):
+        fakes.engine(fakes.runner(num_pages=7))
+
+
+def test_logits_that_are_not_finite_end_one_request_only(fakes) -> None:
+    runner = fakes.runner()
+    runner.broken_seed = 1
+    engine = fakes.engine(runner)
+    sent = [fakes.request(str(seed), [1, 2, 3, 4, 5], seed=seed) for seed in range(3)]
+    for request in sent:
+        engine.handle(request)
+    outputs = fakes.drain(engine)
+    [failed] = outputs["1"]
+    assert (failed.error_reason, failed.error_message) == ("INTERNAL", "the logits are not finite")
+    for request in (sent[0], sent[2]):
+        assert ids(outputs[request.request_id]) == fakes.solo(request)
+
+
+def test_pages_of_a_failed_request_are_not_found_again(fakes) -> None:
+    runner = fakes.runner()
+    runner.broken_seed = 1
+    engine = fakes.engine(runner, max_step_tokens=4)
+    engine.handle(fakes.request("0", range(10), seed=1))
+    fakes.drain(engine)
+    engine.handle(fakes.request("1", range(10)))
+    assert fakes.drain(engine)["1"][0].cached_tokens == 0
+
+
+def test_a_failed_step_ends_its_requests_and_the_engine_goes_on(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner, max_num_sequences=1)
+    later = fakes.request("later", [2])
+    engine.handle(fakes.request("now", [1]))
+    engine.handle(later)
+    runner.failures = 1
+    outputs = fakes.drain(engine)
+    assert outputs["now"][-1].error_reason == "INTERNAL"
+    assert "fell over" not in outputs["now"][-1].error_message
+    assert ids(outputs["later"]) == fakes.solo(later)
+
+
+def test_steps_that_fail_again_and_again_end_the_engine(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner, max_num_sequences=1)
+    for index in range(4):
+        engine.handle(fakes.request(str(index), [1]))
+    runner.failures = 9
+    engine.step()
+    engine.step()
+    with pytest.raises(EngineBroken):
+        engine.step()
+
+
+def test_eos_ends_with_stop_and_is_the_last_token(fakes) -> None:
+    free = fakes.request("0", [1], max_tokens=8)
+    eos = fakes.solo(free)[2]
+    engine = fakes.engine(fakes.runner())
+    engine.handle(replace(free, eos_token_ids=[eos]))
+    outputs = fakes.drain(engine)["0"]
+    assert (ids(outputs)[-1], outputs[-1].finish, outputs[-1].stop_token_id) == (eos, Finish.STOP, None)
+    assert len(outputs) <= 3
+
+
+def test_a_stop_token_ends_with_its_id(fakes) -> None:
+    stop = fakes.solo(fakes.request("0", [1], max_tokens=8))[2]
+    engine = fakes.engine(fakes.runner())
+    engine.handle(fakes.request("0", [1], params=SamplingParams(max_tokens=8, stop_token_ids=[stop])))
+    last = fakes.drain(engine)["0"][-1]
+    assert (last.finish, last.stop_token_id) == (Finish.STOP, stop)
+
+
+def test_ignore_eos_goes_on_to_max_tokens(fakes) -> None:
+    engine = fakes.engine(fakes.runner())
+    engine.handle(fakes.request("0", [1], eos=range(50), params=SamplingParams(max_tokens=5, ignore_eos=True)))
+    outputs = fakes.drain(engine)["0"]
+    assert (len(outputs), outputs[-1].finish) == (5, Finish.LENGTH)
+
+
+def test_min_tokens_bans_every_end_until_then(fakes) -> None:
+    engine = fakes.engine(fakes.runner())
+    params = SamplingParams(max_tokens=9, min_tokens=3, stop_token_ids=range(25))
+    engine.handle(fakes.request("0", [1], eos=range(20, 49), params=params))
+    outputs = fakes.drain(engine)["0"]
+    assert ids(outputs)[:3] == [49, 49, 49]
+    assert ids(outputs) == fakes.solo(fakes.request("0", [1], eos=range(20, 49), params=params))
+
+
+def test_without_max_tokens_output_goes_to_the_end_of_the_context(fakes) -> None:
+    engine = fakes.engine(fakes.runner())
+    engine.handle(fakes.request("0", [1] * 5, max_tokens=None))
+    outputs = fakes.drain(engine)["0"]
+    assert (len(outputs), outputs[-1].finish) == (27, Finish.LENGTH)
+
+
+def test_logprobs_come_with_the_token(fakes) -> None:
+    engine = fakes.engine(fakes.runner())
+    engine.handle(fakes.request("0", [1], params=SamplingParams(max_tokens=1, logprobs=1)))
+    [output] = fakes.drain(engine)["0"]
+    assert output.logprobs is not None
+    assert output.logprobs.top == [(output.token_id, -1.0)]
+
+
+def test_an_abort_frees_the_pages_at_once(fakes) -> None:
+    engine = fakes.engine(fakes.runner())
+    engine.handle(fakes.request("0", [1] * 10, max_tokens=20))
+    assert engine.step().stats.used_pages == 3
+    engine.handle(Abort(request_id="0"))
+    engine.handle(Abort(request_id="0"))
+    engine.check()
+    assert not engine.has_work
+    assert engine.step().stats.used_pages == 0
+
+
+def test_stats_count_computed_and_cached_prompt_positions(fakes) -> None:
+    engine = fakes.engine(fakes.runner())
+    for request_id in ("0", "1"):
+        engine.handle(fakes.request(request_id, range(10), max_tokens=3))
+        fakes.drain(engine)
+    stats = engine.step().stats
+    assert stats.computed_prompt_tokens == 10 + 2
+    assert stats.cached_prompt_tokens == 8
+    assert stats.generated_tokens == 6
+    assert stats.num_pages == 16
+
+
+def test_an_idle_step_computes_nothing(fakes) -> None:
+    runner = fakes.runner()
+    assert fakes.engine(runner).step().outputs == []
+    assert runner.plans == []
+
+
+def test_the_host_part_of_a_decode_step_takes_well_under_a_millisecond(fakes, monkeypatch) -> None:
+    runner = fakes.runner(num_pages=4096, page_size=16, max_model_len=2048)
+    engine = fakes.engine(runner, max_num_sequences=32, max_step_tokens=4096)
+    for index in range(32):
+        engine.handle(fakes.request(str(index), [index] * 1000, max_tokens=500))
+    tokens = [Sampled(token_id=3)] * 32
+    monkeypatch.setattr(runner, "run", lambda _: tokens)
+    fastest = float("inf")
+    for _ in range(100):
+        start = time.perf_counter()
+        engine.step()
+        fastest = min(fastest, time.perf_counter() - start)
+    assert fastest < 1e-3
+
+
+def test_load_adapter_is_idempotent(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner)
+    adapter: LoadAdapter = fakes.adapter("a", 3)
+    engine.handle(adapter)
+    engine.handle(adapter)
+    assert sorted(runner.rows) == [50, 51, 52]

@@ -1,0 +1,404 @@
+"""The engine in its own process: commands in order, outputs to their owners, an end that everybody notices."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+import pytest_asyncio
+
+from softprompt_api.errors import Unavailable
+from softprompt_api.params import SamplingParams
+from softprompt_inference.engine.client import EngineClient, EngineStartError, OutputStream
+from softprompt_inference.engine.codec import HEADER, Message, Progress, StartupFailed, decode, encode
+from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.messages import (
+    Abort,
+    AddRequest,
+    DropAdapter,
+    Finish,
+    LoadAdapter,
+    Logprobs,
+    Output,
+    SoftPromptPart,
+    Stats,
+    StepResult,
+    TextPart,
+)
+from softprompt_inference.engine.process import Connection, serve
+
+CONFIG = EngineConfig(model_path="", max_num_sequences=8, max_step_tokens=16)
+
+
+@contextmanager
+def serving(load: Callable[..., object]) -> Iterator[Connection]:
+    """The front's end of a `serve` in a thread."""
+    ours, theirs = socket.socketpair()
+    thread = threading.Thread(target=serve, args=(theirs, load))
+    thread.start()
+    try:
+        with ours:
+            yield Connection(ours)
+    finally:
+        thread.join(timeout=10)
+        theirs.close()
+    assert not thread.is_alive()
+
+
+def receive_until(connection: Connection, wanted: type | None = None, *, last_of: str = "") -> list[Message]:
+    """Messages up to one of a type, or up to the last output of a request."""
+    messages: list[Message] = []
+    while True:
+        messages += connection.receive(wait=True)
+        for message in messages:
+            outputs = message.outputs if isinstance(message, StepResult) else ()
+            if wanted and isinstance(message, wanted):
+                return messages
+            if any(output.request_id == last_of and output.finish for output in outputs):
+                return messages
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        CONFIG,
+        AddRequest(
+            request_id="0",
+            prompt=[SoftPromptPart(digest="sha256:a"), TextPart(token_ids=[1, 2]), TextPart(token_ids=[])],
+            params=SamplingParams(stop=["x"], stop_token_ids=[3], logit_bias={4: -1.5}, seed=-(2**63), logprobs=2),
+            eos_token_ids=[7],
+            seed=2**63 - 1,
+            salt="tenant",
+        ),
+        Abort(request_id="0"),
+        LoadAdapter(
+            digest="sha256:a", rows=bytes(range(256)), dtype="float32", num_virtual_tokens=4, hidden_size=16
+        ),
+        DropAdapter(digest="sha256:a"),
+        Progress(text="loading"),
+        StartupFailed(message="no such model"),
+        StepResult(
+            outputs=[
+                Output(request_id="0", token_id=5, logprobs=Logprobs(chosen=-0.5, top=[(5, -0.5), (6, -2.0)])),
+                Output(request_id="1", finish=Finish.ERROR, error_reason="INTERNAL", error_message="broke"),
+            ],
+            stats=Stats(running=2, generated_tokens=9),
+        ),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_every_message_survives_the_wire(message: Message) -> None:
+    frame = encode(message)
+    assert HEADER.unpack(frame[: HEADER.size])[0] == len(frame) - HEADER.size
+    assert decode(frame[HEADER.size :]) == message
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"\xc1", msgspec.msgpack.encode(["unknown", {}]), msgspec.msgpack.encode(["abort", {"request_id": 1}])],
+)
+def test_a_frame_that_is_no_message_is_refused(body: bytes) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        decode(body)
+
+
+def test_messages_may_arrive_in_any_pieces() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = Connection(theirs)
+        frames = b"".join(encode(Abort(request_id=str(index))) for index in range(3))
+        assert connection.receive(wait=False) == []
+        ours.sendall(frames[:5])
+        assert connection.receive(wait=False) == []
+        ours.sendall(frames[5:-1])
+        assert connection.receive(wait=True) == [Abort(request_id="0"), Abort(request_id="1")]
+        ours.sendall(frames[-1:])
+        assert connection.receive(wait=True) == [Abort(request_id="2")]
+        ours.shutdown(socket.SHUT_WR)
+        with pytest.raises(EOFError):
+            connection.receive(wait=False)
+
+
+def test_serve_tells_progress_and_the_model_and_then_answers_every_step(fakes) -> None:
+    runner = fakes.runner()
+    adapter = fakes.adapter("a", 5)
+    request = fakes.request("0", "a", [1, 2, 3])
+
+    def load(config: EngineConfig, report: Callable[[str], None]) -> object:
+        assert config == CONFIG
+        report("loading weights")
+        return runner
+
+    with serving(load) as connection:
+        connection.send(CONFIG)
+        messages = receive_until(connection, type(runner.info))
+        assert messages == [Progress(text="loading weights"), runner.info]
+        connection.send(adapter)
+        connection.send(request)
+        answers = receive_until(connection, last_of="0")
+    outputs = [output for answer in answers if isinstance(answer, StepResult) for output in answer.outputs]
+    assert [output.token_id for output in outputs] == fakes.solo(request, [adapter])
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("the model has no attention interface"), "the model has no attention interface"),
+        (KeyError("embed"), "KeyError: 'embed'"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_told_in_words(error: Exception, message: str) -> None:
+    def load(config: EngineConfig, report: Callable[[str], None]) -> object:
+        raise error
+
+    with serving(load) as connection:
+        connection.send(CONFIG)
+        assert receive_until(connection, StartupFailed) == [StartupFailed(message=message)]
+
+
+def test_a_cache_that_is_too_small_is_told_in_words(fakes) -> None:
+    with serving(lambda *_: fakes.runner(num_pages=1)) as connection:
+        connection.send(CONFIG)
+        [failed] = receive_until(connection, StartupFailed)
+    assert "less than one sequence of max_model_len, 32" in failed.message
+
+
+def test_serve_ends_when_the_front_closes_in_the_middle_of_a_request(fakes) -> None:
+    runner = fakes.runner(num_pages=5000, max_model_len=20000)
+    with serving(lambda *_: runner) as connection:
+        connection.send(CONFIG)
+        receive_until(connection, type(runner.info))
+        connection.send(fakes.request("0", [1], max_tokens=19000))
+        receive_until(connection, StepResult)
+
+
+def test_serve_ends_when_the_front_closes_while_loading() -> None:
+    closed = threading.Event()
+
+    def load(config: EngineConfig, report: Callable[[str], None]) -> object:
+        closed.wait(10)
+        report("nobody listens")
+        report("nobody listens")
+        raise AssertionError("the report should have failed")
+
+    with serving(load) as connection:
+        connection.send(CONFIG)
+        connection._stream.close()
+        closed.set()
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny random Llama."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def ignore(_: str) -> None:
+    """Report to nobody."""
+
+
+@pytest.fixture(scope="module")
+def config(model_path: str) -> EngineConfig:
+    return EngineConfig(
+        model_path=model_path,
+        device="cpu",
+        dtype="float32",
+        kv_cache_bytes=2**20,
+        max_step_tokens=32,
+        num_threads=1,
+    )
+
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def client(config: EngineConfig) -> AsyncIterator[EngineClient]:
+    client = await EngineClient.start(config, ignore)
+    yield client
+    await client.stop()
+
+
+def greedy(
+    request_id: str, *, max_tokens: int, prompt: list[TextPart | SoftPromptPart] | None = None
+) -> AddRequest:
+    return AddRequest(
+        request_id=request_id,
+        prompt=prompt or [TextPart(token_ids=[1, 2, 3])],
+        params=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
+    )
+
+
+async def collect(stream: OutputStream) -> list[Output]:
+    return [output async for outputs in stream for output in outputs]
+
+
+async def test_a_client_reports_progress_and_knows_the_model(config: EngineConfig) -> None:
+    reported: list[str] = []
+    client = await EngineClient.start(config, reported.append)
+    assert reported[0] == "importing torch"
+    assert (client.info.vocab_size, client.info.hidden_size, client.info.device) == (64, 32, "cpu")
+    await client.stop()
+    assert await client.dead == "the engine was stopped"
+    await client.stop()
+    with pytest.raises(Unavailable):
+        client.submit(Abort(request_id="0"))
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_requests_at_once_get_what_they_get_alone(client: EngineClient) -> None:
+    rows = bytes(4 * 3 * 32)
+    client.submit(LoadAdapter(digest="sha256:a", rows=rows, dtype="float32", num_virtual_tokens=3, hidden_size=32))
+    prompts: list[list[TextPart | SoftPromptPart]] = [
+        [TextPart(token_ids=[1, 2, 3])],
+        [SoftPromptPart(digest="sha256:a"), TextPart(token_ids=[1, 2, 3])],
+        [TextPart(token_ids=list(range(60)))],
+    ]
+    alone = []
+    for prompt in prompts:
+        client.submit(greedy("alone", max_tokens=12, prompt=prompt))
+        alone.append([output.token_id for output in await collect(client.outputs("alone"))])
+    for index, prompt in enumerate(prompts):
+        client.submit(greedy(str(index), max_tokens=12, prompt=prompt))
+    together = await asyncio.gather(*(collect(client.outputs(str(index))) for index in range(3)))
+    assert [[output.token_id for output in outputs] for outputs in together] == alone
+    assert alone[0] != alone[1]
+    assert all(outputs[-1].finish is Finish.LENGTH for outputs in together)
+    assert client.stats.generated_tokens >= 60
+    assert client.stats.resident_adapters == 1
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_finished_request_is_no_longer_open(client: EngineClient) -> None:
+    client.submit(greedy("0", max_tokens=2))
+    stream = client.outputs("0")
+    assert len(await collect(stream)) == 2
+    assert [outputs async for outputs in stream] == []
+    with pytest.raises(KeyError):
+        client.outputs("0")
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_outputs_that_arrive_while_nobody_looks_come_at_once(client: EngineClient) -> None:
+    client.submit(greedy("0", max_tokens=5))
+    client.submit(greedy("1", max_tokens=20))
+    await collect(client.outputs("1"))
+    assert [len(outputs) async for outputs in client.outputs("0")] == [5]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_an_open_request_id_cannot_be_submitted_again(client: EngineClient) -> None:
+    client.submit(greedy("0", max_tokens=50))
+    with client.outputs("0"), pytest.raises(ValueError, match="open already"):
+        client.submit(greedy("0", max_tokens=50))
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_leaving_a_stream_aborts_its_request_and_frees_its_pages(client: EngineClient) -> None:
+    before = client.stats.generated_tokens
+    client.submit(greedy("0", max_tokens=400))
+    with client.outputs("0") as stream:
+        async for _ in stream:
+            break
+    client.submit(greedy("1", max_tokens=1))
+    await collect(client.outputs("1"))
+    assert (client.stats.running, client.stats.used_pages) == (0, 0)
+    assert client.stats.generated_tokens - before < 400
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_refused_request_gets_its_reason(client: EngineClient) -> None:
+    client.submit(greedy("0", max_tokens=1, prompt=[TextPart(token_ids=[64])]))
+    [output] = await collect(client.outputs("0"))
+    assert (output.finish, output.error_reason) == (Finish.ERROR, "INVALID_ARGUMENT")
+
+
+async def test_a_killed_engine_ends_every_open_request_as_unavailable(config: EngineConfig) -> None:
+    client = await EngineClient.start(config, ignore)
+    client.submit(greedy("0", max_tokens=400))
+    client.submit(greedy("1", max_tokens=400))
+    stream = client.outputs("0")
+    await anext(stream)
+    os.kill(client.pid, signal.SIGKILL)
+    for outputs in (await collect(stream), await collect(client.outputs("1"))):
+        assert (outputs[-1].finish, outputs[-1].error_reason) == (Finish.ERROR, "UNAVAILABLE")
+    assert await client.dead == "the engine was killed by signal 9"
+    with pytest.raises(Unavailable):
+        client.submit(greedy("2", max_tokens=1))
+    await client.stop()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_signals_meant_for_the_front_do_not_end_the_engine(client: EngineClient) -> None:
+    os.kill(client.pid, signal.SIGINT)
+    os.kill(client.pid, signal.SIGTERM)
+    client.submit(greedy("0", max_tokens=2))
+    assert len(await collect(client.outputs("0"))) == 2
+
+
+async def test_a_model_that_is_not_there_fails_the_start_in_words(tmp_path: Path) -> None:
+    with pytest.raises(EngineStartError) as failure:
+        await EngineClient.start(EngineConfig(model_path=str(tmp_path / "none"), device="cpu"), ignore)
+    assert "Traceback" not in str(failure.value)
+
+
+async def test_a_cancelled_start_leaves_no_process(config: EngineConfig) -> None:
+    before = _children()
+    said = asyncio.Event()
+    start = asyncio.create_task(EngineClient.start(config, lambda _: said.set()))
+    await said.wait()
+    started = _children() - before
+    assert len(started) == 1
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert not started & _children()
+
+
+async def test_the_engine_dies_with_its_parent(config: EngineConfig) -> None:
+    script = (
+        "import asyncio, sys, msgspec\n"
+        "from softprompt_inference.engine.client import EngineClient\n"
+        "from softprompt_inference.engine.config import EngineConfig\n"
+        "async def main():\n"
+        "    config = msgspec.json.decode(sys.argv[1], type=EngineConfig)\n"
+        "    client = await EngineClient.start(config, str)\n"
+        "    print(client.pid, flush=True)\n"
+        "    await client.dead\n"
+        "asyncio.run(main())\n"
+    )
+    parent = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, msgspec.json.encode(config).decode(), stdout=asyncio.subprocess.PIPE
+    )
+    assert parent.stdout is not None
+    engine = os.pidfd_open(int(await parent.stdout.readline()))
+    parent.kill()
+    await parent.wait()
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_reader(engine, ended.set)
+    await asyncio.wait_for(ended.wait(), 10)
+    asyncio.get_running_loop().remove_reader(engine)
+    os.close(engine)
+
+
+def _children() -> set[int]:
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}

@@ -1,0 +1,240 @@
+"""Who runs, with which pages, and who gives way."""
+
+from collections.abc import Callable
+
+import pytest
+
+from softprompt_inference.engine.keys import VirtualIds
+from softprompt_inference.engine.messages import AddRequest, Output
+from softprompt_inference.engine.plan import Sampled, StepPlan
+from softprompt_inference.engine.prompt import make_sequence
+from softprompt_inference.engine.scheduler import Scheduler
+
+
+class Driver:
+    """A scheduler whose every token is 9, checked after every operation."""
+
+    def __init__(self, **limits: int) -> None:
+        defaults = {
+            "num_pages": 16,
+            "page_size": 4,
+            "max_model_len": 32,
+            "max_num_sequences": 8,
+            "max_step_tokens": 16,
+        }
+        self.scheduler = Scheduler(vocab_size=50, **{**defaults, **limits})
+        self.virtual_ids = VirtualIds(50)
+        self.virtual_ids.assign("sha256:a", 6)
+
+    def add(self, *requests: AddRequest) -> None:
+        for request in requests:
+            self.scheduler.add(make_sequence(request, virtual_ids=self.virtual_ids, max_model_len=32))
+            self.scheduler.check()
+
+    def plan(self) -> StepPlan:
+        plan = self.scheduler.plan()
+        self.scheduler.check()
+        return plan
+
+    def commit(self, plan: StepPlan) -> list[Output]:
+        sampled = [Sampled(token_id=9) for chunk in plan.chunks if chunk.sample is not None]
+        outputs = self.scheduler.commit(plan, sampled)
+        self.scheduler.check()
+        return outputs
+
+    def step(self) -> tuple[list[tuple[int, int]], list[str]]:
+        """(start, length) of every chunk, and the request of every output."""
+        plan = self.plan()
+        outputs = self.commit(plan)
+        shapes = [(chunk.start, len(chunk.token_ids)) for chunk in plan.chunks]
+        return shapes, [output.request_id for output in outputs]
+
+    def step_until_preempted(self) -> list[str]:
+        """The request of every output up to the first preemption."""
+        outputs: list[str] = []
+        for _ in range(100):
+            if self.scheduler.stats(resident_adapters=0).preemptions:
+                return outputs
+            outputs += self.step()[1]
+        raise AssertionError("nobody gave way")
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Running, waiting, used pages."""
+        stats = self.scheduler.stats(resident_adapters=0)
+        return stats.running, stats.waiting, stats.used_pages
+
+
+@pytest.fixture
+def prompt(fakes) -> Callable[..., AddRequest]:
+    """A request whose ids are all different from those of other requests."""
+
+    def make(request_id: str, length: int, *, max_tokens: int | None = 4) -> AddRequest:
+        return fakes.request(request_id, [int(request_id)] * length, max_tokens=max_tokens)
+
+    return make
+
+
+def test_prompts_are_cut_to_the_budget_and_decodes_come_first(prompt) -> None:
+    driver = Driver(max_step_tokens=10)
+    driver.add(prompt("0", 3), prompt("1", 18))
+    assert driver.step() == ([(0, 3), (0, 7)], ["0"])
+    assert driver.step() == ([(3, 1), (7, 9)], ["0"])
+    assert driver.step() == ([(4, 1), (16, 2)], ["0", "1"])
+    assert driver.step() == ([(5, 1), (18, 1)], ["0", "1"])
+
+
+def test_a_chunk_may_end_inside_the_virtual_tokens(fakes) -> None:
+    driver = Driver(max_step_tokens=4)
+    driver.add(fakes.request("0", "a", [1, 2]))
+    assert driver.step() == ([(0, 4)], [])
+    assert driver.step() == ([(4, 4)], ["0"])
+
+
+def test_no_more_run_than_allowed(prompt) -> None:
+    driver = Driver(max_num_sequences=2)
+    driver.add(*(prompt(str(index), 1) for index in range(3)))
+    driver.step()
+    assert driver.counts == (2, 1, 2)
+
+
+def test_no_more_run_than_a_step_has_tokens_so_none_starves(prompt) -> None:
+    driver = Driver(max_step_tokens=3)
+    driver.add(*(prompt(str(index), 1) for index in range(5)))
+    assert driver.step()[1] == ["0", "1", "2"]
+    assert driver.step()[1] == ["0", "1", "2"]
+
+
+def test_a_small_request_does_not_overtake_a_large_one_that_waits(prompt) -> None:
+    driver = Driver(num_pages=8, max_step_tokens=64)
+    driver.add(prompt("0", 20), prompt("1", 16), prompt("2", 1))
+    assert driver.step() == ([(0, 20)], ["0"])
+    assert driver.counts == (1, 2, 5)
+
+
+def test_a_newcomer_leaves_a_page_for_everybody_to_grow(prompt) -> None:
+    driver = Driver(num_pages=8)
+    driver.add(prompt("0", 4), prompt("1", 4), prompt("2", 20))
+    driver.step()
+    assert driver.counts == (2, 1, 2)
+
+
+def test_out_of_pages_the_youngest_gives_way_and_comes_back_with_its_output(prompt) -> None:
+    driver = Driver(num_pages=8, max_model_len=32)
+    driver.add(prompt("0", 15, max_tokens=17), prompt("1", 7, max_tokens=17))
+    outputs = driver.step_until_preempted()
+    assert driver.counts[:2] == (1, 1)
+    assert 0 < outputs.count("1") < 17
+    while driver.scheduler.has_work:
+        outputs += driver.step()[1]
+    assert (outputs.count("0"), outputs.count("1")) == (17, 17)
+    assert driver.counts == (0, 0, 0)
+
+
+def test_who_comes_back_computes_only_what_is_no_longer_cached(prompt) -> None:
+    driver = Driver(num_pages=8)
+    driver.add(prompt("0", 12, max_tokens=6), prompt("1", 11, max_tokens=18))
+    num_outputs = driver.step_until_preempted().count("1")
+    # "0" finished in that step; it had taken one of the four pages that "1" gave back.
+    assert driver.counts == (0, 1, 0)
+    assert driver.step() == ([(12, 11 + num_outputs - 12)], ["1"])
+
+
+def test_a_preempted_sequence_is_never_in_the_plan(prompt) -> None:
+    driver = Driver(num_pages=8)
+    driver.add(*(prompt(str(index), 3, max_tokens=20) for index in range(4)))
+    while driver.scheduler.has_work:
+        plan = driver.plan()
+        assert len(plan.chunks) >= driver.counts[0] - 1
+        assert all(len(chunk.page_ids) * 4 >= chunk.start + len(chunk.token_ids) for chunk in plan.chunks)
+        driver.commit(plan)
+
+
+def test_the_last_position_is_computed_even_when_all_is_cached(fakes) -> None:
+    driver = Driver()
+    driver.add(fakes.request("0", range(8), max_tokens=1))
+    driver.step()
+    driver.add(fakes.request("1", range(8), max_tokens=1))
+    assert driver.step() == ([(4, 4)], ["1"])
+
+
+def test_output_pages_are_found_by_the_next_turn_of_a_conversation(fakes) -> None:
+    driver = Driver()
+    driver.add(fakes.request("0", [1, 2, 3], max_tokens=6))
+    while driver.scheduler.has_work:
+        driver.step()
+    driver.add(fakes.request("1", [1, 2, 3, *[9] * 6, 4, 5]))
+    assert driver.step() == ([(8, 3)], ["1"])
+
+
+def test_equal_prompts_that_arrive_together_are_computed_once(fakes) -> None:
+    driver = Driver(max_step_tokens=64)
+    driver.add(*(fakes.request(str(index), range(14)) for index in range(3)))
+    assert driver.step() == ([(0, 14)], ["0"])
+    assert driver.step() == ([(14, 1), (12, 2), (12, 2)], ["0", "1", "2"])
+
+
+def test_nobody_waits_for_a_prefix_that_saves_little(fakes) -> None:
+    driver = Driver(max_step_tokens=64)
+    driver.add(fakes.request("0", range(5)), fakes.request("1", [*range(4), *[7] * 9]))
+    assert driver.step() == ([(0, 5), (0, 13)], ["0", "1"])
+
+
+def test_a_running_shared_page_survives_the_end_of_its_first_holder(fakes) -> None:
+    driver = Driver()
+    driver.add(fakes.request("0", range(9), max_tokens=3))
+    driver.step()
+    driver.add(fakes.request("1", range(9), max_tokens=9))
+    driver.step()
+    assert driver.counts == (2, 0, 4)
+    driver.scheduler.abort("0")
+    driver.scheduler.check()
+    assert driver.counts == (1, 0, 3)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_an_abort_in_any_state_frees_everything(prompt, steps: int) -> None:
+    driver = Driver(max_step_tokens=8)
+    driver.add(prompt("0", 20))
+    for _ in range(steps):
+        driver.step()
+    driver.scheduler.abort("0")
+    driver.scheduler.abort("unknown")
+    driver.scheduler.check()
+    assert driver.counts == (0, 0, 0)
+    assert not driver.scheduler.has_work
+
+
+def test_an_abort_while_a_step_is_computed_gives_no_output(prompt) -> None:
+    driver = Driver()
+    driver.add(prompt("0", 3), prompt("1", 3))
+    plan = driver.plan()
+    driver.scheduler.abort("0")
+    driver.scheduler.check()
+    assert [output.request_id for output in driver.commit(plan)] == ["1"]
+
+
+def test_an_id_outside_the_vocabulary_fails_only_its_request(prompt) -> None:
+    driver = Driver()
+    driver.add(prompt("0", 3), prompt("1", 3))
+    plan = driver.plan()
+    outputs = driver.scheduler.commit(plan, [Sampled(token_id=50), Sampled(token_id=49)])
+    driver.scheduler.check()
+    assert [output.error_reason for output in outputs] == ["INTERNAL", ""]
+
+
+@pytest.mark.parametrize("limits", [{"num_pages": 7}, {"max_num_sequences": 0}, {"max_step_tokens": 0}])
+def test_limits_that_cannot_work_stop_the_start(limits: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="max_"):
+        Driver(**limits)
+
+
+def test_check_notices_a_page_that_a_sequence_lost(prompt) -> None:
+    driver = Driver()
+    request = prompt("0", 9)
+    sequence = make_sequence(request, virtual_ids=driver.virtual_ids, max_model_len=32)
+    driver.scheduler.add(sequence)
+    driver.step()
+    sequence.page_ids.pop()
+    with pytest.raises(AssertionError):
+        driver.scheduler.check()

@@ -1,0 +1,111 @@
+"""A sequence knows what to compute next, what to ask of the sampler, and when it has ended."""
+
+import pytest
+
+from softprompt_api.params import SamplingParams
+from softprompt_inference.engine.keys import VirtualIds, page_key, root_key
+from softprompt_inference.engine.messages import AddRequest, Finish
+from softprompt_inference.engine.plan import Sampled
+from softprompt_inference.engine.prompt import make_sequence
+from softprompt_inference.engine.sequence import Sequence, State
+
+
+@pytest.fixture
+def virtual_ids() -> VirtualIds:
+    virtual_ids = VirtualIds(50)
+    virtual_ids.assign("sha256:a", 3)
+    return virtual_ids
+
+
+def sequence_of(request: AddRequest, virtual_ids: VirtualIds, *, max_model_len: int = 32) -> Sequence:
+    return make_sequence(request, virtual_ids=virtual_ids, max_model_len=max_model_len)
+
+
+def test_parts_become_one_list_of_ids_in_their_order(fakes, virtual_ids) -> None:
+    sequence = sequence_of(fakes.request("0", [1, 2], "a", [3]), virtual_ids)
+    assert sequence.token_ids == [1, 2, 50, 51, 52, 3]
+    assert sequence.text_ids == [1, 2, 3]
+    assert sequence.prompt_length == 6
+    assert sequence.adapters == {"sha256:a"}
+    assert sequence.state is State.WAITING
+
+
+def test_only_the_chunk_that_reaches_the_end_asks_for_a_token(fakes, virtual_ids) -> None:
+    sequence = sequence_of(fakes.request("0", "a", [7, 8], seed=5), virtual_ids)
+    first = sequence.chunk(4)
+    assert (first.token_ids, first.start, first.sample) == ([50, 51, 52, 7], 0, None)
+    sequence.num_computed = 4
+    last = sequence.chunk(1)
+    assert (last.token_ids, last.start) == ([8], 4)
+    assert last.sample is not None
+    assert (last.sample.seed, last.sample.index, last.sample.prompt_ids) == (5, 0, [7, 8])
+
+
+def test_the_next_chunk_computes_the_sampled_token(fakes, virtual_ids) -> None:
+    sequence = sequence_of(fakes.request("0", [7, 8]), virtual_ids)
+    sequence.num_computed = 2
+    sequence.accept(Sampled(token_id=9))
+    chunk = sequence.chunk(1)
+    assert (chunk.token_ids, chunk.start) == ([9], 2)
+    assert chunk.sample is not None
+    assert (chunk.sample.index, chunk.sample.output_ids) == (1, [9])
+
+
+@pytest.mark.parametrize(
+    ("params", "tokens", "finish", "stop_token_id"),
+    [
+        (SamplingParams(max_tokens=3), [1], None, None),
+        (SamplingParams(max_tokens=3), [1, 1, 1], Finish.LENGTH, None),
+        (SamplingParams(max_tokens=None), [1] * 29, None, None),
+        (SamplingParams(max_tokens=None), [1] * 30, Finish.LENGTH, None),
+        (SamplingParams(max_tokens=3), [1, 40], Finish.STOP, None),
+        (SamplingParams(max_tokens=3), [1, 1, 40], Finish.STOP, None),
+        (SamplingParams(max_tokens=3, ignore_eos=True), [40], None, None),
+        (SamplingParams(max_tokens=3, stop_token_ids=[4]), [1, 4], Finish.STOP, 4),
+        (SamplingParams(max_tokens=3, stop_token_ids=[40]), [40], Finish.STOP, None),
+        (SamplingParams(max_tokens=3, stop_token_ids=[40], ignore_eos=True), [40], Finish.STOP, 40),
+    ],
+)
+def test_the_end_is_told_with_its_reason(fakes, virtual_ids, params, tokens, finish, stop_token_id) -> None:
+    sequence = sequence_of(fakes.request("0", [7, 8], eos=[40], params=params), virtual_ids)
+    outputs = [sequence.accept(Sampled(token_id=token_id)) for token_id in tokens]
+    assert (outputs[-1].finish, outputs[-1].stop_token_id) == (finish, stop_token_id)
+    assert all(output.finish is None for output in outputs[:-1])
+
+
+@pytest.mark.parametrize(
+    ("ignore_eos", "num_outputs", "banned"),
+    [(False, 0, (4, 40)), (False, 1, (4, 40)), (False, 2, ()), (True, 0, (4,))],
+)
+def test_ends_are_banned_before_min_tokens(fakes, virtual_ids, ignore_eos, num_outputs, banned) -> None:
+    params = SamplingParams(max_tokens=5, min_tokens=2, stop_token_ids=[4], ignore_eos=ignore_eos)
+    sequence = sequence_of(fakes.request("0", [7], eos=[40], params=params), virtual_ids)
+    for _ in range(num_outputs):
+        sequence.accept(Sampled(token_id=9))
+    sequence.num_computed = num_outputs
+    sample = sequence.chunk(1).sample
+    assert sample is not None
+    assert sample.banned_ids == banned
+
+
+def test_page_keys_chain_from_the_salt_over_virtual_and_text_ids(fakes, virtual_ids) -> None:
+    sequence = sequence_of(fakes.request("0", "a", [7, 8, 9], salt="x"), virtual_ids)
+    first = page_key(root_key("x"), [50, 51], virtual_ids)
+    second = page_key(first, [52, 7], virtual_ids)
+    assert list(sequence.page_keys(2, 0, 3)) == [first, second, page_key(second, [8, 9], virtual_ids)]
+    assert list(sequence.page_keys(2, 1, 2)) == [second]
+
+
+def test_a_reset_sequence_keeps_its_ids_and_outputs(fakes, virtual_ids) -> None:
+    sequence = sequence_of(fakes.request("0", [7, 8]), virtual_ids)
+    sequence.page_ids, sequence.num_computed = [3], 2
+    sequence.accept(Sampled(token_id=9))
+    sequence.reset(State.WAITING)
+    assert (sequence.page_ids, sequence.num_computed) == ([], 0)
+    assert (sequence.token_ids, sequence.output_ids) == ([7, 8, 9], [9])
+
+
+def test_cached_positions_are_told_with_the_first_output_only(fakes, virtual_ids) -> None:
+    sequence = sequence_of(fakes.request("0", [7, 8]), virtual_ids)
+    sequence.num_cached = 1
+    assert [sequence.accept(Sampled(token_id=9)).cached_tokens for _ in range(2)] == [1, None]

@@ -1,0 +1,352 @@
+"""The registry over gRPC, with a real store: register, get, list, delete, read."""
+
+import asyncio
+import json
+
+import pytest
+from softprompt_api.errors import (
+    AdapterConflict,
+    AdapterInvalid,
+    AdapterNotFound,
+    BaseModelUnknown,
+    DataCorrupted,
+    InvalidArgument,
+)
+from softprompt_api.registry.v1 import registry_pb2 as pb
+
+
+async def test_a_registered_adapter_is_told_whole(client, make_adapter):
+    adapter = make_adapter().but(header={"labels": {"team": "tweets"}})
+    made = await client.register("tweets", adapter)
+    assert (made.name, made.version, made.kind) == ("tweets", 1, pb.ADAPTER_KIND_PROMPT_TUNING)
+    assert (made.num_virtual_tokens, made.hidden_size, made.dtype) == (5, 32, "F32")
+    assert (made.size_bytes, made.tensors_sha256) == (len(adapter.tensors), adapter.sha256)
+    assert json.loads(made.config_json) == adapter.config
+    assert made.base_model.id == "org/Tiny"
+    assert dict(made.labels) == {"team": "tweets"}
+    assert made.created_at.seconds > 0
+    for spelling in ("tweets", "tweets@1", "tweets@latest", made.digest):
+        assert await client.get(spelling) == made
+
+
+async def test_a_second_registration_makes_version_2_and_keeps_version_1(client, make_adapter):
+    first = await client.register("tweets", make_adapter(1))
+    second = await client.register("tweets", make_adapter(2))
+    assert (first.version, second.version) == (1, 2)
+    assert first.id != second.id
+    assert first.digest != second.digest
+    assert await client.get("tweets") == second
+    assert await client.get("tweets@1") == first
+    assert await client.versions("tweets") == [2, 1]
+
+
+async def test_equal_contents_share_a_digest_and_a_blob_but_not_a_version(client, make_adapter, redis):
+    first = await client.register("one", make_adapter())
+    second = await client.register("two", make_adapter())
+    assert first.digest == second.digest
+    assert first.id != second.id
+    assert await redis.hget(f"sp:{{blob:{first.tensors_sha256}}}:m", "num_versions") == b"2"
+    await client.delete("one")
+    assert (await client.get(first.digest)).name == "two"
+    assert await client.read(first.digest) == make_adapter().tensors
+
+
+async def test_the_last_version_of_a_blob_takes_the_blob_along(client, make_adapter, redis):
+    for name in ("one", "two"):
+        await client.register(name, make_adapter())
+    await client.register("two", make_adapter())
+    await client.delete("two", 2)
+    await client.delete("two")
+    assert await redis.keys("*blob*")
+    await client.delete("one")
+    assert await redis.keys("*blob*") == []
+    assert await redis.keys("sp:{v:*") == []
+    assert await redis.keys("sp:{d:*") == []
+
+
+async def test_tensors_are_read_back_whole_and_from_any_offset(client, make_adapter):
+    adapter = make_adapter(num_virtual_tokens=20_000)  # 2.4 MiB
+    made = await client.register("big", adapter.but(chunk_bytes=77_777))
+    assert await client.read(made.digest) == adapter.tensors
+    for offset in (1, 2**20 - 1, 2**20, 2**20 + 1, len(adapter.tensors) - 1, len(adapter.tensors)):
+        assert await client.read(made.digest, offset) == adapter.tensors[offset:]
+    for offset in (-1, len(adapter.tensors) + 1):
+        with pytest.raises(InvalidArgument) as refused:
+            await client.read(made.digest, offset)
+        assert refused.value.field == "offset"
+
+
+async def test_a_chunk_may_have_any_size(client, make_adapter):
+    adapter = make_adapter()
+    digests = {(await client.register("tiny", adapter.but(chunk_bytes=size))).digest for size in (1, 7, 8, 4096)}
+    assert len(digests) == 1
+
+
+async def test_a_flipped_byte_in_the_store_is_data_loss_and_heals_with_a_new_registration(
+    client, make_adapter, redis
+):
+    adapter = make_adapter(num_virtual_tokens=20_000)
+    made = await client.register("big", adapter)
+    await redis.setrange(f"sp:{{blob:{made.tensors_sha256}}}:c:1", 500, b"\xff\xff")
+    with pytest.raises(DataCorrupted):
+        await client.read(made.digest)
+    with pytest.raises(DataCorrupted):
+        await client.read(made.digest, 2**20 + 5)
+    assert await client.read(made.digest, 2 * 2**20) == adapter.tensors[2 * 2**20 :]
+    await client.register("healed", adapter)
+    assert await client.read(made.digest) == adapter.tensors
+
+
+async def test_a_lost_chunk_is_data_loss_and_a_deleted_adapter_is_not_found(client, make_adapter, redis):
+    made = await client.register("tweets", make_adapter())
+    await redis.delete(f"sp:{{blob:{made.tensors_sha256}}}:c:0")
+    with pytest.raises(DataCorrupted):
+        await client.read(made.digest)
+    await redis.delete(f"sp:{{blob:{made.tensors_sha256}}}:m")
+    with pytest.raises(DataCorrupted):
+        await client.read(made.digest)
+    await client.delete("tweets")
+    with pytest.raises(AdapterNotFound):
+        await client.read(made.digest)
+
+
+async def test_a_swapped_record_is_noticed(client, make_adapter, redis):
+    one = await client.register("one", make_adapter(1))
+    two = await client.register("two", make_adapter(2))
+    await redis.copy(f"sp:{{v:{one.id}}}", f"sp:{{v:{two.id}}}", replace=True)
+    with pytest.raises(DataCorrupted):
+        await client.get("two")
+    await client.delete("two")
+    assert await client.names() == ["one"]
+
+
+async def test_an_unknown_adapter_is_not_found_with_a_near_name(client, make_adapter):
+    await client.register("tweet_adapter", make_adapter())
+    with pytest.raises(AdapterNotFound) as missing:
+        await client.get("twet_adapter")
+    assert missing.value.details == {"did_you_mean": "tweet_adapter"}
+    assert "did you mean 'tweet_adapter'" in missing.value.message
+    with pytest.raises(AdapterNotFound) as missing:
+        await client.get("zzz")
+    assert missing.value.details == {}
+    with pytest.raises(AdapterNotFound) as missing:
+        await client.get("tweet_adapter@7")
+    assert "its latest is 1" in missing.value.message
+    with pytest.raises(AdapterNotFound):
+        await client.get("sha256:" + "0" * 64)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    ["", "../x", "a%2e", "A", "a\x00", "a\n", "-a", "a" * 129, "🦄", "a@0", "a@-1", "a@x", "sha256:zz", "latest"],
+)
+async def test_a_bad_spelling_is_refused(client, spelling):
+    with pytest.raises(InvalidArgument) as refused:
+        await client.get(spelling)
+    assert refused.value.field == "adapter"
+
+
+async def test_after_deletion_the_highest_version_left_is_the_latest(client, make_adapter):
+    for seed in (1, 2, 3):
+        await client.register("tweets", make_adapter(seed))
+    await client.delete("tweets", 3)
+    assert (await client.get("tweets")).version == 2
+    await client.delete("tweets", 1)
+    assert await client.versions("tweets") == [2]
+    await client.delete("tweets", 2)
+    with pytest.raises(AdapterNotFound):
+        await client.get("tweets")
+    assert await client.names() == []
+
+
+async def test_version_numbers_and_ids_are_never_used_again(client, make_adapter):
+    ids = [(await client.register("tweets", make_adapter(1))).id]
+    await client.delete("tweets", 1)
+    again = await client.register("tweets", make_adapter(1))
+    ids.append(again.id)
+    assert again.version == 2
+    await client.delete("tweets")
+    third = await client.register("tweets", make_adapter(1))
+    assert third.version == 3
+    assert len({*ids, third.id}) == 3
+
+
+async def test_deleting_what_is_not_there_is_not_found(client, make_adapter):
+    await client.register("tweets", make_adapter())
+    for name, version in (("tweet", None), ("tweets", 2), ("tweet", 1)):
+        with pytest.raises(AdapterNotFound):
+            await client.delete(name, version)
+    for version in (0, -1):
+        with pytest.raises(InvalidArgument):
+            await client.delete("tweets", version)
+
+
+async def test_names_are_listed_in_pages_in_order(client, make_adapter):
+    names = sorted(f"{letter}{number}" for letter in "ab" for number in range(25))
+    for name in names:
+        await client.register(name, make_adapter())
+    listed, token = [], ""
+    while True:
+        page = await client.stub.ListAdapters(pb.ListAdaptersRequest(page_size=10, page_token=token))
+        assert page.total_size == 50
+        assert len(page.adapters) == 10
+        listed += [adapter.name for adapter in page.adapters]
+        token = page.next_page_token
+        if not token:
+            break
+    assert listed == names
+    assert await client.names() == names
+    assert await client.names(name_prefix="b") == names[25:]
+    assert await client.names(name_prefix="b2") == [name for name in names if name.startswith("b2")]
+    assert await client.names(name_prefix="c") == []
+
+
+async def test_versions_are_listed_in_pages_newest_first(client, make_adapter):
+    for _ in range(5):
+        await client.register("tweets", make_adapter())
+    first = await client.stub.ListVersions(pb.ListVersionsRequest(name="tweets", page_size=3))
+    await client.delete("tweets", 2)
+    rest = await client.stub.ListVersions(
+        pb.ListVersionsRequest(name="tweets", page_size=3, page_token=first.next_page_token)
+    )
+    assert [adapter.version for adapter in first.versions] == [5, 4, 3]
+    assert [adapter.version for adapter in rest.versions] == [1]
+    assert rest.next_page_token == ""
+    with pytest.raises(AdapterNotFound):
+        await client.versions("nobody")
+
+
+async def test_a_page_never_outgrows_a_message(client, make_adapter):
+    big = make_adapter()
+    big = big.but(config={**big.config, "prompt_tuning_init_text": "x" * 900_000})
+    for number in range(5):
+        await client.register(f"big{number}", big)
+    first = await client.stub.ListAdapters(pb.ListAdaptersRequest())
+    assert 1 <= len(first.adapters) < 5
+    rest = await client.stub.ListAdapters(pb.ListAdaptersRequest(page_token=first.next_page_token))
+    assert [adapter.name for adapter in (*first.adapters, *rest.adapters)] == [
+        f"big{number}" for number in range(5)
+    ]
+
+
+async def test_a_page_token_of_another_list_is_refused(client, make_adapter):
+    for name in ("a1", "a2"):
+        await client.register(name, make_adapter())
+    token = (await client.stub.ListAdapters(pb.ListAdaptersRequest(page_size=1))).next_page_token
+    for query in ({"page_token": token, "name_prefix": "a"}, {"page_token": "nonsense"}, {"page_token": "é"}):
+        with pytest.raises(InvalidArgument) as refused:
+            await client.names(**query)
+        assert refused.value.field == "page_token"
+    for size in (-1, 1001):
+        with pytest.raises(InvalidArgument) as refused:
+            await client.names(page_size=size)
+        assert refused.value.field == "page_size"
+
+
+async def test_without_a_base_model_a_registration_is_told_what_to_do(bare_client, make_adapter):
+    with pytest.raises(BaseModelUnknown) as refused:
+        await bare_client.register("tweets", make_adapter())
+    assert "start the inference service" in refused.value.message
+
+
+async def test_the_base_model_is_the_only_one_or_must_be_named(client, make_adapter):
+    other = pb.BaseModel(id="org/Wide", hidden_size=64)
+    await client.stub.PutBaseModel(pb.PutBaseModelRequest(base_model=other))
+    with pytest.raises(InvalidArgument) as refused:
+        await client.register("tweets", make_adapter())
+    assert refused.value.field == "base_model_id"
+    wide = make_adapter(hidden_size=64).but(header={"base_model_id": "org/Wide"})
+    assert (await client.register("wide", wide)).base_model == other
+    with pytest.raises(BaseModelUnknown):
+        await client.register("tweets", make_adapter().but(header={"base_model_id": "org/None"}))
+    with pytest.raises(AdapterInvalid) as refused:
+        await client.register("wide", make_adapter().but(header={"base_model_id": "org/Wide"}))
+    assert refused.value.field == "config.token_dim"
+    known = await client.stub.ListBaseModels(pb.ListBaseModelsRequest())
+    assert [model.id for model in known.base_models] == ["org/Tiny", "org/Wide"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"id": ""}, "base_model.id"),
+        ({"id": "a\nb"}, "base_model.id"),
+        ({"id": "x" * 257}, "base_model.id"),
+        ({"hidden_size": 0}, "base_model.hidden_size"),
+        ({"num_layers": -1}, "base_model.num_layers"),
+        ({"dtype": "int4"}, "base_model.dtype"),
+    ],
+)
+async def test_a_base_model_without_a_usable_fingerprint_is_refused(client, fields, field):
+    model = pb.BaseModel(**{"id": "org/Other", "hidden_size": 8, **fields})
+    with pytest.raises(InvalidArgument) as refused:
+        await client.answer(client.stub.PutBaseModel(pb.PutBaseModelRequest(base_model=model)))
+    assert refused.value.field == field
+
+
+async def test_the_base_models_id_is_no_adapter_name(client, make_adapter):
+    await client.stub.PutBaseModel(pb.PutBaseModelRequest(base_model=pb.BaseModel(id="Tiny", hidden_size=32)))
+    with pytest.raises(InvalidArgument) as refused:
+        await client.register("tiny", make_adapter().but(header={"base_model_id": "Tiny"}))
+    assert refused.value.field == "name"
+
+
+async def test_more_virtual_tokens_than_the_base_model_takes_are_refused(client, make_adapter):
+    limited = pb.BaseModel(id="org/Tiny", hidden_size=32, max_virtual_tokens=4)
+    await client.stub.PutBaseModel(pb.PutBaseModelRequest(base_model=limited))
+    with pytest.raises(AdapterInvalid) as refused:
+        await client.register("tweets", make_adapter())
+    assert refused.value.field == "config.num_virtual_tokens"
+
+
+async def test_training_on_another_model_is_a_warning(client, make_adapter):
+    adapter = make_adapter()
+    adapter = adapter.but(config={**adapter.config, "base_model_name_or_path": "/home/me/Llama-7B/"})
+    response = await client.stub.RegisterAdapter(iter(adapter.requests("tweets")))
+    assert len(response.warnings) == 1
+    assert "Llama-7B" in response.warnings[0]
+
+
+async def test_one_idempotency_key_makes_one_version(client, make_adapter):
+    adapter = make_adapter(num_virtual_tokens=100_000).but(header={"idempotency_key": "k"})
+    first = await client.register("tweets", adapter)
+    assert await client.register("tweets", adapter) == first
+    assert await client.versions("tweets") == [1]
+    with pytest.raises(AdapterConflict) as refused:
+        await client.register("tweets", make_adapter(2).but(header={"idempotency_key": "k"}))
+    assert refused.value.field == "idempotency_key"
+    with pytest.raises(AdapterConflict):
+        await client.register("other", adapter)
+    await client.delete("tweets")
+    with pytest.raises(AdapterConflict):
+        await client.register("tweets", adapter)
+
+
+async def test_a_raced_idempotency_key_makes_one_version(client, make_adapter, redis):
+    adapter = make_adapter().but(header={"idempotency_key": "k"})
+    made = await asyncio.gather(*(client.register("tweets", adapter) for _ in range(16)))
+    assert {version.version for version in made} == {1}
+    assert await client.versions("tweets") == [1]
+    assert await redis.hget(f"sp:{{blob:{adapter.sha256}}}:m", "num_versions") == b"1"
+    assert await redis.keys("*:u:*") == []
+
+
+async def test_writers_on_one_name_get_distinct_versions_without_a_gap(client, make_adapter):
+    made = await asyncio.gather(*(client.register("tweets", make_adapter(seed % 5)) for seed in range(40)))
+    assert sorted(version.version for version in made) == list(range(1, 41))
+    assert len({version.id for version in made}) == 40
+    assert await client.versions("tweets") == list(range(40, 0, -1))
+    for version in made:
+        assert await client.get(f"tweets@{version.version}") == version
+
+
+async def test_writers_and_deleters_of_equal_contents_leave_no_blob_behind(client, make_adapter, redis):
+    async def come_and_go(name: str) -> None:
+        for _ in range(5):
+            version = await client.register(name, make_adapter())
+            assert await client.read(version.digest) == make_adapter().tensors
+            await client.delete(name, version.version)
+
+    await asyncio.gather(*(come_and_go(f"name{number}") for number in range(8)))
+    assert await redis.keys("*blob*") == []
+    assert await client.names() == []

@@ -1,0 +1,76 @@
+"""Wrong arguments: one plain line on standard error, exit 2, no traceback, nothing started."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def softprompt(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "softprompt.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rnu"], "No such command 'rnu'"),
+        (["run", "--prot", "1"], "No such option"),
+        (["run", "--port", "x"], "Invalid value for '--port'"),
+        (["run", "--port", "70000"], "--port: Input should be less than or equal to 65535"),
+        (["run", "--prompt-adapters"], "requires an argument"),
+        (["run", "--prompt-adapters", "tweet"], "--prompt-adapters: 'tweet' is not NAME=PATH"),
+        (["run", "--prompt-adapters", "tweet=/no/such/folder"], "adapter 'tweet': there is no folder"),
+        (["run", "--lora-modules", "a=b"], "--lora-modules: LoRA adapters are not supported yet"),
+        (["run", "--config", "/no/such.yaml"], "cannot read the config file /no/such.yaml"),
+        (["run", "--redis-url", ""], "--redis-url"),
+        (["serve", "nothing"], "Invalid value"),
+        (["adapter", "add", "name"], "Missing argument"),
+        (["adapter", "add", "name", "path", "--label", "x"], "'x' is not KEY=VALUE"),
+        (["complete", "--max-tokens", "0", "hello"], "Invalid value for '--max-tokens'"),
+        (["complete"], "there is no prompt"),
+    ],
+)
+def test_wrong_arguments_are_told_in_one_line(arguments: list[str], message: str) -> None:
+    done = softprompt(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("softprompt: ")
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["adapter", "ls", "--registry", "127.0.0.1:1"], "no registry answers at 127.0.0.1:1"),
+        (["complete", "hello", "--url", "http://127.0.0.1:1"], "no gateway answers at http://127.0.0.1:1"),
+    ],
+)
+def test_a_system_that_is_not_there_is_told_in_one_line(arguments: list[str], message: str) -> None:
+    done = softprompt(*arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_wrong_environment_variable_is_told(tmp_path: Path) -> None:
+    done = softprompt("run", "--data-dir", str(tmp_path), SOFTPROMPT_PORT="many")
+    assert done.returncode == 2
+    assert "SOFTPROMPT_PORT" in done.stderr
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None\nfrom softprompt.cli import main\nmain(['run', '--help'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--prompt-adapters" in done.stdout

@@ -1,0 +1,262 @@
+"""`LLM`: prompts, adapters and the base model in one batch, in this process."""
+
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from softprompt import LLM, PromptAdapterRequest, RequestOutput, SamplingParams
+from softprompt_api.errors import AdapterInvalid, ContextLengthExceeded, InvalidArgument
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+MakeAdapter = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model: Path) -> LLM:
+    return LLM(
+        str(tiny_model), dtype="float32", device="cpu", max_model_len=256, kv_cache_gb=0.02, max_prompt_adapter_token=32
+    )
+
+
+@pytest.fixture(scope="module")
+def adapters(make_adapter: MakeAdapter) -> list[PromptAdapterRequest]:
+    return [PromptAdapterRequest(f"adapter-{number}", number, make_adapter(number)) for number in (1, 2)]
+
+
+def ids(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def greedy_by_peft(model: Path, adapter: Path | None, prompt_ids: list[int], num_tokens: int) -> list[int]:
+    """What transformers and PEFT generate from the same prompt, in float32, alone."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    inputs = torch.tensor([prompt_ids])
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # PEFT and transformers warn of each other
+        oracle = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        if adapter is not None:
+            oracle = PeftModel.from_pretrained(oracle, adapter)
+        made = oracle.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=num_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+    return made[0, len(prompt_ids) :].tolist()
+
+
+def test_outputs_come_in_order_and_equal_what_peft_generates(
+    llm: LLM, tiny_model: Path, adapters: list[PromptAdapterRequest]
+) -> None:
+    prompts = ["The quick brown fox", "Hello", "One two three four five six seven"]
+    requests = [adapters[0], None, adapters[1]]
+    outputs = llm.generate(prompts, GREEDY, prompt_adapter_request=requests)
+    assert [output.prompt for output in outputs] == prompts
+    assert [output.prompt_adapter_request for output in outputs] == requests
+    for output, request in zip(outputs, requests, strict=True):
+        folder = None if request is None else Path(request.local_path)
+        expected = greedy_by_peft(tiny_model, folder, list(output.prompt_token_ids), 8)
+        assert list(output.outputs[0].token_ids) == expected
+
+
+def test_a_mixed_batch_gives_each_prompt_what_it_gets_alone(llm: LLM, adapters: list[PromptAdapterRequest]) -> None:
+    prompts = [f"Prompt number {number}" for number in range(12)]
+    requests = [(None, *adapters)[number % 3] for number in range(12)]
+    together = ids(llm.generate(prompts, GREEDY, prompt_adapter_request=requests))
+    alone = [
+        ids(llm.generate(prompt, GREEDY, prompt_adapter_request=request))[0]
+        for prompt, request in zip(prompts, requests, strict=True)
+    ]
+    assert together == alone
+    same_prompt = [ids(llm.generate("Same", GREEDY, prompt_adapter_request=request))[0] for request in (None, *adapters)]
+    assert len({tuple(output) for output in same_prompt}) == 3
+
+
+def test_one_request_stands_for_every_prompt(llm: LLM, adapters: list[PromptAdapterRequest]) -> None:
+    outputs = llm.generate(["a", "b"], GREEDY, prompt_adapter_request=adapters[0])
+    assert [output.prompt_adapter_request for output in outputs] == [adapters[0]] * 2
+
+
+@pytest.mark.parametrize("form", [[464, 2068], {"prompt_token_ids": [464, 2068]}])
+def test_prompts_may_be_token_ids(llm: LLM, form: object) -> None:
+    for prompts in (form, [form]):
+        (output,) = llm.generate(prompts, GREEDY)  # type: ignore[arg-type]
+        assert output.prompt is None
+        assert output.prompt_token_ids == [464, 2068]
+
+
+def test_without_parameters_sixteen_tokens_are_sampled(llm: LLM) -> None:
+    (output,) = llm.generate({"prompt": "Hello"})
+    completion = output.outputs[0]
+    assert len(completion.token_ids) == 16 or completion.finish_reason == "stop"
+    assert completion.logprobs is None
+
+
+def test_each_prompt_may_have_its_own_parameters(llm: LLM) -> None:
+    params = [SamplingParams(temperature=0, max_tokens=number, ignore_eos=True) for number in (1, 3)]
+    assert [len(output) for output in ids(llm.generate(["a", "a"], params))] == [1, 3]
+
+
+def test_n_gives_choices_of_their_own_and_a_seed_repeats_them(llm: LLM) -> None:
+    params = SamplingParams(n=4, seed=7, temperature=1.5, max_tokens=8)
+    first, again = (llm.generate("Hello", params)[0].outputs for _ in range(2))
+    assert [choice.index for choice in first] == [0, 1, 2, 3]
+    assert [choice.token_ids for choice in first] == [choice.token_ids for choice in again]
+    assert len({tuple(choice.token_ids) for choice in first}) == 4
+
+
+def test_an_llm_with_a_seed_repeats_itself(tiny_model: Path) -> None:
+    def sampled() -> list[list[int]]:
+        options = {"dtype": "float32", "device": "cpu", "max_model_len": 64, "kv_cache_gb": 0.01}
+        made = LLM(str(tiny_model), seed=3, **options)
+        return [made.generate("Hello", SamplingParams(max_tokens=8))[0].outputs[0].token_ids for _ in range(2)]
+
+    first = sampled()
+    assert first[0] != first[1]
+    assert first == sampled()
+
+
+def test_a_stop_string_ends_the_output_and_stays_out_of_the_text(llm: LLM) -> None:
+    whole = llm.generate("Hello", GREEDY)[0].outputs[0]
+    stop = whole.text[3:6]
+    completion = llm.generate("Hello", SamplingParams(temperature=0, max_tokens=8, stop=[stop]))[0].outputs[0]
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
+    assert whole.text.startswith(completion.text)
+    assert stop not in completion.text
+
+
+def test_a_stop_token_is_named_as_the_reason(llm: LLM) -> None:
+    third = llm.generate("Hello", GREEDY)[0].outputs[0].token_ids[2]
+    params = SamplingParams(temperature=0, max_tokens=8, stop_token_ids=[third])
+    completion = llm.generate("Hello", params)[0].outputs[0]
+    assert (completion.finish_reason, completion.stop_reason) == ("stop", third)
+    assert completion.token_ids[-1] == third
+
+
+def test_logprobs_hold_the_chosen_and_the_likeliest_tokens(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=4, logprobs=3)
+    completion = llm.generate("Hello", params)[0].outputs[0]
+    assert completion.logprobs is not None
+    assert completion.cumulative_logprob is not None
+    chosen = [entry[token_id] for token_id, entry in zip(completion.token_ids, completion.logprobs, strict=True)]
+    assert all(entry.rank == 1 for entry in chosen)
+    assert all(len(entry) == 3 for entry in completion.logprobs)
+    assert sum(entry.logprob for entry in chosen) == pytest.approx(completion.cumulative_logprob)
+
+
+def test_chat_goes_through_the_chat_template(llm: LLM, adapters: list[PromptAdapterRequest]) -> None:
+    conversation = [{"role": "user", "content": "Hi"}]
+    (output,) = llm.chat(conversation, GREEDY)
+    assert output.prompt is not None
+    assert "<|im_start|>user\nHi<|im_end|>" in output.prompt
+    several = llm.chat([conversation, conversation], GREEDY, prompt_adapter_request=[None, adapters[0]])
+    assert ids(several)[0] == ids([output])[0]
+    assert ids(several)[1] != ids(several)[0]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [
+        (["fine", ""], InvalidArgument, r"prompts\[1\]: the prompt is empty"),
+        (["fine", [1, 10**6]], InvalidArgument, r"prompts\[1\]: prompt has token id 1000000"),
+        (["fine", 3], InvalidArgument, r"prompts\[1\] must be a string"),
+        (["fine", "word " * 400], ContextLengthExceeded, r"prompts\[1\]: the context holds 256 tokens"),
+        (["fine", "\ud800"], InvalidArgument, r"prompts\[1\]: the text holds a lone surrogate"),
+        (3, InvalidArgument, "prompts must be a string"),
+    ],
+)
+def test_a_bad_prompt_is_named_before_anything_runs(
+    llm: LLM, prompts: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        llm.generate(prompts, GREEDY)  # type: ignore[arg-type]
+    assert ids(llm.generate("Hello", GREEDY)) == ids(llm.generate("Hello", GREEDY))
+
+
+def test_virtual_tokens_count_against_the_context(llm: LLM, adapters: list[PromptAdapterRequest]) -> None:
+    prompt = [464] * 250
+    params = SamplingParams(temperature=0, max_tokens=3)
+    assert llm.generate(prompt, params)
+    with pytest.raises(ContextLengthExceeded, match="5 virtual tokens"):
+        llm.generate(prompt, params, prompt_adapter_request=adapters[0])
+
+
+def test_lists_must_be_as_long_as_the_prompts(llm: LLM, adapters: list[PromptAdapterRequest]) -> None:
+    with pytest.raises(InvalidArgument, match="prompt_adapter_request has 2 entries for 1 prompts"):
+        llm.generate(["a"], GREEDY, prompt_adapter_request=[adapters[0], None])
+
+
+def test_an_id_stands_for_one_name_and_one_path(llm: LLM, adapters: list[PromptAdapterRequest]) -> None:
+    llm.generate("Hello", GREEDY, prompt_adapter_request=adapters[0])
+    for name, path in (("other", adapters[0].local_path), ("adapter-1", adapters[1].local_path)):
+        with pytest.raises(InvalidArgument, match="adapter id 1 stands for 'adapter-1' at"):
+            llm.generate("Hello", GREEDY, prompt_adapter_request=PromptAdapterRequest(name, 1, path))
+
+
+def test_changed_files_need_another_id(llm: LLM, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(make_adapter(30), folder)
+    request = PromptAdapterRequest("changing", 30, folder)
+    before = ids(llm.generate("Hello", GREEDY, prompt_adapter_request=request))
+    shutil.copytree(make_adapter(31), folder, dirs_exist_ok=True)
+    with pytest.raises(InvalidArgument, match="the files of 'changing' have changed since id 30 was first used"):
+        llm.generate("Hello", GREEDY, prompt_adapter_request=request)
+    after = ids(llm.generate("Hello", GREEDY, prompt_adapter_request=PromptAdapterRequest("changing", 31, folder)))
+    assert after != before
+
+
+def test_an_adapter_that_cannot_be_used_leaves_its_id_free(llm: LLM, make_adapter: MakeAdapter) -> None:
+    with pytest.raises(AdapterInvalid, match="there is no folder"):
+        llm.generate("Hello", GREEDY, prompt_adapter_request=PromptAdapterRequest("late", 40, "/no/such/folder"))
+    with pytest.raises(AdapterInvalid, match="40 virtual tokens; allowed are at most 32"):
+        llm.generate("Hello", GREEDY, prompt_adapter_request=PromptAdapterRequest("late", 40, make_adapter(40, 40)))
+    assert llm.generate("Hello", GREEDY, prompt_adapter_request=PromptAdapterRequest("late", 40, make_adapter(40)))
+
+
+def test_adapters_beyond_the_limit_come_and_go(tiny_model: Path, make_adapter: MakeAdapter) -> None:
+    llm = LLM(str(tiny_model), dtype="float32", device="cpu", max_model_len=64, kv_cache_gb=0.01, max_prompt_adapters=1)
+    requests = [PromptAdapterRequest(f"a{number}", number, make_adapter(number)) for number in (1, 2)]
+    first = ids(llm.generate(["Hello", "Hello"], GREEDY, prompt_adapter_request=requests))
+    for number in (0, 1, 0):
+        alone = ids(llm.generate("Hello", GREEDY, prompt_adapter_request=requests[number]))[0]
+        assert alone == first[number]
+
+
+def test_adapters_may_be_switched_off(tiny_model: Path, adapters: list[PromptAdapterRequest]) -> None:
+    llm = LLM(
+        str(tiny_model), dtype="float32", device="cpu", max_model_len=64, kv_cache_gb=0.01, enable_prompt_adapter=False
+    )
+    with pytest.raises(InvalidArgument, match="enable_prompt_adapter=False"):
+        llm.generate("Hello", GREEDY, prompt_adapter_request=adapters[0])
+
+
+def test_an_interrupted_call_leaves_nothing_running(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = llm._engine
+    step, calls = engine.step, []
+
+    def interrupted() -> object:
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a", "b"], SamplingParams(max_tokens=50, ignore_eos=True))
+    monkeypatch.undo()
+    assert not engine.has_work
+    engine.check()
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "path"), [("Bad Name", 1, "x"), ("name", 0, "x"), ("name", True, "x"), ("name", 1, "")]
+)
+def test_a_request_that_cannot_be_is_refused_when_made(name: str, number: int, path: str) -> None:
+    with pytest.raises(InvalidArgument):
+        PromptAdapterRequest(name, number, path)

@@ -1,0 +1,88 @@
+"""Flags, environment and config file become one set of options."""
+
+from pathlib import Path
+
+import pytest
+from softprompt.cli.options import RunOptions, make_options
+from softprompt.cli.problems import WrongUsage
+
+
+def config(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_without_anything_the_default_model_is_served_on_the_default_port() -> None:
+    options = make_options({})
+    assert options.model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert (options.port, options.host, options.max_prompt_adapter_token) == (2242, "127.0.0.1", 512)
+
+
+def test_the_seeds_config_file_is_read(tmp_path: Path) -> None:
+    path = config(
+        tmp_path,
+        "model: some/model\nenable_prompt_adapter: true\nprompt_adapters:\n  tweet_adapter: ./tweets\n"
+        "max_prompt_adapter_token: 128\n",
+    )
+    options = make_options({}, path)
+    assert options.model == "some/model"
+    assert options.prompt_adapters == {"tweet_adapter": "./tweets"}
+    assert options.max_prompt_adapter_token == 128
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    options = make_options({"model": "flag", "port": None}, config(tmp_path, "model: file\nport: 1\n"))
+    assert (options.model, options.port) == ("flag", 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "prompt_adapters: {a: x, b: y}",
+        "prompt-adapters: [a=x, b=y]",
+        "prompt_adapters: [{name: a, path: x}, {name: b, path: y}]",
+        "prompt_adapters: [a: x, b: y]",
+    ],
+)
+def test_adapters_may_be_a_mapping_or_a_list(tmp_path: Path, text: str) -> None:
+    assert make_options({}, config(tmp_path, text)).prompt_adapters == {"a": "x", "b": "y"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("promt_adapters: {}", "unknown key 'promt_adapters' in .*; did you mean 'prompt_adapters'?"),
+        ("zzz: 1", "unknown key 'zzz' in .*; known keys: model, "),
+        ("lora_modules: {a: b}", "LoRA adapters are not supported yet"),
+        ("port: '2242'", "port in .*: Input should be a valid integer"),
+        ("port: 70000", "port in .*: Input should be less than or equal to 65535"),
+        ("model: 3", "model in .*: Input should be a valid string"),
+        ("enable_prompt_adapter: false", "enable_prompt_adapter in .*: must be true"),
+        ("prompt_adapters: {Bad Name: x}", "'Bad Name' is not an adapter name"),
+        ("prompt_adapters: [a]", "'a' is not NAME=PATH"),
+        ("prompt_adapters: 3", "must be a mapping of names to paths"),
+        ("prompt_adapters: [a=x, a=y]", "'a' is given twice, with different paths"),
+        ("prompt_adapters: {a: x, a: y}", "the key 'a' is given twice"),
+        ("- model", "must hold `key: value` lines"),
+        ("model: [", "is not valid YAML"),
+        ("model: !!python/object/apply:os.system [ls]", "is not valid YAML"),
+    ],
+)
+def test_a_wrong_file_stops_the_start_and_says_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(WrongUsage, match=message):
+        make_options({}, config(tmp_path, text))
+
+
+def test_a_wrong_flag_is_named_as_a_flag() -> None:
+    with pytest.raises(WrongUsage, match=r"--kv-cache-gb: Input should be greater than 0"):
+        make_options({"kv_cache_gb": -1.0})
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WrongUsage, match=r"cannot read the config file .*nothing.yaml: No such file"):
+        make_options({}, tmp_path / "nothing.yaml")
+
+
+def test_an_empty_file_leaves_the_defaults(tmp_path: Path) -> None:
+    assert make_options({}, config(tmp_path, "")) == RunOptions()
