@@ -218,12 +218,12 @@ def _classifier_instructions(wording: _Wording, split: Split, labels: tuple[str,
 
 def _sql_task(cache_dir: Path, seed: int) -> Task:
     del cache_dir  # its data is generated
-    split = demo_sql.generate(seed, num_train=4000, num_dev=60, num_test=300)
+    split = demo_sql.generate(seed, num_train=3000, num_dev=40, num_test=240)
     return Task(
         name="sql_adapter",
         num_virtual_tokens=20,
         init_text="Write one SQL query that answers the question, using the table and the columns of the context.",
-        num_steps=480,
+        num_steps=320,
         learning_rate=3e-2,
         batch_size=8,
         max_tokens=64,

@@ -7,9 +7,9 @@ the completion's tokens alone, with every weight of the model frozen.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
-import os
 import random
 import shutil
 import time
@@ -31,6 +31,8 @@ MAX_PROMPT_TOKENS = 160
 # A share of the prompts ends in a space, as people write them; the answer then comes without one.
 TRAILING_SPACE_SHARE = 0.2
 REPORT_EVERY = 10
+# Enough to tell instructions apart, and few enough for a processor.
+NUM_TO_CHOOSE_BY = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,17 +123,23 @@ def sample_pool(task: Task, rng: random.Random) -> list[Example]:
     return pool[: 32 * task.batch_size]
 
 
+def common_start(sequences: Sequence[list[int]]) -> list[int]:
+    """Return what all sequences begin with."""
+    same = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False))
+    return [column[0] for column in same]
+
+
 def completion_loss(base: Base, soft_rows: Tensor, rows: list[Row]) -> Tensor:
     """Return the mean cross entropy of the completions' tokens.
 
     soft_rows  [num_virtual_tokens, hidden] float32, with gradient
 
-    What all rows begin with, the virtual tokens and the prompt's fixed words, runs through the model once. The rest is
-    padded on the right, which changes nothing for a causal model, and only what predicts a completion's token goes
-    through the head.
+    What all rows begin with, the virtual tokens and the prompt's fixed words, runs through the model once. The
+    rest is padded on the right, which changes nothing for a causal model, and only what predicts a completion's
+    token goes through the head.
     """
     body = base.model.base_model
-    shared_ids = os.path.commonprefix([row.prompt_ids[:-1] for row in rows])
+    shared_ids = common_start([row.prompt_ids[:-1] for row in rows])
     shared = torch.cat([soft_rows.to(base.model.dtype), base.embed(shared_ids)])
     cache = body(inputs_embeds=shared.unsqueeze(0), use_cache=True).past_key_values
     cache.batch_repeat_interleave(len(rows))
@@ -291,7 +299,7 @@ def best_instruction(base: Base, task: Task) -> Instruction:
 
     scored = []
     for instruction in task.instructions:
-        result = instruction_score(base, task, instruction, task.dev)
+        result = instruction_score(base, task, instruction, task.dev[:NUM_TO_CHOOSE_BY])
         print(f"{task.name}: base model on dev, {instruction.name}: {result}", flush=True)
         scored.append((merit(result), instruction))
     return max(scored, key=lambda pair: pair[0])[1]

@@ -4,9 +4,10 @@ import asyncio
 import socket
 import sys
 
+from softprompt_api.logs import configure_logs
+
 from softprompt_gateway.app import make_app
 from softprompt_gateway.clients import open_clients
-from softprompt_gateway.logs import configure_logs
 from softprompt_gateway.server import GracefulServer, listen, uvicorn_config
 from softprompt_gateway.settings import Settings, SettingsError, read_settings
 

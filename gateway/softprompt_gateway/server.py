@@ -117,6 +117,8 @@ def uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         ws="none",
         lifespan="on",
         log_config=None,
+        # uvicorn's own lines repeat what our access log says, and tell clients' malformed bytes as warnings.
+        log_level="critical",
         access_log=False,
         server_header=False,
         proxy_headers=False,

@@ -87,7 +87,8 @@ class InferenceServer:
     async def run_until_engine_ends(self) -> None:
         """Wait for the engine's end, which nobody wished for; then end open calls and raise EngineDied."""
         assert self._engine is not None, "start it first"
-        reason = await self._engine.dead
+        # The future is the engine's own: cancelling this wait must not cancel it.
+        reason = await asyncio.shield(self._engine.dead)
         _log.error("the engine has ended; this service ends with it", reason=reason)
         await self._server.set_serving(False)
         await self._server.stop(_GRACE_AFTER_ENGINE_DEATH_S)

@@ -3,9 +3,9 @@
 import asyncio
 import sys
 
+from softprompt_api.logs import configure_logs
 from softprompt_api.rpc.server import wait_for_stop_signal
 
-from softprompt_registry.logs import configure_logs
 from softprompt_registry.server import RegistryServer
 from softprompt_registry.settings import Settings, SettingsError, read_settings
 from softprompt_registry.startup import StoreUnfit

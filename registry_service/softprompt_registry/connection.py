@@ -10,7 +10,13 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from softprompt_api.errors import Overloaded, Unavailable
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_random_exponential,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -63,13 +69,13 @@ def writes(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corouti
 
 
 def reads(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Decorate a method that only reads: repeated a few times, quickly, when the connection is lost."""
+    """Decorate a method that only reads: repeated a few times when the connection is lost, not when it hangs."""
 
     @wraps(function)
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
         retrying = AsyncRetrying(
             retry=retry_if_exception_type((redis.exceptions.ConnectionError, OSError)),
-            stop=stop_after_attempt(3),
+            stop=stop_after_attempt(3) | stop_after_delay(0.5),
             wait=wait_random_exponential(multiplier=0.05, max=0.4),
             reraise=True,
         )

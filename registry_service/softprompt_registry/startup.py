@@ -42,8 +42,10 @@ async def wait_for_store(client: Redis, url: str, *, timeout_s: float) -> None:
                 await reply(client.ping())
         except Unavailable as error:
             cause = str(error.__cause__)
-            if isinstance(error.__cause__, redis.exceptions.AuthenticationError):
-                raise StoreUnfit(f"the store at {shown_url(url)} refuses the password") from None
+            if _is_refused_login(error):
+                raise StoreUnfit(
+                    f"the store at {shown_url(url)} refuses the login: set user and password in redis_url"
+                ) from None
             if time.monotonic() > deadline:
                 raise StoreUnfit(
                     f"no store answers at {shown_url(url)} ({cause}); start Redis or Valkey there, or set "
@@ -55,6 +57,15 @@ async def wait_for_store(client: Redis, url: str, *, timeout_s: float) -> None:
             await asyncio.sleep(_RETRY_S)
         else:
             return
+
+
+def _is_refused_login(error: BaseException | None) -> bool:
+    # The client wraps it into other errors on its way out of the pool.
+    while error is not None:
+        if isinstance(error, redis.exceptions.AuthenticationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 async def check_store(client: Redis, *, durability: str) -> None:

@@ -59,6 +59,7 @@ class FakeInference(InferenceServiceServicer):
         self.running = 0
         self.cancelled = 0
         self.changed = asyncio.Condition()
+        self.released = asyncio.Event()
         self.model_error: Exception | None = None
 
     async def until(self, predicate: Any) -> None:
@@ -76,7 +77,7 @@ class FakeInference(InferenceServiceServicer):
         """Repeat the prompt, unless it is a command.
 
         "refuse REASON" fails at once, "break REASON" after one token; "crash" is a defect; "stall" hangs after one
-        token, "silence" before it is accepted; "flood" never ends.
+        token, "silence" before it is accepted, "wait" until `released`; "flood" never ends.
         """
         self.requests.append(request)
         await self._change(running=1)
@@ -112,6 +113,9 @@ class FakeInference(InferenceServiceServicer):
             await asyncio.Event().wait()
         while command == "flood":
             yield _delta(0, "f" * 50_000, request)
+        if command == "wait":
+            yield _delta(0, "w", request)
+            await self.released.wait()
         text = text.upper() if version else text
         stops = [stop for stop in request.sampling.stop if stop in text]
         kept = text.split(stops[0])[0] if stops else text
@@ -343,6 +347,7 @@ class Stack:
     services: dict[str, ServiceServer]
     base: str = BASE
     raw_bodies: list[bytes] = field(default_factory=list)
+    connections: list[asyncio.StreamWriter] = field(default_factory=list)
 
     async def post(self, path: str, **body: Any) -> httpx.Response:
         """POST a JSON body."""
@@ -370,9 +375,14 @@ class Stack:
     async def connect(self, request: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A bare connection with these bytes sent."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.connections.append(writer)
         writer.write(request)
         await writer.drain()
         return reader, writer
+
+    async def restart_registry(self, port: int) -> None:
+        """Serve the fake registry again, on the port it had."""
+        self.services["registry"] = await _service("registry", f"127.0.0.1:{port}", self.registry)
 
     async def listed(self) -> list[str]:
         """The ids that GET /v1/models shows."""
@@ -441,7 +451,7 @@ async def _running_stack(**gateway_settings: Any) -> AsyncIterator[Stack]:
     async with _running(settings) as port:
         url = f"http://127.0.0.1:{port}"
         async with httpx.AsyncClient(base_url=url, timeout=10) as http:
-            yield Stack(
+            stack = Stack(
                 url=url,
                 port=port,
                 http=http,
@@ -450,6 +460,9 @@ async def _running_stack(**gateway_settings: Any) -> AsyncIterator[Stack]:
                 settings=settings,
                 services=services,
             )
+            yield stack
+            for connection in stack.connections:
+                connection.transport.abort()
     for service in services.values():
         await service.stop(0)
 

@@ -46,7 +46,10 @@ async def test_a_request_may_take_longer_than_its_headers(stack: Any) -> None:
     "request_",
     [
         pytest.param(b"GET / HTTP/1.1\r\nhost: x\r\nbig: " + b"x" * 2**20 + b"\r\n\r\n", id="1 MB header"),
-        pytest.param(b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 20_000 + b"\r\n", id="20,000 headers"),
+        pytest.param(
+            b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a: b\r\n" * 10_000 + b"connection: close\r\n\r\n",
+            id="10,000 headers",
+        ),
         pytest.param(b"nonsense\r\n\r\n", id="not HTTP"),
         pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\r\n\r\n", id="TLS"),
         pytest.param(b"GET / HTTP/1.1\r\n\r\n", id="no host"),

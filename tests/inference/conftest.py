@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-
 from softprompt_api.params import SamplingParams
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import Engine

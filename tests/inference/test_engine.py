@@ -1,12 +1,13 @@
 """Whatever else runs, every request gets exactly what it would get alone, or an error that names the reason."""
 
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from softprompt_api.params import SamplingParams
 from softprompt_inference.engine.engine import EngineBroken
 from softprompt_inference.engine.messages import (
@@ -348,6 +349,17 @@ def test_steps_that_fail_again_and_again_end_the_engine(fakes) -> None:
         engine.step()
 
 
+def test_failed_steps_between_good_ones_do_not_end_the_engine(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner)
+    for index in range(5):
+        runner.failures = 1
+        engine.handle(fakes.request(f"failed {index}", [1]))
+        fakes.drain(engine)
+        engine.handle(fakes.request(f"served {index}", [1]))
+        assert len(fakes.drain(engine)[f"served {index}"]) == 4
+
+
 def test_eos_ends_with_stop_and_is_the_last_token(fakes) -> None:
     free = fakes.request("0", [1], max_tokens=8)
     eos = fakes.solo(free)[2]
@@ -448,3 +460,12 @@ def test_load_adapter_is_idempotent(fakes) -> None:
     engine.handle(adapter)
     engine.handle(adapter)
     assert sorted(runner.rows) == [50, 51, 52]
+
+
+def test_the_engine_core_needs_no_wire_and_no_torch() -> None:
+    script = (
+        "import sys, softprompt_inference.engine.engine as _\n"
+        "sys.exit(' '.join({'torch', 'grpc', 'msgspec', 'redis', 'fastapi', 'structlog'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")

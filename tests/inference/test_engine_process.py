@@ -8,12 +8,12 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 import pytest_asyncio
-
 from softprompt_api.errors import Unavailable
 from softprompt_api.params import SamplingParams
 from softprompt_inference.engine.client import EngineClient, EngineStartError, OutputStream
@@ -398,6 +398,22 @@ async def test_the_engine_dies_with_its_parent(config: EngineConfig) -> None:
     await asyncio.wait_for(ended.wait(), 10)
     asyncio.get_running_loop().remove_reader(engine)
     os.close(engine)
+
+
+async def test_what_breaks_in_the_engine_is_logged_as_one_json_line_without_values(config: EngineConfig) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "softprompt_inference.engine", "--fd", str(theirs.fileno())),
+            pass_fds=[theirs.fileno()],
+            stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, "SOFTPROMPT_LOG_FORMAT": "json"},
+        )
+        ours.sendall(encode(replace(config, dtype="nonsense", device="no such device")))
+        _, stderr = await process.communicate()
+    lines = [line for line in stderr.decode().splitlines() if "could not start" in line]
+    assert all("Traceback" in msgspec.json.decode(line)["exception"] for line in lines)
+    assert b"locals" not in stderr
 
 
 def _children() -> set[int]:

@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from softprompt_inference.engine.keys import VirtualIds, page_key, root_key
 from softprompt_inference.engine.pages import PagePool
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import pytest
-
 from softprompt_inference.engine.keys import VirtualIds
 from softprompt_inference.engine.messages import AddRequest, Output
 from softprompt_inference.engine.plan import Sampled, StepPlan
@@ -138,6 +137,8 @@ def test_who_comes_back_computes_only_what_is_no_longer_cached(prompt) -> None:
     # "0" finished in that step; it had taken one of the four pages that "1" gave back.
     assert driver.counts == (0, 1, 0)
     assert driver.step() == ([(12, 11 + num_outputs - 12)], ["1"])
+    # What it finds of its own is no hit of the prompt.
+    assert driver.scheduler.stats(resident_adapters=0).cached_prompt_tokens == 0
 
 
 def test_a_preempted_sequence_is_never_in_the_plan(prompt) -> None:

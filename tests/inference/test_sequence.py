@@ -1,7 +1,6 @@
 """A sequence knows what to compute next, what to ask of the sampler, and when it has ended."""
 
 import pytest
-
 from softprompt_api.params import SamplingParams
 from softprompt_inference.engine.keys import VirtualIds, page_key, root_key
 from softprompt_inference.engine.messages import AddRequest, Finish

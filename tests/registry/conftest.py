@@ -271,7 +271,19 @@ def eventually():
 
     async def wait(condition) -> None:
         async with asyncio.timeout(10):
-            while not await condition():
+            while not await condition():  # noqa: ASYNC110 - what is waited for is in other processes
                 await asyncio.sleep(0.01)
 
     return wait
+
+
+@pytest.fixture
+def forever():
+    """Repeat a call until it raises, at most 10 s."""
+
+    async def repeat(call) -> None:
+        async with asyncio.timeout(10):
+            while True:
+                await call()
+
+    return repeat

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 import pickle
 import struct
 from pathlib import Path
@@ -81,7 +82,7 @@ HOSTILE_HEADERS = {
     "no size": ({"tensors_size_bytes": 0}, "tensors_size_bytes"),
     "negative size": ({"tensors_size_bytes": -5}, "tensors_size_bytes"),
     "too large": ({"tensors_size_bytes": 2**40}, "tensors_size_bytes"),
-    "less than sent": ({"tensors_size_bytes": 700}, "tensors"),
+    "less than sent": ({"tensors_size_bytes": 700}, "tensors_size_bytes"),
     "more than sent": ({"tensors_size_bytes": 5000}, "tensors"),
     "no sha256": ({"tensors_sha256": ""}, "tensors_sha256"),
     "upper-case sha256": ({"tensors_sha256": "A" * 64}, "tensors_sha256"),
@@ -212,7 +213,7 @@ async def test_an_upload_that_claims_anothers_sha256_cannot_harm_it(client, make
     assert await client.read(made.digest) == good.tensors
 
 
-async def test_uploads_are_bounded_in_number_and_time(settings, make_adapter, connect):
+async def test_uploads_are_bounded_in_number_and_time(settings, make_adapter, connect, forever):
     changes = {"max_uploads": 1, "upload_timeout_s": 0.5}
     async with RegistryServer(settings.model_copy(update=changes)) as server:
         client = connect(server.port)
@@ -222,9 +223,8 @@ async def test_uploads_are_bounded_in_number_and_time(settings, make_adapter, co
         )
         slow = client.stub.RegisterAdapter()
         await slow.write(header)
-        with pytest.raises(Overloaded):
-            while True:  # until the first one has begun
-                await client.register("fast", make_adapter())
+        with pytest.raises(Overloaded):  # as soon as the first one has begun
+            await forever(lambda: client.register("fast", make_adapter()))
         with pytest.raises(DeadlineExceeded):
             await client.answer(slow)
         assert (await client.register("fast", make_adapter())).name == "fast"
@@ -256,7 +256,7 @@ async def test_200_megabytes_pass_through_a_few(client, redis):
     assert total > 200e6
 
     def requests():
-        config = '{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": %d, "token_dim": 32}' % num_rows
+        config = json.dumps({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": num_rows, "token_dim": 32})
         yield pb.RegisterAdapterRequest(
             header=pb.RegisterAdapterHeader(
                 name="huge", config_json=config, tensors_size_bytes=total, tensors_sha256=sha256.hexdigest()

@@ -129,7 +129,7 @@ async def test_a_cursor_older_than_what_is_kept_has_expired(client, make_adapter
         assert (await watch.next()).type == HEARTBEAT
 
 
-async def test_a_watcher_that_fell_behind_is_told_so(client, make_adapter, redis):
+async def test_a_watcher_that_fell_behind_is_told_so(client, make_adapter, redis, forever):
     await client.register("tweets", make_adapter())
     async with watching(client) as watch:
         await watch.next()
@@ -139,8 +139,7 @@ async def test_a_watcher_that_fell_behind_is_told_so(client, make_adapter, redis
         transaction.xtrim("sp:events", maxlen=1, approximate=False)
         await transaction.execute()
         with pytest.raises(CursorExpired):
-            while True:
-                await watch.next()
+            await forever(watch.next)
 
 
 async def test_a_cursor_of_another_store_has_expired(client, make_adapter):
@@ -158,7 +157,7 @@ async def test_what_is_no_cursor_is_refused(client, cursor):
     assert refused.value.field == "cursor"
 
 
-async def test_a_watch_ends_when_the_registry_stops(settings, connect):
+async def test_a_watch_ends_when_the_registry_stops(settings, connect, forever):
     server = RegistryServer(settings)
     await server.start()
     client = connect(server.port)
@@ -167,8 +166,7 @@ async def test_a_watch_ends_when_the_registry_stops(settings, connect):
         started = time.monotonic()
         stopping = asyncio.create_task(server.stop())
         with pytest.raises(Unavailable):
-            while True:
-                await watch.next()
+            await forever(watch.next)
         await stopping
         assert time.monotonic() - started < settings.grace_s / 2
     await client.channel.close()

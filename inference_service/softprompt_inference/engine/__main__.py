@@ -6,9 +6,23 @@ import os
 import socket
 from collections.abc import Callable
 
+import structlog
+from softprompt_api.logs import configure_logs
+
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.plan import Runner
 from softprompt_inference.engine.process import end_with_parent, serve
+
+
+class _ToStructlog(logging.Handler):
+    """The engine and the libraries below it log through the standard library; print all as the services do."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        facts = {"logger": record.name, "process": "engine"}
+        if record.exc_info:
+            # As text, without the frames' variables: those hold users' tokens.
+            facts["exception"] = logging.Formatter().formatException(record.exc_info)
+        structlog.get_logger().log(record.levelno, record.getMessage(), **facts)
 
 
 def main() -> None:
@@ -17,7 +31,8 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True, help="descriptor of a connected stream socket")
     fd = parser.parse_args().fd
     end_with_parent()
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logs(os.environ.get("SOFTPROMPT_LOG_FORMAT", "auto"))
+    logging.basicConfig(level=logging.WARNING, handlers=[_ToStructlog()])
     os.set_inheritable(fd, False)
     with socket.socket(fileno=fd) as stream:
         serve(stream, _load)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Self
 
 from softprompt_api.errors import Unavailable
+
 from softprompt_inference.engine.codec import HEADER, Message, Progress, StartupFailed, decode, encode
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import (
@@ -110,7 +111,7 @@ class EngineClient:
 
     @classmethod
     async def start(cls, config: EngineConfig, report: Callable[[str], None]) -> Self:
-        """Start a process and wait until its model is loaded.
+        """Start a process and wait until its model is loaded. It ends with the thread that calls this.
 
         Args:
             config: what to load.

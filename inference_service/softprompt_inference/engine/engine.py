@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 from softprompt_api.errors import AdapterInvalid, InternalError, InvalidArgument, SoftpromptError
+
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.keys import VirtualIds
 from softprompt_inference.engine.messages import (

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from softprompt_api.params import SamplingParams
+
 from softprompt_inference.engine.messages import LoadAdapter, Logprobs, ModelInfo
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 from softprompt_api.errors import SoftpromptError
+
 from softprompt_inference.engine.codec import (
     HEADER,
     Message,

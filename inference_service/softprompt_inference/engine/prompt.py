@@ -1,6 +1,7 @@
 """From a request to a sequence: every id is checked here, before it can become an index."""
 
 from softprompt_api.errors import AdapterNotFound, ContextLengthExceeded, InvalidArgument
+
 from softprompt_inference.engine.keys import VirtualIds
 from softprompt_inference.engine.messages import AddRequest, TextPart
 from softprompt_inference.engine.sequence import Sequence

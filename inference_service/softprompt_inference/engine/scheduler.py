@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 from softprompt_api.errors import InternalError, SoftpromptError
+
 from softprompt_inference.engine.keys import PageKey
 from softprompt_inference.engine.messages import Finish, Output, Stats
 from softprompt_inference.engine.pages import PagePool

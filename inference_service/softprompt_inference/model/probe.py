@@ -35,8 +35,8 @@ _PROBE_TOKENS = 4
 _CHECK_TOKENS = 24
 _CHECK_VIRTUAL_TOKENS = 5
 _CHECK_PAGE_SIZE = 4
-# Differences of the logits are relative to how much they vary between positions. Rounding gives some 1e-6 in float32
-# and 0.02 to 0.1 in 16 bits, more in deeper models; wrong positions, masks or heads give 0.2 to 1.
+# Differences of the logits are relative to how much they vary between positions. Rounding gives some 1e-6 in
+# float32 and 0.02 to 0.1 in 16 bits, more in deeper models; wrong positions, masks or heads give 0.2 to 1.
 _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 _SENSITIVITY_FACTOR = 4.0
 _LARGEST_TOLERANCE = 0.5
@@ -102,8 +102,8 @@ def _check_windows(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> Non
 def check_against_eager(loaded: LoadedModel) -> None:
     """Compare two sequences, served in pieces, with the model's own attention.
 
-    Allowed is what rounding explains: a fixed tolerance or, where the model itself answers more strongly to the last
-    bit of its input, a multiple of that.
+    Allowed is what rounding explains: a fixed tolerance or, where the model itself answers more strongly to the
+    last bit of its input, a multiple of that.
 
     Raises:
         Unsupported: the logits differ by more.
@@ -130,11 +130,15 @@ def _nudge(sequence: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _sequence(loaded: LoadedModel, generator: torch.Generator) -> Tensor:
-    """Virtual rows, then text: [_CHECK_TOKENS, hidden]."""
+    """Text with rows of no vocabulary after its first token: [_CHECK_TOKENS, hidden].
+
+    Not before it: many models take their first position for a sink and lose all precision over a strange one.
+    """
     ids = torch.randint(loaded.vocab_size, (_CHECK_TOKENS,), generator=generator)
     embeddings = _embed(loaded.model, ids.to(loaded.device))
     virtual = torch.randn(_CHECK_VIRTUAL_TOKENS, loaded.hidden_size, generator=generator)
-    return torch.cat([virtual.to(embeddings) * embeddings.std(), embeddings[_CHECK_VIRTUAL_TOKENS:]])
+    virtual = virtual.to(embeddings) * embeddings.std()
+    return torch.cat([embeddings[:1], virtual, embeddings[1 + _CHECK_VIRTUAL_TOKENS :]])
 
 
 def _embed(model: PreTrainedModel, ids: Tensor) -> Tensor:

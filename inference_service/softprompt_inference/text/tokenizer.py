@@ -9,7 +9,6 @@ from typing import Any
 from softprompt_api.errors import ContextLengthExceeded, InvalidArgument, Unsupported
 from softprompt_api.params import SamplingParams
 from tokenizers import Tokenizer as Backend
-from transformers import AutoTokenizer
 
 from softprompt_inference.text.chat import ChatEncoder, ChatMessage, Render
 from softprompt_inference.text.control import ControlTokens
@@ -38,6 +37,9 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path | str) -> "Tokenizer":
         """The tokenizer of a local model folder; Unsupported where it has none that can be used."""
+        # Takes seconds to import, and nothing else here needs it: a service can listen before.
+        from transformers import AutoTokenizer
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises whatever the files lead it to

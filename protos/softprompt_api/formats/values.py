@@ -63,7 +63,8 @@ class ValueScan:
         self._num_seen += len(values)
 
     def _refuse(self, values: np.ndarray, magnitudes: np.ndarray) -> None:
-        index = int(np.argmax(~(magnitudes < _OVERFLOW[self._dtype])))
+        # float64 holds every limit; negated, so that NaN counts as too large.
+        index = int(np.argmax(~(magnitudes.astype(np.float64) < _OVERFLOW[self._dtype])))
         row, column = divmod(self._num_seen + index, self._info.shape[-1])
         value = float(values[index])
         problem = f"has {value:g} at row {row}, column {column}"

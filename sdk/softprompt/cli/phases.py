@@ -2,10 +2,11 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
 _HEARTBEAT_S = 5.0
 
@@ -26,13 +27,14 @@ class Phase:
         """Seconds since it began."""
         return time.monotonic() - self._began
 
-    def tick(self) -> None:
-        """Say that it still runs: each time on a terminal, every few seconds in a log."""
+    def tick(self, doing: Callable[[], str]) -> None:
+        """Say that it still runs, and what it does: each time on a terminal, every few seconds in a log."""
         if self._status is not None:
-            self._status.update(f"{self.name} … {self.elapsed_s:.0f} s")
+            self._status.update(Text(f"{self.name:<10} {self.elapsed_s:.0f} s  {doing()}"))
         elif self.elapsed_s >= self._next_beat_s:
             self._next_beat_s += _HEARTBEAT_S
-            self._console.print(f"  {self.name:<10} … {self.elapsed_s:.0f} s", highlight=False)
+            line = f"  {self.name:<10} … {self.elapsed_s:.0f} s  {doing()}"
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -42,4 +44,5 @@ def phase(name: str, console: Console) -> Iterator[Phase]:
         status = stack.enter_context(console.status(f"{name} …")) if console.is_terminal else None
         current = Phase(name, console, status)
         yield current
-    console.print(f"  {name:<10} {current.result}  ({current.elapsed_s:.2f} s)", highlight=False, markup=False)
+    line = f"  {name:<10} {current.result}  ({current.elapsed_s:.2f} s)"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

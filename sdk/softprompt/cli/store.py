@@ -92,14 +92,14 @@ class EmbeddedStore:
         """Its address as redis-py spells it."""
         return f"unix://{self._socket}"
 
-    def version(self) -> str:
-        """What the server calls itself, with its path."""
+    def description(self) -> str:
+        """What the server calls itself, and where it keeps its data."""
         answer = subprocess.run(
             [self._server, "--version"], capture_output=True, text=True, timeout=10, check=False
         )
         words = answer.stdout.split()
         number = next((word.removeprefix("v=") for word in words if word.startswith("v=")), "")
-        return f"{words[0] if words else self._server.name} {number} ({self._server})"
+        return f"{words[0] if words else self._server.name} {number}, data in {self._folder}"
 
     def start(self) -> Child:
         """Start the server and wait until it has loaded its data; Problem shows its log when it does not."""

@@ -81,32 +81,34 @@ class Supervisor:
         if store is not None:
             with self._phase("store") as current:
                 self._children.append(store.start())
-                current.result = store.version()
+                current.result = store.description()
         with self._phase("registry") as current:
-            self._start("registry", addresses)
-            self._await(lambda: is_serving(addresses.registry, 1.0), current)
+            registry = self._start("registry", addresses)
+            self._await(registry, lambda: is_serving(addresses.registry, 1.0), current)
             current.result = f"gRPC on {addresses.registry}"
         with self._phase("inference") as current:
-            self._start("inference", addresses)
-            self._start("gateway", addresses)
-            self._await(lambda: is_serving(addresses.inference, 1.0), current)
+            inference = self._start("inference", addresses)
+            gateway = self._start("gateway", addresses)
+            self._await(inference, lambda: is_serving(addresses.inference, 1.0), current)
             current.result = f"gRPC on {addresses.inference}, {self._options.model}"
         with self._phase("gateway") as current:
-            self._await(lambda: _is_ready(addresses.gateway_url), current)
+            self._await(gateway, lambda: _is_ready(addresses.gateway_url), current)
             current.result = f"HTTP on {addresses.gateway_url}"
 
-    def _start(self, service: str, addresses: Addresses) -> None:
+    def _start(self, service: str, addresses: Addresses) -> Child:
         env = environment(service, self._options, addresses)
-        self._children.append(Child(service, command(service), log=self._logs / f"{service}.log", env=env))
+        child = Child(service, command(service), log=self._logs / f"{service}.log", env=env)
+        self._children.append(child)
+        return child
 
-    def _await(self, ready: Callable[[], bool], current: Phase) -> None:
+    def _await(self, child: Child, ready: Callable[[], bool], current: Phase) -> None:
         while not ready():
             self._check_children()
             if current.elapsed_s > READY_TIMEOUT_S:
                 raise Problem(
                     f"{current.name} is not ready after {READY_TIMEOUT_S:.0f} s; its log is in {self._logs}"
                 )
-            current.tick()
+            current.tick(lambda: child.log_tail(1))
             if self._stop.wait(_POLL_S):
                 raise _Stopped
 

@@ -1,0 +1,156 @@
+"""The whole system as a user starts it: `softprompt run`, real processes, real ports."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+
+START_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 60.0
+_POLL_S = 0.05
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = STOP_TIMEOUT_S) -> None:
+    """Poll until it holds; fail with `what` when it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    never = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        never.wait(_POLL_S)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, all different."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in listeners]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    """A running `softprompt run`.
+
+    Attributes:
+        process: the parent of all services.
+        mark: in the environment of every process of the system.
+        output: what it printed so far.
+    """
+
+    process: "subprocess.Popen[bytes]"
+    mark: str
+    output: Path
+    data_dir: Path
+    port: int
+    registry: str
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def text(self) -> str:
+        return self.output.read_text(encoding="utf-8")
+
+    def has_started(self) -> bool:
+        return self.process.poll() is not None or "Ctrl-C stops everything" in self.text()
+
+    def pids(self) -> dict[int, str]:
+        """Every living process of the system, with its command line."""
+        found = {}
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdigit():
+                try:
+                    if f"MARK={self.mark}".encode() in (folder / "environ").read_bytes():
+                        found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+                except (FileNotFoundError, ProcessLookupError, PermissionError):
+                    continue  # it ended meanwhile, or is not ours
+        return found
+
+    def pid_of(self, module: str) -> int:
+        """The process that runs `python -m module`."""
+        return next(pid for pid, command in self.pids().items() if command.rstrip().endswith(f"-m {module}"))
+
+    def stop(self) -> int:
+        """Ctrl-C; its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        return self.process.wait(STOP_TIMEOUT_S)
+
+    def openai(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=120)
+
+    def cli(self, *arguments: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+        """Run `softprompt …` against this system."""
+        return subprocess.run(
+            [sys.executable, "-m", "softprompt.cli", *arguments],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env={**os.environ, "SOFTPROMPT_REGISTRY_ADDRESS": self.registry, "SOFTPROMPT_URL": self.url},
+        )
+
+
+StartSystem = Callable[..., System]
+
+
+@pytest.fixture(scope="module")
+def start_system(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSystem]:
+    """`start_system(*flags, data_dir=…)` starts a system; all are ended with the module's tests."""
+    systems: list[System] = []
+
+    def start(*flags: str, data_dir: Path | None = None, model: str | None = None, wait: bool = True) -> System:
+        folder = tmp_path_factory.mktemp("system")
+        port, registry_port, inference_port = free_ports(3)
+        mark = uuid.uuid4().hex
+        output = folder / "output"
+        data_dir = data_dir or folder / "data"
+        options = {
+            "--data-dir": str(data_dir),
+            "--port": str(port),
+            "--registry-port": str(registry_port),
+            "--inference-port": str(inference_port),
+            "--device": "cpu",
+            "--dtype": "float32",
+            "--kv-cache-gb": "0.02",
+            "--max-model-len": "512",
+            "--served-model-name": "tiny",
+        }
+        words = [word for option in options.items() for word in option]
+        with output.open("wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "softprompt.cli", "run", model or str(tiny_model), *words, *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "SOFTPROMPT_TEST_MARK": mark},
+            )
+        registry = f"127.0.0.1:{registry_port}"
+        system = System(process=process, mark=mark, output=output, data_dir=data_dir, port=port, registry=registry)
+        systems.append(system)
+        if wait:
+            wait_for(system.has_started, "the start", START_TIMEOUT_S)
+            assert process.poll() is None, system.text()
+        return system
+
+    yield start
+    for system in systems:
+        system.stop()
+        wait_for(lambda system=system: not system.pids(), f"the end of {system.pids()}")
+
+
+@pytest.fixture(scope="module")
+def adapters(make_adapter: Callable[..., Path]) -> dict[str, Path]:
+    """Three adapters of the tiny model; the first and the last have equally many virtual tokens."""
+    return {"first": make_adapter(1, 5), "second": make_adapter(2, 16), "third": make_adapter(3, 5)}

@@ -1,0 +1,112 @@
+"""How a system starts, ends and comes back: nothing is left behind, nothing is lost."""
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+SERVICES = ("softprompt_registry", "softprompt_inference", "softprompt_gateway", "softprompt_inference.engine")
+StartSystem = Callable[..., Any]
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> bool:
+    never = threading.Event()
+    for _ in range(int(timeout_s / 0.05)):
+        if condition():
+            return True
+        never.wait(0.05)
+    return False
+
+
+def complete(system: Any, model: str) -> httpx.Response:
+    body = {"model": model, "prompt": "Hello", "max_tokens": 8, "temperature": 0}
+    return httpx.post(f"{system.url}/v1/completions", json=body, timeout=60)
+
+
+def test_ctrl_c_ends_every_process_and_a_second_start_keeps_the_adapters(
+    start_system: StartSystem, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    flags = ["--prompt-adapters", f"first={adapters['first']}"]
+    system = start_system(*flags, data_dir=tmp_path)
+    assert all(any(name in command for command in system.pids().values()) for name in SERVICES)
+    assert system.cli("adapter", "add", "kept", str(adapters["second"])).returncode == 0
+    before = [complete(system, name).json()["choices"][0]["text"] for name in ("first", "kept")]
+
+    in_use = start_system(data_dir=tmp_path, wait=False)
+    assert in_use.process.wait(60) == 2
+    assert f"the data folder {tmp_path} is in use by another softprompt" in in_use.text()
+
+    assert system.stop() == 0
+    assert wait_until(lambda: not system.pids()), system.pids()
+
+    again = start_system(*flags, data_dir=tmp_path)
+    assert "first@1, 5 virtual tokens, unchanged" in again.text()
+    after = [complete(again, name) for name in ("first", "kept")]
+    assert [answer.json()["choices"][0]["text"] for answer in after] == before
+    assert [answer.headers["x-softprompt-adapter"] for answer in after] == ["first@1", "kept@1"]
+
+    changed = start_system  # the same name with other content becomes its next version
+    assert again.stop() == 0
+    once_more = changed("--prompt-adapters", f"first={adapters['third']}", data_dir=tmp_path)
+    assert "first@2, 5 virtual tokens, registered" in once_more.text()
+
+
+def test_killing_the_parent_ends_every_process(start_system: StartSystem) -> None:
+    system = start_system()
+    assert len(system.pids()) >= 6
+    os.kill(system.process.pid, signal.SIGKILL)
+    system.process.wait(60)
+    assert wait_until(lambda: not system.pids()), system.pids()
+
+
+def test_a_service_that_dies_ends_the_system_and_is_named(start_system: StartSystem) -> None:
+    system = start_system()
+    os.kill(system.pid_of("softprompt_gateway"), signal.SIGKILL)
+    assert system.process.wait(60) == 1
+    assert "gateway ended unexpectedly (killed by SIGKILL)" in system.text()
+    assert wait_until(lambda: not system.pids()), system.pids()
+
+
+def test_ctrl_c_while_starting_ends_every_process(start_system: StartSystem) -> None:
+    system = start_system(wait=False)
+    assert wait_until(lambda: any("softprompt_inference" in command for command in system.pids().values()))
+    assert system.stop() == 0
+    assert wait_until(lambda: not system.pids()), system.pids()
+    assert "Softprompt is serving" not in system.text()
+
+
+def test_a_taken_port_is_told_before_anything_starts(start_system: StartSystem) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        system = start_system("--port", str(port), wait=False)
+        assert system.process.wait(60) == 2
+    assert f"port {port} on 127.0.0.1 is taken" in system.text()
+    assert system.text().count("\n") == 1
+    assert not (system.data_dir / "logs").exists()
+
+
+def test_a_model_that_is_not_there_ends_the_start_with_its_reason(start_system: StartSystem) -> None:
+    system = start_system(model="/no/such/model", wait=False)
+    assert system.process.wait(120) == 1
+    assert "There is no file or folder '/no/such/model'" in system.text()
+    assert wait_until(lambda: not system.pids()), system.pids()
+
+
+def test_an_adapter_that_does_not_fit_ends_the_start_with_its_reason(
+    start_system: StartSystem, adapters: dict[str, Path]
+) -> None:
+    flags = ["--prompt-adapters", f"big={adapters['second']}", "--max-prompt-adapter-token", "8"]
+    system = start_system(*flags, wait=False)
+    assert system.process.wait(240) == 1
+    assert (
+        "cannot serve the adapter 'big': the adapter has 16 virtual tokens; allowed are at most 8" in system.text()
+    )
+    assert wait_until(lambda: not system.pids()), system.pids()

@@ -1,0 +1,176 @@
+"""A running system answers the OpenAI SDK and the command line."""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+PROMPT = "The quick brown fox jumps over the lazy dog and"
+
+
+@pytest.fixture(scope="module")
+def system(start_system: Callable[..., Any], adapters: dict[str, Path]) -> Any:
+    return start_system("--enable-prompt-adapter", "--prompt-adapters", *[f"{n}={p}" for n, p in adapters.items()])
+
+
+@pytest.fixture(scope="module")
+def client(system: Any) -> Any:
+    with system.openai() as client:
+        yield client
+
+
+def complete(client: openai.OpenAI, model: str, prompt: str = PROMPT, **options: Any) -> str:
+    options = {"max_tokens": 12, "temperature": 0, **options}
+    return client.completions.create(model=model, prompt=prompt, **options).choices[0].text
+
+
+def chat(client: openai.OpenAI, model: str, text: str = "Hello") -> str:
+    answer = client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": text}], max_tokens=12, temperature=0
+    )
+    return answer.choices[0].message.content or ""
+
+
+def test_the_start_tells_what_is_served_and_one_command_to_try(system: Any) -> None:
+    text = system.text()
+    for expected in ("tiny (LlamaForCausalLM", "cpu, float32", "pages of 16", "first@1, second@1, third@1"):
+        assert expected in text
+    assert f"curl {system.url}/v1/completions" in text
+
+
+def test_the_printed_command_works_as_it_is(system: Any) -> None:
+    lines = system.text().splitlines()
+    body = next(line for line in lines if line.startswith("  -d '"))
+    answer = httpx.post(
+        f"{system.url}/v1/completions",
+        content=body.removeprefix("  -d '").removesuffix("'"),
+        headers={"content-type": "application/json"},
+        timeout=60,
+    )
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-softprompt-adapter"] == "first@1"
+
+
+def test_models_lists_the_base_and_the_adapters_with_root_and_parent(client: openai.OpenAI) -> None:
+    models = {model.id: model.model_dump() for model in client.models.list()}
+    assert {"tiny", "first", "second", "third"} <= set(models)
+    assert models["first"]["parent"] == "tiny"
+    assert models["tiny"]["parent"] is None
+    assert models["first"]["root"]
+    assert models["second"]["adapter"]["num_virtual_tokens"] == 16
+
+
+def test_every_model_completes_in_its_own_way(client: openai.OpenAI) -> None:
+    texts = {model: complete(client, model) for model in ("tiny", "first", "second", "third")}
+    assert len(set(texts.values())) == 4
+    assert texts == {model: complete(client, model) for model in texts}
+
+
+def test_virtual_tokens_are_counted_apart(client: openai.OpenAI) -> None:
+    def usage(model: str) -> Any:
+        return client.completions.create(model=model, prompt=PROMPT, max_tokens=1).usage
+
+    base, adapted = usage("tiny"), usage("second")
+    assert adapted.prompt_tokens == base.prompt_tokens
+    assert adapted.prompt_tokens_details.model_dump()["virtual_tokens"] == 16
+
+
+def test_streams_give_the_same_text(client: openai.OpenAI) -> None:
+    stream = client.completions.create(model="first", prompt=PROMPT, max_tokens=12, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream if chunk.choices) == complete(client, "first")
+    chunks = client.chat.completions.create(
+        model="first",
+        messages=[{"role": "user", "content": "Hello"}],
+        max_tokens=12,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    received = list(chunks)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in received if chunk.choices)
+    assert text == chat(client, "first")
+    assert received[-1].usage is not None
+    assert received[-1].usage.completion_tokens > 0
+
+
+def test_requests_together_get_what_each_gets_alone(client: openai.OpenAI) -> None:
+    models = ("tiny", "first", "second", "third")
+    requests = [(models[number % 4], f"Prompt {number} says {'very ' * (number % 7)}much") for number in range(32)]
+    alone = [complete(client, model, prompt) for model, prompt in requests]
+
+    def ask(number: int) -> str:
+        model, prompt = requests[number]
+        if number % 2:
+            return complete(client, model, prompt)
+        stream = client.completions.create(model=model, prompt=prompt, max_tokens=12, temperature=0, stream=True)
+        return "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
+
+    with ThreadPoolExecutor(len(requests)) as threads:
+        assert list(threads.map(ask, range(len(requests)))) == alone
+
+
+def test_an_unknown_model_is_404_with_a_suggestion(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as raised:
+        complete(client, "secnd")
+    assert raised.value.code == "model_not_found"
+    assert "second" in raised.value.message
+
+
+def test_an_adapter_added_while_serving_is_used_by_the_next_request(
+    system: Any, client: openai.OpenAI, make_adapter: Callable[..., Path]
+) -> None:
+    first, second = make_adapter(10, 7), make_adapter(11, 7)
+    added = system.cli("adapter", "add", "added", str(first), "--label", "by=test", "--json")
+    assert added.returncode == 0, added.stderr
+    assert json.loads(added.stdout)["version"] == 1
+    before = complete(client, "added"), chat(client, "added")
+    assert before != (complete(client, "tiny"), chat(client, "tiny"))
+
+    assert "added@2" in system.cli("adapter", "add", "added", str(second)).stdout
+    assert (complete(client, "added"), chat(client, "added")) != before
+    assert (complete(client, "added@1"), chat(client, "added@1")) == before
+
+    listed = json.loads(system.cli("adapter", "ls", "--json").stdout)
+    assert {info["name"]: info["version"] for info in listed}["added"] == 2
+    shown = json.loads(system.cli("adapter", "show", "added", "--json").stdout)
+    assert shown["versions"] == [2, 1]
+    assert "PROMPT_TUNING" in system.cli("adapter", "show", "added@1").stdout
+
+    assert "1 version" in system.cli("adapter", "rm", "added@2").stdout
+    assert (complete(client, "added"), chat(client, "added")) == before
+    assert system.cli("adapter", "rm", "added").returncode == 0
+    with pytest.raises(openai.NotFoundError):
+        complete(client, "added")
+    gone = system.cli("adapter", "show", "added")
+    assert gone.returncode == 1
+    assert gone.stderr.count("\n") == 1
+
+
+def test_a_bad_adapter_is_refused_in_one_line_and_serving_goes_on(
+    system: Any, client: openai.OpenAI, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_bytes((adapters["first"] / "adapter_config.json").read_bytes())
+    tensors = (adapters["first"] / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_model.safetensors").write_bytes(tensors[:-4] + b"\x00\x00\xc0\x7f")  # a NaN
+    refused = system.cli("adapter", "add", "broken", str(tmp_path))
+    assert refused.returncode == 1
+    assert "prompt_embeddings" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert complete(client, "first")
+
+
+def test_the_command_line_completes_and_chats(system: Any, client: openai.OpenAI) -> None:
+    done = system.cli("complete", PROMPT, "-m", "second", "--max-tokens", "12")
+    assert done.stdout.rstrip("\n") == complete(client, "second").rstrip("\n"), done.stderr
+    talked = system.cli("chat", "-m", "second", "--max-tokens", "12", stdin="Hello\n")
+    assert talked.stdout.rstrip("\n") == chat(client, "second").rstrip("\n"), talked.stderr
+    wrong = system.cli("complete", "x", "-m", "nobody")
+    assert wrong.returncode == 1
+    assert "nobody" in wrong.stderr

@@ -1,0 +1,74 @@
+"""What every route has in common: the shape of errors, request ids, the documentation, the log."""
+
+from typing import Any
+
+import pytest
+
+POST_ROUTES = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/adapters"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/v1/nothing", "/v1/completions/", "/v1//models", "/%2e%2e/etc/passwd"]
+)
+async def test_an_unknown_route_is_not_found(stack: Any, path: str) -> None:
+    response = await stack.http.get(path)
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "not_found"
+    assert response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("path", POST_ROUTES)
+@pytest.mark.parametrize("method", ["PUT", "PATCH"])
+async def test_another_method_is_not_allowed(stack: Any, method: str, path: str) -> None:
+    response = await stack.http.request(method, path)
+    assert response.status_code == 405
+    assert response.json()["error"]["code"] == "method_not_allowed"
+    assert "POST" in response.headers["allow"]
+
+
+@pytest.mark.parametrize("sent", ["", "x" * 129, "a b", "é".encode()])
+async def test_an_odd_request_id_is_replaced(stack: Any, sent: Any) -> None:
+    response = await stack.http.get("/version", headers={"x-request-id": sent})
+    assert len(response.headers["x-request-id"]) == 32
+
+
+async def test_two_request_ids_are_replaced(stack: Any) -> None:
+    response = await stack.http.get("/version", headers=[("x-request-id", "a"), ("x-request-id", "b")])
+    assert len(response.headers["x-request-id"]) == 32
+
+
+async def test_the_openapi_document_shows_the_request_models(stack: Any) -> None:
+    document = (await stack.http.get("/openapi.json")).json()
+    schemas = document["components"]["schemas"]
+    for path in POST_ROUTES:
+        operation = document["paths"][path]["post"]
+        schema = operation["requestBody"]["content"]["application/json"]["schema"]
+        for one in schema.get("anyOf", [schema]):
+            assert one["$ref"].removeprefix("#/components/schemas/") in schemas
+        assert operation["responses"]["default"]["content"]["application/json"]["schema"]["$ref"].endswith(
+            "/Error"
+        )
+    assert schemas["ChatRequest"]["additionalProperties"] is False
+    assert schemas["CompletionRequest"]["required"] == ["model", "prompt"]
+    assert "HTTPValidationError" not in schemas
+    assert (await stack.http.get("/docs")).status_code == 200
+
+
+async def test_each_request_is_logged_once_without_its_content(stack: Any, logged: list[Any]) -> None:
+    await stack.complete("secret words")
+    await stack.http.get("/v1/models/secret")
+    lines = [line for line in logged if line["event"] == "request"]
+    assert [(line["route"], line["status"]) for line in lines] == [
+        ("/v1/completions", 200),
+        ("/v1/models/{id_:path}", 404),
+    ]
+    assert "secret" not in repr(lines)
+
+
+async def test_a_defect_is_logged_and_answered_without_its_text(stack: Any, logged: list[Any]) -> None:
+    stack.registry.error = RuntimeError("secret in /etc/passwd")
+    response = await stack.http.get("/v1/adapters")
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "server_error"
+    assert "passwd" not in response.text
+    assert any(line["event"] == "request failed" for line in logged)

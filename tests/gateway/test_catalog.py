@@ -1,0 +1,129 @@
+"""The catalogue's rules, and how the watcher keeps it in step."""
+
+from typing import Any
+
+import pytest
+from softprompt_api.names import AdapterRef, parse_adapter
+from softprompt_api.registry.v1 import registry_pb2 as reg
+from softprompt_gateway.catalog import Catalog
+
+
+def _version(name: str, number: int) -> reg.AdapterVersion:
+    return reg.AdapterVersion(name=name, version=number, digest=f"sha256:{ord(name[0]):032x}{number:032x}")
+
+
+def _event(kind: Any, version: reg.AdapterVersion) -> reg.WatchAdaptersResponse:
+    return reg.WatchAdaptersResponse(type=kind, adapter=version)
+
+
+def _found(catalog: Catalog, spelling: str) -> reg.AdapterVersion | None:
+    return catalog.find(parse_adapter(spelling))
+
+
+def test_a_registered_version_is_found_by_every_spelling() -> None:
+    catalog, version = Catalog(), _version("a", 1)
+    catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_REGISTERED, version))
+    for spelling in ("a", "a@1", "a@latest", version.digest):
+        assert _found(catalog, spelling) == version
+
+
+def test_a_listed_version_is_found_by_every_spelling() -> None:
+    catalog, version = Catalog(), _version("a", 1)
+    assert not catalog.synced
+    catalog.replace([version])
+    assert catalog.synced
+    for spelling in ("a", "a@1", version.digest):
+        assert _found(catalog, spelling) == version
+
+
+def test_an_event_that_comes_late_does_not_bring_an_old_version_back() -> None:
+    catalog = Catalog()
+    catalog.learn(_version("a", 2), is_latest=True)
+    catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_REGISTERED, _version("a", 1)))
+    assert _found(catalog, "a") == _version("a", 2)
+
+
+def test_older_versions_stay_usable_by_number() -> None:
+    catalog = Catalog()
+    for number in (1, 2):
+        catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_REGISTERED, _version("a", number)))
+    assert _found(catalog, "a@1") == _version("a", 1)
+
+
+def test_deleting_the_latest_version_asks_for_the_one_before() -> None:
+    catalog = Catalog()
+    catalog.learn(_version("a", 1), is_latest=True)
+    catalog.learn(_version("a", 2), is_latest=True)
+    assert catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_VERSION_DELETED, _version("a", 2)))
+    assert _found(catalog, "a@2") is None
+    assert _found(catalog, _version("a", 2).digest) is None
+
+
+def test_deleting_an_older_version_changes_nothing_else() -> None:
+    catalog = Catalog()
+    catalog.learn(_version("a", 1), is_latest=True)
+    catalog.learn(_version("a", 2), is_latest=True)
+    assert not catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_VERSION_DELETED, _version("a", 1)))
+    assert _found(catalog, "a@1") is None
+    assert _found(catalog, "a") == _version("a", 2)
+
+
+def test_a_deleted_name_is_gone_in_every_spelling() -> None:
+    catalog = Catalog()
+    catalog.learn(_version("a", 1), is_latest=True)
+    assert not catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_ADAPTER_DELETED, reg.AdapterVersion(name="a")))
+    for spelling in ("a", "a@1", _version("a", 1).digest):
+        assert _found(catalog, spelling) is None
+
+
+def test_a_heartbeat_changes_nothing() -> None:
+    catalog = Catalog()
+    assert not catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_HEARTBEAT, reg.AdapterVersion()))
+    assert catalog.versions() == []
+
+
+def test_names_are_in_order() -> None:
+    catalog = Catalog()
+    catalog.replace([_version("b", 1), _version("a", 1)])
+    assert [version.name for version in catalog.versions()] == ["a", "b"]
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softprompt_gateway.catalog._MAX_REMEMBERED", 4)
+    catalog = Catalog()
+    for number in range(1, 10):
+        catalog.learn(_version("a", number), is_latest=False)
+    assert catalog.find(AdapterRef(name="a", version=1)) is None
+    assert catalog.find(AdapterRef(name="a", version=9)) == _version("a", 9)
+
+
+def test_near_names_are_suggested() -> None:
+    catalog = Catalog()
+    catalog.replace([_version("tweet_adapter", 1), _version("sms_spam", 1)])
+    assert catalog.near("tweet_adaptor") == "tweet_adapter"
+    assert catalog.near("zzz") == ""
+    assert catalog.near("x" * 1_000_000) == ""
+
+
+async def test_the_watcher_catches_up_after_an_outage(stack: Any) -> None:
+    await stack.registry.add("a")
+    await stack.until_listed("a")
+    address = stack.services["registry"].port
+    await stack.services["registry"].stop(0)
+    await stack.registry.add("b")
+    await stack.restart_registry(address)
+    await stack.until_listed("a", "b")
+
+
+async def test_the_watcher_lists_again_when_its_cursor_has_expired(stack: Any) -> None:
+    await stack.registry.add("a")
+    await stack.until_listed("a")
+    address = stack.services["registry"].port
+    await stack.services["registry"].stop(0)
+    # As if the events had been trimmed: what happened meanwhile is in the list only.
+    await stack.registry.add("b")
+    stack.registry.log.clear()
+    stack.registry.expired_cursors = 1
+    await stack.restart_registry(address)
+    await stack.until_listed("a", "b")
+    assert stack.registry.lists >= 2

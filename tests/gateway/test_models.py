@@ -1,0 +1,112 @@
+"""GET /v1/models: the base model and what the registry has, followed as it changes."""
+
+from typing import Any
+
+import openai
+import pytest
+from softprompt_api import errors
+
+
+async def test_the_base_model_is_its_own_root(stack: Any) -> None:
+    data = (await stack.http.get("/v1/models")).json()
+    assert data["object"] == "list"
+    assert data["data"] == [
+        {
+            "id": "acme/tiny-1",
+            "object": "model",
+            "created": 1_700_000_000,
+            "owned_by": "softprompt",
+            "root": "acme/tiny-1",
+            "parent": None,
+            "max_model_len": 512,
+        }
+    ]
+
+
+async def test_an_adapter_has_its_version_as_root_and_the_base_model_as_parent(stack: Any) -> None:
+    await stack.registry.add("loud")
+    version = await stack.registry.add("loud", virtual_tokens=9)
+    await stack.until_listed("loud")
+    card = (await stack.http.get("/v1/models/loud")).json()
+    assert card == {
+        "id": "loud",
+        "object": "model",
+        "created": 1_700_000_100,
+        "owned_by": "softprompt",
+        "root": "loud@2",
+        "parent": "acme/tiny-1",
+        "max_model_len": 512,
+        "adapter": {
+            "kind": "PROMPT_TUNING",
+            "version": 2,
+            "digest": version.digest,
+            "num_virtual_tokens": 9,
+        },
+    }
+    assert card in (await stack.http.get("/v1/models")).json()["data"]
+
+
+async def test_the_listing_follows_the_registry(stack: Any) -> None:
+    await stack.registry.add("b")
+    await stack.registry.add("a")
+    await stack.until_listed("a", "b")
+    assert await stack.listed() == ["acme/tiny-1", "a", "b"]
+    await stack.http.delete("/v1/adapters/a")
+    await stack.until_listed("b")
+
+
+async def test_openais_client_lists_and_retrieves(stack: Any, sdk: openai.AsyncOpenAI) -> None:
+    await stack.registry.add("loud")
+    await stack.until_listed("loud")
+    assert [model.id async for model in sdk.models.list()] == ["acme/tiny-1", "loud"]
+    assert (await sdk.models.retrieve("acme/tiny-1")).id == "acme/tiny-1"
+    assert (await sdk.models.retrieve("loud@1")).id == "loud@1"
+
+
+@pytest.mark.parametrize("path", ["acme/tiny-1", "acme%2Ftiny-1"])
+async def test_a_base_id_with_a_slash_is_found(stack: Any, path: str) -> None:
+    assert (await stack.http.get(f"/v1/models/{path}")).json()["id"] == "acme/tiny-1"
+
+
+@pytest.mark.parametrize("path", ["nothing", "loud@9", "..%2f..%2fetc", "a/b/c"])
+async def test_an_unknown_model_is_not_found(stack: Any, path: str) -> None:
+    response = await stack.http.get(f"/v1/models/{path}")
+    assert response.status_code == 404
+    assert response.json()["error"]["code"] == "model_not_found"
+
+
+async def test_known_adapters_serve_while_the_registry_is_away(stack: Any) -> None:
+    version = await stack.registry.add("loud")
+    await stack.until_listed("loud")
+    await stack.services["registry"].stop(0)
+    for model in ("loud", "loud@1", version.digest):
+        response = await stack.complete("hi", model=model)
+        assert response.headers["x-softprompt-adapter"] == "loud@1"
+    assert await stack.listed() == ["acme/tiny-1", "loud"]
+
+
+async def test_an_unknown_adapter_is_unavailable_while_the_registry_is_away(stack: Any) -> None:
+    await stack.services["registry"].stop(0)
+    response = await stack.complete("hi", model="loud")
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "1"
+    assert response.json()["error"] == {
+        "message": "the registry service is not available; try again",
+        "type": "server_error",
+        "param": None,
+        "code": "unavailable",
+    }
+
+
+async def test_without_an_inference_service_requests_say_so(stack: Any) -> None:
+    await stack.services["inference"].stop(0)
+    response = await stack.complete("hi")
+    assert response.status_code == 503
+    assert "127.0.0.1" not in response.text
+    assert "inference service is not available" in response.json()["error"]["message"]
+
+
+async def test_the_base_model_is_remembered_while_the_inference_service_restarts(stack: Any) -> None:
+    await stack.listed()
+    stack.inference.model_error = errors.Unavailable("starting")
+    assert await stack.listed() == ["acme/tiny-1"]

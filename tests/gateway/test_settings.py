@@ -1,0 +1,42 @@
+"""Settings come from the environment, once, and a mistake stops the start."""
+
+import pytest
+from softprompt_gateway.settings import Settings, SettingsError, read_settings
+
+
+def test_the_defaults_stay_on_this_machine() -> None:
+    settings = Settings()
+    assert (settings.host, settings.port) == ("127.0.0.1", 2242)
+    assert settings.registry_address == "127.0.0.1:2243"
+    assert settings.inference_address == "127.0.0.1:2244"
+
+
+def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOFTPROMPT_GATEWAY_PORT", "8000")
+    monkeypatch.setenv("SOFTPROMPT_REGISTRY_ADDRESS", "registry:1")
+    monkeypatch.setenv("SOFTPROMPT_LOG_FORMAT", "json")
+    settings = read_settings()
+    assert (settings.port, settings.registry_address, settings.log_format) == (8000, "registry:1", "json")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("SOFTPROMPT_GATEWAY_PROT", "1", "SOFTPROMPT_GATEWAY_PROT"),
+        ("SOFTPROMPT_GATEWAY_PORT", "x", "port"),
+        ("SOFTPROMPT_GATEWAY_PORT", "70000", "port"),
+        ("SOFTPROMPT_GATEWAY_HOST", "", "host"),
+        ("SOFTPROMPT_GATEWAY_GRACE_S", "-1", "grace_s"),
+        ("SOFTPROMPT_GATEWAY_REQUEST_TIMEOUT_S", "inf", "request_timeout_s"),
+        ("SOFTPROMPT_LOG_FORMAT", "xml", "log_format"),
+    ],
+)
+def test_a_mistake_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, named: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=named):
+        read_settings()
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().port = 1  # type: ignore[misc]

@@ -1,0 +1,59 @@
+import pytest
+import torch
+from softprompt_inference.model import hardware
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("own", "device", "has_bfloat16", "chosen"),
+    [
+        (torch.bfloat16, CPU, True, torch.bfloat16),
+        (torch.float16, CPU, True, torch.bfloat16),
+        (torch.bfloat16, CPU, False, torch.float32),
+        (torch.float16, CPU, False, torch.float32),
+        (torch.float32, CPU, True, torch.float32),
+        (None, CPU, True, torch.float32),
+        (torch.float16, GPU, False, torch.float16),
+        (torch.bfloat16, GPU, False, torch.bfloat16),
+        (torch.float32, GPU, False, torch.float32),
+    ],
+)
+def test_the_dtype_is_the_models_own_where_the_hardware_has_it(
+    own: torch.dtype | None,
+    device: torch.device,
+    has_bfloat16: bool,
+    chosen: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hardware, "cpu_has_bfloat16", lambda: has_bfloat16)
+    assert hardware.choose_dtype("auto", own, device) == chosen
+
+
+def test_a_dtype_that_is_asked_for_is_taken() -> None:
+    assert hardware.choose_dtype("float16", torch.float32, CPU) == torch.float16
+
+
+def test_the_cpu_is_taken_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert hardware.choose_device("auto") == CPU
+
+
+def test_the_first_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert hardware.choose_device("auto") == GPU
+    assert hardware.choose_device("cuda:1") == torch.device("cuda", 1)
+
+
+def test_pages_take_a_quarter_of_the_free_memory_and_at_most_two_gigabytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: 2**30)
+    assert hardware.plan_kv_cache_bytes(CPU) == 2**28
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: 2**40)
+    assert hardware.plan_kv_cache_bytes(CPU) == 2**31
+
+
+def test_this_machine_has_memory() -> None:
+    assert hardware.available_memory_bytes() > 2**20

@@ -1,0 +1,245 @@
+"""Adapters come from the registry whole and verified, or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from peft import PromptTuningConfig
+from safetensors.numpy import save
+from softprompt_api.errors import AdapterInvalid, AdapterNotFound, DataCorrupted, SoftpromptError, Unavailable
+from softprompt_api.formats import adapter_digest, parse_config
+from softprompt_api.registry.v1 import registry_pb2 as pb
+from softprompt_api.registry.v1 import registry_pb2_grpc
+from softprompt_api.rpc.channel import open_channel
+from softprompt_api.rpc.server import ServiceServer
+from softprompt_inference.adapters import source as source_module
+from softprompt_inference.adapters.source import AdapterSource
+
+HIDDEN_SIZE = 16
+BASE_MODEL = pb.BaseModel(
+    id="tiny",
+    architecture="LlamaForCausalLM",
+    hidden_size=HIDDEN_SIZE,
+    num_layers=2,
+    num_kv_heads=2,
+    head_dim=4,
+    vocab_size=100,
+    tokenizer_sha256="a" * 64,
+    max_virtual_tokens=64,
+    dtype="float32",
+)
+CHUNK_BYTES = 100
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass
+class FakeRegistry(registry_pb2_grpc.RegistryServiceServicer):
+    """A registry that keeps versions in memory and can be made to misbehave."""
+
+    versions: dict[str, pb.AdapterVersion] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+    cuts: list[int] = field(default_factory=list)  # each read ends with UNAVAILABLE after so many chunks
+    offsets: list[int] = field(default_factory=list)  # asked for
+    shift: int = 0  # added to the offset of every chunk sent
+
+    async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
+        if request.adapter not in self.versions:
+            raise AdapterNotFound(f"there is no adapter {request.adapter}")
+        return pb.GetAdapterResponse(adapter=self.versions[request.adapter])
+
+    async def ReadTensors(
+        self, request: pb.ReadTensorsRequest, context: Context
+    ) -> AsyncIterator[pb.ReadTensorsResponse]:
+        self.offsets.append(request.offset)
+        data = self.files[request.digest]
+        num_chunks = self.cuts.pop(0) if self.cuts else None
+        for number, start in enumerate(range(request.offset, len(data), CHUNK_BYTES)):
+            if number == num_chunks:
+                raise Unavailable("the store is away")
+            chunk = pb.Chunk(offset=start + self.shift, data=data[start : start + CHUNK_BYTES])
+            yield pb.ReadTensorsResponse(chunk=chunk, size_bytes=len(data))
+
+    def add(self, name: str, rows: np.ndarray[Any, Any]) -> pb.AdapterVersion:
+        """Register rows as PEFT would save them."""
+        num_virtual_tokens, hidden_size = rows.shape
+        config = json.dumps(
+            PromptTuningConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, token_dim=hidden_size
+            ).to_dict()
+        )
+        data = save({"prompt_embeddings": rows})
+        digest = adapter_digest(parse_config(config), sha256(data).hexdigest())
+        version = pb.AdapterVersion(
+            name=name,
+            version=1,
+            digest=digest,
+            num_virtual_tokens=num_virtual_tokens,
+            hidden_size=hidden_size,
+            size_bytes=len(data),
+            tensors_sha256=sha256(data).hexdigest(),
+            config_json=config,
+            base_model=BASE_MODEL,
+        )
+        self.versions[name] = self.versions[digest] = version
+        self.files[digest] = data
+        return version
+
+
+@pytest.fixture
+def rows() -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).normal(size=(8, HIDDEN_SIZE)).astype(np.float32)
+
+
+@pytest.fixture
+def registry() -> FakeRegistry:
+    return FakeRegistry()
+
+
+@pytest.fixture
+async def source(registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[AdapterSource]:
+    monkeypatch.setattr(source_module, "RESUME_DELAYS_S", (0.0, 0.0))
+    server = ServiceServer("127.0.0.1:0", [pb.DESCRIPTOR.services_by_name["RegistryService"]])
+    registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, server.server)
+    await server.start()
+    async with open_channel(f"127.0.0.1:{server.port}") as channel:
+        yield AdapterSource(registry_pb2_grpc.RegistryServiceStub(channel), BASE_MODEL)
+    await server.stop(0)
+
+
+async def test_a_name_is_resolved_to_its_version(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any]
+) -> None:
+    version = registry.add("tweets", rows)
+    assert await source.resolve("tweets") == version
+
+
+async def test_an_unknown_name_is_not_found(source: AdapterSource) -> None:
+    with pytest.raises(AdapterNotFound, match="nobody"):
+        await source.resolve("nobody")
+
+
+async def test_rows_arrive_as_they_were_registered(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any]
+) -> None:
+    version = registry.add("tweets", rows)
+    adapter = await source.fetch(version.digest)
+    assert (adapter.digest, adapter.dtype, adapter.num_virtual_tokens) == (version.digest, "float32", 8)
+    np.testing.assert_array_equal(np.frombuffer(adapter.rows, np.float32).reshape(8, HIDDEN_SIZE), rows)
+
+
+async def test_an_interrupted_transfer_goes_on_where_it_stopped(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any]
+) -> None:
+    version = registry.add("tweets", rows)
+    registry.cuts = [2, 1, 1]
+    adapter = await source.fetch(version.digest)
+    assert adapter.rows == rows.tobytes()
+    assert registry.offsets == [0, 200, 300, 400]
+
+
+async def test_a_transfer_that_never_moves_on_ends(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any]
+) -> None:
+    version = registry.add("tweets", rows)
+    registry.cuts = [0] * 100
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        await source.fetch(version.digest)
+
+
+def _flip_a_byte(registry: FakeRegistry, digest: str) -> None:
+    data = bytearray(registry.files[digest])
+    data[-1] ^= 1
+    registry.files[digest] = bytes(data)
+
+
+def _cut_the_file(registry: FakeRegistry, digest: str) -> None:
+    registry.files[digest] = registry.files[digest][:-1]
+
+
+def _make_the_file_longer(registry: FakeRegistry, digest: str) -> None:
+    registry.files[digest] += b"x"
+
+
+def _send_other_offsets(registry: FakeRegistry, digest: str) -> None:
+    registry.shift = 1
+
+
+def _claim_a_huge_size(registry: FakeRegistry, digest: str) -> None:
+    registry.versions[digest].size_bytes = 2**40
+
+
+def _answer_with_another_version(registry: FakeRegistry, digest: str) -> None:
+    registry.versions[digest].digest = "sha256:" + "0" * 64
+
+
+def _change_the_config(registry: FakeRegistry, digest: str) -> None:
+    data = registry.files[digest]
+    other = registry.add("other", np.ones((8, HIDDEN_SIZE), np.float32))
+    version = registry.versions[digest]
+    version.tensors_sha256 = other.tensors_sha256
+    version.size_bytes = other.size_bytes
+    registry.files[digest] = registry.files[other.digest]
+    assert data != registry.files[digest]
+
+
+@pytest.mark.parametrize(
+    "corrupt",
+    [
+        _flip_a_byte,
+        _cut_the_file,
+        _make_the_file_longer,
+        _send_other_offsets,
+        _claim_a_huge_size,
+        _answer_with_another_version,
+        _change_the_config,
+    ],
+)
+async def test_what_is_not_what_was_registered_is_never_taken(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any], corrupt: Any
+) -> None:
+    version = registry.add("tweets", rows)
+    digest = version.digest
+    corrupt(registry, digest)
+    with pytest.raises(DataCorrupted):
+        await source.fetch(digest)
+
+
+async def test_an_adapter_of_another_hidden_size_is_refused_with_both_sizes(
+    registry: FakeRegistry, source: AdapterSource
+) -> None:
+    version = registry.add("wide", np.ones((4, 32), np.float32))
+    with pytest.raises(AdapterInvalid, match=r"32.*16"):
+        await source.fetch(version.digest)
+
+
+async def test_an_adapter_made_for_another_model_is_refused_with_the_difference(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any]
+) -> None:
+    version = registry.add("tweets", rows)
+    version.base_model.num_layers = 30
+    with pytest.raises(AdapterInvalid, match="num_layers 30, and this model has 2") as caught:
+        await source.fetch(version.digest)
+    assert caught.value.field == "adapter"
+
+
+async def test_more_virtual_tokens_than_allowed_are_refused(registry: FakeRegistry, source: AdapterSource) -> None:
+    version = registry.add("long", np.ones((65, HIDDEN_SIZE), np.float32))
+    with pytest.raises(AdapterInvalid, match="at most 64"):
+        await source.fetch(version.digest)
+
+
+async def test_a_registry_that_is_away_is_unavailable_and_not_named() -> None:
+    async with open_channel("127.0.0.1:1") as channel:
+        source = AdapterSource(registry_pb2_grpc.RegistryServiceStub(channel), BASE_MODEL)
+        with pytest.raises(Unavailable) as caught:
+            await source.resolve("tweets")
+    error: SoftpromptError = caught.value
+    assert "127.0.0.1" not in error.message

@@ -1,0 +1,152 @@
+"""The store dies, hangs, comes back: what was acknowledged stays, and nothing else breaks."""
+
+import asyncio
+import os
+import time
+
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from softprompt_api.errors import SoftpromptError, Unavailable
+from softprompt_registry.catalog import BaseModel
+from softprompt_registry.connection import open_store
+from softprompt_registry.server import RegistryServer
+from softprompt_registry.store import Store
+
+
+@pytest.fixture
+def is_serving(client):
+    """Whether the registry's health says SERVING."""
+    stub = health_pb2_grpc.HealthStub(client.channel)
+
+    async def ask() -> bool:
+        answer = await stub.Check(health_pb2.HealthCheckRequest())
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    return ask
+
+
+async def test_what_was_acknowledged_survives_kill_9_of_the_store(client, make_adapter, valkey, eventually):
+    acknowledged, refused = [], 0
+
+    async def keep_registering(writer: int) -> None:
+        nonlocal refused
+        for number in range(60):
+            adapter = make_adapter(writer * 1000 + number)
+            try:
+                acknowledged.append((await client.register(f"a{writer}", adapter), adapter.tensors))
+            except Unavailable:
+                refused += 1
+
+    writing = [asyncio.create_task(keep_registering(writer)) for writer in range(3)]
+    for kills in range(1, 4):
+
+        async def has_progress(count: int = 15 * kills) -> bool:
+            return len(acknowledged) >= count or all(task.done() for task in writing)
+
+        await eventually(has_progress)
+        await asyncio.to_thread(valkey.kill)
+        await asyncio.to_thread(valkey.start)
+    await asyncio.gather(*writing)
+    assert len(acknowledged) >= 45
+    assert refused, "no kill hit a registration; the test proves nothing"
+    for version, tensors in acknowledged:
+        assert await client.get(f"{version.name}@{version.version}") == version
+        assert await client.read(version.digest) == tensors
+    assert len({version.id for version, _ in acknowledged}) == len(acknowledged)
+
+
+async def test_a_dead_store_is_unavailable_at_once_and_comes_back_by_itself(
+    client, make_adapter, valkey, eventually, is_serving
+):
+    made = await client.register("tweets", make_adapter())
+    assert await is_serving()
+    valkey.kill()
+    for call in (client.get("tweets"), client.register("other", make_adapter()), client.delete("tweets")):
+        started = time.monotonic()
+        with pytest.raises(Unavailable):
+            await call
+        assert time.monotonic() - started < 2
+
+    async def is_away() -> bool:
+        return not await is_serving()
+
+    await eventually(is_away)
+    valkey.start()
+    await eventually(is_serving)
+    assert await client.get("tweets") == made
+
+
+async def test_a_silent_store_is_unavailable_within_its_timeout(
+    client, make_adapter, valkey, eventually, is_serving
+):
+    made = await client.register("tweets", make_adapter())
+    valkey.pause()
+    started = time.monotonic()
+    with pytest.raises(Unavailable):
+        await client.register("other", make_adapter())
+    assert time.monotonic() - started < 3
+    valkey.resume()
+    await eventually(is_serving)
+    assert await client.get("tweets") == made
+
+
+async def test_a_full_store_refuses_and_keeps_what_it_has(client, make_adapter, redis):
+    made = await client.register("tweets", make_adapter())
+    await redis.config_set("maxmemory", "1")
+    with pytest.raises(SoftpromptError) as refused:
+        await client.register("more", make_adapter(num_virtual_tokens=20_000))
+    assert refused.value.reason == "OVERLOADED"
+    assert await client.get("tweets") == made
+    await redis.config_set("maxmemory", "0")
+    await client.register("more", make_adapter(num_virtual_tokens=20_000))
+
+
+async def test_a_cancelled_command_never_leaves_its_answer_to_the_next_caller(valkey):
+    client = open_store(valkey.url, timeout_s=2, max_connections=2)
+    store = Store(client)
+    for number in range(20):
+        model = BaseModel(
+            id=f"m{number}", architecture="", hidden_size=number + 1, num_layers=0, num_kv_heads=0, head_dim=0,
+            vocab_size=0, tokenizer_sha256="", max_virtual_tokens=0, dtype="",
+        )  # fmt: skip
+        await store.put_base_model(model)
+    for number in range(200):
+        reading = asyncio.create_task(store.count_names())
+        for _ in range(number % 7):
+            await asyncio.sleep(0)
+        reading.cancel()
+        models = await store.base_models()
+        assert len(models) == 20
+        assert await store.latest_number("nobody") is None
+    await client.aclose()
+    await client.connection_pool.disconnect()
+
+
+async def test_stopping_lets_running_calls_end(settings, connect, make_adapter, client):
+    async with asyncio.timeout(20):
+        server = RegistryServer(settings)
+        await server.start()
+        uploader = connect(server.port)
+        header, *chunks = make_adapter(num_virtual_tokens=20_000).requests("late")
+        upload = uploader.stub.RegisterAdapter()
+        await upload.write(header)
+        await upload.write(chunks[0])
+        stopping = asyncio.create_task(server.stop())
+        for chunk in chunks[1:]:
+            await upload.write(chunk)
+        await upload.done_writing()
+        assert (await upload).adapter.name == "late"
+        await stopping
+        with pytest.raises(Unavailable):
+            await uploader.get("late")
+        await uploader.channel.close()
+    assert (await client.get("late")).version == 1
+
+
+async def test_errors_tell_no_paths_and_no_keys(client, valkey):
+    valkey.kill()
+    with pytest.raises(Unavailable) as refused:
+        await client.get("tweets")
+    assert str(valkey.socket) not in refused.value.message
+    assert "sp:" not in refused.value.message
+    assert os.sep not in refused.value.message
