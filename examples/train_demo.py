@@ -31,6 +31,7 @@ MAX_PROMPT_TOKENS = 160
 # A share of the prompts ends in a space, as people write them; the answer then comes without one.
 TRAILING_SPACE_SHARE = 0.2
 REPORT_EVERY = 10
+SAVE_EVERY = 50
 # Enough to tell instructions apart, and few enough for a processor.
 NUM_TO_CHOOSE_BY = 100
 
@@ -170,7 +171,7 @@ def learning_rate_share(step: int, num_steps: int) -> float:
 
 
 def train(base: Base, task: Task, num_steps: int, seed: int, output: Path) -> None:
-    """Train one adapter and write it to `output` as PEFT does."""
+    """Train one adapter and write it to `output` as PEFT does, now and then while it trains."""
     torch.manual_seed(seed)
     peft_model = add_soft_prompt(base, task)
     (soft_rows,) = (parameter for parameter in peft_model.parameters() if parameter.requires_grad)
@@ -194,7 +195,9 @@ def train(base: Base, task: Task, num_steps: int, seed: int, output: Path) -> No
             print(
                 f"{task.name}: step {step}/{num_steps}  loss {recent:.4f}  {left_s / 60:.1f} min left", flush=True
             )
-    save(peft_model, output)
+        if step % SAVE_EVERY == 0 or step == num_steps:
+            save(peft_model, output)
+    print(f"wrote {output}", flush=True)
 
 
 def save(peft_model: PeftModel, output: Path) -> None:
@@ -206,7 +209,6 @@ def save(peft_model: PeftModel, output: Path) -> None:
         shutil.move(fresh / name, output / name)
         (output / name).chmod(0o644)
     shutil.rmtree(fresh)
-    print(f"wrote {output}", flush=True)
 
 
 @torch.inference_mode()

@@ -33,6 +33,9 @@ from softprompt_inference.engine.messages import (
 from softprompt_inference.prompts import Prompt, PromptEncoder
 from softprompt_inference.text import Tokenizer
 
+# What gathers while a reader is slow must not outgrow a message: with all logprobs a token takes about 1 kB.
+_MAX_DELTA_TOKENS = 512
+
 
 class OutputStream(Protocol):
     """The engine's outputs of one request; see `softprompt_inference.engine.client.OutputStream`."""
@@ -188,10 +191,12 @@ class Generator:
                 open_streams.callback(streams[-1].close)
             async with contextlib.aclosing(_merged(streams)) as arrivals:
                 async for index, outputs in arrivals:
-                    for event in choices[index].read(outputs):
-                        yield event
-                    if choices[index].has_ended:
-                        streams[index].close()
+                    for start in range(0, len(outputs), _MAX_DELTA_TOKENS):
+                        for event in choices[index].read(outputs[start : start + _MAX_DELTA_TOKENS]):
+                            yield event
+                        if choices[index].has_ended:
+                            streams[index].close()
+                            break
 
     @contextlib.asynccontextmanager
     async def _resident(self, bound: BoundAdapter | None) -> AsyncIterator[int]:

@@ -95,7 +95,7 @@ class Changes:
             pipe.hset(keys.name(draft.name), "next", str(number + 1))
             pipe.zadd(keys.versions(draft.name), {str(version_id): number})
             pipe.zadd(keys.NAMES, {draft.name: 0})
-            pipe.sadd(keys.digest(draft.digest), version_id)
+            pipe.zadd(keys.digest(draft.digest), {str(version_id): version_id})
             staged.publish(pipe, num_versions=num_users + 1)
             events.append(pipe, EventType.REGISTERED, name=draft.name, id_=version_id, version=number)
             if key:
@@ -176,7 +176,7 @@ class Changes:
         for version in doomed:
             pipe.unlink(keys.version(version.id))
             pipe.zrem(keys.versions(name), version.id)
-            pipe.srem(keys.digest(version.digest), version.id)
+            pipe.zrem(keys.digest(version.digest), version.id)
         for sha256, num_gone in Counter(version.sha256 for version in doomed).items():
             if not (info := blobs.get(sha256)):
                 continue

@@ -7,7 +7,7 @@
     sp:{n:<name>}                    hash: next version number; stays when the name is deleted
     sp:{n:<name>}:v                  sorted set: version id by version number
     sp:{v:<id>}                      hash: one version
-    sp:{d:<digest>}                  set: ids of the versions with this digest
+    sp:{d:<digest>}                  sorted set: ids of the versions with this digest, by id
     sp:{blob:<sha256>}:m             hash: sizes, digests of the chunks, number of versions that use the blob
     sp:{blob:<sha256>}:c:<i>         chunk of a blob
     sp:{blob:<sha256>}:u:<upload>:<i>   chunk of an upload that is not published; expires

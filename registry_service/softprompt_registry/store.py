@@ -129,8 +129,8 @@ class Store:
     async def _find_id(self, ref: AdapterRef) -> int | None:
         if ref.digest:
             # All versions with one digest have the same tensors; the oldest is as good as any.
-            found = [int(version_id) for version_id in await reply(self._client.smembers(keys.digest(ref.digest)))]
-            return min(found, default=None)
+            ids = await reply(self._client.zrange(keys.digest(ref.digest), 0, 0))
+            return int(ids[0]) if ids else None
         high, low = ("+inf", "-inf") if ref.version is None else (ref.version, ref.version)
         ids = await reply(self._client.zrevrangebyscore(keys.versions(ref.name), high, low, start=0, num=1))
         return int(ids[0]) if ids else None

@@ -70,10 +70,13 @@ class System:
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit():
                 try:
-                    if f"MARK={self.mark}".encode() in (folder / "environ").read_bytes():
-                        found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+                    command = (folder / "cmdline").read_text().replace("\0", " ")
+                    environment = (folder / "environ").read_bytes()
                 except (FileNotFoundError, ProcessLookupError, PermissionError):
                     continue  # it ended meanwhile, or is not ours
+                # The store writes its title over its environment; the title names its socket.
+                if self.mark.encode() in environment or f"{self.data_dir}/store/" in command:
+                    found[int(folder.name)] = command
         return found
 
     def pid_of(self, module: str) -> int:
@@ -147,6 +150,7 @@ def start_system(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     yield start
     for system in systems:
         system.stop()
+    for system in systems:
         wait_for(lambda system=system: not system.pids(), f"the end of {system.pids()}")
 
 

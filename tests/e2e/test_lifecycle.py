@@ -53,10 +53,9 @@ def test_ctrl_c_ends_every_process_and_a_second_start_keeps_the_adapters(
     assert [answer.json()["choices"][0]["text"] for answer in after] == before
     assert [answer.headers["x-softprompt-adapter"] for answer in after] == ["first@1", "kept@1"]
 
-    changed = start_system  # the same name with other content becomes its next version
     assert again.stop() == 0
-    once_more = changed("--prompt-adapters", f"first={adapters['third']}", data_dir=tmp_path)
-    assert "first@2, 5 virtual tokens, registered" in once_more.text()
+    changed = start_system("--prompt-adapters", f"first={adapters['third']}", data_dir=tmp_path)
+    assert "first@2, 5 virtual tokens, registered" in changed.text()
 
 
 def test_killing_the_parent_ends_every_process(start_system: StartSystem) -> None:

@@ -246,7 +246,7 @@ class FakeRegistry(RegistryServiceServicer):
         first = await anext(request_iterator)
         header = first.header
         self.headers.append(header)
-        if "explode" in header.config_json:
+        if "EXPLODE" in header.config_json:
             raise errors.AdapterInvalid("peft_type 'EXPLODE' is not supported", field="config.peft_type")
         self.uploads.append([])
         digest = hashlib.sha256()

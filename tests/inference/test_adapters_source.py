@@ -1,5 +1,8 @@
 """Adapters come from the registry whole and verified, or not at all."""
 
+# gRPC names the methods.
+# ruff: noqa: N802
+
 from __future__ import annotations
 
 import json

@@ -1,17 +1,16 @@
-"""Kernels run on a GPU where there is one, else in Triton's interpreter."""
-
-import os
+"""Kernels run in Triton's interpreter on a machine without a GPU, else on the GPU."""
 
 import pytest
 import torch
 
-# Read by Triton when a kernel is defined, that is when its module is first imported.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
-
-@pytest.fixture
-def device() -> str:
-    """Where kernels run in this test session."""
-    pytest.importorskip("triton")
-    return "cuda" if torch.cuda.is_available() else "cpu"
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a kernel runs: "cpu" is Triton's interpreter, which tests/conftest.py switches on."""
+    triton = pytest.importorskip("triton")
+    name: str = request.param
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    if name == "cpu" and not triton.knobs.runtime.interpret:
+        pytest.skip("Triton compiles for the GPU of this machine")
+    return name

@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+import grpc
 import pytest
 from softprompt_api.errors import (
     AdapterConflict,
@@ -13,6 +14,7 @@ from softprompt_api.errors import (
     InvalidArgument,
 )
 from softprompt_api.registry.v1 import registry_pb2 as pb
+from softprompt_api.rpc.status import from_rpc_error
 
 
 async def test_a_registered_adapter_is_told_whole(client, make_adapter):
@@ -108,6 +110,24 @@ async def test_a_lost_chunk_is_data_loss_and_a_deleted_adapter_is_not_found(clie
     await client.delete("tweets")
     with pytest.raises(AdapterNotFound):
         await client.read(made.digest)
+
+
+async def test_deleting_while_others_read_ends_their_reading_cleanly(client, make_adapter):
+    adapter = make_adapter(num_virtual_tokens=150_000)  # 18 MiB: more than fits on the way
+    made = await client.register("big", adapter)
+    call = client.stub.ReadTensors(pb.ReadTensorsRequest(digest=made.digest))
+    data = (await call.read()).chunk.data
+    await client.delete("big")
+    with pytest.raises(AdapterNotFound):
+        await client.read(made.digest)
+    try:
+        async for response in call:
+            data += response.chunk.data
+    except grpc.RpcError as error:
+        assert type(from_rpc_error(error)) is AdapterNotFound
+        assert adapter.tensors.startswith(data)
+    else:
+        assert data == adapter.tensors
 
 
 async def test_a_swapped_record_is_noticed(client, make_adapter, redis):

@@ -204,6 +204,20 @@ async def test_a_link_cut_anywhere_leaves_nothing_visible(
     assert (await client.register("big", adapter)).version == 1
 
 
+async def test_a_large_upload_is_refused_at_its_first_fault_with_the_reason(client, make_adapter, redis):
+    adapter = make_adapter(num_virtual_tokens=100_000)  # 12 MiB
+    torn = b"\xff" * 8 + adapter.tensors[8:]
+    for bad, field in (
+        (adapter.but(config={**adapter.config, "token_dim": 31}), "config.token_dim"),
+        (adapter.but(tensors=torn), "tensors"),
+    ):
+        for _ in range(3):
+            with pytest.raises(AdapterInvalid) as refused:
+                await client.register("bad", bad)
+            assert refused.value.field == field
+    assert await redis.keys("sp:{*") == []
+
+
 async def test_an_upload_that_claims_anothers_sha256_cannot_harm_it(client, make_adapter):
     good = make_adapter(1)
     made = await client.register("good", good)

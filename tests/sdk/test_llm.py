@@ -4,6 +4,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from softprompt import LLM, PromptAdapterRequest, RequestOutput, SamplingParams
@@ -13,11 +14,15 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8)
 MakeAdapter = Callable[..., Path]
 
 
+def make_llm(model: Path, **options: Any) -> LLM:
+    return LLM(
+        str(model), **{"dtype": "float32", "device": "cpu", "max_model_len": 64, "kv_cache_gb": 0.01, **options}
+    )
+
+
 @pytest.fixture(scope="module")
 def llm(tiny_model: Path) -> LLM:
-    return LLM(
-        str(tiny_model), dtype="float32", device="cpu", max_model_len=256, kv_cache_gb=0.02, max_prompt_adapter_token=32
-    )
+    return make_llm(tiny_model, max_model_len=256, kv_cache_gb=0.02, max_prompt_adapter_token=32)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +70,9 @@ def test_outputs_come_in_order_and_equal_what_peft_generates(
         assert list(output.outputs[0].token_ids) == expected
 
 
-def test_a_mixed_batch_gives_each_prompt_what_it_gets_alone(llm: LLM, adapters: list[PromptAdapterRequest]) -> None:
+def test_a_mixed_batch_gives_each_prompt_what_it_gets_alone(
+    llm: LLM, adapters: list[PromptAdapterRequest]
+) -> None:
     prompts = [f"Prompt number {number}" for number in range(12)]
     requests = [(None, *adapters)[number % 3] for number in range(12)]
     together = ids(llm.generate(prompts, GREEDY, prompt_adapter_request=requests))
@@ -74,8 +81,8 @@ def test_a_mixed_batch_gives_each_prompt_what_it_gets_alone(llm: LLM, adapters: 
         for prompt, request in zip(prompts, requests, strict=True)
     ]
     assert together == alone
-    same_prompt = [ids(llm.generate("Same", GREEDY, prompt_adapter_request=request))[0] for request in (None, *adapters)]
-    assert len({tuple(output) for output in same_prompt}) == 3
+    same = [llm.generate("Same", GREEDY, prompt_adapter_request=request) for request in (None, *adapters)]
+    assert len({tuple(ids(outputs)[0]) for outputs in same}) == 3
 
 
 def test_one_request_stands_for_every_prompt(llm: LLM, adapters: list[PromptAdapterRequest]) -> None:
@@ -113,8 +120,7 @@ def test_n_gives_choices_of_their_own_and_a_seed_repeats_them(llm: LLM) -> None:
 
 def test_an_llm_with_a_seed_repeats_itself(tiny_model: Path) -> None:
     def sampled() -> list[list[int]]:
-        options = {"dtype": "float32", "device": "cpu", "max_model_len": 64, "kv_cache_gb": 0.01}
-        made = LLM(str(tiny_model), seed=3, **options)
+        made = make_llm(tiny_model, seed=3)
         return [made.generate("Hello", SamplingParams(max_tokens=8))[0].outputs[0].token_ids for _ in range(2)]
 
     first = sampled()
@@ -212,15 +218,18 @@ def test_changed_files_need_another_id(llm: LLM, make_adapter: MakeAdapter, tmp_
 
 
 def test_an_adapter_that_cannot_be_used_leaves_its_id_free(llm: LLM, make_adapter: MakeAdapter) -> None:
+    def generate_with(path: str | Path) -> list[RequestOutput]:
+        return llm.generate("Hello", GREEDY, prompt_adapter_request=PromptAdapterRequest("late", 40, path))
+
     with pytest.raises(AdapterInvalid, match="there is no folder"):
-        llm.generate("Hello", GREEDY, prompt_adapter_request=PromptAdapterRequest("late", 40, "/no/such/folder"))
+        generate_with("/no/such/folder")
     with pytest.raises(AdapterInvalid, match="40 virtual tokens; allowed are at most 32"):
-        llm.generate("Hello", GREEDY, prompt_adapter_request=PromptAdapterRequest("late", 40, make_adapter(40, 40)))
-    assert llm.generate("Hello", GREEDY, prompt_adapter_request=PromptAdapterRequest("late", 40, make_adapter(40)))
+        generate_with(make_adapter(40, 40))
+    assert generate_with(make_adapter(40))
 
 
 def test_adapters_beyond_the_limit_come_and_go(tiny_model: Path, make_adapter: MakeAdapter) -> None:
-    llm = LLM(str(tiny_model), dtype="float32", device="cpu", max_model_len=64, kv_cache_gb=0.01, max_prompt_adapters=1)
+    llm = make_llm(tiny_model, max_prompt_adapters=1)
     requests = [PromptAdapterRequest(f"a{number}", number, make_adapter(number)) for number in (1, 2)]
     first = ids(llm.generate(["Hello", "Hello"], GREEDY, prompt_adapter_request=requests))
     for number in (0, 1, 0):
@@ -229,9 +238,7 @@ def test_adapters_beyond_the_limit_come_and_go(tiny_model: Path, make_adapter: M
 
 
 def test_adapters_may_be_switched_off(tiny_model: Path, adapters: list[PromptAdapterRequest]) -> None:
-    llm = LLM(
-        str(tiny_model), dtype="float32", device="cpu", max_model_len=64, kv_cache_gb=0.01, enable_prompt_adapter=False
-    )
+    llm = make_llm(tiny_model, enable_prompt_adapter=False)
     with pytest.raises(InvalidArgument, match="enable_prompt_adapter=False"):
         llm.generate("Hello", GREEDY, prompt_adapter_request=adapters[0])
 

@@ -4,12 +4,14 @@ import argparse
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable
 
 import structlog
 from softprompt_api.logs import configure_logs
 
 from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.engine import EngineBroken
 from softprompt_inference.engine.plan import Runner
 from softprompt_inference.engine.process import end_with_parent, serve
 
@@ -35,7 +37,11 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[_ToStructlog()])
     os.set_inheritable(fd, False)
     with socket.socket(fileno=fd) as stream:
-        serve(stream, _load)
+        try:
+            serve(stream, _load)
+        except EngineBroken as error:
+            logging.getLogger(__name__).critical("%s; the engine ends", error)
+            sys.exit(1)
 
 
 def _load(config: EngineConfig, report: Callable[[str], None]) -> Runner:

@@ -120,17 +120,21 @@ class EngineClient:
         Raises EngineStartError when it cannot start. Cancelling ends the process.
         """
         ours, theirs = socket.socketpair()
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",  # the working directory is no place to import from
-                "-m",
-                "softprompt_inference.engine",
-                "--fd",
-                str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-            )
+        try:
+            with theirs:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-P",  # the working directory is no place to import from
+                    "-m",
+                    "softprompt_inference.engine",
+                    "--fd",
+                    str(theirs.fileno()),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                )
+        except BaseException:
+            ours.close()
+            raise
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         client = cls(process, reader, writer)
         try:

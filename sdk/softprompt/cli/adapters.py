@@ -34,9 +34,10 @@ def add(
     """Upload one adapter; an existing name gets a new version."""
     labels = dict(_label(text) for text in label or ())
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    console = Console(stderr=True)
     with (
         RegistryClient(registry) as client,
-        Progress(*columns, console=Console(stderr=True), transient=True) as bar,
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
     ):
         task = bar.add_task(f"uploading {name}")
         info, warnings = client.add(

@@ -132,7 +132,10 @@ class Oracle:
 
     def _model(self, folder: Path | None) -> PreTrainedModel | PeftModel:
         if folder not in self._models:
-            base = AutoModelForCausalLM.from_pretrained(self._model_path, dtype=torch.float32)
+            # Eager: other implementations drop Gemma's soft cap in some versions of transformers.
+            base = AutoModelForCausalLM.from_pretrained(
+                self._model_path, dtype=torch.float32, attn_implementation="eager"
+            )
             model = base if folder is None else PeftModel.from_pretrained(base, folder)
             self._models[folder] = model.eval()
         return self._models[folder]

@@ -18,6 +18,15 @@ def test_adapters_and_base_in_one_batch_equal_peft(lab: Any, name: str) -> None:
     lab.compare(path, requests, outputs).assert_equal()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_gpu_computes_the_same_in_float32(lab: Any, name: str) -> None:
+    path = lab.model(name)
+    requests = lab.requests([lab.adapter(path, "prompt_tuning", 20), None] * 3, length=14, max_tokens=20)
+    outputs = lab.serve(lab.engine(path, device="cuda", max_step_tokens=64), requests)
+    lab.compare(path, requests, outputs).assert_equal()
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_adapters_change_what_the_oracle_says(lab: Any, name: str) -> None:
     path = lab.model(name)

@@ -91,7 +91,7 @@ def test_virtual_rows_go_in_raw_and_text_through_the_embedding(lab: Any) -> None
     token_ids = [first_id, first_id + 1, first_id + 2, 20, 21, first_id + 1, 22]
     got = run(runner, chunk(token_ids, [0]))[0]
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
     rows = torch.frombuffer(bytearray(loaded.rows), dtype=torch.float32).view(3, 32)
     embed = model.get_input_embeddings()
     with torch.inference_mode():

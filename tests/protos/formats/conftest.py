@@ -37,7 +37,6 @@ def peft_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "prompt tuning, tokenizer_kwargs": peft.PromptTuningConfig(
             **rows, **text, tokenizer_kwargs={"padding": True}
         ),
-        "prompt tuning without a task": peft.PromptTuningConfig(num_virtual_tokens=5),
         "p-tuning, MLP": peft.PromptEncoderConfig(**rows, encoder_hidden_size=16),
         "p-tuning, LSTM": peft.PromptEncoderConfig(
             **rows, encoder_hidden_size=16, encoder_reparameterization_type="LSTM"

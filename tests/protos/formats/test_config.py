@@ -38,7 +38,6 @@ def test_what_peft_writes_is_accepted(peft_folders, name, kind, num_virtual_toke
         ("multitask", "config.peft_type"),
         ("LoRA", "config.peft_type"),
         ("prompt tuning, tokenizer_kwargs", "config.tokenizer_kwargs"),
-        ("prompt tuning without a task", "config.auto_mapping"),
     ],
 )
 def test_what_peft_writes_and_nobody_serves_is_refused_by_name(peft_folders, name, field):

@@ -1,0 +1,579 @@
+"""The RPCs over a real socket, with an engine at the edge that says what a test tells it to say."""
+
+# gRPC names the methods.
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+import pytest
+from softprompt_api.errors import ContextLengthExceeded, InvalidArgument, Overloaded, SoftpromptError, Unavailable
+from softprompt_api.inference.v1 import inference_pb2 as pb
+from softprompt_api.inference.v1 import inference_pb2_grpc
+from softprompt_api.registry.v1 import registry_pb2
+from softprompt_api.rpc.channel import open_channel
+from softprompt_api.rpc.server import ServiceServer
+from softprompt_api.rpc.status import from_rpc_error
+from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.adapters.host_cache import HostCache
+from softprompt_inference.adapters.residency import Residency
+from softprompt_inference.adapters.source import AdapterSource
+from softprompt_inference.engine.client import EngineClient, OutputStream
+from softprompt_inference.engine.messages import (
+    Abort,
+    AddRequest,
+    Command,
+    DropAdapter,
+    Finish,
+    LoadAdapter,
+    Logprobs,
+    ModelInfo,
+    Output,
+    SoftPromptPart,
+    Stats,
+    TextPart,
+)
+from softprompt_inference.generation import Generator
+from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
+from softprompt_inference.prompts import PromptEncoder
+from softprompt_inference.servicer import Front, InferenceServicer
+from softprompt_inference.text import Tokenizer
+
+VOCAB_SIZE = 49152
+MAX_MODEL_LEN = 100
+MAX_OPEN_CHOICES = 8
+DIGEST_A = "sha256:" + "a" * 64
+DIGEST_B = "sha256:" + "b" * 64
+
+
+@dataclass
+class FakeEngine:
+    """Notes every command; a test puts the outputs."""
+
+    info: ModelInfo
+    stats: Stats = field(default_factory=lambda: Stats(running=3, waiting=2, used_pages=7, generated_tokens=99))
+    commands: list[Command] = field(default_factory=list)
+    streams: dict[str, OutputStream] = field(default_factory=dict)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def submit(self, command: Command) -> None:
+        self.commands.append(command)
+        if isinstance(command, AddRequest):
+            # The stream is the real one; its client is this engine.
+            self.streams[command.request_id] = OutputStream(cast(EngineClient, self), command.request_id)
+        self.changed.set()
+
+    def outputs(self, request_id: str) -> OutputStream:
+        return self.streams[request_id]
+
+    def _forget(self, request_id: str, *, abort: bool) -> None:
+        if self.streams.pop(request_id, None) is not None and abort:
+            self.submit(Abort(request_id=request_id))
+
+    def put(self, request: AddRequest, *token_ids: int, finish: Finish | None = None, **values: Any) -> None:
+        """Say tokens; the last one with `finish`."""
+        for number, token_id in enumerate(token_ids, start=1):
+            is_last = number == len(token_ids)
+            self.streams[request.request_id]._put(
+                Output(
+                    request_id=request.request_id,
+                    token_id=token_id,
+                    finish=finish if is_last else None,
+                    **(values if is_last else {}),
+                )
+            )
+
+    def fail(self, request: AddRequest, reason: str) -> None:
+        self.streams[request.request_id]._put(
+            Output(
+                request_id=request.request_id, finish=Finish.ERROR, error_reason=reason, error_message="it broke"
+            )
+        )
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        """The commands of one kind so far."""
+        return [command for command in self.commands if isinstance(command, kind)]
+
+    async def wait_for(self, kind: type[Any], number: int = 1) -> list[Any]:
+        """The first commands of one kind, once there are so many."""
+        async with asyncio.timeout(5):
+            while len(self.of(kind)) < number:
+                self.changed.clear()
+                await self.changed.wait()
+        return self.of(kind)
+
+
+@dataclass
+class FakeSource:
+    """The registry's answers."""
+
+    versions: dict[str, registry_pb2.AdapterVersion] = field(default_factory=dict)
+    fetching: asyncio.Event = field(default_factory=asyncio.Event)
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    is_away: bool = False
+
+    async def resolve(self, spelling: str) -> registry_pb2.AdapterVersion:
+        if self.is_away:
+            raise Unavailable("the adapter registry cannot be reached")
+        return self.versions[spelling]
+
+    async def fetch(self, digest: str) -> Adapter:
+        self.fetching.set()
+        await self.gate.wait()
+        return Adapter(digest=digest, rows=bytes(80), dtype="float32", num_virtual_tokens=10, hidden_size=2)
+
+
+@dataclass
+class World:
+    """A running service and its edges."""
+
+    engine: FakeEngine
+    source: FakeSource
+    residency: Residency
+    stub: inference_pb2_grpc.InferenceServiceAsyncStub
+    tokenizer: Tokenizer
+
+    def generate(self, **fields: Any) -> grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]:
+        sampling = pb.SamplingParams(**{"max_tokens": 20} | fields.pop("sampling", {}))
+        if not {"text", "token_ids", "chat", "prompt"} & set(fields):
+            fields["text"] = "Hello there"
+        fields.pop("prompt", None)
+        return self.stub.Generate(pb.GenerateRequest(sampling=sampling, **fields))
+
+    async def error(self, **fields: Any) -> SoftpromptError:
+        """The error that a generation ends with."""
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in self.generate(**fields):
+                pass
+        return from_rpc_error(caught.value)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(resolve_model(DEFAULT_MODEL))
+
+
+@pytest.fixture
+async def world(tokenizer: Tokenizer) -> AsyncIterator[World]:
+    engine = FakeEngine(
+        ModelInfo(
+            architecture="LlamaForCausalLM",
+            hidden_size=2,
+            num_layers=1,
+            num_kv_heads=1,
+            head_dim=2,
+            vocab_size=VOCAB_SIZE,
+            dtype="float32",
+            device="cpu",
+            max_model_len=MAX_MODEL_LEN,
+            max_virtual_tokens=64,
+            weights_bytes=1000,
+            kv_cache_bytes=2000,
+            num_pages=50,
+            page_size=16,
+        )
+    )
+    source = FakeSource()
+    source.gate.set()
+    source.versions["tweets"] = registry_pb2.AdapterVersion(
+        name="tweets", version=3, digest=DIGEST_A, num_virtual_tokens=10
+    )
+    source.versions[DIGEST_A] = source.versions["tweets"]
+    residency = Residency(
+        fetch=source.fetch,
+        load=lambda adapter: engine.submit(adapter.load_command()),
+        drop=lambda digest: engine.submit(DropAdapter(digest=digest)),
+        max_adapters=1,
+        max_rows=64,
+        host_cache=HostCache(0),
+    )
+    servicer = InferenceServicer()
+    server = ServiceServer("127.0.0.1:0", [pb.DESCRIPTOR.services_by_name["InferenceService"]])
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.server)
+    with ThreadPoolExecutor(1) as executor:
+        prompts = PromptEncoder(tokenizer, vocab_size=VOCAB_SIZE, max_tokens=MAX_MODEL_LEN, executor=executor)
+        generator = Generator(
+            engine=engine,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            source=cast(AdapterSource, source),
+            residency=residency,
+            base_model_id="org/Base",
+            max_open_choices=MAX_OPEN_CHOICES,
+        )
+        base_model = registry_pb2.BaseModel(id="org/Base", vocab_size=VOCAB_SIZE)
+        servicer.open(
+            Front(
+                engine=engine,
+                tokenizer=tokenizer,
+                prompts=prompts,
+                generator=generator,
+                base_model=base_model,
+                ready_unix_s=1,
+            )
+        )
+        await server.start()
+        async with open_channel(f"127.0.0.1:{server.port}") as channel:
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            yield World(engine=engine, source=source, residency=residency, stub=stub, tokenizer=tokenizer)
+            await server.stop(0)
+    residency.check()
+
+
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text)
+
+
+async def test_events_come_in_order_from_accepted_to_usage(world: World) -> None:
+    call = world.generate()
+    [request] = await world.engine.wait_for(AddRequest)
+    world.engine.put(request, *ids(world.tokenizer, " you"), finish=Finish.LENGTH, cached_tokens=1)
+    events = [event async for event in call]
+    assert [event.WhichOneof("event") for event in events] == ["accepted", "delta", "finished", "usage"]
+    assert events[1].delta.text == " you"
+    assert events[2].finished.reason == pb.FINISH_REASON_LENGTH
+    assert events[3].usage == pb.Usage(prompt_tokens=2, completion_tokens=1, cached_tokens=1)
+
+
+async def test_the_engine_gets_the_prompt_the_ends_and_a_seed_per_choice(world: World) -> None:
+    call = world.generate(sampling={"n": 2, "seed": 40, "max_tokens": 5})
+    requests = await world.engine.wait_for(AddRequest, 2)
+    assert [request.seed for request in requests] == [40, 41]
+    assert requests[0].prompt == [TextPart(token_ids=ids(world.tokenizer, "Hello there"))]
+    assert requests[0].eos_token_ids == [2]
+    assert requests[0].params.max_tokens == 5
+    call.cancel()
+
+
+async def test_without_a_seed_each_request_draws_its_own(world: World) -> None:
+    calls = [world.generate(), world.generate()]
+    first, second = await world.engine.wait_for(AddRequest, 2)
+    assert first.seed != second.seed
+    assert first.request_id != second.request_id
+    for call in calls:
+        call.cancel()
+
+
+async def test_unset_max_tokens_is_left_to_the_context(world: World) -> None:
+    call = world.stub.Generate(pb.GenerateRequest(text="Hi"))
+    [request] = await world.engine.wait_for(AddRequest)
+    assert request.params.max_tokens is None
+    call.cancel()
+
+
+async def test_tokens_that_arrive_together_come_as_one_delta(world: World) -> None:
+    call = world.generate()
+    [request] = await world.engine.wait_for(AddRequest)
+    token_ids = ids(world.tokenizer, " one two three")
+    world.engine.put(request, *token_ids, finish=Finish.LENGTH)
+    deltas = [event.delta async for event in call if event.WhichOneof("event") == "delta"]
+    assert [list(delta.token_ids) for delta in deltas] == [token_ids]
+
+
+async def test_a_stop_string_aborts_its_choice_and_no_other(world: World) -> None:
+    call = world.generate(sampling={"n": 2, "stop": ["END"]})
+    first, second = await world.engine.wait_for(AddRequest, 2)
+    world.engine.put(first, *ids(world.tokenizer, " it isEND of"))
+    [aborted] = await world.engine.wait_for(Abort)
+    assert aborted.request_id == first.request_id
+    world.engine.put(second, *ids(world.tokenizer, " done"), finish=Finish.STOP)
+    events = [event async for event in call]
+    [stopped] = [event.finished for event in events if event.finished.stop_string]
+    assert (stopped.index, stopped.stop_string) == (0, "END")
+    text = "".join(event.delta.text for event in events if event.delta.index == 0)
+    assert text == " it is"
+    assert world.engine.of(Abort) == [aborted]
+
+
+async def test_a_stop_token_is_named(world: World) -> None:
+    call = world.generate(sampling={"stop_token_ids": [9]})
+    [request] = await world.engine.wait_for(AddRequest)
+    world.engine.put(request, *ids(world.tokenizer, " a"), 9, finish=Finish.STOP, stop_token_id=9)
+    events = [event async for event in call]
+    assert events[-2].finished == pb.Finished(index=0, reason=pb.FINISH_REASON_STOP, stop_token_id=9)
+    assert "".join(event.delta.text for event in events) == " a"
+
+
+async def test_logprobs_carry_text_and_bytes(world: World) -> None:
+    call = world.generate(sampling={"logprobs": 1})
+    [request] = await world.engine.wait_for(AddRequest)
+    token_id = ids(world.tokenizer, "🦙")[0]
+    logprobs = Logprobs(chosen=-0.5, top=[(token_id, -0.5)])
+    world.engine.put(request, token_id, finish=Finish.LENGTH, logprobs=logprobs)
+    [delta] = [event.delta async for event in call if event.WhichOneof("event") == "delta"]
+    [entry] = delta.logprobs
+    token_bytes = world.tokenizer.token_bytes(token_id)
+    assert (entry.chosen.token_bytes, entry.chosen.token) == (token_bytes, "\ufffd")
+    assert "🦙".encode().startswith(token_bytes)
+    assert list(entry.top) == [entry.chosen]
+
+
+async def test_an_adapter_is_loaded_before_the_request_and_named_in_the_answer(world: World) -> None:
+    call = world.generate(adapter="tweets")
+    [request] = await world.engine.wait_for(AddRequest)
+    assert [type(command) for command in world.engine.commands] == [LoadAdapter, AddRequest]
+    assert request.prompt[0] == SoftPromptPart(digest=DIGEST_A)
+    world.engine.put(request, 50, finish=Finish.LENGTH)
+    events = [event async for event in call]
+    accepted = events[0].accepted
+    assert (accepted.adapter_name, accepted.adapter_version, accepted.adapter_digest) == ("tweets", 3, DIGEST_A)
+    assert (accepted.virtual_tokens, events[-1].usage.virtual_tokens) == (10, 10)
+    assert (len(accepted.prompt_token_ids), events[-1].usage.prompt_tokens) == (2, 2)
+
+
+@pytest.mark.parametrize("spelling", ["", "org/Base"])
+async def test_the_base_model_needs_no_adapter(world: World, spelling: str) -> None:
+    call = world.generate(adapter=spelling)
+    [request] = await world.engine.wait_for(AddRequest)
+    assert [type(part) for part in request.prompt] == [TextPart]
+    call.cancel()
+
+
+async def test_a_digest_in_memory_is_served_while_the_registry_is_away(world: World) -> None:
+    world.source.is_away = True
+    call = world.generate(adapter=DIGEST_A)
+    await world.engine.wait_for(AddRequest)
+    assert isinstance(await world.error(adapter="tweets"), Unavailable)
+    call.cancel()
+
+
+async def test_an_adapter_is_free_again_after_its_last_request(world: World) -> None:
+    call = world.generate(adapter=DIGEST_A)
+    [request] = await world.engine.wait_for(AddRequest)
+    waiting = world.generate(adapter=DIGEST_B)
+    world.engine.put(request, 50, finish=Finish.LENGTH)
+    assert [event async for event in call]
+    _, second = await world.engine.wait_for(AddRequest, 2)
+    assert second.prompt[0] == SoftPromptPart(digest=DIGEST_B)
+    assert world.engine.of(DropAdapter) == [DropAdapter(digest=DIGEST_A)]
+    waiting.cancel()
+
+
+async def test_a_client_that_leaves_aborts_and_frees_its_adapter(world: World) -> None:
+    call = world.generate(adapter=DIGEST_A, sampling={"n": 2})
+    requests = await world.engine.wait_for(AddRequest, 2)
+    call.cancel()
+    aborts = await world.engine.wait_for(Abort, 2)
+    assert {abort.request_id for abort in aborts} == {request.request_id for request in requests}
+    other = world.generate(adapter=DIGEST_B)
+    await world.engine.wait_for(AddRequest, 3)
+    drop, load = world.engine.of(DropAdapter)[0], world.engine.of(LoadAdapter)[-1]
+    order = [world.engine.commands.index(command) for command in (*aborts, drop, load)]
+    assert order == sorted(order)
+    other.cancel()
+
+
+async def test_a_deadline_aborts(world: World) -> None:
+    call = world.stub.Generate(pb.GenerateRequest(text="Hi"), timeout=0.2)
+    await world.engine.wait_for(AddRequest)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:
+            pass
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await world.engine.wait_for(Abort)
+
+
+async def test_a_client_that_leaves_while_its_adapter_comes_lets_go_of_it(world: World) -> None:
+    world.source.gate.clear()
+    call = world.generate(adapter=DIGEST_A)
+    await world.source.fetching.wait()
+    call.cancel()
+    # The one place for adapters must become free, or this would wait for ever.
+    world.source.gate.set()
+    other = world.generate(adapter=DIGEST_B)
+    [request] = await world.engine.wait_for(AddRequest)
+    assert request.prompt[0] == SoftPromptPart(digest=DIGEST_B)
+    other.cancel()
+
+
+async def test_a_reader_that_stopped_reading_and_leaves_aborts_at_once(world: World) -> None:
+    call = world.generate(sampling={"logprobs": 20})
+    [request] = await world.engine.wait_for(AddRequest)
+    await call.read()
+    # Far more than the transport buffers: the service now waits in a write.
+    logprobs = Logprobs(chosen=-1.0, top=[(token_id, -1.0) for token_id in range(20)])
+    for _ in range(40):
+        for _ in range(500):
+            world.engine.put(request, 50, logprobs=logprobs)
+        await asyncio.sleep(0.01)
+    call.cancel()
+    async with asyncio.timeout(1):
+        await world.engine.wait_for(Abort)
+
+
+async def test_a_slow_reader_gets_everything_in_messages_of_bounded_size(world: World) -> None:
+    call = world.generate(sampling={"stop": ["END"]})
+    [request] = await world.engine.wait_for(AddRequest)
+    world.engine.put(request, *[50] * 2000, *ids(world.tokenizer, "END"), *[50] * 2000)
+    deltas = [event.delta async for event in call if event.WhichOneof("event") == "delta"]
+    sizes = [len(delta.token_ids) for delta in deltas]
+    assert sum(sizes) == 2000 + len(ids(world.tokenizer, "END"))
+    assert max(sizes) <= 512
+
+
+async def test_a_failed_choice_fails_the_call_and_aborts_the_others(world: World) -> None:
+    call = world.generate(sampling={"n": 2})
+    first, second = await world.engine.wait_for(AddRequest, 2)
+    world.engine.fail(first, "UNAVAILABLE")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:
+            pass
+    assert isinstance(from_rpc_error(caught.value), Unavailable)
+    assert await world.engine.wait_for(Abort) == [Abort(request_id=second.request_id)]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "field_name"),
+    [
+        ({"temperature": 2.5}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"n": -1}, "n"),
+        ({"n": 129}, "n"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"presence_penalty": 3.0}, "presence_penalty"),
+        ({"frequency_penalty": -3.0}, "frequency_penalty"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids"),
+        ({"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias"),
+        ({"logit_bias": {3: 101.0}}, "logit_bias"),
+        ({"min_tokens": 21}, "min_tokens"),
+        ({"min_tokens": -1}, "min_tokens"),
+    ],
+)
+async def test_sampling_out_of_range_is_refused_by_field(
+    world: World, sampling: dict[str, Any], field_name: str
+) -> None:
+    error = await world.error(sampling=sampling)
+    assert isinstance(error, InvalidArgument)
+    assert error.field == field_name
+    assert world.engine.commands == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "field_name"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"text": ""}, "prompt"),
+        ({"text": "", "adapter": "tweets"}, "prompt"),
+        ({"token_ids": pb.TokenIds()}, "prompt"),
+        ({"token_ids": pb.TokenIds(ids=[1, VOCAB_SIZE])}, "token_ids"),
+        ({"token_ids": pb.TokenIds(ids=[-1])}, "token_ids"),
+        ({"chat": pb.ChatPrompt()}, "messages"),
+        ({"chat": pb.ChatPrompt(messages=[pb.ChatMessage(role="god", content="x")])}, "messages[0].role"),
+        ({"text": "x", "adapter": "Not A Name"}, "adapter"),
+        ({"text": "x", "adapter": "sha256:12"}, "adapter"),
+        ({"text": "x", "request_id": "a\nb"}, "request_id"),
+        ({"text": "x", "request_id": "a" * 129}, "request_id"),
+    ],
+)
+async def test_requests_that_make_no_sense_are_refused_by_field(
+    world: World, fields: dict[str, Any], field_name: str
+) -> None:
+    error = await world.error(**fields)
+    assert isinstance(error, InvalidArgument)
+    assert error.field == field_name
+    assert world.engine.of(AddRequest) == []
+
+
+async def test_a_prompt_that_fills_the_context_is_refused_with_numbers(world: World) -> None:
+    error = await world.error(token_ids=pb.TokenIds(ids=[50] * 95), adapter="tweets")
+    assert isinstance(error, ContextLengthExceeded)
+    assert "95 tokens + 10 virtual tokens + max_tokens 20, the limit is 100" in error.message
+    assert error.field == "prompt"
+
+
+async def test_max_tokens_beyond_the_context_are_refused_with_numbers(world: World) -> None:
+    error = await world.error(token_ids=pb.TokenIds(ids=[50] * 81))
+    assert isinstance(error, ContextLengthExceeded)
+    assert "81 tokens + 0 virtual tokens + max_tokens 20, the limit is 100" in error.message
+    assert error.field == "max_tokens"
+
+
+async def test_exactly_the_context_is_accepted(world: World) -> None:
+    call = world.generate(token_ids=pb.TokenIds(ids=[50] * 70), adapter="tweets")
+    await world.engine.wait_for(AddRequest)
+    call.cancel()
+
+
+async def test_a_prompt_of_megabytes_is_refused_unread(world: World) -> None:
+    error = await world.error(text="a" * 5_000_000)
+    assert isinstance(error, ContextLengthExceeded)
+
+
+async def test_more_choices_than_may_wait_are_refused_and_then_taken_again(world: World) -> None:
+    call = world.generate(sampling={"n": MAX_OPEN_CHOICES})
+    await world.engine.wait_for(AddRequest, MAX_OPEN_CHOICES)
+    error = await world.error()
+    assert isinstance(error, Overloaded)
+    call.cancel()
+    await world.engine.wait_for(Abort, MAX_OPEN_CHOICES)
+    again = world.generate()
+    await world.engine.wait_for(AddRequest, MAX_OPEN_CHOICES + 1)
+    again.cancel()
+
+
+async def test_a_bad_request_changes_nothing_for_a_running_stream(world: World) -> None:
+    call = world.generate()
+    [request] = await world.engine.wait_for(AddRequest)
+    assert isinstance(await world.error(sampling={"temperature": 9.0}), InvalidArgument)
+    world.engine.put(request, 50, finish=Finish.LENGTH)
+    assert [event async for event in call][-1].usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize("wrong", [-1, VOCAB_SIZE])
+async def test_detokenize_refuses_ids_outside_the_vocabulary(world: World, wrong: int) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await world.stub.Detokenize(pb.DetokenizeRequest(ids=[1, wrong]))
+    error = from_rpc_error(caught.value)
+    assert isinstance(error, InvalidArgument)
+    assert error.field == "ids"
+
+
+async def test_tokenize_counts_the_adapters_virtual_tokens(world: World) -> None:
+    answer = await world.stub.Tokenize(pb.TokenizeRequest(text="Hello there", adapter="tweets"))
+    assert list(answer.ids) == ids(world.tokenizer, "Hello there")
+    assert (answer.virtual_tokens, answer.max_model_len) == (10, MAX_MODEL_LEN)
+    assert list(answer.token_strings) == []
+
+
+async def test_the_load_is_the_engines(world: World) -> None:
+    load = await world.stub.GetLoad(pb.GetLoadRequest())
+    assert (load.running, load.waiting, load.used_pages, load.num_pages) == (3, 2, 7, 50)
+    assert load.generated_tokens == 99
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda stub: stub.GetModel(pb.GetModelRequest()),
+        lambda stub: stub.GetLoad(pb.GetLoadRequest()),
+        lambda stub: stub.Tokenize(pb.TokenizeRequest(text="x")),
+        lambda stub: stub.Generate(pb.GenerateRequest(text="x")).read(),
+    ],
+)
+async def test_until_the_model_is_loaded_every_call_is_unavailable(
+    ask: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    server = ServiceServer(f"unix:{tmp_path}/s", [pb.DESCRIPTOR.services_by_name["InferenceService"]])
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(), server.server)
+    await server.start(serving=False)
+    async with grpc.aio.insecure_channel(f"unix:{tmp_path}/s") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(inference_pb2_grpc.InferenceServiceStub(channel))
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "loading" in str(caught.value.details())
+    await server.stop(0)

@@ -1,0 +1,98 @@
+"""The grammar of model names, with every spelling."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from softprompt_api.errors import InvalidArgument
+from softprompt_api.names import AdapterRef, check_name, parse_adapter, parse_model, shown
+
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DIGEST = "sha256:" + "0123456789abcdef" * 4
+
+
+@pytest.mark.parametrize("name", ["a", "0", "tweet_adapter", "a.b-c_d", "v1.0", "a" * 128])
+def test_names_of_small_letters_digits_and_marks_are_accepted(name):
+    assert check_name(name) == name
+
+
+BAD_NAMES = [
+    "", "A", "Tweets", "-a", "_a", ".a", "..", "../x", "a/b", "a b", "a\n", "a\r\n", "a\x00", "%2e", "é", "🦄",
+    "a:b", "a@b", "a+b", "a" * 129, "a" * 10_000, "٣", "\u202eabc", "ａ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=range(len(BAD_NAMES)))
+def test_other_names_are_refused_and_never_echoed_raw(name):
+    with pytest.raises(InvalidArgument) as refused:
+        check_name(name, field="model")
+    assert refused.value.field == "model"
+    assert refused.value.message.isascii()
+    assert refused.value.message.isprintable()
+    assert len(refused.value.message) < 900
+
+
+@pytest.mark.parametrize("name", ["latest", "base", "none", "default", "sha256"])
+def test_reserved_words_are_no_names(name):
+    with pytest.raises(InvalidArgument, match="reserved"):
+        check_name(name)
+
+
+def test_the_base_models_id_is_no_name_in_any_case():
+    with pytest.raises(InvalidArgument, match="reserved"):
+        check_name("gpt2", base_model_id="GPT2")
+
+
+@pytest.mark.parametrize(
+    ("spelling", "ref"),
+    [
+        ("tweets", AdapterRef(name="tweets")),
+        ("tweets@latest", AdapterRef(name="tweets")),
+        ("tweets@1", AdapterRef(name="tweets", version=1)),
+        ("tweets@2147483647", AdapterRef(name="tweets", version=2**31 - 1)),
+        ("7@7", AdapterRef(name="7", version=7)),
+        (DIGEST, AdapterRef(digest=DIGEST)),
+    ],
+)
+def test_a_spelling_names_one_version(spelling, ref):
+    assert parse_adapter(spelling) == ref
+    assert parse_adapter(str(ref)) == ref
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "tweets@", "tweets@0", "tweets@-1", "tweets@+1", "tweets@1.0", "tweets@ 1", "tweets@1\n", "tweets@٣",
+        "tweets@²", "tweets@2147483648", "tweets@" + "9" * 5000, "tweets@1@1", "tweets@prod!", "@1", "latest@1", "sha256:",
+        DIGEST[:-1], DIGEST + "0", DIGEST.upper(), DIGEST.replace("a", "A"), DIGEST + "\n", "sha512:" + "0" * 64,
+    ],
+)  # fmt: skip
+def test_what_is_no_spelling_is_refused(spelling):
+    with pytest.raises(InvalidArgument) as refused:
+        parse_adapter(spelling)
+    assert refused.value.field == "adapter"
+
+
+def test_a_model_is_the_base_or_an_adapter_of_it():
+    assert parse_model(BASE, base_model_id=BASE) is None
+    for spelling in ("tweets", f"{BASE}:tweets"):
+        assert parse_model(spelling, base_model_id=BASE) == AdapterRef(name="tweets")
+    assert parse_model(f"{BASE}:{DIGEST}", base_model_id=BASE) == AdapterRef(digest=DIGEST)
+    for spelling in (BASE.lower(), f"{BASE}:", f"{BASE}:{BASE}", "other/model:tweets", f"{BASE}:{BASE}:tweets"):
+        with pytest.raises(InvalidArgument) as refused:
+            parse_model(spelling, base_model_id=BASE)
+        assert refused.value.field == "model"
+
+
+@given(st.text(max_size=300))
+def test_no_text_raises_anything_but_invalid_argument(text):
+    try:
+        ref = parse_adapter(text)
+    except InvalidArgument:
+        return
+    assert ref.name or ref.digest
+
+
+@given(st.text())
+def test_shown_text_is_short_and_printable(text):
+    assert shown(text).isprintable()
+    assert len(shown(text)) <= 10 * 64 + 20
