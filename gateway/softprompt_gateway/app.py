@@ -2,15 +2,18 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from softprompt_api.errors import InternalError, SoftpromptError
+from softprompt_api.names import shown
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from softprompt_gateway.adapters.routes import REQUEST_MODELS as ADAPTER_MODELS
 from softprompt_gateway.adapters.routes import adapters_router
@@ -27,7 +30,6 @@ from softprompt_gateway.settings import Settings
 from softprompt_gateway.watch import CatalogWatcher
 
 _DESCRIPTION = "OpenAI-compatible requests over one base model and its adapters, and the adapters' administration."
-_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 def make_app(settings: Settings, clients: Clients) -> FastAPI:
@@ -51,12 +53,12 @@ def make_app(settings: Settings, clients: Clients) -> FastAPI:
     )
     app.add_exception_handler(SoftpromptError, _explain)
     app.add_exception_handler(Refused, _explain)
-    app.add_exception_handler(HTTPException, _explain_http)
+    routers = (openai_router(gateway), adapters_router(gateway), health_router(gateway))
+    app.add_exception_handler(HTTPException, _http_explainer(routers))
     app.add_exception_handler(RequestValidationError, _explain_parameter)
     app.add_middleware(Edge, metrics=gateway.metrics)
-    app.include_router(openai_router(gateway))
-    app.include_router(adapters_router(gateway))
-    app.include_router(health_router(gateway))
+    for router in routers:
+        app.include_router(router)
     document(app, [*OPENAI_MODELS, *ADAPTER_MODELS])
     return app
 
@@ -67,13 +69,32 @@ async def _explain(_request: Request, error: Exception) -> Response:
     return describe(error).response()
 
 
-async def _explain_http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    message = (
-        f"{request.method[:16]} is not allowed here" if error.status_code == 405 else "there is no such route"
-    )
-    code = _CODES.get(error.status_code, "invalid_request")
-    return describe(Refused(message, code=code, status=error.status_code, headers=error.headers)).response()
+def _http_explainer(routers: Sequence[APIRouter]) -> Callable[[Request, Exception], Awaitable[Response]]:
+    """A handler of what routing itself refuses."""
+
+    async def explain(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if error.status_code == 405:
+            # One path can have several routes, and the router tells only the first one's methods.
+            allow = ", ".join(sorted(_methods(routers, request)))
+            message = f"{shown(request.method)} is not allowed here; {allow} is"
+            refused = Refused(message, code="method_not_allowed", status=405, headers={"allow": allow})
+        else:
+            code = "not_found" if error.status_code == 404 else "invalid_request"
+            refused = Refused("there is no such route", code=code, status=error.status_code)
+        return describe(refused).response()
+
+    return explain
+
+
+def _methods(routers: Sequence[APIRouter], request: Request) -> set[str]:
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    return {
+        method
+        for route in routes
+        if route.matches(request.scope)[0] is not Match.NONE
+        for method in route.methods or ()
+    }
 
 
 async def _explain_parameter(_request: Request, error: Exception) -> Response:

@@ -1,6 +1,7 @@
 """Protobuf messages to what the service works with, and back."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from google.protobuf.message import Message
 from softprompt_api.errors import InvalidArgument
@@ -43,9 +44,8 @@ def to_call(request: pb.GenerateRequest) -> GenerateCall:
 
 def to_params(sampling: pb.SamplingParams) -> SamplingParams:
     """Sampling parameters; InvalidArgument names the field that is out of range."""
-    given = {name: getattr(sampling, name) for name in _OPTIONAL if sampling.HasField(name)}
     return SamplingParams(
-        **{"max_tokens": None, **given},
+        **{"max_tokens": None, **_given(sampling)},
         stop=tuple(sampling.stop),
         stop_token_ids=tuple(sampling.stop_token_ids),
         min_tokens=sampling.min_tokens,
@@ -54,6 +54,10 @@ def to_params(sampling: pb.SamplingParams) -> SamplingParams:
         n=sampling.n or 1,
         include_stop_str_in_output=sampling.include_stop_str_in_output,
     )
+
+
+def _given(sampling: Message) -> dict[str, Any]:
+    return {name: getattr(sampling, name) for name in _OPTIONAL if sampling.HasField(name)}
 
 
 def to_prompt(request: pb.GenerateRequest | pb.TokenizeRequest) -> Prompt:

@@ -172,7 +172,9 @@ class Generator:
         self, params: SamplingParams, token_ids: list[int], bound: BoundAdapter | None, choices: Sequence[Choice]
     ) -> AsyncGenerator[Delta | Finished, None]:
         text = TextPart(token_ids=token_ids)
-        prompt = [text] if bound is None else [SoftPromptPart(digest=bound.digest), text]
+        prompt: list[TextPart | SoftPromptPart] = [text]
+        if bound is not None:
+            prompt.insert(0, SoftPromptPart(digest=bound.digest))
         seed = secrets.randbits(62) if params.seed is None else params.seed
         request_number = next(self._numbers)
         with contextlib.ExitStack() as open_streams:

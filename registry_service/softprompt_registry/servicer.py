@@ -3,7 +3,9 @@
 # gRPC names the methods and their arguments.
 # ruff: noqa: ARG002, N802
 
+import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import grpc
@@ -14,6 +16,9 @@ from softprompt_api.registry.v1 import registry_pb2_grpc
 from softprompt_registry.convert import base_model_from, base_model_to, change_to, registration_from, version_to
 from softprompt_registry.registry import Registry
 from softprompt_registry.uploads import Piece
+
+_MAX_DRAIN_S = 60.0
+_MAX_DRAIN_IDLE_S = 1.0
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -28,10 +33,11 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         self, request_iterator: AsyncIterator[pb.RegisterAdapterRequest], context: Context
     ) -> pb.RegisterAdapterResponse:
         requests = aiter(request_iterator)
-        first = await anext(requests, pb.RegisterAdapterRequest())
-        if first.WhichOneof("part") != "header":
-            raise InvalidArgument("the first message of an upload must be its header", field="header")
-        registered = await self._registry.uploads.register(registration_from(first.header), _pieces(requests))
+        async with _taken_whole(requests):
+            first = await anext(requests, pb.RegisterAdapterRequest())
+            if first.WhichOneof("part") != "header":
+                raise InvalidArgument("the first message of an upload must be its header", field="header")
+            registered = await self._registry.uploads.register(registration_from(first.header), _pieces(requests))
         return pb.RegisterAdapterResponse(adapter=version_to(registered.version), warnings=registered.warnings)
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
@@ -82,6 +88,28 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
     ) -> pb.ListBaseModelsResponse:
         models = await self._registry.base_models()
         return pb.ListBaseModelsResponse(base_models=[base_model_to(model) for model in models])
+
+
+@asynccontextmanager
+async def _taken_whole(requests: AsyncIterator[pb.RegisterAdapterRequest]) -> AsyncIterator[None]:
+    """Take what the client still sends before it is answered early.
+
+    An answer that arrives while gRPC's asyncio client writes is lost there, and the client sees an internal error.
+    """
+    try:
+        yield
+    except Exception:
+        await _drain(requests)
+        raise
+    await _drain(requests)
+
+
+async def _drain(requests: AsyncIterator[pb.RegisterAdapterRequest]) -> None:
+    with suppress(TimeoutError, StopAsyncIteration):
+        async with asyncio.timeout(_MAX_DRAIN_S):
+            while True:
+                # A client that sends nothing is not writing, and can be answered.
+                await asyncio.wait_for(anext(requests), _MAX_DRAIN_IDLE_S)
 
 
 async def _pieces(requests: AsyncIterator[pb.RegisterAdapterRequest]) -> AsyncIterator[Piece]:

@@ -56,17 +56,22 @@ async def test_a_request_that_runs_at_sigterm_ends_in_order(stack: Any, process:
             lines = response.aiter_lines()
             await anext(lines)
             running.send_signal(signal.SIGTERM)
-            async with asyncio.timeout(5):
-                while True:
-                    try:
-                        await httpx.AsyncClient().get(f"{url}/health/live")
-                    except httpx.ConnectError:
-                        break
+            await _until_refused(url)
             stack.inference.released.set()
             rest = [line async for line in lines]
     assert rest[-2:] == ["data: [DONE]", ""]
     async with asyncio.timeout(10):
         assert await running.wait() == 0
+
+
+async def _until_refused(url: str) -> None:
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                async with httpx.AsyncClient() as http:
+                    await http.get(f"{url}/health/live")
+            except httpx.TransportError:
+                return
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,9 @@ def test_a_spelling_names_one_version(spelling, ref):
     "spelling",
     [
         "tweets@", "tweets@0", "tweets@-1", "tweets@+1", "tweets@1.0", "tweets@ 1", "tweets@1\n", "tweets@٣",
-        "tweets@²", "tweets@2147483648", "tweets@" + "9" * 5000, "tweets@1@1", "tweets@prod!", "@1", "latest@1", "sha256:",
-        DIGEST[:-1], DIGEST + "0", DIGEST.upper(), DIGEST.replace("a", "A"), DIGEST + "\n", "sha512:" + "0" * 64,
+        "tweets@²", "tweets@2147483648", "tweets@" + "9" * 5000, "tweets@1@1", "tweets@prod!", "@1", "latest@1",
+        "sha256:", DIGEST[:-1], DIGEST + "0", DIGEST.upper(), DIGEST.replace("a", "A"), DIGEST + "\n",
+        "sha512:" + "0" * 64,
     ],
 )  # fmt: skip
 def test_what_is_no_spelling_is_refused(spelling):

@@ -87,6 +87,9 @@ def load_model(config: EngineConfig, report: Callable[[str], None]) -> LoadedMod
     report("checking the model's attention")
     try:
         layers = find_layers(model)
+        parameters = inspect.signature(model.forward).parameters
+        if "position_ids" not in parameters:
+            raise Unsupported("its forward takes no position_ids")
         loaded = LoadedModel(
             model=model,
             embedding=embedding,
@@ -97,7 +100,7 @@ def load_model(config: EngineConfig, report: Callable[[str], None]) -> LoadedMod
             hidden_size=hidden_size,
             vocab_size=vocab_size,
             max_positions=_max_positions(model_config),
-            keeps_logits="logits_to_keep" in inspect.signature(model.forward).parameters,
+            keeps_logits="logits_to_keep" in parameters,
         )
         check_against_eager(loaded)
     except Unsupported as error:

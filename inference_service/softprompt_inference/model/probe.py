@@ -111,6 +111,8 @@ def check_against_eager(loaded: LoadedModel) -> None:
     generator = torch.Generator().manual_seed(0)
     sequences = [_sequence(loaded, generator) for _ in range(2)]
     expected = torch.cat([_eager_logits(loaded, sequence) for sequence in sequences])
+    if expected.shape[1] != loaded.vocab_size:
+        raise Unsupported(f"it embeds {loaded.vocab_size} tokens and has logits for {expected.shape[1]}")
     nudged = torch.cat([_eager_logits(loaded, _nudge(sequence, generator)) for sequence in sequences])
     actual = torch.cat(_served_logits(loaded, sequences))
     variation = (expected - expected.mean(0)).norm()

