@@ -43,7 +43,7 @@ test: install
 # A GPU machine brings its own torch, triton and transformers, and may have nothing else of what the services need.
 GPU_PYTHON ?= python3
 test-gpu:
-	PYTHONPATH=protos:kernels:inference_service $(GPU_PYTHON) -m pytest -c /dev/null --rootdir . --import-mode=importlib -m gpu -W ignore::pytest.PytestUnknownMarkWarning tests/kernels tests/inference
+	PYTHONPATH=protos:kernels:inference_service $(GPU_PYTHON) -m pytest -c /dev/null --rootdir . --import-mode=importlib -m gpu -W ignore::pytest.PytestUnknownMarkWarning tests/kernels tests/inference/model
 
 lint: install
 	$(BIN)/ruff format --check .

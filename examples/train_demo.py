@@ -34,6 +34,7 @@ REPORT_EVERY = 10
 SAVE_EVERY = 50
 # Enough to tell instructions apart, and few enough for a processor.
 NUM_TO_CHOOSE_BY = 100
+EVALUATION_BATCH = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +204,8 @@ def train(base: Base, task: Task, num_steps: int, seed: int, output: Path) -> No
 def save(peft_model: PeftModel, output: Path) -> None:
     """Write the two files of an adapter, and not the model card that PEFT adds."""
     fresh = output.with_name(f".{output.name}.tmp")
-    peft_model.save_pretrained(fresh)
+    # Without this PEFT asks a hub whether the vocabulary has grown.
+    peft_model.save_pretrained(fresh, save_embedding_layers=False)
     output.mkdir(parents=True, exist_ok=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.move(fresh / name, output / name)
@@ -213,35 +215,66 @@ def save(peft_model: PeftModel, output: Path) -> None:
 
 @torch.inference_mode()
 def generate(
-    base: Base, task: Task, prompts: Sequence[str], soft_rows: Tensor | None, max_tokens: int
+    base: Base, prompts: Sequence[str], soft_rows: Tensor | None, max_tokens: int, stop: str | None
 ) -> list[str]:
-    """Continue every prompt greedily.
-
-    The padding lies in front of the virtual tokens, so that each row computes what it would compute alone.
-    """
-    texts = [""] * len(prompts)
+    """Continue every prompt greedily and return the new texts, without what follows `stop`."""
     token_ids = [base.token_ids(prompt) for prompt in prompts]
+    shared_ids = common_start([ids[:-1] for ids in token_ids])
+    shared = base.embed(shared_ids)
+    if soft_rows is not None:
+        shared = torch.cat([soft_rows.to(shared.dtype), shared])
+    texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(token_ids[index]))
-    for start in range(0, len(order), 32):
-        chosen = order[start : start + 32]
-        rows = [base.embed(token_ids[index]) for index in chosen]
-        if soft_rows is not None:
-            rows = [torch.cat([soft_rows.to(row.dtype), row]) for row in rows]
-        length = max(len(row) for row in rows)
-        embeds = torch.stack([nn.functional.pad(row, (0, 0, length - len(row), 0)) for row in rows])
-        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-        output = base.model.generate(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            pad_token_id=base.eos_id,
-            **({"stop_strings": [task.stop], "tokenizer": base.tokenizer} if task.stop else {}),
-        )
-        for index, ids in zip(chosen, output.tolist(), strict=True):
-            text = base.tokenizer.decode(ids, skip_special_tokens=True)
-            texts[index] = text.split(task.stop)[0] if task.stop else text
+    for start in range(0, len(order), EVALUATION_BATCH):
+        chosen = order[start : start + EVALUATION_BATCH]
+        rest = [token_ids[index][len(shared_ids) :] for index in chosen]
+        for index, text in zip(chosen, continue_greedily(base, shared, rest, max_tokens, stop), strict=True):
+            texts[index] = text
     return texts
+
+
+def continue_greedily(
+    base: Base, shared: Tensor, rest: list[list[int]], max_tokens: int, stop: str | None
+) -> list[str]:
+    """Continue sequences that begin with the same rows and go on with tokens of their own.
+
+    shared  [num_shared, hidden]
+
+    Padding lies between the two, masked and without a position, so that each row computes what it would alone.
+    """
+    num_rows, longest = len(rest), max(map(len, rest))
+    cache = None
+    if len(shared):
+        cache = base.model.base_model(inputs_embeds=shared.unsqueeze(0), use_cache=True).past_key_values
+        cache.batch_repeat_interleave(num_rows)
+    pads = torch.tensor([longest - len(ids) for ids in rest]).unsqueeze(1)
+    columns = torch.arange(longest).unsqueeze(0)
+    mask = torch.cat([torch.ones(num_rows, len(shared), dtype=torch.long), (columns >= pads).long()], dim=1)
+    positions = (len(shared) + columns - pads).clamp(min=0)
+    tokens = torch.tensor([[base.eos_id] * (longest - len(ids)) + ids for ids in rest])
+    written: list[list[int]] = [[] for _ in rest]
+    done = [False] * num_rows
+    for _ in range(max_tokens):
+        output = base.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache, tokens = output.past_key_values, output.logits[:, -1:].argmax(dim=-1)
+        for row, token_id in enumerate(tokens.flatten().tolist()):
+            done[row] = done[row] or token_id == base.eos_id
+            if not done[row]:
+                written[row].append(token_id)
+                done[row] = stop is not None and stop in base.tokenizer.decode(written[row])
+        if all(done):
+            break
+        mask = torch.cat([mask, torch.ones(num_rows, 1, dtype=torch.long)], dim=1)
+        positions = positions[:, -1:] + 1
+    texts = base.tokenizer.batch_decode(written)
+    return [text.split(stop)[0] if stop else text for text in texts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,7 +307,8 @@ def adapter_score(
     base: Base, task: Task, soft_rows: Tensor, examples: Sequence[Example], ending: str = ""
 ) -> Score:
     """Score the adapter; a classifier's answer counts only if it is the label and nothing else."""
-    texts = generate(base, task, [example.prompt + ending for example in examples], soft_rows, task.max_tokens)
+    prompts = [example.prompt + ending for example in examples]
+    texts = generate(base, prompts, soft_rows, task.max_tokens, task.stop)
     answers = [text.strip() if task.labels else task.answer(text) for text in texts]
     return score(task, examples, answers)
 
@@ -289,7 +323,7 @@ def instruction_score(base: Base, task: Task, instruction: Instruction, examples
             )
             for prompt in prompts
         ]
-    texts = generate(base, task, prompts, None, max(task.max_tokens, 16))
+    texts = generate(base, prompts, None, max(task.max_tokens, 16), task.stop)
     return score(task, examples, [task.answer(text) for text in texts])
 
 

@@ -56,7 +56,7 @@ def make_app(settings: Settings, clients: Clients) -> FastAPI:
     routers = (openai_router(gateway), adapters_router(gateway), health_router(gateway))
     app.add_exception_handler(HTTPException, _http_explainer(routers))
     app.add_exception_handler(RequestValidationError, _explain_parameter)
-    app.add_middleware(Edge, metrics=gateway.metrics)
+    app.add_middleware(Edge, metrics=gateway.metrics, max_requests=settings.max_requests)
     for router in routers:
         app.include_router(router)
     document(app, [*OPENAI_MODELS, *ADAPTER_MODELS])

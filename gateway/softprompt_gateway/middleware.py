@@ -8,6 +8,7 @@ import time
 import uuid
 
 import structlog
+from softprompt_api.errors import Overloaded
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softprompt_gateway.errors import ClientGone, Refused, describe
@@ -29,17 +30,14 @@ def request_id(scope: Scope) -> str:
     return uuid.uuid4().hex
 
 
-def _check_headers(scope: Scope) -> None:
-    if len(scope["headers"]) > _MAX_HEADERS:
-        raise Refused(f"more than {_MAX_HEADERS} headers", code="invalid_http", status=431)
-
-
 class Edge:
     """Give every request an id and every error an answer; log and count every answer."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_requests: int) -> None:
         self._app = app
         self._metrics = metrics
+        self._max_requests = max_requests
+        self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,21 +46,30 @@ class Edge:
         answer = _Answer(send, request_id(scope))
         scope.setdefault("state", {})["request_id"] = answer.request_id
         started_s = time.perf_counter()
-        self._metrics.in_progress.inc()
+        self._running += 1
+        self._metrics.in_progress.set(self._running)
         try:
-            _check_headers(scope)
+            self._admit(scope)
             await self._app(scope, receive, answer.send)
         except ClientGone:
             answer.status = CLIENT_GONE_STATUS
-        except Refused as error:
-            await error.body.response()(scope, receive, answer.send)
+        except (Refused, Overloaded) as error:
+            await describe(error).response()(scope, receive, answer.send)
         except Exception as error:
             _log.exception("request failed", request_id=answer.request_id)
             if not answer.started:
                 await describe(error).response()(scope, receive, answer.send)
         finally:
-            self._metrics.in_progress.dec()
+            self._running -= 1
+            self._metrics.in_progress.set(self._running)
             self._tell(scope, answer, time.perf_counter() - started_s)
+
+    def _admit(self, scope: Scope) -> None:
+        if len(scope["headers"]) > _MAX_HEADERS:
+            raise Refused(f"more than {_MAX_HEADERS} headers", code="invalid_http", status=431)
+        # Health checks pass: a busy gateway must not be restarted for it.
+        if self._running > self._max_requests and scope["path"] not in _QUIET_ROUTES:
+            raise Overloaded(f"{self._max_requests} requests are being answered already; try again")
 
     def _tell(self, scope: Scope, answer: "_Answer", seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")

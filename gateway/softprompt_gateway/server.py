@@ -21,8 +21,8 @@ _BACKLOG = 2048
 _log = structlog.get_logger()
 
 
-def protocol_with_deadline(header_timeout_s: float) -> type[H11Protocol]:
-    """An HTTP protocol that closes connections whose headers take longer than this to arrive."""
+def protocol_with_deadlines(header_timeout_s: float, write_timeout_s: float) -> type[H11Protocol]:
+    """An HTTP protocol that gives up connections whose headers do not arrive or whose answers are not read."""
 
     class DeadlineProtocol(H11Protocol):
         """Times the wait for headers; after them the app's own deadlines hold."""
@@ -31,6 +31,7 @@ def protocol_with_deadline(header_timeout_s: float) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            limit_unread(transport, write_timeout_s)
             self._arm()
 
         def data_received(self, data: bytes) -> None:
@@ -80,6 +81,14 @@ def protocol_with_deadline(header_timeout_s: float) -> type[H11Protocol]:
     return DeadlineProtocol
 
 
+def limit_unread(transport: asyncio.Transport, timeout_s: float) -> None:
+    """End a connection on which nothing was read for this long, also one that was closed with bytes unsent."""
+    # A closed transport still waits to send what it holds; only the kernel ends a connection that nobody reads.
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(timeout_s * 1000)))
+
+
 class GracefulServer(uvicorn.Server):
     """Ends with status 0 after SIGTERM or SIGINT: uvicorn's own would end by the signal."""
 
@@ -113,7 +122,7 @@ def uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         loop="asyncio",
-        http=protocol_with_deadline(settings.header_timeout_s),
+        http=protocol_with_deadlines(settings.header_timeout_s, settings.write_timeout_s),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -122,7 +131,6 @@ def uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=settings.max_connections,
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         timeout_keep_alive=_KEEP_ALIVE_S,
         # 0 would mean "wait for ever" to uvicorn's truth test.

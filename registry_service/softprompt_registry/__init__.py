@@ -1,0 +1,1 @@
+"""The adapter registry service: `python -m softprompt_registry`."""

@@ -1,5 +1,6 @@
 """What every route has in common: the shape of errors, request ids, the documentation, the log."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -72,3 +73,16 @@ async def test_a_defect_is_logged_and_answered_without_its_text(stack: Any, logg
     assert response.json()["error"]["type"] == "server_error"
     assert "passwd" not in response.text
     assert any(line["event"] == "request failed" for line in logged)
+
+
+@pytest.mark.parametrize("gateway_settings", [{"max_requests": 2}])
+async def test_more_requests_than_allowed_are_told_to_come_back(stack: Any) -> None:
+    running = [asyncio.create_task(stack.complete("wait")) for _ in range(2)]
+    await stack.inference.until(lambda fake: fake.running == 2)
+    refused = await stack.complete("hello")
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert refused.json()["error"]["code"] == "overloaded"
+    assert (await stack.http.get("/health/ready")).status_code == 200
+    stack.inference.released.set()
+    assert [(await answer).status_code for answer in running] == [200, 200]
+    assert (await stack.complete("hello")).status_code == 200

@@ -1,5 +1,6 @@
 """Bad requests, as data: each is refused in OpenAI's error shape, none is a 5xx, and the gateway goes on."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -118,7 +119,7 @@ async def _refused(stack: Any, path: str, body: dict[str, Any], param: str) -> N
         assert error["param"].split(".")[0] == param
         assert error["message"]
     assert not stack.inference.requests
-    assert (await stack.complete("ok")).status_code == 200
+    assert (await stack.http.get("/health/live")).status_code == 200
 
 
 @pytest.mark.parametrize(("raw", "code"), [pytest.param(raw, code, id=name) for name, raw, code in RAW_BODIES])
@@ -245,3 +246,13 @@ async def test_a_failing_service_tells_nothing_about_itself(stack: Any) -> None:
     assert response.json()["error"]["code"] == "internal_error"
     assert "passwd" not in response.text
     assert "Error" not in response.text
+
+
+async def test_a_stream_beside_bad_requests_is_not_disturbed(stack: Any) -> None:
+    alone = await stack.events(COMPLETIONS, model=BASE, prompt="canary", max_tokens=50)
+    bad = [stack.http.post(COMPLETIONS, content=raw) for _, raw, _ in RAW_BODIES]
+    beside, *refused = await asyncio.gather(
+        stack.events(COMPLETIONS, model=BASE, prompt="canary", max_tokens=50), *bad
+    )
+    assert {response.status_code for response in refused} == {400}
+    assert [event["choices"] for event in beside[:-1]] == [event["choices"] for event in alone[:-1]]

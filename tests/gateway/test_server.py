@@ -5,7 +5,7 @@ import socket
 from typing import Any
 
 import pytest
-from softprompt_gateway.server import listen
+from softprompt_gateway.server import limit_unread, listen
 
 
 async def _answer(stack: Any, request: bytes) -> bytes:
@@ -102,3 +102,26 @@ async def test_a_taken_port_is_told_in_words() -> None:
 async def test_a_host_that_is_none_is_told_in_words() -> None:
     with pytest.raises(OSError, match="cannot listen on"):
         listen("no such host", 0)
+
+
+class _Writer(asyncio.Protocol):
+    """Writes more than fits any buffer, closes, and tells when the connection has really ended."""
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+
+    def connection_made(self, transport: Any) -> None:
+        limit_unread(transport, 0.3)
+        transport.write(b"x" * 20_000_000)
+        transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended.set()
+
+
+async def test_a_closed_connection_that_nobody_reads_ends() -> None:
+    writer = _Writer()
+    async with await asyncio.get_running_loop().create_server(lambda: writer, "127.0.0.1", 0) as server:
+        with socket.create_connection(server.sockets[0].getsockname()):
+            async with asyncio.timeout(10):
+                await writer.ended.wait()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -106,10 +106,10 @@ def start(module: str, log: Path, env: Mapping[str, str]) -> subprocess.Popen[by
 def wait_until_serving(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while not is_serving(address):
-        assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
-        # The other side is a process that says nothing while it starts.
-        signal.sigtimedwait([], 0.1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.1)
+            pytest.fail(log.read_text())
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,22 @@ def test_a_conversation_cannot_be_forged_from_within_a_message(tokenizer: Tokeni
     assert (ids.count(IM_START), ids.count(IM_END)) == (3, 2)
 
 
+@pytest.mark.parametrize(
+    ("template", "contents"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", ["x<", "s>x"]),
+        ("{% for m in messages %}{{ m.content | trim }}{% endfor %}", ["x< ", "\n s>"]),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", ["<", "s", ">"]),
+        ("{% for m in messages %}<{{ m.content }}>{% endfor %}", ["s"]),
+        ("{% for m in messages %}<s{{ m.content }}{% endfor %}", [">"]),
+    ],
+)
+def test_a_control_token_cannot_be_pieced_together(template: str, contents: list[str]) -> None:
+    ids = _with_template(template).encode_chat([user(content) for content in contents])
+    assert 0 not in ids
+    assert len(ids) >= 3
+
+
 def test_a_name_cannot_forge_control_tokens_either() -> None:
     tokenizer = _with_template("{% for m in messages %}<s>{{ m.name }}:{{ m.content }}{% endfor %}")
     messages = [ChatMessage(role="user", content="x", name="<s>")]

@@ -3,7 +3,8 @@
 A chat template turns a conversation into one string in which "<|im_start|>" means the control token, whoever wrote
 it. To keep the template's apart from the users':
 
-1. `shield` replaces each spelling of a special token inside a message by a mark that nobody can guess;
+1. `shield` replaces each spelling of a special token inside a message by a mark that nobody can guess, and sets
+   a mark where a message begins or ends with a piece of one, so that its neighbours cannot complete it;
 2. the template is rendered, and every spelling found in its result is the template's own;
 3. `encode` renames those to secret names, puts the users' spellings back, and encodes with a copy of the tokenizer
    whose special tokens have the secret names. The plain spelling is ordinary text to that copy.
@@ -38,8 +39,12 @@ class ControlTokens:
         self._marks: Mapping[str, str] = {
             content: f"\ue000{nonce}p{number}\ue001" for number, content in enumerate(special)
         }
-        self._spelled = {mark: content for content, mark in self._marks.items()}
+        self._border = f"\ue000{nonce}b\ue001"
+        self._spelled = {self._border: "", **{mark: content for content, mark in self._marks.items()}}
         self._special = _any_of(special)
+        self._heads = {content[:length] for content in special for length in range(1, len(content))}
+        self._tails = {content[start:] for content in special for start in range(1, len(content))}
+        self._max_length = max(map(len, special), default=0)
         self._mark = _any_of(self._spelled)
         self._copy = Backend.from_str(json.dumps(_renamed(document, names)))
         for content, token_id in special.items():
@@ -47,8 +52,17 @@ class ControlTokens:
                 raise Unsupported(f"the tokenizer's special token {content!r} cannot be told from text")
 
     def shield(self, text: str) -> str:
-        """`text` of a message with a mark in place of each spelling of a special token."""
-        return self._special.sub(lambda match: self._marks[match[0]], text)
+        """`text` of a message with marks that keep every spelling of a special token in it apart."""
+        core = text.strip()  # as templates do
+        if not core:
+            return text
+        is_within = len(core) < self._max_length and any(core in content for content in self._marks)
+        begins = is_within or any(core[:length] in self._tails for length in range(1, self._max_length))
+        ends = is_within or any(core[-length:] in self._heads for length in range(1, self._max_length))
+        start = text.index(core[0])
+        before, after = text[:start], text[start + len(core) :]
+        marked = self._special.sub(lambda match: self._marks[match[0]], core)
+        return f"{before}{self._border if begins else ''}{marked}{self._border if ends else ''}{after}"
 
     def encode(self, rendered: str) -> list[int]:
         """Ids of a rendered conversation whose messages were shielded; no BOS is added to the template's."""

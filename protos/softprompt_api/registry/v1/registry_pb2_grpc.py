@@ -99,7 +99,8 @@ class RegistryServiceServicer:
         """RegisterAdapter uploads one adapter: a header, then its tensor file in chunks. The version becomes visible
         to everybody at once, or not at all. A second registration of a name makes the next version of that name.
         INVALID_ARGUMENT: the name, the config or the tensors are not acceptable. FAILED_PRECONDITION: the base
-        model is not known yet. UNAVAILABLE: the store is away; nothing was registered.
+        model is not known yet. UNAVAILABLE: the store is away; the message says whether the
+        adapter may have been registered all the same. Register again with an idempotency key to make it once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -40,7 +40,8 @@ class RegistryServiceStub:
     """RegisterAdapter uploads one adapter: a header, then its tensor file in chunks. The version becomes visible
     to everybody at once, or not at all. A second registration of a name makes the next version of that name.
     INVALID_ARGUMENT: the name, the config or the tensors are not acceptable. FAILED_PRECONDITION: the base
-    model is not known yet. UNAVAILABLE: the store is away; nothing was registered.
+    model is not known yet. UNAVAILABLE: the store is away; the message says whether the
+    adapter may have been registered all the same. Register again with an idempotency key to make it once.
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_registry_pb2.GetAdapterRequest, _registry_pb2.GetAdapterResponse]
     """GetAdapter resolves one spelling to exactly one version. NOT_FOUND with near names when there is none."""
@@ -79,7 +80,8 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     """RegisterAdapter uploads one adapter: a header, then its tensor file in chunks. The version becomes visible
     to everybody at once, or not at all. A second registration of a name makes the next version of that name.
     INVALID_ARGUMENT: the name, the config or the tensors are not acceptable. FAILED_PRECONDITION: the base
-    model is not known yet. UNAVAILABLE: the store is away; nothing was registered.
+    model is not known yet. UNAVAILABLE: the store is away; the message says whether the
+    adapter may have been registered all the same. Register again with an idempotency key to make it once.
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_registry_pb2.GetAdapterRequest, _registry_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """GetAdapter resolves one spelling to exactly one version. NOT_FOUND with near names when there is none."""
@@ -121,7 +123,8 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         """RegisterAdapter uploads one adapter: a header, then its tensor file in chunks. The version becomes visible
         to everybody at once, or not at all. A second registration of a name makes the next version of that name.
         INVALID_ARGUMENT: the name, the config or the tensors are not acceptable. FAILED_PRECONDITION: the base
-        model is not known yet. UNAVAILABLE: the store is away; nothing was registered.
+        model is not known yet. UNAVAILABLE: the store is away; the message says whether the
+        adapter may have been registered all the same. Register again with an idempotency key to make it once.
         """
 
     @_abc_1.abstractmethod

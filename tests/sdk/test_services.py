@@ -1,0 +1,103 @@
+"""How options reach the services, and how a client reaches the gateway."""
+
+import importlib
+
+import pytest
+from softprompt.cli.options import make_options
+from softprompt.cli.services import Addresses, command, environment
+
+
+def addresses(host: str = "127.0.0.1") -> Addresses:
+    return Addresses(
+        redis_url="unix:///store.sock",
+        registry="127.0.0.1:1",
+        inference="127.0.0.1:2",
+        gateway_host=host,
+        gateway_port=3,
+    )
+
+
+def test_options_become_settings_and_what_is_not_given_is_left_to_the_service() -> None:
+    options = make_options({"model": "m", "kv_cache_gb": 0.5, "max_prompt_adapter_token": 8})
+    settings = environment("inference", options, addresses())
+    assert settings["SOFTPROMPT_MODEL"] == "m"
+    assert settings["SOFTPROMPT_KV_CACHE_BYTES"] == str(2**29)
+    assert settings["SOFTPROMPT_MAX_VIRTUAL_TOKENS"] == "8"
+    assert "SOFTPROMPT_MAX_MODEL_LEN" not in settings
+
+
+def test_variables_that_run_reads_do_not_reach_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The registry refuses variables of its prefix that it does not know.
+    monkeypatch.setenv("SOFTPROMPT_REGISTRY_PORT", "9")
+    monkeypatch.setenv("SOFTPROMPT_MAX_MODEL_LEN", "9")
+    monkeypatch.setenv("SOFTPROMPT_NUM_THREADS", "1")
+    for service in ("registry", "inference", "gateway"):
+        settings = environment(service, make_options({}), addresses())
+        assert "SOFTPROMPT_REGISTRY_PORT" not in settings
+        assert "SOFTPROMPT_MAX_MODEL_LEN" not in settings
+        assert settings["SOFTPROMPT_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("service", "expected"),
+    [
+        ("registry", {"address": "127.0.0.1:1", "redis_url": "unix:///store.sock"}),
+        (
+            "gateway",
+            {
+                "host": "127.0.0.1",
+                "port": 3,
+                "registry_address": "127.0.0.1:1",
+                "inference_address": "127.0.0.1:2",
+            },
+        ),
+        (
+            "inference",
+            {
+                "inference_address": "127.0.0.1:2",
+                "registry_address": "127.0.0.1:1",
+                "model_id": "x",
+                "dtype": "float32",
+                "kv_cache_bytes": 2**30,
+                "max_num_sequences": 3,
+                "max_prompt_adapters": 2,
+                "max_virtual_tokens": 512,
+            },
+        ),
+    ],
+)
+def test_every_service_reads_what_it_is_given(
+    service: str, expected: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = make_options(
+        {
+            "max_prompt_adapters": 2,
+            "max_num_seqs": 3,
+            "served_model_name": "x",
+            "dtype": "float32",
+            "kv_cache_gb": 1.0,
+        }
+    )
+    for name, value in environment(service, options, addresses()).items():
+        monkeypatch.setenv(name, value)
+    settings = importlib.import_module(f"softprompt_{service}.settings").read_settings()
+    assert {name: getattr(settings, name) for name in expected} == expected
+    assert settings.log_format == "json"
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:3"),
+        ("0.0.0.0", "http://127.0.0.1:3"),
+        ("::", "http://[::1]:3"),
+        ("fe80::1", "http://[fe80::1]:3"),
+        ("localhost", "http://localhost:3"),
+    ],
+)
+def test_the_gateways_url_can_be_reached_from_this_machine(host: str, url: str) -> None:
+    assert addresses(host).gateway_url == url
+
+
+def test_a_service_runs_as_a_module_of_this_interpreter() -> None:
+    assert command("gateway", ["--help"])[1:] == ["-m", "softprompt_gateway", "--help"]
