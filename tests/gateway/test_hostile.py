@@ -2,10 +2,14 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
+# All tests here share one stack: it must survive them all.
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 BASE = "acme/tiny-1"
@@ -99,6 +103,14 @@ CHAT_FIELDS: dict[str, list[Any]] = {
 }
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stack(running_stack: Any) -> AsyncIterator[Any]:
+    async with running_stack() as running:
+        await running.registry.add("loud")
+        await running.until_listed("loud")
+        yield running
+
+
 def _id(value: Any) -> str:
     return repr(value)[:40].encode("ascii", "replace").decode()
 
@@ -109,6 +121,7 @@ def _table(fields: dict[str, list[Any]]) -> list[Any]:
 
 
 async def _refused(stack: Any, path: str, body: dict[str, Any], param: str) -> None:
+    requests_before = len(stack.inference.requests)
     # json.dumps, because httpx would refuse to send what a hostile client sends.
     response = await stack.http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
     assert response.status_code in (400, 404), response.text
@@ -118,7 +131,7 @@ async def _refused(stack: Any, path: str, body: dict[str, Any], param: str) -> N
     if error["code"] != "invalid_json":
         assert error["param"].split(".")[0] == param
         assert error["message"]
-    assert not stack.inference.requests
+    assert len(stack.inference.requests) == requests_before
     assert (await stack.http.get("/health/live")).status_code == 200
 
 
@@ -209,7 +222,6 @@ async def test_a_missing_field_is_named(stack: Any, field: str) -> None:
     ],
 )
 async def test_an_unknown_model_is_not_found(stack: Any, model: str) -> None:
-    await stack.registry.add("loud")
     response = await stack.complete("x", model=model)
     assert response.status_code == 404, response.text
     assert response.json()["error"]["code"] == "model_not_found"
@@ -218,8 +230,6 @@ async def test_an_unknown_model_is_not_found(stack: Any, model: str) -> None:
 
 @pytest.mark.parametrize(("model", "near"), [("lowd", "loud"), ("acme/tiny-2", "acme/tiny-1"), ("Loud", "loud")])
 async def test_an_unknown_model_comes_with_a_near_one(stack: Any, model: str, near: str) -> None:
-    await stack.registry.add("loud")
-    await stack.until_listed("loud")
     assert f"did you mean '{near}'?" in (await stack.complete("x", model=model)).json()["error"]["message"]
 
 
