@@ -102,7 +102,7 @@ def make_row(base: Base, task: Task, example: Example, rng: random.Random) -> Ro
     return Row(prompt_ids=base.token_ids(prompt), completion_ids=[*base.token_ids(completion), base.eos_id])
 
 
-def batches(base: Base, task: Task, seed: int) -> Iterator[list[Row]]:
+def batches(base: Base, task: Task, seed: str) -> Iterator[list[Row]]:
     """Yield batches without end, rows of about one length together so that little is padding."""
     rng = random.Random(seed)
     while True:
@@ -171,14 +171,20 @@ def learning_rate_share(step: int, num_steps: int) -> float:
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train(base: Base, task: Task, num_steps: int, seed: int, output: Path) -> None:
-    """Train one adapter and write it to `output` as PEFT does, now and then while it trains."""
+def train(base: Base, task: Task, num_steps: int, seed: int, output: Path, resume: bool) -> None:
+    """Train one adapter and write it to `output` as PEFT does, now and then while it trains.
+
+    resume  start from the adapter in `output`, with other batches than its first training saw
+    """
     torch.manual_seed(seed)
     peft_model = add_soft_prompt(base, task)
     (soft_rows,) = (parameter for parameter in peft_model.parameters() if parameter.requires_grad)
     optimizer = torch.optim.AdamW([soft_rows], lr=task.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_share(step, num_steps))
-    source = batches(base, task, seed)
+    source = batches(base, task, f"{seed} resumed" if resume else str(seed))
+    if resume:
+        with torch.no_grad():
+            soft_rows.copy_(load_file(output / "adapter_model.safetensors")["prompt_embeddings"])
     losses: list[float] = []
     began = time.monotonic()
     for step in range(1, num_steps + 1):
@@ -366,6 +372,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--eval-only", action="store_true", help="evaluate the adapter that lies in the output folder"
     )
+    parser.add_argument("--resume", action="store_true", help="train the adapter in the output folder further")
     parser.add_argument("--no-baseline", action="store_true", help="leave out the base model's instructions")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the batches and the generated SQL")
     parser.add_argument(
@@ -386,7 +393,7 @@ def main() -> None:
         base = load_base(getattr(torch, arguments.dtype))
         folder = arguments.output / name
         if not arguments.eval_only:
-            train(base, task, arguments.steps or task.num_steps, arguments.seed, folder)
+            train(base, task, arguments.steps or task.num_steps, arguments.seed, folder, arguments.resume)
             base = load_base(getattr(torch, arguments.dtype))
         results = evaluate(base, task, folder, baseline=not arguments.no_baseline)
         print(json.dumps({name: results}, indent=2), flush=True)

@@ -13,8 +13,10 @@ def generate(out: Path) -> None:
     """Write the generated files of all protos below `out`."""
     well_known = Path(protoc.__file__).parent / "_proto"
     protos = sorted(str(path) for path in ROOT.rglob("*.proto"))
+    # The plugins stand beside the interpreter, which need not be on PATH.
+    plugins = [f"--plugin={path}" for path in Path(sys.executable).parent.glob("protoc-gen-*")]
     outputs = [f"--{plugin}_out={out}" for plugin in ("python", "grpc_python", "mypy", "mypy_grpc")]
-    if protoc.main(["protoc", f"-I{ROOT}", f"-I{well_known}", *outputs, *protos]):
+    if protoc.main(["protoc", f"-I{ROOT}", f"-I{well_known}", *plugins, *outputs, *protos]):
         sys.exit("protoc failed")
 
 
