@@ -106,6 +106,6 @@ def test_an_adapter_that_does_not_fit_ends_the_start_with_its_reason(
     system = start_system(*flags, wait=False)
     assert system.process.wait(240) == 1
     assert (
-        "cannot serve the adapter 'big': the adapter has 16 virtual tokens; allowed are at most 8" in system.text()
+        "cannot serve the adapter 'big': the adapter has 16 virtual tokens; at most 8 are allowed" in system.text()
     )
     assert wait_until(lambda: not system.pids()), system.pids()

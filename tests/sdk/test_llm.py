@@ -223,7 +223,7 @@ def test_an_adapter_that_cannot_be_used_leaves_its_id_free(llm: LLM, make_adapte
 
     with pytest.raises(AdapterInvalid, match="there is no folder"):
         generate_with("/no/such/folder")
-    with pytest.raises(AdapterInvalid, match="40 virtual tokens; allowed are at most 32"):
+    with pytest.raises(AdapterInvalid, match="40 virtual tokens; at most 32 are allowed"):
         generate_with(make_adapter(40, 40))
     assert generate_with(make_adapter(40))
 

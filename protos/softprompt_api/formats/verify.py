@@ -84,7 +84,8 @@ class AdapterVerifier:
             )
         if max_virtual_tokens and spec.num_virtual_tokens > max_virtual_tokens:
             raise AdapterInvalid(
-                f"the adapter has {spec.num_virtual_tokens} virtual tokens; at most {max_virtual_tokens} may be",
+                f"the adapter has {spec.num_virtual_tokens} virtual tokens; at most {max_virtual_tokens} are "
+                "allowed (max_prompt_adapter_token)",
                 field="config.num_virtual_tokens",
             )
         self._spec = spec
