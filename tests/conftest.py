@@ -9,6 +9,8 @@ import pytest
 
 MakeAdapter = Callable[..., Path]
 
+# As softprompt_inference sets it; tests may import torch before that package.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Triton reads this once, when it is first imported, and transformers imports it.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")

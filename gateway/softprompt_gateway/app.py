@@ -101,4 +101,6 @@ async def _explain_parameter(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     param = ".".join(str(part) for part in first["loc"][1:])
-    return describe(Refused(f"{param}: {first['msg']}", code="invalid_value", param=param)).response()
+    return describe(
+        Refused(f"{param}: {first['msg'].removeprefix('Input ')}", code="invalid_value", param=param)
+    ).response()

@@ -4,7 +4,8 @@
 bodies, parameters) is a `Refused`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,16 @@ from starlette.responses import Response
 INVALID_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
 INTERNAL_MESSAGE = "internal error; the gateway's log has the details under this request's x-request-id"
+
+
+@contextmanager
+def fields_spelled(**names: str) -> Iterator[None]:
+    """Name fields in errors as this API's users spell them: the service's own field = the user's field."""
+    try:
+        yield
+    except errors.SoftpromptError as error:
+        error.field = names.get(error.field, error.field)
+        raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

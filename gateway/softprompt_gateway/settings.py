@@ -1,10 +1,12 @@
 """The gateway's settings, read once from the environment."""
 
-import os
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, ValidationError
+from pydantic import AliasChoices, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from softprompt_api.settings import SettingsError, read, refuse_unknown_variables
+
+__all__ = ["Settings", "SettingsError", "read_settings"]
 
 ENV_PREFIX = "SOFTPROMPT_GATEWAY_"
 _MIB = 2**20
@@ -15,10 +17,6 @@ PositiveSeconds = Annotated[float, Field(gt=0, le=86_400)]
 def _shared(name: str) -> AliasChoices:
     """A setting that all services read under one variable; the field's own name serves `Settings(...)` in code."""
     return AliasChoices(name, f"SOFTPROMPT_{name.upper()}")
-
-
-class SettingsError(Exception):
-    """A setting is unknown or has a value that cannot be; the message is for the person who starts the gateway."""
 
 
 class Settings(BaseSettings):
@@ -58,11 +56,5 @@ class Settings(BaseSettings):
 
 def read_settings() -> Settings:
     """Read the environment; raise SettingsError, in plain words, for an unknown variable or a bad value."""
-    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
-    if unknown := sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known):
-        raise SettingsError(f"unknown setting {unknown[0]}; known are {', '.join(sorted(known))}")
-    try:
-        return Settings()
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise SettingsError(f"bad setting: {problems}") from None
+    refuse_unknown_variables(Settings)
+    return read(Settings)

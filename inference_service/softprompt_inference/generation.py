@@ -150,7 +150,8 @@ class Generator:
                     prompt_tokens=len(token_ids),
                     completion_tokens=sum(choice.num_tokens for choice in choices),
                     virtual_tokens=virtual_tokens,
-                    cached_tokens=sum(choice.cached_tokens for choice in choices),
+                    # The first choice's: the others find what it computed.
+                    cached_tokens=max(0, choices[0].cached_tokens - virtual_tokens),
                 )
 
     async def bind(self, spelling: str) -> BoundAdapter | None:

@@ -4,21 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import ByteSize, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+from pydantic import ByteSize, Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from softprompt_api.settings import SettingsError, check_reach, read
 
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.model.source import DEFAULT_MODEL, is_default_model
 
+__all__ = ["Settings", "SettingsError", "read_settings"]
+
 ENV_PREFIX = "SOFTPROMPT_"
 _MIB = 2**20
-_LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
 
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
-
-
-class SettingsError(Exception):
-    """A setting has a value that cannot be; the message is for the person at the terminal."""
 
 
 class Settings(BaseSettings):
@@ -56,11 +54,12 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_address(self) -> Self:
-        if not self.inference_allow_remote and not self.inference_address.startswith(_LOOPBACK):
-            raise ValueError(
-                f"inference_address {self.inference_address} is reachable from other machines, without "
-                "encryption; use 127.0.0.1, or set inference_allow_remote where the network is private"
-            )
+        check_reach(
+            self.inference_address,
+            allow_remote=self.inference_allow_remote,
+            setting="inference_address",
+            permission="inference_allow_remote",
+        )
         return self
 
     @model_validator(mode="after")
@@ -99,17 +98,4 @@ class Settings(BaseSettings):
 
 def read_settings(arguments: Sequence[str] = ()) -> Settings:
     """Read flags and environment; SettingsError, in plain words, for a bad value."""
-    flags = CliSettingsSource[object](
-        Settings,
-        cli_prog_name="python -m softprompt_inference",
-        cli_parse_args=list(arguments),
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-    )
-    try:
-        return Settings(_cli_settings_source=flags)  # type: ignore[call-arg]
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise SettingsError(f"{name}: {first['msg']}" if name else str(first["msg"])) from None
+    return read(Settings, arguments, program="python -m softprompt_inference")

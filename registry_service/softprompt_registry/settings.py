@@ -1,21 +1,18 @@
 """The registry's settings, read once from flags and environment."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import AliasChoices, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+from pydantic import AliasChoices, Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from softprompt_api.settings import SettingsError, check_reach, read, refuse_unknown_variables
+
+__all__ = ["Settings", "SettingsError", "read_settings"]
 
 ENV_PREFIX = "SOFTPROMPT_REGISTRY_"
 _GIB = 2**30
-_LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
 
 PositiveSeconds = Annotated[float, Field(gt=0, le=86_400)]
-
-
-class SettingsError(Exception):
-    """A setting is unknown or has a value that cannot be; the message is for the person at the terminal."""
 
 
 class Settings(BaseSettings):
@@ -51,11 +48,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_address(self) -> Self:
-        if not self.allow_remote and not self.address.startswith(_LOOPBACK):
-            raise ValueError(
-                f"address {self.address} is reachable from other machines, without encryption; use 127.0.0.1, or "
-                "set allow_remote where the network is private"
-            )
+        check_reach(self.address, allow_remote=self.allow_remote, setting="address", permission="allow_remote")
         return self
 
     @model_validator(mode="after")
@@ -65,23 +58,7 @@ class Settings(BaseSettings):
         return self
 
 
-def read_settings(arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Settings:
+def read_settings(arguments: Sequence[str] = ()) -> Settings:
     """Read flags and environment; SettingsError, in plain words, for an unknown setting or a bad value."""
-    environment = os.environ if environment is None else environment
-    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
-    if unknown := sorted(name for name in environment if name.startswith(ENV_PREFIX) and name not in known):
-        raise SettingsError(f"unknown setting {unknown[0]}; known are {', '.join(sorted(known))}")
-    flags = CliSettingsSource[object](
-        Settings,
-        cli_prog_name="python -m softprompt_registry",
-        cli_parse_args=list(arguments),
-        cli_kebab_case=True,
-        cli_implicit_flags=True,
-        cli_hide_none_type=True,
-    )
-    try:
-        return Settings(_cli_settings_source=flags)  # type: ignore[call-arg]
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise SettingsError(f"{name}: {first['msg']}" if name else str(first["msg"])) from None
+    refuse_unknown_variables(Settings)
+    return read(Settings, arguments, program="python -m softprompt_registry")

@@ -1,5 +1,6 @@
 """A running system answers the OpenAI SDK and the command line."""
 
+import base64
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -163,6 +164,75 @@ def test_a_bad_adapter_is_refused_in_one_line_and_serving_goes_on(
     assert refused.returncode == 1
     assert "prompt_embeddings" in refused.stderr
     assert refused.stderr.count("\n") == 1
+    assert complete(client, "first")
+
+
+def test_adapters_of_one_length_under_one_text_never_share_what_was_computed(
+    system: Any, client: openai.OpenAI, make_adapter: Callable[..., Path]
+) -> None:
+    # Exactly one page of virtual tokens, and a text of several pages: all of it would be found again.
+    prompt = PROMPT * 8
+    alike = ("one", "other")
+    for seed, name in enumerate(alike, start=20):
+        assert system.cli("adapter", "add", name, str(make_adapter(seed, 16))).returncode == 0
+    models = (*alike, "second", "tiny")
+    texts = {model: complete(client, model, prompt) for model in models}
+    assert len(set(texts.values())) == len(models)
+    with ThreadPoolExecutor(16) as threads:
+        again = list(threads.map(lambda number: complete(client, models[number % 4], prompt), range(16)))
+    assert again == [texts[models[number % 4]] for number in range(16)]
+    found = client.completions.create(model="one", prompt=prompt, max_tokens=1).usage.prompt_tokens_details
+    assert found.cached_tokens > 0
+
+
+def test_an_adapter_may_be_named_after_its_base_model(client: openai.OpenAI) -> None:
+    assert complete(client, "tiny:second") == complete(client, "second@1") == complete(client, "second")
+    with pytest.raises(openai.NotFoundError):
+        complete(client, "other:second")
+
+
+def test_the_answer_names_the_version_that_made_it(system: Any, client: openai.OpenAI) -> None:
+    answer = client.completions.with_raw_response.create(model="second", prompt=PROMPT, max_tokens=1)
+    listed = client.models.retrieve("second").model_dump()["adapter"]
+    assert answer.headers["x-softprompt-adapter"] == "second@1"
+    assert answer.headers["x-softprompt-adapter-digest"] == listed["digest"]
+
+
+def test_virtual_tokens_count_against_the_context(client: openai.OpenAI) -> None:
+    ids = [5] * 500  # of 512; "second" has 16 virtual tokens
+    fits = client.completions.create(model="tiny", prompt=ids, max_tokens=2)
+    assert fits.usage.prompt_tokens == 500
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.completions.create(model="second", prompt=ids, max_tokens=2)
+    assert raised.value.code == "context_length_exceeded"
+    for number in ("512", "500", "16 virtual"):
+        assert number in raised.value.message
+
+
+def test_an_empty_prompt_is_refused_by_field(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        complete(client, "second", "")
+    assert raised.value.param == "prompt"
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.999])
+def test_a_truncated_upload_is_refused_and_registers_nothing(
+    system: Any, client: openai.OpenAI, adapters: dict[str, Path], kept: float
+) -> None:
+    tensors = (adapters["first"] / "adapter_model.safetensors").read_bytes()
+    answer = httpx.post(
+        f"{system.url}/v1/adapters",
+        json={
+            "name": "truncated",
+            "config": json.loads((adapters["first"] / "adapter_config.json").read_text(encoding="utf-8")),
+            "tensors_base64": base64.b64encode(tensors[: int(len(tensors) * kept)]).decode(),
+        },
+        timeout=60,
+    )
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["error"]["code"] == "adapter_invalid"
+    assert answer.json()["error"]["param"].startswith("tensors")
+    assert "truncated" not in {model.id for model in client.models.list()}
     assert complete(client, "first")
 
 

@@ -77,7 +77,7 @@ async def _until_refused(url: str) -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"SOFTPROMPT_GATEWAY_PORT": "x"}, "bad setting: port"),
+        ({"SOFTPROMPT_GATEWAY_PORT": "x"}, "softprompt gateway: port: "),
         ({"SOFTPROMPT_GATEWAY_NONSENSE": "1"}, "unknown setting SOFTPROMPT_GATEWAY_NONSENSE"),
         ({"SOFTPROMPT_GATEWAY_HOST": "203.0.113.1"}, "cannot listen on 203.0.113.1:2242"),
     ],

@@ -48,7 +48,7 @@ async def test_ids_become_text(stack: Any) -> None:
         ("/detokenize", {"tokens": [-1]}, 400, "tokens.0"),
         ("/detokenize", {"tokens": [True]}, 400, "tokens.0"),
         ("/detokenize", {"tokens": [2**70]}, 400, "tokens.0"),
-        ("/detokenize", {"tokens": [999]}, 400, "ids"),
+        ("/detokenize", {"tokens": [999]}, 400, "tokens"),
     ],
 )
 async def test_bad_requests_are_refused(stack: Any, path: str, body: Any, status: int, param: str | None) -> None:

@@ -319,8 +319,10 @@ async def test_an_adapter_is_loaded_before_the_request_and_named_in_the_answer(w
     [request] = await world.engine.wait_for(AddRequest)
     assert [type(command) for command in world.engine.commands] == [LoadAdapter, AddRequest]
     assert request.prompt[0] == SoftPromptPart(digest=DIGEST_A)
-    world.engine.put(request, 50, finish=Finish.LENGTH)
+    # All ten virtual tokens and one of the two text tokens; usage tells of the text alone.
+    world.engine.put(request, 50, finish=Finish.LENGTH, cached_tokens=11)
     events = [event async for event in call]
+    assert events[-1].usage.cached_tokens == 1
     accepted = events[0].accepted
     assert (accepted.adapter_name, accepted.adapter_version, accepted.adapter_digest) == ("tweets", 3, DIGEST_A)
     assert (accepted.virtual_tokens, events[-1].usage.virtual_tokens) == (10, 10)

@@ -26,7 +26,7 @@ from softprompt_gateway.adapters.upload import register, whole
 from softprompt_gateway.body import body_chunks, check_encoding, content_length, discard
 from softprompt_gateway.disconnect import unless_gone
 from softprompt_gateway.documented import json_body
-from softprompt_gateway.errors import Refused
+from softprompt_gateway.errors import Refused, fields_spelled
 from softprompt_gateway.gateway import Gateway
 
 REQUEST_MODELS = (RegisterRequest,)
@@ -112,7 +112,8 @@ class _Routes:
         """Register an adapter from JSON; the next request can use it."""
         body = RegisterRequest.checked(await self._gateway.json(request))
         tensors = body.tensors()
-        answer = await unless_gone(request, register(self._registry, body.header(tensors), whole(tensors)))
+        with fields_spelled(base_model_id="base_model", tensors_sha256="sha256"):
+            answer = await unless_gone(request, register(self._registry, body.header(tensors), whole(tensors)))
         return self._registered(answer)
 
     async def upload(self, request: Request, adapter: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from softprompt_gateway.disconnect import unless_gone
 from softprompt_gateway.documented import json_body
+from softprompt_gateway.errors import fields_spelled
 from softprompt_gateway.gateway import Gateway
 from softprompt_gateway.openai.answering import Answering, Job
 from softprompt_gateway.openai.chat import ChatRequest, ChatStyle
@@ -128,7 +129,8 @@ class _Routes:
         """Turn token ids into text."""
         body = DetokenizeRequest.checked(await self._gateway.json(request))
         await self._digest_of(body.model)
-        return {"prompt": await unless_gone(request, self._inference.detokenize(body.tokens))}
+        with fields_spelled(ids="tokens"):
+            return {"prompt": await unless_gone(request, self._inference.detokenize(body.tokens))}
 
     async def _digest_of(self, model: str | None) -> str:
         return (await self._resolver.resolve(model)).digest if model is not None else ""

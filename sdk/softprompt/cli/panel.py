@@ -20,6 +20,11 @@ from softprompt.registry import AdapterInfo, RegistryClient
 
 _MAX_ADAPTERS = 12
 _MIB = 2**20
+_DEMO = "tweet_adapter"
+_DEMO_PROMPT = (
+    "Tweet text : @nationalgridus I have no water and the bill is current and paid. "
+    "Can you do something about this? Label :"
+)
 
 
 def show(console: Console, options: RunOptions, addresses: Addresses, logs: Path) -> None:
@@ -48,10 +53,11 @@ def get_model(address: str) -> pb.GetModelResponse:
 
 
 def curl(addresses: Addresses, model: pb.GetModelResponse, adapters: list[AdapterInfo]) -> str:
-    """One request to paste: the first adapter's, or the base model's."""
+    """One request to paste: the demo adapter's, or the base model's, whose prompts are known."""
+    has_demo = any(info.name == _DEMO for info in adapters)
     body = {
-        "model": adapters[0].name if adapters else model.base_model.id,
-        "prompt": "Tweet text : @support my order still has not arrived Label :" if adapters else "The sky is",
+        "model": _DEMO if has_demo else model.base_model.id,
+        "prompt": _DEMO_PROMPT if has_demo else "The capital of France is",
         "max_tokens": 16,
         "temperature": 0,
     }

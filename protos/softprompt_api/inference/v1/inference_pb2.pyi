@@ -594,7 +594,7 @@ class Usage(_message.Message):
     virtual_tokens: _builtins.int
     """Virtual tokens in front of the prompt."""
     cached_tokens: _builtins.int
-    """Positions of the prompt (virtual and text) whose KV came from the prefix cache, over all choices."""
+    """Text tokens of the prompt whose KV came from the prefix cache when its first choice began."""
     def __init__(
         self,
         *,

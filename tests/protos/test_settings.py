@@ -1,0 +1,53 @@
+"""Settings are read in one way by every service, and mistakes are told in one plain sentence."""
+
+import pytest
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from softprompt_api.settings import SettingsError, check_reach, read, refuse_unknown_variables
+
+
+class Some(BaseSettings):
+    """Two settings of an imagined service."""
+
+    model_config = SettingsConfigDict(env_prefix="IMAGINED_", frozen=True, extra="forbid")
+
+    port: int = Field(1, ge=1)
+    place: str = "here"
+
+
+def test_flags_win_over_the_environment_and_that_over_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGINED_PORT", "2")
+    assert read(Some).port == 2
+    settings = read(Some, ["--port", "3"], program="imagined")
+    assert (settings.port, settings.place) == (3, "here")
+
+
+def test_a_program_without_flags_reads_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["imagined", "--port", "3"])
+    assert read(Some).port == 1
+
+
+@pytest.mark.parametrize("value", ["0", "many"])
+def test_a_bad_value_is_told_in_one_line_with_its_name(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("IMAGINED_PORT", value)
+    with pytest.raises(SettingsError, match=r"^port: [^\n]+$"):
+        read(Some)
+
+
+def test_an_unknown_variable_is_named_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_unknown_variables(Some)
+    monkeypatch.setenv("IMAGINED_PROT", "2")
+    with pytest.raises(SettingsError, match="IMAGINED_PROT; known are IMAGINED_PLACE, IMAGINED_PORT"):
+        refuse_unknown_variables(Some)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1", "[::1]:1", "unix:socket"])
+def test_this_machine_is_always_allowed(address: str) -> None:
+    check_reach(address, allow_remote=False, setting="address", permission="allow_remote")
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "registry:1"])
+def test_other_machines_must_be_meant(address: str) -> None:
+    with pytest.raises(ValueError, match=r"address .* set allow_remote"):
+        check_reach(address, allow_remote=False, setting="address", permission="allow_remote")
+    check_reach(address, allow_remote=True, setting="address", permission="allow_remote")
