@@ -94,3 +94,14 @@ def test_the_search_for_forbidden_uses_finds_them(source: str) -> None:
 def test_every_package_says_that_it_is_typed() -> None:
     missing = [root for root in ROOTS if not next((ROOT / root).glob("*/py.typed"), None)]
     assert missing == []
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_the_architecture_page_has_a_line_for_every_module(root: str) -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    [package] = (path.parent for path in (ROOT / root).glob("*/py.typed"))
+    _, _, section = page.partition(f"### `{package.name}`")
+    modules = [path for path in package.rglob("*.py") if path.stem != "__init__" and "_pb2" not in path.stem]
+    section = section.partition("\n### ")[0]
+    names = [path.relative_to(package).as_posix() for path in modules]
+    assert [name for name in names if f"| `{name}` |" not in section] == []
