@@ -8,7 +8,7 @@ from softprompt_api.logs import configure_logs
 from softprompt_api.rpc.server import wait_for_stop_signal
 
 from softprompt_inference.engine.client import EngineStartError
-from softprompt_inference.model.source import ModelSourceError
+from softprompt_inference.model.errors import ModelSourceError
 from softprompt_inference.server import EngineDied, InferenceServer
 from softprompt_inference.settings import Settings, SettingsError, read_settings
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 from softprompt_inference.model import attention
+from softprompt_inference.model.errors import ModelSourceError
 from softprompt_inference.model.loader import LoadedModel
-from softprompt_inference.model.source import DEFAULT_MODEL, ModelSourceError, resolve_model
+from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 from softprompt_kernels.kv_write import kv_write
 from torch import Tensor
 

@@ -16,13 +16,10 @@ import softprompt_inference.model.source as source
 import torch
 from gguf import GGUFWriter
 from huggingface_hub.errors import OfflineModeIsEnabled
+from softprompt_inference.model.errors import ModelFormatError, ModelNotFoundError, ModelSourceError
+from softprompt_inference.model.gguf import convert_gguf, converted_folder
 from softprompt_inference.model.source import (
     DEFAULT_MODEL,
-    ModelFormatError,
-    ModelNotFoundError,
-    ModelSourceError,
-    convert_gguf,
-    converted_folder,
     default_cache_dir,
     find_wheel_gguf,
     is_default_model,
