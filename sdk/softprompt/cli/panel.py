@@ -53,11 +53,12 @@ def get_model(address: str) -> pb.GetModelResponse:
 
 
 def curl(addresses: Addresses, model: pb.GetModelResponse, adapters: list[AdapterInfo]) -> str:
-    """One request to paste: the demo adapter's, or the base model's, whose prompts are known."""
-    has_demo = any(info.name == _DEMO for info in adapters)
+    """One request to paste: the demo adapter's, else the first adapter's, else the base model's."""
+    names = [info.name for info in adapters] or [model.base_model.id]
+    name = _DEMO if _DEMO in names else names[0]
     body = {
-        "model": _DEMO if has_demo else model.base_model.id,
-        "prompt": _DEMO_PROMPT if has_demo else "The capital of France is",
+        "model": name,
+        "prompt": _DEMO_PROMPT if name == _DEMO else "The capital of France is",
         "max_tokens": 16,
         "temperature": 0,
     }
