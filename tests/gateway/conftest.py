@@ -248,15 +248,18 @@ class FakeRegistry(RegistryServiceServicer):
         self.headers.append(header)
         if "EXPLODE" in header.config_json:
             raise errors.AdapterInvalid("peft_type 'EXPLODE' is not supported", field="config.peft_type")
-        self.uploads.append([])
+        sizes: list[int] = []
+        self.uploads.append(sizes)
         digest = hashlib.sha256()
-        async for message in request_iterator:
-            assert message.chunk.offset == sum(self.uploads[-1])
-            self.uploads[-1].append(len(message.chunk.data))
-            digest.update(message.chunk.data)
-        # A cancelled upload ends like a whole one, only early.
-        if sum(self.uploads[-1]) != header.tensors_size_bytes:
-            self.cut_uploads += 1
+        try:
+            async for message in request_iterator:
+                assert message.chunk.offset == sum(sizes)
+                sizes.append(len(message.chunk.data))
+                digest.update(message.chunk.data)
+        finally:
+            # A cancelled upload ends like a whole one, only early, or by cancellation: whichever comes first.
+            self.cut_uploads += sum(sizes) != header.tensors_size_bytes
+        if sum(sizes) != header.tensors_size_bytes:
             raise errors.AdapterInvalid("the tensors end early", field="tensors")
         if digest.hexdigest() != header.tensors_sha256:
             raise errors.AdapterInvalid("the tensors are not what the header says", field="tensors")
