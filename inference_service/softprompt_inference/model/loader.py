@@ -18,7 +18,14 @@ from transformers.utils import logging as transformers_logging
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.model import hardware
 from softprompt_inference.model.attention import ATTENTION, LayerSpec
-from softprompt_inference.model.probe import NO_INTERFACE, check_against_eager, find_layers
+from softprompt_inference.model.probe import (
+    NO_INTERFACE,
+    check_against_eager,
+    eager_reference,
+    find_layers,
+    run_once,
+)
+from softprompt_inference.model.swaps.apply import apply_swaps
 
 # Used for models that name no limit of their own, such as those without learned positions.
 DEFAULT_MAX_MODEL_LEN = 4096
@@ -37,6 +44,7 @@ class LoadedModel:
         layers: its attention layers, in the order in which they are called.
         max_positions: longest sequence it computes rightly.
         keeps_logits: it can compute the logits of chosen rows only.
+        weights_bytes: of all weights as they were loaded, shared ones once.
     """
 
     model: PreTrainedModel
@@ -49,11 +57,7 @@ class LoadedModel:
     vocab_size: int
     max_positions: int
     keeps_logits: bool
-
-    @property
-    def weights_bytes(self) -> int:
-        """Bytes of all weights, shared ones once."""
-        return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
+    weights_bytes: int
 
     def logits(self, embeddings: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         """Run the model once.
@@ -101,8 +105,12 @@ def load_model(config: EngineConfig, report: Callable[[str], None]) -> LoadedMod
             vocab_size=vocab_size,
             max_positions=_max_positions(model_config),
             keeps_logits="logits_to_keep" in parameters,
+            weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         )
-        check_against_eager(loaded)
+        reference = eager_reference(loaded)
+        report("preparing weights")
+        apply_swaps(model, lambda: run_once(model))
+        check_against_eager(loaded, reference)
     except Unsupported as error:
         raise _unsupported(type(model).__name__, error.message) from error
     return loaded

@@ -8,6 +8,7 @@ the model's own eager attention in one piece. The logits of the last two must ag
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,19 +45,11 @@ _LARGEST_TOLERANCE = 0.5
 
 def find_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
     """The attention layers in the order of their calls. Raises Unsupported."""
-    recorder = CallRecorder()
-    for module in model.modules():
-        attach(module, recorder)
-    embeddings = _embed(model, torch.arange(_PROBE_TOKENS, device=model.device))
     try:
-        with torch.inference_mode():
-            model(inputs_embeds=embeddings[None], use_cache=False)
+        recorder = run_once(model)
     except Exception as error:
         # Whatever it is, the model cannot do without the attention or the mask that it brings along.
         raise Unsupported("its forward fails without a mask and attention of its own") from error
-    finally:
-        for module in model.modules():
-            detach(module)
     layers = tuple(
         LayerSpec(
             module=module,
@@ -70,6 +63,21 @@ def find_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
     _check_calls(model, recorder)
     _check_windows(model, layers)
     return layers
+
+
+def run_once(model: PreTrainedModel) -> CallRecorder:
+    """Run a few tokens through the model and note its calls for attention; leaves nothing behind."""
+    recorder = CallRecorder()
+    for module in model.modules():
+        attach(module, recorder)
+    embeddings = _embed(model, torch.arange(_PROBE_TOKENS, device=model.device))
+    try:
+        with torch.inference_mode():
+            model(inputs_embeds=embeddings[None], use_cache=False)
+    finally:
+        for module in model.modules():
+            detach(module)
+    return recorder
 
 
 def _check_calls(model: PreTrainedModel, recorder: CallRecorder) -> None:
@@ -99,7 +107,32 @@ def _check_windows(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> Non
             )
 
 
-def check_against_eager(loaded: LoadedModel) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EagerReference:
+    """What the model's own attention answers to two sequences.
+
+    sequences  2 * [_CHECK_TOKENS, hidden]
+    logits     [2 * _CHECK_TOKENS, vocabulary] float32
+    nudged     the same after the last bit of the input was shaken
+    """
+
+    sequences: list[Tensor]
+    logits: Tensor
+    nudged: Tensor
+
+
+def eager_reference(loaded: LoadedModel) -> EagerReference:
+    """Ask the model as it was loaded, before anything in it is replaced. Raises Unsupported."""
+    generator = torch.Generator().manual_seed(0)
+    sequences = [_sequence(loaded, generator) for _ in range(2)]
+    logits = torch.cat([_eager_logits(loaded, sequence) for sequence in sequences])
+    if logits.shape[1] != loaded.vocab_size:
+        raise Unsupported(f"it embeds {loaded.vocab_size} tokens and has logits for {logits.shape[1]}")
+    nudged = torch.cat([_eager_logits(loaded, _nudge(sequence, generator)) for sequence in sequences])
+    return EagerReference(sequences=sequences, logits=logits, nudged=nudged)
+
+
+def check_against_eager(loaded: LoadedModel, reference: EagerReference) -> None:
     """Compare two sequences, served in pieces, with the model's own attention.
 
     Allowed is what rounding explains: a fixed tolerance or, where the model itself answers more strongly to the
@@ -108,16 +141,11 @@ def check_against_eager(loaded: LoadedModel) -> None:
     Raises:
         Unsupported: the logits differ by more.
     """
-    generator = torch.Generator().manual_seed(0)
-    sequences = [_sequence(loaded, generator) for _ in range(2)]
-    expected = torch.cat([_eager_logits(loaded, sequence) for sequence in sequences])
-    if expected.shape[1] != loaded.vocab_size:
-        raise Unsupported(f"it embeds {loaded.vocab_size} tokens and has logits for {expected.shape[1]}")
-    nudged = torch.cat([_eager_logits(loaded, _nudge(sequence, generator)) for sequence in sequences])
-    actual = torch.cat(_served_logits(loaded, sequences))
+    expected = reference.logits
+    actual = torch.cat(_served_logits(loaded, reference.sequences))
     variation = (expected - expected.mean(0)).norm()
     difference = float((actual - expected).norm() / variation)
-    sensitivity = float((nudged - expected).norm() / variation)
+    sensitivity = float((reference.nudged - expected).norm() / variation)
     tolerance = max(_CHECK_TOLERANCE[loaded.dtype], _SENSITIVITY_FACTOR * sensitivity)
     if not difference <= min(tolerance, _LARGEST_TOLERANCE):
         raise Unsupported(f"paged attention gives other logits than its own attention (relative {difference:.2g})")

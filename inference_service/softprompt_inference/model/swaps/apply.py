@@ -1,0 +1,31 @@
+"""Which swaps there are, and in which order they are tried."""
+
+import logging
+from collections.abc import Callable
+
+from torch import nn
+
+from softprompt_inference.model.swaps import gated, linears
+from softprompt_inference.model.swaps.verify import Swap, verify
+
+_log = logging.getLogger(__name__)
+
+
+def apply_swaps(model: nn.Module, run: Callable[[], object]) -> None:
+    """Replace what can be computed faster, in place; whatever does not verify stays as it was.
+
+    Args:
+        run: runs the model once on a few tokens.
+    """
+    finders: tuple[tuple[str, Callable[[], list[Swap]]], ...] = (
+        ("gated MLPs", lambda: gated.find(model)),
+        ("linears", lambda: linears.find(model, run)),
+    )
+    for kind, find in finders:
+        swaps = find()
+        found, kept = len(swaps), 0
+        # One at a time: a swap that is done lets go of the weights it replaced.
+        while swaps:
+            kept += verify(swaps.pop())
+        if found:
+            _log.info("%s: %d of %d replaced", kind, kept, found)
