@@ -9,7 +9,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from softprompt_api.settings import SettingsError, check_reach, read
 
 from softprompt_inference.engine.config import EngineConfig
-from softprompt_inference.model.source import DEFAULT_MODEL, is_default_model
+from softprompt_inference.model.source import DEFAULT_MODEL, is_default_model, native_kernels_dir
 
 __all__ = ["Settings", "SettingsError", "read_settings"]
 
@@ -43,6 +43,7 @@ class Settings(BaseSettings):
     max_num_sequences: PositiveInt = Field(256, description="most sequences in one batch")
     max_step_tokens: PositiveInt | None = Field(None, description="most tokens in one step")
     num_threads: PositiveInt | None = Field(None, description="torch's threads on a CPU")
+    native_kernels: bool = Field(True, description="compile CPU kernels where a C compiler is installed")
 
     max_virtual_tokens: PositiveInt = Field(512, description="most virtual tokens of one adapter")
     max_prompt_adapters: PositiveInt = Field(1024, description="most adapters on the device at one time")
@@ -93,6 +94,7 @@ class Settings(BaseSettings):
             max_step_tokens=self.max_step_tokens,
             max_virtual_tokens=self.max_virtual_tokens,
             num_threads=self.num_threads,
+            native_cache_dir=str(native_kernels_dir()) if self.native_kernels else None,
         )
 
 

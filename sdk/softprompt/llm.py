@@ -18,7 +18,7 @@ from softprompt_inference.engine.keys import VirtualIds
 from softprompt_inference.engine.messages import AddRequest, ModelInfo, SoftPromptPart, TextPart
 from softprompt_inference.engine.prompt import make_sequence
 from softprompt_inference.model.runner import load_runner
-from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
+from softprompt_inference.model.source import DEFAULT_MODEL, native_kernels_dir, resolve_model
 from softprompt_inference.text import ChatMessage, Tokenizer
 
 from softprompt.batch import Running, run
@@ -78,6 +78,7 @@ class LLM:
             max_num_sequences=max_num_seqs,
             max_step_tokens=max_num_batched_tokens,
             max_virtual_tokens=max_prompt_adapter_token,
+            native_cache_dir=str(native_kernels_dir()),
         )
         self._tokenizer = Tokenizer.load(folder)
         self._engine = Engine(load_runner(config, _log.info), config)

@@ -21,6 +21,7 @@ class EngineConfig:
         max_step_tokens: most tokens computed in one step; None: few on a CPU, many on a GPU.
         max_virtual_tokens: most virtual tokens of one adapter.
         num_threads: of torch on a CPU; None: torch's own choice.
+        native_cache_dir: folder for CPU kernels compiled on this machine; None: torch's operations only.
     """
 
     model_path: str
@@ -33,6 +34,7 @@ class EngineConfig:
     max_step_tokens: int | None = None
     max_virtual_tokens: int = 512
     num_threads: int | None = None
+    native_cache_dir: str | None = None
 
     def step_tokens(self, device: str) -> int:
         """Most tokens computed in one step on a device like "cpu" or "cuda:0"."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from softprompt_kernels import native
 from softprompt_kernels.kv_write import kv_write
 from softprompt_kernels.paged_attention import Plan, paged_attention, plan_paged_attention
 from torch import Tensor, nn
@@ -146,22 +147,24 @@ class StepBatch:
     query_start: Tensor
     context_lens: Tensor
     page_size: int
-    plans: dict[int | None, Plan] = field(default_factory=dict)
+    plans: dict[tuple[int | None, bool], Plan] = field(default_factory=dict)
 
-    def plan(self, window: int | None, dtype: torch.dtype) -> Plan | None:
-        """The CPU path's plan for layers with this window, made for the first of them; None on a GPU."""
+    def plan(self, window: int | None, keys: Tensor) -> Plan | None:
+        """The CPU path's plan for layers with such a window and pages, made for the first of them; None on a GPU."""
         if self.slots.device.type != "cpu":
             return None
-        if window not in self.plans:
-            self.plans[window] = plan_paged_attention(
+        key = (window, native.supports(keys))
+        if key not in self.plans:
+            self.plans[key] = plan_paged_attention(
                 self.page_table,
                 self.query_start,
                 self.context_lens,
                 page_size=self.page_size,
-                dtype=dtype,
+                dtype=keys.dtype,
                 sliding_window=window,
+                has_native=key[1],
             )
-        return self.plans[window]
+        return self.plans[key]
 
 
 def build_step_batch(
@@ -225,7 +228,7 @@ class PagedLayer:
             sliding_window=call.sliding_window,
             softcap=call.softcap,
             sinks=call.sinks,
-            plan=batch.plan(call.sliding_window, dtype),
+            plan=batch.plan(call.sliding_window, self._keys),
         ).to(call.q.dtype)
 
 

@@ -1,10 +1,13 @@
 """Computes the steps that the scheduler plans."""
 
+import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.params import SamplingParams
+from softprompt_kernels import native
 from softprompt_kernels.embed_gather import embed_gather
 from torch import Tensor
 
@@ -16,6 +19,8 @@ from softprompt_inference.model.attention import StepContext, attach_pages, buil
 from softprompt_inference.model.loader import LoadedModel, load_model
 from softprompt_inference.model.rows import VirtualRows
 from softprompt_inference.model.sampler import sample
+
+_log = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -102,6 +107,8 @@ def load_runner(config: EngineConfig, report: Callable[[str], None]) -> ModelRun
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    if config.native_cache_dir is not None and hardware.choose_device(config.device).type == "cpu":
+        _use_native_kernels(Path(config.native_cache_dir), report)
     loaded = load_model(config, report)
     runner = ModelRunner(loaded, page_size=config.page_size)
     report("warming up")
@@ -138,6 +145,14 @@ def load_runner(config: EngineConfig, report: Callable[[str], None]) -> ModelRun
         page_size=config.page_size,
     )
     return runner
+
+
+def _use_native_kernels(cache_dir: Path, report: Callable[[str], None]) -> None:
+    report("preparing CPU kernels")
+    try:
+        native.load(cache_dir)
+    except native.CannotCompile as error:
+        _log.warning("attention runs on torch's own operations, more slowly: %s", error)
 
 
 def _plan_max_model_len(config: EngineConfig, loaded: LoadedModel, num_pages: int) -> int:

@@ -29,10 +29,20 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def default_cache_dir() -> Path:
-    """Folder for converted models: `$SOFTPROMPT_CACHE_DIR/models`, else `~/.cache/softprompt/models`."""
+def cache_root() -> Path:
+    """Folder for what can be made again at any time: `$SOFTPROMPT_CACHE_DIR`, else `~/.cache/softprompt`."""
     root = os.environ.get("SOFTPROMPT_CACHE_DIR")
-    return (Path(root).expanduser() if root else Path.home() / ".cache" / "softprompt") / "models"
+    return Path(root).expanduser() if root else Path.home() / ".cache" / "softprompt"
+
+
+def native_kernels_dir() -> Path:
+    """Folder for CPU kernels that were compiled on this machine."""
+    return cache_root() / "kernels"
+
+
+def default_cache_dir() -> Path:
+    """Folder for converted models: `models` in `cache_root`."""
+    return cache_root() / "models"
 
 
 def resolve_model(model: str, cache_dir: Path | None = None, report: Report = say_nothing) -> Path:

@@ -12,6 +12,7 @@ slots         [T] int64               page * page_size + offset; unique
 import torch
 from torch import Tensor
 
+from softprompt_kernels import native
 from softprompt_kernels.kv_write.reference import kv_write as _reference
 
 __all__ = ["kv_write"]
@@ -29,6 +30,8 @@ def kv_write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) 
         from softprompt_kernels.kv_write.kernel import kv_write as _kernel
 
         _kernel(keys, values, k, v, slots)
+    elif native.is_loaded():
+        native.kv_write(keys, values, k, v, slots)
     else:
         _reference(keys, values, k, v, slots)
 

@@ -23,6 +23,7 @@ out           [T, H, D]                   softmax and sums in float32
 import torch
 from torch import Tensor
 
+from softprompt_kernels import native
 from softprompt_kernels.paged_attention.reference import Plan, plan_paged_attention
 from softprompt_kernels.paged_attention.reference import paged_attention as _reference
 
@@ -76,8 +77,25 @@ def paged_attention(
             page_size=keys.shape[1],
             dtype=q.dtype,
             sliding_window=sliding_window,
+            has_native=native.supports(keys),
         )
-    return _reference(q, keys, values, plan, scale=scale, softcap=softcap, sinks=sinks)
+    out = _reference(q, keys, values, plan, scale=scale, softcap=softcap, sinks=sinks)
+    if plan.decodes is not None:
+        native.paged_decode(
+            out,
+            q,
+            keys,
+            values,
+            page_table,
+            context_lens,
+            plan.decodes.rows,
+            plan.decodes.sequences,
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+        )
+    return out
 
 
 def _check(

@@ -1,8 +1,9 @@
-"""Attention over paged keys and values in plain torch: the CPU path, and what the Triton kernel is held to.
+"""Attention over paged keys and values in plain torch: the CPU path, and what the other kernels are held to.
 
 What depends on lengths and page ids alone (which pages to gather, which positions a query sees) is a `Plan`, made
 once per step and shared by all layers. Sequences with one query each (decodes) are answered together, one gather
-and one product per bucket of similar lengths; a sequence with more queries is answered alone.
+and one product per bucket of similar lengths, or by a native kernel where there is one; a sequence with more
+queries is answered alone.
 """
 
 from dataclasses import dataclass
@@ -29,10 +30,23 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Decodes:
+    """Sequences of one query that a native kernel answers, straight from their pages.
+
+    rows       [n] int32   their rows in q and out
+    sequences  [n] int32   which they are
+    """
+
+    rows: Tensor
+    sequences: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """How to answer one step for one sliding window."""
 
     groups: tuple[Group, ...]
+    decodes: Decodes | None = None
 
 
 def plan_paged_attention(
@@ -43,14 +57,22 @@ def plan_paged_attention(
     page_size: int,
     dtype: torch.dtype,
     sliding_window: int | None = None,
+    has_native: bool = False,
 ) -> Plan:
-    """Plan one step; arguments as in `paged_attention`, `dtype` is that of q."""
+    """Plan one step; arguments as in `paged_attention`, `dtype` is that of q.
+
+    Args:
+        has_native: decodes are answered by a native kernel.
+    """
     starts, contexts = query_start.tolist(), context_lens.tolist()
     buckets: dict[tuple[int, int], list[int]] = {}
+    decodes: list[int] = []
     for i, context_len in enumerate(contexts):
         num_queries = starts[i + 1] - starts[i]
         if num_queries > 1:
             buckets[(num_queries, -1 - i)] = [i]
+        elif num_queries == 1 and has_native:
+            decodes.append(i)
         elif num_queries == 1:
             num_pages = _last_page(context_len, page_size) - _first_page(context_len, 1, page_size, sliding_window)
             buckets.setdefault((1, num_pages.bit_length()), []).append(i)
@@ -68,7 +90,10 @@ def plan_paged_attention(
                 sliding_window,
             )
         )
-    return Plan(groups=tuple(groups))
+    if not decodes:
+        return Plan(groups=tuple(groups))
+    sequences = torch.tensor(decodes, dtype=torch.int32)
+    return Plan(groups=tuple(groups), decodes=Decodes(rows=query_start[sequences], sequences=sequences))
 
 
 def _plan_group(
@@ -116,8 +141,11 @@ def paged_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Answer a planned step; arguments as in `softprompt_kernels.paged_attention`. Returns [T, H, D]."""
-    out = torch.empty_like(q)
+    """Answer the groups of a planned step; arguments as in `softprompt_kernels.paged_attention`.
+
+    Returns [T, H, D], contiguous; the rows of the plan's decodes are left for the native kernel.
+    """
+    out = torch.empty(q.shape, dtype=q.dtype)
     for group in plan.groups:
         out[group.rows] = _attend(q[group.rows], keys, values, group, scale, softcap, sinks)
     return out

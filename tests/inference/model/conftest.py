@@ -211,7 +211,7 @@ class Lab:
         return path
 
     def runner(self, model_path: Path, **settings: object) -> ModelRunner:
-        """A runner of 256 pages on the CPU, in float32."""
+        """A runner of 256 pages on the CPU, in float32, with native kernels where a compiler is installed."""
         return load_runner(self._config(model_path, settings), lambda _: None)
 
     def engine(self, model_path: Path, **settings: object) -> Engine:
@@ -220,7 +220,13 @@ class Lab:
         return Engine(load_runner(config, lambda _: None), config)
 
     def _config(self, model_path: Path, settings: dict[str, object]) -> EngineConfig:
-        defaults = {"device": "cpu", "dtype": "float32", "page_size": PAGE_SIZE, "kv_cache_bytes": 8 * 2**20}
+        defaults = {
+            "device": "cpu",
+            "dtype": "float32",
+            "page_size": PAGE_SIZE,
+            "kv_cache_bytes": 8 * 2**20,
+            "native_cache_dir": str(self.folder / "kernels"),
+        }
         return EngineConfig(model_path=str(model_path), **{**defaults, **settings})
 
     def adapter(self, model_path: Path, kind: str, num_virtual_tokens: int, *, seed: int = 0) -> Adapter:

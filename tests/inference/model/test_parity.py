@@ -9,6 +9,7 @@ from softprompt_inference.model import attention
 from softprompt_inference.model.errors import ModelSourceError
 from softprompt_inference.model.loader import LoadedModel
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
+from softprompt_kernels import native
 from softprompt_kernels.kv_write import kv_write
 from torch import Tensor
 
@@ -32,6 +33,13 @@ def test_every_kind_and_the_base_model_in_one_batch_of_sixteen(lab: Any, llama: 
     assert len(requests) == 16
     outputs = lab.serve(lab.engine(llama), requests)
     lab.compare(llama, requests, outputs).assert_equal()
+
+
+def test_without_native_kernels(lab: Any, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = lab.engine(llama)
+    monkeypatch.setattr(native, "_library", None)
+    requests = lab.requests([lab.adapter(llama, kind, count) for kind, count in zip(KINDS, COUNTS, strict=True)])
+    lab.compare(llama, requests, lab.serve(engine, requests)).assert_equal()
 
 
 @pytest.mark.parametrize("max_step_tokens", [3, 5, 7, 16, 20])

@@ -11,7 +11,7 @@ _ops = torch.ops.mkldnn
 
 def can_pack(weight: Tensor) -> bool:
     """Whether this machine and this build of torch have packed products for such weights."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     if not all(hasattr(_ops, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
         return False

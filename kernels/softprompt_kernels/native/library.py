@@ -1,0 +1,73 @@
+"""Compile `ops.c` with the machine's own C compiler, once, and load it.
+
+The library is compiled for this very processor, so its name in the cache holds what it was made of: the source,
+the compiler, the flags and the processor's features.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+_SOURCE = Path(__file__).with_name("ops.c")
+_FLAGS = (
+    *("-std=c11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    # No operation may set errno or trap, so loops can be vectorised; NaN and infinity keep their meaning.
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+)
+_COMPILE_TIMEOUT_S = 120
+
+
+class CannotCompile(Exception):
+    """There is no compiler, or it fails; the text says which."""
+
+
+def load(cache_dir: Path) -> ctypes.CDLL:
+    """The library, compiled first where the cache has none for this machine.
+
+    Raises:
+        CannotCompile: it cannot be had; torch's operations do the same more slowly.
+    """
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        raise CannotCompile("no C compiler (cc, gcc or clang) is installed")
+    try:
+        library = cache_dir / f"ops-{_fingerprint(compiler)}.so"
+        if not library.exists():
+            _compile(compiler, library)
+        return ctypes.CDLL(str(library))
+    except subprocess.CalledProcessError as error:
+        raise CannotCompile(f"{compiler} failed: {error.stderr.strip()[-500:]}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotCompile(str(error)) from error
+
+
+def _fingerprint(compiler: str) -> str:
+    made_of = hashlib.sha256(_SOURCE.read_bytes())
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_COMPILE_TIMEOUT_S)
+    for part in (version.stdout, " ".join(_FLAGS).encode(), platform.machine().encode(), _processor()):
+        made_of.update(b"\0" + part)
+    return made_of.hexdigest()[:24]
+
+
+def _processor() -> bytes:
+    """What the processor can do, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
+
+
+def _compile(compiler: str, library: Path) -> None:
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # Under a name of its own first: another process may compile at the same time, and a killed one leaves half.
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made), "-lm"]
+        subprocess.run(command, capture_output=True, check=True, text=True, timeout=_COMPILE_TIMEOUT_S)
+        made.replace(library)

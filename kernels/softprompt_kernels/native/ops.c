@@ -1,0 +1,242 @@
+// CPU kernels: what torch can only do in many small operations, each with its own dispatch and its own copy.
+// Plain C for any compiler with OpenMP; the compiler vectorises the inner loops. Sums and softmax in float32.
+// Bounds, shapes and dtypes are the caller's duty: see __init__.py.
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { FLOAT32 = 0, BFLOAT16 = 1 };
+enum { LANES = 16, MAX_VECTORS = 16 };
+
+// Below so many multiplications, waking another thread costs more than it saves.
+static const int64_t PARALLEL_WORK = 150000;
+
+static inline float from_bf16(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+static inline uint16_t to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (value != value) return (uint16_t)((bits >> 16) | 0x40);  // a NaN must not round to infinity
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline void load(float *restrict to, const void *from, int64_t offset, int n, int dtype) {
+    if (dtype == FLOAT32) {
+        memcpy(to, (const float *)from + offset, (size_t)n * sizeof(float));
+    } else {
+        const uint16_t *restrict bits = (const uint16_t *)from + offset;
+        for (int i = 0; i < n; i++) to[i] = from_bf16(bits[i]);
+    }
+}
+
+static inline void store(void *to, int64_t offset, const float *restrict from, int n, int dtype) {
+    if (dtype == FLOAT32) {
+        memcpy((float *)to + offset, from, (size_t)n * sizeof(float));
+    } else {
+        uint16_t *restrict bits = (uint16_t *)to + offset;
+        for (int i = 0; i < n; i++) bits[i] = to_bf16(from[i]);
+    }
+}
+
+// e^x for x <= 0: range reduction to |r| <= ln(2)/2 and a polynomial of degree 6, relative error below 3e-7. A NaN
+// stays one.
+static inline float exp_of_negative(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float n = rintf(x * 1.44269504f);
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return p * scale;
+}
+
+// 16 lanes: one AVX-512 register, or as many smaller ones as the machine needs. A head is padded with zeros to whole
+// vectors.
+typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+
+static inline void load_padded(vec *to, const void *from, int64_t offset, int n, int vectors, int dtype) {
+    if (n < vectors * LANES) memset(to + n / LANES, 0, (size_t)(vectors - n / LANES) * sizeof(vec));
+    load((float *)to, from, offset, n, dtype);
+}
+
+// Halves of a and b added crosswise; four rounds of it sum the lanes of 16 vectors.
+#define FOLD(a, b, ...) (__builtin_shufflevector(a, b, __VA_ARGS__))
+static inline vec fold8(vec a, vec b) {
+    return FOLD(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           FOLD(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+static inline vec fold4(vec a, vec b) {
+    return FOLD(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           FOLD(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+static inline vec fold2(vec a, vec b) {
+    return FOLD(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+           FOLD(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+}
+static inline vec fold1(vec a, vec b) {
+    return FOLD(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           FOLD(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+// Lane j of the answer is the sum of the lanes of v[j].
+static inline vec sum_lanes(const vec *v) {
+    vec halves[8], quarters[4];
+    for (int i = 0; i < 8; i++) halves[i] = fold8(v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < 4; i++) quarters[i] = fold4(halves[2 * i], halves[2 * i + 1]);
+    return fold1(fold2(quarters[0], quarters[1]), fold2(quarters[2], quarters[3]));
+}
+
+typedef struct {
+    const void *keys, *values;
+    const int32_t *pages;
+    int64_t row_elements;  // from one position to the next inside a page
+    int64_t head_offset;
+    int page_size, dtype, dim;
+} Head;
+
+static inline void load_tile(vec *tile, const Head *head, const void *from, int first, int rows, int vectors) {
+    for (int j = 0; j < LANES; j++) {
+        if (j >= rows) {
+            memset(tile + j * vectors, 0, vectors * sizeof(vec));
+            continue;
+        }
+        int position = first + j;
+        int64_t slot =
+            (int64_t)head->pages[position / head->page_size] * head->page_size + position % head->page_size;
+        load_padded(tile + j * vectors, from, slot * head->row_elements + head->head_offset, head->dim, vectors,
+                    head->dtype);
+    }
+}
+
+static inline void softmax(float *restrict row, int length, const float *sink, float softcap) {
+    if (softcap > 0)
+        for (int j = 0; j < length; j++) row[j] = softcap * tanhf(row[j] / softcap);
+    float top = sink ? *sink : -INFINITY, total = 0;
+#pragma omp simd reduction(max : top)
+    for (int j = 0; j < length; j++) top = row[j] > top ? row[j] : top;
+#pragma omp simd reduction(+ : total)
+    for (int j = 0; j < length; j++) {
+        row[j] = exp_of_negative(row[j] - top);
+        total += row[j];
+    }
+    if (sink) total += exp_of_negative(*sink - top);
+    float share = 1 / total;
+    for (int j = 0; j < length; j++) row[j] *= share;
+}
+
+// The `group` query heads that share a key head, at one position. q, out [group][vectors]; scores [group][padded].
+static inline __attribute__((always_inline)) void attend(
+    const Head *head, vec *restrict out, const vec *restrict q, float *restrict scores, const float *sinks, int first,
+    int length, int64_t padded, int group, int vectors, float scale, float softcap) {
+    vec tile[LANES * MAX_VECTORS], products[LANES];
+    for (int begin = 0; begin < length; begin += LANES) {
+        int rows = length - begin < LANES ? length - begin : LANES;
+        load_tile(tile, head, head->keys, first + begin, rows, vectors);
+        for (int g = 0; g < group; g++) {
+            for (int j = 0; j < LANES; j++) {
+                vec sum = q[g * vectors] * tile[j * vectors];
+                for (int c = 1; c < vectors; c++) sum += q[g * vectors + c] * tile[j * vectors + c];
+                products[j] = sum;
+            }
+            vec dots = sum_lanes(products) * scale;
+            memcpy(scores + g * padded + begin, &dots, sizeof dots);
+        }
+    }
+    for (int g = 0; g < group; g++) softmax(scores + g * padded, length, sinks ? sinks + g : NULL, softcap);
+    memset(out, 0, (size_t)group * vectors * sizeof(vec));
+    for (int begin = 0; begin < length; begin += LANES) {
+        int rows = length - begin < LANES ? length - begin : LANES;
+        load_tile(tile, head, head->values, first + begin, rows, vectors);
+        for (int g = 0; g < group; g++) {
+            vec sum[MAX_VECTORS];
+            for (int c = 0; c < vectors; c++) sum[c] = out[g * vectors + c];
+            for (int j = 0; j < rows; j++) {
+                float weight = scores[g * padded + begin + j];
+                for (int c = 0; c < vectors; c++) sum[c] += weight * tile[j * vectors + c];
+            }
+            for (int c = 0; c < vectors; c++) out[g * vectors + c] = sum[c];
+        }
+    }
+}
+
+// Decodes: n sequences with one query each. q is read and out written at rows[i]; pages of sequence sequences[i].
+// Returns 0, or 1 where memory for the scores was refused.
+int softprompt_paged_decode(
+    void *out, const void *q, const void *keys, const void *values, const int32_t *page_table,
+    const int32_t *context_lens, const int32_t *rows, const int32_t *sequences, const float *sinks, int64_t n,
+    int64_t table_width, int64_t q_row_stride, int64_t q_head_stride, int num_heads, int num_kv_heads, int dim,
+    int page_size, int dtype, int window, float scale, float softcap, int num_threads) {
+    int group = num_heads / num_kv_heads, vectors = (dim + LANES - 1) / LANES, longest = 0, failed = 0;
+    int64_t work = 0;
+    for (int64_t i = 0; i < n; i++) {
+        int context = context_lens[sequences[i]], length = window > 0 && window < context ? window : context;
+        longest = length > longest ? length : longest;
+        work += (int64_t)length * num_heads * dim;
+    }
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && work > PARALLEL_WORK)
+    {
+        // The last tile's scores may reach past the longest length.
+        int64_t padded = (int64_t)(longest + LANES - 1) / LANES * LANES;
+        vec *buffer = malloc((size_t)group * (2 * (size_t)vectors * sizeof(vec) + (size_t)padded * sizeof(float)));
+        if (!buffer) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < n * num_kv_heads; task++) {
+            if (!buffer) continue;
+            int64_t i = task / num_kv_heads;
+            int kv_head = (int)(task % num_kv_heads), end = context_lens[sequences[i]];
+            int first = window > 0 && window < end ? end - window : 0;
+            vec *queries = buffer, *answer = queries + group * vectors;
+            float *scores = (float *)(answer + group * vectors);
+            for (int g = 0; g < group; g++)
+                load_padded(queries + g * vectors, q,
+                            rows[i] * q_row_stride + (kv_head * group + g) * q_head_stride, dim, vectors, dtype);
+            Head head = {keys, values, page_table + sequences[i] * table_width, (int64_t)num_kv_heads * dim,
+                         (int64_t)kv_head * dim, page_size, dtype, dim};
+            const float *sink = sinks ? sinks + kv_head * group : NULL;
+            // A head size known to the compiler keeps the sums in registers.
+#define ATTEND(V) attend(&head, answer, queries, scores, sink, first, end - first, padded, group, V, scale, softcap)
+            switch (vectors) {
+                case 4: ATTEND(4); break;
+                case 5: ATTEND(5); break;
+                case 6: ATTEND(6); break;
+                case 8: ATTEND(8); break;
+                default: ATTEND(vectors);
+            }
+            for (int g = 0; g < group; g++)
+                store(out, ((int64_t)rows[i] * num_heads + kv_head * group + g) * dim,
+                      (float *)(answer + g * vectors), dim, dtype);
+        }
+        free(buffer);
+    }
+    return failed;
+}
+
+// keys[slots[t]] = k[t] and the same for values; [slots, num_kv_heads, dim] with dense rows, k and v with strides.
+void softprompt_kv_write(
+    void *keys, void *values, const void *k, const void *v, const int64_t *slots, int64_t n, int64_t k_row_stride,
+    int64_t k_head_stride, int64_t v_row_stride, int64_t v_head_stride, int num_kv_heads, int dim, int item_bytes) {
+    size_t bytes = (size_t)dim * item_bytes;
+    for (int64_t t = 0; t < n; t++)
+        for (int h = 0; h < num_kv_heads; h++) {
+            size_t to = ((size_t)slots[t] * num_kv_heads + h) * bytes;
+            memcpy((char *)keys + to, (const char *)k + (t * k_row_stride + h * k_head_stride) * item_bytes, bytes);
+            memcpy((char *)values + to, (const char *)v + (t * v_row_stride + h * v_head_stride) * item_bytes, bytes);
+        }
+}

@@ -1,0 +1,137 @@
+from pathlib import Path
+
+import pytest
+import torch
+from softprompt_kernels import native
+from softprompt_kernels.kv_write import kv_write
+from softprompt_kernels.native import library
+from softprompt_kernels.testing import AWKWARD_SIZES, assert_close, poisoned
+
+from tests.kernels.test_paged_attention import MIXED, OPTIONS, make_case, plain_answer, run_reference
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_decodes_and_chunks_together(native_kernels: None, options: dict[str, object], dtype: torch.dtype) -> None:
+    case = make_case(MIXED, dtype=dtype)
+    assert_close(run_reference(case, scale=0.2, **options), plain_answer(case, scale=0.2, **options))
+
+
+@pytest.mark.parametrize("context", [*AWKWARD_SIZES, 1000])
+@pytest.mark.parametrize("page_size", [1, 5, 16])
+def test_contexts_around_pages_and_tiles(native_kernels: None, context: int, page_size: int) -> None:
+    case = make_case([(1, context), (1, 2)], page_size=page_size)
+    assert_close(run_reference(case, scale=0.25), plain_answer(case, scale=0.25))
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (3, 3), (9, 3), (6, 1), (20, 1)])
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 80, 96, 128, 256])
+def test_heads_of_any_size_in_groups_of_any_size(
+    native_kernels: None, num_heads: int, num_kv_heads: int, head_dim: int
+) -> None:
+    case = make_case([(1, 40), (1, 3)], num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    assert_close(run_reference(case, scale=0.1), plain_answer(case, scale=0.1))
+
+
+def test_queries_may_lie_heads_first(native_kernels: None) -> None:
+    case = make_case([(1, 20), (1, 7), (1, 33)])
+    strided = case.q.transpose(0, 1).contiguous().transpose(0, 1)
+    expected = run_reference(case, scale=0.2)
+    case = make_case([(1, 20), (1, 7), (1, 33)])
+    object.__setattr__(case, "q", strided)
+    assert not strided.is_contiguous()
+    torch.testing.assert_close(run_reference(case, scale=0.2), expected, rtol=0, atol=0)
+
+
+def test_many_sequences_on_several_threads_answer_as_alone(native_kernels: None) -> None:
+    lengths = [(1, 30 + 7 * i) for i in range(64)]
+    case = make_case(lengths, head_dim=64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = run_reference(case, scale=0.125)
+    finally:
+        torch.set_num_threads(threads)
+    for i in (0, 31, 63):
+        alone = make_case(lengths, head_dim=64)
+        object.__setattr__(alone, "q", case.q[i : i + 1])
+        object.__setattr__(alone, "page_table", case.page_table[i : i + 1])
+        object.__setattr__(alone, "context_lens", case.context_lens[i : i + 1])
+        object.__setattr__(alone, "query_start", torch.tensor([0, 1], dtype=torch.int32))
+        torch.testing.assert_close(run_reference(alone, scale=0.125)[0], together[i], rtol=0, atol=0)
+
+
+def test_scores_of_any_size_and_nan(native_kernels: None) -> None:
+    case = make_case([(1, 30), (1, 30), (1, 30)])
+    case.q[0] *= 1e4
+    case.q[1] *= -1e4
+    case.q[2] = float("nan")
+    out = run_reference(case, scale=1.0)
+    assert_close(out[:2], plain_answer(case, scale=1.0)[:2])
+    assert out[2].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+def test_keys_and_values_go_to_their_slots(native_kernels: None, dtype: torch.dtype) -> None:
+    keys, values = (poisoned(4, 4, 2, 8, dtype=dtype) for _ in range(2))
+    merged = torch.randn(3, 48).to(dtype)
+    k, v = merged[:, 8:24].view(3, 2, 8), merged[:, 32:].view(3, 2, 8)
+    kv_write(keys, values, k, v, torch.tensor([13, 2, 7]))
+    for pages, new in ((keys, k), (values, v)):
+        flat = pages.flatten(0, 1)
+        assert torch.equal(flat[[13, 2, 7]], new)
+        assert int(flat.isnan().all(-1).all(-1).sum()) == 13
+
+
+def test_half_precision_and_huge_heads_are_left_to_torch(native_kernels: None) -> None:
+    case = make_case(MIXED, dtype=torch.float16)
+    assert not native.supports(case.keys)
+    assert_close(run_reference(case, scale=0.2), plain_answer(case, scale=0.2))
+    assert not native.supports(torch.zeros(1, 16, 1, native.MAX_HEAD_DIM + 8))
+
+
+def test_a_library_is_compiled_once(
+    tmp_path: Path, compiled_kernels: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.load(tmp_path)
+    [made] = tmp_path.iterdir()
+    monkeypatch.setattr(library, "_compile", None)
+    library.load(tmp_path)
+    assert [*tmp_path.iterdir()] == [made]
+
+
+def test_another_processor_gets_a_library_of_its_own(
+    tmp_path: Path, compiled_kernels: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library.load(tmp_path)
+    monkeypatch.setattr(library, "_processor", lambda: b"flags: another")
+    library.load(tmp_path)
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_without_a_working_compiler_the_reason_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    if exists:
+        monkeypatch.setenv("CC", "false")
+    else:
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(native.CannotCompile, match="false failed" if exists else "no C compiler"):
+        native.load(tmp_path / "cache")
+    assert not native.is_loaded()
+
+
+def test_a_compiler_that_fails_on_the_source_leaves_nothing_behind(
+    tmp_path: Path, compiled_kernels: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "ops.c"
+    broken.write_text("int nothing(void) { return }")
+    monkeypatch.setattr(library, "_SOURCE", broken)
+    cache = tmp_path / "cache"
+    with pytest.raises(native.CannotCompile, match="error"):
+        native.load(cache)
+    assert [*cache.iterdir()] == []
