@@ -43,6 +43,7 @@ class Settings(BaseSettings):
     max_num_sequences: PositiveInt = Field(256, description="most sequences in one batch")
     max_step_tokens: PositiveInt | None = Field(None, description="most tokens in one step")
     num_threads: PositiveInt | None = Field(None, description="torch's threads on a CPU")
+    enable_prefix_caching: bool = Field(True, description="compute shared beginnings and soft prompts only once")
 
     max_virtual_tokens: PositiveInt = Field(512, description="most virtual tokens of one adapter")
     max_prompt_adapters: PositiveInt = Field(1024, description="most adapters on the device at one time")
@@ -93,6 +94,7 @@ class Settings(BaseSettings):
             max_step_tokens=self.max_step_tokens,
             max_virtual_tokens=self.max_virtual_tokens,
             num_threads=self.num_threads,
+            enable_prefix_caching=self.enable_prefix_caching,
         )
 
 
