@@ -26,8 +26,6 @@ class KVPages:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._page_size = page_size
-        self._device = device
         # Layers of one shape: [layers, 2, num_pages, page_size, Hkv, D]. Most models have one shape.
         self._groups = {
             shape: torch.zeros((shapes.count(shape), 2, num_pages, page_size, *shape), dtype=dtype, device=device)
@@ -43,15 +41,6 @@ class KVPages:
 
     def copy(self, copies: Sequence[PageCopy]) -> None:
         """Copy rows between pages, in all layers; the rules of `StepPlan.copies` hold."""
-        if not copies:
-            return
-        sources, targets = (
-            torch.tensor(slots, dtype=torch.int64).to(self._device, non_blocking=True)
-            for slots in (
-                [copy.source * self._page_size + row for copy in copies for row in range(copy.num_positions)],
-                [copy.target * self._page_size + row for copy in copies for row in range(copy.num_positions)],
-            )
-        )
         for group in self._groups.values():
-            rows = group.flatten(2, 3)  # [layers, 2, num_pages * page_size, Hkv, D]
-            rows.index_copy_(2, targets, rows.index_select(2, sources))
+            for copy in copies:
+                group[:, :, copy.target, : copy.num_positions] = group[:, :, copy.source, : copy.num_positions]
