@@ -406,6 +406,23 @@ def test_equal_adapters_that_arrive_together_are_computed_once(fakes) -> None:
     assert driver.step()[0] == [(8, 1), (6, 2), (6, 2)]
 
 
+def test_a_soft_prompt_smaller_than_a_page_is_worth_waiting_for(fakes) -> None:
+    driver = Driver(max_step_tokens=64)
+    driver.add(*(fakes.request(str(index), "b", [index] * 2) for index in range(3)))
+    assert driver.step()[0] == [(0, 5)]
+    assert driver.step()[0] == [(5, 1), (3, 2), (3, 2)]
+
+
+@pytest.mark.parametrize(("max_step_tokens", "start"), [(4, 4), (5, 4), (6, 6)])
+def test_of_an_aborted_request_only_what_it_computed_is_found(fakes, max_step_tokens: int, start: int) -> None:
+    driver = Driver(max_step_tokens=max_step_tokens)
+    driver.add(fakes.request("0", "a", [1, 2]))
+    driver.step()
+    driver.scheduler.abort("0")
+    driver.add(fakes.request("1", "a", [7]))
+    assert driver.step()[0][0][0] == start
+
+
 def test_a_preempted_request_computes_none_of_its_virtual_tokens_again(fakes) -> None:
     driver = Driver(num_pages=8, max_step_tokens=64)
     driver.add(fakes.request("0", "b", [1] * 12, max_tokens=12), fakes.request("1", "b", [2] * 3, max_tokens=20))
