@@ -44,6 +44,7 @@ class Settings(BaseSettings):
     max_step_tokens: PositiveInt | None = Field(None, description="most tokens in one step")
     num_threads: PositiveInt | None = Field(None, description="torch's threads on a CPU")
     native_kernels: bool = Field(True, description="compile CPU kernels where a C compiler is installed")
+    enable_prefix_caching: bool = Field(True, description="compute shared beginnings and soft prompts only once")
 
     max_virtual_tokens: PositiveInt = Field(512, description="most virtual tokens of one adapter")
     max_prompt_adapters: PositiveInt = Field(1024, description="most adapters on the device at one time")
@@ -95,6 +96,7 @@ class Settings(BaseSettings):
             max_virtual_tokens=self.max_virtual_tokens,
             num_threads=self.num_threads,
             native_cache_dir=str(native_kernels_dir()) if self.native_kernels else None,
+            enable_prefix_caching=self.enable_prefix_caching,
         )
 
 

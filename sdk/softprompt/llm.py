@@ -48,6 +48,7 @@ class LLM:
         max_num_seqs: most sequences in one batch.
         max_num_batched_tokens: most tokens computed in one step; None: by device.
         kv_cache_gb: memory for the KV cache in GiB; None: planned from what is free.
+        enable_prefix_caching: compute shared beginnings of prompts, and soft prompts, only once.
         seed: makes calls without a seed of their own repeatable; None: random.
 
     Raises ValueError when there is no such model, and errors of softprompt_api.errors when it cannot be served.
@@ -66,6 +67,7 @@ class LLM:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int | None = None,
         kv_cache_gb: float | None = None,
+        enable_prefix_caching: bool = True,
         seed: int | None = None,
     ) -> None:
         folder = resolve_model(str(model), report=_log.info)
@@ -79,6 +81,7 @@ class LLM:
             max_step_tokens=max_num_batched_tokens,
             max_virtual_tokens=max_prompt_adapter_token,
             native_cache_dir=str(native_kernels_dir()),
+            enable_prefix_caching=enable_prefix_caching,
         )
         self._tokenizer = Tokenizer.load(folder)
         self._engine = Engine(load_runner(config, _log.info), config)

@@ -50,12 +50,18 @@ class FakeRunner:
     rows: dict[int, bytes] = field(default_factory=dict)
     dropped: list[int] = field(default_factory=list)
     load_error: Exception | None = None
+    copied_positions: int = 0
     _cells: dict[tuple[int, int], tuple[int, bytes]] = field(default_factory=dict)
     _lengths: dict[int, int] = field(default_factory=dict)
 
     @property
+    def computed_ids(self) -> list[int]:
+        """Every id that was computed, in order."""
+        return [token_id for plan in self.plans for chunk in plan.chunks for token_id in chunk.token_ids]
+
+    @property
     def computed_positions(self) -> int:
-        return sum(len(chunk.token_ids) for plan in self.plans for chunk in plan.chunks)
+        return len(self.computed_ids)
 
     def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
         if self.load_error:
@@ -78,9 +84,21 @@ class FakeRunner:
             raise RuntimeError("the device fell over")
         written = [cell for chunk in plan.chunks for cell in self._slots(chunk, chunk.start)]
         assert len(written) == len(set(written)), "two sequences write one cell"
+        self._copy(plan, set(written))
         for chunk in plan.chunks:
             self._write(chunk)
         return [self._sample(chunk, chunk.sample) for chunk in plan.chunks if chunk.sample is not None]
+
+    def _copy(self, plan: StepPlan, written: set[tuple[int, int]]) -> None:
+        pages = [copy.target for copy in plan.copies]
+        assert len(pages) == len(set(pages)), "two copies go to one page"
+        assert not set(pages) & {copy.source for copy in plan.copies}, "a page is copied from and to"
+        for copy in plan.copies:
+            assert 0 < copy.num_positions < self.info.page_size
+            for row in range(copy.num_positions):
+                assert not {(copy.source, row), (copy.target, row)} & written, "a copied cell is written"
+                self._cells[copy.target, row] = self._cells[copy.source, row]
+        self.copied_positions += sum(copy.num_positions for copy in plan.copies)
 
     def _slots(self, chunk: Chunk, start: int) -> list[tuple[int, int]]:
         size = self.info.page_size
@@ -131,11 +149,21 @@ class Fakes:
             )
         )
 
-    def engine(self, runner: FakeRunner, *, max_num_sequences: int = 8, max_step_tokens: int = 16) -> Engine:
-        return Engine(
-            runner,
-            EngineConfig(model_path="", max_num_sequences=max_num_sequences, max_step_tokens=max_step_tokens),
+    def engine(
+        self,
+        runner: FakeRunner,
+        *,
+        max_num_sequences: int = 8,
+        max_step_tokens: int = 16,
+        enable_prefix_caching: bool = True,
+    ) -> Engine:
+        config = EngineConfig(
+            model_path="",
+            max_num_sequences=max_num_sequences,
+            max_step_tokens=max_step_tokens,
+            enable_prefix_caching=enable_prefix_caching,
         )
+        return Engine(runner, config)
 
     def adapter(self, name: str, num_virtual_tokens: int) -> LoadAdapter:
         """An adapter whose rows depend on its name alone."""

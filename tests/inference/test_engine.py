@@ -41,6 +41,8 @@ def requests(draw: st.DrawFn, index: int) -> AddRequest:
     parts.append(TextPart(token_ids=text[: draw(st.integers(1, len(text)))]))
     if draw(st.booleans()):
         parts.reverse()
+    if len(parts) > 1 and draw(st.integers(0, 4)) == 0:
+        parts.remove(next(part for part in parts if isinstance(part, TextPart)))
     length = sum(
         len(part.token_ids) if isinstance(part, TextPart) else ADAPTER_LENGTHS[part.digest[-1]] for part in parts
     )
@@ -69,6 +71,7 @@ def test_every_output_equals_the_solo_output_under_any_load(fakes, data: st.Data
         runner,
         max_num_sequences=data.draw(st.integers(1, 6)),
         max_step_tokens=data.draw(st.integers(1, 24)),
+        enable_prefix_caching=data.draw(st.sampled_from([True, True, True, False])),
     )
     adapters = [fakes.adapter(name, length) for name, length in ADAPTER_LENGTHS.items()]
     for adapter in adapters:
@@ -90,6 +93,12 @@ def test_every_output_equals_the_solo_output_under_any_load(fakes, data: st.Data
             engine.handle(Abort(request_id=victim))
             aborted.add(victim)
             engine.check()
+        if data.draw(st.integers(0, 4)) == 0:
+            # Its virtual ids change when nobody uses it, and what they stand for does not.
+            adapter = data.draw(st.sampled_from(adapters))
+            engine.handle(DropAdapter(digest=adapter.digest))
+            engine.handle(adapter)
+            engine.check()
     for request_id, rest in fakes.drain(engine).items():
         outputs.setdefault(request_id, []).extend(rest)
     for request_id, request in sent.items():
@@ -103,6 +112,38 @@ def test_every_output_equals_the_solo_output_under_any_load(fakes, data: st.Data
         assert [output.cached_tokens is not None for output in got] == [True] + [False] * (len(got) - 1)
     stats = engine.step().stats
     assert (stats.running, stats.waiting, stats.used_pages) == (0, 0, 0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_with_room_for_all_exactly_what_nobody_has_computed_is_computed(fakes, data: st.DataObject) -> None:
+    page_size = data.draw(st.sampled_from([1, 3, 4, 8]))
+    runner = fakes.runner(num_pages=2000, page_size=page_size, max_model_len=40)
+    engine = fakes.engine(runner, max_step_tokens=data.draw(st.integers(1, 24)))
+    adapters = [fakes.adapter(name, length) for name, length in ADAPTER_LENGTHS.items()]
+    for adapter in adapters:
+        engine.handle(adapter)
+    known: set[tuple[object, ...]] = set()
+    for index in range(data.draw(st.integers(1, 8))):
+        request = data.draw(requests(index))
+        prompt: list[object] = []
+        ends = []
+        for part in request.prompt:
+            if isinstance(part, TextPart):
+                prompt += part.token_ids
+            else:
+                prompt += [(part.digest, row) for row in range(ADAPTER_LENGTHS[part.digest[-1]])]
+                ends.append(len(prompt))
+        beginnings = [(request.salt, *prompt[:end]) for end in range(len(prompt) + 1)]
+        num_known = max((end for end, beginning in enumerate(beginnings) if beginning in known), default=0)
+        num_known = min(num_known, len(prompt) - 1)
+        before = runner.computed_positions
+        engine.handle(request)
+        outputs = fakes.drain(engine)[request.request_id]
+        assert outputs[0].cached_tokens == num_known
+        assert runner.computed_positions - before == len(prompt) - num_known + len(outputs) - 1
+        computed = (request.salt, *prompt, *ids(outputs)[:-1])
+        known |= {computed[: 1 + end] for end in (*range(page_size, len(computed), page_size), *ends)}
 
 
 def test_preempted_requests_lose_nothing(fakes) -> None:
@@ -152,6 +193,56 @@ def test_the_same_adapter_and_text_are_computed_once(fakes) -> None:
     outputs = fakes.drain(engine)["second"]
     assert outputs[0].cached_tokens == 8
     assert runner.computed_positions - before == 3
+
+
+@pytest.mark.parametrize("num_virtual_tokens", [3, 4, 6, 8, 12])
+def test_a_warm_adapter_adds_no_position_to_a_request(fakes, num_virtual_tokens: int) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner)
+    adapter = fakes.adapter("a", num_virtual_tokens)
+    engine.handle(adapter)
+    engine.handle(fakes.request("0", "a", [1], max_tokens=2))
+    fakes.drain(engine)
+    runner.plans.clear()
+    sent = [fakes.request(str(index), "a", [index] * index, max_tokens=1) for index in range(1, 5)]
+    for request in sent:
+        engine.handle(request)
+    outputs = fakes.drain(engine)
+    assert sorted(runner.computed_ids) == [1, 2, 2, 3, 3, 3, 4, 4, 4, 4]
+    for request in sent:
+        assert ids(outputs[request.request_id]) == fakes.solo(request, [adapter])
+        assert outputs[request.request_id][0].cached_tokens == num_virtual_tokens
+
+
+def test_two_warm_adapters_of_one_length_give_each_request_its_own_rows(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner)
+    adapters = [fakes.adapter(name, 6) for name in "ab"]
+    for adapter in adapters:
+        engine.handle(adapter)
+    for round_ in range(2):
+        sent = [fakes.request(f"{round_}{name}", name, [7, round_]) for name in "abab"[round_ : round_ + 2]]
+        for request in sent:
+            engine.handle(request)
+        outputs = fakes.drain(engine)
+        for request in sent:
+            assert ids(outputs[request.request_id]) == fakes.solo(request, adapters)
+            assert outputs[request.request_id][0].cached_tokens == 6 * round_
+    assert runner.copied_positions == 2 * 2
+
+
+def test_the_partial_page_of_an_adapter_that_is_loaded_again_is_found_again(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner)
+    adapter = fakes.adapter("a", 6)
+    for index, num_computed in enumerate((8, 2)):
+        engine.handle(adapter)
+        before = runner.computed_positions
+        request = fakes.request(str(index), "a", [index, 1], max_tokens=1)
+        engine.handle(request)
+        assert ids(fakes.drain(engine)[str(index)]) == fakes.solo(request, [adapter])
+        assert runner.computed_positions - before == num_computed
+        engine.handle(DropAdapter(digest=adapter.digest))
 
 
 def test_an_adapter_that_is_loaded_again_finds_its_pages_again(fakes) -> None:

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from softprompt_inference.engine.keys import VirtualIds, page_key, root_key
+from softprompt_inference.engine.keys import VirtualIds, page_key, partial_key, root_key
 from softprompt_inference.engine.pages import PagePool
 
 
@@ -106,6 +106,59 @@ def test_pages_released_as_bad_are_never_found_again(pool: PagePool) -> None:
     pool.check([])
 
 
+def test_a_page_with_a_partial_key_is_kept_though_it_is_not_full(pool: PagePool) -> None:
+    held = pool.allocate(1)
+    pool.register_partial(held[0], b"start")
+    pool.release(held)
+    assert b"start" in pool
+    assert pool.lookup([b"start"]) == held
+    pool.check([])
+    assert held[0] not in pool.allocate(3)
+    pool.allocate(1)
+    assert b"start" not in pool
+
+
+def test_a_page_that_is_given_away_loses_all_its_keys(pool: PagePool) -> None:
+    held = pool.allocate(4)
+    pool.register_partial(held[0], b"start")
+    pool.register_partial(held[0], b"longer start")
+    pool.register(held[0], b"whole")
+    pool.release(held)
+    pool.check([])
+    pool.allocate(4)
+    assert not any(key in pool for key in (b"start", b"longer start", b"whole"))
+
+
+def test_the_newest_page_takes_a_partial_key(pool: PagePool) -> None:
+    first, second = pool.allocate(2)
+    for page_id in (first, second, second):
+        pool.register_partial(page_id, b"start")
+        assert pool.lookup([b"start"]) == [page_id]
+        pool.check([[first, second]])
+    pool.release([first])
+    pool.check([[second]])
+    assert first in pool.allocate(3)
+
+
+def test_an_idle_page_that_loses_its_last_key_is_free(pool: PagePool) -> None:
+    first, second = pool.allocate(2)
+    pool.register_partial(first, b"start")
+    pool.release([first])
+    pool.register_partial(second, b"start")
+    pool.check([[second]])
+    assert pool.num_available == 3
+
+
+def test_an_idle_page_that_loses_its_partial_key_is_still_found_whole(pool: PagePool) -> None:
+    first, second = pool.allocate(2)
+    pool.register_partial(first, b"start")
+    pool.register(first, b"whole")
+    pool.release([first])
+    pool.register_partial(second, b"start")
+    assert pool.lookup([b"whole"]) == [first]
+    pool.check([[second]])
+
+
 def test_check_notices_a_lost_reference(pool: PagePool) -> None:
     pool.allocate(1)
     with pytest.raises(AssertionError):
@@ -118,16 +171,22 @@ def test_counts_hold_under_any_sequence_of_operations(data: st.DataObject) -> No
     pool = PagePool(num_pages=6, page_size=2)
     holders: list[list[int]] = []
     for _ in range(data.draw(st.integers(1, 30))):
-        match data.draw(st.sampled_from(["allocate", "release", "share", "register", "forget"])):
+        match data.draw(st.sampled_from(["allocate", "release", "share", "register", "partial", "forget"])):
             case "allocate":
                 holders.append(pool.allocate(data.draw(st.integers(0, pool.num_available))))
             case "share":
                 hits = pool.lookup(data.draw(st.lists(st.sampled_from([b"a", b"b", b"c"]), unique=True)))
+                hits += pool.lookup(data.draw(st.sampled_from([[], [b"x"], [b"y"]])))
                 pool.share(hits)
                 holders.append(hits)
             case "register" if any(holders):
                 page_id = data.draw(st.sampled_from([page_id for pages in holders for page_id in pages]))
                 pool.register(page_id, data.draw(st.sampled_from([b"a", b"b", b"c"])))
+            case "partial" if any(holders):
+                page_id = data.draw(st.sampled_from([page_id for pages in holders for page_id in pages]))
+                key = data.draw(st.sampled_from([b"x", b"y"]))
+                pool.register_partial(page_id, key)
+                assert pool.lookup([key]) == [page_id]
             case "release" | "forget" as how if holders:
                 pool.release(holders.pop(data.draw(st.integers(0, len(holders) - 1))), forget=how == "forget")
         pool.check(holders)
@@ -143,6 +202,21 @@ def test_keys_depend_on_every_id_before_the_page() -> None:
     assert first != other
     assert page_key(first, [5, 6], virtual_ids) != page_key(other, [5, 6], virtual_ids)
     assert page_key(first, [5, 6], virtual_ids) == page_key(first, [5, 6], virtual_ids)
+
+
+def test_a_partial_key_is_no_key_of_a_full_page() -> None:
+    virtual_ids = VirtualIds(100)
+    virtual_ids.assign("sha256:a", 4)
+    for token_ids in ([1, 2], [1, 100], [100, 101]):
+        assert partial_key(root_key(""), token_ids, virtual_ids) != page_key(root_key(""), token_ids, virtual_ids)
+
+
+def test_partial_keys_depend_on_parent_and_ids() -> None:
+    virtual_ids = VirtualIds(100)
+    virtual_ids.assign("sha256:a", 4)
+    parents = [root_key(""), root_key("tenant"), page_key(root_key(""), [1, 2], virtual_ids)]
+    keys = {partial_key(parent, ids, virtual_ids) for parent in parents for ids in ([100], [100, 101], [101], [7])}
+    assert len(keys) == 12
 
 
 def test_keys_differ_between_salts() -> None:

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import pytest
+from softprompt_api.errors import InternalError
 from softprompt_inference.engine.keys import VirtualIds
 from softprompt_inference.engine.messages import AddRequest, Output
-from softprompt_inference.engine.plan import Sampled, StepPlan
+from softprompt_inference.engine.plan import PageCopy, Sampled, StepPlan
 from softprompt_inference.engine.prompt import make_sequence
 from softprompt_inference.engine.scheduler import Scheduler
 
@@ -24,6 +25,7 @@ class Driver:
         self.scheduler = Scheduler(vocab_size=50, **{**defaults, **limits})
         self.virtual_ids = VirtualIds(50)
         self.virtual_ids.assign("sha256:a", 6)
+        self.virtual_ids.assign("sha256:b", 3)
 
     def add(self, *requests: AddRequest) -> None:
         for request in requests:
@@ -156,7 +158,7 @@ def test_the_last_position_is_computed_even_when_all_is_cached(fakes) -> None:
     driver.add(fakes.request("0", range(8), max_tokens=1))
     driver.step()
     driver.add(fakes.request("1", range(8), max_tokens=1))
-    assert driver.step() == ([(4, 4)], ["1"])
+    assert driver.step() == ([(7, 1)], ["1"])
 
 
 def test_output_pages_are_found_by_the_next_turn_of_a_conversation(fakes) -> None:
@@ -222,6 +224,233 @@ def test_an_id_outside_the_vocabulary_fails_only_its_request(prompt) -> None:
     outputs = driver.scheduler.commit(plan, [Sampled(token_id=50), Sampled(token_id=49)])
     driver.scheduler.check()
     assert [output.error_reason for output in outputs] == ["INTERNAL", ""]
+
+
+def warm(driver: Driver, *requests: AddRequest) -> None:
+    """Run requests to their ends, one after another."""
+    for request in requests:
+        driver.add(request)
+        while driver.scheduler.has_work:
+            driver.step()
+
+
+def test_a_warm_adapter_leaves_only_the_text_to_compute(fakes) -> None:
+    driver = Driver()
+    driver.add(fakes.request("0", "a", [1, 2, 3]))
+    first = driver.plan()
+    driver.commit(first)
+    driver.add(fakes.request("1", "a", [7]))
+    plan = driver.plan()
+    newcomer = plan.chunks[1]
+    assert (newcomer.start, newcomer.token_ids) == (6, [7])
+    own_page = newcomer.page_ids[1]
+    assert plan.copies == [PageCopy(source=first.chunks[0].page_ids[1], target=own_page, num_positions=2)]
+    assert newcomer.page_ids[0] == first.chunks[0].page_ids[0]
+    [_, output] = driver.commit(plan)
+    assert output.cached_tokens == 6
+
+
+@pytest.mark.parametrize("max_tokens", [1, 4])
+def test_the_last_page_of_a_soft_prompt_outlives_its_request_full_or_not(fakes, max_tokens: int) -> None:
+    driver = Driver()
+    warm(driver, fakes.request("0", "a", [1], max_tokens=max_tokens))
+    assert driver.counts == (0, 0, 0)
+    driver.add(fakes.request("1", "a", [7]))
+    assert driver.step() == ([(6, 1)], ["1"])
+
+
+def test_a_soft_prompt_smaller_than_a_page_is_not_computed_again(fakes) -> None:
+    driver = Driver()
+    warm(driver, fakes.request("0", "b", [1], max_tokens=1))
+    driver.add(fakes.request("1", "b", [7] * 6))
+    assert driver.step() == ([(3, 6)], ["1"])
+
+
+def test_of_virtual_tokens_alone_the_last_is_computed(fakes) -> None:
+    driver = Driver()
+    warm(driver, fakes.request("0", "a", max_tokens=1))
+    driver.add(fakes.request("1", "a"))
+    assert driver.step() == ([(5, 1)], ["1"])
+
+
+def test_soft_prompts_behind_text_or_one_another_are_found_with_what_precedes_them(fakes) -> None:
+    driver = Driver()
+    warm(driver, fakes.request("0", [1], "b", "a", [2], max_tokens=1))
+    for request_id, parts, start in [
+        ("1", ([1], "b", "a", [3]), 10),
+        ("2", ([1], "b", [3, 3]), 4),
+        ("3", ("b", "a", [3]), 0),
+        ("4", ("b", [3]), 3),
+        ("5", ("b", "a", [4, 4]), 9),
+        ("6", ([1], "a", [4]), 0),
+    ]:
+        driver.add(fakes.request(request_id, *parts, max_tokens=1))
+        [[(first, _)], _] = driver.step()
+        assert (request_id, first) == (request_id, start)
+
+
+def test_two_ends_in_one_page_are_both_found(fakes) -> None:
+    driver = Driver(page_size=8)
+    warm(driver, fakes.request("0", "b", "b", [1], max_tokens=1))
+    for parts, start in ((("b", [2]), 3), (("b", "b", [2]), 6)):
+        driver.add(fakes.request("1", *parts, max_tokens=1))
+        assert driver.step()[0] == [(start, 1)]
+
+
+def test_salts_share_no_part_of_a_soft_prompt(fakes) -> None:
+    driver = Driver()
+    warm(driver, fakes.request("0", "b", [1], salt="x", max_tokens=1))
+    driver.add(fakes.request("1", "b", [1], salt="y", max_tokens=1))
+    assert driver.step()[0] == [(0, 4)]
+
+
+def test_a_source_is_kept_while_the_step_is_out_even_when_its_owner_leaves(fakes) -> None:
+    driver = Driver()
+    driver.add(fakes.request("0", "b", [1]))
+    driver.step()
+    driver.add(fakes.request("1", "b", [7, 7]))
+    plan = driver.plan()
+    [copy] = plan.copies
+    driver.scheduler.abort("0")
+    driver.scheduler.check()
+    # The source and both pages of the newcomer.
+    assert driver.counts == (1, 0, 3)
+    assert copy.source not in plan.chunks[1].page_ids
+    driver.commit(plan)
+    assert driver.counts == (1, 0, 2)
+
+
+def test_an_abort_of_who_copies_frees_source_and_pages(fakes) -> None:
+    driver = Driver()
+    warm(driver, fakes.request("0", "b", [1], max_tokens=1))
+    driver.add(fakes.request("1", "b", [7, 7]))
+    plan = driver.plan()
+    driver.scheduler.abort("1")
+    driver.scheduler.check()
+    assert driver.counts == (0, 0, 0)
+    assert driver.commit(plan) == []
+    driver.add(fakes.request("2", "b", [8]))
+    assert driver.step()[0] == [(3, 1)]
+
+
+def test_who_fails_takes_the_rows_it_copied_out_of_the_cache(fakes) -> None:
+    driver = Driver()
+    warm(driver, fakes.request("0", "b", [1], max_tokens=1))
+    driver.add(fakes.request("1", "b", [7]))
+    plan = driver.plan()
+    assert plan.copies
+    [output] = driver.scheduler.commit(plan, [Sampled(token_id=0, error="not finite")])
+    driver.scheduler.check()
+    assert output.error_reason == "INTERNAL"
+    driver.add(fakes.request("2", "b", [8]))
+    assert driver.step()[0] == [(0, 4)]
+
+
+def test_a_failed_step_takes_the_rows_it_copied_out_of_the_cache(fakes) -> None:
+    driver = Driver()
+    warm(driver, fakes.request("0", "b", [1], max_tokens=1))
+    driver.add(fakes.request("1", "b", [7]))
+    assert driver.plan().copies
+    driver.scheduler.fail_planned(InternalError("the model failed"))
+    driver.scheduler.check()
+    assert driver.counts == (0, 0, 0)
+    driver.add(fakes.request("2", "b", [8]))
+    assert driver.step()[0] == [(0, 4)]
+
+
+def test_a_source_that_was_evicted_is_computed_again(fakes) -> None:
+    driver = Driver(num_pages=8)
+    warm(driver, fakes.request("0", "a", [1], max_tokens=1), fakes.request("1", [2] * 30, max_tokens=1))
+    driver.add(fakes.request("2", "a", [1], max_tokens=1))
+    assert driver.step()[0] == [(0, 7)]
+
+
+def test_plain_text_used_longer_ago_is_evicted_before_a_soft_prompt(fakes) -> None:
+    driver = Driver(num_pages=8, max_step_tokens=64)
+    warm(
+        driver,
+        fakes.request("0", "a", [1], max_tokens=1),
+        fakes.request("1", [2] * 12, max_tokens=1),
+        fakes.request("2", "a", [3], max_tokens=1),
+        fakes.request("3", [4] * 20, max_tokens=1),
+    )
+    driver.add(fakes.request("4", "a", [1], max_tokens=1))
+    assert driver.step()[0] == [(6, 1)]
+    driver.add(fakes.request("5", [2] * 12, max_tokens=1))
+    assert driver.step()[0][0][0] < 8
+
+
+def test_the_soft_prompt_of_a_running_request_is_not_evicted(fakes) -> None:
+    driver = Driver(num_pages=8)
+    warm(driver, fakes.request("0", "b", [1], max_tokens=1))
+    driver.add(fakes.request("long", "b", [1] * 2, max_tokens=15))
+    driver.step()
+    driver.add(fakes.request("flood", [2] * 20, max_tokens=1))
+    driver.step()
+    driver.step()
+    driver.add(fakes.request("1", "b", [3], max_tokens=1))
+    assert (3, 1) in driver.step()[0]
+
+
+def test_a_source_that_would_take_the_last_page_is_given_up(fakes) -> None:
+    driver = Driver(num_pages=8, max_step_tokens=64)
+    warm(driver, fakes.request("0", "b", [1], max_tokens=1))
+    driver.add(fakes.request("1", "b", [7] * 28, max_tokens=1))
+    assert driver.step() == ([(0, 31)], ["1"])
+
+
+def test_equal_adapters_that_arrive_together_are_computed_once(fakes) -> None:
+    driver = Driver(max_step_tokens=64)
+    driver.add(*(fakes.request(str(index), "a", [index, index]) for index in range(3)))
+    assert driver.step()[0] == [(0, 8)]
+    assert driver.step()[0] == [(8, 1), (6, 2), (6, 2)]
+
+
+def test_a_soft_prompt_smaller_than_a_page_is_worth_waiting_for(fakes) -> None:
+    driver = Driver(max_step_tokens=64)
+    driver.add(*(fakes.request(str(index), "b", [index] * 2) for index in range(3)))
+    assert driver.step()[0] == [(0, 5)]
+    assert driver.step()[0] == [(5, 1), (3, 2), (3, 2)]
+
+
+@pytest.mark.parametrize(("max_step_tokens", "start"), [(4, 4), (5, 4), (6, 6)])
+def test_of_an_aborted_request_only_what_it_computed_is_found(fakes, max_step_tokens: int, start: int) -> None:
+    driver = Driver(max_step_tokens=max_step_tokens)
+    driver.add(fakes.request("0", "a", [1, 2]))
+    driver.step()
+    driver.scheduler.abort("0")
+    driver.add(fakes.request("1", "a", [7]))
+    assert driver.step()[0][0][0] == start
+
+
+def test_a_preempted_request_computes_none_of_its_virtual_tokens_again(fakes) -> None:
+    driver = Driver(num_pages=8, max_step_tokens=64)
+    driver.add(fakes.request("0", "b", [1] * 12, max_tokens=12), fakes.request("1", "b", [2] * 3, max_tokens=20))
+    driver.step_until_preempted()
+    while driver.scheduler.has_work:
+        starts = [start for start, _ in driver.step()[0]]
+        assert all(start >= 3 for start in starts)
+
+
+def test_without_prefix_caching_everything_is_computed(fakes) -> None:
+    driver = Driver(max_step_tokens=64, enable_prefix_caching=False)
+    requests = [fakes.request(str(index), "a", range(10), max_tokens=1) for index in range(3)]
+    driver.add(*requests[:2])
+    assert driver.step()[0] == [(0, 16), (0, 16)]
+    driver.add(requests[2])
+    plan = driver.plan()
+    assert plan.copies == []
+    assert [output.cached_tokens for output in driver.commit(plan)] == [0]
+
+
+def test_check_notices_a_source_that_is_never_given_back(fakes) -> None:
+    driver = Driver()
+    sequence = make_sequence(fakes.request("0", "b", [1]), virtual_ids=driver.virtual_ids, max_model_len=32)
+    driver.scheduler.add(sequence)
+    driver.step()
+    sequence.source_page = 15
+    with pytest.raises(AssertionError):
+        driver.scheduler.check()
 
 
 @pytest.mark.parametrize("limits", [{"num_pages": 7}, {"max_num_sequences": 0}, {"max_step_tokens": 0}])

@@ -2,7 +2,7 @@
 
 import pytest
 from softprompt_api.params import SamplingParams
-from softprompt_inference.engine.keys import VirtualIds, page_key, root_key
+from softprompt_inference.engine.keys import VirtualIds, page_key, partial_key, root_key
 from softprompt_inference.engine.messages import AddRequest, Finish
 from softprompt_inference.engine.plan import Sampled
 from softprompt_inference.engine.prompt import make_sequence
@@ -26,6 +26,7 @@ def test_parts_become_one_list_of_ids_in_their_order(fakes, virtual_ids) -> None
     assert sequence.text_ids == [1, 2, 3]
     assert sequence.prompt_length == 6
     assert sequence.adapters == {"sha256:a"}
+    assert sequence.soft_prompt_ends == (5,)
     assert sequence.state is State.WAITING
 
 
@@ -93,6 +94,41 @@ def test_page_keys_chain_from_the_salt_over_virtual_and_text_ids(fakes, virtual_
     second = page_key(first, [52, 7], virtual_ids)
     assert list(sequence.page_keys(2, 0, 3)) == [first, second, page_key(second, [8, 9], virtual_ids)]
     assert list(sequence.page_keys(2, 1, 2)) == [second]
+
+
+def test_the_key_of_an_end_is_partial_inside_a_page(fakes, virtual_ids) -> None:
+    sequence = sequence_of(fakes.request("0", "a", [7, 8, 9]), virtual_ids)
+    first = page_key(root_key(""), [50, 51], virtual_ids)
+    assert sequence.end_key(2, 1) == partial_key(root_key(""), [50], virtual_ids)
+    assert sequence.end_key(2, 2) == first
+    assert sequence.end_key(2, 3) == partial_key(first, [52], virtual_ids)
+
+
+@pytest.mark.parametrize(
+    ("parts", "known_ends", "num_pages", "copied_end", "num_positions"),
+    [
+        (("a", [7]), (), 0, None, 0),
+        (("a", [7]), (3,), 0, 3, 3),
+        (("a", [7] * 9), (3, 4), 1, None, 4),
+        (("a", [7] * 9), (3, 4, 8), 2, None, 8),
+        (("a", [7] * 9), (3, 8), 0, 3, 3),  # a page behind one that is missing
+        (("a", "a", [7]), (3, 6), 0, 3, 3),
+        (("a", "a", [7]), (3, 4, 6), 1, 6, 6),
+        (("a",), (3,), 0, 3, 2),  # the last position is computed
+        (([7], "a"), (4,), 0, 4, 3),
+        (([7] * 2, "a"), (4, 5), 1, None, 4),
+        (([7] * 8,), (4, 8), 1, 8, 7),
+        (([7] * 8,), (8,), 0, None, 0),
+    ],
+)
+def test_the_known_beginning_ends_with_a_page_or_a_soft_prompt(
+    fakes, virtual_ids, parts, known_ends, num_pages, copied_end, num_positions
+) -> None:
+    sequence = sequence_of(fakes.request("0", *parts), virtual_ids)
+    known = {sequence.end_key(4, end) for end in known_ends}
+    prefix = sequence.find_prefix(4, known.__contains__)
+    assert (prefix.num_pages, prefix.num_positions) == (num_pages, num_positions)
+    assert prefix.copy_key == (None if copied_end is None else sequence.end_key(4, copied_end))
 
 
 def test_a_reset_sequence_keeps_its_ids_and_outputs(fakes, virtual_ids) -> None:

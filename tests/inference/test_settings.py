@@ -29,6 +29,13 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (settings.registry_address, settings.max_model_len) == ("registry:2243", 512)
 
 
+def test_prefix_caching_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings().engine_config(Path("m")).enable_prefix_caching
+    assert not read_settings(["--no-enable-prefix-caching"]).engine_config(Path("m")).enable_prefix_caching
+    monkeypatch.setenv("SOFTPROMPT_ENABLE_PREFIX_CACHING", "false")
+    assert not read_settings().engine_config(Path("m")).enable_prefix_caching
+
+
 def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOFTPROMPT_DEVICE", "cuda")
     assert read_settings(["--device", "cpu"]).device == "cpu"

@@ -20,6 +20,8 @@ class EngineConfig:
         max_num_sequences: most sequences in one batch.
         max_step_tokens: most tokens computed in one step; None: few on a CPU, many on a GPU.
         max_virtual_tokens: most virtual tokens of one adapter.
+        enable_prefix_caching: find what is computed again: beginnings of prompts, and soft prompts to their last
+            virtual token. Off, every request computes everything, for measuring.
         num_threads: of torch on a CPU; None: torch's own choice.
         native_cache_dir: folder for CPU kernels compiled on this machine; None: torch's operations only.
     """
@@ -33,6 +35,7 @@ class EngineConfig:
     max_num_sequences: int = 256
     max_step_tokens: int | None = None
     max_virtual_tokens: int = 512
+    enable_prefix_caching: bool = True
     num_threads: int | None = None
     native_cache_dir: str | None = None
 

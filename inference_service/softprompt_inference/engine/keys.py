@@ -1,7 +1,8 @@
 """Identity of KV pages: which pages may stand in for which.
 
 KV of a position depends on every position up to it, so a page's key is a sha256 chain over the ids of all pages up
-to it. Virtual ids are local to one process and say nothing about content; (digest, row) takes their place.
+to it. Virtual ids are local to one process and say nothing about content; (digest, row) takes their place. The
+first rows of a page have a key of their own, a partial key: they are the same whatever follows them in the page.
 """
 
 import hashlib
@@ -70,7 +71,16 @@ def root_key(salt: str) -> PageKey:
 
 def page_key(parent: PageKey, token_ids: Sequence[int], virtual_ids: VirtualIds) -> PageKey:
     """Key of a full page of `token_ids` that follows the page `parent`."""
-    chain = hashlib.sha256(parent)
+    return _chain(parent, token_ids, virtual_ids)
+
+
+def partial_key(parent: PageKey, token_ids: Sequence[int], virtual_ids: VirtualIds) -> PageKey:
+    """Key of the first rows, `token_ids`, of a page that follows the page `parent`; never that of a full page."""
+    return _chain(b"first rows of a page\0" + parent, token_ids, virtual_ids)
+
+
+def _chain(start: bytes, token_ids: Sequence[int], virtual_ids: VirtualIds) -> PageKey:
+    chain = hashlib.sha256(start)
     if max(token_ids) < virtual_ids.vocab_size:
         chain.update(array("q", token_ids).tobytes())
         return chain.digest()

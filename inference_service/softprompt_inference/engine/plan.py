@@ -49,10 +49,26 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PageCopy:
+    """The first `num_positions` rows of page `source`, in all layers, to the same rows of page `target`."""
+
+    source: int
+    target: int
+    num_positions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One step: decodes (one token each) first, then pieces of prompts. No two chunks share a sequence."""
+    """One step.
+
+    Attributes:
+        chunks: decodes (one token each) first, then pieces of prompts. No two chunks share a sequence.
+        copies: to be done before the chunks are computed, in any order: no page is a source and a target, none is
+            a target twice, and no chunk writes a row that is copied.
+    """
 
     chunks: Sequence[Chunk]
+    copies: Sequence[PageCopy] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +86,7 @@ class Runner(Protocol):
     info: ModelInfo
 
     def run(self, plan: StepPlan) -> Sequence[Sampled]:
-        """Compute the plan; one Sampled per chunk that has a sample, in order."""
+        """Copy, then compute; one Sampled per chunk that has a sample, in order."""
 
     def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
         """Make ids first_id … first_id + num_virtual_tokens − 1 stand for the adapter's rows."""

@@ -19,6 +19,7 @@ def make_sequence(request: AddRequest, *, virtual_ids: VirtualIds, max_model_len
     prompt_ids: list[int] = []
     text_ids: list[int] = []
     adapters: set[str] = set()
+    soft_prompt_ends: list[int] = []
     for part in request.prompt:
         if isinstance(part, TextPart):
             _check_ids("prompt", part.token_ids, vocab_size)
@@ -27,6 +28,7 @@ def make_sequence(request: AddRequest, *, virtual_ids: VirtualIds, max_model_len
         elif part.digest in virtual_ids:
             prompt_ids += virtual_ids.ids(part.digest)
             adapters.add(part.digest)
+            soft_prompt_ends.append(len(prompt_ids))
         else:
             raise AdapterNotFound(f"adapter {part.digest} is not loaded", field="adapter")
     if not prompt_ids:
@@ -38,6 +40,7 @@ def make_sequence(request: AddRequest, *, virtual_ids: VirtualIds, max_model_len
         prompt_ids=prompt_ids,
         text_ids=text_ids,
         adapters=frozenset(adapters),
+        soft_prompt_ends=tuple(soft_prompt_ends),
         max_outputs=_max_outputs(request, len(prompt_ids), len(text_ids), max_model_len),
         virtual_ids=virtual_ids,
     )

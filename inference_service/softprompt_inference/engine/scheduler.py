@@ -5,11 +5,14 @@ The rules, all of which `check` verifies:
 * A sequence starts when there are pages for all the ids it has; then it grows by one page at a time.
 * Out of pages, the youngest running sequence gives its pages back and waits at the front, keeping its output. Its
   full pages stay in the prefix cache as long as nobody needs the room, so that its return is cheap.
+* A sequence takes the full pages of its beginning that are cached. Where a soft prompt ends inside the page behind
+  them, it copies that page's first rows into a page of its own; the source is held until the step is computed.
 * The pool holds at least one sequence of full length, so the oldest always moves on and nothing is stuck for ever.
 * A step serves the oldest first: decodes, then pieces of prompts. All but the youngest running sequence have
   finished their prompt, and no more run than a step has tokens, so every decode is in every step.
 """
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable
 from itertools import pairwise
@@ -19,8 +22,8 @@ from softprompt_api.errors import InternalError, SoftpromptError
 from softprompt_inference.engine.keys import PageKey
 from softprompt_inference.engine.messages import Finish, Output, Stats
 from softprompt_inference.engine.pages import PagePool
-from softprompt_inference.engine.plan import Chunk, Sampled, StepPlan
-from softprompt_inference.engine.sequence import Sequence, State
+from softprompt_inference.engine.plan import Chunk, PageCopy, Sampled, StepPlan
+from softprompt_inference.engine.sequence import Prefix, Sequence, State
 
 
 class Scheduler:
@@ -32,6 +35,7 @@ class Scheduler:
         max_model_len: no sequence is longer.
         max_num_sequences: most sequences running at once.
         max_step_tokens: most tokens in one plan.
+        enable_prefix_caching: whether sequences find what others have computed.
 
     Raises ValueError when the pages cannot hold one sequence of max_model_len.
     """
@@ -45,6 +49,7 @@ class Scheduler:
         max_model_len: int,
         max_num_sequences: int,
         max_step_tokens: int,
+        enable_prefix_caching: bool = True,
     ) -> None:
         if num_pages * page_size < max_model_len:
             raise ValueError(
@@ -58,11 +63,13 @@ class Scheduler:
         self._vocab_size = vocab_size
         self._max_running = min(max_num_sequences, max_step_tokens)
         self._max_step_tokens = max_step_tokens
+        self._enable_prefix_caching = enable_prefix_caching
         self._sequences: dict[str, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._planned: list[Sequence] = []  # one per chunk of the plan that is out
-        self._coming: set[PageKey] = set()  # pages that the plan fills
+        self._copies: list[PageCopy] = []  # of the plan that is out
+        self._coming: set[PageKey] = set()  # what the plan computes to its end: pages, and soft prompts
         self._num_added = 0
         self._computed_prompt_tokens = 0
         self._cached_prompt_tokens = 0
@@ -98,6 +105,7 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """The next step; to be committed or failed before the next plan."""
         self._planned = []
+        self._copies = []
         self._coming.clear()
         chunks: list[Chunk] = []
         budget = self._max_step_tokens
@@ -112,17 +120,33 @@ class Scheduler:
             sequence = self._waiting.popleft()
             self._running.append(sequence)
             budget -= self._take(sequence, budget, chunks)
-        return StepPlan(chunks=chunks)
+        return StepPlan(chunks=chunks, copies=self._copies)
 
     def _take(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         num_tokens = min(len(sequence.token_ids) - sequence.num_computed, budget)
         chunks.append(sequence.chunk(num_tokens))
         self._planned.append(sequence)
-        page_size = self._pool.page_size
-        num_full = (sequence.num_computed + num_tokens) // page_size
-        if num_full > sequence.num_registered:
-            self._coming.update(sequence.page_keys(page_size, sequence.num_registered, num_full))
+        if self._enable_prefix_caching:
+            self._coming.update(key for _, key in self._full_pages(sequence, sequence.num_computed + num_tokens))
+            self._coming.update(key for _, key in self._ends(sequence, sequence.num_computed + num_tokens))
         return num_tokens
+
+    def _full_pages(self, sequence: Sequence, num_positions: int) -> Iterable[tuple[int, PageKey]]:
+        """(page, key) of the full pages of that many positions which are not yet registered."""
+        page_size, first = self._pool.page_size, sequence.num_registered
+        num_full = num_positions // page_size
+        if num_full <= first:
+            return ()
+        return zip(sequence.page_ids[first:num_full], sequence.page_keys(page_size, first, num_full), strict=True)
+
+    def _ends(self, sequence: Sequence, num_positions: int) -> Iterable[tuple[int, PageKey]]:
+        """(page, partial key) of the soft prompts that end inside a page, which are not yet registered."""
+        page_size = self._pool.page_size
+        for end in sequence.soft_prompt_ends[sequence.num_ends_registered :]:
+            if end > num_positions:
+                break
+            if end % page_size:
+                yield sequence.page_ids[end // page_size], sequence.end_key(page_size, end)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Give a running sequence pages for all its ids; False when it had to give way itself."""
@@ -138,6 +162,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         assert len(self._running) > 1, "the oldest sequence always fits"
+        assert sequence.source_page is None, "only what has just started copies"
         self._running.remove(sequence)
         self._pool.release(sequence.page_ids)
         sequence.reset(State.WAITING)
@@ -147,38 +172,61 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> bool:
         """Give the oldest waiting sequence its pages, cached ones where possible; False when it must wait."""
         pool = self._pool
-        length = len(sequence.token_ids)
-        # The last position is computed in any case: its logits choose the next token.
-        num_reusable = (length - 1) // pool.page_size
-        hits = pool.lookup(sequence.page_keys(pool.page_size, 0, num_reusable))
+        prefix = self._find_prefix(sequence)
+        if self._is_worth_waiting(sequence, prefix):
+            return False
+        hits = pool.lookup(sequence.page_keys(pool.page_size, 0, prefix.num_pages))
+        sources = [] if prefix.copy_key is None else pool.lookup([prefix.copy_key])
         pool.share(hits)
-        missing = pool.pages_for(length) - len(hits)
-        # A page is left for each running sequence to grow, or the newcomer would soon be preempted.
-        has_room = missing + len(self._running) <= pool.num_available
-        if not has_room or self._is_worth_waiting(sequence, len(hits), num_reusable):
+        pool.share(sources)
+        missing = pool.pages_for(len(sequence.token_ids)) - len(hits)
+        if sources and not self._has_room(missing):
+            # Holding the source may take the very page that is missing, and nobody might ever give one back.
+            pool.release(sources)
+            sources = []
+        if not self._has_room(missing):
             pool.release(hits)
             return False
         sequence.page_ids = hits + pool.allocate(missing)
         sequence.num_registered = len(hits)
         sequence.num_computed = len(hits) * pool.page_size
+        if sources:
+            self._copy(sequence, sources[0], prefix.num_positions)
         sequence.state = State.RUNNING
         if sequence.num_cached is None:
             sequence.num_cached = min(sequence.num_computed, sequence.prompt_length)
             self._cached_prompt_tokens += sequence.num_cached
         return True
 
-    def _is_worth_waiting(self, sequence: Sequence, num_hits: int, num_reusable: int) -> bool:
+    def _find_prefix(self, sequence: Sequence) -> Prefix:
+        if not self._enable_prefix_caching:
+            return Prefix(num_pages=0, copy_key=None, num_positions=0)
+        return sequence.find_prefix(self._pool.page_size, self._pool.__contains__)
+
+    def _has_room(self, missing: int) -> bool:
+        # A page is left for each running sequence to grow, or the newcomer would soon be preempted.
+        return missing + len(self._running) <= self._pool.num_available
+
+    def _copy(self, sequence: Sequence, source_page: int, num_positions: int) -> None:
+        """Let the step copy, from a page that the sequence holds now, its rows up to that position."""
+        page, num_rows = divmod(num_positions, self._pool.page_size)
+        copy = PageCopy(source=source_page, target=sequence.page_ids[page], num_positions=num_rows)
+        self._copies.append(copy)
+        sequence.source_page = source_page
+        sequence.num_computed = num_positions
+
+    def _is_worth_waiting(self, sequence: Sequence, prefix: Prefix) -> bool:
         """Whether this very step computes, for others, at least half of what the sequence lacks.
 
         So n choices of one prompt, or many questions about one document, that arrive together compute it once.
         """
-        page_size = self._pool.page_size
-        num_coming = 0
-        for key in sequence.page_keys(page_size, num_hits, num_reusable):
-            if key not in self._coming:
-                break
-            num_coming += 1
-        return num_coming > 0 and num_coming * page_size * 2 >= len(sequence.token_ids) - num_hits * page_size
+        if not self._coming:
+            return False
+        with_coming = sequence.find_prefix(
+            self._pool.page_size, lambda key: key in self._coming or key in self._pool
+        )
+        num_coming = with_coming.num_positions - prefix.num_positions
+        return num_coming > 0 and num_coming * 2 >= len(sequence.token_ids) - prefix.num_positions
 
     def commit(self, plan: StepPlan, sampled: Iterable[Sampled]) -> list[Output]:
         """Take in a computed plan and its tokens; what was aborted meanwhile gives no output."""
@@ -212,14 +260,19 @@ class Scheduler:
         sequence.num_computed = stop = start + num_tokens
         if start < sequence.prompt_length:
             self._computed_prompt_tokens += min(stop, sequence.prompt_length) - start
-        page_size = self._pool.page_size
-        num_full = stop // page_size
-        if num_full == sequence.num_registered:
-            return
-        keys = sequence.page_keys(page_size, sequence.num_registered, num_full)
-        for page, key in enumerate(keys, start=sequence.num_registered):
-            self._pool.register(sequence.page_ids[page], key)
-        sequence.num_registered = num_full
+        if self._enable_prefix_caching:
+            for page_id, key in self._full_pages(sequence, stop):
+                self._pool.register(page_id, key)
+            for page_id, key in self._ends(sequence, stop):
+                self._pool.register_partial(page_id, key)
+        sequence.num_registered = stop // self._pool.page_size
+        sequence.num_ends_registered = bisect_right(sequence.soft_prompt_ends, stop)
+        self._release_source(sequence)
+
+    def _release_source(self, sequence: Sequence, *, forget: bool = False) -> None:
+        if sequence.source_page is not None:
+            self._pool.release([sequence.source_page], forget=forget)
+            sequence.source_page = None
 
     def _fail(self, sequence: Sequence, error: SoftpromptError) -> Output:
         # What it computed may be as bad as its end: nobody else shall find it.
@@ -229,6 +282,7 @@ class Scheduler:
     def _finish(self, sequence: Sequence, *, forget: bool = False) -> None:
         if sequence.state is State.RUNNING:
             self._running.remove(sequence)
+            self._release_source(sequence, forget=forget)
             self._pool.release(sequence.page_ids, forget=forget)
         else:
             self._waiting.remove(sequence)
@@ -252,7 +306,9 @@ class Scheduler:
     def check(self) -> None:
         """Recompute every counter and verify the rules; AssertionError on any disagreement."""
         page_size = self._pool.page_size
-        self._pool.check(sequence.page_ids for sequence in self._sequences.values())
+        sources = [sequence.source_page for sequence in self._running if sequence.source_page is not None]
+        self._pool.check([*(sequence.page_ids for sequence in self._sequences.values()), sources])
+        assert self._planned or not sources, "a source is held longer than a step"
         in_order = [*self._running, *self._waiting]
         assert all(older.arrival < younger.arrival for older, younger in pairwise(in_order))
         assert {id(sequence) for sequence in in_order} == {id(sequence) for sequence in self._sequences.values()}
@@ -264,6 +320,9 @@ class Scheduler:
             assert len(sequence.page_ids) * page_size >= sequence.num_computed
             assert sequence.num_registered == sequence.num_computed // page_size
         if not self._planned:
+            for sequence in self._running:
+                num_ends = bisect_right(sequence.soft_prompt_ends, sequence.num_computed)
+                assert sequence.num_ends_registered == num_ends, "a soft prompt was not offered"
             for sequence in self._running[:-1]:
                 assert len(sequence.token_ids) - sequence.num_computed == 1, "a prompt was overtaken"
 

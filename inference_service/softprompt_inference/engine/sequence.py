@@ -1,9 +1,10 @@
 """One sequence: its ids, its pages, how far it is computed, and when it ends."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import Enum
 
-from softprompt_inference.engine.keys import PageKey, VirtualIds, page_key, root_key
+from softprompt_inference.engine.keys import PageKey, VirtualIds, page_key, partial_key, root_key
 from softprompt_inference.engine.messages import AddRequest, Finish, Output
 from softprompt_inference.engine.plan import Chunk, Sample, Sampled
 
@@ -14,6 +15,21 @@ class State(Enum):
     WAITING = "waiting"  # holds no pages; new, or preempted with outputs
     RUNNING = "running"  # holds pages
     FINISHED = "finished"  # holds no pages, for good
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefix:
+    """The beginning of a sequence, as far as it is at hand.
+
+    Attributes:
+        num_pages: its leading full pages.
+        copy_key: key of the page whose first rows hold the positions behind them; None when there are none.
+        num_positions: of the full pages and those rows.
+    """
+
+    num_pages: int
+    copy_key: PageKey | None
+    num_positions: int
 
 
 class Sequence:
@@ -27,8 +43,11 @@ class Sequence:
         output_ids: the ids generated so far.
         arrival: place in the order of arrival, given by the scheduler.
         adapters: digests whose virtual tokens are in the prompt.
+        soft_prompt_ends: positions behind the last virtual token of each soft prompt, in rising order.
         page_ids: pages in order, enough for all of token_ids in every step that computes it.
+        source_page: a page it holds beside its own, while a step copies rows from it.
         num_registered: leading pages offered to the prefix cache, or taken from it.
+        num_ends_registered: leading soft_prompt_ends offered to the prefix cache.
         num_computed: positions whose KV is in the pages; the newest token's never is.
         num_cached: prompt positions that came from the prefix cache when it first ran; None before that.
     """
@@ -38,17 +57,21 @@ class Sequence:
         "_eos_ids",
         "_keys",
         "_max_outputs",
+        "_partial_keys",
         "_stop_ids",
         "_virtual_ids",
         "adapters",
         "arrival",
         "num_cached",
         "num_computed",
+        "num_ends_registered",
         "num_registered",
         "output_ids",
         "page_ids",
         "prompt_length",
         "request",
+        "soft_prompt_ends",
+        "source_page",
         "state",
         "text_ids",
         "token_ids",
@@ -61,6 +84,7 @@ class Sequence:
         prompt_ids: list[int],
         text_ids: list[int],
         adapters: frozenset[str],
+        soft_prompt_ends: tuple[int, ...],
         max_outputs: int,
         virtual_ids: VirtualIds,
     ) -> None:
@@ -71,14 +95,18 @@ class Sequence:
         self.text_ids = text_ids
         self.output_ids: list[int] = []
         self.adapters = adapters
+        self.soft_prompt_ends = soft_prompt_ends
         self.arrival = -1
         self.state = State.WAITING
         self.page_ids: list[int] = []
+        self.source_page: int | None = None
         self.num_computed = 0
         self.num_registered = 0
+        self.num_ends_registered = 0
         self.num_cached: int | None = None
         self._virtual_ids = virtual_ids
         self._keys: list[PageKey] = [root_key(request.salt)]
+        self._partial_keys: dict[int, PageKey] = {}
         self._eos_ids = frozenset(() if params.ignore_eos else request.eos_token_ids)
         self._stop_ids = frozenset(params.stop_token_ids)
         self._banned_ids = tuple(sorted(self._eos_ids | self._stop_ids))
@@ -92,6 +120,38 @@ class Sequence:
                 first = (len(keys) - 1) * page_size
                 keys.append(page_key(keys[-1], self.token_ids[first : first + page_size], self._virtual_ids))
             yield keys[page + 1]
+
+    def end_key(self, page_size: int, end: int) -> PageKey:
+        """Key of the positions 0 … end − 1: that of the last page, or partial when they do not fill it."""
+        num_pages, num_rows = divmod(end, page_size)
+        if num_rows == 0:
+            return next(self.page_keys(page_size, num_pages - 1, num_pages))
+        if end not in self._partial_keys:
+            parent = next(self.page_keys(page_size, num_pages - 1, num_pages)) if num_pages else self._keys[0]
+            token_ids = self.token_ids[end - num_rows : end]
+            self._partial_keys[end] = partial_key(parent, token_ids, self._virtual_ids)
+        return self._partial_keys[end]
+
+    def find_prefix(self, page_size: int, is_known: Callable[[PageKey], bool]) -> Prefix:
+        """The longest beginning whose keys are known, without the last position: its logits choose the next token.
+
+        It ends with a full page, with a soft prompt, or just before the last position.
+        """
+        limit = len(self.token_ids) - 1
+        num_pages = 0
+        for key in self.page_keys(page_size, 0, limit // page_size):
+            if not is_known(key):
+                break
+            num_pages += 1
+        start = num_pages * page_size
+        # A page that the last position fills can be copied but for that position.
+        ends = [*self.soft_prompt_ends, limit + 1] if (limit + 1) % page_size == 0 else self.soft_prompt_ends
+        for end in reversed(ends):
+            if start < min(end, limit) and end <= start + page_size and is_known(self.end_key(page_size, end)):
+                return Prefix(
+                    num_pages=num_pages, copy_key=self.end_key(page_size, end), num_positions=min(end, limit)
+                )
+        return Prefix(num_pages=num_pages, copy_key=None, num_positions=start)
 
     def chunk(self, num_tokens: int) -> Chunk:
         """The next `num_tokens` positions to compute; the last of all asks for a token."""
@@ -121,8 +181,10 @@ class Sequence:
         """Hold no pages and have nothing computed: WAITING again, or FINISHED. Ids and output stay."""
         self.state = state
         self.page_ids = []
+        self.source_page = None
         self.num_computed = 0
         self.num_registered = 0
+        self.num_ends_registered = 0
 
     def accept(self, sampled: Sampled) -> Output:
         """Append the token; the output says whether it was the last."""

@@ -18,6 +18,8 @@ from softprompt_kernels.paged_attention import Plan, paged_attention, plan_paged
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from softprompt_inference.model.kv_pages import KVPages
+
 ATTENTION = "softprompt"
 _HANDLER = "softprompt_attention"
 
@@ -150,7 +152,7 @@ class StepBatch:
     plans: dict[tuple[int | None, bool], Plan] = field(default_factory=dict)
 
     def plan(self, window: int | None, keys: Tensor) -> Plan | None:
-        """The CPU path's plan for layers with such a window and pages, made for the first of them; None on a GPU."""
+        """The CPU path's plan for layers with this window, made for the first of them; None on a GPU."""
         if self.slots.device.type != "cpu":
             return None
         key = (window, native.supports(keys))
@@ -240,13 +242,21 @@ def attach_pages(
     page_size: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> None:
-    """Give every layer fresh pages, in place of those it had."""
+) -> KVPages:
+    """Give every layer fresh pages, in place of those it had; returns the memory behind them."""
     for layer in layers:
         detach(layer.module)
-        shape = (num_pages, page_size, layer.num_kv_heads, layer.head_dim)
-        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+    pages = KVPages(
+        [(layer.num_kv_heads, layer.head_dim) for layer in layers],
+        num_pages=num_pages,
+        page_size=page_size,
+        dtype=dtype,
+        device=device,
+    )
+    for index, layer in enumerate(layers):
+        keys, values = pages.layer(index)
         attach(layer.module, PagedLayer(context, keys, values))
+    return pages
 
 
 def page_bytes(layers: Sequence[LayerSpec], *, page_size: int, dtype: torch.dtype) -> int:

@@ -16,6 +16,7 @@ from softprompt_inference.engine.messages import LoadAdapter, ModelInfo
 from softprompt_inference.engine.plan import Chunk, Sample, Sampled, StepPlan
 from softprompt_inference.model import hardware
 from softprompt_inference.model.attention import StepContext, attach_pages, build_step_batch, page_bytes
+from softprompt_inference.model.kv_pages import KVPages
 from softprompt_inference.model.loader import LoadedModel, load_model
 from softprompt_inference.model.rows import VirtualRows
 from softprompt_inference.model.sampler import sample
@@ -31,6 +32,7 @@ class ModelRunner:
         self.info: ModelInfo
         self._page_size = page_size
         self._context = StepContext()
+        self._pages: KVPages | None = None
         self._rows = VirtualRows(loaded.hidden_size, loaded.dtype, loaded.device)
 
     def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
@@ -43,7 +45,8 @@ class ModelRunner:
 
     def allocate_pages(self, num_pages: int) -> None:
         """Give the model that many empty KV pages, in place of those it had."""
-        attach_pages(
+        self._pages = None  # the former pages' memory may be needed for the new ones
+        self._pages = attach_pages(
             self.loaded.layers,
             self._context,
             num_pages=num_pages,
@@ -54,9 +57,11 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Sequence[Sampled]:
-        """Compute the plan; one Sampled per chunk that has a sample, in order."""
+        """Copy, then compute; one Sampled per chunk that has a sample, in order."""
         if not plan.chunks:
             return []
+        assert self._pages is not None, "no pages were allocated"
+        self._pages.copy(plan.copies)
         logits = self._forward(plan.chunks)
         return sample(logits, [chunk.sample for chunk in plan.chunks if chunk.sample is not None])
 

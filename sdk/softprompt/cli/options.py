@@ -49,6 +49,7 @@ class RunOptions(BaseModel):
     kv_cache_gb: float | None = Field(default=None, gt=0)
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_seqs: int | None = Field(default=None, ge=1)
+    enable_prefix_caching: bool = True
     enable_prompt_adapter: bool = True
     prompt_adapters: dict[str, str] = Field(default_factory=dict)
     max_prompt_adapters: int | None = Field(default=None, ge=1)

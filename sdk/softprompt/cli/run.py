@@ -77,6 +77,13 @@ def run(
     max_num_seqs: Annotated[
         int | None, typer.Option(envvar="SOFTPROMPT_MAX_NUM_SEQS", help="most sequences in one batch")
     ] = None,
+    enable_prefix_caching: Annotated[
+        bool | None,
+        typer.Option(
+            envvar="SOFTPROMPT_ENABLE_PREFIX_CACHING",
+            help="compute shared beginnings and soft prompts only once; off for measuring",
+        ),
+    ] = None,
 ) -> None:
     """Start the store, the registry, the inference service and the gateway; Ctrl-C ends them all."""
     if lora_modules:

@@ -73,6 +73,7 @@ def _inference(options: RunOptions, addresses: Addresses) -> dict[str, object]:
         "SOFTPROMPT_KV_CACHE_BYTES": None if options.kv_cache_gb is None else int(options.kv_cache_gb * _GIB),
         "SOFTPROMPT_MAX_MODEL_LEN": options.max_model_len,
         "SOFTPROMPT_MAX_NUM_SEQUENCES": options.max_num_seqs,
+        "SOFTPROMPT_ENABLE_PREFIX_CACHING": options.enable_prefix_caching,
         "SOFTPROMPT_MAX_VIRTUAL_TOKENS": options.max_prompt_adapter_token,
         "SOFTPROMPT_MAX_PROMPT_ADAPTERS": options.max_prompt_adapters,
         "SOFTPROMPT_GRACE_S": GRACE_S / 2,

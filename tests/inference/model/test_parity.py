@@ -1,13 +1,17 @@
 """What is served equals what PEFT computes: float32, greedy, ids equal and logprobs within 1e-4."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from softprompt_inference.engine.plan import PageCopy, Sampled, StepPlan
 from softprompt_inference.model import attention
 from softprompt_inference.model.errors import ModelSourceError
+from softprompt_inference.model.kv_pages import KVPages
 from softprompt_inference.model.loader import LoadedModel
+from softprompt_inference.model.runner import ModelRunner
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 from softprompt_kernels import native
 from softprompt_kernels.kv_write import kv_write
@@ -74,6 +78,52 @@ def test_a_prefix_hit_changes_nothing(lab: Any, llama: Path, count: int) -> None
     assert all(outputs[0].cached_tokens >= 32 for outputs in second)
     lab.compare(llama, requests, first).assert_equal()
     lab.compare(llama, requests, second).assert_equal()
+
+
+@pytest.mark.parametrize("page_size", [4, 16, 64])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_a_warm_adapter_leaves_only_the_text_to_compute(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, name: str, page_size: int
+) -> None:
+    path = lab.model(name)
+    adapters = [lab.adapter(path, "prompt_tuning", count, seed=seed) for count, seed in ((20, 0), (20, 1), (5, 0))]
+    engine = lab.engine(path, page_size=page_size)
+    first = lab.requests(adapters)
+    lab.compare(path, first, lab.serve(engine, first)).assert_equal()
+    computed: list[int] = []
+    compute = ModelRunner.run
+
+    def count(self: ModelRunner, plan: StepPlan) -> Sequence[Sampled]:
+        computed.extend(token_id for chunk in plan.chunks for token_id in chunk.token_ids)
+        return compute(self, plan)
+
+    monkeypatch.setattr(ModelRunner, "run", count)
+    second = lab.requests([*adapters, *adapters], seed=1)
+    outputs = lab.serve(engine, second)
+    lab.compare(path, second, outputs).assert_equal()
+    assert max(computed) < engine.info.vocab_size
+    num_text = sum(len(request.prompt_ids) for request in second)
+    assert len(computed) == num_text + sum(len(own) - 1 for own in outputs)
+    assert [own[0].cached_tokens for own in outputs] == [20, 20, 5] * 2
+
+
+def test_a_copied_page_whose_owner_goes_on_changes_nothing(lab: Any, llama: Path) -> None:
+    adapter = lab.adapter(llama, "prompt_tuning", 20)
+    requests = lab.requests([adapter] * 5, max_tokens=30)
+    # Two at a time, in small steps: the others copy while the owner of the page writes on.
+    engine = lab.engine(llama, max_num_sequences=2, max_step_tokens=7)
+    outputs = lab.serve(engine, requests)
+    assert [own[0].cached_tokens for own in outputs][2:] == [20] * 3
+    lab.compare(llama, requests, outputs).assert_equal()
+
+
+def test_without_prefix_caching_nothing_is_shared_and_nothing_differs(lab: Any, llama: Path) -> None:
+    requests = lab.requests([lab.adapter(llama, "prompt_tuning", 20), None] * 2, length=40)
+    engine = lab.engine(llama, enable_prefix_caching=False)
+    for _ in range(2):
+        outputs = lab.serve(engine, requests)
+        assert all(own[0].cached_tokens == 0 for own in outputs)
+        lab.compare(llama, requests, outputs).assert_equal()
 
 
 def test_adapters_of_one_length_and_one_text_do_not_share_keys(lab: Any, llama: Path) -> None:
@@ -157,6 +207,24 @@ def test_pages_used_again_without_writing_are_noticed(
 
     monkeypatch.setattr(attention, "kv_write", write_only_once)
     assert lab.compare(llama, requests, lab.serve(engine, requests)).problems
+
+
+@pytest.mark.parametrize("missing", [1, 4])
+def test_rows_of_a_shared_soft_prompt_that_were_not_copied_are_noticed(
+    lab: Any, llama: Path, monkeypatch: pytest.MonkeyPatch, missing: int
+) -> None:
+    [request] = lab.requests([lab.adapter(llama, "prompt_tuning", 20)])
+    engine = lab.engine(llama)
+    lab.serve(engine, [request])
+    copy = KVPages.copy
+
+    def copy_less(self: KVPages, copies: Sequence[PageCopy]) -> None:
+        assert [each.num_positions for each in copies] in ([], [4])
+        copy(self, [replace(each, num_positions=each.num_positions - missing) for each in copies])
+
+    monkeypatch.setattr(KVPages, "copy", copy_less)
+    again = replace(request, prompt_ids=request.prompt_ids[::-1])
+    assert lab.compare(llama, [again], lab.serve(engine, [again])).problems
 
 
 def test_cached_keys_of_another_adapter_are_noticed(lab: Any, llama: Path) -> None:

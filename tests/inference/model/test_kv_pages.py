@@ -1,0 +1,56 @@
+"""Pages of all layers in one piece of memory: each layer has its own, and one copy serves all."""
+
+import pytest
+import torch
+from softprompt_inference.engine.plan import PageCopy
+from softprompt_inference.model.kv_pages import KVPages
+
+SHAPES = [(2, 8), (1, 16), (2, 8), (2, 8)]
+
+
+def make_pages(device: str = "cpu") -> KVPages:
+    """Pages of four layers with two shapes, every number in them different."""
+    pages = KVPages(SHAPES, num_pages=5, page_size=4, dtype=torch.float32, device=torch.device(device))
+    for index in range(len(SHAPES)):
+        for kind, tensor in enumerate(pages.layer(index)):
+            numbers = torch.arange(tensor.numel(), device=device) + (2 * index + kind) * tensor.numel()
+            tensor.copy_(numbers.view(tensor.shape))
+    return pages
+
+
+def layers(pages: KVPages) -> list[torch.Tensor]:
+    return [tensor.clone() for index in range(len(SHAPES)) for tensor in pages.layer(index)]
+
+
+def test_every_layer_has_pages_of_its_own_shape_that_nobody_else_writes() -> None:
+    pages = make_pages()
+    for index, (num_kv_heads, head_dim) in enumerate(SHAPES):
+        for kind, tensor in enumerate(pages.layer(index)):
+            assert tensor.shape == (5, 4, num_kv_heads, head_dim)
+            assert tensor.is_contiguous()
+            assert tensor.flatten()[0] == (2 * index + kind) * tensor.numel()
+
+
+def test_new_pages_are_empty_and_layers_of_one_shape_lie_in_one_tensor() -> None:
+    pages = KVPages(SHAPES, num_pages=2, page_size=4, dtype=torch.bfloat16, device=torch.device("cpu"))
+    tensors = [tensor for index in range(len(SHAPES)) for tensor in pages.layer(index)]
+    assert all(tensor.dtype == torch.bfloat16 and not tensor.any() for tensor in tensors)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "copies", [[], [(4, 0, 3)], [(1, 2, 1), (1, 0, 3), (3, 4, 2)]], ids=["none", "one", "three from two pages"]
+)
+def test_a_copy_takes_the_first_rows_in_all_layers_and_nothing_else(
+    copies: list[tuple[int, int, int]], device: str
+) -> None:
+    pages = make_pages(device)
+    expected = layers(pages)
+    for tensor in expected:
+        before = tensor.clone()
+        for source, target, count in copies:
+            tensor[target, :count] = before[source, :count]
+    pages.copy([PageCopy(source=source, target=target, num_positions=count) for source, target, count in copies])
+    for got, wanted in zip(layers(pages), expected, strict=True):
+        assert torch.equal(got, wanted)
