@@ -63,6 +63,7 @@ def test_variables_that_run_reads_do_not_reach_the_services(monkeypatch: pytest.
                 "max_prompt_adapters": 2,
                 "max_virtual_tokens": 512,
                 "enable_prefix_caching": False,
+                "native_kernels": False,
             },
         ),
     ],
@@ -78,6 +79,7 @@ def test_every_service_reads_what_it_is_given(
             "dtype": "float32",
             "kv_cache_gb": 1.0,
             "enable_prefix_caching": False,
+            "native_kernels": False,
         }
     )
     for name, value in environment(service, options, addresses()).items():

@@ -84,6 +84,12 @@ def run(
             help="compute shared beginnings and soft prompts only once; off for measuring",
         ),
     ] = None,
+    native_kernels: Annotated[
+        bool | None,
+        typer.Option(
+            envvar="SOFTPROMPT_NATIVE_KERNELS", help="on a CPU, compile kernels where a C compiler is installed"
+        ),
+    ] = None,
 ) -> None:
     """Start the store, the registry, the inference service and the gateway; Ctrl-C ends them all."""
     if lora_modules:

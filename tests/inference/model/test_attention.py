@@ -77,9 +77,10 @@ def test_the_scale_defaults_to_that_of_the_head_dimension() -> None:
 
 def test_layers_with_one_window_share_a_plan() -> None:
     batch = build_step_batch([(0, 6, [0, 1])], page_size=4, device=CPU)
-    plan = batch.plan(None, torch.float32)
-    assert batch.plan(None, torch.float32) is plan
-    assert batch.plan(3, torch.float32) is not plan
+    keys = torch.zeros(2, 4, 2, 8)
+    plan = batch.plan(None, keys)
+    assert batch.plan(None, keys) is plan
+    assert batch.plan(3, keys) is not plan
 
 
 def test_every_layer_has_pages_of_its_own() -> None:
