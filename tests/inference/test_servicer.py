@@ -116,6 +116,7 @@ class FakeSource:
     versions: dict[str, registry_pb2.AdapterVersion] = field(default_factory=dict)
     fetching: asyncio.Event = field(default_factory=asyncio.Event)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
+    abandoned: asyncio.Event = field(default_factory=asyncio.Event)
     is_away: bool = False
 
     async def resolve(self, spelling: str) -> registry_pb2.AdapterVersion:
@@ -125,7 +126,11 @@ class FakeSource:
 
     async def fetch(self, digest: str) -> Adapter:
         self.fetching.set()
-        await self.gate.wait()
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.abandoned.set()
+            raise
         return Adapter(digest=digest, rows=bytes(80), dtype="float32", num_virtual_tokens=10, hidden_size=2)
 
 
@@ -386,6 +391,8 @@ async def test_a_client_that_leaves_while_its_adapter_comes_lets_go_of_it(world:
     call = world.generate(adapter=DIGEST_A)
     await world.source.fetching.wait()
     call.cancel()
+    async with asyncio.timeout(5):
+        await world.source.abandoned.wait()
     # The one place for adapters must become free, or this would wait for ever.
     world.source.gate.set()
     other = world.generate(adapter=DIGEST_B)
