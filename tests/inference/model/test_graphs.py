@@ -11,11 +11,12 @@ from softprompt_api.params import SamplingParams
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import Engine
 from softprompt_inference.engine.plan import Chunk, Sample, StepPlan
-from softprompt_inference.model.attention import StepBatch, build_step_batch
+from softprompt_inference.model.attention import CallRecorder, StepBatch, attach, build_step_batch, detach
 from softprompt_inference.model.graphs import DecodeGraphs, decode_buckets
 from softprompt_inference.model.loader import LoadedModel
 from softprompt_inference.model.runner import ModelRunner
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 CPU = torch.device("cpu")
@@ -229,6 +230,34 @@ def test_a_model_that_cannot_be_captured_is_served_all_the_same(
     with pytest.raises(RuntimeError, match="synchronizing"):
         runner.capture_decodes(max_sequences=2, max_model_len=64, capture=refuse)
     assert runner.run(StepPlan(chunks=[chunk(5, 0, [0])]))[0].error == ""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what reads a value from the device, or makes a shape of one."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "aten::equal")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        indices = [t for each in args if isinstance(each, list) for t in each if isinstance(t, Tensor)]
+        assert not any(word in name for word in self.FORBIDDEN), name
+        assert not ("index" in name and any(t.dtype == torch.bool for t in indices)), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "qwen3", "gemma2", "gpt2", "phi3", "opt", "gpt_neox", "gpt_oss"]
+)
+def test_no_architecture_waits_for_the_device_in_a_decode(lab: Any, name: str) -> None:
+    loaded = lab.runner(lab.model(name)).loaded
+    for layer in loaded.layers:
+        detach(layer.module)
+        attach(layer.module, CallRecorder())  # in the place of the CPU's paged attention, which does wait
+    with torch.inference_mode(), NoWaiting():
+        embeddings = loaded.embedding(torch.tensor([3, 4, 5]))
+        loaded.logits(embeddings, torch.tensor([7, 2, 0]), torch.arange(3))
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        torch.ones(1).item()
 
 
 REAL_SHAPES = {

@@ -78,7 +78,7 @@ def test_inputs_of_another_dtype_go_the_originals_way() -> None:
     assert torch.equal(norm(x), expected)
 
 
-# Two norms in each of two layers, four in each of Gemma 2's four, two more per layer for Qwen 3's heads; a last one.
+# Two norms in each of two layers, four in each of Gemma 2's four, two more per layer for Qwen 3's heads; one last.
 @pytest.mark.parametrize(
     ("name", "num_norms", "num_layers"),
     [("llama", 5, 2), ("mistral", 5, 2), ("phi3", 5, 2), ("qwen3", 9, 2), ("gemma2", 17, 0), ("gpt2", 0, 0)],
