@@ -10,13 +10,18 @@ PROGRAM = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from softprompt_kernels.act_mul.kernel import _kernel as act_mul
 from softprompt_kernels.embed_gather.kernel import _kernel as embed_gather
 from softprompt_kernels.kv_write.kernel import _kernel as kv_write
+from softprompt_kernels.paged_attention.kernel import _combine_kernel as combine
 from softprompt_kernels.paged_attention.kernel import _kernel as paged_attention
+from softprompt_kernels.rmsnorm.kernel import _kernel as rmsnorm
+from softprompt_kernels.rope.kernel import _kernel as rope
 
 KINDS = {
     "page_table_ptr": "*i32", "query_start_ptr": "*i32", "context_lens_ptr": "*i32",
     "slots_ptr": "*i64", "dst_ptr": "*i64", "src_ptr": "*i64", "scale": "fp32", "softcap": "fp32",
+    "top_ptr": "*fp32", "total_ptr": "*fp32", "parts_ptr": "*fp32", "eps": "fp32",
 }
 
 def compile_for_gpu(kernel, **constants):
@@ -30,10 +35,16 @@ def compile_for_gpu(kernel, **constants):
 
 compile_for_gpu(embed_gather, BLOCK=1024)
 compile_for_gpu(kv_write, D=64, ROW=192, BLOCK=256)
-compile_for_gpu(
-    paged_attention, D=64, GROUP=3, BLOCK_Q=5, BLOCK_M=16, BLOCK_N=64, BLOCK_D=64,
-    HAS_SOFTCAP=True, HAS_WINDOW=True, HAS_SINKS=True, PRECISION="tf32",
-)
+for num_splits in (1, 16):
+    compile_for_gpu(
+        paged_attention, D=64, GROUP=3, BLOCK_Q=5, BLOCK_M=16, BLOCK_N=64, BLOCK_D=64,
+        HAS_SOFTCAP=True, HAS_WINDOW=True, HAS_SINKS=True, NUM_SPLITS=num_splits, MIN_TILES=2, PRECISION="tf32",
+    )
+compile_for_gpu(combine, D=80, BLOCK_D=128, NUM_SPLITS=16)
+for flag in (False, True):
+    compile_for_gpu(act_mul, GELU_TANH=flag, BLOCK=1024)
+    compile_for_gpu(rmsnorm, N=576, BLOCK=1024, HAS_RESIDUAL=flag, UNIT_OFFSET=flag)
+compile_for_gpu(rope, H=9, KV_HEADS=3, HALF=32, BLOCK_H=16, BLOCK_HALF=32)
 """
 
 

@@ -164,6 +164,44 @@ def test_pages_may_have_any_size(page_size: int, device: str) -> None:
     assert_close(run_kernel(case, device, scale=0.2, sliding_window=9), expected)
 
 
+LONG = [(1, 1), (1, 64), (1, 65), (1, 200), (1, 300), (1, 17)]
+
+
+@pytest.mark.parametrize("num_splits", [2, 4, 16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_contexts_may_be_split_among_programs(options: dict[str, object], num_splits: int, device: str) -> None:
+    case = make_case(LONG)
+    expected = plain_answer(case, scale=0.2, **options)
+    assert_close(run_kernel(case, device, scale=0.2, num_splits=num_splits, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_split_contexts_of_decodes_and_chunks_are_within_tolerance(dtype: torch.dtype, device: str) -> None:
+    case = make_case([(1, 130), (5, 150), (70, 140)], num_heads=6, num_kv_heads=2, head_dim=24, dtype=dtype)
+    assert_close(run_kernel(case, device, scale=0.2, num_splits=4), plain_answer(case, scale=0.2))
+
+
+def test_what_is_not_a_number_in_one_split_reaches_the_answer_of_its_sequence_alone(device: str) -> None:
+    case = make_case([(1, 200), (1, 200)])
+    expected = plain_answer(case, scale=0.2)
+    for pages in (case.keys, case.values):
+        pages[case.page_table[0, 5].long()] = float("nan")
+    answer = run_kernel(case, device, scale=0.2, num_splits=4)
+    assert answer[0].isnan().all()
+    assert_close(answer[1:], expected[1:])
+
+
+def test_contexts_are_split_by_shapes_and_processors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = pytest.importorskip("softprompt_kernels.paged_attention.kernel")
+    monkeypatch.setattr(kernel, "_num_processors", lambda _: 132)
+    device = torch.device("cuda")
+    assert kernel._plan_splits(8, 1024, device) == 32
+    assert kernel._plan_splits(8, 10, device) == 4
+    assert kernel._plan_splits(8, 1, device) == 1
+    assert kernel._plan_splits(100, 1024, device) == 2
+    assert kernel._plan_splits(2048, 1024, device) == 1
+
+
 def test_strided_queries_are_read_and_written_rightly(device: str) -> None:
     case = make_case([(6, 20)])
     transposed = case.q.transpose(0, 1).contiguous().transpose(0, 1)

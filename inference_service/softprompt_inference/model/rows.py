@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ class VirtualRows:
         while len(self._free) < len(rows):
             self._grow()
         places = [self._free.pop() for _ in range(len(rows))]
-        self.rows[torch.tensor(places, device=self.rows.device)] = rows
+        self.rows[self._index(places)] = rows
         self._row_of.update({first_id + i: place for i, place in enumerate(places)})
         self._num_rows_at[first_id] = len(rows)
 
@@ -44,9 +45,16 @@ class VirtualRows:
 
     def _decode(self, adapter: LoadAdapter) -> Tensor:
         """[num_virtual_tokens, hidden] in the model's dtype."""
-        # A copy, because torch wants memory that it may write.
-        rows = torch.frombuffer(bytearray(adapter.rows), dtype=_DTYPES[adapter.dtype])
-        return rows.view(adapter.num_virtual_tokens, self.rows.shape[1]).to(self.rows)
+        shape = (adapter.num_virtual_tokens, self.rows.shape[1])
+        device = self.rows.device
+        # Pinned, so that the steps of others need not wait for the copy; torch keeps the memory until it is done.
+        staged = torch.empty(shape, dtype=_DTYPES[adapter.dtype], pin_memory=device.type == "cuda")
+        staged.view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(adapter.rows, dtype=np.uint8)
+        return staged.to(device, non_blocking=True).to(self.rows.dtype)
+
+    def _index(self, places: list[int]) -> Tensor:
+        device = self.rows.device
+        return torch.tensor(places, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
     def _grow(self) -> None:
         capacity = len(self.rows)

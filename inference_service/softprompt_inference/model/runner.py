@@ -15,7 +15,15 @@ from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import LoadAdapter, ModelInfo
 from softprompt_inference.engine.plan import Chunk, Sample, Sampled, StepPlan
 from softprompt_inference.model import hardware
-from softprompt_inference.model.attention import StepContext, attach_pages, build_step_batch, page_bytes
+from softprompt_inference.model.attention import (
+    StepBatch,
+    StepContext,
+    attach_pages,
+    build_step_batch,
+    page_bytes,
+)
+from softprompt_inference.model.errors import one_line
+from softprompt_inference.model.graphs import Capture, CudaCapture, DecodeGraphs
 from softprompt_inference.model.kv_pages import KVPages
 from softprompt_inference.model.loader import LoadedModel, load_model
 from softprompt_inference.model.rows import VirtualRows
@@ -33,6 +41,8 @@ class ModelRunner:
         self._page_size = page_size
         self._context = StepContext()
         self._pages: KVPages | None = None
+        self._num_pages = 0
+        self._decodes: DecodeGraphs | None = None
         self._rows = VirtualRows(loaded.hidden_size, loaded.dtype, loaded.device)
 
     def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
@@ -44,15 +54,33 @@ class ModelRunner:
         self._rows.drop(first_id)
 
     def allocate_pages(self, num_pages: int) -> None:
-        """Give the model that many empty KV pages, in place of those it had."""
+        """Give the model that many empty KV pages, in place of those it had and of what was captured over them."""
+        self._decodes = None
         self._pages = None  # the former pages' memory may be needed for the new ones
+        self._num_pages = num_pages
         self._pages = attach_pages(
             self.loaded.layers,
             self._context,
-            num_pages=num_pages,
+            num_pages=num_pages + 1,  # the last is the scratch page of captured decodes
             page_size=self._page_size,
             dtype=self.loaded.dtype,
             device=self.loaded.device,
+        )
+
+    @torch.inference_mode()
+    def capture_decodes(self, *, max_sequences: int, max_model_len: int, capture: Capture) -> None:
+        """Let steps that are one text token for each of up to `max_sequences` sequences be replayed from now on.
+
+        Raises RuntimeError where the model cannot be captured; then all steps stay as they were.
+        """
+        self._decodes = DecodeGraphs(
+            self._compute_decodes,
+            max_sequences=max_sequences,
+            max_pages=-(-max_model_len // self._page_size),
+            page_size=self._page_size,
+            scratch_page=self._num_pages,
+            device=self.loaded.device,
+            capture=capture,
         )
 
     @torch.inference_mode()
@@ -67,6 +95,10 @@ class ModelRunner:
 
     def _forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Write the chunks' KV; logits of the last token of each chunk that has a sample: [n, vocabulary]."""
+        if self._decodes is not None and self._are_decodes(chunks, self._decodes.max_sequences):
+            logits = self._decodes.run(chunks)
+            wanted = [i for i, chunk in enumerate(chunks) if chunk.sample is not None]
+            return logits if len(wanted) == len(chunks) else logits[self._to_device(wanted)]
         spans = [(chunk.start, len(chunk.token_ids), chunk.page_ids) for chunk in chunks]
         positions = [start + i for start, count, _ in spans for i in range(count)]
         sampled_rows, num_tokens = [], 0
@@ -81,6 +113,21 @@ class ModelRunner:
                 self._to_device(positions),
                 self._to_device(sampled_rows),
             )
+        finally:
+            self._context.batch = None
+
+    def _are_decodes(self, chunks: Sequence[Chunk], max_sequences: int) -> bool:
+        vocab_size = self.loaded.vocab_size
+        return len(chunks) <= max_sequences and all(
+            len(chunk.token_ids) == 1 and chunk.token_ids[0] < vocab_size for chunk in chunks
+        )
+
+    def _compute_decodes(self, token_ids: Tensor, positions: Tensor, batch: StepBatch) -> Tensor:
+        """One text token for each sequence; logits of all: [n, vocabulary]. Never waits for the device."""
+        self._context.batch = batch
+        try:
+            rows = torch.arange(len(token_ids), device=token_ids.device)
+            return self.loaded.logits(self.loaded.embedding(token_ids), positions, rows)
         finally:
             self._context.batch = None
 
@@ -132,6 +179,8 @@ def load_runner(config: EngineConfig, report: Callable[[str], None]) -> ModelRun
     megabytes = num_pages * bytes_per_page / 2**20
     report(f"reserving {num_pages} KV pages of {config.page_size} tokens ({megabytes:.0f} MiB)")
     runner.allocate_pages(num_pages)
+    if loaded.device.type == "cuda":
+        _capture_decodes(runner, config, max_model_len, report)
     first = loaded.layers[0]
     runner.info = ModelInfo(
         architecture=loaded.architecture,
@@ -158,6 +207,21 @@ def _use_native_kernels(cache_dir: Path, report: Callable[[str], None]) -> None:
         native.load(cache_dir)
     except native.CannotCompile as error:
         _log.warning("attention runs on torch's own operations, more slowly: %s", error)
+
+
+def _capture_decodes(
+    runner: ModelRunner, config: EngineConfig, max_model_len: int, report: Callable[[str], None]
+) -> None:
+    device = runner.loaded.device
+    report("capturing CUDA graphs")
+    try:
+        runner.capture_decodes(
+            max_sequences=min(config.max_num_sequences, config.step_tokens(device.type)),
+            max_model_len=max_model_len,
+            capture=CudaCapture(device),
+        )
+    except RuntimeError as error:
+        report(f"decodes go without CUDA graphs: {one_line(error)}")
 
 
 def _plan_max_model_len(config: EngineConfig, loaded: LoadedModel, num_pages: int) -> int:

@@ -3,12 +3,21 @@
 The query heads that share a key head lie beside the queries in the rows of one tile, so that decodes (one query)
 and prefills (many) fill the same tensor-core product. The grid depends on tensor shapes only, never on lengths, so
 a launch can be captured in a CUDA graph. The block-to-sequence search is that of vLLM's unified attention kernel.
+
+Few decodes would leave most of a GPU idle. Their contexts are split among programs; each answers as if its part
+were all there is and leaves its sum, maximum and weighted values, which a second kernel combines (flash-decoding).
 """
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+# Parts of a context that are shorter cost more to combine than they save.
+_MIN_TILES_PER_SPLIT = 2
+_MAX_SPLITS = 32
 
 
 # A batch of one sequence must not compile the search away into a loop over constants.
@@ -21,7 +30,9 @@ def _kernel(
     query_start_ptr,  # [B + 1] int32
     context_lens_ptr,  # [B] int32
     sinks_ptr,  # [H], or unused
-    out_ptr,  # [T, H, D]
+    out_ptr,  # [T, H, D]; with splits [NUM_SPLITS, T, H, D] float32, contiguous, divided by nothing
+    top_ptr,  # [NUM_SPLITS, T, H] float32: largest score of each split, or unused
+    total_ptr,  # [NUM_SPLITS, T, H] float32: sum of its weights, 0 where it saw nothing; or unused
     q_stride_t,
     q_stride_h,
     keys_stride_p,
@@ -34,6 +45,7 @@ def _kernel(
     out_stride_t,
     out_stride_h,
     num_sequences,
+    split_stride,  # T * H
     page_size,
     scale,
     softcap,
@@ -47,6 +59,8 @@ def _kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    MIN_TILES: tl.constexpr,  # per split
     PRECISION: tl.constexpr,
 ):
     block = tl.program_id(0)
@@ -82,9 +96,11 @@ def _kernel(
     q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
 
     if HAS_SINKS:
-        # The sink is a score without a value: it starts the running maximum and sum.
+        # The sink is a score without a value: it starts the running maximum and sum, of the first split only.
+        is_first = tl.program_id(2) == 0
         top = tl.load(sinks_ptr + head, mask=row_mask, other=0.0).to(tl.float32)
-        total = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
+        top = tl.where(is_first, top, float("-inf"))
+        total = tl.where(is_first, 1.0, tl.zeros([BLOCK_M], dtype=tl.float32))
     else:
         top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         total = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -95,8 +111,13 @@ def _kernel(
     begin = 0
     if HAS_WINDOW:
         begin = tl.maximum(block_position - window + 1, 0) // BLOCK_N * BLOCK_N
+    stop = end
+    if NUM_SPLITS > 1:
+        num_tiles = tl.maximum(tl.cdiv(tl.cdiv(end - begin, BLOCK_N), NUM_SPLITS), MIN_TILES)
+        begin += tl.program_id(2) * num_tiles * BLOCK_N
+        stop = tl.minimum(begin + num_tiles * BLOCK_N, end)
 
-    for tile in range(begin, end, BLOCK_N):
+    for tile in range(begin, stop, BLOCK_N):
         positions = tile + tl.arange(0, BLOCK_N)
         in_context = positions < end
         table_offsets = low.to(tl.int64) * page_table_stride + positions // page_size
@@ -125,9 +146,50 @@ def _kernel(
         acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         top = new_top
 
-    out = acc / tl.where(row_mask, total, 1.0)[:, None]
-    out_offsets = token[:, None] * out_stride_t + head.to(tl.int64)[:, None] * out_stride_h + dims[None, :]
-    tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=q_mask)
+    if NUM_SPLITS > 1:
+        part_row = tl.program_id(2).to(tl.int64) * split_stride + token * (GROUP * tl.num_programs(1)) + head
+        tl.store(top_ptr + part_row, top, mask=row_mask)
+        tl.store(total_ptr + part_row, total, mask=row_mask)
+        # The values of a split that saw nothing are not read. Its sum is 0; NaN is not, and must be read.
+        part_mask = q_mask & (total != 0.0)[:, None]
+        tl.store(out_ptr + part_row[:, None] * D + dims[None, :], acc, mask=part_mask)
+    else:
+        out = acc / tl.where(row_mask, total, 1.0)[:, None]
+        out_offsets = token[:, None] * out_stride_t + head.to(tl.int64)[:, None] * out_stride_h + dims[None, :]
+        tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=q_mask)
+
+
+@triton.jit
+def _combine_kernel(
+    parts_ptr,  # [NUM_SPLITS, T, H, D] float32, contiguous
+    top_ptr,  # [NUM_SPLITS, T, H] float32
+    total_ptr,  # [NUM_SPLITS, T, H] float32
+    out_ptr,  # [T, H, D]
+    split_stride,  # T * H
+    num_heads,
+    out_stride_t,
+    out_stride_h,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # ≥ D
+    NUM_SPLITS: tl.constexpr,  # a power of two
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    part_rows = tl.arange(0, NUM_SPLITS).to(tl.int64) * split_stride + token * num_heads + head
+    total = tl.load(total_ptr + part_rows)
+    saw = total != 0.0
+    top = tl.load(top_ptr + part_rows, mask=saw, other=float("-inf"))
+    best = tl.max(top, 0)
+    # A maximum of −inf beside a sum of NaN must not become −inf − (−inf) for the other splits too.
+    best = tl.where(best == float("-inf"), 0.0, best)
+    share = tl.where(saw, tl.exp(top - best), 0.0)
+    dims = tl.arange(0, BLOCK_D)
+    dim_mask = dims < D
+    part_mask = saw[:, None] & dim_mask[None, :]
+    parts = tl.load(parts_ptr + part_rows[:, None] * D + dims[None, :], mask=part_mask, other=0.0)
+    out = tl.sum(share[:, None] * parts, 0) / tl.sum(share * total, 0)
+    out_offsets = token * out_stride_t + head.to(tl.int64) * out_stride_h + dims
+    tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=dim_mask)
 
 
 def paged_attention(
@@ -142,8 +204,13 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    num_splits: int | None = None,
 ) -> Tensor:
-    """Launch the kernel; arguments as in `softprompt_kernels.paged_attention`. Returns [T, H, D]."""
+    """Launch the kernel; arguments as in `softprompt_kernels.paged_attention`. Returns [T, H, D].
+
+    Args:
+        num_splits: programs that share one context, a power of two; None: as many as fill the device.
+    """
     num_tokens, num_heads, head_dim = q.shape
     _, page_size, num_kv_heads, _ = keys.shape
     num_sequences = context_lens.shape[0]
@@ -154,7 +221,17 @@ def paged_attention(
     out = torch.empty_like(q)
     if num_tokens == 0:
         return out
-    grid = (num_tokens // block_q + num_sequences, num_kv_heads)
+    block_n = 32 if head_dim > 128 or q.dtype == torch.float32 else 64
+    block_d = max(16, triton.next_power_of_2(head_dim))
+    if num_splits is None:
+        max_tiles = triton.cdiv(page_table.shape[1] * page_size, block_n)
+        is_decode = num_tokens == num_sequences
+        num_splits = _plan_splits(num_sequences * num_kv_heads, max_tiles, q.device) if is_decode else 1
+    parts, top, total = out, out, out
+    if num_splits > 1:
+        parts = torch.empty((num_splits, *q.shape), dtype=torch.float32, device=q.device)
+        top, total = torch.empty((2, num_splits, num_tokens, num_heads), dtype=torch.float32, device=q.device)
+    grid = (num_tokens // block_q + num_sequences, num_kv_heads, num_splits)
     _kernel[grid](
         q,
         keys,
@@ -163,7 +240,9 @@ def paged_attention(
         query_start,
         context_lens,
         q if sinks is None else sinks,
-        out,
+        parts,
+        top,
+        total,
         q.stride(0),
         q.stride(1),
         keys.stride(0),
@@ -176,6 +255,7 @@ def paged_attention(
         out.stride(0),
         out.stride(1),
         num_sequences,
+        num_tokens * num_heads,
         page_size,
         scale,
         0.0 if softcap is None else softcap,
@@ -184,11 +264,38 @@ def paged_attention(
         GROUP=group,
         BLOCK_Q=block_q,
         BLOCK_M=block_m,
-        BLOCK_N=32 if head_dim > 128 or q.dtype == torch.float32 else 64,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
         HAS_SOFTCAP=softcap is not None,
         HAS_WINDOW=sliding_window is not None,
         HAS_SINKS=sinks is not None,
+        NUM_SPLITS=num_splits,
+        MIN_TILES=_MIN_TILES_PER_SPLIT,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )
+    if num_splits > 1:
+        _combine_kernel[(num_tokens, num_heads)](
+            parts,
+            top,
+            total,
+            out,
+            num_tokens * num_heads,
+            num_heads,
+            out.stride(0),
+            out.stride(1),
+            D=head_dim,
+            BLOCK_D=block_d,
+            NUM_SPLITS=num_splits,
+        )
     return out
+
+
+def _plan_splits(num_programs: int, max_tiles: int, device: torch.device) -> int:
+    """A power of two from shapes alone, never from lengths, so that a captured launch holds for every context."""
+    wanted = min(2 * _num_processors(device) // num_programs, max_tiles // _MIN_TILES_PER_SPLIT, _MAX_SPLITS)
+    return 1 << max(wanted, 1).bit_length() - 1
+
+
+@functools.cache
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import softprompt_inference.model.source as source
 import torch
-from gguf import GGUFWriter
 from huggingface_hub.errors import OfflineModeIsEnabled
 from softprompt_inference.model.errors import ModelFormatError, ModelNotFoundError, ModelSourceError
 from softprompt_inference.model.gguf import convert_gguf, converted_folder
@@ -26,6 +25,9 @@ from softprompt_inference.model.source import (
     resolve_model,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+# A GPU machine collects this file too, and may not have it.
+GGUFWriter = pytest.importorskip("gguf").GGUFWriter
 
 HIDDEN, LAYERS, HEADS, FEED_FORWARD = 32, 2, 4, 64
 VOCAB = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdefghijklmnopqrstuvwxyz0123456789", "Ġ", "ab", "12"]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from softprompt_inference.model.swaps import gated, linears
+from softprompt_inference.model.swaps import activation, gated, linears, norms, rotary
 from softprompt_inference.model.swaps.verify import Swap, verify
 
 _log = logging.getLogger(__name__)
@@ -18,6 +18,9 @@ def apply_swaps(model: nn.Module, run: Callable[[], object]) -> None:
         run: runs the model once on a few tokens.
     """
     finders: tuple[tuple[str, Callable[[], list[Swap]]], ...] = (
+        ("norms", lambda: norms.find(model)),
+        ("rotary embeddings", lambda: rotary.find(model)),
+        ("activations", lambda: activation.find(model)),
         ("gated MLPs", lambda: gated.find(model)),
         ("linears", lambda: linears.find(model, run)),
     )
