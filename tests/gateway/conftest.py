@@ -35,6 +35,7 @@ from softprompt_gateway.app import make_app
 from softprompt_gateway.clients import open_clients
 from softprompt_gateway.server import GracefulServer, listen, uvicorn_config
 from softprompt_gateway.settings import Settings
+from softprompt_inference.session import Session
 
 BASE = "acme/tiny-1"
 CACHED = 3
@@ -50,6 +51,7 @@ class FakeInference(InferenceServiceServicer):
         requests: every Generate request.
         running: Generate calls that have begun and not ended.
         cancelled: how many ended by cancellation.
+        sessions: GenerateMany streams that were opened.
     """
 
     def __init__(self, registry: "FakeRegistry") -> None:
@@ -57,6 +59,7 @@ class FakeInference(InferenceServiceServicer):
         self.requests: list[pb.GenerateRequest] = []
         self.running = 0
         self.cancelled = 0
+        self.sessions = 0
         self.changed = asyncio.Condition()
         self.released = asyncio.Event()
         self.model_error: Exception | None = None
@@ -132,6 +135,15 @@ class FakeInference(InferenceServiceServicer):
             cached_tokens=CACHED,
         )
         yield pb.GenerateResponse(usage=usage)
+
+    async def GenerateMany(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.GenerateManyResponse]:
+        """The service's own session over `Generate`."""
+        self.sessions += 1
+        async with contextlib.aclosing(
+            Session(lambda request: self.Generate(request, context)).serve(request_iterator)
+        ) as messages:
+            async for message in messages:
+                yield message
 
     async def Tokenize(self, request: Any, context: Any) -> pb.TokenizeResponse:
         ids, text = _prompt(request)
