@@ -1,6 +1,7 @@
 """`python -m softprompt_gateway`: serve HTTP until SIGTERM or SIGINT."""
 
 import asyncio
+import gc
 import socket
 import sys
 
@@ -17,8 +18,12 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     clients = open_clients(settings)
     try:
         server = GracefulServer(uvicorn_config(make_app(settings, clients), settings))
+        # What exists now lives as long as the process: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
         await server.serve(sockets=[listener])
     finally:
+        gc.unfreeze()
         await clients.close()
 
 

@@ -1,40 +1,26 @@
 """The two services behind the gateway, with their failures as errors of ours."""
 
-from collections.abc import AsyncIterator, Awaitable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from softprompt_api import errors
 from softprompt_api.inference.v1 import inference_pb2 as inference
 from softprompt_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from softprompt_api.registry.v1 import registry_pb2 as registry
 from softprompt_api.registry.v1.registry_pb2_grpc import RegistryServiceStub
 from softprompt_api.rpc.channel import open_channel
-from softprompt_api.rpc.status import from_rpc_error
 
+from softprompt_gateway.session import Calls, Session
 from softprompt_gateway.settings import Settings
+from softprompt_gateway.statuses import translate
 
 Response = TypeVar("Response")
 UploadCall = grpc.aio.StreamUnaryCall[registry.RegisterAdapterRequest, registry.RegisterAdapterResponse]
 
 _QUICK_TIMEOUT_S = 2.0
-_DETAILS_KEY = "grpc-status-details-bin"
-# Statuses that gRPC itself makes tell hosts and ports, which are nobody's business outside.
-_PLAIN_WORDS: dict[type[errors.SoftpromptError], str] = {
-    errors.Unavailable: "is not available; try again",
-    errors.DeadlineExceeded: "did not answer in time",
-    errors.Overloaded: "cannot take a message this large or this many",
-}
-
-
-def translate(service: str, error: grpc.aio.AioRpcError) -> errors.SoftpromptError:
-    """The error that a failed call to "registry" or "inference" stands for, in words fit for a client."""
-    known = from_rpc_error(error)
-    if any(key == _DETAILS_KEY for key, _ in error.trailing_metadata()):
-        return known
-    return type(known)(f"the {service} service {_PLAIN_WORDS.get(type(known), 'refused the call')}")
 
 
 async def _answer(service: str, call: Awaitable[Response]) -> Response:
@@ -109,27 +95,6 @@ class RegistryClient:
         return await _answer("registry", call)
 
 
-class GenerateCall:
-    """One running Generate call."""
-
-    def __init__(
-        self, call: grpc.aio.UnaryStreamCall[inference.GenerateRequest, inference.GenerateResponse]
-    ) -> None:
-        self._call = call
-
-    async def events(self) -> AsyncIterator[inference.GenerateResponse]:
-        """Events as they come."""
-        try:
-            async for event in self._call:
-                yield event
-        except grpc.aio.AioRpcError as error:
-            raise translate("inference", error) from error
-
-    def cancel(self) -> None:
-        """Abort the request; nothing happens if it has ended."""
-        self._call.cancel()
-
-
 class InferenceClient:
     """The inference service."""
 
@@ -138,14 +103,30 @@ class InferenceClient:
         self._stub = InferenceServiceStub(channel)
         self._timeout_s = timeout_s
         self._generate_timeout_s = generate_timeout_s
+        self._session: Session | None = None
+        self._sessions: set[Session] = set()
+
+    async def close(self) -> None:
+        """Abort running generations."""
+        await asyncio.gather(*[session.close() for session in self._sessions])
 
     async def serving(self) -> bool:
         """Whether its health check says so."""
         return await _is_serving(self._channel)
 
-    def generate(self, request: inference.GenerateRequest) -> GenerateCall:
-        """Start a generation."""
-        return GenerateCall(self._stub.Generate(request, timeout=self._generate_timeout_s))
+    def generate(self, requests: Sequence[inference.GenerateRequest]) -> Calls:
+        """Start generations that belong together."""
+        if self._session is None or not self._session.takes_calls:
+            self._session = self._replace(self._session)
+        return self._session.start(requests, timeout_s=self._generate_timeout_s)
+
+    def _replace(self, old: Session | None) -> Session:
+        if old is not None:
+            old.finish()
+        session = Session(self._stub)
+        self._sessions.add(session)
+        session.reading.add_done_callback(lambda _: self._sessions.discard(session))
+        return session
 
     async def tokenize(self, request: inference.TokenizeRequest) -> inference.TokenizeResponse:
         """The ids of a prompt."""
@@ -178,6 +159,7 @@ class Clients:
 
     async def close(self) -> None:
         """Close the connections; running calls are cancelled."""
+        await self.inference.close()
         for channel in self.channels:
             await channel.close()
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 import structlog
 from softprompt_api.errors import InternalError, SoftpromptError
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from softprompt_gateway.disconnect import stop, until_gone
 from softprompt_gateway.errors import ClientGone, describe
@@ -50,16 +50,18 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response; raise ClientGone if it could not be sent to its end."""
-        writing = asyncio.create_task(self._write(scope, send))
+        patience = _Patience(self._write_timeout_s)
+        writing = asyncio.create_task(self._write(scope, patience.watched(send)))
         leaving = asyncio.create_task(until_gone(receive))
+        stalling = asyncio.create_task(patience.until_lost())
         try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({writing, leaving, stalling}, return_when=asyncio.FIRST_COMPLETED)
             if not writing.done():
                 raise ClientGone
             writing.result()
         finally:
             self._close()
-            await stop(writing, leaving)
+            await stop(writing, leaving, stalling)
             await self._events.aclose()
 
     async def _write(self, scope: Scope, send: Send) -> None:
@@ -67,8 +69,6 @@ class EventStream(Response):
         try:
             async for chunk in self._events:
                 await self._send(send, chunk)
-        except ClientGone:
-            raise
         except Exception as error:
             if isinstance(error, InternalError) or not isinstance(error, SoftpromptError):
                 _log.exception("stream failed", request_id=scope["state"]["request_id"])
@@ -76,8 +76,31 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, chunk: bytes) -> None:
-        try:
-            async with asyncio.timeout(self._write_timeout_s):
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        except TimeoutError:
-            raise ClientGone from None
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+
+class _Patience:
+    """Notices a send that waits too long, with one timer for a whole stream instead of one for each event."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._now = asyncio.get_running_loop().time
+        self._waits_since_s: float | None = None
+
+    def watched(self, send: Send) -> Send:
+        """The same `send`, watched."""
+
+        async def watched_send(message: Message) -> None:
+            self._waits_since_s = self._now()
+            await send(message)
+            self._waits_since_s = None
+
+        return watched_send
+
+    async def until_lost(self) -> None:
+        """Return when a send has waited for the whole timeout."""
+        left_s = self._timeout_s
+        while left_s > 0:
+            await asyncio.sleep(left_s)
+            waited_s = 0.0 if self._waits_since_s is None else self._now() - self._waits_since_s
+            left_s = self._timeout_s - waited_s

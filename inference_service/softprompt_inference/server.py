@@ -91,11 +91,13 @@ class InferenceServer:
         reason = await asyncio.shield(self._engine.dead)
         _log.error("the engine has ended; this service ends with it", reason=reason)
         await self._server.set_serving(False)
+        self._servicer.close_sessions()
         await self._server.stop(_GRACE_AFTER_ENGINE_DEATH_S)
         raise EngineDied(reason)
 
     async def stop(self) -> None:
         """Take no more calls, let running ones end within the grace; also after a start that failed."""
+        self._servicer.close_sessions()
         await self._server.stop(self._settings.grace_s)
         if self._announcing is not None:
             self._announcing.cancel()

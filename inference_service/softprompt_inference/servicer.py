@@ -4,7 +4,7 @@
 # ruff: noqa: ARG002, N802
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from softprompt_api.registry.v1 import registry_pb2
 from softprompt_inference.convert import to_call, to_prompt, to_response
 from softprompt_inference.generation import EngineHandle, GenerateCall, Generator, Usage
 from softprompt_inference.prompts import PromptEncoder
+from softprompt_inference.session import Session
 from softprompt_inference.text import Tokenizer
 
 _log = structlog.get_logger()
@@ -43,12 +44,35 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     def __init__(self) -> None:
         self._front: Front | None = None
+        self._sessions: set[Session] = set()
 
     def open(self, front: Front) -> None:
         """Answer with this front from now on."""
         self._front = front
 
+    def close_sessions(self) -> None:
+        """Let GenerateMany streams end after the generations that run; by themselves they would last for ever."""
+        for session in self._sessions:
+            session.close()
+
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        async with aclosing(self._generate(request)) as responses:
+            async for response in responses:
+                yield response
+
+    async def GenerateMany(
+        self, request_iterator: AsyncIterator[pb.GenerateManyRequest], context: Context
+    ) -> AsyncIterator[pb.GenerateManyResponse]:
+        session = Session(self._generate)
+        self._sessions.add(session)
+        try:
+            async with aclosing(session.serve(request_iterator)) as messages:
+                async for message in messages:
+                    yield message
+        finally:
+            self._sessions.discard(session)
+
+    async def _generate(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
         front = self._ready()
         call = to_call(request)
         async with aclosing(front.generator.generate(call)) as events:

@@ -35,6 +35,7 @@ from softprompt_gateway.app import make_app
 from softprompt_gateway.clients import open_clients
 from softprompt_gateway.server import GracefulServer, listen, uvicorn_config
 from softprompt_gateway.settings import Settings
+from softprompt_inference.session import Session
 
 BASE = "acme/tiny-1"
 CACHED = 3
@@ -50,6 +51,8 @@ class FakeInference(InferenceServiceServicer):
         requests: every Generate request.
         running: Generate calls that have begun and not ended.
         cancelled: how many ended by cancellation.
+        sessions: GenerateMany streams that were opened; `open_sessions` are those that have not ended.
+        pauses: how often a call's reader was slow.
     """
 
     def __init__(self, registry: "FakeRegistry") -> None:
@@ -57,6 +60,9 @@ class FakeInference(InferenceServiceServicer):
         self.requests: list[pb.GenerateRequest] = []
         self.running = 0
         self.cancelled = 0
+        self.sessions = 0
+        self.open_sessions = 0
+        self.pauses = 0
         self.changed = asyncio.Condition()
         self.released = asyncio.Event()
         self.model_error: Exception | None = None
@@ -132,6 +138,24 @@ class FakeInference(InferenceServiceServicer):
             cached_tokens=CACHED,
         )
         yield pb.GenerateResponse(usage=usage)
+
+    async def GenerateMany(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.GenerateManyResponse]:
+        """The service's own session, over this `Generate`."""
+        await self._change(sessions=1, open_sessions=1)
+        session = Session(lambda request: self.Generate(request, context))
+        try:
+            async with contextlib.aclosing(session.serve(self._noted(request_iterator))) as messages:
+                async for message in messages:
+                    yield message
+        finally:
+            self.open_sessions -= 1
+            asyncio.get_running_loop().create_task(self._change())
+
+    async def _noted(self, requests: Any) -> AsyncIterator[pb.GenerateManyRequest]:
+        async for request in requests:
+            if request.signal == pb.CALL_SIGNAL_PAUSE:
+                await self._change(pauses=1)
+            yield request
 
     async def Tokenize(self, request: Any, context: Any) -> pb.TokenizeResponse:
         ids, text = _prompt(request)
@@ -386,6 +410,12 @@ class Stack:
     async def restart_registry(self, port: int) -> None:
         """Serve the fake registry again, on the port it had."""
         self.services["registry"] = await _service("registry", f"127.0.0.1:{port}", self.registry)
+
+    async def restart_inference(self) -> None:
+        """Break every call to the fake model, and serve it again on the port it had."""
+        old = self.services["inference"]
+        await old.stop(0)
+        self.services["inference"] = await _service("inference", f"127.0.0.1:{old.port}", self.inference)
 
     async def listed(self) -> list[str]:
         """The ids that GET /v1/models shows."""

@@ -143,6 +143,7 @@ class World:
     residency: Residency
     stub: inference_pb2_grpc.InferenceServiceAsyncStub
     tokenizer: Tokenizer
+    servicer: InferenceServicer
 
     def generate(self, **fields: Any) -> grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]:
         sampling = pb.SamplingParams(**{"max_tokens": 20} | fields.pop("sampling", {}))
@@ -226,7 +227,14 @@ async def world(tokenizer: Tokenizer) -> AsyncIterator[World]:
         await server.start()
         async with open_channel(f"127.0.0.1:{server.port}") as channel:
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
-            yield World(engine=engine, source=source, residency=residency, stub=stub, tokenizer=tokenizer)
+            yield World(
+                engine=engine,
+                source=source,
+                residency=residency,
+                stub=stub,
+                tokenizer=tokenizer,
+                servicer=servicer,
+            )
             await server.stop(0)
     residency.check()
 
@@ -586,3 +594,30 @@ async def test_until_the_model_is_loaded_every_call_is_unavailable(
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert "loading" in str(caught.value.details())
     await server.stop(0)
+
+
+async def test_generations_share_a_stream_and_closing_it_lets_them_finish(world: World) -> None:
+    call = world.stub.GenerateMany()
+    for number in (1, 2):
+        start = pb.GenerateRequest(text="Hello there", sampling=pb.SamplingParams(max_tokens=20))
+        await call.write(pb.GenerateManyRequest(call=number, start=start))
+    requests = await world.engine.wait_for(AddRequest, 2)
+    world.servicer.close_sessions()
+    for request in requests:
+        world.engine.put(request, *ids(world.tokenizer, " you"), finish=Finish.LENGTH)
+    events = [event async for message in call for event in message.events]
+    assert await call.code() is grpc.StatusCode.OK
+    for number in (1, 2):
+        own = [event for event in events if event.call == number]
+        kinds = [event.response.WhichOneof("event") or event.WhichOneof("event") for event in own]
+        assert kinds == ["accepted", "delta", "finished", "usage", "end"]
+        assert own[-1].end == pb.CallEnd()
+
+
+async def test_a_gateway_that_leaves_aborts_what_it_started(world: World) -> None:
+    call = world.stub.GenerateMany()
+    await call.write(pb.GenerateManyRequest(call=1, start=pb.GenerateRequest(text="Hi", adapter=DIGEST_A)))
+    [request] = await world.engine.wait_for(AddRequest)
+    call.cancel()
+    [aborted] = await world.engine.wait_for(Abort)
+    assert aborted.request_id == request.request_id

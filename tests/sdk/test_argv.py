@@ -20,6 +20,7 @@ from softprompt.cli.argv import repeat_flags
         ("run --prompt-adapters --port 1", "run --prompt-adapters --port 1"),
         ("run --prompt-adapters bad other=1", "run --prompt-adapters bad --prompt-adapters other=1"),
         ("run --prompt-adapters a=1 -- b=2", "run --prompt-adapters a=1 -- b=2"),
+        ("bench --goodput ttft:200 tpot:50 x", "bench --goodput ttft:200 --goodput tpot:50 x"),
         ("adapter add tweet ./p=q", "adapter add tweet ./p=q"),
         ("", ""),
     ],

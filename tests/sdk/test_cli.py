@@ -38,6 +38,22 @@ def softprompt(*arguments: str, **environment: str) -> subprocess.CompletedProce
         (["adapter", "add", "name", "path", "--label", "x"], "'x' is not KEY=VALUE"),
         (["complete", "--max-tokens", "0", "hello"], "Invalid value for '--max-tokens'"),
         (["complete"], "there is no prompt"),
+        (["bench", "--num-prompts", "0"], "Invalid value for '--num-prompts'"),
+        (["bench", "--request-rate", "0"], "--request-rate: '0' is neither a number above 0 nor inf"),
+        (["bench", "--request-rate", "nan"], "--request-rate: 'nan' is neither"),
+        (
+            ["bench", "--prompt-len", "9:3"],
+            "--prompt-len: '9:3' is neither a number of tokens above 0 nor MIN:MAX",
+        ),
+        (["bench", "--output-len", "0"], "--output-len: '0' is neither"),
+        (["bench", "--zipf", "-1"], "Invalid value for '--zipf'"),
+        (["bench", "--goodput", "ttft"], "--goodput: 'ttft' is not NAME:MILLISECONDS; names are ttft, tpot, e2el"),
+        (["bench", "--goodput", "itl:5"], "--goodput: 'itl:5' is not NAME:MILLISECONDS"),
+        (["bench", "--dataset", "/no/such.jsonl"], "--dataset: cannot read /no/such.jsonl: No such file"),
+        (
+            ["bench", "--save-result", "/no/such/result.json"],
+            "--save-result: /no/such/result.json cannot be written",
+        ),
     ],
 )
 def test_wrong_arguments_are_told_in_one_line(arguments: list[str], message: str) -> None:
@@ -54,6 +70,7 @@ def test_wrong_arguments_are_told_in_one_line(arguments: list[str], message: str
     [
         (["adapter", "ls", "--registry", "127.0.0.1:1"], "no registry answers at 127.0.0.1:1"),
         (["complete", "hello", "--url", "http://127.0.0.1:1"], "no gateway answers at http://127.0.0.1:1"),
+        (["bench", "--base-url", "http://127.0.0.1:1/v1"], "no server answers at http://127.0.0.1:1"),
     ],
 )
 def test_a_system_that_is_not_there_is_told_in_one_line(arguments: list[str], message: str) -> None:

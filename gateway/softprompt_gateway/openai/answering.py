@@ -2,7 +2,6 @@
 
 import time
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,36 +13,10 @@ from starlette.responses import Response
 from softprompt_gateway import sse
 from softprompt_gateway.clients import InferenceClient
 from softprompt_gateway.metrics import Metrics
-from softprompt_gateway.openai.generation import Choice, Generation
+from softprompt_gateway.openai.chunks import Chunks
+from softprompt_gateway.openai.generation import Generation
+from softprompt_gateway.openai.style import Style
 from softprompt_gateway.resolve import Target
-
-
-class Style(ABC):
-    """How one route spells its answers. One instance serves one request; choices are numbered over all prompts."""
-
-    id_prefix: str
-    whole: str
-    chunk: str
-
-    @abstractmethod
-    def opening(self, index: int, accepted: pb.Accepted) -> dict[str, Any] | None:
-        """The first chunk of a choice, before its text."""
-
-    @abstractmethod
-    def delta(self, index: int, delta: pb.Delta) -> dict[str, Any]:
-        """New text of a choice."""
-
-    @abstractmethod
-    def end(self, index: int, finished: pb.Finished) -> dict[str, Any]:
-        """The last chunk of a choice."""
-
-    @abstractmethod
-    def choice(self, index: int, accepted: pb.Accepted, choice: Choice) -> dict[str, Any]:
-        """A whole choice."""
-
-    def extras(self, accepted: Sequence[pb.Accepted]) -> dict[str, Any]:  # noqa: ARG002
-        """Further members of the whole answer and of the opening chunks."""
-        return {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +25,8 @@ class Job:
 
     Attributes:
         calls: one Generate request per prompt.
-        silent: whether a delta without text may be left out of a stream.
+        silent: whether only text counts: a delta without text may be left out of a stream, and deltas that
+            arrived together may be told as one.
     """
 
     target: Target
@@ -126,12 +100,12 @@ class Answering:
                 if (opening := style.opening(index, accepted)) is not None:
                     yield head + orjson.dumps(opening) + opening_tail
 
-        async for prompt, event in generation.events():
-            index = prompt * per_prompt + event.index
-            if isinstance(event, pb.Finished):
-                yield head + orjson.dumps(style.end(index, event)) + tail
-            elif event.text or not job.silent:
-                yield head + orjson.dumps(style.delta(index, event)) + tail
+        chunks = Chunks(style, head=head, tail=tail, joins_text=job.silent)
+        async for events in generation.events():
+            for prompt, event in events:
+                chunks.add(prompt * per_prompt + event.index, event)
+            if written := chunks.take():
+                yield written
 
         self._metrics.used(generation.usage)
         if job.include_usage:

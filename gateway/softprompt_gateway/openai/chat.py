@@ -9,11 +9,11 @@ from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.names import shown
 from softprompt_api.params import MAX_LOGPROBS
 
-from softprompt_gateway.openai.answering import Style
 from softprompt_gateway.openai.completions import check_choices
 from softprompt_gateway.openai.fields import Count, GenerationFields, refuse, sampling_message
 from softprompt_gateway.openai.generation import Choice, finish_reason, stop_reason
 from softprompt_gateway.openai.logprobs import chat_logprobs
+from softprompt_gateway.openai.style import Style
 from softprompt_gateway.resolve import Target
 from softprompt_gateway.validation import RequestModel
 

@@ -7,10 +7,10 @@ from softprompt_api.errors import InvalidArgument
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.params import MAX_LOGPROBS
 
-from softprompt_gateway.openai.answering import Style
 from softprompt_gateway.openai.fields import Count, GenerationFields, refuse, sampling_message
 from softprompt_gateway.openai.generation import Choice, finish_reason, stop_reason
 from softprompt_gateway.openai.logprobs import completion_logprobs
+from softprompt_gateway.openai.style import Style
 from softprompt_gateway.resolve import Target
 
 Prompt = str | list[int]

@@ -1,19 +1,18 @@
-"""The Generate calls of one HTTP request, one for each prompt: started together, read as one, stopped together."""
+"""The generations of one HTTP request, one for each prompt: started together, read as one, stopped together."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from softprompt_api.errors import AdapterNotFound, InternalError, SoftpromptError
+from softprompt_api.errors import AdapterNotFound, InternalError
 from softprompt_api.inference.v1 import inference_pb2 as pb
 
-from softprompt_gateway.clients import GenerateCall, InferenceClient
+from softprompt_gateway.clients import InferenceClient
 from softprompt_gateway.errors import ModelNotFound
+from softprompt_gateway.session import Calls
 
 Result = TypeVar("Result")
-# Events that may wait for a reader, over all prompts; beyond, gRPC's flow control holds the services back.
-_QUEUED_EVENTS = 64
 _FINISH_REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
 
 
@@ -57,20 +56,20 @@ class Generation:
         usage: the sum over prompts; complete after the last event.
     """
 
-    def __init__(self, calls: Sequence[GenerateCall]) -> None:
+    def __init__(self, calls: Calls, num_prompts: int) -> None:
         self._calls = calls
-        self._streams = [call.events() for call in calls]
-        self.accepted: list[pb.Accepted] = []
+        self._num_running = num_prompts
+        self._arrived: list[tuple[int, pb.GenerateResponse]] = []
+        self.accepted = [pb.Accepted()] * num_prompts
         self.usage = pb.Usage()
 
     @classmethod
     async def start(cls, inference: InferenceClient, requests: Sequence[pb.GenerateRequest]) -> "Generation":
         """Start a call for each prompt; if one is refused, none goes on."""
-        generation = cls([inference.generate(request) for request in requests])
+        generation = cls(inference.generate(requests), len(requests))
         try:
-            generation.accepted = await all_of([_accepted(stream) for stream in generation._streams])
+            await generation._wait_until_accepted()
         except AdapterNotFound as error:
-            generation.cancel()
             raise ModelNotFound(error.message) from None
         except BaseException:
             generation.cancel()
@@ -79,83 +78,64 @@ class Generation:
 
     def cancel(self) -> None:
         """Abort what still runs."""
-        for call in self._calls:
-            call.cancel()
+        self._calls.cancel()
 
-    async def events(self) -> AsyncIterator[tuple[int, pb.Delta | pb.Finished]]:
-        """Deltas and ends with the number of their prompt, as they come; a failure cancels all calls."""
+    async def _wait_until_accepted(self) -> None:
+        waiting = set(range(len(self.accepted)))
+        while waiting:
+            arrived = await self._calls.take()
+            for prompt, response in arrived:
+                if response.HasField("accepted"):
+                    self.accepted[prompt] = response.accepted
+                    waiting.discard(prompt)
+                else:
+                    self._arrived.append((prompt, response))
+            if not arrived or any(prompt in waiting for prompt, _ in self._arrived):
+                raise InternalError("a generation began without being accepted")
+
+    async def events(self) -> AsyncIterator[list[tuple[int, pb.Delta | pb.Finished]]]:
+        """Deltas and ends with the number of their prompt: all that came since the last look, in order.
+
+        A failure of one call cancels all.
+        """
         try:
-            if len(self._streams) == 1:
-                async for event in self._outputs(self._streams[0]):
-                    yield 0, event
-            else:
-                async for item in self._merged():
-                    yield item
+            arrived: Sequence[tuple[int, pb.GenerateResponse]] = self._arrived
+            while True:
+                if events := [
+                    (prompt, event) for prompt, one in arrived if (event := self._output(one)) is not None
+                ]:
+                    yield events
+                if not (arrived := await self._calls.take()):
+                    break
         finally:
             self.cancel()
+        if self._num_running:
+            raise InternalError("a generation ended without its usage")
 
     async def choices(self, per_prompt: int) -> list[list[Choice]]:
         """Every prompt's choices, complete."""
-        choices = [[Choice() for _ in range(per_prompt)] for _ in self._calls]
-        async for prompt, event in self.events():
-            choice = choices[prompt][event.index]
-            if isinstance(event, pb.Delta):
-                choice.text.append(event.text)
-                choice.token_ids += event.token_ids
-                choice.logprobs += event.logprobs
-            else:
-                choice.finished = event
+        choices = [[Choice() for _ in range(per_prompt)] for _ in self.accepted]
+        async for events in self.events():
+            for prompt, event in events:
+                choice = choices[prompt][event.index]
+                if isinstance(event, pb.Delta):
+                    choice.text.append(event.text)
+                    choice.token_ids += event.token_ids
+                    choice.logprobs += event.logprobs
+                else:
+                    choice.finished = event
         return choices
 
-    async def _merged(self) -> AsyncIterator[tuple[int, pb.Delta | pb.Finished]]:
-        queue: asyncio.Queue[tuple[int, pb.Delta | pb.Finished] | None] = asyncio.Queue(_QUEUED_EVENTS)
-
-        async def pump(prompt: int, stream: AsyncIterator[pb.GenerateResponse]) -> None:
-            async for event in self._outputs(stream):
-                await queue.put((prompt, event))
-
-        async def pump_all() -> None:
-            try:
-                await all_of([pump(prompt, stream) for prompt, stream in enumerate(self._streams)])
-            finally:
-                await queue.put(None)
-
-        pumping = asyncio.create_task(pump_all())
-        try:
-            while (item := await queue.get()) is not None:
-                yield item
-            await pumping
-        finally:
-            pumping.cancel()
-            # Room for the end mark that the cancelled task still puts.
-            while not queue.empty():
-                queue.get_nowait()
-            await asyncio.gather(pumping, return_exceptions=True)
-
-    async def _outputs(self, stream: AsyncIterator[pb.GenerateResponse]) -> AsyncIterator[pb.Delta | pb.Finished]:
-        complete = False
-        async for response in stream:
-            if response.HasField("delta"):
-                yield response.delta
-            elif response.HasField("finished"):
-                yield response.finished
-            elif response.HasField("usage"):
-                complete = True
+    def _output(self, response: pb.GenerateResponse) -> pb.Delta | pb.Finished | None:
+        match response.WhichOneof("event"):
+            case "delta":
+                return response.delta
+            case "finished":
+                return response.finished
+            case "usage":
+                self._num_running -= 1
                 self.usage.prompt_tokens += response.usage.prompt_tokens
                 self.usage.completion_tokens += response.usage.completion_tokens
                 self.usage.virtual_tokens += response.usage.virtual_tokens
                 self.usage.cached_tokens += response.usage.cached_tokens
-        if not complete:
-            raise InternalError("a generation ended without its usage")
-
-
-async def _accepted(stream: AsyncIterator[pb.GenerateResponse]) -> pb.Accepted:
-    async for first in stream:
-        if first.HasField("accepted"):
-            return first.accepted
-        break
-    raise _not_accepted()
-
-
-def _not_accepted() -> SoftpromptError:
-    return InternalError("a generation began without being accepted")
+        return None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import typer
 from softprompt_api.errors import SoftpromptError
 
-from softprompt.cli import adapters, doctor, run, serve, talk
+from softprompt.cli import adapters, bench, doctor, run, serve, talk
 from softprompt.cli.argv import repeat_flags
 from softprompt.cli.problems import Problem
 
@@ -29,6 +29,7 @@ app.command(
 app.add_typer(adapters.app, name="adapter")
 app.command("complete", help="Complete a text with a running system.")(talk.complete)
 app.command("chat", help="Chat with a running system.")(talk.chat)
+app.command("bench", help="Measure a running OpenAI-compatible server under load.")(bench.bench)
 app.command("doctor", help="Say what is installed, what is missing, and what is in the way.")(doctor.doctor)
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 
-SEVERAL_VALUES = frozenset({"--prompt-adapters", "--lora-modules"})
+# What tells a further value from another argument.
+SEVERAL_VALUES = {"--prompt-adapters": "=", "--lora-modules": "=", "--goodput": ":"}
 
 
 def repeat_flags(argv: Sequence[str]) -> list[str]:
     """Write `--flag a=1 b=2` as `--flag a=1 --flag b=2`; everything else stays as it is.
 
-    Further values are those that hold '=' and do not begin with '-', so that MODEL may follow them.
+    Further values hold '=' (':' after --goodput) and do not begin with '-', so that MODEL may follow them.
     """
     repeated: list[str] = []
     flag, awaits_value = "", False
@@ -20,7 +21,7 @@ def repeat_flags(argv: Sequence[str]) -> list[str]:
             flag = name if name in SEVERAL_VALUES else ""
             repeated.append(word)
             awaits_value = bool(flag) and not has_value
-        elif flag and not awaits_value and has_value:
+        elif flag and not awaits_value and SEVERAL_VALUES[flag] in word:
             repeated += [flag, word]
         else:
             repeated.append(word)

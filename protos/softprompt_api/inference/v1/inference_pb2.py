@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from softprompt_api.registry.v1 import registry_pb2 as softprompt__api_dot_registry_dot_v1_dot_registry__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+softprompt_api/inference/v1/inference.proto\x12\x1bsoftprompt_api.inference.v1\x1a)softprompt_api/registry/v1/registry.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\":\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\xa6\x01\n\nChatPrompt\x12:\n\x08messages\x18\x01 \x03(\x0b\x32(.softprompt_api.inference.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08\x42\x18\n\x16_add_generation_prompt\"\xd7\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\x05\x12\x12\n\nmin_tokens\x18\x0c \x01(\x05\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12N\n\nlogit_bias\x18\x0e \x03(\x0b\x32:.softprompt_api.inference.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\t\x88\x01\x01\x12\t\n\x01n\x18\x10 \x01(\x05\x12\"\n\x1ainclude_stop_str_in_output\x18\x11 \x01(\x08\x12 \n\x13skip_special_tokens\x18\x12 \x01(\x08H\n\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x16\n\x14_skip_special_tokens\"\xbc\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12:\n\ttoken_ids\x18\x04 \x01(\x0b\x32%.softprompt_api.inference.v1.TokenIdsH\x00\x12\x37\n\x04\x63hat\x18\x05 \x01(\x0b\x32\'.softprompt_api.inference.v1.ChatPromptH\x00\x12=\n\x08sampling\x18\x06 \x01(\x0b\x32+.softprompt_api.inference.v1.SamplingParams\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x07 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"\xfb\x01\n\x10GenerateResponse\x12\x39\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32%.softprompt_api.inference.v1.AcceptedH\x00\x12\x33\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\".softprompt_api.inference.v1.DeltaH\x00\x12\x39\n\x08\x66inished\x18\x03 \x01(\x0b\x32%.softprompt_api.inference.v1.FinishedH\x00\x12\x33\n\x05usage\x18\x04 \x01(\x0b\x32\".softprompt_api.inference.v1.UsageH\x00\x42\x07\n\x05\x65vent\"\x83\x01\n\x08\x41\x63\x63\x65pted\x12\x14\n\x0c\x61\x64\x61pter_name\x18\x01 \x01(\t\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x02 \x01(\x05\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x03 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\x05\x12\x16\n\x0evirtual_tokens\x18\x05 \x01(\x05\"t\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12;\n\x08logprobs\x18\x04 \x03(\x0b\x32).softprompt_api.inference.v1.TokenLogprob\"\x81\x01\n\x0cTokenLogprob\x12\x39\n\x06\x63hosen\x18\x01 \x01(\x0b\x32).softprompt_api.inference.v1.LogprobEntry\x12\x36\n\x03top\x18\x02 \x03(\x0b\x32).softprompt_api.inference.v1.LogprobEntry\"U\n\x0cLogprobEntry\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\r\n\x05token\x18\x03 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x04 \x01(\x0c\"\xac\x01\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x39\n\x06reason\x18\x02 \x01(\x0e\x32).softprompt_api.inference.v1.FinishReason\x12\x18\n\x0bstop_string\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rstop_token_id\x18\x04 \x01(\x05H\x01\x88\x01\x01\x42\x0e\n\x0c_stop_stringB\x10\n\x0e_stop_token_id\"h\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x16\n\x0evirtual_tokens\x18\x03 \x01(\x05\x12\x15\n\rcached_tokens\x18\x04 \x01(\x05\"\xcb\x01\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x37\n\x04\x63hat\x18\x02 \x01(\x0b\x32\'.softprompt_api.inference.v1.ChatPromptH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\t\x12\x1c\n\x14return_token_strings\x18\x05 \x01(\x08\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"e\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\x05\x12\x15\n\rtoken_strings\x18\x02 \x03(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\x05\x12\x16\n\x0evirtual_tokens\x18\x04 \x01(\x05\" \n\x11\x44\x65tokenizeRequest\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\xdf\x01\n\x10GetModelResponse\x12\x39\n\nbase_model\x18\x01 \x01(\x0b\x32%.softprompt_api.registry.v1.BaseModel\x12\x15\n\rmax_model_len\x18\x02 \x01(\x05\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x1a\n\x12max_virtual_tokens\x18\x04 \x01(\x05\x12\x37\n\x06memory\x18\x05 \x01(\x0b\x32\'.softprompt_api.inference.v1.MemoryPlan\x12\x14\n\x0cready_unix_s\x18\x06 \x01(\x03\"a\n\nMemoryPlan\x12\x15\n\rweights_bytes\x18\x01 \x01(\x03\x12\x16\n\x0ekv_cache_bytes\x18\x02 \x01(\x03\x12\x11\n\tnum_pages\x18\x03 \x01(\x05\x12\x11\n\tpage_size\x18\x04 \x01(\x05\"\x10\n\x0eGetLoadRequest\"\xe2\x01\n\x0fGetLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\x05\x12\x0f\n\x07waiting\x18\x02 \x01(\x05\x12\x12\n\nused_pages\x18\x03 \x01(\x05\x12\x11\n\tnum_pages\x18\x04 \x01(\x05\x12\x19\n\x11resident_adapters\x18\x05 \x01(\x05\x12\x1e\n\x16\x63omputed_prompt_tokens\x18\x06 \x01(\x03\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x07 \x01(\x03\x12\x18\n\x10generated_tokens\x18\x08 \x01(\x03\x12\x13\n\x0bpreemptions\x18\t \x01(\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa4\x04\n\x10InferenceService\x12i\n\x08Generate\x12,.softprompt_api.inference.v1.GenerateRequest\x1a-.softprompt_api.inference.v1.GenerateResponse0\x01\x12g\n\x08Tokenize\x12,.softprompt_api.inference.v1.TokenizeRequest\x1a-.softprompt_api.inference.v1.TokenizeResponse\x12m\n\nDetokenize\x12..softprompt_api.inference.v1.DetokenizeRequest\x1a/.softprompt_api.inference.v1.DetokenizeResponse\x12g\n\x08GetModel\x12,.softprompt_api.inference.v1.GetModelRequest\x1a-.softprompt_api.inference.v1.GetModelResponse\x12\x64\n\x07GetLoad\x12+.softprompt_api.inference.v1.GetLoadRequest\x1a,.softprompt_api.inference.v1.GetLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+softprompt_api/inference/v1/inference.proto\x12\x1bsoftprompt_api.inference.v1\x1a)softprompt_api/registry/v1/registry.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\":\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\"\xa6\x01\n\nChatPrompt\x12:\n\x08messages\x18\x01 \x03(\x0b\x32(.softprompt_api.inference.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x1e\n\x16\x63ontinue_final_message\x18\x03 \x01(\x08\x42\x18\n\x16_add_generation_prompt\"\xd7\x05\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\t \x01(\x01H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\x05\x12\x12\n\nmin_tokens\x18\x0c \x01(\x05\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12N\n\nlogit_bias\x18\x0e \x03(\x0b\x32:.softprompt_api.inference.v1.SamplingParams.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0f \x01(\x05H\t\x88\x01\x01\x12\t\n\x01n\x18\x10 \x01(\x05\x12\"\n\x1ainclude_stop_str_in_output\x18\x11 \x01(\x08\x12 \n\x13skip_special_tokens\x18\x12 \x01(\x08H\n\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\x16\n\x14_skip_special_tokens\"\xbc\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12:\n\ttoken_ids\x18\x04 \x01(\x0b\x32%.softprompt_api.inference.v1.TokenIdsH\x00\x12\x37\n\x04\x63hat\x18\x05 \x01(\x0b\x32\'.softprompt_api.inference.v1.ChatPromptH\x00\x12=\n\x08sampling\x18\x06 \x01(\x0b\x32+.softprompt_api.inference.v1.SamplingParams\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x07 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"\xfb\x01\n\x10GenerateResponse\x12\x39\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32%.softprompt_api.inference.v1.AcceptedH\x00\x12\x33\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\".softprompt_api.inference.v1.DeltaH\x00\x12\x39\n\x08\x66inished\x18\x03 \x01(\x0b\x32%.softprompt_api.inference.v1.FinishedH\x00\x12\x33\n\x05usage\x18\x04 \x01(\x0b\x32\".softprompt_api.inference.v1.UsageH\x00\x42\x07\n\x05\x65vent\"\xa7\x01\n\x13GenerateManyRequest\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12=\n\x05start\x18\x02 \x01(\x0b\x32,.softprompt_api.inference.v1.GenerateRequestH\x00\x12\x39\n\x06signal\x18\x03 \x01(\x0e\x32\'.softprompt_api.inference.v1.CallSignalH\x00\x42\x08\n\x06\x61\x63tion\"N\n\x14GenerateManyResponse\x12\x36\n\x06\x65vents\x18\x01 \x03(\x0b\x32&.softprompt_api.inference.v1.CallEvent\"\x9a\x01\n\tCallEvent\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x41\n\x08response\x18\x02 \x01(\x0b\x32-.softprompt_api.inference.v1.GenerateResponseH\x00\x12\x33\n\x03\x65nd\x18\x03 \x01(\x0b\x32$.softprompt_api.inference.v1.CallEndH\x00\x42\x07\n\x05\x65vent\"\xad\x01\n\x07\x43\x61llEnd\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x42\n\x07\x64\x65tails\x18\x04 \x03(\x0b\x32\x31.softprompt_api.inference.v1.CallEnd.DetailsEntry\x1a.\n\x0c\x44\x65tailsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x83\x01\n\x08\x41\x63\x63\x65pted\x12\x14\n\x0c\x61\x64\x61pter_name\x18\x01 \x01(\t\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x02 \x01(\x05\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x03 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\x05\x12\x16\n\x0evirtual_tokens\x18\x05 \x01(\x05\"t\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12;\n\x08logprobs\x18\x04 \x03(\x0b\x32).softprompt_api.inference.v1.TokenLogprob\"\x81\x01\n\x0cTokenLogprob\x12\x39\n\x06\x63hosen\x18\x01 \x01(\x0b\x32).softprompt_api.inference.v1.LogprobEntry\x12\x36\n\x03top\x18\x02 \x03(\x0b\x32).softprompt_api.inference.v1.LogprobEntry\"U\n\x0cLogprobEntry\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\r\n\x05token\x18\x03 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x04 \x01(\x0c\"\xac\x01\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x39\n\x06reason\x18\x02 \x01(\x0e\x32).softprompt_api.inference.v1.FinishReason\x12\x18\n\x0bstop_string\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rstop_token_id\x18\x04 \x01(\x05H\x01\x88\x01\x01\x42\x0e\n\x0c_stop_stringB\x10\n\x0e_stop_token_id\"h\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x16\n\x0evirtual_tokens\x18\x03 \x01(\x05\x12\x15\n\rcached_tokens\x18\x04 \x01(\x05\"\xcb\x01\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x37\n\x04\x63hat\x18\x02 \x01(\x0b\x32\'.softprompt_api.inference.v1.ChatPromptH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\t\x12\x1c\n\x14return_token_strings\x18\x05 \x01(\x08\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"e\n\x10TokenizeResponse\x12\x0b\n\x03ids\x18\x01 \x03(\x05\x12\x15\n\rtoken_strings\x18\x02 \x03(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\x05\x12\x16\n\x0evirtual_tokens\x18\x04 \x01(\x05\" \n\x11\x44\x65tokenizeRequest\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\xdf\x01\n\x10GetModelResponse\x12\x39\n\nbase_model\x18\x01 \x01(\x0b\x32%.softprompt_api.registry.v1.BaseModel\x12\x15\n\rmax_model_len\x18\x02 \x01(\x05\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x1a\n\x12max_virtual_tokens\x18\x04 \x01(\x05\x12\x37\n\x06memory\x18\x05 \x01(\x0b\x32\'.softprompt_api.inference.v1.MemoryPlan\x12\x14\n\x0cready_unix_s\x18\x06 \x01(\x03\"a\n\nMemoryPlan\x12\x15\n\rweights_bytes\x18\x01 \x01(\x03\x12\x16\n\x0ekv_cache_bytes\x18\x02 \x01(\x03\x12\x11\n\tnum_pages\x18\x03 \x01(\x05\x12\x11\n\tpage_size\x18\x04 \x01(\x05\"\x10\n\x0eGetLoadRequest\"\xe2\x01\n\x0fGetLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\x05\x12\x0f\n\x07waiting\x18\x02 \x01(\x05\x12\x12\n\nused_pages\x18\x03 \x01(\x05\x12\x11\n\tnum_pages\x18\x04 \x01(\x05\x12\x19\n\x11resident_adapters\x18\x05 \x01(\x05\x12\x1e\n\x16\x63omputed_prompt_tokens\x18\x06 \x01(\x03\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x07 \x01(\x03\x12\x18\n\x10generated_tokens\x18\x08 \x01(\x03\x12\x13\n\x0bpreemptions\x18\t \x01(\x03*p\n\nCallSignal\x12\x1b\n\x17\x43\x41LL_SIGNAL_UNSPECIFIED\x10\x00\x12\x16\n\x12\x43\x41LL_SIGNAL_CANCEL\x10\x01\x12\x15\n\x11\x43\x41LL_SIGNAL_PAUSE\x10\x02\x12\x16\n\x12\x43\x41LL_SIGNAL_RESUME\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\x9d\x05\n\x10InferenceService\x12i\n\x08Generate\x12,.softprompt_api.inference.v1.GenerateRequest\x1a-.softprompt_api.inference.v1.GenerateResponse0\x01\x12w\n\x0cGenerateMany\x12\x30.softprompt_api.inference.v1.GenerateManyRequest\x1a\x31.softprompt_api.inference.v1.GenerateManyResponse(\x01\x30\x01\x12g\n\x08Tokenize\x12,.softprompt_api.inference.v1.TokenizeRequest\x1a-.softprompt_api.inference.v1.TokenizeResponse\x12m\n\nDetokenize\x12..softprompt_api.inference.v1.DetokenizeRequest\x1a/.softprompt_api.inference.v1.DetokenizeResponse\x12g\n\x08GetModel\x12,.softprompt_api.inference.v1.GetModelRequest\x1a-.softprompt_api.inference.v1.GetModelResponse\x12\x64\n\x07GetLoad\x12+.softprompt_api.inference.v1.GetLoadRequest\x1a,.softprompt_api.inference.v1.GetLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=3398
-  _globals['_FINISHREASON']._serialized_end=3493
+  _globals['_CALLEND_DETAILSENTRY']._loaded_options = None
+  _globals['_CALLEND_DETAILSENTRY']._serialized_options = b'8\001'
+  _globals['_CALLSIGNAL']._serialized_start=3981
+  _globals['_CALLSIGNAL']._serialized_end=4093
+  _globals['_FINISHREASON']._serialized_start=4095
+  _globals['_FINISHREASON']._serialized_end=4190
   _globals['_TOKENIDS']._serialized_start=119
   _globals['_TOKENIDS']._serialized_end=142
   _globals['_CHATMESSAGE']._serialized_start=144
@@ -50,36 +54,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_end=1420
   _globals['_GENERATERESPONSE']._serialized_start=1423
   _globals['_GENERATERESPONSE']._serialized_end=1674
-  _globals['_ACCEPTED']._serialized_start=1677
-  _globals['_ACCEPTED']._serialized_end=1808
-  _globals['_DELTA']._serialized_start=1810
-  _globals['_DELTA']._serialized_end=1926
-  _globals['_TOKENLOGPROB']._serialized_start=1929
-  _globals['_TOKENLOGPROB']._serialized_end=2058
-  _globals['_LOGPROBENTRY']._serialized_start=2060
-  _globals['_LOGPROBENTRY']._serialized_end=2145
-  _globals['_FINISHED']._serialized_start=2148
-  _globals['_FINISHED']._serialized_end=2320
-  _globals['_USAGE']._serialized_start=2322
-  _globals['_USAGE']._serialized_end=2426
-  _globals['_TOKENIZEREQUEST']._serialized_start=2429
-  _globals['_TOKENIZEREQUEST']._serialized_end=2632
-  _globals['_TOKENIZERESPONSE']._serialized_start=2634
-  _globals['_TOKENIZERESPONSE']._serialized_end=2735
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2737
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2769
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2771
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2805
-  _globals['_GETMODELREQUEST']._serialized_start=2807
-  _globals['_GETMODELREQUEST']._serialized_end=2824
-  _globals['_GETMODELRESPONSE']._serialized_start=2827
-  _globals['_GETMODELRESPONSE']._serialized_end=3050
-  _globals['_MEMORYPLAN']._serialized_start=3052
-  _globals['_MEMORYPLAN']._serialized_end=3149
-  _globals['_GETLOADREQUEST']._serialized_start=3151
-  _globals['_GETLOADREQUEST']._serialized_end=3167
-  _globals['_GETLOADRESPONSE']._serialized_start=3170
-  _globals['_GETLOADRESPONSE']._serialized_end=3396
-  _globals['_INFERENCESERVICE']._serialized_start=3496
-  _globals['_INFERENCESERVICE']._serialized_end=4044
+  _globals['_GENERATEMANYREQUEST']._serialized_start=1677
+  _globals['_GENERATEMANYREQUEST']._serialized_end=1844
+  _globals['_GENERATEMANYRESPONSE']._serialized_start=1846
+  _globals['_GENERATEMANYRESPONSE']._serialized_end=1924
+  _globals['_CALLEVENT']._serialized_start=1927
+  _globals['_CALLEVENT']._serialized_end=2081
+  _globals['_CALLEND']._serialized_start=2084
+  _globals['_CALLEND']._serialized_end=2257
+  _globals['_CALLEND_DETAILSENTRY']._serialized_start=2211
+  _globals['_CALLEND_DETAILSENTRY']._serialized_end=2257
+  _globals['_ACCEPTED']._serialized_start=2260
+  _globals['_ACCEPTED']._serialized_end=2391
+  _globals['_DELTA']._serialized_start=2393
+  _globals['_DELTA']._serialized_end=2509
+  _globals['_TOKENLOGPROB']._serialized_start=2512
+  _globals['_TOKENLOGPROB']._serialized_end=2641
+  _globals['_LOGPROBENTRY']._serialized_start=2643
+  _globals['_LOGPROBENTRY']._serialized_end=2728
+  _globals['_FINISHED']._serialized_start=2731
+  _globals['_FINISHED']._serialized_end=2903
+  _globals['_USAGE']._serialized_start=2905
+  _globals['_USAGE']._serialized_end=3009
+  _globals['_TOKENIZEREQUEST']._serialized_start=3012
+  _globals['_TOKENIZEREQUEST']._serialized_end=3215
+  _globals['_TOKENIZERESPONSE']._serialized_start=3217
+  _globals['_TOKENIZERESPONSE']._serialized_end=3318
+  _globals['_DETOKENIZEREQUEST']._serialized_start=3320
+  _globals['_DETOKENIZEREQUEST']._serialized_end=3352
+  _globals['_DETOKENIZERESPONSE']._serialized_start=3354
+  _globals['_DETOKENIZERESPONSE']._serialized_end=3388
+  _globals['_GETMODELREQUEST']._serialized_start=3390
+  _globals['_GETMODELREQUEST']._serialized_end=3407
+  _globals['_GETMODELRESPONSE']._serialized_start=3410
+  _globals['_GETMODELRESPONSE']._serialized_end=3633
+  _globals['_MEMORYPLAN']._serialized_start=3635
+  _globals['_MEMORYPLAN']._serialized_end=3732
+  _globals['_GETLOADREQUEST']._serialized_start=3734
+  _globals['_GETLOADREQUEST']._serialized_end=3750
+  _globals['_GETLOADRESPONSE']._serialized_start=3753
+  _globals['_GETLOADRESPONSE']._serialized_end=3979
+  _globals['_INFERENCESERVICE']._serialized_start=4193
+  _globals['_INFERENCESERVICE']._serialized_end=4862
 # @@protoc_insertion_point(module_scope)

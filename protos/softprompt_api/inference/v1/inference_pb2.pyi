@@ -20,6 +20,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _CallSignal:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CallSignalEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CallSignal.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CALL_SIGNAL_UNSPECIFIED: _CallSignal.ValueType  # 0
+    """Not set; ignored."""
+    CALL_SIGNAL_CANCEL: _CallSignal.ValueType  # 1
+    """Abort it; nothing more is sent of it, not even its end."""
+    CALL_SIGNAL_PAUSE: _CallSignal.ValueType  # 2
+    """Its reader is slow: send nothing of it until RESUME. It generates on, and what gathers comes together."""
+    CALL_SIGNAL_RESUME: _CallSignal.ValueType  # 3
+    """Send again."""
+
+class CallSignal(_CallSignal, metaclass=_CallSignalEnumTypeWrapper):
+    """CallSignal steers a running generation."""
+
+CALL_SIGNAL_UNSPECIFIED: CallSignal.ValueType  # 0
+"""Not set; ignored."""
+CALL_SIGNAL_CANCEL: CallSignal.ValueType  # 1
+"""Abort it; nothing more is sent of it, not even its end."""
+CALL_SIGNAL_PAUSE: CallSignal.ValueType  # 2
+"""Its reader is slow: send nothing of it until RESUME. It generates on, and what gathers comes together."""
+CALL_SIGNAL_RESUME: CallSignal.ValueType  # 3
+"""Send again."""
+Global___CallSignal: _TypeAlias = CallSignal  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -393,6 +421,156 @@ class GenerateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class GenerateManyRequest(_message.Message):
+    """GenerateManyRequest starts or steers one generation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    SIGNAL_FIELD_NUMBER: _builtins.int
+    call: _builtins.int
+    """Which generation; chosen by the client, unique on the stream."""
+    signal: Global___CallSignal.ValueType
+    """Steer one that runs; unknown calls are ignored, as they may just have ended."""
+    @_builtins.property
+    def start(self) -> Global___GenerateRequest:
+        """Start a generation."""
+
+    def __init__(
+        self,
+        *,
+        call: _builtins.int = ...,
+        start: Global___GenerateRequest | None = ...,
+        signal: Global___CallSignal.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "signal", b"signal", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "call", b"call", "signal", b"signal", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_action: _TypeAlias = _typing.Literal["start", "signal"]  # noqa: Y015
+    _WhichOneofArgType_action: _TypeAlias = _typing.Literal["action", b"action"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_action) -> _WhichOneofReturnType_action | None: ...
+
+Global___GenerateManyRequest: _TypeAlias = GenerateManyRequest  # noqa: Y015
+
+@_typing.final
+class GenerateManyResponse(_message.Message):
+    """GenerateManyResponse is what has happened since the last one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___CallEvent]:
+        """Events of any generations, each generation's in order."""
+
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___CallEvent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GenerateManyResponse: _TypeAlias = GenerateManyResponse  # noqa: Y015
+
+@_typing.final
+class CallEvent(_message.Message):
+    """CallEvent is one event of one generation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    call: _builtins.int
+    """Which generation."""
+    @_builtins.property
+    def response(self) -> Global___GenerateResponse:
+        """What Generate would have sent."""
+
+    @_builtins.property
+    def end(self) -> Global___CallEnd:
+        """Last: it has ended, whole or by an error."""
+
+    def __init__(
+        self,
+        *,
+        call: _builtins.int = ...,
+        response: Global___GenerateResponse | None = ...,
+        end: Global___CallEnd | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "event", b"event", "response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "end", b"end", "event", b"event", "response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["response", "end"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___CallEvent: _TypeAlias = CallEvent  # noqa: Y015
+
+@_typing.final
+class CallEnd(_message.Message):
+    """CallEnd says how a generation ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class DetailsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
+    DETAILS_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Empty when it is whole; otherwise the reason that ErrorInfo would carry, for example "OVERLOADED"."""
+    message: _builtins.str
+    """What was wrong, for the caller."""
+    field: _builtins.str
+    """The request field at fault, if one is."""
+    @_builtins.property
+    def details(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Further facts, as ErrorInfo's metadata."""
+
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        field: _builtins.str = ...,
+        details: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["details", b"details", "field", b"field", "message", b"message", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CallEnd: _TypeAlias = CallEnd  # noqa: Y015
 
 @_typing.final
 class Accepted(_message.Message):

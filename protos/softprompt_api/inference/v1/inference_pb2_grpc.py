@@ -42,6 +42,11 @@ class InferenceServiceStub:
                 request_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateMany = channel.stream_stream(
+                '/softprompt_api.inference.v1.InferenceService/GenerateMany',
+                request_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.GenerateManyRequest.SerializeToString,
+                response_deserializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.GenerateManyResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/softprompt_api.inference.v1.InferenceService/Tokenize',
                 request_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -76,6 +81,17 @@ class InferenceServiceServicer:
         INVALID_ARGUMENT: a field is out of range, or prompt and output do not fit the context.
         NOT_FOUND: no such adapter. RESOURCE_EXHAUSTED: too many requests wait. UNAVAILABLE: starting, stopping,
         or the registry is away and the adapter is not in memory.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateMany(self, request_iterator, context):
+        """GenerateMany carries any number of generations over one stream, so that the tokens of one step of the engine
+        travel in one message. Each generation is what Generate would stream, in the same order. Half-closing means
+        that no further generations come; the stream ends after the last. Breaking the stream aborts all of them.
+        INVALID_ARGUMENT: a call number is in use, or a message has no action. How one generation ends or fails is told
+        in its CallEnd and does not end the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,6 +132,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateMany': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateMany,
+                    request_deserializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.GenerateManyRequest.FromString,
+                    response_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.GenerateManyResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -168,6 +189,33 @@ class InferenceService:
             '/softprompt_api.inference.v1.InferenceService/Generate',
             softprompt__api_dot_inference_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             softprompt__api_dot_inference_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateMany(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/softprompt_api.inference.v1.InferenceService/GenerateMany',
+            softprompt__api_dot_inference_dot_v1_dot_inference__pb2.GenerateManyRequest.SerializeToString,
+            softprompt__api_dot_inference_dot_v1_dot_inference__pb2.GenerateManyResponse.FromString,
             options,
             channel_credentials,
             insecure,

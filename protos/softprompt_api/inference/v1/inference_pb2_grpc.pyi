@@ -43,6 +43,13 @@ class InferenceServiceStub:
     NOT_FOUND: no such adapter. RESOURCE_EXHAUSTED: too many requests wait. UNAVAILABLE: starting, stopping,
     or the registry is away and the adapter is not in memory.
     """
+    GenerateMany: _grpc.StreamStreamMultiCallable[_inference_pb2.GenerateManyRequest, _inference_pb2.GenerateManyResponse]
+    """GenerateMany carries any number of generations over one stream, so that the tokens of one step of the engine
+    travel in one message. Each generation is what Generate would stream, in the same order. Half-closing means
+    that no further generations come; the stream ends after the last. Breaking the stream aborts all of them.
+    INVALID_ARGUMENT: a call number is in use, or a message has no action. How one generation ends or fails is told
+    in its CallEnd and does not end the stream.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Tokenize shows the ids a prompt becomes."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
@@ -66,6 +73,13 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     INVALID_ARGUMENT: a field is out of range, or prompt and output do not fit the context.
     NOT_FOUND: no such adapter. RESOURCE_EXHAUSTED: too many requests wait. UNAVAILABLE: starting, stopping,
     or the registry is away and the adapter is not in memory.
+    """
+    GenerateMany: _aio.StreamStreamMultiCallable[_inference_pb2.GenerateManyRequest, _inference_pb2.GenerateManyResponse]  # type: ignore[assignment]
+    """GenerateMany carries any number of generations over one stream, so that the tokens of one step of the engine
+    travel in one message. Each generation is what Generate would stream, in the same order. Half-closing means
+    that no further generations come; the stream ends after the last. Breaking the stream aborts all of them.
+    INVALID_ARGUMENT: a call number is in use, or a message has no action. How one generation ends or fails is told
+    in its CallEnd and does not end the stream.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Tokenize shows the ids a prompt becomes."""
@@ -93,6 +107,19 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         INVALID_ARGUMENT: a field is out of range, or prompt and output do not fit the context.
         NOT_FOUND: no such adapter. RESOURCE_EXHAUSTED: too many requests wait. UNAVAILABLE: starting, stopping,
         or the registry is away and the adapter is not in memory.
+        """
+
+    @_abc_1.abstractmethod
+    def GenerateMany(
+        self,
+        request_iterator: _MaybeAsyncIterator[_inference_pb2.GenerateManyRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateManyResponse], _abc.AsyncIterator[_inference_pb2.GenerateManyResponse]]:
+        """GenerateMany carries any number of generations over one stream, so that the tokens of one step of the engine
+        travel in one message. Each generation is what Generate would stream, in the same order. Half-closing means
+        that no further generations come; the stream ends after the last. Breaking the stream aborts all of them.
+        INVALID_ARGUMENT: a call number is in use, or a message has no action. How one generation ends or fails is told
+        in its CallEnd and does not end the stream.
         """
 
     @_abc_1.abstractmethod

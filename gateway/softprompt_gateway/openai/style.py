@@ -1,0 +1,37 @@
+"""How one route spells its answers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from softprompt_api.inference.v1 import inference_pb2 as pb
+
+from softprompt_gateway.openai.generation import Choice
+
+
+class Style(ABC):
+    """How one route spells its answers. One instance serves one request; choices are numbered over all prompts."""
+
+    id_prefix: str
+    whole: str
+    chunk: str
+
+    @abstractmethod
+    def opening(self, index: int, accepted: pb.Accepted) -> dict[str, Any] | None:
+        """The first chunk of a choice, before its text."""
+
+    @abstractmethod
+    def delta(self, index: int, delta: pb.Delta) -> dict[str, Any]:
+        """New text of a choice."""
+
+    @abstractmethod
+    def end(self, index: int, finished: pb.Finished) -> dict[str, Any]:
+        """The last chunk of a choice."""
+
+    @abstractmethod
+    def choice(self, index: int, accepted: pb.Accepted, choice: Choice) -> dict[str, Any]:
+        """A whole choice."""
+
+    def extras(self, accepted: Sequence[pb.Accepted]) -> dict[str, Any]:  # noqa: ARG002
+        """Further members of the whole answer and of the opening chunks."""
+        return {}

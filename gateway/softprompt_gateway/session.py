@@ -1,0 +1,176 @@
+"""Generate calls over one GenerateMany stream: a message per step of the engine, not one per token and call."""
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+import grpc
+from softprompt_api.errors import DeadlineExceeded, InternalError, SoftpromptError, Unavailable
+from softprompt_api.inference.v1 import inference_pb2 as pb
+from softprompt_api.inference.v1 import inference_pb2_grpc as pb_grpc
+from softprompt_api.rpc.status import BY_REASON
+
+from softprompt_gateway.statuses import translate
+
+# Responses that may wait for a reader before the service is told to hold the rest back.
+_MAX_WAITING = 64
+# gRPC ends a connection of some age minutes after it has announced that; new calls must have those minutes.
+_MAX_AGE_S = 60.0
+
+
+class Calls:
+    """Generate calls that belong together, by the numbers of their requests: what any of them says, in one queue.
+
+    One reader only. It ends with the first error of any call, or with the end of all.
+    """
+
+    def __init__(self, session: "Session", timeout_s: float) -> None:
+        """Made by `Session.start`."""
+        self._session = session
+        self._open: dict[int, int] = {}  # number on the stream → number of the request
+        self._arrived: list[tuple[int, pb.GenerateResponse]] = []
+        self._error: SoftpromptError | None = None
+        self._is_paused = False
+        self._loop = asyncio.get_running_loop()
+        self._waiting: asyncio.Future[None] | None = None
+        self._deadline = self._loop.call_later(timeout_s, self._expire)
+
+    async def take(self) -> Sequence[tuple[int, pb.GenerateResponse]]:
+        """What arrived since the last look, with the numbers of the requests; nothing at the end of all calls.
+
+        Raises the error of the call that failed first, after what came before it.
+        """
+        while not self._arrived:
+            if self._error is not None:
+                raise self._error
+            if not self._open:
+                return ()
+            self._waiting = self._loop.create_future()
+            await self._waiting
+        arrived, self._arrived = self._arrived, []
+        if self._is_paused:
+            self._is_paused = False
+            self._tell(pb.CALL_SIGNAL_RESUME)
+        return arrived
+
+    def cancel(self) -> None:
+        """Abort what still runs; nothing happens if all have ended."""
+        self._tell(pb.CALL_SIGNAL_CANCEL)
+        self._forget()
+
+    def add(self, number: int, request: int) -> None:
+        """Expect responses under this number on the stream."""
+        self._open[number] = request
+
+    def put(self, number: int, response: pb.GenerateResponse) -> None:
+        """A response has come."""
+        self._arrived.append((self._open[number], response))
+        if len(self._arrived) >= _MAX_WAITING and not self._is_paused:
+            self._is_paused = True
+            self._tell(pb.CALL_SIGNAL_PAUSE)
+        self._wake()
+
+    def end(self, number: int, end: pb.CallEnd) -> None:
+        """A call has ended; by an error the others end too."""
+        del self._open[number]
+        if end.reason:
+            leaf = BY_REASON.get(end.reason, InternalError)
+            self.fail(leaf(end.message, field=end.field, details=dict(end.details)))
+        elif not self._open:
+            self._forget()
+
+    def fail(self, error: SoftpromptError) -> None:
+        """End all calls with this error."""
+        self._error = self._error or error
+        self.cancel()
+
+    def _expire(self) -> None:
+        self.fail(DeadlineExceeded("the inference service did not answer in time"))
+
+    def _forget(self) -> None:
+        self._session.forget(self._open)
+        self._open.clear()
+        self._deadline.cancel()
+        self._wake()
+
+    def _tell(self, signal: "pb.CallSignal.ValueType") -> None:
+        for number in self._open:
+            self._session.send(pb.GenerateManyRequest(call=number, signal=signal))
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+
+class Session:
+    """One stream to the inference service. It lives until `finish` and the end of its calls, or it breaks."""
+
+    def __init__(self, stub: "pb_grpc.InferenceServiceAsyncStub") -> None:
+        self._requests: asyncio.Queue[pb.GenerateManyRequest | None] = asyncio.Queue()
+        self._calls: dict[int, Calls] = {}
+        self._numbers = itertools.count(1)
+        self._takes_calls_until_s = time.monotonic() + _MAX_AGE_S
+        self._has_ended = False
+        self._stream = stub.GenerateMany(self._sent())
+        self.reading = asyncio.create_task(self._read())
+
+    @property
+    def takes_calls(self) -> bool:
+        """Whether calls may be started; if not, `finish` it and open another."""
+        return not self._has_ended and time.monotonic() < self._takes_calls_until_s
+
+    def start(self, requests: Sequence[pb.GenerateRequest], *, timeout_s: float) -> Calls:
+        """Start a call for each request; `timeout_s` is for all of them together."""
+        calls = Calls(self, timeout_s)
+        for position, request in enumerate(requests):
+            number = next(self._numbers)
+            self._calls[number] = calls
+            calls.add(number, position)
+            self.send(pb.GenerateManyRequest(call=number, start=request))
+        return calls
+
+    def send(self, request: pb.GenerateManyRequest) -> None:
+        """Send a message; it is lost where the stream has ended, which its calls are told."""
+        if not self._has_ended:
+            self._requests.put_nowait(request)
+
+    def forget(self, numbers: Mapping[int, int]) -> None:
+        """Drop what still comes of these calls."""
+        for number in numbers:
+            self._calls.pop(number, None)
+
+    def finish(self) -> None:
+        """Start no further calls; the stream ends with its last."""
+        self._requests.put_nowait(None)
+
+    async def close(self) -> None:
+        """Abort all calls and end the stream."""
+        self._stream.cancel()
+        await asyncio.gather(self.reading, return_exceptions=True)
+
+    async def _sent(self) -> AsyncIterator[pb.GenerateManyRequest]:
+        while (request := await self._requests.get()) is not None:
+            yield request
+
+    async def _read(self) -> None:
+        error: SoftpromptError = Unavailable("the inference service ended the stream; try again")
+        try:
+            async for message in self._stream:
+                for event in message.events:
+                    # A cancelled call's may still be on their way.
+                    if (calls := self._calls.get(event.call)) is not None:
+                        self._deliver(calls, event)
+        except grpc.aio.AioRpcError as failed:
+            error = translate("inference", failed)
+        finally:
+            self._has_ended = True
+            for calls in set(self._calls.values()):
+                calls.fail(error)
+
+    def _deliver(self, calls: Calls, event: pb.CallEvent) -> None:
+        if event.HasField("response"):
+            calls.put(event.call, event.response)
+        else:
+            del self._calls[event.call]
+            calls.end(event.call, event.end)
