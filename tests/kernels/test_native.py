@@ -5,8 +5,11 @@ import torch
 from softprompt_kernels import native
 from softprompt_kernels.kv_write import kv_write
 from softprompt_kernels.native import library
+from softprompt_kernels.rmsnorm import add_rms_norm, rms_norm
+from softprompt_kernels.rope import rope
 from softprompt_kernels.testing import AWKWARD_SIZES, assert_close, poisoned
 
+from tests.kernels import test_rmsnorm, test_rope
 from tests.kernels.test_paged_attention import MIXED, OPTIONS, make_case, plain_answer, run_reference
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -90,6 +93,72 @@ def test_half_precision_and_huge_heads_are_left_to_torch(native_kernels: None) -
     assert not native.supports(case.keys)
     assert_close(run_reference(case, scale=0.2), plain_answer(case, scale=0.2))
     assert not native.supports(torch.zeros(1, 16, 1, native.MAX_HEAD_DIM + 8))
+    x, weight = torch.randn(3, 8).half(), torch.randn(8).half()
+    assert_close(rms_norm(x, weight, eps=1e-5), test_rmsnorm.plain_answer(x, weight))
+    q, cos = torch.randn(2, 1, native.MAX_HEAD_DIM + 8), torch.randn(2, native.MAX_HEAD_DIM + 8)
+    assert_close(rope(q, q, cos, cos)[0], test_rope.plain_answer(q, cos, cos))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 576])
+def test_rows_are_normed(native_kernels: None, size: int, unit_offset: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, residual = torch.randn(2, 7, size, generator=generator).to(dtype)
+    weight = torch.randn(size, generator=generator).to(dtype)
+    out = rms_norm(x, weight, eps=1e-5, unit_offset=unit_offset)
+    assert_close(out, test_rmsnorm.plain_answer(x, weight, unit_offset=unit_offset))
+    out, h = add_rms_norm(x, residual, weight, eps=1e-5, unit_offset=unit_offset)
+    assert torch.equal(h, x + residual)
+    assert_close(out, test_rmsnorm.plain_answer(x + residual, weight, unit_offset=unit_offset))
+
+
+def test_rows_are_normed_where_they_lie(native_kernels: None) -> None:
+    merged, weight = torch.randn(1, 5, 100), torch.randn(16)
+    heads = merged[..., 10:58].view(1, 5, 3, 16)
+    out = rms_norm(heads, weight, eps=1e-5)
+    assert out.is_contiguous()
+    assert_close(out, test_rmsnorm.plain_answer(heads, weight))
+    strided, residual = torch.randn(4, 30)[:, :16], torch.randn(2, 4, 50)[1, :, 5:21]
+    out, h = add_rms_norm(strided, residual, weight, eps=1e-5)
+    assert torch.equal(h, strided + residual)
+    assert_close(out, test_rmsnorm.plain_answer(h, weight))
+    assert rms_norm(torch.zeros(1, 0, 16), weight, eps=1e-5).shape == (1, 0, 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (9, 3), (71, 1)])
+@pytest.mark.parametrize("head_dim", [2, 64, 80, 256])
+@pytest.mark.parametrize("num_tokens", [0, 1, 17])
+def test_queries_and_keys_are_turned(
+    native_kernels: None, num_tokens: int, head_dim: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype
+) -> None:
+    merged = torch.randn(num_tokens, (num_heads + num_kv_heads) * head_dim).to(dtype)
+    before = merged.clone()
+    q, k = (
+        part.unflatten(1, (-1, head_dim))
+        for part in merged.split([num_heads * head_dim, num_kv_heads * head_dim], 1)
+    )
+    cos, sin = torch.randn(2, num_tokens, head_dim)  # float32 tables, halves that differ
+    for actual, x in zip(rope(q, k, cos, sin), (q, k), strict=True):
+        assert actual.is_contiguous()
+        assert_close(actual, test_rope.plain_answer(x, cos, sin))
+    assert torch.equal(merged, before)
+
+
+def test_norms_and_rotation_on_several_threads_answer_as_on_one(native_kernels: None) -> None:
+    x, weight = torch.randn(600, 576), torch.randn(576)
+    q, k, (cos, sin) = torch.randn(600, 9, 64), torch.randn(600, 3, 64), torch.randn(2, 600, 64)
+    threads = torch.get_num_threads()
+    answers = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            answers.append((rms_norm(x, weight, eps=1e-5), *rope(q, k, cos, sin)))
+    finally:
+        torch.set_num_threads(threads)
+    for one, two in zip(*answers, strict=True):
+        assert torch.equal(one, two)
 
 
 def test_a_library_is_compiled_once(

@@ -13,7 +13,18 @@ from torch import Tensor
 from softprompt_kernels.native.library import CannotCompile
 from softprompt_kernels.native.library import load as _load
 
-__all__ = ["CannotCompile", "is_loaded", "kv_write", "load", "paged_decode", "supports", "unload"]
+__all__ = [
+    "CannotCompile",
+    "is_loaded",
+    "kv_write",
+    "load",
+    "paged_decode",
+    "rms_norm",
+    "rope",
+    "supports",
+    "supports_rows",
+    "unload",
+]
 
 MAX_HEAD_DIM = 256
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -33,6 +44,10 @@ def load(cache_dir: Path) -> None:
     library.softprompt_paged_decode.restype = c_int
     library.softprompt_kv_write.argtypes = [*[c_void_p] * 5, *[c_int64] * 5, *[c_int] * 3]
     library.softprompt_kv_write.restype = None
+    library.softprompt_rms_norm.argtypes = [*[c_void_p] * 5, *[c_int64] * 7, c_int, c_int, c_float, c_int]
+    library.softprompt_rms_norm.restype = c_int
+    library.softprompt_rope.argtypes = [*[c_void_p] * 6, *[c_int64] * 7, *[c_int] * 6]
+    library.softprompt_rope.restype = None
     _library = library
 
 
@@ -49,9 +64,12 @@ def is_loaded() -> bool:
 
 def supports(keys: Tensor) -> bool:
     """Whether kernels are loaded that can work on such pages [P, page_size, Hkv, D]."""
-    return (
-        _library is not None and keys.dtype in _DTYPES and keys.shape[3] <= MAX_HEAD_DIM and keys.is_contiguous()
-    )
+    return supports_rows(keys) and keys.shape[3] <= MAX_HEAD_DIM and keys.is_contiguous()
+
+
+def supports_rows(x: Tensor) -> bool:
+    """Whether kernels are loaded that can work on rows of this dtype."""
+    return _library is not None and x.dtype in _DTYPES
 
 
 def paged_decode(
@@ -123,3 +141,71 @@ def kv_write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) 
         keys.shape[3],
         keys.element_size(),
     )
+
+
+def rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, *, eps: float, unit_offset: bool
+) -> tuple[Tensor, Tensor]:
+    """(out, h) of `softprompt_kernels.rmsnorm`; without a residual, h is x."""
+    assert _library is not None
+    out = torch.empty(x.shape, dtype=x.dtype)
+    h = x if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    rows = _rows(x)
+    others = rows if residual is None else _rows(residual)
+    failed = _library.softprompt_rms_norm(
+        out.data_ptr(),
+        h.data_ptr(),
+        rows.data_ptr(),
+        None if residual is None else others.data_ptr(),
+        weight.data_ptr(),
+        rows.shape[0],
+        rows.shape[1],
+        rows.shape[2],
+        rows.stride(0),
+        rows.stride(1),
+        others.stride(0),
+        others.stride(1),
+        _DTYPES[x.dtype],
+        unit_offset,
+        eps,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("a norm found no memory for a row")
+    return out, h
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., m, n] → [outer, m, n]"""
+    if x.dim() == 3:
+        return x
+    return x[None] if x.dim() == 2 else x.flatten(0, -3)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Arguments as in `softprompt_kernels.rope`, and D at most MAX_HEAD_DIM."""
+    assert _library is not None
+    num_tokens, num_heads, dim = q.shape
+    q_out, k_out = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
+    _library.softprompt_rope(
+        q_out.data_ptr(),
+        k_out.data_ptr(),
+        q.data_ptr(),
+        k.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        num_tokens,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        cos.stride(0),
+        sin.stride(0),
+        num_heads,
+        k.shape[1],
+        dim,
+        _DTYPES[q.dtype],
+        _DTYPES[cos.dtype],
+        torch.get_num_threads(),
+    )
+    return q_out, k_out

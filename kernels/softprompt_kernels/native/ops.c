@@ -240,3 +240,86 @@ void softprompt_kv_write(
             memcpy((char *)values + to, (const char *)v + (t * v_row_stride + h * v_head_stride) * item_bytes, bytes);
         }
 }
+
+// [outer, inner] rows of `size` elements, dense in themselves; out and sum are contiguous.
+typedef struct {
+    const void *data;
+    int64_t outer_stride, inner_stride;
+} Rows;
+
+static inline int64_t row_offset(const Rows *rows, int64_t row, int64_t inner) {
+    return row / inner * rows->outer_stride + row % inner * rows->inner_stride;
+}
+
+// h = x + residual, rounded to the dtype (or h = x); out = h / sqrt(mean(h^2) + eps) * (weight or 1 + weight).
+// Returns 0, or 1 where memory for a row was refused.
+int softprompt_rms_norm(
+    void *out, void *sum, const void *x, const void *residual, const void *weight, int64_t outer, int64_t inner,
+    int64_t size, int64_t x_outer_stride, int64_t x_inner_stride, int64_t residual_outer_stride,
+    int64_t residual_inner_stride, int dtype, int unit_offset, float eps, int num_threads) {
+    Rows from = {x, x_outer_stride, x_inner_stride}, plus = {residual, residual_outer_stride, residual_inner_stride};
+    int64_t count = outer * inner;
+    int failed = 0;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && count * size > PARALLEL_WORK)
+    {
+        float *restrict h = malloc((size_t)size * 3 * sizeof(float)), *restrict w = h + size, *restrict r = w + size;
+        if (!h) {
+#pragma omp atomic write
+            failed = 1;
+        } else {
+            load(w, weight, 0, (int)size, dtype);
+            if (unit_offset)
+                for (int64_t i = 0; i < size; i++) w[i] += 1;
+        }
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < count; row++) {
+            if (!h) continue;
+            load(h, from.data, row_offset(&from, row, inner), (int)size, dtype);
+            if (residual) {
+                load(r, plus.data, row_offset(&plus, row, inner), (int)size, dtype);
+                for (int64_t i = 0; i < size; i++) h[i] += r[i];
+                store(sum, row * size, h, (int)size, dtype);
+                load(h, sum, row * size, (int)size, dtype);
+            }
+            float squares = 0;
+#pragma omp simd reduction(+ : squares)
+            for (int64_t i = 0; i < size; i++) squares += h[i] * h[i];
+            float scale = 1 / sqrtf(squares / (float)size + eps);
+            for (int64_t i = 0; i < size; i++) h[i] = h[i] * scale * w[i];
+            store(out, row * size, h, (int)size, dtype);
+        }
+        free(h);
+    }
+    return failed;
+}
+
+static inline void rotate(void *out, const void *x, int64_t to, int64_t from, const float *restrict cosine,
+                          const float *restrict sine, int half, int dtype) {
+    float first[MAX_VECTORS * LANES / 2], second[MAX_VECTORS * LANES / 2], turned[MAX_VECTORS * LANES];
+    load(first, x, from, half, dtype);
+    load(second, x, from + half, half, dtype);
+    for (int d = 0; d < half; d++) {
+        turned[d] = first[d] * cosine[d] - second[d] * sine[d];
+        turned[half + d] = second[d] * cosine[half + d] + first[d] * sine[half + d];
+    }
+    store(out, to, turned, 2 * half, dtype);
+}
+
+// Half-split rotary embedding of q [n, num_heads, dim] and k [n, num_kv_heads, dim] by tables [n, dim].
+void softprompt_rope(
+    void *q_out, void *k_out, const void *q, const void *k, const void *cosines, const void *sines, int64_t n,
+    int64_t q_row_stride, int64_t q_head_stride, int64_t k_row_stride, int64_t k_head_stride, int64_t cos_stride,
+    int64_t sin_stride, int num_heads, int num_kv_heads, int dim, int dtype, int table_dtype, int num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && n * (num_heads + num_kv_heads) * dim > PARALLEL_WORK)
+    for (int64_t t = 0; t < n; t++) {
+        float cosine[MAX_VECTORS * LANES], sine[MAX_VECTORS * LANES];
+        load(cosine, cosines, t * cos_stride, dim, table_dtype);
+        load(sine, sines, t * sin_stride, dim, table_dtype);
+        for (int h = 0; h < num_heads; h++)
+            rotate(q_out, q, (t * num_heads + h) * dim, t * q_row_stride + h * q_head_stride, cosine, sine, dim / 2,
+                   dtype);
+        for (int h = 0; h < num_kv_heads; h++)
+            rotate(k_out, k, (t * num_kv_heads + h) * dim, t * k_row_stride + h * k_head_stride, cosine, sine,
+                   dim / 2, dtype);
+    }
+}

@@ -15,6 +15,7 @@ h         [..., n]  contiguous
 import torch
 from torch import Tensor
 
+from softprompt_kernels import native
 from softprompt_kernels.rmsnorm.reference import add_rms_norm as _add_reference
 from softprompt_kernels.rmsnorm.reference import rms_norm as _reference
 
@@ -33,6 +34,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, unit_offset: bool = False
         from softprompt_kernels.rmsnorm.kernel import rms_norm as _kernel
 
         return _kernel(x, weight, eps=eps, unit_offset=unit_offset)
+    if native.supports_rows(x):
+        return native.rms_norm(x, None, weight, eps=eps, unit_offset=unit_offset)[0]
     return _reference(x, weight, eps=eps, unit_offset=unit_offset)
 
 
@@ -54,6 +57,8 @@ def add_rms_norm(
         from softprompt_kernels.rmsnorm.kernel import add_rms_norm as _kernel
 
         return _kernel(x, residual, weight, eps=eps, unit_offset=unit_offset)
+    if native.supports_rows(x):
+        return native.rms_norm(x, residual, weight, eps=eps, unit_offset=unit_offset)
     return _add_reference(x, residual, weight, eps=eps, unit_offset=unit_offset)
 
 

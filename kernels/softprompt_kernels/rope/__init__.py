@@ -7,12 +7,13 @@ Semantics:
 
 q         [T, H, D]    bf16/fp16/fp32, last stride 1; D is even
 k         [T, Hkv, D]  same dtype, last stride 1
-cos, sin  [T, D]       any float dtype, last stride 1: the tables' rows of the tokens' positions
+cos, sin  [T, D]       any float dtype, the same; last stride 1: the tables' rows of the tokens' positions
 out       two tensors like q and k, contiguous
 """
 
 from torch import Tensor
 
+from softprompt_kernels import native
 from softprompt_kernels.rope.reference import rope as _reference
 
 __all__ = ["rope"]
@@ -30,6 +31,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         from softprompt_kernels.rope.kernel import rope as _kernel
 
         return _kernel(q, k, cos, sin)
+    if native.supports_rows(q) and native.supports_rows(cos) and q.shape[2] <= native.MAX_HEAD_DIM:
+        return native.rope(q, k, cos, sin)
     return _reference(q, k, cos, sin)
 
 
@@ -47,5 +50,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
     if q.dtype != k.dtype:
         raise ValueError(f"q is {q.dtype}, k is {k.dtype}; they must be the same")
+    if cos.dtype != sin.dtype:
+        raise ValueError(f"cos is {cos.dtype}, sin is {sin.dtype}; they must be the same")
     if not q.stride(2) == k.stride(2) == cos.stride(1) == sin.stride(1) == 1:
         raise ValueError("q, k, cos and sin must be dense in their last axis")

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from softprompt_kernels import native
 from softprompt_kernels.rmsnorm import add_rms_norm, rms_norm
 from torch import Generator, Tensor, nn
 
@@ -50,13 +51,14 @@ def find(model: nn.Module, *, everywhere: bool = False) -> list[Swap]:
     """All RMS norms, and the decoder layers of Llama's shape that they stand in.
 
     Args:
-        everywhere: layers on a CPU too, where a sum costs the same with its norm and without.
+        everywhere: layers also on a CPU without native kernels, where a sum costs the same with its norm and
+            without.
     """
     norms = {name: norm for name, module in model.named_modules() if (norm := _recognise(module)) is not None}
     swaps = [_swap_norm(name, norm) for name, norm in norms.items()]
     for name, layer in model.named_modules():
         norm = norms.get(f"{name}.post_attention_layernorm")
-        if norm is None or not (everywhere or norm.weight.device.type == "cuda"):
+        if norm is None or not (everywhere or norm.weight.device.type == "cuda" or native.is_loaded()):
             continue
         if _is_llama_shaped(layer, norm):
             swaps.append(_swap_layer(name, layer, norm))

@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys in one pass instead of fourteen operations, on a GPU.
+"""Rotary embedding of queries and keys in one pass instead of fourteen operations, where there is a kernel for it.
 
 Transformers' attention modules call a function of their source file by the name `apply_rotary_pos_emb`. A module's
 forward is taken again with another function under that name; the source file's own is not touched. Which layout
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from softprompt_kernels import native
 from softprompt_kernels.rope import rope
 from torch import Generator, Tensor, nn
 
@@ -30,7 +31,7 @@ def find(model: nn.Module, *, everywhere: bool = False) -> list[Swap]:
     """The attention modules with half-split rotary embedding.
 
     Args:
-        everywhere: on a CPU too, where nothing is gained.
+        everywhere: also on a CPU without native kernels, where nothing is gained.
     """
     forwards: dict[int, types.FunctionType | None] = {}
     swaps = []
@@ -39,7 +40,7 @@ def find(model: nn.Module, *, everywhere: bool = False) -> list[Swap]:
         like = next(module.parameters(), None)
         if not isinstance(function, types.FunctionType) or not _calls_rotary(function):
             continue
-        if like is None or not (everywhere or like.device.type == "cuda"):
+        if like is None or not (everywhere or like.device.type == "cuda" or native.is_loaded()):
             continue
         if id(function) not in forwards:
             forwards[id(function)] = _with_kernel(function, like)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from softprompt_inference.model.swaps import norms
 from softprompt_inference.model.swaps.verify import Swap, verify
+from softprompt_kernels import native
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -100,7 +101,10 @@ def test_real_models_compute_the_same_after_it(lab: Any, name: str, num_norms: i
     assert torch.equal(logits(model), expected)
 
 
-def test_a_sum_with_its_norm_is_no_gain_on_a_cpu(lab: Any, llama: Path) -> None:
+def test_a_sum_with_its_norm_is_no_gain_on_a_cpu_without_native_kernels(
+    lab: Any, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "is_loaded", lambda: False)
     assert all(name.startswith("rmsnorm ") for name in names(norms.find(load(llama))))
 
 

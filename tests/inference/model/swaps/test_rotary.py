@@ -5,6 +5,7 @@ import pytest
 import torch
 from softprompt_inference.model.swaps import rotary
 from softprompt_inference.model.swaps.verify import verify
+from softprompt_kernels import native
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
@@ -37,7 +38,10 @@ def test_real_models_compute_the_same_after_it(lab: Any, name: str, num_swaps: i
     assert torch.equal(logits(model), expected)
 
 
-def test_nothing_is_gained_on_a_cpu(lab: Any, llama: Path) -> None:
+def test_nothing_is_gained_on_a_cpu_without_native_kernels(
+    lab: Any, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "is_loaded", lambda: False)
     assert rotary.find(load(llama)) == []
 
 
