@@ -9,7 +9,7 @@ import pytest
 
 MakeAdapter = Callable[..., Path]
 
-# As softprompt_inference sets it; tests may import torch before that package.
+# Before torch is first imported: tests share their cores with each other's processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Triton reads this once, when it is first imported, and transformers imports it.
 if not Path("/dev/nvidiactl").exists():

@@ -2,6 +2,8 @@
 
 import os
 
-# Read by OpenMP when torch is first imported, and every way to torch leads through this package. Threads that wait
-# by spinning take the cores from the servers and from each other; docs/performance.md has what was measured.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read by OpenMP when torch is first imported; every way to torch leads through this package. A thread that waits
+# spins for some tens of microseconds, about the pause between two products of a step, and then sleeps: spinning
+# on, it would take the cores from the servers and from each other. docs/performance.md has what was measured.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "5000"
