@@ -8,7 +8,7 @@
 #include <string.h>
 
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
-enum { LANES = 16, MAX_VECTORS = 16 };
+enum { LANES = 16, MAX_VECTORS = 16, MAX_HEADS = 4 };
 
 // Below so many multiplications, waking another thread costs more than it saves.
 static const int64_t PARALLEL_WORK = 150000;
@@ -67,6 +67,8 @@ static inline float exp_of_negative(float x) {
 // 16 lanes: one AVX-512 register, or as many smaller ones as the machine needs. A head is padded with zeros to whole
 // vectors.
 typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+typedef uint32_t int_vec __attribute__((vector_size(LANES * sizeof(uint32_t))));
+typedef uint16_t half_vec __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(2)));
 
 static inline void load_padded(vec *to, const void *from, int64_t offset, int n, int vectors, int dtype) {
     if (n < vectors * LANES) memset(to + n / LANES, 0, (size_t)(vectors - n / LANES) * sizeof(vec));
@@ -108,18 +110,43 @@ typedef struct {
     int page_size, dtype, dim;
 } Head;
 
-static inline void load_tile(vec *tile, const Head *head, const void *from, int first, int rows, int vectors) {
-    for (int j = 0; j < LANES; j++) {
-        if (j >= rows) {
-            memset(tile + j * vectors, 0, vectors * sizeof(vec));
-            continue;
-        }
-        int position = first + j;
-        int64_t slot =
-            (int64_t)head->pages[position / head->page_size] * head->page_size + position % head->page_size;
-        load_padded(tile + j * vectors, from, slot * head->row_elements + head->head_offset, head->dim, vectors,
-                    head->dtype);
+// Where the head's rows of LANES positions from `first` on lie, as far as there are any, in elements from the start.
+static inline void find_rows(int64_t *rows, const Head *head, int first, int count) {
+    int page = first / head->page_size, offset = first - page * head->page_size;
+    for (int j = 0; j < count; j++) {
+        rows[j] = ((int64_t)head->pages[page] * head->page_size + offset) * head->row_elements + head->head_offset;
+        if (++offset == head->page_size) offset = 0, page++;
     }
+}
+
+// 16 elements from a row on, widened.
+static inline vec load_vector(const void *from, int64_t offset, int dtype) {
+    vec wide;
+    if (dtype == FLOAT32) {
+        memcpy(&wide, (const float *)from + offset, sizeof wide);
+    } else {
+        half_vec bits;
+        memcpy(&bits, (const uint16_t *)from + offset, sizeof bits);
+        int_vec shifted = __builtin_convertvector(bits, int_vec) << 16;
+        memcpy(&wide, &shifted, sizeof wide);
+    }
+    return wide;
+}
+
+// One row; whole vectors where it has no rest.
+static inline __attribute__((always_inline)) void load_row(vec *to, const void *from, int64_t offset, int dim,
+                                                           int vectors, int dtype) {
+    if (dim == vectors * LANES)
+        for (int c = 0; c < vectors; c++) to[c] = load_vector(from, offset + c * LANES, dtype);
+    else
+        load_padded(to, from, offset, dim, vectors, dtype);
+}
+
+static inline void prefetch_rows(const void *from, const int64_t *rows, int count, int dim, int dtype) {
+    int64_t item_bytes = dtype == FLOAT32 ? 4 : 2;
+    for (int j = 0; j < count; j++)
+        for (int64_t byte = 0; byte < dim * item_bytes; byte += 64)
+            __builtin_prefetch((const char *)from + rows[j] * item_bytes + byte);
 }
 
 static inline void softmax(float *restrict row, int length, const float *sink, float softcap) {
@@ -138,39 +165,82 @@ static inline void softmax(float *restrict row, int length, const float *sink, f
     for (int j = 0; j < length; j++) row[j] *= share;
 }
 
-// The `group` query heads that share a key head, at one position. q, out [group][vectors]; scores [group][padded].
+// sums[g][0 … 2) += two vectors of each value row, weighted, for up to MAX_HEADS heads. Named, the sums stay in
+// registers; an array of them would go through memory at every row.
+static inline __attribute__((always_inline)) void add_columns(
+    vec *sums, const float *weights, const void *values, const int64_t *rows, int column, int64_t padded, int count,
+    int heads, int vectors, int dtype) {
+    vec a0 = sums[0], a1 = sums[1], b0 = a0, b1 = a1, c0 = a0, c1 = a1, d0 = a0, d1 = a1;
+    if (heads > 1) b0 = sums[vectors], b1 = sums[vectors + 1];
+    if (heads > 2) c0 = sums[2 * vectors], c1 = sums[2 * vectors + 1];
+    if (heads > 3) d0 = sums[3 * vectors], d1 = sums[3 * vectors + 1];
+    for (int j = 0; j < count; j++) {
+        vec low = load_vector(values, rows[j] + column, dtype);
+        vec high = load_vector(values, rows[j] + column + LANES, dtype);
+        a0 += weights[j] * low, a1 += weights[j] * high;
+        if (heads > 1) b0 += weights[padded + j] * low, b1 += weights[padded + j] * high;
+        if (heads > 2) c0 += weights[2 * padded + j] * low, c1 += weights[2 * padded + j] * high;
+        if (heads > 3) d0 += weights[3 * padded + j] * low, d1 += weights[3 * padded + j] * high;
+    }
+    sums[0] = a0, sums[1] = a1;
+    if (heads > 1) sums[vectors] = b0, sums[vectors + 1] = b1;
+    if (heads > 2) sums[2 * vectors] = c0, sums[2 * vectors + 1] = c1;
+    if (heads > 3) sums[3 * vectors] = d0, sums[3 * vectors + 1] = d1;
+}
+
+// Some of the query heads that share a key head, at one position. q, out [heads][vectors]; scores [heads][padded].
 static inline __attribute__((always_inline)) void attend(
     const Head *head, vec *restrict out, const vec *restrict q, float *restrict scores, const float *sinks, int first,
-    int length, int64_t padded, int group, int vectors, float scale, float softcap) {
-    vec tile[LANES * MAX_VECTORS], products[LANES];
+    int length, int64_t padded, int heads, int vectors, int dtype, float scale, float softcap) {
+    int64_t rows[LANES], next[LANES];
+    vec row[MAX_VECTORS], products[MAX_HEADS][LANES];
+    memset(products, 0, sizeof products);  // what is past the end must be finite
+    find_rows(next, head, first, length < LANES ? length : LANES);
     for (int begin = 0; begin < length; begin += LANES) {
-        int rows = length - begin < LANES ? length - begin : LANES;
-        load_tile(tile, head, head->keys, first + begin, rows, vectors);
-        for (int g = 0; g < group; g++) {
-            for (int j = 0; j < LANES; j++) {
-                vec sum = q[g * vectors] * tile[j * vectors];
-                for (int c = 1; c < vectors; c++) sum += q[g * vectors + c] * tile[j * vectors + c];
-                products[j] = sum;
+        int left = length - begin, count = left < LANES ? left : LANES, ahead = left - count;
+        memcpy(rows, next, sizeof rows);
+        if (ahead) {
+            ahead = ahead < LANES ? ahead : LANES;
+            find_rows(next, head, first + begin + LANES, ahead);
+            prefetch_rows(head->keys, next, ahead, head->dim, dtype);
+        }
+        for (int j = 0; j < count; j++) {
+            load_row(row, head->keys, rows[j], head->dim, vectors, dtype);
+            for (int g = 0; g < heads; g++) {
+                vec sum = q[g * vectors] * row[0];
+                for (int c = 1; c < vectors; c++) sum += q[g * vectors + c] * row[c];
+                products[g][j] = sum;
             }
-            vec dots = sum_lanes(products) * scale;
+        }
+        for (int g = 0; g < heads; g++) {
+            vec dots = sum_lanes(products[g]) * scale;
             memcpy(scores + g * padded + begin, &dots, sizeof dots);
         }
     }
-    for (int g = 0; g < group; g++) softmax(scores + g * padded, length, sinks ? sinks + g : NULL, softcap);
-    memset(out, 0, (size_t)group * vectors * sizeof(vec));
+    for (int g = 0; g < heads; g++) softmax(scores + g * padded, length, sinks ? sinks + g : NULL, softcap);
+    vec sums[MAX_HEADS * MAX_VECTORS];
+    memset(sums, 0, (size_t)heads * vectors * sizeof(vec));
+    find_rows(next, head, first, length < LANES ? length : LANES);
     for (int begin = 0; begin < length; begin += LANES) {
-        int rows = length - begin < LANES ? length - begin : LANES;
-        load_tile(tile, head, head->values, first + begin, rows, vectors);
-        for (int g = 0; g < group; g++) {
-            vec sum[MAX_VECTORS];
-            for (int c = 0; c < vectors; c++) sum[c] = out[g * vectors + c];
-            for (int j = 0; j < rows; j++) {
-                float weight = scores[g * padded + begin + j];
-                for (int c = 0; c < vectors; c++) sum[c] += weight * tile[j * vectors + c];
-            }
-            for (int c = 0; c < vectors; c++) out[g * vectors + c] = sum[c];
+        int left = length - begin, count = left < LANES ? left : LANES, ahead = left - count;
+        memcpy(rows, next, sizeof rows);
+        if (ahead) {
+            ahead = ahead < LANES ? ahead : LANES;
+            find_rows(next, head, first + begin + LANES, ahead);
+            prefetch_rows(head->values, next, ahead, head->dim, dtype);
         }
+        if (head->dim % (2 * LANES) == 0)
+            for (int c = 0; c < vectors; c += 2)
+                add_columns(sums + c, scores + begin, head->values, rows, c * LANES, padded, count, heads, vectors,
+                            dtype);
+        else
+            for (int j = 0; j < count; j++) {
+                load_padded(row, head->values, rows[j], head->dim, vectors, dtype);
+                for (int g = 0; g < heads; g++)
+                    for (int c = 0; c < vectors; c++) sums[g * vectors + c] += scores[g * padded + begin + j] * row[c];
+            }
     }
+    memcpy(out, sums, (size_t)heads * vectors * sizeof(vec));
 }
 
 // Decodes: n sequences with one query each. q is read and out written at rows[i]; pages of sequence sequences[i].
@@ -196,7 +266,9 @@ int softprompt_paged_decode(
 #pragma omp atomic write
             failed = 1;
         }
-#pragma omp for schedule(dynamic, 1)
+        // With enough sequences, a thread takes all heads of one: their rows lie side by side.
+        int together = n >= 4 * num_threads ? num_kv_heads : 1;
+#pragma omp for schedule(dynamic, together)
         for (int64_t task = 0; task < n * num_kv_heads; task++) {
             if (!buffer) continue;
             int64_t i = task / num_kv_heads;
@@ -210,14 +282,27 @@ int softprompt_paged_decode(
             Head head = {keys, values, page_table + sequences[i] * table_width, (int64_t)num_kv_heads * dim,
                          (int64_t)kv_head * dim, page_size, dtype, dim};
             const float *sink = sinks ? sinks + kv_head * group : NULL;
-            // A head size known to the compiler keeps the sums in registers.
-#define ATTEND(V) attend(&head, answer, queries, scores, sink, first, end - first, padded, group, V, scale, softcap)
-            switch (vectors) {
-                case 4: ATTEND(4); break;
-                case 5: ATTEND(5); break;
-                case 6: ATTEND(6); break;
-                case 8: ATTEND(8); break;
-                default: ATTEND(vectors);
+            // Numbers known to the compiler keep the sums in registers; so many heads at a time as fit there.
+            for (int g = 0, count; g < group; g += count) {
+                count = group - g;
+#define ATTEND(HEADS, VECTORS, DTYPE)                                                                               \
+    attend(&head, answer + g * vectors, queries + g * vectors, scores + g * padded, sinks ? sink + g : NULL, first,  \
+           end - first, padded, HEADS, VECTORS, DTYPE, scale, softcap)
+#define ATTEND_SOME(HEADS, VECTORS)                                            \
+    do {                                                                       \
+        count = HEADS;                                                         \
+        if (dtype == FLOAT32)                                                  \
+            ATTEND(HEADS, VECTORS, FLOAT32);                                   \
+        else                                                                   \
+            ATTEND(HEADS, VECTORS, BFLOAT16);                                  \
+    } while (0)
+                if (vectors == 4 && count >= 4) ATTEND_SOME(4, 4);
+                else if (vectors == 4 && count == 3) ATTEND_SOME(3, 4);
+                else if (vectors == 4 && count == 2) ATTEND_SOME(2, 4);
+                else if (vectors == 4) ATTEND_SOME(1, 4);
+                else if (vectors == 8 && count >= 2) ATTEND_SOME(2, 8);
+                else if (vectors == 8) ATTEND_SOME(1, 8);
+                else ATTEND_SOME(1, vectors);
             }
             for (int g = 0; g < group; g++)
                 store(out, ((int64_t)rows[i] * num_heads + kv_head * group + g) * dim,
@@ -310,7 +395,8 @@ void softprompt_rope(
     void *q_out, void *k_out, const void *q, const void *k, const void *cosines, const void *sines, int64_t n,
     int64_t q_row_stride, int64_t q_head_stride, int64_t k_row_stride, int64_t k_head_stride, int64_t cos_stride,
     int64_t sin_stride, int num_heads, int num_kv_heads, int dim, int dtype, int table_dtype, int num_threads) {
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && n * (num_heads + num_kv_heads) * dim > PARALLEL_WORK)
+    int64_t work = n * (num_heads + num_kv_heads) * dim;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && work > PARALLEL_WORK)
     for (int64_t t = 0; t < n; t++) {
         float cosine[MAX_VECTORS * LANES], sine[MAX_VECTORS * LANES];
         load(cosine, cosines, t * cos_stride, dim, table_dtype);
