@@ -523,16 +523,6 @@ def test_nobody_follows_before_the_end_of_a_prompt(prompt) -> None:
         driver.commit(plan)
 
 
-def test_nobody_follows_while_somebody_runs_who_is_not_in_the_plan(prompt) -> None:
-    driver = Driver(max_step_tokens=4, max_num_sequences=4)
-    driver.add(prompt("0", 1), prompt("1", 9))
-    driver.step()
-    driver.add(prompt("2", 1))
-    plan = driver.plan()
-    assert driver.follow(plan) is None
-    driver.commit(plan)
-
-
 def test_nobody_follows_while_somebody_could_start(prompt) -> None:
     driver = Driver()
     driver.add(prompt("0", 3))
@@ -555,6 +545,18 @@ def test_who_cannot_start_holds_nobody_up(prompt, limits: dict[str, int]) -> Non
     assert driver.follow(following) is None
     driver.commit(following)
     assert driver.step() == ([(0, 30)], ["1"])
+
+
+def test_nobody_follows_when_somebody_is_known_to_make_room_for_who_waits(prompt) -> None:
+    driver = Driver(max_num_sequences=2)
+    driver.add(prompt("0", 3, max_tokens=2), prompt("1", 3, max_tokens=9), prompt("2", 3))
+    plan = driver.plan()
+    following = driver.follow(plan)
+    assert following is not None
+    driver.commit(plan)
+    assert driver.follow(following) is None
+    driver.commit(following)
+    assert driver.step()[1] == ["1", "2"]
 
 
 def test_idle_pages_that_who_waits_would_take_are_no_room_for_the_rest(fakes, prompt) -> None:

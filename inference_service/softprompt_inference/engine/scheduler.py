@@ -15,8 +15,8 @@ A step may be planned while the one before it is still computed, and its tokens 
 same sequences decode the tokens to come. Whoever is found to have ended by such a token has left when the second
 step is committed, and what that step computed for it is dropped. Its pages are free at once, though the device may
 yet write to them: the runner's calls take effect in their order, so whoever gets such a page writes to it later,
-and reads no row that it has not written. The rows that a cache key stands for are safe: only rows that are known to
-be computed have keys, and the step writes behind them.
+and reads no row that it has not written. The rows that a cache key stands for are safe: only rows that are known
+to be computed have keys, and the step writes behind them.
 """
 
 from bisect import bisect_right
@@ -135,7 +135,7 @@ class Scheduler:
         """The step behind `plan`, the only one that is out, without its tokens; None: they must be known first.
 
         It decodes for everybody in `plan` who is not known to end there. They must be known first where somebody
-        else runs or could start, somebody is in the midst of a prompt or `looks_back`, or pages are short.
+        could start, is in the midst of a prompt or `looks_back`, or pages are short.
         """
         assert not self._following
         rows: list[int] = []
@@ -152,7 +152,8 @@ class Scheduler:
             if not sequence.ends_with_next_token:
                 rows.append(row)
                 sequences.append(sequence)
-        if not sequences or num_running < len(self._running):
+        assert num_running == len(self._running), "somebody runs who is not in the plan"
+        if not sequences:
             return None
         if self._waiting and (len(sequences) < num_running or self._could_start()):
             return None
