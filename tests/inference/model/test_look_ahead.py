@@ -189,7 +189,7 @@ def test_a_gpu_chooses_the_same_and_never_waits_in_a_step_that_follows(
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
     path = lab.model(name)
-    runner = lab.runner(path, device="cuda")
+    runner = lab.runner(path, device="cuda", max_num_sequences=12)
     if not graphs:
         runner.allocate_pages(runner.info.num_pages)
     adapters = [lab.adapter(path, "prompt_tuning", count).load for count in (5, 20)]
