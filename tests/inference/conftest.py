@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from softprompt_api.params import SamplingParams
@@ -17,7 +17,7 @@ from softprompt_inference.engine.messages import (
     SoftPromptPart,
     TextPart,
 )
-from softprompt_inference.engine.plan import Chunk, Sample, Sampled, StepPlan
+from softprompt_inference.engine.plan import Chunk, Sample, Sampled, StepPlan, looks_back
 
 VOCAB_SIZE = 50
 HIDDEN_SIZE = 4
@@ -28,11 +28,22 @@ def _hash(*parts: object) -> bytes:
 
 
 def _choose(cells: Sequence[tuple[int, bytes]], sample: Sample) -> int:
-    seen = (list(cells), sample.seed, sample.index, list(sample.prompt_ids), list(sample.output_ids))
+    output_ids = list(sample.output_ids) if looks_back(sample.params) else None
+    seen = (list(cells), sample.seed, sample.index, list(sample.prompt_ids), output_ids)
     token_id = int.from_bytes(_hash(seen)[:4], "little") % VOCAB_SIZE
     while token_id in sample.banned_ids:
         token_id = (token_id + 1) % VOCAB_SIZE
     return token_id
+
+
+@dataclass(frozen=True)
+class FakePending:
+    """A computed step that is told only now."""
+
+    tell: Callable[[], Sequence[Sampled]]
+
+    def result(self) -> Sequence[Sampled]:
+        return self.tell()
 
 
 @dataclass
@@ -41,16 +52,22 @@ class FakeRunner:
 
     A cell holds its position and a hash over its own content and the cell before it, as KV depends on all that
     came before. A token is a hash over all cells of its sequence: a stale, foreign or misplaced page shows.
+
+    It computes at launch, as a device whose work is done in order might, and tells what came of it when asked.
     """
 
     info: ModelInfo
-    failures: int = 0  # how many of the next steps raise
+    failures: int = 0  # how many of the next steps raise when they are launched
+    late_failures: int = 0  # how many of the next steps raise when their result is asked for
+    revises: bool = False  # every fifth token is another than the device has for the step that follows
     broken_seed: int | None = None  # a sample with this seed has logits that are not finite
     plans: list[StepPlan] = field(default_factory=list)
     rows: dict[int, bytes] = field(default_factory=dict)
     dropped: list[int] = field(default_factory=list)
     load_error: Exception | None = None
     copied_positions: int = 0
+    events: list[str] = field(default_factory=list)  # launches, with what they are, and results
+    _tokens: list[int] = field(default_factory=list)  # of the last step, as the device has them
     _cells: dict[tuple[int, int], tuple[int, bytes]] = field(default_factory=dict)
     _lengths: dict[int, int] = field(default_factory=dict)
 
@@ -77,11 +94,42 @@ class FakeRunner:
         for row in range(self._lengths.pop(first_id)):
             del self.rows[first_id + row]
 
-    def run(self, plan: StepPlan) -> Sequence[Sampled]:
+    def launch(self, plan: StepPlan) -> FakePending:
+        plan = self._with_tokens(plan)
         self.plans.append(plan)
+        self.events.append("follow" if plan.follows else "launch")
         if self.failures:
             self.failures -= 1
             raise RuntimeError("the device fell over")
+        sampled = self._compute(plan)
+        self._tokens = [self._on_device(each) for each in sampled]
+        fails, self.late_failures = self.late_failures > 0, max(self.late_failures - 1, 0)
+
+        def tell() -> Sequence[Sampled]:
+            self.events.append("result")
+            if fails:
+                raise RuntimeError("the device fell over some time ago")
+            return sampled
+
+        return FakePending(tell)
+
+    def _with_tokens(self, plan: StepPlan) -> StepPlan:
+        """The plan with the tokens of the step that it follows in place of those that stand for nothing."""
+        if not plan.follows:
+            return plan
+        assert len(plan.follows) == len(set(plan.follows)) == len(plan.chunks)
+        assert not plan.copies
+        assert not any(chunk.sample is None or looks_back(chunk.sample.params) for chunk in plan.chunks)
+        chunks = [
+            replace(chunk, token_ids=[self._tokens[row]])
+            for row, chunk in zip(plan.follows, plan.chunks, strict=True)
+        ]
+        return replace(plan, chunks=chunks)
+
+    def _on_device(self, sampled: Sampled) -> int:
+        return (sampled.token_id + sampled.revised) % VOCAB_SIZE
+
+    def _compute(self, plan: StepPlan) -> list[Sampled]:
         written = [cell for chunk in plan.chunks for cell in self._slots(chunk, chunk.start)]
         assert len(written) == len(set(written)), "two sequences write one cell"
         self._copy(plan, set(written))
@@ -118,7 +166,7 @@ class FakeRunner:
             return Sampled(token_id=0, error="the logits are not finite")
         token_id = _choose([self._cells[slot] for slot in self._slots(chunk, 0)], sample)
         logprobs = Logprobs(chosen=-1.0, top=[(token_id, -1.0)]) if sample.params.logprobs is not None else None
-        return Sampled(token_id=token_id, logprobs=logprobs)
+        return Sampled(token_id=token_id, logprobs=logprobs, revised=self.revises and token_id % 5 == 0)
 
 
 @dataclass
@@ -156,12 +204,14 @@ class Fakes:
         max_num_sequences: int = 8,
         max_step_tokens: int = 16,
         enable_prefix_caching: bool = True,
+        look_ahead: bool = False,
     ) -> Engine:
         config = EngineConfig(
             model_path="",
             max_num_sequences=max_num_sequences,
             max_step_tokens=max_step_tokens,
             enable_prefix_caching=enable_prefix_caching,
+            look_ahead=look_ahead,
         )
         return Engine(runner, config)
 

@@ -4,12 +4,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from softprompt_api.params import SamplingParams
-from softprompt_inference.engine.engine import EngineBroken
+from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.engine import MAX_FAILED_STEPS, Engine, EngineBroken
 from softprompt_inference.engine.messages import (
     Abort,
     AddRequest,
@@ -48,6 +50,7 @@ def requests(draw: st.DrawFn, index: int) -> AddRequest:
     )
     room = 40 - length
     params = SamplingParams(
+        presence_penalty=draw(st.sampled_from([0.0, 0.0, 0.0, 0.5])),
         max_tokens=draw(st.one_of(st.none(), st.integers(1, room))),
         min_tokens=draw(st.sampled_from([0, 0, 1])),
         stop_token_ids=draw(st.lists(st.integers(0, 49), max_size=3)),
@@ -67,11 +70,13 @@ def requests(draw: st.DrawFn, index: int) -> AddRequest:
 @given(st.data())
 def test_every_output_equals_the_solo_output_under_any_load(fakes, data: st.DataObject) -> None:
     runner = fakes.runner(num_pages=data.draw(st.integers(10, 24)), page_size=4, max_model_len=40)
+    runner.revises = data.draw(st.booleans())
     engine = fakes.engine(
         runner,
         max_num_sequences=data.draw(st.integers(1, 6)),
         max_step_tokens=data.draw(st.integers(1, 24)),
         enable_prefix_caching=data.draw(st.sampled_from([True, True, True, False])),
+        look_ahead=data.draw(st.booleans()),
     )
     adapters = [fakes.adapter(name, length) for name, length in ADAPTER_LENGTHS.items()]
     for adapter in adapters:
@@ -110,6 +115,42 @@ def test_every_output_equals_the_solo_output_under_any_load(fakes, data: st.Data
         assert ids(got) == expected
         assert [output.finish is not None for output in got] == [False] * (len(got) - 1) + [True]
         assert [output.cached_tokens is not None for output in got] == [True] + [False] * (len(got) - 1)
+    stats = engine.step().stats
+    assert (stats.running, stats.waiting, stats.used_pages) == (0, 0, 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_steps_that_fail_end_their_requests_and_never_spoil_another(fakes, data: st.DataObject) -> None:
+    runner = fakes.runner(num_pages=12, max_model_len=40)
+    runner.revises = data.draw(st.booleans())
+    engine = fakes.engine(runner, look_ahead=data.draw(st.booleans()))
+    adapters = [fakes.adapter(name, length) for name, length in ADAPTER_LENGTHS.items()]
+    for adapter in adapters:
+        engine.handle(adapter)
+    sent = [data.draw(requests(index)) for index in range(data.draw(st.integers(1, 8)))]
+    num_failures = MAX_FAILED_STEPS - 1
+    outputs: dict[str, list[Output]] = {}
+    for request in sent:
+        engine.handle(request)
+        kind = data.draw(st.sampled_from(["", "failures", "late_failures"]))
+        if kind and num_failures:
+            setattr(runner, kind, 1)
+            num_failures -= 1
+        for _ in range(data.draw(st.integers(0, 5))):
+            for output in engine.step().outputs:
+                outputs.setdefault(output.request_id, []).append(output)
+            engine.check()
+    runner.failures = runner.late_failures = 0
+    for request_id, rest in fakes.drain(engine).items():
+        outputs.setdefault(request_id, []).extend(rest)
+    for request in sent:
+        expected, got = fakes.solo(request, adapters, max_model_len=40), outputs[request.request_id]
+        assert [output.finish is not None for output in got] == [False] * (len(got) - 1) + [True]
+        if got[-1].error_reason:
+            assert ids(got) == expected[: len(got) - 1]
+        else:
+            assert ids(got) == expected
     stats = engine.step().stats
     assert (stats.running, stats.waiting, stats.used_pages) == (0, 0, 0)
 
@@ -529,13 +570,169 @@ def test_an_idle_step_computes_nothing(fakes) -> None:
     assert runner.plans == []
 
 
+def test_looking_ahead_a_step_is_launched_before_the_tokens_of_the_one_before_are_known(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner, look_ahead=True)
+    sent = [fakes.request(str(index), [index], max_tokens=4) for index in range(2)]
+    for request in sent:
+        engine.handle(request)
+    outputs = fakes.drain(engine)
+    for request in sent:
+        assert ids(outputs[request.request_id]) == fakes.solo(request)
+    # The last is known to be the last.
+    assert runner.events == ["launch", "follow", "result", "follow", "result", "follow", "result", "result"]
+
+
+def test_not_looking_ahead_each_step_waits_for_the_one_before(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner)
+    engine.handle(fakes.request("0", [1], max_tokens=3))
+    fakes.drain(engine)
+    assert runner.events == ["launch", "result"] * 3
+
+
+def test_every_step_returns_the_outputs_of_one_step_also_when_looking_ahead(fakes) -> None:
+    engine = fakes.engine(fakes.runner(), look_ahead=True)
+    engine.handle(fakes.request("0", [1], max_tokens=4))
+    assert [len(engine.step().outputs) for _ in range(4)] == [1] * 4
+    assert not engine.has_work
+
+
+def test_what_was_computed_behind_an_unforeseen_end_is_dropped(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner, look_ahead=True)
+    free = fakes.request("0", [1], max_tokens=8)
+    request = replace(free, eos_token_ids=[fakes.solo(free)[2]])
+    engine.handle(request)
+    outputs = fakes.drain(engine)["0"]
+    assert ids(outputs) == fakes.solo(request)
+    assert outputs[-1].finish is Finish.STOP
+    assert runner.computed_positions == len(request.prompt[0].token_ids) + len(outputs)
+    assert engine.step().stats.used_pages == 0
+    assert runner.events[-1] == "result"
+
+
+def test_a_revised_token_is_computed_again(fakes) -> None:
+    runner = fakes.runner()
+    runner.revises = True
+    engine = fakes.engine(runner, look_ahead=True)
+    sent = [fakes.request(str(index), [index], max_tokens=20, seed=index) for index in range(3)]
+    for request in sent:
+        engine.handle(request)
+    outputs = fakes.drain(engine)
+    for request in sent:
+        assert ids(outputs[request.request_id]) == fakes.solo(request)
+    num_revised = sum(i % 5 == 0 for request in sent for i in ids(outputs[request.request_id])[:-1])
+    assert num_revised > 0
+    # Nothing follows a step in which a sequence waits to be computed again.
+    assert 3 * 20 < runner.computed_positions <= 3 * 20 + num_revised
+
+
+def test_penalties_wait_for_the_token_before(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner, look_ahead=True)
+    params = SamplingParams(max_tokens=6, presence_penalty=0.5)
+    for request in (penalised := fakes.request("0", [1], params=params), fakes.request("1", [2])):
+        engine.handle(request)
+    assert ids(fakes.drain(engine)["0"]) == fakes.solo(penalised)
+    assert "follow" not in runner.events
+
+
+def test_a_newcomer_is_planned_as_soon_as_the_step_that_is_out_is_known(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner, look_ahead=True)
+    engine.handle(fakes.request("0", [1], max_tokens=20))
+    engine.step()
+    engine.handle(fakes.request("1", [2], max_tokens=20))
+    assert [output.request_id for output in engine.step().outputs] == ["0"]
+    assert [output.request_id for output in engine.step().outputs] == ["0", "1"]
+    assert [output.request_id for output in engine.step().outputs] == ["0", "1"]
+    assert runner.events == [
+        "launch",
+        "follow",
+        "result",
+        "result",
+        "launch",
+        "follow",
+        "result",
+        "follow",
+        "result",
+    ]
+
+
+def test_pages_of_an_aborted_request_serve_another_while_a_step_still_writes_to_them(fakes) -> None:
+    runner = fakes.runner(num_pages=8)
+    engine = fakes.engine(runner, look_ahead=True)
+    engine.handle(fakes.request("0", [1] * 25, max_tokens=7))
+    engine.step()
+    engine.step()
+    assert runner.events[-2:] == ["follow", "result"]
+    engine.handle(Abort(request_id="0"))
+    engine.check()
+    request = fakes.request("1", [2] * 25, max_tokens=7)
+    engine.handle(request)
+    assert ids(fakes.drain(engine)["1"]) == fakes.solo(request)
+    assert set(runner.plans[0].chunks[0].page_ids) & set(runner.plans[-1].chunks[0].page_ids)
+
+
+def test_an_adapter_may_go_and_another_come_while_a_step_is_out(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner, look_ahead=True)
+    first, second = fakes.adapter("a", 3), fakes.adapter("b", 3)
+    engine.handle(first)
+    engine.handle(fakes.request("0", "a", [1], max_tokens=20))
+    engine.handle(other := fakes.request("other", [2], max_tokens=20))
+    outputs = [*engine.step().outputs]
+    engine.handle(Abort(request_id="0"))
+    engine.handle(DropAdapter(digest=first.digest))
+    assert runner.dropped == [fakes.vocab_size]
+    engine.handle(second)
+    engine.handle(newcomer := fakes.request("1", "b", [1]))
+    engine.check()
+    rest = fakes.drain(engine)
+    assert ids(rest["1"]) == fakes.solo(newcomer, [second])
+    assert ids([o for o in outputs if o.request_id == "other"] + rest["other"]) == fakes.solo(other)
+
+
+@pytest.mark.parametrize("kind", ["failures", "late_failures"])
+@pytest.mark.parametrize("num_steps", [0, 1, 2])
+def test_a_failed_step_ends_the_one_that_follows_it_too(fakes, kind: str, num_steps: int) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner, max_num_sequences=2, look_ahead=True)
+    for index in range(3):
+        engine.handle(fakes.request(str(index), [index], max_tokens=8))
+    for _ in range(num_steps):
+        engine.step()
+    setattr(runner, kind, 1)
+    failed: list[Output] = []
+    while not failed:
+        failed = [output for output in engine.step().outputs if output.error_reason]
+        engine.check()
+    assert {output.request_id: output.error_reason for output in failed} == {"0": "INTERNAL", "1": "INTERNAL"}
+    assert ids(fakes.drain(engine)["2"]) == fakes.solo(fakes.request("2", [2], max_tokens=8))
+
+
+def test_look_ahead_is_for_devices_that_compute_while_the_host_works(fakes) -> None:
+    for device, look_ahead, expected in [
+        ("cpu", None, False),
+        ("cuda:0", None, True),
+        ("cpu", True, True),
+        ("cuda:0", False, False),
+    ]:
+        runner = fakes.runner(device=device)
+        engine = Engine(runner, EngineConfig(model_path="", look_ahead=look_ahead))
+        engine.handle(fakes.request("0", [1]))
+        fakes.drain(engine)
+        assert ("follow" in runner.events) == expected
+
+
 def test_the_host_part_of_a_decode_step_takes_well_under_a_millisecond(fakes, monkeypatch) -> None:
     runner = fakes.runner(num_pages=4096, page_size=16, max_model_len=2048)
     engine = fakes.engine(runner, max_num_sequences=32, max_step_tokens=4096)
     for index in range(32):
         engine.handle(fakes.request(str(index), [index] * 1000, max_tokens=500))
     tokens = [Sampled(token_id=3)] * 32
-    monkeypatch.setattr(runner, "run", lambda _: tokens)
+    monkeypatch.setattr(runner, "launch", lambda _: SimpleNamespace(result=lambda: tokens))
     fastest = float("inf")
     for _ in range(100):
         start = time.perf_counter()

@@ -43,6 +43,11 @@ class Driver:
         self.scheduler.check()
         return outputs
 
+    def follow(self, plan: StepPlan) -> StepPlan | None:
+        following = self.scheduler.follow(plan)
+        self.scheduler.check()
+        return following
+
     def step(self) -> tuple[list[tuple[int, int]], list[str]]:
         """(start, length) of every chunk, and the request of every output."""
         plan = self.plan()
@@ -468,3 +473,172 @@ def test_check_notices_a_page_that_a_sequence_lost(prompt) -> None:
     sequence.page_ids.pop()
     with pytest.raises(AssertionError):
         driver.scheduler.check()
+
+
+def test_a_plan_follows_without_the_tokens_of_the_one_before(prompt) -> None:
+    driver = Driver()
+    driver.add(prompt("0", 3), prompt("1", 4))
+    plan = driver.plan()
+    following = driver.follow(plan)
+    assert following is not None
+    assert following.follows == [0, 1]
+    assert [(chunk.start, len(chunk.token_ids)) for chunk in following.chunks] == [(3, 1), (4, 1)]
+    assert [chunk.sample and chunk.sample.index for chunk in following.chunks] == [1, 1]
+    # The second has got a page for the token to come.
+    assert [len(chunk.page_ids) for chunk in following.chunks] == [1, 2]
+    assert [output.request_id for output in driver.commit(plan)] == ["0", "1"]
+    next_following = driver.follow(following)
+    assert next_following is not None
+    assert [chunk.start for chunk in next_following.chunks] == [4, 5]
+    driver.commit(following)
+    driver.commit(next_following)
+    assert driver.step() == ([(6 - 1, 1), (7 - 1, 1)], ["0", "1"])
+
+
+def test_who_is_known_to_end_does_not_follow(prompt) -> None:
+    driver = Driver()
+    driver.add(prompt("0", 3, max_tokens=1), prompt("1", 3, max_tokens=2), prompt("2", 3, max_tokens=3))
+    plan = driver.plan()
+    following = driver.follow(plan)
+    assert following is not None
+    assert following.follows == [1, 2]
+    driver.commit(plan)
+    assert driver.counts[0] == 2
+    last = driver.follow(following)
+    assert last is not None
+    assert last.follows == [1]
+    driver.commit(following)
+    assert driver.follow(last) is None
+    driver.commit(last)
+    assert driver.counts == (0, 0, 0)
+
+
+def test_nobody_follows_before_the_end_of_a_prompt(prompt) -> None:
+    driver = Driver(max_step_tokens=8)
+    driver.add(prompt("0", 3), prompt("1", 12))
+    for expected in (None, [0, 1]):
+        plan = driver.plan()
+        following = driver.follow(plan)
+        assert (following and following.follows) == expected
+        driver.commit(plan)
+
+
+def test_nobody_follows_while_somebody_could_start(prompt) -> None:
+    driver = Driver()
+    driver.add(prompt("0", 3))
+    plan = driver.plan()
+    driver.add(prompt("1", 3))
+    assert driver.follow(plan) is None
+    driver.commit(plan)
+    assert driver.step() == ([(3, 1), (0, 3)], ["0", "1"])
+
+
+@pytest.mark.parametrize("limits", [{"max_num_sequences": 1}, {"num_pages": 8}])
+def test_who_cannot_start_holds_nobody_up(prompt, limits: dict[str, int]) -> None:
+    driver = Driver(max_step_tokens=64, **limits)
+    driver.add(prompt("0", 9, max_tokens=2), prompt("1", 30, max_tokens=2))
+    plan = driver.plan()
+    following = driver.follow(plan)
+    assert following is not None
+    driver.commit(plan)
+    # Somebody ends, and that may let the other start.
+    assert driver.follow(following) is None
+    driver.commit(following)
+    assert driver.step() == ([(0, 30)], ["1"])
+
+
+def test_nobody_follows_when_somebody_is_known_to_make_room_for_who_waits(prompt) -> None:
+    driver = Driver(max_num_sequences=2)
+    driver.add(prompt("0", 3, max_tokens=2), prompt("1", 3, max_tokens=9), prompt("2", 3))
+    plan = driver.plan()
+    following = driver.follow(plan)
+    assert following is not None
+    driver.commit(plan)
+    assert driver.follow(following) is None
+    driver.commit(following)
+    assert driver.step()[1] == ["1", "2"]
+
+
+def test_idle_pages_that_who_waits_would_take_are_no_room_for_the_rest(fakes, prompt) -> None:
+    driver = Driver(num_pages=8, max_step_tokens=64)
+    warm(driver, fakes.request("0", [1] * 12, max_tokens=1))
+    driver.add(prompt("2", 16, max_tokens=3), fakes.request("1", [*[1] * 12, 5], max_tokens=3))
+    plan = driver.plan()
+    assert driver.counts == (1, 1, 4)
+    assert driver.follow(plan) is not None
+
+
+def test_nobody_follows_when_pages_are_short(prompt) -> None:
+    driver = Driver(num_pages=8, max_step_tokens=64)
+    driver.add(prompt("0", 15, max_tokens=9), prompt("1", 11, max_tokens=9))
+    plan = driver.plan()
+    following = driver.follow(plan)
+    assert following is not None
+    driver.commit(plan)
+    # Both would need a page, and there is one.
+    assert driver.follow(following) is None
+    assert driver.counts == (2, 0, 7)
+    driver.commit(following)
+    assert driver.step()[1] == ["0"]
+    assert driver.counts[:2] == (1, 1)
+
+
+def test_a_revised_token_voids_what_follows_for_its_sequence_alone(prompt) -> None:
+    driver = Driver()
+    driver.add(prompt("0", 3), prompt("1", 3))
+    plan = driver.plan()
+    following = driver.follow(plan)
+    assert following is not None
+    driver.scheduler.commit(plan, [Sampled(token_id=8, revised=True), Sampled(token_id=9)])
+    driver.scheduler.check()
+    assert driver.follow(following) is None
+    assert [output.request_id for output in driver.commit(following)] == ["1"]
+    next_plan = driver.plan()
+    assert [(chunk.start, chunk.token_ids) for chunk in next_plan.chunks] == [(3, [8]), (4, [9])]
+
+
+def test_an_abort_while_two_plans_are_out_gives_no_output(prompt) -> None:
+    driver = Driver()
+    driver.add(prompt("0", 3), prompt("1", 3))
+    plan = driver.plan()
+    following = driver.follow(plan)
+    assert following is not None
+    driver.scheduler.abort("0")
+    driver.scheduler.check()
+    assert [output.request_id for output in driver.commit(plan)] == ["1"]
+    last = driver.follow(following)
+    assert last is not None
+    assert last.follows == [1]
+    assert [output.request_id for output in driver.commit(following)] == ["1"]
+    driver.scheduler.abort("1")
+    assert driver.follow(last) is None
+    assert driver.commit(last) == []
+    assert driver.counts == (0, 0, 0)
+
+
+def test_a_page_is_found_only_once_its_last_token_is_known(fakes) -> None:
+    driver = Driver()
+    driver.add(fakes.request("0", [1, 2, 3], max_tokens=8))
+    plan = driver.plan()
+    following = driver.follow(plan)
+    assert following is not None
+    driver.commit(plan)
+    newcomer = fakes.request("1", [1, 2, 3, 9, 9], max_tokens=1)
+    sequence = make_sequence(newcomer, virtual_ids=driver.virtual_ids, max_model_len=32)
+    pool = driver.scheduler._pool
+    assert sequence.find_prefix(4, pool.__contains__).num_pages == 0
+    driver.commit(following)
+    assert sequence.find_prefix(4, pool.__contains__).num_pages == 1
+
+
+def test_a_failure_ends_all_who_are_in_either_plan(prompt) -> None:
+    driver = Driver()
+    driver.add(prompt("0", 3, max_tokens=1), prompt("1", 3))
+    plan = driver.plan()
+    assert driver.follow(plan) is not None
+    outputs = driver.scheduler.fail_planned(InternalError("the model failed"))
+    driver.scheduler.check()
+    assert [output.request_id for output in outputs] == ["0", "1"]
+    assert driver.counts == (0, 0, 0)
+    driver.add(prompt("2", 3))
+    assert driver.step()[1] == ["2"]

@@ -22,6 +22,8 @@ class EngineConfig:
         max_virtual_tokens: most virtual tokens of one adapter.
         enable_prefix_caching: find what is computed again: beginnings of prompts, and soft prompts to their last
             virtual token. Off, every request computes everything, for measuring.
+        look_ahead: launch a step of decodes before the host knows the tokens of the step before it; None: on a GPU
+            only, which computes while the host works.
         num_threads: of torch on a CPU; None: torch's own choice.
         native_cache_dir: folder for CPU kernels compiled on this machine; None: torch's operations only.
     """
@@ -36,9 +38,14 @@ class EngineConfig:
     max_step_tokens: int | None = None
     max_virtual_tokens: int = 512
     enable_prefix_caching: bool = True
+    look_ahead: bool | None = None
     num_threads: int | None = None
     native_cache_dir: str | None = None
 
     def step_tokens(self, device: str) -> int:
         """Most tokens computed in one step on a device like "cpu" or "cuda:0"."""
         return self.max_step_tokens or (CPU_STEP_TOKENS if device == "cpu" else GPU_STEP_TOKENS)
+
+    def looks_ahead(self, device: str) -> bool:
+        """Whether steps are launched ahead on a device like "cpu" or "cuda:0"."""
+        return device != "cpu" if self.look_ahead is None else self.look_ahead

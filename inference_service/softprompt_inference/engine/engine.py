@@ -6,6 +6,7 @@ and no exception leaves `handle` or `step` but EngineBroken.
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from softprompt_api.errors import AdapterInvalid, InternalError, InvalidArgument, SoftpromptError
@@ -22,7 +23,7 @@ from softprompt_inference.engine.messages import (
     SoftPromptPart,
     StepResult,
 )
-from softprompt_inference.engine.plan import Runner, StepPlan
+from softprompt_inference.engine.plan import Pending, Runner, StepPlan
 from softprompt_inference.engine.prompt import make_sequence
 from softprompt_inference.engine.scheduler import Scheduler, failure
 from softprompt_inference.engine.sequence import Sequence
@@ -36,6 +37,14 @@ _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 class EngineBroken(Exception):
     """The model failed in several steps in a row; only a new process can help."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Launched:
+    """A step that the runner has begun."""
+
+    plan: StepPlan
+    pending: Pending
 
 
 class Engine:
@@ -58,6 +67,8 @@ class Engine:
         self._dropping: set[str] = set()
         self._refused: list[Output] = []
         self._failed_steps = 0
+        self._looks_ahead = config.looks_ahead(info.device)
+        self._launched: _Launched | None = None  # ahead of the step whose outputs were last returned
         self._scheduler = Scheduler(
             num_pages=info.num_pages,
             page_size=info.page_size,
@@ -71,7 +82,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self._scheduler.has_work or bool(self._refused)
+        return self._scheduler.has_work or bool(self._refused) or self._launched is not None
 
     def handle(self, command: Command) -> None:
         """Carry out one command; what cannot be done becomes an output of the request concerned."""
@@ -103,7 +114,7 @@ class Engine:
         return make_sequence(request, virtual_ids=self._virtual_ids, max_model_len=self.info.max_model_len)
 
     def abort(self, request_id: str) -> None:
-        """Forget a request; its pages are free at once."""
+        """Forget a request; its pages are free at once, also those that a launched step will write to."""
         self._scheduler.abort(request_id)
 
     def load_adapter(self, adapter: LoadAdapter) -> None:
@@ -162,29 +173,38 @@ class Engine:
             self._runner.drop_rows(self._virtual_ids.retire(digest).start)
 
     def step(self) -> StepResult:
-        """Compute one step for everybody.
+        """Compute one step for everybody, and begin the one behind it where that is possible.
 
         Raises EngineBroken when the model has failed MAX_FAILED_STEPS times in a row.
         """
         outputs, self._refused = self._refused, []
-        plan = self._scheduler.plan()
-        if plan.chunks:
-            outputs += self._compute(plan)
+        outputs += self._compute()
         if self._dropping:
             self._drop_unused()
         return StepResult(outputs=outputs, stats=self._scheduler.stats(resident_adapters=len(self._virtual_ids)))
 
-    def _compute(self, plan: StepPlan) -> list[Output]:
+    def _compute(self) -> list[Output]:
+        step, self._launched = self._launched, None
+        plan = self._scheduler.plan() if step is None else step.plan
+        if not plan.chunks:
+            return []
         try:
-            sampled = self._runner.run(plan)
+            step = step or self._launch(plan)
+            if self._looks_ahead and (following := self._scheduler.follow(plan)):
+                self._launched = self._launch(following)
+            sampled = step.pending.result()
         except Exception as error:
             _log.exception("a step of %d sequences failed", len(plan.chunks))
+            self._launched = None
             self._failed_steps += 1
             if self._failed_steps >= MAX_FAILED_STEPS:
                 raise EngineBroken(f"the model failed in {self._failed_steps} steps in a row") from error
             return self._scheduler.fail_planned(InternalError("the model failed while computing this request"))
         self._failed_steps = 0
         return self._scheduler.commit(plan, sampled)
+
+    def _launch(self, plan: StepPlan) -> _Launched:
+        return _Launched(plan=plan, pending=self._runner.launch(plan))
 
     def check(self) -> None:
         """Verify all invariants; AssertionError on any disagreement."""

@@ -75,6 +75,10 @@ class PagePool:
             page_ids.append(page_id)
         return page_ids
 
+    def num_idle(self, page_ids: Iterable[int]) -> int:
+        """How many of these pages are idle: sharing them leaves so many fewer available."""
+        return sum(page_id in self._idle for page_id in page_ids)
+
     def share(self, page_ids: Iterable[int]) -> None:
         """Add a reference to each of these cached or held pages."""
         for page_id in page_ids:

@@ -9,6 +9,11 @@ from softprompt_api.params import SamplingParams
 from softprompt_inference.engine.messages import LoadAdapter, Logprobs, ModelInfo
 
 
+def looks_back(params: SamplingParams) -> bool:
+    """Whether the choice of a token depends on the tokens before it by more than the model's logits: penalties."""
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """Choose the token that follows a chunk.
@@ -18,7 +23,8 @@ class Sample:
         seed: the choice's own seed; with `index` it makes the draw the same in any batch.
         index: how many tokens the sequence has generated before.
         prompt_ids: the prompt's text ids, for penalties; virtual tokens never enter them.
-        output_ids: the tokens generated so far; live, not to be kept.
+        output_ids: the tokens generated so far; live, not to be kept. In a step that follows another they lack the
+            newest, and nobody in it `looks_back`.
         banned_ids: ids that may not be chosen now (ends before `min_tokens`).
     """
 
@@ -65,28 +71,47 @@ class StepPlan:
         chunks: decodes (one token each) first, then pieces of prompts. No two chunks share a sequence.
         copies: to be done before the chunks are computed, in any order: no page is a source and a target, none is
             a target twice, and no chunk writes a row that is copied.
+        follows: for each chunk, which of the tokens sampled by the step launched just before this one it computes;
+            the host does not know them yet, and the chunks' ids stand for nothing. Empty: the ids are known.
     """
 
     chunks: Sequence[Chunk]
     copies: Sequence[PageCopy] = ()
+    follows: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """The token chosen for a chunk; `error` instead where its logits were not finite."""
+    """The token chosen for a chunk; `error` instead where its logits were not finite.
+
+    Attributes:
+        revised: a step that follows was given another token, so what it computes for this sequence is void.
+    """
 
     token_id: int
     logprobs: Logprobs | None = None
     error: str = ""
+    revised: bool = False
+
+
+class Pending(Protocol):
+    """A step that was launched."""
+
+    def result(self) -> Sequence[Sampled]:
+        """Wait for its tokens: one Sampled per chunk that has a sample, in order. To be called once."""
 
 
 class Runner(Protocol):
-    """What the engine needs of the model; the real one is `softprompt_inference.model.runner.ModelRunner`."""
+    """What the engine needs of the model; the real one is `softprompt_inference.model.runner.ModelRunner`.
+
+    All calls take effect in their order, also where the device is still busy with former ones: a step finds pages
+    and rows as the calls before it leave them, and no later call disturbs it.
+    """
 
     info: ModelInfo
 
-    def run(self, plan: StepPlan) -> Sequence[Sampled]:
-        """Copy, then compute; one Sampled per chunk that has a sample, in order."""
+    def launch(self, plan: StepPlan) -> Pending:
+        """Copy, then compute; the device may go on after the return."""
 
     def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
         """Make ids first_id … first_id + num_virtual_tokens − 1 stand for the adapter's rows."""

@@ -10,6 +10,13 @@ The rules, all of which `check` verifies:
 * The pool holds at least one sequence of full length, so the oldest always moves on and nothing is stuck for ever.
 * A step serves the oldest first: decodes, then pieces of prompts. All but the youngest running sequence have
   finished their prompt, and no more run than a step has tokens, so every decode is in every step.
+
+A step may be planned while the one before it is still computed, and its tokens are not known (`follow`): the
+same sequences decode the tokens to come. Whoever is found to have ended by such a token has left when the second
+step is committed, and what that step computed for it is dropped. Its pages are free at once, though the device may
+yet write to them: the runner's calls take effect in their order, so whoever gets such a page writes to it later,
+and reads no row that it has not written. The rows that a cache key stands for are safe: only rows that are known
+to be computed have keys, and the step writes behind them.
 """
 
 from bisect import bisect_right
@@ -67,7 +74,9 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self._planned: list[Sequence] = []  # one per chunk of the plan that is out
+        # One per chunk of the plan that is out, and of the one that follows it; None: what is computed is void.
+        self._planned: list[Sequence | None] = []
+        self._following: list[Sequence | None] = []
         self._copies: list[PageCopy] = []  # of the plan that is out
         self._coming: set[PageKey] = set()  # what the plan computes to its end: pages, and soft prompts
         self._num_added = 0
@@ -103,8 +112,8 @@ class Scheduler:
         return any(digest in sequence.adapters for sequence in self._sequences.values())
 
     def plan(self) -> StepPlan:
-        """The next step; to be committed or failed before the next plan."""
-        self._planned = []
+        """The next step; to be committed or failed before the next plan, but that of `follow`."""
+        assert not self._planned, "a plan is out"
         self._copies = []
         self._coming.clear()
         chunks: list[Chunk] = []
@@ -121,6 +130,56 @@ class Scheduler:
             self._running.append(sequence)
             budget -= self._take(sequence, budget, chunks)
         return StepPlan(chunks=chunks, copies=self._copies)
+
+    def follow(self, plan: StepPlan) -> StepPlan | None:
+        """The step behind `plan`, the only one that is out, without its tokens; None: they must be known first.
+
+        It decodes for everybody in `plan` who is not known to end there. They must be known first where somebody
+        could start, is in the midst of a prompt or `looks_back`, or pages are short.
+        """
+        assert not self._following
+        rows: list[int] = []
+        sequences: list[Sequence] = []
+        num_running = 0
+        for row, (sequence, chunk) in enumerate(zip(self._planned, plan.chunks, strict=True)):
+            if sequence is None or chunk.sample is None:
+                return None
+            if sequence.state is not State.RUNNING:
+                continue
+            if sequence.looks_back:
+                return None
+            num_running += 1
+            if not sequence.ends_with_next_token:
+                rows.append(row)
+                sequences.append(sequence)
+        assert num_running == len(self._running), "somebody runs who is not in the plan"
+        if not sequences:
+            return None
+        if self._waiting and (len(sequences) < num_running or self._could_start()):
+            return None
+        if not self._grow_by_one(sequences):
+            return None
+        self._following.extend(sequences)
+        return StepPlan(chunks=[sequence.following_chunk() for sequence in sequences], follows=rows)
+
+    def _could_start(self) -> bool:
+        """Whether the oldest waiting sequence has room now."""
+        if len(self._running) >= self._max_running:
+            return False
+        pool, sequence = self._pool, self._waiting[0]
+        num_hits = self._find_prefix(sequence).num_pages
+        hits = pool.lookup(sequence.page_keys(pool.page_size, 0, num_hits))
+        return self._has_room(pool.pages_for(len(sequence.token_ids)) - len(hits) + pool.num_idle(hits))
+
+    def _grow_by_one(self, sequences: list[Sequence]) -> bool:
+        """Give sequences pages for the token that is being chosen; False, and nothing, where there are too few."""
+        pool = self._pool
+        growing = [each for each in sequences if len(each.token_ids) == len(each.page_ids) * pool.page_size]
+        if len(growing) > pool.num_available:
+            return False
+        for sequence in growing:
+            sequence.page_ids += pool.allocate(1)
+        return True
 
     def _take(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         num_tokens = min(len(sequence.token_ids) - sequence.num_computed, budget)
@@ -229,12 +288,13 @@ class Scheduler:
         return num_coming > 0 and num_coming * 2 >= len(sequence.token_ids) - prefix.num_positions
 
     def commit(self, plan: StepPlan, sampled: Iterable[Sampled]) -> list[Output]:
-        """Take in a computed plan and its tokens; what was aborted meanwhile gives no output."""
+        """Take in the older plan that is out, and its tokens; what was aborted meanwhile gives no output."""
         outputs: list[Output] = []
         tokens = iter(sampled)
-        for sequence, chunk in zip(self._planned, plan.chunks, strict=True):
+        planned, self._planned, self._following = self._planned, self._following, []
+        for sequence, chunk in zip(planned, plan.chunks, strict=True):
             token = next(tokens) if chunk.sample is not None else None
-            if sequence.state is not State.RUNNING:
+            if sequence is None or sequence.state is not State.RUNNING:
                 continue
             if token is not None and (token.error or not 0 <= token.token_id < self._vocab_size):
                 reason = token.error or f"the model chose id {token.token_id}, outside its vocabulary"
@@ -247,13 +307,19 @@ class Scheduler:
                 outputs.append(output)
                 if output.finish is not None:
                     self._finish(sequence)
-        self._planned = []
+                elif token.revised:
+                    # It decodes this token anew, in the next plan that is made of known tokens.
+                    self._planned = [None if each is sequence else each for each in self._planned]
         return outputs
 
     def fail_planned(self, error: SoftpromptError) -> list[Output]:
-        """End every sequence of a plan that could not be computed."""
-        planned, self._planned = self._planned, []
-        return [self._fail(sequence, error) for sequence in planned if sequence.state is State.RUNNING]
+        """End every sequence of the plans that are out, one of which could not be computed."""
+        planned, self._planned, self._following = self._planned, [], []  # whoever follows is in the older plan
+        return [
+            self._fail(sequence, error)
+            for sequence in planned
+            if sequence is not None and sequence.state is State.RUNNING
+        ]
 
     def _advance(self, sequence: Sequence, num_tokens: int) -> None:
         start = sequence.num_computed
@@ -319,6 +385,11 @@ class Scheduler:
             assert sequence.num_computed < len(sequence.token_ids), "nothing is left to compute"
             assert len(sequence.page_ids) * page_size >= sequence.num_computed
             assert sequence.num_registered == sequence.num_computed // page_size
+        assert self._planned or not self._following
+        for follower in self._following:
+            assert follower in self._planned
+            if follower is not None and follower.state is State.RUNNING:
+                assert len(follower.page_ids) * page_size > len(follower.token_ids), "no page for what follows"
         if not self._planned:
             for sequence in self._running:
                 num_ends = bisect_right(sequence.soft_prompt_ends, sequence.num_computed)

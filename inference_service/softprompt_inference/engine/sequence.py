@@ -6,7 +6,7 @@ from enum import Enum
 
 from softprompt_inference.engine.keys import PageKey, VirtualIds, page_key, partial_key, root_key
 from softprompt_inference.engine.messages import AddRequest, Finish, Output
-from softprompt_inference.engine.plan import Chunk, Sample, Sampled
+from softprompt_inference.engine.plan import Chunk, Sample, Sampled, looks_back
 
 
 class State(Enum):
@@ -50,6 +50,7 @@ class Sequence:
         num_ends_registered: leading soft_prompt_ends offered to the prefix cache.
         num_computed: positions whose KV is in the pages; the newest token's never is.
         num_cached: prompt positions that came from the prefix cache when it first ran; None before that.
+        looks_back: a token cannot be chosen before the host knows the one before it.
     """
 
     __slots__ = (
@@ -62,6 +63,7 @@ class Sequence:
         "_virtual_ids",
         "adapters",
         "arrival",
+        "looks_back",
         "num_cached",
         "num_computed",
         "num_ends_registered",
@@ -104,6 +106,7 @@ class Sequence:
         self.num_registered = 0
         self.num_ends_registered = 0
         self.num_cached: int | None = None
+        self.looks_back = looks_back(params)
         self._virtual_ids = virtual_ids
         self._keys: list[PageKey] = [root_key(request.salt)]
         self._partial_keys: dict[int, PageKey] = {}
@@ -162,11 +165,24 @@ class Sequence:
             token_ids=token_ids[start:stop],
             start=start,
             page_ids=self.page_ids,
-            sample=self._sample() if stop == len(token_ids) else None,
+            sample=self._sample(len(self.output_ids)) if stop == len(token_ids) else None,
         )
 
-    def _sample(self) -> Sample:
-        num_outputs = len(self.output_ids)
+    @property
+    def ends_with_next_token(self) -> bool:
+        """Whether the next token is the last whichever it is."""
+        return len(self.output_ids) + 1 >= self._max_outputs
+
+    def following_chunk(self) -> Chunk:
+        """The position behind token_ids, whose token is being chosen and stands here as 0."""
+        return Chunk(
+            token_ids=(0,),
+            start=len(self.token_ids),
+            page_ids=self.page_ids,
+            sample=self._sample(len(self.output_ids) + 1),
+        )
+
+    def _sample(self, num_outputs: int) -> Sample:
         params = self.request.params
         return Sample(
             params=params,

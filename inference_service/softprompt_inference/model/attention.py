@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from softprompt_inference.model.kv_pages import KVPages
+from softprompt_inference.model.transfer import upload
 
 ATTENTION = "softprompt"
 _HANDLER = "softprompt_attention"
@@ -185,12 +186,10 @@ def build_step_batch(
         slots += [pages[p // page_size] * page_size + p % page_size for p in range(start, start + count)]
     table = [pages + [0] * (width - len(pages)) for pages in page_lists]
     return StepBatch(
-        slots=torch.tensor(slots, dtype=torch.int64).to(device, non_blocking=True),
-        page_table=torch.tensor(table, dtype=torch.int32).to(device, non_blocking=True),
-        query_start=torch.tensor(query_start, dtype=torch.int32).to(device, non_blocking=True),
-        context_lens=torch.tensor([start + count for start, count, _ in spans], dtype=torch.int32).to(
-            device, non_blocking=True
-        ),
+        slots=upload(slots, torch.int64, device),
+        page_table=upload(table, torch.int32, device),
+        query_start=upload(query_start, torch.int32, device),
+        context_lens=upload([start + count for start, count, _ in spans], torch.int32, device),
         page_size=page_size,
     )
 

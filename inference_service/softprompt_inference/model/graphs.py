@@ -120,13 +120,18 @@ class DecodeGraphs:
         """The most sequences of one step."""
         return self._buckets[-1]
 
-    def run(self, chunks: Sequence[Chunk]) -> Tensor:
+    def run(self, chunks: Sequence[Chunk], token_ids: Tensor | None = None) -> Tensor:
         """Compute one token of each of 1 … max_sequences sequences, none of them a virtual token.
+
+        Args:
+            token_ids: [n] int64, on the device: computed in place of those that the chunks hold.
 
         Returns the logits of all of them, [n, vocabulary], in memory that the next run writes again.
         """
         size = self._buckets[bisect_left(self._buckets, len(chunks))]
         self._fill(chunks, size)
+        if token_ids is not None:
+            self._inputs[0, : len(chunks)].copy_(token_ids)
         self._replays[size]()
         return self._logits[: len(chunks)]
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from softprompt_inference.engine.messages import LoadAdapter
+from softprompt_inference.model.transfer import upload
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FIRST_CAPACITY = 256
@@ -30,7 +31,7 @@ class VirtualRows:
         while len(self._free) < len(rows):
             self._grow()
         places = [self._free.pop() for _ in range(len(rows))]
-        self.rows[self._index(places)] = rows
+        self.rows[upload(places, torch.int64, self.rows.device)] = rows
         self._row_of.update({first_id + i: place for i, place in enumerate(places)})
         self._num_rows_at[first_id] = len(rows)
 
@@ -51,10 +52,6 @@ class VirtualRows:
         staged = torch.empty(shape, dtype=_DTYPES[adapter.dtype], pin_memory=device.type == "cuda")
         staged.view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(adapter.rows, dtype=np.uint8)
         return staged.to(device, non_blocking=True).to(self.rows.dtype)
-
-    def _index(self, places: list[int]) -> Tensor:
-        device = self.rows.device
-        return torch.tensor(places, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
     def _grow(self) -> None:
         capacity = len(self.rows)

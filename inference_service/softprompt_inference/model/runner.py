@@ -14,7 +14,7 @@ from torch import Tensor
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import LoadAdapter, ModelInfo
 from softprompt_inference.engine.plan import Chunk, Sample, Sampled, StepPlan
-from softprompt_inference.model import hardware
+from softprompt_inference.model import hardware, sampler
 from softprompt_inference.model.attention import (
     StepBatch,
     StepContext,
@@ -27,7 +27,8 @@ from softprompt_inference.model.graphs import Capture, CudaCapture, DecodeGraphs
 from softprompt_inference.model.kv_pages import KVPages
 from softprompt_inference.model.loader import LoadedModel, load_model
 from softprompt_inference.model.rows import VirtualRows
-from softprompt_inference.model.sampler import sample
+from softprompt_inference.model.sampler import Choices
+from softprompt_inference.model.transfer import upload
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class ModelRunner:
         self._pages: KVPages | None = None
         self._num_pages = 0
         self._decodes: DecodeGraphs | None = None
+        self._last_tokens: Tensor | None = None  # chosen by the step launched last
         self._rows = VirtualRows(loaded.hidden_size, loaded.dtype, loaded.device)
 
     def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
@@ -84,19 +86,35 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> Sequence[Sampled]:
-        """Copy, then compute; one Sampled per chunk that has a sample, in order."""
-        if not plan.chunks:
-            return []
-        assert self._pages is not None, "no pages were allocated"
-        self._pages.copy(plan.copies)
-        logits = self._forward(plan.chunks)
-        return sample(logits, [chunk.sample for chunk in plan.chunks if chunk.sample is not None])
+    def launch(self, plan: StepPlan) -> Choices:
+        """Copy, then compute; the device may go on after the return.
 
-    def _forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Write the chunks' KV; logits of the last token of each chunk that has a sample: [n, vocabulary]."""
+        Whatever it is told, here and elsewhere, goes through one stream, and is done in the order of the calls.
+        """
+        assert self._pages is not None, "no pages were allocated"
+        token_ids = self._find_tokens(plan.follows) if plan.follows else None
+        self._pages.copy(plan.copies)
+        logits = self._forward(plan.chunks, token_ids)
+        choices = sampler.launch(logits, [chunk.sample for chunk in plan.chunks if chunk.sample is not None])
+        self._last_tokens = choices.tokens
+        return choices
+
+    def run(self, plan: StepPlan) -> Sequence[Sampled]:
+        """Launch a step and wait for its tokens; nothing happens in one without chunks."""
+        return self.launch(plan).result() if plan.chunks else []
+
+    def _find_tokens(self, follows: Sequence[int]) -> Tensor:
+        """[n] int64: tokens of the step launched last. One that must not be an index becomes one that can be."""
+        assert self._last_tokens is not None, "there is no step to follow"
+        return self._last_tokens[self._to_device(follows)].clamp(0, self.loaded.vocab_size - 1)
+
+    def _forward(self, chunks: Sequence[Chunk], token_ids: Tensor | None) -> Tensor:
+        """Write the chunks' KV; logits of the last token of each chunk that has a sample: [n, vocabulary].
+
+        token_ids: [n] int64, in place of those of the chunks, which have one each
+        """
         if self._decodes is not None and self._are_decodes(chunks, self._decodes.max_sequences):
-            logits = self._decodes.run(chunks)
+            logits = self._decodes.run(chunks, token_ids)
             wanted = [i for i, chunk in enumerate(chunks) if chunk.sample is not None]
             return logits if len(wanted) == len(chunks) else logits[self._to_device(wanted)]
         spans = [(chunk.start, len(chunk.token_ids), chunk.page_ids) for chunk in chunks]
@@ -109,7 +127,9 @@ class ModelRunner:
         self._context.batch = build_step_batch(spans, page_size=self._page_size, device=self.loaded.device)
         try:
             return self.loaded.logits(
-                self._embed([token_id for chunk in chunks for token_id in chunk.token_ids]),
+                self._embed([token_id for chunk in chunks for token_id in chunk.token_ids])
+                if token_ids is None
+                else self.loaded.embedding(token_ids),
                 self._to_device(positions),
                 self._to_device(sampled_rows),
             )
@@ -143,8 +163,8 @@ class ModelRunner:
         embed_gather(embeddings, self._rows.rows, self._to_device(places), self._to_device(sources))
         return embeddings
 
-    def _to_device(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self.loaded.device, non_blocking=True)
+    def _to_device(self, values: Sequence[int]) -> Tensor:
+        return upload(values, torch.int64, self.loaded.device)
 
 
 def load_runner(config: EngineConfig, report: Callable[[str], None]) -> ModelRunner:

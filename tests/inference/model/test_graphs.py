@@ -127,7 +127,20 @@ def test_static_buffers_hold_what_an_eager_step_would(monkeypatch: pytest.Monkey
         assert (batch.page_table[count:, 0] == SCRATCH).all()
 
 
-def make_engine(lab: Any, path: Path, **settings: Any) -> tuple[Engine, list[int]]:
+@pytest.mark.parametrize("count", [1, 3, 4, 7])
+def test_token_ids_of_the_device_take_the_place_of_those_of_the_chunks(count: int) -> None:
+    model = Model()
+    graphs = make_graphs(model)
+    chunks = [chunk(3, i, [50 + i] * 5) for i in range(count)]
+    graphs.run(chunks, torch.arange(count) + 20)
+    token_ids, positions, _ = model.calls[-1]
+    assert token_ids.tolist() == [*range(20, 20 + count), *[0] * (len(token_ids) - count)]
+    assert positions[:count].tolist() == list(range(count))
+    graphs.run(chunks)
+    assert model.calls[-1][0][:count].tolist() == [3] * count
+
+
+def make_engine(lab: Any, path: Path, *, look_ahead: bool = False, **settings: Any) -> tuple[Engine, list[int]]:
     """An engine whose decodes are replayed, and the sizes of its replays as they happen."""
     runner: ModelRunner = lab.runner(path, **settings)
     replays: list[int] = []
@@ -140,23 +153,26 @@ def make_engine(lab: Any, path: Path, **settings: Any) -> tuple[Engine, list[int
         return replay
 
     runner.capture_decodes(max_sequences=7, max_model_len=runner.info.max_model_len, capture=capture)
-    return Engine(runner, EngineConfig(model_path=str(path), device="cpu", max_num_sequences=7)), replays
+    config = EngineConfig(model_path=str(path), device="cpu", max_num_sequences=7, look_ahead=look_ahead)
+    return Engine(runner, config), replays
 
 
+@pytest.mark.parametrize("look_ahead", [False, True])
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2", "opt", "gpt_oss"])
-def test_replayed_decodes_equal_peft(lab: Any, name: str) -> None:
+def test_replayed_decodes_equal_peft(lab: Any, name: str, look_ahead: bool) -> None:
     path = lab.model(name)
     adapters = [lab.adapter(path, "prompt_tuning", 20), None, lab.adapter(path, "prompt_tuning", 5)] * 3
     requests = lab.requests(adapters, length=14, max_tokens=20)
-    engine, replays = make_engine(lab, path)
+    engine, replays = make_engine(lab, path, look_ahead=look_ahead)
     outputs = lab.serve(engine, requests)
     lab.compare(path, requests, outputs).assert_equal()
     assert set(replays) >= {2, 7}
 
 
-def test_preempted_requests_are_replayed_rightly(lab: Any, llama: Path) -> None:
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_preempted_requests_are_replayed_rightly(lab: Any, llama: Path, look_ahead: bool) -> None:
     requests = lab.requests([lab.adapter(llama, "prompt_tuning", 20), None, None] * 2, max_tokens=30)
-    engine, replays = make_engine(lab, llama, kv_cache_bytes=120 * 256, max_model_len=80)
+    engine, replays = make_engine(lab, llama, look_ahead=look_ahead, kv_cache_bytes=120 * 256, max_model_len=80)
     outputs = lab.serve(engine, requests)
     assert engine.step().stats.preemptions > 0
     lab.compare(llama, requests, outputs).assert_equal()

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from softprompt_inference.engine.plan import PageCopy, Sampled, StepPlan
+from softprompt_inference.engine.plan import PageCopy, StepPlan
 from softprompt_inference.model import attention
 from softprompt_inference.model.errors import ModelSourceError
 from softprompt_inference.model.kv_pages import KVPages
 from softprompt_inference.model.loader import LoadedModel
 from softprompt_inference.model.runner import ModelRunner
+from softprompt_inference.model.sampler import Choices
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 from softprompt_kernels import native
 from softprompt_kernels.kv_write import kv_write
@@ -91,13 +92,13 @@ def test_a_warm_adapter_leaves_only_the_text_to_compute(
     first = lab.requests(adapters)
     lab.compare(path, first, lab.serve(engine, first)).assert_equal()
     computed: list[int] = []
-    compute = ModelRunner.run
+    compute = ModelRunner.launch
 
-    def count(self: ModelRunner, plan: StepPlan) -> Sequence[Sampled]:
+    def count(self: ModelRunner, plan: StepPlan) -> Choices:
         computed.extend(token_id for chunk in plan.chunks for token_id in chunk.token_ids)
         return compute(self, plan)
 
-    monkeypatch.setattr(ModelRunner, "run", count)
+    monkeypatch.setattr(ModelRunner, "launch", count)
     second = lab.requests([*adapters, *adapters], seed=1)
     outputs = lab.serve(engine, second)
     lab.compare(path, second, outputs).assert_equal()

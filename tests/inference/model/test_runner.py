@@ -70,6 +70,50 @@ def test_a_step_without_samples_answers_nothing(runner: ModelRunner) -> None:
     assert run(runner) == []
 
 
+@pytest.mark.parametrize("follows", [[0, 1, 2], [0, 2], [1], [2, 0]])
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_step_that_follows_computes_the_tokens_of_the_one_before(
+    lab: Any, llama: Path, follows: list[int], replayed: bool
+) -> None:
+    runner = lab.runner(llama)
+    if replayed:
+        runner.capture_decodes(max_sequences=3, max_model_len=64, capture=lambda compute: compute)
+    prompts = [chunk([5 + i, 6, 7 + i], [i]) for i in range(3)]
+    first = run(runner, *prompts)
+    known = [chunk([first[i].token_id], [i], start=3) for i in follows]
+    expected = run(runner, *known)
+    step = runner.launch(StepPlan(chunks=prompts))
+    unknown = [replace(each, token_ids=(0,)) for each in known]
+    following = runner.launch(StepPlan(chunks=unknown, follows=follows))
+    assert step.result() == first
+    assert [each.token_id for each in following.result()] == [each.token_id for each in expected]
+    # And once more, behind a step that followed itself.
+    second = [each.token_id for each in expected]
+    expected = run(runner, *(chunk([second[i]], [row], start=4) for i, row in enumerate(follows)))
+    runner.launch(StepPlan(chunks=prompts))
+    runner.launch(StepPlan(chunks=unknown, follows=follows))
+    last = [chunk((0,), [row], start=4) for row in follows]
+    results = runner.launch(StepPlan(chunks=last, follows=range(len(last)))).result()
+    assert [each.token_id for each in results] == [each.token_id for each in expected]
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_what_follows_a_row_that_is_not_finite_harms_nobody(lab: Any, llama: Path, replayed: bool) -> None:
+    runner = lab.runner(llama)
+    if replayed:
+        runner.capture_decodes(max_sequences=3, max_model_len=64, capture=lambda compute: compute)
+    runner.load_rows(2000, adapter(math.inf))
+    healthy = chunk([5, 6, 7], [1])
+    token_id = run(runner, healthy)[0].token_id
+    expected = run(runner, chunk([token_id], [1], start=3))[0]
+    broken = chunk([2000, 2001, 8], [0])
+    step = runner.launch(StepPlan(chunks=[broken, healthy]))
+    decodes = [chunk((0,), [page], start=3) for page in range(2)]
+    following = runner.launch(StepPlan(chunks=decodes, follows=[0, 1]))
+    assert [bool(each.error) for each in step.result()] == [True, False]
+    assert following.result()[1].token_id == expected.token_id
+
+
 def test_a_sequence_in_chunks_ends_like_the_whole(runner: ModelRunner) -> None:
     ids = list(range(10, 50))
     whole = run(runner, chunk(ids, [4, 5, 6]))[0]

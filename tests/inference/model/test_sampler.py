@@ -221,3 +221,62 @@ def test_sixteen_bit_logits_are_sampled_in_float32() -> None:
 
 def test_nothing_to_sample_is_fine() -> None:
     assert sample(torch.zeros(0, 5), []) == []
+
+
+EVERY_WAY = [
+    {"temperature": 0.0},
+    {"temperature": 0.7, "logprobs": 2},
+    {"top_k": 5},
+    {"top_p": 0.9, "logprobs": 0},
+    {"top_k": 2000, "top_p": 0.99},
+    {"min_p": 0.02, "top_p": 0.999},
+    {"logit_bias": {3: 2.0}, "banned_ids": (4,)},
+]
+
+
+def test_nothing_that_is_launched_depends_on_what_the_host_would_have_to_wait_for() -> None:
+    # Tensors without content: whoever reads a value fails.
+    logits = torch.empty(len(EVERY_WAY), 3000, device="meta")
+    choices = sampler.launch(logits, [ask(seed=i, **kind) for i, kind in enumerate(EVERY_WAY)])
+    assert choices.tokens.shape == (len(EVERY_WAY),)
+    with pytest.raises(RuntimeError, match="meta"):
+        choices.result()
+
+
+def test_logits_may_be_written_again_once_the_choice_is_launched() -> None:
+    logits = torch.randn(len(EVERY_WAY), 3000, generator=torch.Generator().manual_seed(2))
+    samples = [ask(seed=i, **kind) for i, kind in enumerate(EVERY_WAY)]
+    expected = sample(logits, samples)
+    assert any(each.revised for each in expected)
+    for some in (samples, samples[:1], samples[3:4], samples[5:6]):
+        memory = logits[: len(some)].clone()
+        expected = sample(memory, some)
+        choices = sampler.launch(memory, some)
+        memory.fill_(math.nan)
+        assert choices.result() == expected
+
+
+def test_the_device_has_the_tokens_that_are_told_but_for_those_revised_or_missing() -> None:
+    logits = torch.randn(24, 3000, generator=torch.Generator().manual_seed(3))
+    logits[7, 5] = math.nan
+    samples = [ask(seed=i, **EVERY_WAY[i % len(EVERY_WAY)]) for i in range(24)]
+    choices = sampler.launch(logits, samples)
+    results = choices.result()
+    assert results[7].error
+    for on_device, told in zip(choices.tokens.tolist(), results, strict=True):
+        assert (on_device < 0) == (told.revised or bool(told.error))
+        assert on_device < 0 or on_device == told.token_id
+
+
+def test_a_revised_token_is_what_all_candidates_would_have_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(20, 3000, generator=torch.Generator().manual_seed(4)) / 4
+    kinds = [{"top_p": 0.95}, {"top_p": 0.1}, {}, {"top_k": 3}, {"temperature": 0.0}]
+    samples = [ask(seed=i, logprobs=1, **kinds[i % len(kinds)]) for i in range(20)]
+    results = sample(logits, samples)
+    assert [each.revised for each in results] == [True, False, False, False, False] * 4
+    monkeypatch.setattr(sampler, "_CANDIDATES", 3000)
+    at_once = sample(logits, samples)
+    assert not any(each.revised for each in at_once)
+    assert [each.token_id for each in results] == [each.token_id for each in at_once]
+    for result, i in zip(results, range(20), strict=True):
+        assert result.logprobs == at_once[i].logprobs

@@ -1,0 +1,35 @@
+"""Small values between host and device, moved in the order of what the device computes and without a wait."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers, or lists of one length, on the device."""
+    # From memory that is not pinned, a copy may wait for all that the device has to do.
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+class Download:
+    """Tensors on their way to the host, behind what the device was told to do before; at least one."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._copies = tensors
+        self._arrived: torch.cuda.Event | None = None
+        if tensors[0].is_cuda:
+            self._copies = tuple(map(_to_pinned, tensors))
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def lists(self) -> list[list[Any]]:
+        """Wait for them; each as `tolist` gives it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [copy.tolist() for copy in self._copies]
+
+
+def _to_pinned(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
