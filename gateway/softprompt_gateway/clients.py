@@ -12,6 +12,7 @@ from softprompt_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from softprompt_api.registry.v1 import registry_pb2 as registry
 from softprompt_api.registry.v1.registry_pb2_grpc import RegistryServiceStub
 from softprompt_api.rpc.channel import open_channel
+from softprompt_api.rpc.ending import Ending
 
 from softprompt_gateway.session import Calls, Session
 from softprompt_gateway.settings import Settings
@@ -90,9 +91,12 @@ class RegistryClient:
         """A registration to write a header and chunks into."""
         return self._stub.RegisterAdapter(timeout=self._upload_timeout_s)
 
-    async def finish_upload(self, call: UploadCall) -> registry.RegisterAdapterResponse:
+    async def finish_upload(self, call: UploadCall, ending: Ending) -> registry.RegisterAdapterResponse:
         """The registry's answer to a registration that was written, or that it broke off."""
-        return await _answer("registry", call)
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise translate("registry", ending.of(error)) from error
 
 
 class InferenceClient:

@@ -9,6 +9,7 @@ import grpc
 from softprompt_api.errors import DeadlineExceeded, InternalError, SoftpromptError, Unavailable
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.inference.v1 import inference_pb2_grpc as pb_grpc
+from softprompt_api.rpc.ending import Ending
 from softprompt_api.rpc.status import BY_REASON
 
 from softprompt_gateway.statuses import translate
@@ -113,6 +114,7 @@ class Session:
         self._takes_calls_until_s = time.monotonic() + _MAX_AGE_S
         self._has_ended = False
         self._stream = stub.GenerateMany(self._sent())
+        self._ending = Ending(self._stream)
         self.reading = asyncio.create_task(self._read())
 
     @property
@@ -162,7 +164,7 @@ class Session:
                     if (calls := self._calls.get(event.call)) is not None:
                         self._deliver(calls, event)
         except grpc.aio.AioRpcError as failed:
-            error = translate("inference", failed)
+            error = translate("inference", self._ending.of(failed))
         finally:
             self._has_ended = True
             for calls in set(self._calls.values()):

@@ -13,6 +13,7 @@ from softprompt_api.registry.v1.registry_pb2 import (
     RegisterAdapterResponse,
 )
 from softprompt_api.rpc.channel import CHUNK_BYTES
+from softprompt_api.rpc.ending import Ending
 
 from softprompt_gateway.clients import RegistryClient, UploadCall
 
@@ -26,11 +27,12 @@ async def register(
     registered. If the registry breaks off, its error is raised and the rest of `data` is left unread.
     """
     call = registry.open_upload()
+    ending = Ending(call)
     try:
         # A write to a call that the registry has ended fails; the call itself then tells why.
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             await _write(call, header, data)
-        return await registry.finish_upload(call)
+        return await registry.finish_upload(call, ending)
     finally:
         call.cancel()
 
