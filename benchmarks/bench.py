@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,15 +118,14 @@ class Bench:
                 if name in PEERS and name not in self.peers and dtype != ORACLE:
                     raise SideFailed("not asked for (--peers)")
                 self.progress.say(f"starting {key}")
-                self._sides[key] = self.start_side(name, dtype)
+                self._sides[key] = self._start_side(name, dtype)
             except SideFailed as error:
                 # Starting it again would fail again, after minutes.
                 self._failures[key] = self.results.unmeasured[key] = str(error)
                 raise
         return self._sides[key]
 
-    def start_side(self, name: str, dtype: str = "bfloat16") -> Side:
-        """A side of the caller's own, to be closed by it."""
+    def _start_side(self, name: str, dtype: str) -> Side:
         command, settings, env = self._recipe(name, dtype)
         side = Side(
             f"{name} {dtype}",
@@ -187,6 +186,3 @@ class Bench:
 
 class CheckFailed(Exception):
     """Ours and the oracle disagree where they must not."""
-
-
-Case = Callable[[Bench], None]

@@ -1,6 +1,6 @@
 """`python -m benchmarks.gpu`: decoding on one GPU (B4, and the soft prompts of B5), with random weights, offline.
 
-Needs torch, transformers, numpy and, for the comparison, nothing else; no service and no wire.
+Needs torch, triton, transformers and peft: no service and no wire. There is no LoRA to measure in B5.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks import goals
 from benchmarks.bench import OURS, Bench
-from benchmarks.cases.common import BASE_ONLY, measured
+from benchmarks.cases.common import BASE_ONLY, check_exact, measured
 from benchmarks.conditions import read_conditions
 from benchmarks.floor import decode_floor_s
 from benchmarks.goals import Goal
@@ -259,6 +259,13 @@ def _run_model(
     ) as bench:
         if not results.limits:
             bench.measure_limits()
+        check = f"B4 and B5 {name}"
+        with bench.case(check):
+            # Before the sides in bfloat16 take the memory.
+            adapters = bench.adapters.make(size.check_requests // 2, _NUM_VIRTUAL_TOKENS)
+            check_exact(bench, "B4, B5", f"{name}, base and soft prompts in one batch", [None, *adapters])
+        if check in results.unmeasured:
+            return
         gpu = GpuBench(name, bench, batches=batches, context=context, num_tokens=num_tokens)
         for case, run in (("B4", gpu.run_b4), ("B5", gpu.run_b5)):
             if case in cases:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.limits DEVICE THREADS`: measure this machine's memory and arithmetic in a process of its own.
+"""`python -m benchmarks.limits DEVICE THREADS`: measure this machine in a process of its own.
 
 Prints one JSON object with the fields of MachineLimits.
 """

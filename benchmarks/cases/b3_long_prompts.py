@@ -6,7 +6,7 @@ from benchmarks.cases.common import (
     SEED,
     WARM_UP,
     Entrant,
-    best_batch_size,
+    batch_sizes,
     check_exact,
     contest,
     measured,
@@ -14,6 +14,7 @@ from benchmarks.cases.common import (
     peers_ready,
     ratio_row,
     requests_for,
+    warm_up,
 )
 from benchmarks.floor import job_floor_s
 from benchmarks.results import Row
@@ -30,7 +31,9 @@ _ONE_TOKEN = Lengths(shortest=1, longest=1)
 def expected_turns(size: Size, num_peers: int) -> int:
     """For each length: check, tuning, each side's turns and first tokens."""
     sides = 2 + min(num_peers, 2)
-    return len(size.virtual_tokens) * (1 + len(size.batch_sizes) + (size.num_repeats + 1) * sides)
+    return len(size.virtual_tokens) * (
+        1 + len(batch_sizes(size, size.long_requests)) + (size.num_repeats + 1) * sides
+    )
 
 
 def run(bench: Bench) -> None:
@@ -56,18 +59,17 @@ def _what(length: int) -> str:
 def _entrants(bench: Bench, adapters: list[str]) -> list[Entrant]:
     ours = bench.side(OURS)
     ours.load(adapters)
-    ours.run(requests_for(bench, WARM_UP, adapters))
-    entrants = [Entrant(side=OURS)]
-    for peer in peers_ready(bench, _PEERS, adapters):
-        options = {"batch_size": best_batch_size(bench, adapters)} if peer == "peft" else {}
-        entrants.append(Entrant(side=peer, options=options))
-        bench.side(peer).run(requests_for(bench, WARM_UP, adapters)[:4], **options)
-    return entrants
+    requests = requests_for(bench, WARM_UP, adapters, count=bench.size.long_requests)
+    ours.run(requests)
+    return [
+        Entrant(side=OURS),
+        *(warm_up(bench, peer, requests) for peer in peers_ready(bench, _PEERS, adapters)),
+    ]
 
 
 def _throughput(bench: Bench, length: int, adapters: list[str], entrants: list[Entrant]) -> dict[str, list[float]]:
     def make(repeat: int) -> list[Request]:
-        return requests_for(bench, repeat, adapters)
+        return requests_for(bench, repeat, adapters, count=bench.size.long_requests)
 
     rates = contest(bench, _what(length), entrants, make)
     note_equal_ids(bench, CASE, _what(length), entrants)

@@ -18,21 +18,18 @@ _PEER = "vllm-cpu"
 
 def expected_turns(size: Size, num_peers: int) -> int:
     """Warm up, then each start."""
-    return 1 + size.num_starts * (2 if num_peers else 1)
+    return 1 + size.num_starts + bool(num_peers)
 
 
 def run(bench: Bench) -> None:
     """Measure and compare."""
-    ours, peer = [], []
     _start(bench, "warm-up")
-    for number in range(bench.size.num_starts):
-        ours.append(_start(bench, str(number)))
-        if _PEER in bench.peers and (seconds := _peer_start(bench)) is not None:
-            peer.append(seconds)
+    ours = [_start(bench, str(number)) for number in range(bench.size.num_starts)]
+    peer_s = _peer_start(bench)
     metric, unit = "start to first token", "s"
     measured(bench, CASE, OURS, ours, metric=metric, unit=unit)
-    if peer:
-        measured(bench, CASE, _PEER, peer, metric=metric, unit=unit)
+    if peer_s is not None:
+        measured(bench, CASE, _PEER, [peer_s], metric=metric, unit=unit)
     bench.results.rows.append(
         Row(
             case=CASE,
@@ -40,11 +37,11 @@ def run(bench: Bench) -> None:
             unit="s",
             ours=median(ours),
             peer=_PEER,
-            peer_value=median(peer) if peer else None,
+            peer_value=peer_s,
             compared=median(ours),
             must=goals.START_S.must,
             at_most=True,
-            note="ours with all services, over HTTP; the peer's engine alone, in its own process",
+            note="ours with all services, over HTTP; the peer's engine alone, started once",
         )
     )
 
@@ -68,13 +65,9 @@ def _start(bench: Bench, name: str) -> float:
 
 
 def _peer_start(bench: Bench) -> float | None:
+    """The start of the peer that other cases use too: each takes minutes."""
     try:
-        if bench.size.num_starts == 1:
-            # Its start for the other cases is as good as another.
-            seconds = bench.side(_PEER).first_token_s
-        else:
-            with bench.start_side(_PEER) as side:
-                seconds = side.first_token_s
+        seconds = bench.side(_PEER).first_token_s
     except SideFailed as error:
         bench.results.unmeasured[f"{_PEER}, {CASE}"] = str(error)
         return None

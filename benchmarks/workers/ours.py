@@ -3,7 +3,6 @@
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,10 @@ from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import Engine
 from softprompt_inference.engine.messages import AddRequest, Finish, LoadAdapter, SoftPromptPart, TextPart
 from softprompt_inference.model.runner import load_runner
+from softprompt_inference.model.source import native_kernels_dir
 
 from benchmarks.workers.protocol import main
 from benchmarks.workload import Outcome, Request
-
-# The engine's own switch for prefix sharing.
-_SHARE = "share"
 
 
 class EngineWorker:
@@ -83,7 +80,7 @@ def make(
         model: Hugging Face folder.
         kv_cache_bytes: memory for KV pages.
         num_threads: of torch; None: its own choice.
-        share: whether requests share the pages of equal beginnings.
+        share: whether what requests have in common is computed once.
         max_model_len: longest sequence; None: the model's own limit.
     """
     config = EngineConfig(
@@ -93,17 +90,10 @@ def make(
         num_threads=num_threads,
         kv_cache_bytes=kv_cache_bytes,
         max_model_len=max_model_len,
+        enable_prefix_caching=share,
+        native_cache_dir=str(native_kernels_dir()),
     )
-    if not share:
-        config = _without_sharing(config)
     return EngineWorker(Engine(load_runner(config, print), config))
-
-
-def _without_sharing(config: EngineConfig) -> EngineConfig:
-    if _SHARE not in {field.name for field in fields(EngineConfig)}:
-        raise NotImplementedError("this engine has no setting that turns prefix sharing off")
-    changes: dict[str, Any] = {_SHARE: False}
-    return replace(config, **changes)
 
 
 def _read(folder: Path) -> LoadAdapter:
