@@ -41,7 +41,8 @@ def render_markdown(results: Results) -> str:
         f"Measured {conditions.started[:10]} at commit {conditions.commit[:7]} on {device}"
         f"{conditions.num_cpus} CPUs ({conditions.cpu}), load average {load:.2f} before the start; "
         f"{results.size} size, {repeats}; {versions}. "
-        f"Limits measured in the same run: {_per_s(limits.copy_bytes_per_s, 'GB')}, {_per_s(limits.matmul_flops_per_s, 'GFLOP')} in bfloat16.",
+        f"Limits measured in the same run: {_per_s(limits.copy_bytes_per_s, 'GB')}, "
+        f"{_per_s(limits.matmul_flops_per_s, 'GFLOP')} in bfloat16.",
     ]
     lines += [f"* {row.case} {row.what}, {row.peer or 'ours'}: {row.note}" for row in results.rows if row.note]
     lines += [f"* {name}: not measured: {reason}" for name, reason in results.unmeasured.items()]
