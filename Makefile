@@ -10,7 +10,7 @@ ARGS ?=
 PYTEST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install run test test-gpu lint format check protos light-install clean
+.PHONY: help install run test test-gpu bench bench-gpu lint format check protos light-install clean
 
 help:
 	@echo "make run      install, and serve the default model with the demo adapters (ARGS=... for softprompt run)"
@@ -20,6 +20,8 @@ help:
 	@echo "make format   format and fix what can be fixed"
 	@echo "make protos   generate the code of the .proto files"
 	@echo "make test-gpu the GPU's tests, with GPU_PYTHON's own packages"
+	@echo "make bench    measure beside PEFT, transformers and vLLM, on a CPU that nobody else uses (BENCH_ARGS=--quick)"
+	@echo "make bench-gpu  measure decoding on a GPU, with GPU_PYTHON's own packages (BENCH_ARGS=...)"
 	@echo "make clean    remove the environment"
 
 install: $(VENV)/.installed
@@ -44,6 +46,14 @@ test: install
 GPU_PYTHON ?= python3
 test-gpu:
 	PYTHONPATH=protos:kernels:inference_service $(GPU_PYTHON) -m pytest -c /dev/null --rootdir . --import-mode=importlib -m gpu -W ignore::pytest.PytestUnknownMarkWarning tests/kernels tests/inference/model
+
+# Arguments of python -m benchmarks, or of python -m benchmarks.gpu; --help shows them.
+BENCH_ARGS ?=
+bench: install
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-gpu:
+	PYTHONPATH=protos:kernels:inference_service $(GPU_PYTHON) -m benchmarks.gpu $(BENCH_ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

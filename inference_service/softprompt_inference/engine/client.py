@@ -27,6 +27,8 @@ from softprompt_inference.engine.messages import (
 _log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 5.0
+# Run as `python -m ENGINE_MODULE --fd N`; benchmarks put an engine that computes nothing here.
+ENGINE_MODULE = "softprompt_inference.engine"
 
 
 class EngineStartError(RuntimeError):
@@ -126,7 +128,7 @@ class EngineClient:
                     sys.executable,
                     "-P",  # the working directory is no place to import from
                     "-m",
-                    "softprompt_inference.engine",
+                    ENGINE_MODULE,
                     "--fd",
                     str(theirs.fileno()),
                     stdin=asyncio.subprocess.DEVNULL,

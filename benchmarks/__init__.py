@@ -1,0 +1,1 @@
+"""Benchmarks against PEFT, transformers and vLLM: `python -m benchmarks`. Not part of what is installed."""

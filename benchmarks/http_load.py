@@ -1,0 +1,116 @@
+"""Streams of /v1/completions, read by as little code as can be: what the client costs, the server lacks."""
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.workload import Request
+
+_READ_BYTES = 2**16
+_TIMEOUT_S = 600.0
+_EVENT = b"data: "
+# An event before the first token has an empty text and no ids.
+_TOKEN = re.compile(rb'"text": ?"[^"]|"token_ids": ?\[[0-9]')
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """One streamed answer.
+
+    Attributes:
+        first_token_at: time.monotonic() when its first token came.
+        num_tokens: as its usage says.
+        token_ids: of the choice, where they were asked for.
+    """
+
+    first_token_at: float
+    num_tokens: int
+    token_ids: list[int]
+
+
+def stream_one(port: int, model: str, request: Request) -> Stream:
+    """One request, with its ids. OSError where nobody listens, ValueError where no stream of tokens comes."""
+    return stream_all(port, model, [request], with_ids=True)[0]
+
+
+def stream_all(port: int, model: str, requests: Sequence[Request], *, with_ids: bool = False) -> list[Stream]:
+    """All requests at once, each on a connection of its own. Errors as in `stream_one`."""
+
+    async def gather() -> list[Stream]:
+        async with asyncio.timeout(_TIMEOUT_S):
+            return await asyncio.gather(
+                *(_stream(port, _http(port, model, request, with_ids)) for request in requests)
+            )
+
+    return asyncio.run(gather())
+
+
+async def _stream(port: int, request: bytes) -> Stream:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(request)
+        data, first_at = b"", 0.0
+        while piece := await reader.read(_READ_BYTES):
+            data += piece
+            if not first_at and _TOKEN.search(data):
+                first_at = time.monotonic()
+    finally:
+        writer.close()
+    return _parse(data, first_at)
+
+
+def _http(port: int, model: str, request: Request, with_ids: bool) -> bytes:
+    body = json.dumps(
+        {
+            "model": model,
+            "prompt": request.prompt_ids,
+            "max_tokens": request.num_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": with_ids,
+        }
+    ).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def _parse(data: bytes, first_at: float) -> Stream:
+    head, _, body = data.partition(b"\r\n\r\n")
+    if b" 200 " not in head.split(b"\r\n", 1)[0]:
+        raise ValueError(f"the gateway answered {head[:80]!r} {body[:300]!r}")
+    if b"transfer-encoding: chunked" in head.lower():
+        body = _dechunk(body)
+    events = [line[len(_EVENT) :] for line in body.split(b"\n") if line.startswith(_EVENT)]
+    if not events or events[-1].strip() != b"[DONE]":
+        raise ValueError(f"the stream ended early: {body[-300:]!r}")
+    token_ids: list[int] = []
+    num_tokens = -1
+    for event in events[:-1]:
+        message = json.loads(event)
+        for choice in message["choices"]:
+            token_ids += choice.get("token_ids") or []
+        if usage := message.get("usage"):
+            num_tokens = usage["completion_tokens"]
+    return Stream(first_token_at=first_at, num_tokens=num_tokens, token_ids=token_ids)
+
+
+def _dechunk(body: bytes) -> bytes:
+    """The content of a chunked body; ValueError where it is cut."""
+    content = b""
+    while True:
+        size_text, found, rest = body.partition(b"\r\n")
+        if not found:
+            raise ValueError("the body ended early")
+        size = int(size_text.split(b";")[0], 16)
+        if size == 0:
+            return content
+        content += rest[:size]
+        body = rest[size + 2 :]

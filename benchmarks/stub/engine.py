@@ -1,0 +1,77 @@
+"""`python -m benchmarks.stub.engine --fd N`: the engine over a model that takes a fixed time for each step."""
+
+import argparse
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.messages import LoadAdapter, ModelInfo
+from softprompt_inference.engine.plan import Runner, Sampled, StepPlan
+from softprompt_inference.engine.process import end_with_parent, serve
+
+from benchmarks.model_files import read_shape
+
+STEP_S = 0.02
+_PAGE_SIZE = 16
+_NUM_PAGES = 8192
+_MAX_MODEL_LEN = 2048
+# Past the control tokens and single bytes of most vocabularies: each token is text.
+_FIRST_TOKEN = 500
+_NUM_TOKENS = 100
+
+
+class FixedStepRunner:
+    """Waits, and answers each sample with a token that depends on its index alone."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        shape = read_shape(Path(config.model_path))
+        self.info = ModelInfo(
+            architecture="FixedStep",
+            hidden_size=shape.hidden_size,
+            num_layers=1,
+            num_kv_heads=1,
+            head_dim=1,
+            vocab_size=shape.vocab_size,
+            dtype="bfloat16",
+            device="cpu",
+            max_model_len=_MAX_MODEL_LEN,
+            max_virtual_tokens=config.max_virtual_tokens,
+            weights_bytes=0,
+            kv_cache_bytes=0,
+            num_pages=_NUM_PAGES,
+            page_size=_PAGE_SIZE,
+        )
+
+    def run(self, plan: StepPlan) -> Sequence[Sampled]:
+        """One token per sample, after the fixed time."""
+        time.sleep(STEP_S)
+        samples = [chunk.sample for chunk in plan.chunks if chunk.sample is not None]
+        return [Sampled(token_id=_FIRST_TOKEN + sample.index % _NUM_TOKENS) for sample in samples]
+
+    def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
+        """Take no notice: nothing is computed from rows."""
+
+    def drop_rows(self, first_id: int) -> None:
+        """Take no notice."""
+
+
+def _load(config: EngineConfig, _report: Callable[[str], None]) -> Runner:
+    return FixedStepRunner(config)
+
+
+def main() -> None:
+    """Serve the socket until its other end closes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int, required=True)
+    fd = parser.parse_args().fd
+    end_with_parent()
+    os.set_inheritable(fd, False)
+    with socket.socket(fileno=fd) as stream:
+        serve(stream, _load)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Ours: the engine in this process, as its service runs it."""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from softprompt_api.formats import adapter_digest, parse_config, read_folder, read_rows
+from softprompt_api.params import SamplingParams
+from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.engine import Engine
+from softprompt_inference.engine.messages import AddRequest, Finish, LoadAdapter, SoftPromptPart, TextPart
+from softprompt_inference.model.runner import load_runner
+from softprompt_inference.model.source import native_kernels_dir
+
+from benchmarks.workers.protocol import main
+from benchmarks.workload import Outcome, Request
+
+
+class EngineWorker:
+    """Runs requests on an engine of this process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._digests: dict[str, str] = {}
+        self._num_requests = 0
+
+    def load(self, adapters: Sequence[str]) -> None:
+        """Put adapters on the device."""
+        for adapter in adapters:
+            if adapter not in self._digests:
+                command = _read(Path(adapter))
+                self._engine.handle(command)
+                self._digests[adapter] = command.digest
+
+    def run(self, requests: Sequence[Request], **_options: Any) -> Outcome:
+        """Add all requests, then step until the last has ended."""
+        commands = [self._command(request) for request in requests]
+        index_of = {command.request_id: index for index, command in enumerate(commands)}
+        token_ids: list[list[int]] = [[] for _ in requests]
+        token_times_s: list[list[float]] = [[] for _ in requests]
+        start = time.perf_counter()
+        for command in commands:
+            self._engine.handle(command)
+        while self._engine.has_work:
+            outputs = self._engine.step().outputs
+            now = time.perf_counter() - start
+            for output in outputs:
+                if output.finish is Finish.ERROR or output.token_id is None:
+                    raise RuntimeError(f"a request failed: {output.error_message}")
+                index = index_of[output.request_id]
+                token_ids[index].append(output.token_id)
+                token_times_s[index].append(now)
+        seconds = time.perf_counter() - start
+        return Outcome(seconds=seconds, token_ids=token_ids, token_times_s=token_times_s)
+
+    def _command(self, request: Request) -> AddRequest:
+        self._num_requests += 1
+        prompt: list[TextPart | SoftPromptPart] = [TextPart(token_ids=request.prompt_ids)]
+        if request.adapter is not None:
+            prompt.insert(0, SoftPromptPart(digest=self._digests[request.adapter]))
+        params = SamplingParams(temperature=0.0, max_tokens=request.num_tokens, ignore_eos=True)
+        return AddRequest(request_id=str(self._num_requests), prompt=prompt, params=params)
+
+
+def make(
+    *,
+    model: str,
+    device: str,
+    dtype: str,
+    kv_cache_bytes: int,
+    num_threads: int | None,
+    share: bool,
+    max_model_len: int | None = None,
+) -> EngineWorker:
+    """An engine.
+
+    Args:
+        model: Hugging Face folder.
+        kv_cache_bytes: memory for KV pages.
+        num_threads: of torch; None: its own choice.
+        share: whether what requests have in common is computed once.
+        max_model_len: longest sequence; None: the model's own limit.
+    """
+    config = EngineConfig(
+        model_path=model,
+        device=device,
+        dtype=dtype,
+        num_threads=num_threads,
+        kv_cache_bytes=kv_cache_bytes,
+        max_model_len=max_model_len,
+        enable_prefix_caching=share,
+        native_cache_dir=str(native_kernels_dir()),
+    )
+    return EngineWorker(Engine(load_runner(config, print), config))
+
+
+def _read(folder: Path) -> LoadAdapter:
+    files = read_folder(folder)
+    spec = parse_config(files.config_json)
+    data = files.tensors_path.read_bytes()
+    rows = read_rows(spec, data)
+    return LoadAdapter(
+        digest=adapter_digest(spec, hashlib.sha256(data).hexdigest()),
+        rows=rows.data,
+        dtype=rows.dtype,
+        num_virtual_tokens=rows.num_virtual_tokens,
+        hidden_size=rows.hidden_size,
+    )
+
+
+if __name__ == "__main__":
+    main(make, ["torch", "transformers"])

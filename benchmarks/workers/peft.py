@@ -1,0 +1,98 @@
+"""PEFT: `generate` over padded batches, one adapter at a time, as PEFT must for soft prompts."""
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from benchmarks.workers.protocol import main
+from benchmarks.workload import Outcome, Request
+
+_PAD = 0
+
+
+class Peft:
+    """A model with PEFT's adapters around it."""
+
+    def __init__(self, *, model: str, device: str, dtype: str, num_threads: int | None = None) -> None:
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        self._base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
+        self._device = device
+        self._adapted: Any = None
+        self._names: dict[str, str] = {}
+
+    def load(self, adapters: Sequence[str]) -> None:
+        """Load adapters beside each other."""
+        with warnings.catch_warnings():  # PEFT asks transformers by a name that is going away
+            warnings.simplefilter("ignore", FutureWarning)
+            for adapter in adapters:
+                if adapter in self._names:
+                    continue
+                name = f"adapter{len(self._names)}"
+                if self._adapted is None:
+                    self._adapted = PeftModel.from_pretrained(self._base, adapter, adapter_name=name).eval()
+                else:
+                    self._adapted.load_adapter(adapter, adapter_name=name)
+                self._names[adapter] = name
+
+    @torch.inference_mode()
+    def run(self, requests: Sequence[Request], *, batch_size: int = 1, **_options: Any) -> Outcome:
+        """Sorted by adapter, then by length, and cut into batches; a batch runs until its longest output is done.
+
+        Sorting by a length that no server knows beforehand favours this side.
+        """
+        token_ids: list[list[int]] = [[] for _ in requests]
+        start = time.perf_counter()
+        for batch in _batches(requests, batch_size):
+            outputs = self._generate([requests[index] for index in batch])
+            for index, output in zip(batch, outputs, strict=True):
+                token_ids[index] = output[: requests[index].num_tokens]
+        return Outcome(seconds=time.perf_counter() - start, token_ids=token_ids, token_times_s=[])
+
+    def _generate(self, requests: Sequence[Request]) -> list[list[int]]:
+        model = self._base
+        if (adapter := requests[0].adapter) is not None:
+            model = self._adapted
+            model.set_adapter(self._names[adapter])
+        input_ids, mask = _pad([request.prompt_ids for request in requests])
+        num_tokens = max(request.num_tokens for request in requests)
+        config = GenerationConfig(
+            do_sample=False, max_new_tokens=num_tokens, eos_token_id=None, pad_token_id=_PAD, use_cache=True
+        )
+        outputs = model.generate(
+            input_ids=input_ids.to(self._device), attention_mask=mask.to(self._device), generation_config=config
+        )
+        ids: list[list[int]] = outputs[:, input_ids.shape[1] :].tolist()
+        return ids
+
+
+def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
+    def adapter(index: int) -> str:
+        return requests[index].adapter or ""
+
+    def lengths(index: int) -> tuple[str, int, int]:
+        return adapter(index), requests[index].num_tokens, len(requests[index].prompt_ids)
+
+    for _, group in groupby(sorted(range(len(requests)), key=lengths), key=adapter):
+        indices = list(group)
+        for first in range(0, len(indices), batch_size):
+            yield indices[first : first + batch_size]
+
+
+def _pad(prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Ids and mask, both [n, longest prompt] int64, padded on the left."""
+    width = max(map(len, prompts))
+    ids = [[_PAD] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+if __name__ == "__main__":
+    main(Peft, ["torch", "transformers", "peft"])

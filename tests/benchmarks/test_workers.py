@@ -1,0 +1,60 @@
+"""Our worker and PEFT's, in this process, on the tiny model."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.adapters import AdapterMaker
+from benchmarks.model_files import read_shape
+from benchmarks.workers import ours
+from benchmarks.workers.peft import Peft
+from benchmarks.workload import Lengths, Request, make_requests
+
+# PEFT says so of every prompt; each is computed as it is in the oracle.
+pytestmark = pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+
+
+@pytest.fixture
+def adapters(tiny_model: Path, tmp_path: Path) -> list[str]:
+    return AdapterMaker(tiny_model, read_shape(tiny_model), tmp_path).make(2, 5)
+
+
+@pytest.fixture
+def requests(tiny_model: Path, adapters: list[str]) -> list[Request]:
+    return make_requests(
+        seed=1,
+        repeat=0,
+        count=6,
+        prompts=Lengths(shortest=2, longest=20),
+        outputs=Lengths(shortest=1, longest=8),
+        vocab_size=read_shape(tiny_model).vocab_size,
+        adapters=[None, *adapters],
+    )
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_ours_gives_the_ids_of_peft(
+    tiny_model: Path, adapters: list[str], requests: list[Request], share: bool
+) -> None:
+    common = {"model": str(tiny_model), "device": "cpu", "dtype": "float32", "num_threads": None}
+    worker = ours.make(**common, kv_cache_bytes=2**24, share=share, max_model_len=128)
+    oracle = Peft(**common)
+    for side in (worker, oracle):
+        side.load(adapters)
+    expected = oracle.run(requests, batch_size=1)
+    for _ in range(2):
+        outcome = worker.run(requests)
+        assert outcome.token_ids == expected.token_ids
+    assert [len(ids) for ids in outcome.token_ids] == [request.num_tokens for request in requests]
+    for times in outcome.token_times_s:
+        assert times == sorted(times)
+        assert times[-1] <= outcome.seconds
+
+
+def test_a_padded_batch_gives_as_many_tokens_as_asked(
+    tiny_model: Path, adapters: list[str], requests: list[Request]
+) -> None:
+    peft = Peft(model=str(tiny_model), device="cpu", dtype="float32")
+    peft.load(adapters)
+    ids = peft.run(requests, batch_size=4).token_ids
+    assert [len(one) for one in ids] == [request.num_tokens for request in requests]
