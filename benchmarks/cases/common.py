@@ -214,7 +214,7 @@ def ratio_row(
 
 
 _FAVOURS = {
-    "peft": "padded batches sorted by output length, which no server knows beforehand; padding changes its answers",
+    "peft": "padded batches sorted by output length, which no server knows before; padding changes its answers",
     "transformers-cb": "takes no soft prompt: it computes the base model alone, which is less work",
     "vllm-cpu": "prompt_embeds for the soft prompt, embedded beforehand and not timed; nothing is detokenized",
 }

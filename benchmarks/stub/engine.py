@@ -5,11 +5,12 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import LoadAdapter, ModelInfo
-from softprompt_inference.engine.plan import Runner, Sampled, StepPlan
+from softprompt_inference.engine.plan import Pending, Runner, Sampled, StepPlan
 from softprompt_inference.engine.process import end_with_parent, serve
 
 from benchmarks.model_files import read_shape
@@ -21,6 +22,14 @@ _MAX_MODEL_LEN = 2048
 # Past the control tokens and single bytes of most vocabularies: each token is text.
 _FIRST_TOKEN = 500
 _NUM_TOKENS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    sampled: Sequence[Sampled]
+
+    def result(self) -> Sequence[Sampled]:
+        return self.sampled
 
 
 class FixedStepRunner:
@@ -45,11 +54,11 @@ class FixedStepRunner:
             page_size=_PAGE_SIZE,
         )
 
-    def run(self, plan: StepPlan) -> Sequence[Sampled]:
+    def launch(self, plan: StepPlan) -> Pending:
         """One token per sample, after the fixed time."""
         time.sleep(STEP_S)
         samples = [chunk.sample for chunk in plan.chunks if chunk.sample is not None]
-        return [Sampled(token_id=_FIRST_TOKEN + sample.index % _NUM_TOKENS) for sample in samples]
+        return _Chosen([Sampled(token_id=_FIRST_TOKEN + sample.index % _NUM_TOKENS) for sample in samples])
 
     def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
         """Take no notice: nothing is computed from rows."""
