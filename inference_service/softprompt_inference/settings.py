@@ -38,6 +38,9 @@ class Settings(BaseSettings):
     served_model_name: str | None = Field(None, min_length=1, description="public id; default: from the model")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of weights and KV")
+    gpu_memory_utilization: float | None = Field(
+        None, gt=0, le=1, description="share of the GPU's memory for all of this; default: most of what is free"
+    )
     kv_cache_bytes: ByteSize | None = Field(None, ge=_MIB, description="memory for KV; default: what is free")
     max_model_len: PositiveInt | None = Field(None, description="longest sequence; default: the model's")
     max_num_sequences: PositiveInt = Field(256, description="most sequences in one batch")
@@ -89,6 +92,7 @@ class Settings(BaseSettings):
             model_path=str(model_path),
             device=self.device,
             dtype=self.dtype,
+            gpu_memory_utilization=self.gpu_memory_utilization,
             kv_cache_bytes=None if self.kv_cache_bytes is None else int(self.kv_cache_bytes),
             max_model_len=self.max_model_len,
             max_num_sequences=self.max_num_sequences,

@@ -48,6 +48,8 @@ class LLM:
         max_num_seqs: most sequences in one batch.
         max_num_batched_tokens: most tokens computed in one step; None: by device.
         kv_cache_gb: memory for the KV cache in GiB; None: planned from what is free.
+        gpu_memory_utilization: share of a GPU's whole memory that weights, steps and KV cache may take together,
+            where kv_cache_gb is not given; None: nine tenths of what the weights leave free.
         enable_prefix_caching: compute shared beginnings of prompts, and soft prompts, only once.
         seed: makes calls without a seed of their own repeatable; None: random.
 
@@ -67,15 +69,22 @@ class LLM:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int | None = None,
         kv_cache_gb: float | None = None,
+        gpu_memory_utilization: float | None = None,
         enable_prefix_caching: bool = True,
         seed: int | None = None,
     ) -> None:
+        if gpu_memory_utilization is not None and not 0 < gpu_memory_utilization <= 1:
+            raise InvalidArgument(
+                f"gpu_memory_utilization is {gpu_memory_utilization}; it is a share, above 0 and at most 1",
+                field="gpu_memory_utilization",
+            )
         folder = resolve_model(str(model), report=_log.info)
         config = EngineConfig(
             model_path=str(folder),
             device=device,
             dtype=dtype,
             kv_cache_bytes=None if kv_cache_gb is None else int(kv_cache_gb * _GIB),
+            gpu_memory_utilization=gpu_memory_utilization,
             max_model_len=max_model_len,
             max_num_sequences=max_num_seqs,
             max_step_tokens=max_num_batched_tokens,

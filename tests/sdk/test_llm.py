@@ -267,3 +267,9 @@ def test_an_interrupted_call_leaves_nothing_running(llm: LLM, monkeypatch: pytes
 def test_a_request_that_cannot_be_is_refused_when_made(name: str, number: int, path: str) -> None:
     with pytest.raises(InvalidArgument):
         PromptAdapterRequest(name, number, path)
+
+
+def test_a_share_of_the_gpu_is_no_percentage(tiny_model: Path) -> None:
+    with pytest.raises(InvalidArgument, match="above 0 and at most 1") as caught:
+        make_llm(tiny_model, gpu_memory_utilization=90)
+    assert caught.value.field == "gpu_memory_utilization"

@@ -79,6 +79,14 @@ def test_a_wrong_flag_is_named_as_a_flag() -> None:
         make_options({"kv_cache_gb": -1.0})
 
 
+@pytest.mark.parametrize("share", [0.0, 1.5, 90.0])
+def test_a_share_of_the_gpu_is_no_percentage(share: float) -> None:
+    with pytest.raises(
+        WrongUsage, match=r"--gpu-memory-utilization: Input should be (greater than 0|less than or equal to 1)"
+    ):
+        make_options({"gpu_memory_utilization": share})
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(WrongUsage, match=r"cannot read the config file .*nothing.yaml: No such file"):
         make_options({}, tmp_path / "nothing.yaml")

@@ -59,6 +59,7 @@ def test_variables_that_run_reads_do_not_reach_the_services(monkeypatch: pytest.
                 "model_id": "x",
                 "dtype": "float32",
                 "kv_cache_bytes": 2**30,
+                "gpu_memory_utilization": 0.5,
                 "max_num_sequences": 3,
                 "max_prompt_adapters": 2,
                 "max_virtual_tokens": 512,
@@ -78,6 +79,7 @@ def test_every_service_reads_what_it_is_given(
             "served_model_name": "x",
             "dtype": "float32",
             "kv_cache_gb": 1.0,
+            "gpu_memory_utilization": 0.5,
             "enable_prefix_caching": False,
             "native_kernels": False,
         }

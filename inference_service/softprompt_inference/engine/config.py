@@ -16,6 +16,8 @@ class EngineConfig:
         dtype: "auto" (the model's own, bfloat16 on hardware that has it), "float32", "bfloat16" or "float16".
         page_size: KV positions in one page.
         kv_cache_bytes: memory for KV pages; None: planned from what the device has free.
+        gpu_memory_utilization: share of a GPU's whole memory that weights, steps and KV pages may take together;
+            None: nine tenths of what the weights leave free. Unused where kv_cache_bytes is set, and on a CPU.
         max_model_len: longest sequence; None: the model's own limit.
         max_num_sequences: most sequences in one batch.
         max_step_tokens: most tokens computed in one step; None: few on a CPU, many on a GPU.
@@ -33,6 +35,7 @@ class EngineConfig:
     dtype: str = "auto"
     page_size: int = 16
     kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float | None = None
     max_model_len: int | None = None
     max_num_sequences: int = 256
     max_step_tokens: int | None = None

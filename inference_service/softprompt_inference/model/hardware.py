@@ -1,5 +1,6 @@
 """What the machine offers: devices, number formats, free memory."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -55,12 +56,47 @@ def cpu_has_bfloat16() -> bool:
     return not _CPU_BFLOAT16_FLAGS.isdisjoint(flags.split())
 
 
-def plan_kv_cache_bytes(device: torch.device) -> int:
-    """Memory for KV pages, from what is free now."""
+@dataclass(frozen=True, slots=True)
+class GpuBudget:
+    """What this process may take of a GPU.
+
+    Attributes:
+        free_bytes: before it took anything.
+        total_bytes: of the share it was given.
+    """
+
+    free_bytes: int
+    total_bytes: int
+
+
+def read_gpu_budget(device: torch.device, utilization: float) -> GpuBudget:
+    """The budget of a process that has taken nothing yet.
+
+    Args:
+        utilization: its share of the GPU's whole memory, whatever others take.
+
+    Raises InvalidArgument when so much is not free.
+    """
+    free_bytes, whole_bytes = torch.cuda.mem_get_info(device)
+    total_bytes = int(whole_bytes * utilization)
+    if total_bytes > free_bytes:
+        raise InvalidArgument(
+            f"gpu_memory_utilization is {utilization:g}, which is {total_bytes / 2**30:.1f} GiB of {device}, but "
+            f"only {free_bytes / 2**30:.1f} of its {whole_bytes / 2**30:.1f} GiB are free; lower it below "
+            f"{free_bytes / whole_bytes:.2f}, or end what else runs there",
+            field="gpu_memory_utilization",
+        )
+    return GpuBudget(free_bytes, total_bytes)
+
+
+def plan_kv_cache_bytes(device: torch.device, budget: GpuBudget | None = None) -> int:
+    """Memory for KV pages, from what is free now, or from what is left of a GPU's budget."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         free_bytes, _ = torch.cuda.mem_get_info(device)
-        return int(free_bytes * CUDA_KV_CACHE_SHARE)
+        if budget is None:
+            return int(free_bytes * CUDA_KV_CACHE_SHARE)
+        return budget.total_bytes - (budget.free_bytes - free_bytes)
     return min(int(available_memory_bytes() * CPU_KV_CACHE_SHARE), CPU_KV_CACHE_LIMIT_BYTES)
 
 

@@ -179,7 +179,11 @@ def load_runner(config: EngineConfig, report: Callable[[str], None]) -> ModelRun
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    if config.native_cache_dir is not None and hardware.choose_device(config.device).type == "cpu":
+    device = hardware.choose_device(config.device)
+    budget = None
+    if device.type == "cuda" and config.gpu_memory_utilization is not None:
+        budget = hardware.read_gpu_budget(device, config.gpu_memory_utilization)
+    if config.native_cache_dir is not None and device.type == "cpu":
         _use_native_kernels(Path(config.native_cache_dir), report)
     loaded = load_model(config, report)
     runner = ModelRunner(loaded, page_size=config.page_size)
@@ -188,7 +192,7 @@ def load_runner(config: EngineConfig, report: Callable[[str], None]) -> ModelRun
     bytes_per_page = page_bytes(loaded.layers, page_size=config.page_size, dtype=loaded.dtype)
     kv_cache_bytes = config.kv_cache_bytes
     if kv_cache_bytes is None:
-        kv_cache_bytes = hardware.plan_kv_cache_bytes(loaded.device) - step_bytes
+        kv_cache_bytes = hardware.plan_kv_cache_bytes(device, budget) - step_bytes
     num_pages = kv_cache_bytes // bytes_per_page
     if num_pages < 1:
         raise InvalidArgument(

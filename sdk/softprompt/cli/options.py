@@ -31,7 +31,8 @@ def default_model() -> str:
 class RunOptions(BaseModel):
     """Options of one system on this machine. Field names are the config file's keys and, with dashes, the flags.
 
-    Ports: 0 takes a free one. Sizes: `kv_cache_gb` in GiB. None leaves the choice to the service.
+    Ports: 0 takes a free one. Sizes: `kv_cache_gb` in GiB; `gpu_memory_utilization` is a share. None leaves the
+    choice to the service.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -47,6 +48,7 @@ class RunOptions(BaseModel):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_cache_gb: float | None = Field(default=None, gt=0)
+    gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_seqs: int | None = Field(default=None, ge=1)
     enable_prefix_caching: bool = True

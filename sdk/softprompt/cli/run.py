@@ -70,6 +70,13 @@ def run(
     kv_cache_gb: Annotated[
         float | None, typer.Option(envvar="SOFTPROMPT_KV_CACHE_GB", help="memory for the KV cache, in GiB")
     ] = None,
+    gpu_memory_utilization: Annotated[
+        float | None,
+        typer.Option(
+            envvar="SOFTPROMPT_GPU_MEMORY_UTILIZATION",
+            help="share of the GPU's memory for weights and KV cache together, above 0 and at most 1",
+        ),
+    ] = None,
     max_model_len: Annotated[
         int | None,
         typer.Option(envvar="SOFTPROMPT_MAX_MODEL_LEN", help="longest sequence, virtual tokens included"),

@@ -71,6 +71,7 @@ def _inference(options: RunOptions, addresses: Addresses) -> dict[str, object]:
         "SOFTPROMPT_DEVICE": options.device,
         "SOFTPROMPT_DTYPE": options.dtype,
         "SOFTPROMPT_KV_CACHE_BYTES": None if options.kv_cache_gb is None else int(options.kv_cache_gb * _GIB),
+        "SOFTPROMPT_GPU_MEMORY_UTILIZATION": options.gpu_memory_utilization,
         "SOFTPROMPT_MAX_MODEL_LEN": options.max_model_len,
         "SOFTPROMPT_MAX_NUM_SEQUENCES": options.max_num_seqs,
         "SOFTPROMPT_ENABLE_PREFIX_CACHING": options.enable_prefix_caching,

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from softprompt_api.errors import InvalidArgument
 from softprompt_inference.model import hardware
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -53,6 +54,29 @@ def test_pages_take_a_quarter_of_the_free_memory_and_at_most_two_gigabytes(
     assert hardware.plan_kv_cache_bytes(CPU) == 2**28
     monkeypatch.setattr(hardware, "available_memory_bytes", lambda: 2**40)
     assert hardware.plan_kv_cache_bytes(CPU) == 2**31
+
+
+def test_a_share_of_the_gpu_is_for_weights_and_pages_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70, 100))
+    budget = hardware.read_gpu_budget(GPU, 0.6)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (50, 100))  # 20 were taken by weights
+    assert hardware.plan_kv_cache_bytes(GPU, budget) == 60 - 20
+
+
+def test_without_a_share_pages_take_nine_tenths_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (50, 100))
+    assert hardware.plan_kv_cache_bytes(GPU) == 45
+
+
+def test_a_share_that_is_not_free_is_refused_with_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (30 * 2**30, 80 * 2**30))
+    with pytest.raises(
+        InvalidArgument, match=r"72.0 GiB of cuda:0, but only 30.0 of its 80.0 GiB.*0.38"
+    ) as caught:
+        hardware.read_gpu_budget(GPU, 0.9)
+    assert caught.value.field == "gpu_memory_utilization"
 
 
 def test_this_machine_has_memory() -> None:
