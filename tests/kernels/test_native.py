@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from softprompt_kernels import native
 from softprompt_kernels.kv_write import kv_write
 from softprompt_kernels.native import library
@@ -199,8 +200,94 @@ def test_a_compiler_that_fails_on_the_source_leaves_nothing_behind(
 ) -> None:
     broken = tmp_path / "ops.c"
     broken.write_text("int nothing(void) { return }")
-    monkeypatch.setattr(library, "_SOURCE", broken)
+    monkeypatch.setattr(library, "_SOURCES", [broken])
     cache = tmp_path / "cache"
     with pytest.raises(native.CannotCompile, match="error"):
         native.load(cache)
     assert [*cache.iterdir()] == []
+
+
+def _needs_linear() -> None:
+    if not native.supports_linear(torch.zeros(2, 2, dtype=torch.bfloat16)):
+        pytest.skip("this processor does not multiply pairs of bfloat16")
+
+
+ACTIVATIONS = {"identity": lambda x: x, "silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+@pytest.mark.parametrize("rows", [*range(1, 14), 24, 25, 130])
+@pytest.mark.parametrize(("columns", "size"), [(16, 2), (40, 62), (32, 64), (100, 576)])
+def test_products_of_any_size(native_kernels: None, rows: int, columns: int, size: int) -> None:
+    _needs_linear()
+    x, weight, bias = _bfloat16(rows, size), _bfloat16(columns, size), _bfloat16(columns)
+    packed = native.pack_linear(weight)
+    expected = x.float() @ weight.float().T
+    assert_close(native.linear(x, packed, None, columns=columns), expected.bfloat16())
+    out = native.linear(x, packed, native.pack_bias(bias), columns=columns)
+    assert_close(out, (expected + bias.float()).bfloat16())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("columns", [16, 24, 100])
+def test_activations_and_gates_in_the_same_pass(native_kernels: None, columns: int, activation: str) -> None:
+    _needs_linear()
+    x, gate, up = _bfloat16(5, 64), _bfloat16(columns, 64), _bfloat16(columns, 64)
+    biases = _bfloat16(2, columns)
+    function = ACTIVATIONS[activation]
+    left, right = (x.float() @ weight.float().T + bias for weight, bias in zip((gate, up), biases, strict=True))
+    out = native.linear(
+        x, native.pack_linear(gate), native.pack_bias(biases[0]), columns=columns, activation=activation
+    )
+    assert_close(out, function(left).bfloat16())
+    out = native.linear(
+        x,
+        native.pack_gated(gate, up),
+        native.pack_gated_bias(*biases),
+        columns=columns,
+        activation=activation,
+        gated=True,
+    )
+    assert_close(out, (function(left) * right).bfloat16())
+
+
+def test_activations_far_from_zero(native_kernels: None) -> None:
+    _needs_linear()
+    x = torch.tensor([[-3e38, 0], [-1e3, 0], [-90, 0], [90, 0], [1e3, 0], [float("nan"), 0]]).bfloat16()
+    packed = native.pack_linear(torch.ones(16, 2).bfloat16())
+    for activation in ("silu", "gelu_tanh"):
+        out = native.linear(x, packed, None, columns=16, activation=activation)
+        expected = ACTIVATIONS[activation](x[:, :1].float()).bfloat16().expand(-1, 16)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-36, equal_nan=True)
+
+
+def test_a_row_has_the_same_product_in_any_batch(native_kernels: None) -> None:
+    _needs_linear()
+    x, packed = _bfloat16(40, 576), native.pack_linear(_bfloat16(96, 576))
+    together = native.linear(x, packed, None, columns=96)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(native.linear(x, packed, None, columns=96), together)
+    finally:
+        torch.set_num_threads(threads)
+    for count in (1, 5, 17):
+        assert torch.equal(native.linear(x[7 : 7 + count], packed, None, columns=96), together[7 : 7 + count])
+
+
+def test_products_of_rows_where_they_lie(native_kernels: None) -> None:
+    _needs_linear()
+    merged, weight = _bfloat16(1, 9, 100), _bfloat16(48, 64)
+    packed = native.pack_linear(weight)
+    for x in (merged[..., 20:84], merged.transpose(1, 2)[:, :64, :].transpose(1, 2), merged[0, 3, 4:68]):
+        assert_close(native.linear(x, packed, None, columns=48), F.linear(x.float(), weight.float()).bfloat16())
+
+
+def test_weights_that_cannot_be_packed_are_known(native_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not native.supports_linear(torch.zeros(4, 4))
+    assert not native.supports_linear(torch.zeros(4, 3, dtype=torch.bfloat16))
+    monkeypatch.setattr(native, "_library", None)
+    assert not native.supports_linear(torch.zeros(4, 4, dtype=torch.bfloat16))
+
+
+def _bfloat16(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()

@@ -1,6 +1,7 @@
 """CPU kernels in C, used where `load` could compile them; without them torch's operations do the same.
 
-`ops.c` is plain C over pointers: every shape, dtype and stride is checked here or by the operation that calls.
+`ops.c` and `linear.c` are plain C over pointers: every shape, dtype and stride is checked here or by the operation
+that calls.
 """
 
 import ctypes
@@ -8,6 +9,7 @@ from ctypes import c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from softprompt_kernels.native.library import CannotCompile
@@ -17,16 +19,25 @@ __all__ = [
     "CannotCompile",
     "is_loaded",
     "kv_write",
+    "linear",
     "load",
+    "pack_bias",
+    "pack_gated",
+    "pack_gated_bias",
+    "pack_linear",
     "paged_decode",
     "rms_norm",
     "rope",
     "supports",
+    "supports_linear",
     "supports_rows",
     "unload",
 ]
 
 MAX_HEAD_DIM = 256
+ACTIVATIONS = {"identity": 0, "silu": 1, "gelu_tanh": 2}
+# Columns of weights that are computed together.
+_PANEL = 16
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _library: ctypes.CDLL | None = None
 
@@ -48,6 +59,9 @@ def load(cache_dir: Path) -> None:
     library.softprompt_rms_norm.restype = c_int
     library.softprompt_rope.argtypes = [*[c_void_p] * 6, *[c_int64] * 7, *[c_int] * 6]
     library.softprompt_rope.restype = None
+    library.softprompt_has_linear.restype = c_int
+    library.softprompt_linear.argtypes = [*[c_void_p] * 4, *[c_int64] * 4, *[c_int] * 3]
+    library.softprompt_linear.restype = None
     _library = library
 
 
@@ -209,3 +223,74 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         torch.get_num_threads(),
     )
     return q_out, k_out
+
+
+def supports_linear(weight: Tensor) -> bool:
+    """Whether kernels are loaded, and this processor has the instructions, for such weights [out, in]."""
+    if _library is None or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return False
+    return weight.shape[1] % 2 == 0 and bool(_library.softprompt_has_linear())
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """Weights [out, in] as `linear` reads them: [panels, in / 2, 16, 2], padded with zeros to pairs of panels."""
+    columns, size = weight.shape
+    panels = -(-columns // (2 * _PANEL)) * 2
+    padded = weight.new_zeros(panels * _PANEL, size)
+    padded[:columns] = weight
+    return padded.view(panels, _PANEL, size // 2, 2).transpose(1, 2).contiguous()
+
+
+def pack_gated(gate: Tensor, up: Tensor) -> Tensor:
+    """Both weights [out, in] as `linear` reads them when `gated`: their panels take turns."""
+    panels = -(-len(gate) // _PANEL)
+    return torch.stack([pack_linear(gate)[:panels], pack_linear(up)[:panels]], 1).flatten(0, 1)
+
+
+def pack_bias(bias: Tensor) -> Tensor:
+    """A bias [out] beside `pack_linear`'s weights: [panels * 16] float32."""
+    return F.pad(bias.float(), (0, -len(bias) % (2 * _PANEL)))
+
+
+def pack_gated_bias(gate: Tensor, up: Tensor) -> Tensor:
+    """Both biases [out] beside `pack_gated`'s weights: [panels * 16] float32."""
+    both = [F.pad(bias.float(), (0, -len(bias) % _PANEL)).view(-1, _PANEL) for bias in (gate, up)]
+    return torch.stack(both, 1).flatten()
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    *,
+    columns: int,
+    activation: str = "identity",
+    gated: bool = False,
+) -> Tensor:
+    """act(x @ weight.T + bias), or, gated, act(x @ gate.T) * (x @ up.T): [..., columns] bfloat16.
+
+    Sums are made in float32, and each row's in the same order however many there are.
+
+    x       [..., in]               bfloat16
+    packed  by `pack_linear`, or by `pack_gated`
+    bias    [panels * 16] float32   in the columns' order of `packed`, or None
+    """
+    assert _library is not None
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
+    _library.softprompt_linear(
+        out.data_ptr(),
+        rows.data_ptr(),
+        packed.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        rows.shape[0],
+        rows.stride(0),
+        columns,
+        packed.shape[1],
+        ACTIVATIONS[activation],
+        gated,
+        torch.get_num_threads(),
+    )
+    return out

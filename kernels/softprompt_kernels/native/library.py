@@ -1,6 +1,6 @@
-"""Compile `ops.c` with the machine's own C compiler, once, and load it.
+"""Compile the C sources beside this file with the machine's own compiler, once, and load them.
 
-The library is compiled for this very processor, so its name in the cache holds what it was made of: the source,
+The library is compiled for this very processor, so its name in the cache holds what it was made of: the sources,
 the compiler, the flags and the processor's features.
 """
 
@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("ops.c")
+_SOURCES = sorted(Path(__file__).parent.glob("*.c"))
 _FLAGS = (
     *("-std=c11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     # No operation may set errno or trap, so loops can be vectorised; NaN and infinity keep their meaning.
@@ -47,7 +47,7 @@ def load(cache_dir: Path) -> ctypes.CDLL:
 
 
 def _fingerprint(compiler: str) -> str:
-    made_of = hashlib.sha256(_SOURCE.read_bytes())
+    made_of = hashlib.sha256(b"\0".join(source.read_bytes() for source in _SOURCES))
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_COMPILE_TIMEOUT_S)
     for part in (version.stdout, " ".join(_FLAGS).encode(), platform.machine().encode(), _processor()):
         made_of.update(b"\0" + part)
@@ -68,6 +68,6 @@ def _compile(compiler: str, library: Path) -> None:
     # Under a name of its own first: another process may compile at the same time, and a killed one leaves half.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(made), "-lm"]
+        command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made), "-lm"]
         subprocess.run(command, capture_output=True, check=True, text=True, timeout=_COMPILE_TIMEOUT_S)
         made.replace(library)

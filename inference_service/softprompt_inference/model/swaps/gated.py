@@ -1,19 +1,21 @@
-"""Gated MLPs on CPUs: act(gate(x)) * up(x) as two products that each do their part of it in the same pass."""
+"""Gated MLPs on CPUs: act(gate(x)) * up(x) without a pass of its own."""
 
 from functools import partial
 
+from softprompt_kernels import native
 from torch import Generator, Tensor, nn
 from transformers.activations import ACT2FN
 
 from softprompt_inference.model.swaps.linears import Place, places
-from softprompt_inference.model.swaps.packed import PackedLinear, can_pack
+from softprompt_inference.model.swaps.packed import NativeGate, PackedLinear, can_pack, pack
 from softprompt_inference.model.swaps.verify import Swap, random_input
 
 _CHILDREN = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-# transformers' activations → oneDNN's name and algorithm; what is listed wrongly would fail its verification.
+# transformers' activations → our kernels' name, and oneDNN's name and algorithm; what is listed wrongly would fail
+# its verification.
 _ACTIVATIONS = {
-    type(ACT2FN["silu"]): ("swish", ""),
-    type(ACT2FN["gelu_pytorch_tanh"]): ("gelu", "tanh"),
+    type(ACT2FN["silu"]): ("silu", "swish", ""),
+    type(ACT2FN["gelu_pytorch_tanh"]): ("gelu_tanh", "gelu", "tanh"),
 }
 
 
@@ -22,15 +24,26 @@ class GatedMLP(nn.Module):
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
-        activation, algorithm = _ACTIVATIONS[type(mlp.act_fn)]
-        self.gate = _pack(mlp.gate_proj, activation, algorithm)  # type: ignore[arg-type]
-        self.up = _pack(mlp.up_proj)  # type: ignore[arg-type]
-        self.down = _pack(mlp.down_proj)  # type: ignore[arg-type]
+        self.product = _gate(mlp.gate_proj, mlp.up_proj, mlp.act_fn)  # type: ignore[arg-type]
+        self.down = pack(mlp.down_proj.weight, mlp.down_proj.bias)  # type: ignore[arg-type,union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] → [..., hidden]"""
-        out: Tensor = self.down(self.up.forward_times(x, self.gate(x)))
+        out: Tensor = self.down(self.product(x))
         return out
+
+
+class PackedGate(nn.Module):
+    """act(gate(x)) * up(x) as two of oneDNN's products that each do their part of it in the same pass."""
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear, activation: str, algorithm: str) -> None:
+        super().__init__()
+        self.gate = PackedLinear(gate.weight, gate.bias, activation=activation, algorithm=algorithm)
+        self.up = PackedLinear(up.weight, up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out]"""
+        return self.up.forward_times(x, self.gate(x))
 
 
 def find(model: nn.Module) -> list[Swap]:
@@ -46,8 +59,11 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     return all(type(linear) is nn.Linear and can_pack(linear.weight) for linear in linears)
 
 
-def _pack(linear: nn.Linear, activation: str = "none", algorithm: str = "") -> PackedLinear:
-    return PackedLinear(linear.weight, linear.bias, activation=activation, algorithm=algorithm)
+def _gate(gate: nn.Linear, up: nn.Linear, function: nn.Module) -> nn.Module:
+    ours, activation, algorithm = _ACTIVATIONS[type(function)]
+    if native.supports_linear(gate.weight) and (gate.bias is None) == (up.bias is None):
+        return NativeGate(gate, up, ours)
+    return PackedGate(gate, up, activation, algorithm)
 
 
 def _swap(place: Place) -> Swap:

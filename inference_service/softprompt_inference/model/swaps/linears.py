@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from softprompt_inference.model.swaps.packed import PackedLinear, can_pack
+from softprompt_inference.model.swaps.packed import can_pack, pack
 from softprompt_inference.model.swaps.verify import Swap, random_input
 
 
@@ -105,7 +105,7 @@ def _bias(linear: nn.Module) -> Tensor | None:
 
 
 def _packed(linear: nn.Module) -> list[nn.Module]:
-    return [PackedLinear(_weight(linear), _bias(linear))]
+    return [pack(_weight(linear), _bias(linear))]
 
 
 def _merged(linears: Sequence[nn.Module]) -> list[nn.Module]:
@@ -119,7 +119,7 @@ def _merged(linears: Sequence[nn.Module]) -> list[nn.Module]:
 def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A linear with these weights [out, in], packed where that is possible."""
     if can_pack(weight):
-        return PackedLinear(weight, bias)
+        return pack(weight, bias)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:

@@ -1,16 +1,19 @@
-"""Linear layers whose weights oneDNN has laid out once, for CPUs.
+"""Linear layers whose weights are laid out once, for CPUs: by our kernels where they can, else by oneDNN.
 
 An ordinary linear has its weights reordered, or read in an order that suits the product badly, in every call.
 """
 
 import torch
+from softprompt_kernels import native
 from torch import Tensor, nn
 
 _ops = torch.ops.mkldnn
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether this machine and this build of torch have packed products for such weights."""
+    """Whether this machine has packed products for such weights, in our kernels or in its build of torch."""
+    if native.supports_linear(weight):
+        return True
     if weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     if not all(hasattr(_ops, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
@@ -22,8 +25,49 @@ def can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float16 and bool(_ops._is_mkldnn_fp16_supported())
 
 
+def pack(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A linear with these weights [out, in] and bias [out]; only for what `can_pack`."""
+    return NativeLinear(weight, bias) if native.supports_linear(weight) else PackedLinear(weight, bias)
+
+
+class NativeLinear(nn.Module):
+    """`nn.Linear` over weights that our kernels have packed. Each row's result is the same in any batch."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self._packed = native.pack_linear(weight.detach())
+        self._bias = None if bias is None else native.pack_bias(bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out]"""
+        return native.linear(x, self._packed, self._bias, columns=self.out_features)
+
+
+class NativeGate(nn.Module):
+    """act(gate(x)) * up(x) in one pass over both weights.
+
+    Args:
+        gate, up: linears of one shape, of which both or none have a bias.
+        activation: one of `native.ACTIVATIONS`.
+    """
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear, activation: str) -> None:
+        super().__init__()
+        self._columns = gate.out_features
+        self._activation = activation
+        self._packed = native.pack_gated(gate.weight.detach(), up.weight.detach())
+        self._bias = None if gate.bias is None else native.pack_gated_bias(gate.bias.detach(), up.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out]"""
+        return native.linear(
+            x, self._packed, self._bias, columns=self._columns, activation=self._activation, gated=True
+        )
+
+
 class PackedLinear(nn.Module):
-    """`nn.Linear` over packed weights, with an activation in the same pass.
+    """`nn.Linear` over weights that oneDNN has packed, with an activation in the same pass.
 
     Args:
         weight: [out, in]; not kept.
