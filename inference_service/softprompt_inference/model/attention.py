@@ -83,8 +83,13 @@ def attention_forward(
         sinks=s_aux,
         unsupported=unsupported,
     )
+    return attend(module, call)[None], None
+
+
+def attend(module: nn.Module, call: AttentionCall) -> Tensor:
+    """Let whatever hangs on the module answer its call: [T, H, D]."""
     handler: Handler = getattr(module, _HANDLER)
-    return handler.attend(module, call)[None], None
+    return handler.attend(module, call)
 
 
 AttentionInterface.register(ATTENTION, attention_forward)

@@ -19,6 +19,7 @@ __all__ = [
     "CannotCompile",
     "is_loaded",
     "kv_write",
+    "library",
     "linear",
     "load",
     "pack_bias",
@@ -35,10 +36,10 @@ __all__ = [
 ]
 
 MAX_HEAD_DIM = 256
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"identity": 0, "silu": 1, "gelu_tanh": 2}
 # Columns of weights that are computed together.
 _PANEL = 16
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _library: ctypes.CDLL | None = None
 
 
@@ -60,8 +61,12 @@ def load(cache_dir: Path) -> None:
     library.softprompt_rope.argtypes = [*[c_void_p] * 6, *[c_int64] * 7, *[c_int] * 6]
     library.softprompt_rope.restype = None
     library.softprompt_has_linear.restype = c_int
-    library.softprompt_linear.argtypes = [*[c_void_p] * 4, *[c_int64] * 4, *[c_int] * 3]
+    library.softprompt_linear.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 3]
     library.softprompt_linear.restype = None
+    library.softprompt_layer_before.argtypes = [*[c_void_p] * 8, *[c_int64] * 3, c_int, c_int]
+    library.softprompt_layer_before.restype = c_int
+    library.softprompt_layer_after.argtypes = [*[c_void_p] * 7, c_int64, c_int]
+    library.softprompt_layer_after.restype = c_int
     _library = library
 
 
@@ -69,6 +74,12 @@ def unload() -> None:
     """Go back to torch's operations."""
     global _library
     _library = None
+
+
+def library() -> ctypes.CDLL:
+    """The kernels in use."""
+    assert _library is not None, "no kernels are loaded"
+    return _library
 
 
 def is_loaded() -> bool:
@@ -83,7 +94,7 @@ def supports(keys: Tensor) -> bool:
 
 def supports_rows(x: Tensor) -> bool:
     """Whether kernels are loaded that can work on rows of this dtype."""
-    return _library is not None and x.dtype in _DTYPES
+    return _library is not None and x.dtype in DTYPES
 
 
 def paged_decode(
@@ -127,7 +138,7 @@ def paged_decode(
         keys.shape[2],
         keys.shape[3],
         keys.shape[1],
-        _DTYPES[q.dtype],
+        DTYPES[q.dtype],
         sliding_window or 0,
         scale,
         softcap or 0.0,
@@ -179,7 +190,7 @@ def rms_norm(
         rows.stride(1),
         others.stride(0),
         others.stride(1),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         unit_offset,
         eps,
         torch.get_num_threads(),
@@ -218,8 +229,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         num_heads,
         k.shape[1],
         dim,
-        _DTYPES[q.dtype],
-        _DTYPES[cos.dtype],
+        DTYPES[q.dtype],
+        DTYPES[cos.dtype],
         torch.get_num_threads(),
     )
     return q_out, k_out
@@ -285,6 +296,7 @@ def linear(
         rows.data_ptr(),
         packed.data_ptr(),
         None if bias is None else bias.data_ptr(),
+        None,
         rows.shape[0],
         rows.stride(0),
         columns,

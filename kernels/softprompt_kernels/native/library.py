@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-_SOURCES = sorted(Path(__file__).parent.glob("*.c"))
+_SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 _FLAGS = (
     *("-std=c11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     # No operation may set errno or trap, so loops can be vectorised; NaN and infinity keep their meaning.
@@ -68,6 +68,13 @@ def _compile(compiler: str, library: Path) -> None:
     # Under a name of its own first: another process may compile at the same time, and a killed one leaves half.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
-        command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(made), "-lm"]
+        command = [
+            compiler,
+            *_FLAGS,
+            *(str(source) for source in _SOURCES if source.suffix == ".c"),
+            "-o",
+            str(made),
+            "-lm",
+        ]
         subprocess.run(command, capture_output=True, check=True, text=True, timeout=_COMPILE_TIMEOUT_S)
         made.replace(library)

@@ -5,23 +5,22 @@
 // [panels][K / 2][LANES][2]. A tile computes up to MAX_ROWS rows of two panels in registers, so that weights are read
 // from memory once for so many rows, and one row's sums are made in the same order in every batch.
 
-#include <stdint.h>
+#include "native.h"
 
 #ifndef __AVX512BF16__
 
 int softprompt_has_linear(void) { return 0; }
 
-void softprompt_linear(void) {}
+void softprompt_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
+                       int64_t rows, int64_t x_row, int64_t columns, int64_t pairs, int activation, int gated,
+                       int num_threads) {}
 
 #else
 
 #include <immintrin.h>
 
-enum { LANES = 16, PANELS = 2, MAX_ROWS = 12 };
+enum { PANELS = 2, MAX_ROWS = 12 };
 enum { IDENTITY = 0, SILU = 1, GELU_TANH = 2 };
-
-// Below so many multiplications, waking another thread costs more than it saves.
-static const int64_t PARALLEL_WORK = 150000;
 
 int softprompt_has_linear(void) { return 1; }
 
@@ -61,15 +60,20 @@ static inline __m512 activate(__m512 x, int activation) {
     return _mm512_div_ps(x, _mm512_add_ps(one, e));
 }
 
-static inline void put(uint16_t *out, __m512 sums, int64_t columns) {
+static inline void put(uint16_t *out, const uint16_t *addend, __m512 sums, int64_t columns) {
     if (columns <= 0) return;
     __mmask16 mask = columns < LANES ? (__mmask16)((1u << columns) - 1) : (__mmask16)0xffff;
+    if (addend) {
+        __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, addend));
+        sums = _mm512_add_ps(sums, (__m512)_mm512_slli_epi32(wide, 16));
+    }
     _mm256_mask_storeu_epi16(out, mask, (__m256i)_mm512_cvtneps_pbh(sums));
 }
 
 // `rows` is a number the compiler knows, so the sums stay in registers.
 static inline __attribute__((always_inline)) void tile(int rows, const uint16_t *x, int64_t x_row, const Panels *w,
-                                                       uint16_t *out, int64_t out_row, int64_t columns) {
+                                                       uint16_t *out, const uint16_t *addend, int64_t out_row,
+                                                       int64_t columns) {
     __m512 sums[MAX_ROWS][PANELS];
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++)
@@ -93,19 +97,22 @@ static inline __attribute__((always_inline)) void tile(int rows, const uint16_t 
     for (int m = 0; m < rows; m++) {
         for (int v = 0; v < PANELS && w->bias; v++)
             sums[m][v] = _mm512_add_ps(sums[m][v], _mm512_loadu_ps(w->bias + v * LANES));
+        uint16_t *to = out + m * out_row;
+        const uint16_t *plus = addend ? addend + m * out_row : 0;
         if (w->gated) {
-            put(out + m * out_row, _mm512_mul_ps(activate(sums[m][0], w->activation), sums[m][1]), columns);
+            put(to, plus, _mm512_mul_ps(activate(sums[m][0], w->activation), sums[m][1]), columns);
         } else {
-            put(out + m * out_row, activate(sums[m][0], w->activation), columns);
-            put(out + m * out_row + LANES, activate(sums[m][1], w->activation), columns - LANES);
+            put(to, plus, activate(sums[m][0], w->activation), columns);
+            put(to + LANES, plus ? plus + LANES : 0, activate(sums[m][1], w->activation), columns - LANES);
         }
     }
 }
 
-// out [rows, columns] = act(x [rows, K] @ w.T + bias); gated: act(x @ gate.T + bias) * (x @ up.T + bias), where gate's
+// out [rows, columns] = act(x [rows, K] @ w.T + bias) + addend (like out, or NULL); gated: act(x @ gate.T + bias) * (x @ up.T + bias), where gate's
 // and up's panels take turns. The weights' columns, and the bias in float32, are padded to pairs of panels.
-void softprompt_linear(void *out, const void *x, const void *weights, const float *bias, int64_t rows, int64_t x_row,
-                       int64_t columns, int64_t pairs, int activation, int gated, int num_threads) {
+void softprompt_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
+                       int64_t rows, int64_t x_row, int64_t columns, int64_t pairs, int activation, int gated,
+                       int num_threads) {
     const int64_t width = gated ? LANES : PANELS * LANES, panel = pairs * 2 * LANES;
     const int64_t groups = (columns + width - 1) / width, blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
     const int64_t work = rows * groups * PANELS * LANES * pairs * 2;
@@ -117,13 +124,15 @@ void softprompt_linear(void *out, const void *x, const void *weights, const floa
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t start = rows * block / blocks, count = rows * (block + 1) / blocks - start;
             const uint16_t *from = (const uint16_t *)x + start * x_row;
-            uint16_t *to = (uint16_t *)out + start * columns + group * width;
+            const int64_t place = start * columns + group * width;
+            uint16_t *to = (uint16_t *)out + place;
+            const uint16_t *plus = addend ? (const uint16_t *)addend + place : 0;
             const int64_t rest = columns - group * width;
             // The first pass over a group is bound by memory; the last one has time to fetch the next group.
             w.next = w.weights + (blocks > 1 && block == blocks - 1 && group + 1 < groups ? PANELS * panel : 0);
             switch (count) {
 #define CASE(n) \
-    case n: tile(n, from, x_row, &w, to, columns, rest); break;
+    case n: tile(n, from, x_row, &w, to, plus, columns, rest); break;
                 CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
                 CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE

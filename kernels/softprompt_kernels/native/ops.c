@@ -2,16 +2,13 @@
 // Plain C for any compiler with OpenMP; the compiler vectorises the inner loops. Sums and softmax in float32.
 // Bounds, shapes and dtypes are the caller's duty: see __init__.py.
 
+#include "native.h"
+
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { FLOAT32 = 0, BFLOAT16 = 1 };
-enum { LANES = 16, MAX_VECTORS = 16, MAX_HEADS = 4 };
-
-// Below so many multiplications, waking another thread costs more than it saves.
-static const int64_t PARALLEL_WORK = 150000;
+enum { MAX_VECTORS = 16, MAX_HEADS = 4 };
 
 static inline float from_bf16(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;

@@ -51,6 +51,7 @@ _WINDOW = 24
 TINY_CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": transformers.LlamaConfig(**_GQA),
     "mistral": transformers.MistralConfig(**_GQA, sliding_window=_WINDOW),
+    "qwen2": transformers.Qwen2Config(**_GQA),
     "qwen3": transformers.Qwen3Config(**_GQA, head_dim=16),
     "gemma2": transformers.Gemma2Config(
         **{**_GQA, "num_hidden_layers": 4},

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from softprompt_inference.model.swaps import activation, gated, linears, norms, rotary
+from softprompt_inference.model.swaps import activation, gated, layers, linears, norms, rotary
 from softprompt_inference.model.swaps.verify import Swap, verify
 
 _log = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ def apply_swaps(model: nn.Module, run: Callable[[], object]) -> None:
         ("activations", lambda: activation.find(model)),
         ("gated MLPs", lambda: gated.find(model)),
         ("linears", lambda: linears.find(model, run)),
+        ("decoder layers", lambda: layers.find(model)),
     )
     for kind, find in finders:
         swaps = find()

@@ -127,12 +127,20 @@ def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
     return linear
 
 
+def product_of(linears: Sequence[nn.Module]) -> nn.Module | None:
+    """The product whose columns are these linears' results, side by side in this order; None: there is none."""
+    merged = [linear for linear in linears if isinstance(linear, MergedLinear)]
+    if len(merged) != len(linears) or not merged[0].is_whole(merged):
+        return None
+    return merged[0].product
+
+
 class _SharedProduct:
     """One product for several linears; holds its result until each but the first has taken its part."""
 
     def __init__(self, product: nn.Module, widths: Sequence[int]) -> None:
         self.product = product
-        self._widths = list(widths)
+        self.widths = list(widths)
         self._input: Tensor | None = None
         self._parts: dict[int, Tensor] = {}
 
@@ -140,7 +148,7 @@ class _SharedProduct:
         """x [..., in] → the columns of linear `index`: [..., widths[index]]"""
         if x is not self._input or index not in self._parts:
             self._input = x
-            self._parts = dict(enumerate(self.product(x).split(self._widths, dim=-1)))
+            self._parts = dict(enumerate(self.product(x).split(self.widths, dim=-1)))
         part = self._parts.pop(index)
         if not self._parts:
             self._input = None
@@ -156,6 +164,11 @@ class MergedLinear(nn.Module):
             self.product = shared.product
         self._shared = shared
         self._index = index
+
+    def is_whole(self, linears: Sequence["MergedLinear"]) -> bool:
+        """Whether these are all that share this one's product, in the order of its columns."""
+        shared = all(linear._shared is self._shared for linear in linears)
+        return shared and [linear._index for linear in linears] == list(range(len(self._shared.widths)))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]"""

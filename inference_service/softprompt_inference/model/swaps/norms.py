@@ -37,7 +37,7 @@ _LAYER_ARGUMENTS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Norm:
+class Norm:
     """An RMS norm as it was seen at work."""
 
     module: nn.Module
@@ -54,7 +54,7 @@ def find(model: nn.Module, *, everywhere: bool = False) -> list[Swap]:
         everywhere: layers also on a CPU without native kernels, where a sum costs the same with its norm and
             without.
     """
-    norms = {name: norm for name, module in model.named_modules() if (norm := _recognise(module)) is not None}
+    norms = {name: norm for name, module in model.named_modules() if (norm := recognise(module)) is not None}
     swaps = [_swap_norm(name, norm) for name, norm in norms.items()]
     for name, layer in model.named_modules():
         norm = norms.get(f"{name}.post_attention_layernorm")
@@ -65,7 +65,8 @@ def find(model: nn.Module, *, everywhere: bool = False) -> list[Swap]:
     return swaps
 
 
-def _recognise(module: nn.Module) -> _Norm | None:
+def recognise(module: nn.Module) -> Norm | None:
+    """The RMS norm that this module is, by what it answers; None: it is something else."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     named_so = type(module).__name__.endswith("RMSNorm")
@@ -83,10 +84,10 @@ def _recognise(module: nn.Module) -> _Norm | None:
     unit_offset = errors[True] < errors[False]
     if not errors[unit_offset] < _ALIKE:
         return None
-    return _Norm(module=module, weight=weight, eps=eps, unit_offset=unit_offset)
+    return Norm(module=module, weight=weight, eps=eps, unit_offset=unit_offset)
 
 
-def _swap_norm(name: str, norm: _Norm) -> Swap:
+def _swap_norm(name: str, norm: Norm) -> Swap:
     module, weight = norm.module, norm.weight
     original: Callable[[Tensor], Tensor] = module.forward
 
@@ -103,7 +104,7 @@ def _swap_norm(name: str, norm: _Norm) -> Swap:
     return swap_forward(module, forward, name=f"rmsnorm {name}", run=run)
 
 
-def _is_llama_shaped(layer: nn.Module, norm: _Norm) -> bool:
+def _is_llama_shaped(layer: nn.Module, norm: Norm) -> bool:
     """Whether the layer is norm, attention, sum, norm, MLP, sum; only what it computes can tell."""
     parts = ("input_layernorm", "self_attn", "mlp")
     if not all(isinstance(getattr(layer, part, None), nn.Module) for part in parts):
@@ -112,7 +113,7 @@ def _is_llama_shaped(layer: nn.Module, norm: _Norm) -> bool:
         return False
     try:
         expected, actual = (
-            _run_layer(layer, forward, norm, Generator().manual_seed(_SEED))
+            run_layer(layer, forward, norm, Generator().manual_seed(_SEED))
             for forward in (layer.forward, partial(_layer_forward, layer, norm))
         )
         return relative_error(actual, expected) < _ALIKE
@@ -121,7 +122,7 @@ def _is_llama_shaped(layer: nn.Module, norm: _Norm) -> bool:
         return False
 
 
-def _layer_forward(layer: Any, norm: _Norm, hidden_states: Tensor, **others: Any) -> Tensor:
+def _layer_forward(layer: Any, norm: Norm, hidden_states: Tensor, **others: Any) -> Tensor:
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **others)
     normed, residual = add_rms_norm(
         attended, hidden_states, norm.weight, eps=norm.eps, unit_offset=norm.unit_offset
@@ -129,22 +130,39 @@ def _layer_forward(layer: Any, norm: _Norm, hidden_states: Tensor, **others: Any
     return residual + layer.mlp(normed)  # type: ignore[no-any-return]
 
 
-def _run_layer(layer: Any, forward: Callable[..., Tensor], norm: _Norm, generator: Generator) -> Tensor:
-    """Without a past, on random hidden states and rotary tables."""
+def is_fused(layer: Any) -> bool:
+    """Whether a layer is of Llama's shape, and its residual sum was found to go with its norm."""
+    forward = getattr(layer, "__dict__", {}).get("forward")
+    return isinstance(forward, partial) and forward.func is _layer_forward
+
+
+def run_layer(
+    layer: Any,
+    forward: Callable[..., Tensor],
+    norm: Norm,
+    generator: Generator,
+    recorder: CallRecorder | None = None,
+) -> Tensor:
+    """A layer's answer without a past, on random hidden states and rotary tables.
+
+    Args:
+        forward: of the layer, or in its place.
+        recorder: notes the call for attention.
+    """
     head_dim = layer.self_attn.head_dim
     hidden_states = random_like(norm.weight, 1, _NUM_TOKENS, norm.weight.shape[0], generator=generator)
     cos, sin = (random_like(norm.weight, 1, _NUM_TOKENS, head_dim, generator=generator) for _ in range(2))
-    attach(layer.self_attn, CallRecorder())
+    attach(layer.self_attn, recorder or CallRecorder())
     try:
         return forward(hidden_states, position_embeddings=(cos, sin), attention_mask=None)
     finally:
         detach(layer.self_attn)
 
 
-def _swap_layer(name: str, layer: nn.Module, norm: _Norm) -> Swap:
+def _swap_layer(name: str, layer: nn.Module, norm: Norm) -> Swap:
     return swap_forward(
         layer,
         partial(_layer_forward, layer, norm),
         name=f"residual and rmsnorm {name}",
-        run=lambda generator: _run_layer(layer, layer.forward, norm, generator),
+        run=lambda generator: run_layer(layer, layer.forward, norm, generator),
     )

@@ -36,12 +36,12 @@ class NativeLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self._packed = native.pack_linear(weight.detach())
-        self._bias = None if bias is None else native.pack_bias(bias.detach())
+        self.packed = native.pack_linear(weight.detach())
+        self.bias = None if bias is None else native.pack_bias(bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]"""
-        return native.linear(x, self._packed, self._bias, columns=self.out_features)
+        return native.linear(x, self.packed, self.bias, columns=self.out_features)
 
 
 class NativeGate(nn.Module):
@@ -54,15 +54,15 @@ class NativeGate(nn.Module):
 
     def __init__(self, gate: nn.Linear, up: nn.Linear, activation: str) -> None:
         super().__init__()
-        self._columns = gate.out_features
-        self._activation = activation
-        self._packed = native.pack_gated(gate.weight.detach(), up.weight.detach())
-        self._bias = None if gate.bias is None else native.pack_gated_bias(gate.bias.detach(), up.bias.detach())
+        self.out_features = gate.out_features
+        self.activation = activation
+        self.packed = native.pack_gated(gate.weight.detach(), up.weight.detach())
+        self.bias = None if gate.bias is None else native.pack_gated_bias(gate.bias.detach(), up.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]"""
         return native.linear(
-            x, self._packed, self._bias, columns=self._columns, activation=self._activation, gated=True
+            x, self.packed, self.bias, columns=self.out_features, activation=self.activation, gated=True
         )
 
 

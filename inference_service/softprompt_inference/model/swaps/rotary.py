@@ -50,6 +50,14 @@ def find(model: nn.Module, *, everywhere: bool = False) -> list[Swap]:
     return swaps
 
 
+def is_replaced(module: nn.Module) -> bool:
+    """Whether this attention module turns queries and keys by the kernel, half-split."""
+    function = getattr(module.__dict__.get("forward"), "__func__", None)
+    return isinstance(function, types.FunctionType) and (
+        getattr(function.__globals__.get(_FUNCTION), "__module__", None) == __name__
+    )
+
+
 def _calls_rotary(function: types.FunctionType) -> bool:
     return _FUNCTION in function.__code__.co_names and callable(function.__globals__.get(_FUNCTION))
 

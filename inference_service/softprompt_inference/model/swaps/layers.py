@@ -1,0 +1,106 @@
+"""Decoder layers of Llama's shape on CPUs: all but the attention in two calls, once the parts have been replaced.
+
+Between small products, most of a layer's time goes from one Python call to the next.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from softprompt_kernels.native.layer import DecoderLayer, LinearWeights, NormWeights
+from torch import Generator, Tensor, nn
+
+from softprompt_inference.model.attention import AttentionCall, CallRecorder, attend
+from softprompt_inference.model.swaps import norms, rotary
+from softprompt_inference.model.swaps.forward import swap_forward
+from softprompt_inference.model.swaps.gated import GatedMLP
+from softprompt_inference.model.swaps.linears import product_of
+from softprompt_inference.model.swaps.packed import NativeGate, NativeLinear
+from softprompt_inference.model.swaps.verify import Swap
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_SEED = 1
+
+
+@torch.inference_mode()
+def find(model: nn.Module) -> list[Swap]:
+    """The layers whose every part is one of ours already."""
+    swaps = []
+    for name, layer in model.named_modules():
+        found = _recognise(layer)
+        if found is not None:
+            swaps.append(_swap(name, layer, *found))
+    return swaps
+
+
+def _recognise(layer: Any) -> tuple[DecoderLayer, AttentionCall, norms.Norm] | None:
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    if not isinstance(attention, nn.Module) or not isinstance(mlp, GatedMLP) or not norms.is_fused(layer):
+        return None
+    if {name for name, _ in attention.named_children()} != {*_PROJECTIONS, "o_proj"}:
+        return None
+    qkv = product_of([getattr(attention, name) for name in _PROJECTIONS])
+    parts = (qkv, attention.o_proj, mlp.down)
+    if not all(isinstance(part, NativeLinear) for part in parts) or not isinstance(mlp.product, NativeGate):
+        return None
+    before, between = (norms.recognise(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
+    if before is None or between is None or not rotary.is_replaced(attention):
+        return None
+    recorder = CallRecorder()
+    norms.run_layer(layer, layer.forward, between, Generator().manual_seed(_SEED), recorder)
+    [(_, call)] = recorder.calls
+    fused = DecoderLayer(
+        norms=(_norm(before), _norm(between)),
+        qkv=_linear(qkv),
+        out=_linear(attention.o_proj),
+        gated=_linear(mlp.product),
+        down=_linear(mlp.down),
+        activation=mlp.product.activation,
+        num_heads=call.q.shape[1],
+        num_kv_heads=call.k.shape[1],
+        head_dim=call.q.shape[2],
+    )
+    return fused, call, between
+
+
+def _norm(norm: norms.Norm) -> NormWeights:
+    return NormWeights(weight=norm.weight, eps=norm.eps, unit_offset=norm.unit_offset)
+
+
+def _linear(part: Any) -> LinearWeights:
+    return LinearWeights(packed=part.packed, bias=part.bias, columns=part.out_features)
+
+
+def _make_forward(
+    layer: Any, fused: DecoderLayer, call: AttentionCall, original: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    attention, head_dim = layer.self_attn, call.q.shape[2]
+
+    def forward(
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """hidden_states [1, T, hidden], cos and sin [1, T, D]; anything else goes the original's way."""
+        plain = attention_mask is None and hidden_states.shape[0] == 1 and hidden_states.is_contiguous()
+        if not plain or position_embeddings is None or position_embeddings[0].shape[2] != head_dim:
+            return original(
+                hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **others
+            )
+        hidden, (cos, sin) = hidden_states[0], position_embeddings
+        q, k, v = fused.before(hidden, cos[0], sin[0])
+        attended = attend(attention, replace(call, q=q, k=k, v=v))
+        return fused.after(attended.contiguous(), hidden)[None]
+
+    return forward
+
+
+def _swap(name: str, layer: Any, fused: DecoderLayer, call: AttentionCall, norm: norms.Norm) -> Swap:
+    return swap_forward(
+        layer,
+        _make_forward(layer, fused, call, layer.forward),
+        name=f"decoder layer {name}",
+        run=lambda generator: norms.run_layer(layer, layer.forward, norm, generator),
+    )

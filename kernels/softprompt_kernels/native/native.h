@@ -1,0 +1,30 @@
+// What the sources beside this file share.
+
+#ifndef SOFTPROMPT_NATIVE_H
+#define SOFTPROMPT_NATIVE_H
+
+#include <stdint.h>
+
+enum { FLOAT32 = 0, BFLOAT16 = 1 };
+enum { LANES = 16 };
+
+// Below so many multiplications, waking another thread costs more than it saves.
+static const int64_t PARALLEL_WORK = 150000;
+
+int softprompt_rms_norm(void *out, void *sum, const void *x, const void *residual, const void *weight, int64_t outer,
+                        int64_t inner, int64_t size, int64_t x_outer_stride, int64_t x_inner_stride,
+                        int64_t residual_outer_stride, int64_t residual_inner_stride, int dtype, int unit_offset,
+                        float eps, int num_threads);
+
+void softprompt_rope(void *q_out, void *k_out, const void *q, const void *k, const void *cosines, const void *sines,
+                     int64_t n, int64_t q_row_stride, int64_t q_head_stride, int64_t k_row_stride,
+                     int64_t k_head_stride, int64_t cos_stride, int64_t sin_stride, int num_heads, int num_kv_heads,
+                     int dim, int dtype, int table_dtype, int num_threads);
+
+int softprompt_has_linear(void);
+
+void softprompt_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
+                       int64_t rows, int64_t x_row, int64_t columns, int64_t pairs, int activation, int gated,
+                       int num_threads);
+
+#endif
