@@ -19,9 +19,9 @@ __all__ = [
     "CannotCompile",
     "is_loaded",
     "kv_write",
-    "library",
     "linear",
     "load",
+    "loaded",
     "pack_bias",
     "pack_gated",
     "pack_gated_bias",
@@ -76,7 +76,7 @@ def unload() -> None:
     _library = None
 
 
-def library() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
     """The kernels in use."""
     assert _library is not None, "no kernels are loaded"
     return _library

@@ -100,7 +100,7 @@ class DecoderLayer:
         k = torch.empty(rows, num_kv_heads, dim, dtype=torch.bfloat16)
         qkv = torch.empty(rows, self._columns[0], dtype=torch.bfloat16)
         normed = torch.empty_like(hidden)
-        failed = native.library().softprompt_layer_before(
+        failed = native.loaded().softprompt_layer_before(
             self._pointer,
             q.data_ptr(),
             k.data_ptr(),
@@ -128,7 +128,7 @@ class DecoderLayer:
         rows = len(hidden)
         out, total, normed = (torch.empty_like(hidden) for _ in range(3))
         gated = torch.empty(rows, self._columns[1], dtype=torch.bfloat16)
-        failed = native.library().softprompt_layer_after(
+        failed = native.loaded().softprompt_layer_after(
             self._pointer,
             out.data_ptr(),
             total.data_ptr(),
