@@ -11,7 +11,7 @@ from softprompt_kernels.rope import rope
 from softprompt_kernels.testing import AWKWARD_SIZES, assert_close, poisoned
 
 from tests.kernels import test_rmsnorm, test_rope
-from tests.kernels.test_paged_attention import MIXED, OPTIONS, make_case, plain_answer, run_reference
+from tests.kernels.test_paged_attention import MIXED, OPTIONS, Case, make_case, plain_answer, run_reference
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -37,6 +37,66 @@ def test_heads_of_any_size_in_groups_of_any_size(
 ) -> None:
     case = make_case([(1, 40), (1, 3)], num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
     assert_close(run_reference(case, scale=0.1), plain_answer(case, scale=0.1))
+
+
+def _needs_chunks(case: Case) -> None:
+    if not native.supports_chunks(case.keys):
+        pytest.skip("this processor does not multiply pairs of bfloat16")
+
+
+CHUNKS = [(1, 5), (5, 5), (3, 40), (64, 64), (33, 200), (70, 131), (2, 18), (16, 90)]
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 2), (9, 3), (6, 1), (15, 1)])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 256])
+@pytest.mark.parametrize("sliding_window", [None, 1, 7, 40])
+def test_chunks_of_any_size(
+    native_kernels: None, num_heads: int, num_kv_heads: int, head_dim: int, sliding_window: int | None
+) -> None:
+    case = make_case(
+        CHUNKS,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=torch.bfloat16,
+        page_size=5,
+    )
+    _needs_chunks(case)
+    options = {"scale": head_dim**-0.5, "sliding_window": sliding_window}
+    assert_close(run_reference(case, **options), plain_answer(case, **options))
+
+
+def test_chunks_on_several_threads_answer_as_on_one(native_kernels: None) -> None:
+    case = make_case([(100, 300)], num_heads=9, num_kv_heads=3, head_dim=64, dtype=torch.bfloat16)
+    _needs_chunks(case)
+    answers = []
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        try:
+            answers.append(run_reference(case, scale=0.125))
+        finally:
+            torch.set_num_threads(threads)
+    assert torch.equal(*answers)
+
+
+def test_scores_of_any_size_and_nan_in_chunks(native_kernels: None) -> None:
+    case = make_case([(4, 30)], dtype=torch.bfloat16)
+    _needs_chunks(case)
+    case.q[0] *= 1e4
+    case.q[1] *= -1e4
+    case.q[2] = float("nan")
+    out = run_reference(case, scale=1.0)
+    kept = [0, 1, 3]
+    assert_close(out[kept], plain_answer(case, scale=1.0)[kept])
+    assert out[2].isnan().all()
+
+
+def test_what_chunks_of_our_own_cannot_do_is_left_to_torch(native_kernels: None) -> None:
+    for head_dim, dtype in ((24, torch.bfloat16), (32, torch.float32)):
+        case = make_case([(5, 40)], head_dim=head_dim, dtype=dtype)
+        assert not native.supports_chunks(case.keys)
+        assert_close(run_reference(case, scale=0.2), plain_answer(case, scale=0.2))
 
 
 def test_queries_may_lie_heads_first(native_kernels: None) -> None:

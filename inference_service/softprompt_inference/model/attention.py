@@ -155,13 +155,17 @@ class StepBatch:
     query_start: Tensor
     context_lens: Tensor
     page_size: int
-    plans: dict[tuple[int | None, bool], Plan] = field(default_factory=dict)
+    plans: dict[tuple[int | None, bool, bool], Plan] = field(default_factory=dict)
 
-    def plan(self, window: int | None, keys: Tensor) -> Plan | None:
-        """The CPU path's plan for layers with this window, made for the first of them; None on a GPU."""
+    def plan(self, window: int | None, keys: Tensor, *, is_plain: bool) -> Plan | None:
+        """The CPU path's plan for layers with this window, made for the first of them; None on a GPU.
+
+        Args:
+            is_plain: neither softcap nor sinks.
+        """
         if self.slots.device.type != "cpu":
             return None
-        key = (window, native.supports(keys))
+        key = (window, native.supports(keys), is_plain and native.supports_chunks(keys))
         if key not in self.plans:
             self.plans[key] = plan_paged_attention(
                 self.page_table,
@@ -171,6 +175,7 @@ class StepBatch:
                 dtype=keys.dtype,
                 sliding_window=window,
                 has_native=key[1],
+                has_native_chunks=key[2],
             )
         return self.plans[key]
 
@@ -234,7 +239,7 @@ class PagedLayer:
             sliding_window=call.sliding_window,
             softcap=call.softcap,
             sinks=call.sinks,
-            plan=batch.plan(call.sliding_window, self._keys),
+            plan=batch.plan(call.sliding_window, self._keys, is_plain=call.softcap is None and call.sinks is None),
         ).to(call.q.dtype)
 
 

@@ -1,7 +1,7 @@
 """CPU kernels in C, used where `load` could compile them; without them torch's operations do the same.
 
-`ops.c` and `linear.c` are plain C over pointers: every shape, dtype and stride is checked here or by the operation
-that calls.
+They are plain C over pointers: every shape, dtype and stride is checked here or by the operation that calls. `ops.c`
+is for any processor; `linear.c`, `chunk.c` and `layer.c` are for those that multiply pairs of bfloat16 themselves.
 """
 
 import ctypes
@@ -26,10 +26,12 @@ __all__ = [
     "pack_gated",
     "pack_gated_bias",
     "pack_linear",
+    "paged_chunk",
     "paged_decode",
     "rms_norm",
     "rope",
     "supports",
+    "supports_chunks",
     "supports_linear",
     "supports_rows",
     "unload",
@@ -63,6 +65,8 @@ def load(cache_dir: Path) -> None:
     library.softprompt_has_linear.restype = c_int
     library.softprompt_linear.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 3]
     library.softprompt_linear.restype = None
+    library.softprompt_paged_chunk.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 5, c_float, c_int]
+    library.softprompt_paged_chunk.restype = c_int
     library.softprompt_layer_before.argtypes = [*[c_void_p] * 8, *[c_int64] * 3, c_int, c_int]
     library.softprompt_layer_before.restype = c_int
     library.softprompt_layer_after.argtypes = [*[c_void_p] * 7, c_int64, c_int]
@@ -90,6 +94,16 @@ def is_loaded() -> bool:
 def supports(keys: Tensor) -> bool:
     """Whether kernels are loaded that can work on such pages [P, page_size, Hkv, D]."""
     return supports_rows(keys) and keys.shape[3] <= MAX_HEAD_DIM and keys.is_contiguous()
+
+
+def supports_chunks(keys: Tensor) -> bool:
+    """Whether kernels are loaded for several queries of one sequence over such pages."""
+    return supports(keys) and keys.dtype == torch.bfloat16 and keys.shape[3] % 32 == 0 and _has_tiles()
+
+
+def _has_tiles() -> bool:
+    """Whether this processor multiplies pairs of bfloat16."""
+    return _library is not None and bool(_library.softprompt_has_linear())
 
 
 def supports_rows(x: Tensor) -> bool:
@@ -146,6 +160,47 @@ def paged_decode(
     )
     if failed:
         raise MemoryError("attention found no memory for its scores")
+
+
+def paged_chunk(
+    out: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Tensor,
+    context: int,
+    *,
+    scale: float,
+    sliding_window: int | None,
+) -> None:
+    """Attention of the newest tokens of one sequence; arguments as in `softprompt_kernels.paged_attention` and
+
+    out      [t, H, D]   contiguous; written
+    q        [t, H, D]   of the newest t tokens
+    pages    [m] int32   of the sequence
+    context              its length with those tokens
+    """
+    assert _library is not None
+    failed = _library.softprompt_paged_chunk(
+        out.data_ptr(),
+        q.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        pages.data_ptr(),
+        len(q),
+        context,
+        q.stride(0),
+        q.stride(1),
+        q.shape[1],
+        keys.shape[2],
+        keys.shape[3],
+        keys.shape[1],
+        sliding_window or 0,
+        scale,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("attention found no memory for a context")
 
 
 def kv_write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -240,7 +295,7 @@ def supports_linear(weight: Tensor) -> bool:
     """Whether kernels are loaded, and this processor has the instructions, for such weights [out, in]."""
     if _library is None or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return False
-    return weight.shape[1] % 2 == 0 and bool(_library.softprompt_has_linear())
+    return weight.shape[1] % 2 == 0 and _has_tiles()
 
 
 def pack_linear(weight: Tensor) -> Tensor:

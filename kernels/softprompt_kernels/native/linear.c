@@ -1,9 +1,8 @@
 // Products with bfloat16 weights that were laid out once, for processors that multiply pairs of bfloat16 themselves
 // (AVX512-BF16). Elsewhere `softprompt_has_linear` says no, and oneDNN does it.
 //
-// Weights come in panels of LANES columns; a panel holds, for each pair of rows of x's elements, one register:
-// [panels][K / 2][LANES][2]. A tile computes up to MAX_ROWS rows of two panels in registers, so that weights are read
-// from memory once for so many rows, and one row's sums are made in the same order in every batch.
+// A tile computes up to MAX_ROWS rows of two panels in registers, so that weights are read from memory once for so many
+// rows, and one row's sums are made in the same order in every batch.
 
 #include "native.h"
 
@@ -17,9 +16,8 @@ void softprompt_linear(void *out, const void *x, const void *weights, const floa
 
 #else
 
-#include <immintrin.h>
+#include "tile.h"
 
-enum { PANELS = 2, MAX_ROWS = 12 };
 enum { IDENTITY = 0, SILU = 1, GELU_TANH = 2 };
 
 int softprompt_has_linear(void) { return 1; }
@@ -27,26 +25,10 @@ int softprompt_has_linear(void) { return 1; }
 typedef struct {
     const uint16_t *weights;  // of these two panels
     const float *bias;        // of these two panels, or NULL
-    int64_t panel, pairs;     // elements of a panel; K / 2
+    int64_t pairs;            // K / 2
     const uint16_t *next;     // is fetched into the cache meanwhile
     int activation, gated;
 } Panels;
-
-// e^x, relative error below 3e-7, by the same reduction as in ops.c; infinity from 89 on, and a NaN stays one.
-static inline __m512 exp_of(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), _mm512_min_ps(_mm512_set1_ps(89.0f), x));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 720);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
-}
 
 // SiLU is x * sigmoid(x); GELU by tanh is x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3).
 static inline __m512 activate(__m512 x, int activation) {
@@ -75,24 +57,7 @@ static inline __attribute__((always_inline)) void tile(int rows, const uint16_t 
                                                        uint16_t *out, const uint16_t *addend, int64_t out_row,
                                                        int64_t columns) {
     __m512 sums[MAX_ROWS][PANELS];
-#pragma GCC unroll 12
-    for (int m = 0; m < rows; m++)
-        for (int v = 0; v < PANELS; v++) sums[m][v] = _mm512_setzero_ps();
-    const uint16_t *first = w->weights, *second = w->weights + w->panel, *next = w->next;
-    for (int64_t k = 0; k < w->pairs; k++) {
-        __m512bh a = (__m512bh)_mm512_loadu_si512(first + k * 2 * LANES);
-        __m512bh b = (__m512bh)_mm512_loadu_si512(second + k * 2 * LANES);
-        _mm_prefetch((const char *)(next + k * 2 * LANES), _MM_HINT_T0);
-        _mm_prefetch((const char *)(next + w->panel + k * 2 * LANES), _MM_HINT_T0);
-#pragma GCC unroll 12
-        for (int m = 0; m < rows; m++) {
-            int32_t pair;
-            __builtin_memcpy(&pair, x + m * x_row + 2 * k, sizeof pair);
-            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-            sums[m][0] = _mm512_dpbf16_ps(sums[m][0], both, a);
-            sums[m][1] = _mm512_dpbf16_ps(sums[m][1], both, b);
-        }
-    }
+    multiply(rows, sums, x, x_row, w->weights, w->pairs, w->next);
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++) {
         for (int v = 0; v < PANELS && w->bias; v++)
@@ -118,7 +83,7 @@ void softprompt_linear(void *out, const void *x, const void *weights, const floa
     const int64_t work = rows * groups * PANELS * LANES * pairs * 2;
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && work > PARALLEL_WORK)
     for (int64_t group = 0; group < groups; group++) {
-        Panels w = {.panel = panel, .pairs = pairs, .activation = activation, .gated = gated};
+        Panels w = {.pairs = pairs, .activation = activation, .gated = gated};
         w.weights = (const uint16_t *)weights + group * PANELS * panel;
         w.bias = bias ? bias + group * PANELS * LANES : 0;
         for (int64_t block = 0; block < blocks; block++) {
@@ -133,8 +98,7 @@ void softprompt_linear(void *out, const void *x, const void *weights, const floa
             switch (count) {
 #define CASE(n) \
     case n: tile(n, from, x_row, &w, to, plus, columns, rest); break;
-                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-                CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+                FOR_ROWS(CASE)
 #undef CASE
             }
         }

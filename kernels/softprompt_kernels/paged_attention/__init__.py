@@ -78,6 +78,7 @@ def paged_attention(
             dtype=q.dtype,
             sliding_window=sliding_window,
             has_native=native.supports(keys),
+            has_native_chunks=native.supports_chunks(keys) and softcap is None and sinks is None,
         )
     out = _reference(q, keys, values, plan, scale=scale, softcap=softcap, sinks=sinks)
     if plan.decodes is not None:
@@ -94,6 +95,17 @@ def paged_attention(
             sliding_window=sliding_window,
             softcap=softcap,
             sinks=sinks,
+        )
+    for chunk in plan.chunks:
+        native.paged_chunk(
+            out[chunk.start : chunk.stop],
+            q[chunk.start : chunk.stop],
+            keys,
+            values,
+            page_table[chunk.sequence],
+            chunk.context,
+            scale=scale,
+            sliding_window=sliding_window,
         )
     return out
 

@@ -3,7 +3,7 @@
 What depends on lengths and page ids alone (which pages to gather, which positions a query sees) is a `Plan`, made
 once per step and shared by all layers. Sequences with one query each (decodes) are answered together, one gather
 and one product per bucket of similar lengths, or by a native kernel where there is one; a sequence with more
-queries is answered alone.
+queries is answered alone, and so it is by a native kernel.
 """
 
 from dataclasses import dataclass
@@ -42,11 +42,28 @@ class Decodes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NativeChunk:
+    """A sequence of several queries that a native kernel answers.
+
+    Attributes:
+        sequence: which it is.
+        start, stop: its rows in q and out.
+        context: its length.
+    """
+
+    sequence: int
+    start: int
+    stop: int
+    context: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """How to answer one step for one sliding window."""
 
     groups: tuple[Group, ...]
     decodes: Decodes | None = None
+    chunks: tuple[NativeChunk, ...] = ()
 
 
 def plan_paged_attention(
@@ -58,18 +75,23 @@ def plan_paged_attention(
     dtype: torch.dtype,
     sliding_window: int | None = None,
     has_native: bool = False,
+    has_native_chunks: bool = False,
 ) -> Plan:
     """Plan one step; arguments as in `paged_attention`, `dtype` is that of q.
 
     Args:
         has_native: decodes are answered by a native kernel.
+        has_native_chunks: so are sequences of several queries.
     """
     starts, contexts = query_start.tolist(), context_lens.tolist()
     buckets: dict[tuple[int, int], list[int]] = {}
     decodes: list[int] = []
+    chunks: list[NativeChunk] = []
     for i, context_len in enumerate(contexts):
         num_queries = starts[i + 1] - starts[i]
-        if num_queries > 1:
+        if num_queries > 1 and has_native_chunks:
+            chunks.append(NativeChunk(sequence=i, start=starts[i], stop=starts[i + 1], context=context_len))
+        elif num_queries > 1:
             buckets[(num_queries, -1 - i)] = [i]
         elif num_queries == 1 and has_native:
             decodes.append(i)
@@ -91,9 +113,13 @@ def plan_paged_attention(
             )
         )
     if not decodes:
-        return Plan(groups=tuple(groups))
+        return Plan(groups=tuple(groups), chunks=tuple(chunks))
     sequences = torch.tensor(decodes, dtype=torch.int32)
-    return Plan(groups=tuple(groups), decodes=Decodes(rows=query_start[sequences], sequences=sequences))
+    return Plan(
+        groups=tuple(groups),
+        decodes=Decodes(rows=query_start[sequences], sequences=sequences),
+        chunks=tuple(chunks),
+    )
 
 
 def _plan_group(
@@ -143,7 +169,7 @@ def paged_attention(
 ) -> Tensor:
     """Answer the groups of a planned step; arguments as in `softprompt_kernels.paged_attention`.
 
-    Returns [T, H, D], contiguous; the rows of the plan's decodes are left for the native kernel.
+    Returns [T, H, D], contiguous; the rows of the plan's decodes and chunks are left for the native kernels.
     """
     out = torch.empty(q.shape, dtype=q.dtype)
     for group in plan.groups:
