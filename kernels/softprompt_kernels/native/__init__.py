@@ -1,7 +1,7 @@
 """CPU kernels in C, used where `load` could compile them; without them torch's operations do the same.
 
-They are plain C over pointers: every shape, dtype and stride is checked here or by the operation that calls. `ops.c`
-is for any processor; `linear.c`, `chunk.c` and `layer.c` are for those that multiply pairs of bfloat16 themselves.
+They are plain C over pointers: every shape, dtype and stride is checked here or by the operation that calls.
+`ops.c` is for any processor; the others are for those that multiply pairs of bfloat16 themselves.
 """
 
 import ctypes

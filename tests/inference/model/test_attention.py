@@ -78,9 +78,9 @@ def test_the_scale_defaults_to_that_of_the_head_dimension() -> None:
 def test_layers_with_one_window_share_a_plan() -> None:
     batch = build_step_batch([(0, 6, [0, 1])], page_size=4, device=CPU)
     keys = torch.zeros(2, 4, 2, 8)
-    plan = batch.plan(None, keys)
-    assert batch.plan(None, keys) is plan
-    assert batch.plan(3, keys) is not plan
+    plan = batch.plan(None, keys, is_plain=True)
+    assert batch.plan(None, keys, is_plain=True) is plan
+    assert batch.plan(3, keys, is_plain=True) is not plan
 
 
 def test_every_layer_has_pages_of_its_own() -> None:
