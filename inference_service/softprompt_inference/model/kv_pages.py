@@ -9,7 +9,7 @@ from softprompt_inference.engine.plan import PageCopy
 
 
 class KVPages:
-    """Keys and values of all layers, empty when made.
+    """Keys and values of all layers. What no step has written yet may be anything.
 
     Args:
         shapes: (key heads, head dimension) of each layer, in the layers' order.
@@ -26,9 +26,11 @@ class KVPages:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        # On a CPU, memory that is not written is not taken from others: pages count when they are first used.
+        make = torch.empty if device.type == "cpu" else torch.zeros
         # Layers of one shape: [layers, 2, num_pages, page_size, Hkv, D]. Most models have one shape.
         self._groups = {
-            shape: torch.zeros((shapes.count(shape), 2, num_pages, page_size, *shape), dtype=dtype, device=device)
+            shape: make((shapes.count(shape), 2, num_pages, page_size, *shape), dtype=dtype, device=device)
             for shape in dict.fromkeys(shapes)
         }
         self._places = [(shape, shapes[:layer].count(shape)) for layer, shape in enumerate(shapes)]

@@ -1,5 +1,8 @@
 """Pages of all layers in one piece of memory: each layer has its own, and one copy serves all."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from softprompt_inference.engine.plan import PageCopy
@@ -54,3 +57,13 @@ def test_a_copy_takes_the_first_rows_in_all_layers_and_nothing_else(
     pages.copy([PageCopy(source=source, target=target, num_positions=count) for source, target, count in copies])
     for got, wanted in zip(layers(pages), expected, strict=True):
         assert torch.equal(got, wanted)
+
+
+def test_pages_on_a_cpu_take_memory_when_they_are_written() -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident_bytes()
+    pages = KVPages([(4, 64)] * 8, num_pages=8192, page_size=16, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert pages.layer(7)[1].nbytes == 2**26
+    assert resident_bytes() - before < 2**26
