@@ -13,6 +13,7 @@ import torch
 from softprompt_api.errors import InvalidArgument, Unsupported
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from softprompt_inference.engine.config import EngineConfig
@@ -109,11 +110,21 @@ def load_model(config: EngineConfig, report: Callable[[str], None]) -> LoadedMod
         )
         reference = eager_reference(loaded)
         report("preparing weights")
+        if device.type == "cpu":
+            _leave_file(model)
         apply_swaps(model, lambda: run_once(model))
         check_against_eager(loaded, reference)
     except Unsupported as error:
         raise _unsupported(type(model).__name__, error.message) from error
     return loaded
+
+
+def _leave_file(model: nn.Module) -> None:
+    """Copy the weights that stay as they are. Those of linears will be packed, and then nothing holds the file."""
+    for module in model.modules():
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.clone()
 
 
 def _read_config(model_path: str) -> PreTrainedConfig:

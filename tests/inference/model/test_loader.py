@@ -209,3 +209,11 @@ def test_a_window_that_does_not_reach_the_attention_is_refused(lab: Any, monkeyp
 
 def fields(call: attention.AttentionCall) -> dict[str, Any]:
     return {name: getattr(call, name) for name in call.__slots__}
+
+
+def test_a_cpu_holds_packed_weights_and_no_longer_the_file(lab: Any, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(lab.model("llama"), path)
+    loaded = load(path, dtype="float32")
+    assert not [line for line in Path("/proc/self/maps").read_text().splitlines() if f"{path}/" in line]
+    assert loaded.model.get_input_embeddings().weight.isfinite().all()
