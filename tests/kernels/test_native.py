@@ -275,7 +275,7 @@ def _needs_linear() -> None:
 ACTIVATIONS = {"identity": lambda x: x, "silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
-@pytest.mark.parametrize("rows", [*range(1, 14), 24, 25, 130])
+@pytest.mark.parametrize("rows", [*range(1, 14), 16, 17, 24, 25, 32, 33, 130])
 @pytest.mark.parametrize(("columns", "size"), [(16, 2), (40, 62), (32, 64), (100, 576)])
 def test_products_of_any_size(native_kernels: None, rows: int, columns: int, size: int) -> None:
     _needs_linear()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 _SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 _FLAGS = (
-    *("-std=c11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     # No operation may set errno or trap, so loops can be vectorised; NaN and infinity keep their meaning.
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 )

@@ -1,8 +1,9 @@
 // Products with bfloat16 weights that were laid out once, for processors that multiply pairs of bfloat16 themselves
 // (AVX512-BF16). Elsewhere `softprompt_has_linear` says no, and oneDNN does it.
 //
-// A tile computes up to MAX_ROWS rows of two panels in registers, so that weights are read from memory once for so many
-// rows, and one row's sums are made in the same order in every batch.
+// Up to MAX_ROWS rows of two panels are computed in registers, or up to AMX_ROWS in the tiles of AMX where the processor
+// has them, so that weights are read from memory once for so many rows, and one row's sums are made in the same order in
+// every batch.
 
 #include "native.h"
 
@@ -16,6 +17,7 @@ void softprompt_linear(void *out, const void *x, const void *weights, const floa
 
 #else
 
+#include "amx.h"
 #include "tile.h"
 
 enum { IDENTITY = 0, SILU = 1, GELU_TANH = 2 };
@@ -52,6 +54,21 @@ static inline void put(uint16_t *out, const uint16_t *addend, __m512 sums, int64
     _mm256_mask_storeu_epi16(out, mask, (__m256i)_mm512_cvtneps_pbh(sums));
 }
 
+// One row of two panels: bias, activation, what is added.
+static inline void finish(__m512 a, __m512 b, const Panels *w, uint16_t *out, const uint16_t *addend,
+                          int64_t columns) {
+    if (w->bias) {
+        a = _mm512_add_ps(a, _mm512_loadu_ps(w->bias));
+        b = _mm512_add_ps(b, _mm512_loadu_ps(w->bias + LANES));
+    }
+    if (w->gated) {
+        put(out, addend, _mm512_mul_ps(activate(a, w->activation), b), columns);
+    } else {
+        put(out, addend, activate(a, w->activation), columns);
+        put(out + LANES, addend ? addend + LANES : 0, activate(b, w->activation), columns - LANES);
+    }
+}
+
 // `rows` is a number the compiler knows, so the sums stay in registers.
 static inline __attribute__((always_inline)) void tile(int rows, const uint16_t *x, int64_t x_row, const Panels *w,
                                                        uint16_t *out, const uint16_t *addend, int64_t out_row,
@@ -59,49 +76,67 @@ static inline __attribute__((always_inline)) void tile(int rows, const uint16_t 
     __m512 sums[MAX_ROWS][PANELS];
     multiply(rows, sums, x, x_row, w->weights, w->pairs, w->next);
 #pragma GCC unroll 12
-    for (int m = 0; m < rows; m++) {
-        for (int v = 0; v < PANELS && w->bias; v++)
-            sums[m][v] = _mm512_add_ps(sums[m][v], _mm512_loadu_ps(w->bias + v * LANES));
-        uint16_t *to = out + m * out_row;
-        const uint16_t *plus = addend ? addend + m * out_row : 0;
-        if (w->gated) {
-            put(to, plus, _mm512_mul_ps(activate(sums[m][0], w->activation), sums[m][1]), columns);
-        } else {
-            put(to, plus, activate(sums[m][0], w->activation), columns);
-            put(to + LANES, plus ? plus + LANES : 0, activate(sums[m][1], w->activation), columns - LANES);
-        }
+    for (int m = 0; m < rows; m++)
+        finish(sums[m][0], sums[m][1], w, out + m * out_row, addend ? addend + m * out_row : 0, columns);
+}
+
+static void some_rows(int64_t rows, const uint16_t *x, int64_t x_row, const Panels *w, uint16_t *out,
+                      const uint16_t *addend, int64_t out_row, int64_t columns) {
+    switch (rows) {
+#define CASE(n) \
+    case n: tile(n, x, x_row, w, out, addend, out_row, columns); break;
+        FOR_ROWS(CASE)
+#undef CASE
     }
 }
 
-// out [rows, columns] = act(x [rows, K] @ w.T + bias) + addend (like out, or NULL); gated: act(x @ gate.T + bias) * (x @ up.T + bias), where gate's
-// and up's panels take turns. The weights' columns, and the bias in float32, are padded to pairs of panels.
+static int has_amx;
+__attribute__((constructor)) static void find_amx(void) { has_amx = amx_request(); }
+
+static void amx_rows(int64_t rows, const uint16_t *x, int64_t x_row, const Panels *w, uint16_t *out,
+                     const uint16_t *addend, int64_t out_row, int64_t columns) {
+    float sums[AMX_ROWS][2 * LANES];
+    amx_multiply(rows, sums, x, x_row, w->weights, w->pairs, w->next);
+    for (int64_t m = 0; m < rows; m++)
+        finish(_mm512_loadu_ps(sums[m]), _mm512_loadu_ps(sums[m] + LANES), w, out + m * out_row,
+               addend ? addend + m * out_row : 0, columns);
+}
+
+// out [rows, columns] = act(x [rows, K] @ w.T + bias) + addend (like out, or NULL); gated: act(x @ gate.T + bias) *
+// (x @ up.T + bias), where gate's and up's panels take turns. The weights' columns, and the bias in float32, are padded
+// to pairs of panels.
 void softprompt_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
                        int64_t rows, int64_t x_row, int64_t columns, int64_t pairs, int activation, int gated,
                        int num_threads) {
-    const int64_t width = gated ? LANES : PANELS * LANES, panel = pairs * 2 * LANES;
-    const int64_t groups = (columns + width - 1) / width, blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    const int64_t work = rows * groups * PANELS * LANES * pairs * 2;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && work > PARALLEL_WORK)
-    for (int64_t group = 0; group < groups; group++) {
-        Panels w = {.pairs = pairs, .activation = activation, .gated = gated};
-        w.weights = (const uint16_t *)weights + group * PANELS * panel;
-        w.bias = bias ? bias + group * PANELS * LANES : 0;
-        for (int64_t block = 0; block < blocks; block++) {
-            const int64_t start = rows * block / blocks, count = rows * (block + 1) / blocks - start;
-            const uint16_t *from = (const uint16_t *)x + start * x_row;
-            const int64_t place = start * columns + group * width;
-            uint16_t *to = (uint16_t *)out + place;
-            const uint16_t *plus = addend ? (const uint16_t *)addend + place : 0;
-            const int64_t rest = columns - group * width;
-            // The first pass over a group is bound by memory; the last one has time to fetch the next group.
-            w.next = w.weights + (blocks > 1 && block == blocks - 1 && group + 1 < groups ? PANELS * panel : 0);
-            switch (count) {
-#define CASE(n) \
-    case n: tile(n, from, x_row, &w, to, plus, columns, rest); break;
-                FOR_ROWS(CASE)
-#undef CASE
+    const int64_t width = gated ? LANES : PANELS * LANES, both = pairs * 2 * LANES * PANELS;
+    const int amx = has_amx && pairs % AMX_PAIRS == 0, most = amx ? AMX_ROWS : MAX_ROWS;
+    const int64_t groups = (columns + width - 1) / width, blocks = (rows + most - 1) / most;
+    const int64_t work = rows * groups * both;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && work > PARALLEL_WORK)
+    {
+        int64_t shaped = 0;
+#pragma omp for schedule(static)
+        for (int64_t group = 0; group < groups; group++) {
+            Panels w = {.pairs = pairs, .activation = activation, .gated = gated};
+            w.weights = (const uint16_t *)weights + group * both;
+            w.bias = bias ? bias + group * PANELS * LANES : 0;
+            for (int64_t block = 0; block < blocks; block++) {
+                const int64_t start = rows * block / blocks, count = rows * (block + 1) / blocks - start;
+                const uint16_t *from = (const uint16_t *)x + start * x_row;
+                const int64_t place = start * columns + group * width, rest = columns - group * width;
+                uint16_t *to = (uint16_t *)out + place;
+                const uint16_t *plus = addend ? (const uint16_t *)addend + place : 0;
+                // The first pass over a group is bound by memory; the last one has time to fetch the next group.
+                w.next = w.weights + (blocks > 1 && block == blocks - 1 && group + 1 < groups ? both : 0);
+                if (amx) {
+                    if (count != shaped) amx_shape(shaped = count);
+                    amx_rows(count, from, x_row, &w, to, plus, columns, rest);
+                } else {
+                    some_rows(count, from, x_row, &w, to, plus, columns, rest);
+                }
             }
         }
+        if (shaped) amx_release();
     }
 }
 
