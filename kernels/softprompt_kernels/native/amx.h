@@ -45,13 +45,13 @@ static inline void amx_shape(int64_t rows) {
 
 static inline void amx_release(void) { _tile_release(); }
 
-// sums[m] = x[m] times two panels, for as many rows as the tiles were shaped for; pairs a multiple of AMX_PAIRS.
-// `next` is fetched into the cache meanwhile: as much as these two panels, from there on.
-static inline __attribute__((always_inline)) void amx_multiply(int64_t rows, float sums[AMX_ROWS][2 * LANES],
+// sums[m * sums_row] = x[m] times two panels that lie `panel` elements apart, for as many rows as the tiles were shaped for; pairs a
+// multiple of AMX_PAIRS. `next`, unless NULL, is fetched into the cache meanwhile: so much of two panels from there on.
+static inline __attribute__((always_inline)) void amx_multiply(int64_t rows, float *sums, int64_t sums_row,
                                                                const uint16_t *x, int64_t x_row,
-                                                               const uint16_t *panels, int64_t pairs,
+                                                               const uint16_t *panels, int64_t panel, int64_t pairs,
                                                                const uint16_t *next) {
-    const int64_t panel = pairs * 2 * LANES, step = AMX_PAIRS * 2 * LANES;
+    const int64_t step = AMX_PAIRS * 2 * LANES;
     const uint16_t *lower = x + AMX_TILE_ROWS * x_row;
     const int both = rows > AMX_TILE_ROWS;
     const size_t stride = (size_t)x_row * sizeof *x;
@@ -61,7 +61,7 @@ static inline __attribute__((always_inline)) void amx_multiply(int64_t rows, flo
     _tile_zero(3);
     for (int64_t k = 0; k < pairs; k += AMX_PAIRS) {
         const uint16_t *at = panels + k * 2 * LANES;
-        for (int64_t i = 0; i < step; i += 2 * LANES) {
+        for (int64_t i = 0; next && i < step; i += 2 * LANES) {
             _mm_prefetch((const char *)(next + k * 2 * LANES + i), _MM_HINT_T0);
             _mm_prefetch((const char *)(next + panel + k * 2 * LANES + i), _MM_HINT_T0);
         }
@@ -76,12 +76,12 @@ static inline __attribute__((always_inline)) void amx_multiply(int64_t rows, flo
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    const size_t width = sizeof sums[0];
-    _tile_stored(0, sums[0], width);
-    _tile_stored(1, sums[0] + LANES, width);
+    const size_t width = (size_t)sums_row * sizeof *sums;
+    _tile_stored(0, sums, width);
+    _tile_stored(1, sums + LANES, width);
     if (both) {
-        _tile_stored(2, sums[AMX_TILE_ROWS], width);
-        _tile_stored(3, sums[AMX_TILE_ROWS] + LANES, width);
+        _tile_stored(2, sums + AMX_TILE_ROWS * sums_row, width);
+        _tile_stored(3, sums + AMX_TILE_ROWS * sums_row + LANES, width);
     }
 }
 
@@ -90,8 +90,8 @@ static inline __attribute__((always_inline)) void amx_multiply(int64_t rows, flo
 static inline int amx_request(void) { return 0; }
 static inline void amx_shape(int64_t rows) {}
 static inline void amx_release(void) {}
-static inline void amx_multiply(int64_t rows, float sums[AMX_ROWS][2 * LANES], const uint16_t *x, int64_t x_row,
-                                const uint16_t *panels, int64_t pairs, const uint16_t *next) {}
+static inline void amx_multiply(int64_t rows, float *sums, int64_t sums_row, const uint16_t *x,
+                                int64_t x_row, const uint16_t *panels, int64_t panel, int64_t pairs, const uint16_t *next) {}
 
 #endif
 #endif

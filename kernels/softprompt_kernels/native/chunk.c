@@ -1,6 +1,6 @@
 // Causal attention of several new tokens of one sequence, in bfloat16 (AVX512-BF16): keys and values of a head are
-// packed from their pages once for a block of queries, then both products are tiles in registers. Softmax in float32;
-// its weights are rounded to bfloat16 for the second product, as in every flash attention.
+// packed from their pages once for a block of queries, then both products are made in registers, or in the tiles of AMX.
+// Softmax in float32; its weights are rounded to bfloat16 for the second product, as in every flash attention.
 
 #include "native.h"
 
@@ -14,26 +14,27 @@ int softprompt_paged_chunk(void *out, const void *q, const void *keys, const voi
 
 #else
 
+#include "amx.h"
 #include "tile.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-enum { BLOCK = 32 };  // queries that share a packing
+enum { MOST_ROWS = AMX_ROWS, BLOCK = 32 };  // BLOCK: queries that share a packing
 
 typedef struct {
     uint16_t *keys;     // [positions / LANES][dim / 2][LANES][2]
     uint16_t *values;   // [dim / LANES][positions / 2][LANES][2]
-    uint16_t *queries;  // [MAX_ROWS][dim]
-    float *scores;      // [MAX_ROWS][positions]
-    uint16_t *weights;  // [MAX_ROWS][positions]
+    uint16_t *queries;  // [MOST_ROWS][dim]
+    float *scores;      // [MOST_ROWS][positions]
+    uint16_t *weights;  // [MOST_ROWS][positions]
     void *memory;
 } Buffers;
 
 static Buffers allocate(int64_t positions, int dim) {
-    size_t halves = (size_t)positions * dim, rows = MAX_ROWS * (size_t)positions;
+    size_t halves = (size_t)positions * dim, rows = MOST_ROWS * (size_t)positions;
     Buffers b = {0};
-    size_t bytes = (2 * halves + rows + (size_t)MAX_ROWS * dim) * sizeof(uint16_t) + rows * sizeof(float);
+    size_t bytes = (2 * halves + rows + (size_t)MOST_ROWS * dim) * sizeof(uint16_t) + rows * sizeof(float);
     b.memory = aligned_alloc(64, (bytes + 127) / 64 * 64);
     b.keys = b.memory;
     b.values = b.keys + halves;
@@ -70,16 +71,30 @@ static void pack(const Buffers *b, const uint16_t *keys, const uint16_t *values,
     }
 }
 
-static inline __attribute__((always_inline)) void score(int rows, const Buffers *b, int64_t from, int64_t to,
-                                                        int64_t positions, int dim) {
-    __m512 sums[MAX_ROWS][PANELS];
-    for (int64_t p = from; p < to; p += PANELS * LANES) {
-        const uint16_t *panels = b->keys + p * dim;
-        multiply(rows, sums, b->queries, dim, panels, dim / 2, panels);
-#pragma GCC unroll 12
-        for (int m = 0; m < rows; m++)
-            for (int v = 0; v < PANELS; v++) _mm512_storeu_ps(b->scores + m * positions + p + v * LANES, sums[m][v]);
+// sums[m * sums_row] = x[m] times two panels, see amx_multiply; at most MAX_ROWS rows without AMX.
+static void product(int amx, int rows, float *sums, int64_t sums_row, const uint16_t *x, int64_t x_row,
+                    const uint16_t *panels, int64_t panel, int64_t pairs) {
+    if (amx) {
+        amx_multiply(rows, sums, sums_row, x, x_row, panels, panel, pairs, 0);
+        return;
     }
+    __m512 found[MAX_ROWS][PANELS];
+    switch (rows) {
+#define CASE(n)                                                                      \
+    case n:                                                                          \
+        multiply(n, found, x, x_row, panels, panel, pairs, 0);                       \
+        for (int m = 0; m < n; m++)                                                  \
+            for (int v = 0; v < PANELS; v++)                                         \
+                _mm512_storeu_ps(sums + m * sums_row + v * LANES, found[m][v]);      \
+        break;
+        FOR_ROWS(CASE)
+#undef CASE
+    }
+}
+
+static void score(int amx, int rows, const Buffers *b, int64_t from, int64_t to, int64_t positions, int dim) {
+    for (int64_t p = from; p < to; p += PANELS * LANES)
+        product(amx, rows, b->scores + p, positions, b->queries, dim, b->keys + p * dim, (int64_t)dim * LANES, dim / 2);
 }
 
 // exp(scale * (score - top)) of the positions seen, from `low` up to before `high`, as weights; 0 of the others between
@@ -107,32 +122,18 @@ static inline float soften(const float *scores, uint16_t *weights, int64_t from,
     return 1 / _mm512_reduce_add_ps(sum);
 }
 
-static inline __attribute__((always_inline)) void mix(int rows, const Buffers *b, uint16_t *const *out,
-                                                      const float *scales, int64_t from, int64_t to, int64_t positions,
-                                                      int dim) {
-    __m512 sums[MAX_ROWS][PANELS];
+// Weights times values, of the positions between `from` and `to` alone.
+static void mix(int amx, int rows, const Buffers *b, uint16_t *const *out, const float *scales, int64_t from, int64_t to,
+                int64_t positions, int dim) {
+    float sums[MOST_ROWS][PANELS * LANES];
     for (int d = 0; d < dim; d += PANELS * LANES) {
-        const uint16_t *panels = b->values + d * positions;
-        // Both panels have a row for every position; the tile walks over the positions seen alone.
-        __m512 *flat = &sums[0][0];
-        for (int i = 0; i < MAX_ROWS * PANELS; i++) flat[i] = _mm512_setzero_ps();
-        for (int64_t p = from; p < to; p += 2) {
-            __m512bh a = (__m512bh)_mm512_loadu_si512(panels + p * LANES);
-            __m512bh c = (__m512bh)_mm512_loadu_si512(panels + positions * LANES + p * LANES);
-#pragma GCC unroll 12
-            for (int m = 0; m < rows; m++) {
-                int32_t pair;
-                memcpy(&pair, b->weights + m * positions + p, sizeof pair);
-                __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-                sums[m][0] = _mm512_dpbf16_ps(sums[m][0], both, a);
-                sums[m][1] = _mm512_dpbf16_ps(sums[m][1], both, c);
-            }
-        }
-#pragma GCC unroll 12
+        product(amx, rows, sums[0], PANELS * LANES, b->weights + from, positions,
+                b->values + d * positions + from * LANES, positions * LANES, (to - from) / 2);
         for (int m = 0; m < rows; m++)
-            for (int v = 0; v < PANELS; v++)
-                _mm256_storeu_si256((__m256i *)(out[m] + d + v * LANES),
-                                    (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(sums[m][v], _mm512_set1_ps(scales[m]))));
+            for (int v = 0; v < PANELS; v++) {
+                __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(sums[m] + v * LANES), _mm512_set1_ps(scales[m]));
+                _mm256_storeu_si256((__m256i *)(out[m] + d + v * LANES), (__m256i)_mm512_cvtneps_pbh(sum));
+            }
     }
 }
 
@@ -145,11 +146,15 @@ static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 int softprompt_paged_chunk(void *out, const void *q, const void *keys, const void *values, const int32_t *pages,
                            int64_t num_queries, int64_t context, int64_t q_row, int64_t q_head, int num_heads,
                            int num_kv_heads, int dim, int page_size, int window, float scale, int num_threads) {
-    const int group = num_heads / num_kv_heads, blocks = (int)((num_queries + BLOCK - 1) / BLOCK);
+    const int group = num_heads / num_kv_heads, amx = softprompt_has_amx(), most_rows = amx ? AMX_ROWS : MAX_ROWS;
+    // Half blocks where whole ones would leave threads without work.
+    const int size = (num_queries + BLOCK - 1) / BLOCK * num_kv_heads < 4 * num_threads ? BLOCK / 2 : BLOCK;
+    const int blocks = (int)((num_queries + size - 1) / size);
     const int64_t row = (int64_t)num_kv_heads * dim, step = PANELS * LANES;
     int failed = 0;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1 && num_queries * context * dim > PARALLEL_WORK)
     {
+        int shaped = 0;
         Buffers b = allocate((context + 2 * step) / step * step, dim);
         if (!b.memory) {
 #pragma omp atomic write
@@ -160,18 +165,18 @@ int softprompt_paged_chunk(void *out, const void *q, const void *keys, const voi
             if (!b.memory) continue;
             // The longest contexts first.
             const int head = task % num_kv_heads, block = blocks - 1 - task / num_kv_heads;
-            const int64_t start = (int64_t)block * BLOCK, stop = least(num_queries, start + BLOCK);
+            const int64_t start = (int64_t)block * size, stop = least(num_queries, start + size);
             const int64_t ahead = context - num_queries;  // positions before the first query's own
             const int64_t first = window ? most(0, ahead + start + 1 - window) / step * step : 0;
             const int64_t positions = (ahead + stop - first + step - 1) / step * step;
             pack(&b, (const uint16_t *)keys + head * dim, (const uint16_t *)values + head * dim, pages, first, positions,
                  ahead + stop, row, dim, page_size);
             const int64_t rows = (stop - start) * group;
-            for (int64_t r = 0; r < rows; r += MAX_ROWS) {
-                const int count = (int)least(MAX_ROWS, rows - r);
-                uint16_t *to[MAX_ROWS];
-                float scales[MAX_ROWS];
-                int64_t lows[MAX_ROWS], highs[MAX_ROWS];
+            for (int64_t r = 0; r < rows; r += most_rows) {
+                const int count = (int)least(most_rows, rows - r);
+                uint16_t *to[MOST_ROWS];
+                float scales[MOST_ROWS];
+                int64_t lows[MOST_ROWS], highs[MOST_ROWS];
                 for (int m = 0; m < count; m++) {
                     const int64_t query = start + (r + m) / group, h = (int64_t)head * group + (r + m) % group;
                     memcpy(b.queries + m * dim, (const uint16_t *)q + query * q_row + h * q_head, (size_t)dim * 2);
@@ -180,23 +185,15 @@ int softprompt_paged_chunk(void *out, const void *q, const void *keys, const voi
                     lows[m] = window ? most(0, highs[m] - window) : 0;
                 }
                 const int64_t from = lows[0] / step * step, end = (highs[count - 1] + step - 1) / step * step;
-                switch (count) {
-#define CASE(n) \
-    case n: score(n, &b, from, end, positions, dim); break;
-                    FOR_ROWS(CASE)
-#undef CASE
-                }
+                if (amx && count != shaped) amx_shape(shaped = count);
+                score(amx, count, &b, from, end, positions, dim);
                 for (int m = 0; m < count; m++)
                     scales[m] = soften(b.scores + m * positions, b.weights + m * positions, from, end, lows[m], highs[m],
                                        scale);
-                switch (count) {
-#define CASE(n) \
-    case n: mix(n, &b, to, scales, from, end, positions, dim); break;
-                    FOR_ROWS(CASE)
-#undef CASE
-                }
+                mix(amx, count, &b, to, scales, from, end, positions, dim);
             }
         }
+        if (shaped) amx_release();
         free(b.memory);
     }
     return failed;

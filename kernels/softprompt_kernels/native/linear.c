@@ -74,7 +74,7 @@ static inline __attribute__((always_inline)) void tile(int rows, const uint16_t 
                                                        uint16_t *out, const uint16_t *addend, int64_t out_row,
                                                        int64_t columns) {
     __m512 sums[MAX_ROWS][PANELS];
-    multiply(rows, sums, x, x_row, w->weights, w->pairs, w->next);
+    multiply(rows, sums, x, x_row, w->weights, w->pairs * 2 * LANES, w->pairs, w->next);
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++)
         finish(sums[m][0], sums[m][1], w, out + m * out_row, addend ? addend + m * out_row : 0, columns);
@@ -93,10 +93,12 @@ static void some_rows(int64_t rows, const uint16_t *x, int64_t x_row, const Pane
 static int has_amx;
 __attribute__((constructor)) static void find_amx(void) { has_amx = amx_request(); }
 
+int softprompt_has_amx(void) { return has_amx; }
+
 static void amx_rows(int64_t rows, const uint16_t *x, int64_t x_row, const Panels *w, uint16_t *out,
                      const uint16_t *addend, int64_t out_row, int64_t columns) {
     float sums[AMX_ROWS][2 * LANES];
-    amx_multiply(rows, sums, x, x_row, w->weights, w->pairs, w->next);
+    amx_multiply(rows, sums[0], 2 * LANES, x, x_row, w->weights, w->pairs * 2 * LANES, w->pairs, w->next);
     for (int64_t m = 0; m < rows; m++)
         finish(_mm512_loadu_ps(sums[m]), _mm512_loadu_ps(sums[m] + LANES), w, out + m * out_row,
                addend ? addend + m * out_row : 0, columns);

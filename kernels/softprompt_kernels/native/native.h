@@ -23,6 +23,9 @@ void softprompt_rope(void *q_out, void *k_out, const void *q, const void *k, con
 
 int softprompt_has_linear(void);
 
+// Whether this process may use the tiles of AMX.
+int softprompt_has_amx(void);
+
 void softprompt_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
                        int64_t rows, int64_t x_row, int64_t columns, int64_t pairs, int activation, int gated,
                        int num_threads);

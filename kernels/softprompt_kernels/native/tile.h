@@ -12,20 +12,21 @@
 
 enum { PANELS = 2, MAX_ROWS = 12 };
 
-// sums[m] = x[m] times two panels. `rows` is a number the compiler knows, so the sums stay in registers. `next` is
-// fetched into the cache meanwhile: as much as these two panels, from there on.
+// sums[m] = x[m] times two panels that lie `panel` elements apart. `rows` is a number the compiler knows, so the sums
+// stay in registers. `next`, unless NULL, is fetched into the cache meanwhile: so much of two panels from there on.
 static inline __attribute__((always_inline)) void multiply(int rows, __m512 sums[MAX_ROWS][PANELS], const uint16_t *x,
-                                                           int64_t x_row, const uint16_t *panels, int64_t pairs,
-                                                           const uint16_t *next) {
-    const int64_t panel = pairs * 2 * LANES;
+                                                           int64_t x_row, const uint16_t *panels, int64_t panel,
+                                                           int64_t pairs, const uint16_t *next) {
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++)
         for (int v = 0; v < PANELS; v++) sums[m][v] = _mm512_setzero_ps();
     for (int64_t k = 0; k < pairs; k++) {
         __m512bh a = (__m512bh)_mm512_loadu_si512(panels + k * 2 * LANES);
         __m512bh b = (__m512bh)_mm512_loadu_si512(panels + panel + k * 2 * LANES);
-        _mm_prefetch((const char *)(next + k * 2 * LANES), _MM_HINT_T0);
-        _mm_prefetch((const char *)(next + panel + k * 2 * LANES), _MM_HINT_T0);
+        if (next) {
+            _mm_prefetch((const char *)(next + k * 2 * LANES), _MM_HINT_T0);
+            _mm_prefetch((const char *)(next + panel + k * 2 * LANES), _MM_HINT_T0);
+        }
 #pragma GCC unroll 12
         for (int m = 0; m < rows; m++) {
             int32_t pair;
