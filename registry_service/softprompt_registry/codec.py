@@ -19,6 +19,7 @@ def encode_version(version: AdapterVersion) -> Mapping[Any, Any]:
     fields = {name: str(getattr(version, name)) for name in (*_INTEGERS, *_TEXTS)}
     fields["base_model"] = encode_base_model(version.base_model)
     fields["labels"] = json.dumps(dict(version.labels), sort_keys=True)
+    fields["pinned"] = str(int(version.pinned))
     fields["created_at"] = version.created_at.isoformat()
     return fields
 
@@ -33,6 +34,7 @@ def decode_version(fields: Mapping[bytes, bytes], *, version_id: int) -> Adapter
             **numbers,
             base_model=decode_base_model(texts["base_model"]),
             labels=json.loads(texts["labels"]),
+            pinned=bool(int(texts.get("pinned", "0"))),
             created_at=datetime.fromisoformat(texts["created_at"]),
         )
     except (KeyError, TypeError, ValueError) as error:

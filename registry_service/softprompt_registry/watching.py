@@ -10,6 +10,8 @@ from softprompt_registry.catalog import AdapterVersion, EventType
 from softprompt_registry.events import Event, EventLog
 from softprompt_registry.store import Store
 
+_TOLD_WHOLE = (EventType.REGISTERED, EventType.ALIAS_SET, EventType.UPDATED)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
@@ -18,7 +20,7 @@ class Change:
     Attributes:
         cursor: watch from here to continue.
         event: what happened; None: nothing, the stream is alive.
-        version: the whole version, for REGISTERED.
+        version: the whole version, for REGISTERED, ALIAS_SET and UPDATED.
     """
 
     cursor: str
@@ -84,7 +86,7 @@ class Watching:
         return events
 
     async def _change(self, event: Event) -> Change | None:
-        if event.type is not EventType.REGISTERED:
+        if event.type not in _TOLD_WHOLE:
             return Change(cursor=event.cursor, event=event)
         version = await self._store.find_id(event.id)
         # Deleted since: the event that says so follows.

@@ -117,6 +117,33 @@ async def test_what_is_no_adapter_is_422_with_its_field(
     assert await stack.listed() == [stack.base]
 
 
+async def test_a_version_is_promoted_rolled_back_and_kept(stack: Any) -> None:
+    digests = [(await _upload(stack, "loud", _tensors(seed))).json()["digest"] for seed in (1, 2)]
+
+    async def used(model: str) -> str:
+        return str((await stack.complete("hi", model=model)).headers["x-softprompt-adapter-digest"])
+
+    prod = "/v1/adapters/loud/aliases/prod"
+    assert (await stack.http.put(prod, json={"version": 1, "expected_version": 0})).json()["aliases"] == ["prod"]
+    assert [await used(model) for model in ("loud@prod", "loud")] == digests
+    assert (await stack.http.put(prod, json={"version": 2, "expected_version": 0})).status_code == 409
+    rolled_back = await stack.http.put("/v1/adapters/loud/aliases/latest", json={"version": 1})
+    assert rolled_back.json()["aliases"] == ["latest", "prod"]
+    assert await used("loud") == digests[0]
+
+    refused = await stack.http.delete("/v1/adapters/loud@1")
+    assert refused.status_code == 409
+    assert "the alias prod points to loud@1" in refused.json()["error"]["message"]
+    assert (await stack.http.delete(prod)).status_code == 200
+    assert (await stack.http.delete(prod)).json()["error"]["code"] == "adapter_not_found"
+    labelled = await stack.http.patch("/v1/adapters/loud@1", json={"labels": {"team": "x"}, "pinned": True})
+    assert (labelled.json()["labels"], labelled.json()["pinned"]) == ({"team": "x"}, True)
+    for path in ("loud@1", "loud"):
+        assert "loud@1 is pinned" in (await stack.http.delete(f"/v1/adapters/{path}")).json()["error"]["message"]
+    await stack.http.patch("/v1/adapters/loud", json={"pinned": False})
+    assert (await stack.http.delete("/v1/adapters/loud")).json()["deleted_versions"] == 2
+
+
 async def test_a_reserved_name_is_refused(stack: Any) -> None:
     response = await _upload(stack, "latest", _tensors())
     assert response.status_code == 400
