@@ -8,16 +8,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
-from softprompt_api.errors import AdapterNotFound, InvalidArgument, Unavailable
+from softprompt_api.errors import AdapterNotFound, InvalidArgument
 from softprompt_api.names import check_name, parse_adapter
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1.registry_pb2_grpc import RegistryServiceStub
 from softprompt_api.rpc.channel import open_blocking_channel
-from softprompt_api.rpc.status import from_rpc_error
 
 from softprompt.adapter_files import LocalAdapter, chunks, find_adapter
+from softprompt.calls import translated
 
 DEFAULT_ADDRESS = "127.0.0.1:2243"
 _CALL_TIMEOUT_S = 20.0
@@ -202,18 +201,8 @@ class RegistryClient:
             )
             return 1
 
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except grpc.RpcError as error:
-            translated = from_rpc_error(error)
-            # gRPC's own text for "nobody is there" speaks of sockets; ours for "the store is away" stays.
-            if isinstance(translated, Unavailable) and not error.trailing_metadata():
-                raise Unavailable(
-                    f"no registry answers at {self._address}: start one with `softprompt run`, or give its address"
-                ) from error
-            raise translated from error
+    def _translated(self) -> contextlib.AbstractContextManager[None]:
+        return translated("registry", self._address)
 
 
 def _upload(

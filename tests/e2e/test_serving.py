@@ -182,6 +182,14 @@ def test_a_version_is_promoted_rolled_back_and_kept_by_the_command_line(
     listed = {info["name"]: info for info in json.loads(system.cli("adapter", "ls", "--json").stdout)}
     assert listed["staged"]["aliases"] == ["latest", "prod"]
 
+    resident = {info["adapter"]: info for info in json.loads(system.cli("adapter", "ps", "--json").stdout)}
+    assert (resident["staged@1"]["tier"], resident["staged@1"]["in_use"]) == ("device", 0)
+    assert resident["staged@1"]["hits"] >= 2
+    assert system.cli("adapter", "evict", "staged@1").returncode == 0
+    assert "staged@1 " not in system.cli("adapter", "ps").stdout
+    assert system.cli("adapter", "preload", "staged@prod").returncode == 0
+    assert "staged@1 " in system.cli("adapter", "ps").stdout
+
     assert system.cli("adapter", "unpin", "staged@2").returncode == 0
     assert system.cli("adapter", "alias", "staged", "prod", "--remove").stdout == "removed staged@prod\n"
     assert system.cli("adapter", "rm", "staged").returncode == 0

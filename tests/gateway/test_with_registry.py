@@ -144,6 +144,19 @@ async def test_a_version_is_promoted_rolled_back_and_kept(stack: Any) -> None:
     assert (await stack.http.delete("/v1/adapters/loud")).json()["deleted_versions"] == 2
 
 
+async def test_a_request_that_runs_ends_with_its_adapter_though_it_was_deleted(stack: Any) -> None:
+    digest = (await _upload(stack, "loud", _tensors())).json()["digest"]
+    running = asyncio.create_task(stack.complete("wait", model="loud"))
+    await stack.inference.until(lambda fake: fake.running)
+    assert (await stack.http.delete("/v1/adapters/loud")).status_code == 200
+    for model in ("loud", "loud@1", "loud@latest", digest):
+        refused = await stack.complete("hi", model=model)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+    stack.inference.released.set()
+    answer = await running
+    assert (answer.status_code, answer.headers["x-softprompt-adapter-digest"]) == (200, digest)
+
+
 async def test_a_reserved_name_is_refused(stack: Any) -> None:
     response = await _upload(stack, "latest", _tensors())
     assert response.status_code == 400

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import typer
 from softprompt_api.errors import SoftpromptError
 
-from softprompt.cli import adapters, amend, bench, doctor, run, serve, talk
+from softprompt.cli import adapters, amend, bench, doctor, resident, run, serve, talk
 from softprompt.cli.argv import repeat_flags
 from softprompt.cli.problems import Problem
 
@@ -36,6 +36,9 @@ for name, help_, command in (
     ("pin", "Keep a version from deletion.", amend.pin),
     ("unpin", "Let a version be deleted again.", amend.unpin),
     ("label", "Set labels of a version as KEY=VALUE, or remove them.", amend.label),
+    ("ps", "List the adapters in the inference service's memory.", resident.ps),
+    ("preload", "Bring an adapter to the device before its first request.", resident.preload),
+    ("evict", "Let an adapter that no request uses go from memory.", resident.evict),
 ):
     adapters.app.command(name, help=help_)(command)
 app.add_typer(adapters.app, name="adapter")
