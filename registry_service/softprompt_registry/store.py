@@ -1,7 +1,12 @@
-"""Names, versions and base models in the store, as they are read."""
+"""Names, versions and base models in the store, as they are read.
 
-from collections.abc import Sequence
+What cannot be read is an error for whoever asks for it, and is left out of lists: it must not take others along.
+"""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import structlog
 from redis.asyncio import Redis
 from softprompt_api.errors import AdapterConflict, DataCorrupted
 from softprompt_api.names import LATEST, AdapterRef
@@ -12,6 +17,7 @@ from softprompt_registry.codec import decode_base_model, decode_version, encode_
 from softprompt_registry.connection import reads, reply, writes
 from softprompt_registry.pointers import Pointers
 
+_log = structlog.get_logger()
 _MAX_NAMES_COMPARED = 500
 _MAX_LOOKUPS = 3
 
@@ -32,33 +38,36 @@ class Store:
                 return None
             if version := await self._load(version_id):
                 _check_belongs(version, ref)
-                return (known or (await self._pointers([version.name]))[0]).describe(version)
+                return (known or await self._pointers(version.name)).describe(version)
         return None
 
     @reads
     async def find_id(self, version_id: int) -> AdapterVersion | None:
         """The version with a global id; None when there is none."""
         version = await self._load(version_id)
-        return (await self._pointers([version.name]))[0].describe(version) if version else None
+        return (await self._pointers(version.name)).describe(version) if version else None
 
     @reads
     async def pointers(self, name: str) -> Pointers:
         """What a name's aliases point to."""
-        return (await self._pointers([name]))[0]
+        return await self._pointers(name)
 
     @reads
     async def latest_number(self, name: str) -> int | None:
         """The number of a name's latest version; None when there is no such name."""
-        latest = (await self._pointers([name]))[0].target(LATEST)
+        latest = (await self._pointers(name)).target(LATEST)
         number = await reply(self._client.zscore(keys.versions(name), latest)) if latest else None
         return None if number is None else int(number)
 
     @reads
     async def latest(self, names: Sequence[str]) -> list[AdapterVersion | None]:
-        """The names' latest versions, in their order; None for a deleted name."""
-        known = await self._pointers(names)
-        versions = await self._load_all([one.target(LATEST) for one in known])
-        return [one.describe(version) if version else None for one, version in zip(known, versions, strict=True)]
+        """The names' latest versions, in their order; None for one that was deleted or cannot be read."""
+        known = [_readable_pointers(name, replies) for name, replies in await self._ask_pointers(names)]
+        versions = await self._load_readable([one.target(LATEST) if one else 0 for one in known])
+        return [
+            one.describe(version) if one and version else None
+            for one, version in zip(known, versions, strict=True)
+        ]
 
     @reads
     async def versions(
@@ -66,14 +75,14 @@ class Store:
     ) -> list[tuple[int, AdapterVersion | None]]:
         """A name's versions by number, newest first, with numbers below `below` (None: from the newest).
 
-        None in place of a version that was deleted meanwhile.
+        None in place of a version that was deleted meanwhile, or cannot be read.
         """
         high = "+inf" if below is None else f"({below}"
-        [known] = await self._pointers([name])
+        known = await self._pointers(name)
         found = await reply(
             self._client.zrevrangebyscore(keys.versions(name), high, "-inf", start=0, num=limit, withscores=True)
         )
-        versions = await self._load_all([int(version_id) for version_id, _ in found])
+        versions = await self._load_readable([int(version_id) for version_id, _ in found])
         return [
             (int(number), known.describe(version) if version else None)
             for (_, number), version in zip(found, versions, strict=True)
@@ -131,14 +140,17 @@ class Store:
         stored = await reply(self._client.hgetall(keys.BASE_MODELS))
         return sorted((decode_base_model(text) for text in stored.values()), key=lambda model: model.id)
 
-    async def _pointers(self, names: Sequence[str]) -> list[Pointers]:
+    async def _pointers(self, name: str) -> Pointers:
+        [(_, replies)] = await self._ask_pointers([name])
+        return pointers.decode(replies)
+
+    async def _ask_pointers(self, names: Sequence[str]) -> list[tuple[str, Sequence[Any]]]:
         # In a transaction: what points where, and which version is the highest, must be of one moment.
         pipe = self._client.pipeline(transaction=True)
         for name in names:
             pointers.ask(pipe, name)
-        replies = await pipe.execute()
-        starts = range(0, len(replies), pointers.NUM_REPLIES)
-        return [pointers.decode(replies[start : start + pointers.NUM_REPLIES]) for start in starts]
+        replies, size = await pipe.execute(), pointers.NUM_REPLIES
+        return [(name, replies[size * place : size * (place + 1)]) for place, name in enumerate(names)]
 
     async def _locate(self, ref: AdapterRef) -> tuple[int, Pointers | None]:
         """The id of the version that a spelling names (0: none), and its name's pointers where they were read."""
@@ -149,19 +161,34 @@ class Store:
         if ref.version is not None:
             ids = await reply(self._client.zrangebyscore(keys.versions(ref.name), ref.version, ref.version))
             return int(ids[0]) if ids else 0, None
-        [known] = await self._pointers([ref.name])
+        known = await self._pointers(ref.name)
         return known.target(ref.alias or LATEST), known
 
     async def _load(self, version_id: int) -> AdapterVersion | None:
-        [version] = await self._load_all([version_id])
-        return version
+        fields = await reply(self._client.hgetall(keys.version(version_id)))
+        return decode_version(fields, version_id=version_id) if fields else None
 
-    async def _load_all(self, version_ids: Sequence[int]) -> list[AdapterVersion | None]:
+    async def _load_readable(self, version_ids: Sequence[int]) -> list[AdapterVersion | None]:
         pipe = self._client.pipeline(transaction=False)
         for version_id in version_ids:
             pipe.hgetall(keys.version(version_id))
-        stored = zip(version_ids, await pipe.execute(), strict=True)
-        return [decode_version(fields, version_id=id_) if fields else None for id_, fields in stored]
+        return [_readable(id_, fields) for id_, fields in zip(version_ids, await pipe.execute(), strict=True)]
+
+
+def _readable(version_id: int, fields: Mapping[bytes, bytes]) -> AdapterVersion | None:
+    try:
+        return decode_version(fields, version_id=version_id) if fields else None
+    except DataCorrupted:
+        _log.error("a stored version is damaged and left out of lists", id=version_id)
+        return None
+
+
+def _readable_pointers(name: str, replies: Sequence[Any]) -> Pointers | None:
+    try:
+        return pointers.decode(replies)
+    except DataCorrupted:
+        _log.error("the stored aliases of an adapter are damaged, and it is left out of lists", adapter=name)
+        return None
 
 
 def _check_belongs(version: AdapterVersion, ref: AdapterRef) -> None:

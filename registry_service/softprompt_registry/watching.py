@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from softprompt_api.errors import Overloaded, Unavailable
+from softprompt_api.errors import DataCorrupted, Overloaded, Unavailable
 
 from softprompt_registry.catalog import AdapterVersion, EventType
 from softprompt_registry.events import Event, EventLog
@@ -88,6 +88,9 @@ class Watching:
     async def _change(self, event: Event) -> Change | None:
         if event.type not in _TOLD_WHOLE:
             return Change(cursor=event.cursor, event=event)
-        version = await self._store.find_id(event.id)
+        try:
+            version = await self._store.find_id(event.id)
+        except DataCorrupted:  # whoever asks for it is told; watchers must get past it
+            return None
         # Deleted since: the event that says so follows.
         return None if version is None else Change(cursor=event.cursor, event=event, version=version)
