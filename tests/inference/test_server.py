@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -407,6 +408,54 @@ async def test_a_stream_keeps_its_version_when_its_alias_moves(
         for accepted, events in running:
             token_ids = [token_id async for event in events for token_id in event.delta.token_ids]
             assert token_ids == alone[accepted.adapter_version - 1].token_ids[0]
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("num_requests", [200, pytest.param(6_000, marks=pytest.mark.chaos)])
+async def test_while_all_around_it_moves_a_request_is_computed_with_the_version_it_names(
+    stub: inference_pb2_grpc.InferenceServiceAsyncStub,
+    registry: registry_pb2_grpc.RegistryServiceAsyncStub,
+    num_requests: int,
+) -> None:
+    prompt = PROMPT * 120  # all share it: several hundred tokens
+    seeds = (40, 41, 42)
+    digests = [(await register(registry, "busy", seed)).digest for seed in seeds]
+    alone = {digest: (await gather(stub.Generate(request(digest, prompt)))).token_ids for digest in digests}
+    assert len({str(token_ids) for token_ids in alone.values()}) == 3
+    rng = random.Random(num_requests)
+    to_do = iter(range(num_requests))
+    used: set[str] = set()
+
+    async def ask() -> None:
+        for number in to_do:
+            adapter = rng.choice(["busy", "busy@prod", "busy@1", *digests])
+            events = aiter(call := stub.Generate(request(adapter, prompt)))
+            if number % 3 == 0:  # leave at any moment
+                for _ in range(rng.randrange(4)):
+                    await anext(events)
+                call.cancel()
+                continue
+            accepted = (await anext(events)).accepted
+            token_ids = [token_id async for event in events for token_id in event.delta.token_ids]
+            assert token_ids == alone[accepted.adapter_digest][0]
+            used.add(accepted.adapter_digest)
+
+    async def move() -> None:
+        while True:
+            alias, version = rng.choice(["latest", "prod"]), rng.randint(1, 3)
+            await registry.SetAlias(registry_pb2.SetAliasRequest(name="busy", alias=alias, version=version))
+            await register(registry, "busy", rng.choice(seeds))
+            with contextlib.suppress(grpc.aio.AioRpcError):  # it is used, or not there
+                await stub.Evict(pb.EvictRequest(adapter=rng.choice(digests)))
+            await asyncio.sleep(0.03)
+
+    await registry.SetAlias(registry_pb2.SetAliasRequest(name="busy", alias="prod", version=1))
+    moving = asyncio.create_task(move())
+    await asyncio.gather(*(ask() for _ in range(8)))
+    assert not moving.done()
+    moving.cancel()
+    assert used == set(digests)
+    await wait_for_free_pages(stub)
 
 
 async def test_adapters_in_memory_are_listed_brought_in_and_let_go(

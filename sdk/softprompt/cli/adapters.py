@@ -11,6 +11,8 @@ from rich.table import Table
 from softprompt.cli.problems import WrongUsage
 from softprompt.registry import DEFAULT_ADDRESS, AdapterInfo, RegistryClient
 
+_MAX_LINE = 1000
+
 app = typer.Typer(
     help="Add, list, show, change and remove adapters of a running system.",
     no_args_is_help=True,
@@ -36,10 +38,10 @@ def add(
     """Upload one adapter; an existing name gets a new version."""
     labels = dict(parse_label(text) for text in label or ())
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    console = Console(stderr=True)
+    errors = Console(stderr=True)
     with (
         RegistryClient(registry) as client,
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+        Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar,
     ):
         task = bar.add_task(f"uploading {name}")
         info, warnings = client.add(
@@ -63,7 +65,7 @@ def ls(registry: Registry = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     elif not adapters:
         typer.echo("no adapters; add one with: softprompt adapter add NAME PATH")
     else:
-        Console().print(_table(adapters))
+        console().print(_table(adapters))
 
 
 @app.command(help="Show one adapter, and with a bare name all its versions.")
@@ -78,10 +80,9 @@ def show(adapter: Adapter, registry: Registry = DEFAULT_ADDRESS, as_json: AsJson
     facts = Table.grid(padding=(0, 2))
     for name, value in info.as_dict().items():
         facts.add_row(name.replace("_", " "), json.dumps(value) if isinstance(value, dict | list) else str(value))
-    console = Console()
-    console.print(facts, highlight=False, markup=False)
+    console().print(facts, highlight=False, markup=False)
     if len(versions) > 1:
-        console.print(_table(versions))
+        console().print(_table(versions))
 
 
 @app.command(
@@ -139,6 +140,12 @@ def _table(adapters: list[AdapterInfo]) -> Table:
             *(info.digest[:19], info.created_at, labels),
         )
     return table
+
+
+def console() -> Console:
+    """Standard output; what is not a terminal gets whole lines."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=_MAX_LINE)
 
 
 def print_json(value: Any) -> None:

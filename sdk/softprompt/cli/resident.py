@@ -3,10 +3,9 @@
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from softprompt.cli.adapters import Adapter, AsJson, print_json
+from softprompt.cli.adapters import Adapter, AsJson, console, print_json
 from softprompt.inference import DEFAULT_ADDRESS, InferenceClient
 
 Inference = Annotated[
@@ -34,7 +33,7 @@ def ps(inference: Inference = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
         idle = "" if info.in_use else f"{info.idle_s:.0f} s"
         size = f"{info.size_bytes / 1024:,.1f} KiB"
         table.add_row(info.adapter, info.tier, size, idle, str(info.hits), str(info.in_use), info.digest[:19])
-    Console().print(table)
+    console().print(table)
 
 
 def preload(adapter: Adapter, inference: Inference = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:

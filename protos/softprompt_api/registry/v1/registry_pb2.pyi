@@ -610,7 +610,9 @@ class SetAliasRequest(_message.Message):
     version: _builtins.int
     """The version it shall point to; 0: remove the alias."""
     expected_version: _builtins.int
-    """The version it must point to now, 0: none. Unset: any."""
+    """The version it must point to now, 0: none. Unset: any. An alias that points to `version` already is left as it is,
+    so that asking again after a lost answer is safe.
+    """
     def __init__(
         self,
         *,
