@@ -4,15 +4,27 @@ import difflib
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from softprompt_api.names import AdapterRef
+from softprompt_api.names import LATEST, AdapterRef
 from softprompt_api.registry.v1.registry_pb2 import AdapterEventType, AdapterVersion, WatchAdaptersResponse
 
 _MAX_REMEMBERED = 4096
 
 
+_TOLD_WHOLE = (
+    AdapterEventType.ADAPTER_EVENT_TYPE_REGISTERED,
+    AdapterEventType.ADAPTER_EVENT_TYPE_ALIAS_SET,
+    AdapterEventType.ADAPTER_EVENT_TYPE_UPDATED,
+)
+
+
 def spelling_of(version: AdapterVersion) -> str:
     """`name@version`, which stands for this content for ever."""
     return f"{version.name}@{version.version}"
+
+
+def _is_newer(version: AdapterVersion, known: AdapterVersion | None) -> bool:
+    """Whether nothing later is known under the same key; revisions of different names do not compare."""
+    return known is None or known.name != version.name or known.revision <= version.revision
 
 
 class Catalog:
@@ -24,7 +36,7 @@ class Catalog:
     def __init__(self) -> None:
         self.synced = False
         self._latest: dict[str, AdapterVersion] = {}
-        # By digest and by name@version: both mean one content for ever, so a copy can be old but not wrong.
+        # By digest and by name@version, which mean one content for ever, and by name@alias.
         self._remembered: OrderedDict[str, AdapterVersion] = OrderedDict()
 
     def replace(self, versions: Iterable[AdapterVersion]) -> None:
@@ -32,17 +44,22 @@ class Catalog:
         self._latest = {version.name: version for version in versions}
         self.synced = True
 
-    def learn(self, version: AdapterVersion, *, is_latest: bool) -> None:
-        """Take one version that the registry told of."""
-        for key in (version.digest, spelling_of(version)):
-            self._remembered[key] = version
+    def learn(self, version: AdapterVersion) -> None:
+        """Take one version that the registry told of, and what points to it."""
+        aliases = [f"{version.name}@{alias}" for alias in version.aliases if alias != LATEST]
+        for key in (version.digest, spelling_of(version), *aliases):
+            # Events arrive after answers: what was must not come back.
+            if _is_newer(version, self._remembered.get(key)):
+                self._remembered[key] = version
             self._remembered.move_to_end(key)
         while len(self._remembered) > _MAX_REMEMBERED:
             self._remembered.popitem(last=False)
-        known = self._latest.get(version.name)
-        # Events arrive after answers: an older version must not come back.
-        if is_latest and (known is None or known.version <= version.version):
+        if LATEST in version.aliases and _is_newer(version, self._latest.get(version.name)):
             self._latest[version.name] = version
+
+    def forget_alias(self, name: str, alias: str) -> None:
+        """Drop an alias that points nowhere."""
+        self._remembered.pop(f"{name}@{alias}", None)
 
     def forget(self, name: str, version: int | None = None) -> bool:
         """Drop a deleted name, or one version of it; return whether the name's latest is now unknown."""
@@ -61,8 +78,10 @@ class Catalog:
 
     def apply(self, event: WatchAdaptersResponse) -> bool:
         """Take one event; return whether the latest version of its name must be asked for."""
-        if event.type == AdapterEventType.ADAPTER_EVENT_TYPE_REGISTERED:
-            self.learn(event.adapter, is_latest=True)
+        if event.type in _TOLD_WHOLE:
+            self.learn(event.adapter)
+        elif event.type == AdapterEventType.ADAPTER_EVENT_TYPE_ALIAS_REMOVED:
+            self.forget_alias(event.adapter.name, event.alias)
         elif event.type == AdapterEventType.ADAPTER_EVENT_TYPE_VERSION_DELETED:
             return self.forget(event.adapter.name, event.adapter.version)
         elif event.type == AdapterEventType.ADAPTER_EVENT_TYPE_ADAPTER_DELETED:
@@ -71,7 +90,7 @@ class Catalog:
 
     def find(self, ref: AdapterRef) -> AdapterVersion | None:
         """The version a spelling stood for when last heard of."""
-        if not ref.digest and ref.version is None:
+        if ref.is_latest:
             return self._latest.get(ref.name)
         by_name = self._latest.get(ref.name)
         if by_name is not None and by_name.version == ref.version:

@@ -68,6 +68,16 @@ class RegistryClient:
         """One page of a name's versions, newest first."""
         return await _answer("registry", self._stub.ListVersions(request, timeout=self._timeout_s))
 
+    async def set_alias(self, request: registry.SetAliasRequest) -> registry.AdapterVersion:
+        """Move or remove an alias; the version it points to now."""
+        answer = await _answer("registry", self._stub.SetAlias(request, timeout=self._timeout_s))
+        return answer.adapter
+
+    async def update_adapter(self, request: registry.UpdateAdapterRequest) -> registry.AdapterVersion:
+        """Change labels or pin of a version."""
+        answer = await _answer("registry", self._stub.UpdateAdapter(request, timeout=self._timeout_s))
+        return answer.adapter
+
     async def delete_adapter(self, name: str) -> int:
         """Delete a name; how many versions it had."""
         request = registry.DeleteAdapterRequest(name=name)

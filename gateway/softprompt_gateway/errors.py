@@ -45,6 +45,8 @@ ANSWERS: Mapping[type[errors.SoftpromptError], Answer] = {
     errors.AdapterInvalid: Answer(status=422, type=INVALID_REQUEST, code="adapter_invalid"),
     errors.AdapterNotFound: Answer(status=404, type=INVALID_REQUEST, code="adapter_not_found"),
     errors.AdapterConflict: Answer(status=409, type=INVALID_REQUEST, code="adapter_conflict"),
+    errors.AdapterInUse: Answer(status=409, type=INVALID_REQUEST, code="adapter_conflict"),
+    errors.AliasMoved: Answer(status=409, type=INVALID_REQUEST, code="adapter_conflict"),
     errors.CursorExpired: Answer(status=410, type=INVALID_REQUEST, code="cursor_expired"),
     errors.BaseModelUnknown: Answer(status=503, type=SERVER_ERROR, code="base_model_unknown", retry_after_s=2),
     errors.Overloaded: Answer(status=503, type=SERVER_ERROR, code="overloaded", retry_after_s=1),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from softprompt_api import errors
 from softprompt_api.inference.v1.inference_pb2 import GetModelResponse
-from softprompt_api.names import AdapterRef, parse_model, shown
+from softprompt_api.names import parse_model, shown
 from softprompt_api.registry.v1.registry_pb2 import AdapterVersion
 
 from softprompt_gateway.catalog import Catalog, spelling_of
@@ -99,14 +99,10 @@ class Resolver:
                 raise
             version = known
         else:
-            self._catalog.learn(version, is_latest=_means_latest(ref))
+            self._catalog.learn(version)
         return Target(model=model, served=served, adapter=version)
 
     def _not_found(self, model: str, base_id: str) -> ModelNotFound:
         near = self._catalog.near(model.removeprefix(f"{base_id}:"), base_id)
         hint = f"; did you mean {shown(near, 256)}?" if near else "; GET /v1/models lists what there is"
         return ModelNotFound(f"the model {shown(model)} does not exist{hint}")
-
-
-def _means_latest(ref: AdapterRef) -> bool:
-    return not ref.digest and ref.version is None

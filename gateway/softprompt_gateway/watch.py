@@ -64,6 +64,6 @@ class CatalogWatcher:
 
     async def _ask_for_latest(self, name: str) -> None:
         try:
-            self._catalog.learn(await self._registry.get_adapter(name), is_latest=True)
+            self._catalog.learn(await self._registry.get_adapter(name))
         except errors.AdapterNotFound:
             self._catalog.forget(name)

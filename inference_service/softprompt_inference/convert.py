@@ -8,6 +8,7 @@ from softprompt_api.errors import InvalidArgument
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.params import SamplingParams
 
+from softprompt_inference.adapters.residency import Resident
 from softprompt_inference.choice import Delta, Finished
 from softprompt_inference.engine.messages import Finish, Logprobs
 from softprompt_inference.generation import Accepted, Event, GenerateCall, Usage
@@ -86,6 +87,20 @@ def _to_chat(chat: pb.ChatPrompt) -> ChatPrompt:
 
 def _or_true(message: Message, field: str) -> bool:
     return bool(getattr(message, field)) if message.HasField(field) else True
+
+
+def to_resident(resident: Resident) -> pb.ResidentAdapter:
+    """An adapter in memory."""
+    return pb.ResidentAdapter(
+        digest=resident.adapter.digest,
+        adapter=resident.adapter.spelling,
+        tier={"host": pb.RESIDENT_TIER_HOST, "device": pb.RESIDENT_TIER_DEVICE}[resident.tier],
+        size_bytes=resident.adapter.size_bytes,
+        num_virtual_tokens=resident.adapter.num_virtual_tokens,
+        idle_s=resident.idle_s,
+        hits=resident.hits,
+        in_use=resident.users,
+    )
 
 
 def to_response(event: Event, tokenizer: Tokenizer) -> pb.GenerateResponse:

@@ -183,6 +183,7 @@ class InferenceServer:
             tokenizer=tokenizer,
             prompts=prompts,
             generator=generator,
+            residency=self._residency,
             base_model=base_model,
             ready_unix_s=int(time.time()),
         )

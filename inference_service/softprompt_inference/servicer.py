@@ -11,12 +11,13 @@ from typing import Any
 
 import grpc
 import structlog
-from softprompt_api.errors import Unavailable
+from softprompt_api.errors import AdapterNotFound, InvalidArgument, Unavailable
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.inference.v1 import inference_pb2_grpc as pb_grpc
 from softprompt_api.registry.v1 import registry_pb2
 
-from softprompt_inference.convert import to_call, to_prompt, to_response
+from softprompt_inference.adapters.residency import Residency
+from softprompt_inference.convert import to_call, to_prompt, to_resident, to_response
 from softprompt_inference.generation import EngineHandle, GenerateCall, Generator, Usage
 from softprompt_inference.prompts import PromptEncoder
 from softprompt_inference.session import Session
@@ -35,6 +36,7 @@ class Front:
     tokenizer: Tokenizer
     prompts: PromptEncoder
     generator: Generator
+    residency: Residency
     base_model: registry_pb2.BaseModel
     ready_unix_s: int
 
@@ -127,10 +129,33 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             preemptions=stats.preemptions,
         )
 
+    async def ListResident(self, request: pb.ListResidentRequest, context: Context) -> pb.ListResidentResponse:
+        return pb.ListResidentResponse(adapters=map(to_resident, self._ready().residency.resident()))
+
+    async def Preload(self, request: pb.PreloadRequest, context: Context) -> pb.PreloadResponse:
+        front = self._ready()
+        digest = await _digest(front, request.adapter)
+        async with front.residency.use(digest):
+            return pb.PreloadResponse(digest=digest)
+
+    async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictResponse:
+        front = self._ready()
+        digest = await _digest(front, request.adapter)
+        if not front.residency.evict(digest):
+            raise AdapterNotFound("the adapter is not in memory", field="adapter")
+        return pb.EvictResponse(digest=digest)
+
     def _ready(self) -> Front:
         if self._front is None:
             raise Unavailable("the model is still loading; try again in a moment")
         return self._front
+
+
+async def _digest(front: Front, spelling: str) -> str:
+    bound = await front.generator.bind(spelling)
+    if bound is None:
+        raise InvalidArgument("an adapter is expected here, not the base model", field="adapter")
+    return bound.digest
 
 
 def _log_request(request_id: str, call: GenerateCall, usage: Usage, seconds: float) -> None:

@@ -6,7 +6,9 @@
     │   ├── AdapterInvalid     the adapter's config or tensors are not acceptable
     │   └── Unsupported        understood, and refused by name
     ├── AdapterNotFound
-    ├── AdapterConflict        exists already with other content, or is in use
+    ├── AdapterConflict        exists already with other content
+    │   ├── AdapterInUse       pinned, or what an alias or a running request stands on
+    │   └── AliasMoved         the alias points elsewhere than the caller thought
     ├── CursorExpired          a watch must begin anew
     ├── BaseModelUnknown       no base model to check an adapter against
     ├── Overloaded             try again later
@@ -71,9 +73,21 @@ class AdapterNotFound(SoftpromptError):
 
 
 class AdapterConflict(SoftpromptError):
-    """It exists already with other content, or is in use."""
+    """It exists already with other content."""
 
     reason = "ADAPTER_CONFLICT"
+
+
+class AdapterInUse(AdapterConflict):
+    """It is pinned, or an alias or a running request stands on it."""
+
+    reason = "ADAPTER_IN_USE"
+
+
+class AliasMoved(AdapterConflict):
+    """The alias points elsewhere than the caller thought."""
+
+    reason = "ALIAS_MOVED"
 
 
 class CursorExpired(SoftpromptError):

@@ -12,6 +12,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from softprompt_api.errors import (
+    AdapterInUse,
     AdapterInvalid,
     AdapterNotFound,
     BaseModelUnknown,
@@ -68,11 +69,20 @@ class Draft:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterVersion(Draft):
-    """A published version: immutable."""
+    """A published version: its content never changes.
+
+    Attributes:
+        pinned: whether it is kept from deletion; can change, as labels can.
+        aliases: what pointed to it when it was read, in order.
+        revision: of its name, when it was read.
+    """
 
     version: int
     id: int
     created_at: datetime
+    pinned: bool = False
+    aliases: tuple[str, ...] = ()
+    revision: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +109,9 @@ class EventType(StrEnum):
     REGISTERED = "registered"
     VERSION_DELETED = "version_deleted"
     ADAPTER_DELETED = "adapter_deleted"
+    ALIAS_SET = "alias_set"
+    ALIAS_REMOVED = "alias_removed"
+    UPDATED = "updated"
 
 
 def check_registration(registration: Registration, *, max_size_bytes: int) -> None:
@@ -121,10 +134,11 @@ def check_registration(registration: Registration, *, max_size_bytes: int) -> No
             f"idempotency_key must be 1 to {MAX_IDEMPOTENCY_KEY_CHARACTERS} printable ASCII characters",
             field="idempotency_key",
         )
-    _check_labels(registration.labels)
+    check_labels(registration.labels)
 
 
-def _check_labels(labels: Mapping[str, str]) -> None:
+def check_labels(labels: Mapping[str, str]) -> None:
+    """Raise InvalidArgument for too many labels, or too long ones."""
     if len(labels) > MAX_LABELS:
         raise InvalidArgument(f"there are {len(labels)} labels; at most {MAX_LABELS}", field="labels")
     for key, value in labels.items():
@@ -197,20 +211,38 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
     return near[0] if near else ""
 
 
-def not_found(ref: AdapterRef, *, latest: int | None = None, near: str = "") -> AdapterNotFound:
+def pinned(name: str, numbers: Sequence[int]) -> AdapterInUse:
+    """The error for deleting pinned versions."""
+    spellings = ", ".join(f"{name}@{number}" for number in numbers)
+    verb = "is" if len(numbers) == 1 else "are"
+    return AdapterInUse(f"{spellings} {verb} pinned; lift the pin first", field="adapter")
+
+
+def aliased(name: str, number: int, aliases: Sequence[str]) -> AdapterInUse:
+    """The error for deleting a version that aliases point to."""
+    which = f"the alias {aliases[0]} points" if len(aliases) == 1 else f"the aliases {', '.join(aliases)} point"
+    return AdapterInUse(f"{which} to {name}@{number}; move or remove first what points there", field="adapter")
+
+
+def not_found(
+    ref: AdapterRef, *, latest: int | None = None, aliases: Iterable[str] = (), near: str = ""
+) -> AdapterNotFound:
     """The error for a spelling that names no version.
 
     Args:
         latest: the name's latest version, when the name exists.
+        aliases: the name's aliases.
         near: the name the caller most likely meant; "" when none is near.
     """
     if ref.digest:
         return AdapterNotFound(f"no adapter has the digest {ref.digest}", field="adapter")
     if latest is not None:
+        lacks = f"alias {shown(ref.alias)}" if ref.alias else f"version {ref.version}"
+        meant = nearest_name(ref.alias, aliases) or latest
         return AdapterNotFound(
-            f"{ref.name} has no version {ref.version}; its latest is {latest}",
+            f"{ref.name} has no {lacks}; its latest is {latest}",
             field="adapter",
-            details={"did_you_mean": f"{ref.name}@{latest}"},
+            details={"did_you_mean": f"{ref.name}@{meant}"},
         )
     if not near:
         return AdapterNotFound(f"there is no adapter {shown(ref.name)}", field="adapter")

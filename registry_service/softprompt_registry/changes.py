@@ -1,33 +1,25 @@
-"""Names and versions in the store, as they are changed: one transaction each, all or nothing.
+"""Versions as they come and go: one transaction each, all or nothing."""
 
-Writers never wait for each other: a transaction watches the keys it read, and begins anew when one changed.
-"""
-
-import asyncio
-import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
-import redis.exceptions
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from softprompt_api.errors import Unavailable
+from softprompt_api.names import LATEST
 
-from softprompt_registry import catalog, events, keys
+from softprompt_registry import catalog, events, keys, pointers
 from softprompt_registry.blobs import BlobInfo, StagedBlob, decode_blob
 from softprompt_registry.catalog import AdapterVersion, Draft, EventType
 from softprompt_registry.codec import encode_version
 from softprompt_registry.connection import reply, store_errors, writes
 from softprompt_registry.store import Store
-
-T = TypeVar("T")
+from softprompt_registry.transactions import begin, transact
 
 IDEMPOTENCY_TTL_S = 7 * 24 * 3600
-_MAX_ATTEMPTS = 200
-_MAX_JITTER_S = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +30,7 @@ class _Doomed:
     number: int
     digest: str
     sha256: str
+    is_pinned: bool
 
 
 class Changes:
@@ -79,7 +72,7 @@ class Changes:
         self, draft: Draft, staged: StagedBlob, *, version_id: int, key: str, content: str
     ) -> AdapterVersion:
         blob = keys.blob(draft.tensors_sha256)
-        watched = [keys.name(draft.name), blob, *staged.keys, *([keys.idempotency(key)] if key else [])]
+        watched = [blob, *staged.keys, *([keys.idempotency(key)] if key else [])]
 
         async def attempt(pipe: Pipeline) -> AdapterVersion:
             await pipe.watch(*watched)
@@ -90,9 +83,12 @@ class Changes:
             number = int(await reply(pipe.hget(keys.name(draft.name), "next")) or 1)
             num_users = int(await reply(pipe.hget(blob, "num_versions")) or 0)
             version = AdapterVersion(**_fields(draft), version=number, id=version_id, created_at=datetime.now(UTC))
-            pipe.multi()  # type: ignore[no-untyped-call]
+            old = await pointers.read_watched(pipe, draft.name)
+            new = replace(old, highest=version_id).after(LATEST, version_id)
+            begin(pipe, draft.name)
             pipe.hset(keys.version(version_id), mapping=encode_version(version))
             pipe.hset(keys.name(draft.name), "next", str(number + 1))
+            pipe.hdel(keys.aliases(draft.name), LATEST)
             pipe.zadd(keys.versions(draft.name), {str(version_id): number})
             pipe.zadd(keys.NAMES, {draft.name: 0})
             pipe.zadd(keys.digest(draft.digest), {str(version_id): version_id})
@@ -101,40 +97,52 @@ class Changes:
             if key:
                 pipe.set(keys.idempotency(key), f"{content}:{version_id}", ex=IDEMPOTENCY_TTL_S)
             await pipe.execute()
-            return version
+            return new.describe(version)
 
-        return await self._transact(draft.name, attempt)
+        return await transact(self._client, draft.name, attempt)
 
     @writes
     async def delete_adapter(self, name: str) -> int:
-        """Delete a name with all its versions; returns how many there were, 0 when there is no such name."""
+        """Delete a name with all its versions and aliases; how many versions there were, 0: no such name.
+
+        Raises:
+            AdapterInUse: a version is pinned.
+        """
 
         async def attempt(pipe: Pipeline) -> int:
-            await pipe.watch(keys.versions(name))
             doomed = await self._doomed(pipe, name, low="-inf", high="+inf")
             if doomed:
                 blobs = await self._blobs(pipe, doomed)
-                pipe.multi()  # type: ignore[no-untyped-call]
+                begin(pipe, name)
                 self._remove(pipe, name, doomed, blobs)
+                pipe.unlink(keys.aliases(name))
                 pipe.zrem(keys.NAMES, name)
                 events.append(pipe, EventType.ADAPTER_DELETED, name=name)
                 await pipe.execute()
             return len(doomed)
 
-        return await self._transact(name, attempt)
+        return await transact(self._client, name, attempt)
 
     @writes
     async def delete_version(self, name: str, number: int) -> bool:
-        """Delete one version, with the name when it is its last; False when there is no such version."""
+        """Delete one version, with the name when it is its last; False when there is no such version.
+
+        Raises:
+            AdapterInUse: it is pinned, or an alias other than `latest` points to it.
+        """
 
         async def attempt(pipe: Pipeline) -> bool:
-            await pipe.watch(keys.versions(name))
             doomed = await self._doomed(pipe, name, low=number, high=number)
             if doomed:
+                aliases = (await pointers.read_watched(pipe, name)).aliases_of(doomed[0].id)
+                if free := [alias for alias in aliases if alias != LATEST]:
+                    raise catalog.aliased(name, number, free)
                 is_last = await reply(pipe.zcard(keys.versions(name))) == 1
                 blobs = await self._blobs(pipe, doomed)
-                pipe.multi()  # type: ignore[no-untyped-call]
+                begin(pipe, name)
                 self._remove(pipe, name, doomed, blobs)
+                if LATEST in aliases:
+                    pipe.hdel(keys.aliases(name), LATEST)
                 events.append(pipe, EventType.VERSION_DELETED, name=name, version=number, digest=doomed[0].digest)
                 if is_last:
                     pipe.zrem(keys.NAMES, name)
@@ -142,24 +150,22 @@ class Changes:
                 await pipe.execute()
             return bool(doomed)
 
-        return await self._transact(name, attempt)
-
-    async def _transact(self, name: str, attempt: Callable[[Pipeline], Awaitable[T]]) -> T:
-        async with self._client.pipeline(transaction=True) as pipe:
-            for _ in range(_MAX_ATTEMPTS):
-                try:
-                    return await attempt(pipe)
-                except redis.exceptions.WatchError:
-                    await asyncio.sleep(random.uniform(0, _MAX_JITTER_S))
-        raise catalog.too_many_writers(name)
+        return await transact(self._client, name, attempt)
 
     async def _doomed(self, pipe: Pipeline, name: str, *, low: float | str, high: float | str) -> list[_Doomed]:
+        """The versions with these numbers; AdapterInUse where one is pinned."""
         found = await reply(pipe.zrangebyscore(keys.versions(name), low, high, withscores=True))
         doomed = []
         for version_id, number in found:
-            record = await reply(pipe.hmget(keys.version(int(version_id)), "digest", "tensors_sha256"))
-            digest, sha256 = (text.decode() if text else "" for text in record)
-            doomed.append(_Doomed(id=int(version_id), number=int(number), digest=digest, sha256=sha256))
+            record = await reply(pipe.hmget(keys.version(int(version_id)), "digest", "tensors_sha256", "pinned"))
+            digest, sha256, pinned = (text.decode() if text else "" for text in record)
+            doomed.append(
+                _Doomed(
+                    id=int(version_id), number=int(number), digest=digest, sha256=sha256, is_pinned=pinned == "1"
+                )
+            )
+        if pinned_numbers := [version.number for version in doomed if version.is_pinned]:
+            raise catalog.pinned(name, pinned_numbers)
         return doomed
 
     async def _blobs(self, pipe: Pipeline, doomed: Sequence[_Doomed]) -> dict[str, BlobInfo]:

@@ -1,5 +1,10 @@
-"""Versions and base models to what the store holds, and back."""
+"""Versions and base models to what the store holds, and back.
 
+A version's record carries the sha256 of its own fields: one that was changed by anything but a writer of ours is
+found out, and never taken for a version.
+"""
+
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,20 +24,25 @@ def encode_version(version: AdapterVersion) -> Mapping[Any, Any]:
     fields = {name: str(getattr(version, name)) for name in (*_INTEGERS, *_TEXTS)}
     fields["base_model"] = encode_base_model(version.base_model)
     fields["labels"] = json.dumps(dict(version.labels), sort_keys=True)
+    fields["pinned"] = str(int(version.pinned))
     fields["created_at"] = version.created_at.isoformat()
-    return fields
+    return {**fields, "sha256": _sha256(fields)}
 
 
 def decode_version(fields: Mapping[bytes, bytes], *, version_id: int) -> AdapterVersion:
     """A version from its hash; DataCorrupted unless it is a whole version with this very id."""
     try:
-        texts: Mapping[str, Any] = {key.decode(): value.decode() for key, value in fields.items()}
+        texts: dict[str, Any] = {key.decode(): value.decode() for key, value in fields.items()}
+        # Records of earlier versions of this software have none, and no pin.
+        if texts.pop("sha256", None) not in (None, _sha256(texts)):
+            raise ValueError("the record is not what was written")
         numbers: Mapping[str, Any] = {name: int(texts[name]) for name in _INTEGERS}
         version = AdapterVersion(
             **{name: texts[name] for name in _TEXTS},
             **numbers,
             base_model=decode_base_model(texts["base_model"]),
             labels=json.loads(texts["labels"]),
+            pinned=bool(int(texts.get("pinned", "0"))),
             created_at=datetime.fromisoformat(texts["created_at"]),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -40,6 +50,10 @@ def decode_version(fields: Mapping[bytes, bytes], *, version_id: int) -> Adapter
     if version.id != version_id:
         raise DataCorrupted(f"the store answered with version id {version.id} for {version_id}")
     return version
+
+
+def _sha256(fields: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def encode_base_model(model: BaseModel) -> str:

@@ -3,6 +3,7 @@
 from google.protobuf.timestamp_pb2 import Timestamp
 from softprompt_api.registry.v1 import registry_pb2 as pb
 
+from softprompt_registry.amendments import VersionUpdate
 from softprompt_registry.catalog import AdapterVersion, BaseModel, EventType, Registration
 from softprompt_registry.events import Event
 from softprompt_registry.watching import Change
@@ -11,6 +12,9 @@ _EVENT_TYPES = {
     EventType.REGISTERED: pb.ADAPTER_EVENT_TYPE_REGISTERED,
     EventType.VERSION_DELETED: pb.ADAPTER_EVENT_TYPE_VERSION_DELETED,
     EventType.ADAPTER_DELETED: pb.ADAPTER_EVENT_TYPE_ADAPTER_DELETED,
+    EventType.ALIAS_SET: pb.ADAPTER_EVENT_TYPE_ALIAS_SET,
+    EventType.ALIAS_REMOVED: pb.ADAPTER_EVENT_TYPE_ALIAS_REMOVED,
+    EventType.UPDATED: pb.ADAPTER_EVENT_TYPE_UPDATED,
 }
 
 
@@ -25,6 +29,11 @@ def registration_from(header: pb.RegisterAdapterHeader) -> Registration:
         labels=dict(header.labels),
         base_model_id=header.base_model_id,
     )
+
+
+def update_from(request: pb.UpdateAdapterRequest) -> VersionUpdate:
+    """What a client wants changed."""
+    return VersionUpdate.of(request.update_mask.paths, labels=dict(request.labels), pinned=request.pinned)
 
 
 def base_model_from(message: pb.BaseModel) -> BaseModel:
@@ -78,6 +87,9 @@ def version_to(version: AdapterVersion) -> pb.AdapterVersion:
         base_model=base_model_to(version.base_model),
         created_at=created_at,
         labels=version.labels,
+        aliases=version.aliases,
+        pinned=version.pinned,
+        revision=version.revision,
     )
 
 
@@ -85,9 +97,13 @@ def change_to(change: Change) -> pb.WatchAdaptersResponse:
     """What a watcher is told, as a message."""
     if change.event is None:
         return pb.WatchAdaptersResponse(cursor=change.cursor, type=pb.ADAPTER_EVENT_TYPE_HEARTBEAT)
-    adapter = version_to(change.version) if change.version else _deleted(change.event)
-    return pb.WatchAdaptersResponse(cursor=change.cursor, type=_EVENT_TYPES[change.event.type], adapter=adapter)
+    return pb.WatchAdaptersResponse(
+        cursor=change.cursor,
+        type=_EVENT_TYPES[change.event.type],
+        adapter=version_to(change.version) if change.version else _named(change.event),
+        alias=change.event.alias,
+    )
 
 
-def _deleted(event: Event) -> pb.AdapterVersion:
+def _named(event: Event) -> pb.AdapterVersion:
     return pb.AdapterVersion(name=event.name, version=event.version, digest=event.digest)

@@ -26,8 +26,9 @@ class Event:
 
     Attributes:
         cursor: watch from here to get what came after it.
-        id: global id of the version, for REGISTERED.
+        id: global id of the version, for REGISTERED, ALIAS_SET and UPDATED.
         version, digest: of the version, for VERSION_DELETED.
+        alias: for ALIAS_SET and ALIAS_REMOVED.
     """
 
     cursor: str
@@ -36,13 +37,23 @@ class Event:
     id: int
     version: int
     digest: str
+    alias: str
 
 
 def append(
-    transaction: Pipeline, type_: EventType, *, name: str, id_: int = 0, version: int = 0, digest: str = ""
+    transaction: Pipeline,
+    type_: EventType,
+    *,
+    name: str,
+    id_: int = 0,
+    version: int = 0,
+    digest: str = "",
+    alias: str = "",
 ) -> None:
     """Queue an event into a transaction."""
     fields: dict[Any, Any] = {"type": type_.value, "name": name, "id": id_, "version": version, "digest": digest}
+    if alias:
+        fields["alias"] = alias
     transaction.xadd(keys.EVENTS, fields, maxlen=MAX_KEPT_EVENTS, approximate=True)
 
 
@@ -116,6 +127,7 @@ def _decode(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Event:
         id=int(fields[b"id"]),
         version=int(fields[b"version"]),
         digest=fields[b"digest"].decode(),
+        alias=fields.get(b"alias", b"").decode(),
     )
 
 

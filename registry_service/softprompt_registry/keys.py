@@ -4,7 +4,8 @@
     sp:names                         sorted set of names, for listing
     sp:events                        stream of changes
     sp:base                          hash: base model id → fingerprint
-    sp:{n:<name>}                    hash: next version number; stays when the name is deleted
+    sp:{n:<name>}                    hash: next version number, revision; stays when the name is deleted
+    sp:{n:<name>}:a                  hash: alias → version id; `latest` only where it is not the highest version
     sp:{n:<name>}:v                  sorted set: version id by version number
     sp:{v:<id>}                      hash: one version
     sp:{d:<digest>}                  sorted set: ids of the versions with this digest, by id
@@ -26,8 +27,13 @@ PROBE = "sp:probe"
 
 
 def name(adapter: str) -> str:
-    """Counter of a name's versions."""
+    """Counters of a name: its next version's number, and its revision."""
     return f"sp:{{n:{adapter}}}"
+
+
+def aliases(adapter: str) -> str:
+    """What a name's aliases point to."""
+    return f"sp:{{n:{adapter}}}:a"
 
 
 def versions(adapter: str) -> str:

@@ -4,10 +4,11 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from redis.asyncio import Redis
-from softprompt_api.errors import AdapterNotFound, DataCorrupted
-from softprompt_api.names import AdapterRef, check_name, parse_adapter
+from softprompt_api.errors import AdapterNotFound, DataCorrupted, InvalidArgument
+from softprompt_api.names import LATEST, AdapterRef, check_alias, check_name, parse_adapter
 
 from softprompt_registry import catalog
+from softprompt_registry.amendments import Amendments, VersionUpdate
 from softprompt_registry.blobs import BlobReader
 from softprompt_registry.catalog import AdapterVersion, BaseModel
 from softprompt_registry.changes import Changes
@@ -41,6 +42,7 @@ class Registry:
         self._store = Store(client)
         self._blobs = BlobReader(client)
         self._changes = Changes(client, self._store)
+        self._amendments = Amendments(client)
         self._events = EventLog(client, watch_client)
         self.uploads = Uploads(client, self._store, self._changes, limits)
         self.watching = Watching(self._store, self._events, heartbeat_s=heartbeat_s, max_watchers=max_watchers)
@@ -68,14 +70,41 @@ class Registry:
         """One page of a name's versions, newest first."""
 
         async def fetch(after: str, limit: int) -> Sequence[tuple[str, AdapterVersion | None]]:
-            found = await self._store.version_ids(name, below=int(after) if after else None, limit=limit)
-            versions = await self._store.find_ids([version_id for _, version_id in found])
-            return [(str(number), version) for (number, _), version in zip(found, versions, strict=True)]
+            found = await self._store.versions(name, below=int(after) if after else None, limit=limit)
+            return [(str(number), version) for number, version in found]
 
         check_name(name)
         if await self._store.latest_number(name) is None:
             raise await self._not_found(AdapterRef(name=name))
         return await read_page(fetch, query=f"versions {name}", size=size, token=token)
+
+    async def set_alias(
+        self, name: str, alias: str, number: int, *, expected: int | None
+    ) -> AdapterVersion | None:
+        """Make an alias of a name point to a version, or remove it (0); the version it points to now."""
+        check_name(name)
+        check_alias(alias)
+        if number == 0:
+            if alias == LATEST:
+                raise InvalidArgument(f"{LATEST} cannot be removed; it can be moved", field="alias")
+            if not await self._amendments.remove_alias(name, alias, expected=expected):
+                raise await self._not_found(AdapterRef(name=name, alias=alias))
+            return None
+        ref = parse_adapter(f"{name}@{number}", field="version")
+        version = await self._amendments.set_alias(name, alias, number, expected=expected)
+        if version is None:
+            raise await self._not_found(ref)
+        return version
+
+    async def update(self, spelling: str, update: VersionUpdate) -> AdapterVersion:
+        """Change labels and pin of the version that a name, with a number or an alias, stands for."""
+        ref = parse_adapter(spelling)
+        if ref.digest:
+            raise InvalidArgument("several versions may have this digest; say name@version", field="adapter")
+        version = await self._amendments.update(ref, update)
+        if version is None:
+            raise await self._not_found(ref)
+        return version
 
     async def delete_adapter(self, name: str) -> int:
         """Delete a name with all its versions; returns how many there were."""
@@ -117,6 +146,8 @@ class Registry:
     async def _not_found(self, ref: AdapterRef) -> AdapterNotFound:
         if ref.digest:
             return catalog.not_found(ref)
-        latest = await self._store.latest_number(ref.name) if ref.version is not None else None
-        near = "" if latest else catalog.nearest_name(ref.name, await self._store.names_near(ref.name))
-        return catalog.not_found(ref, latest=latest, near=near)
+        latest = None if ref.is_latest else await self._store.latest_number(ref.name)
+        if latest is not None:
+            return catalog.not_found(ref, latest=latest, aliases=(await self._store.pointers(ref.name)).moved)
+        near = catalog.nearest_name(ref.name, await self._store.names_near(ref.name))
+        return catalog.not_found(ref, near=near)

@@ -13,7 +13,14 @@ from softprompt_api.errors import InvalidArgument
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc
 
-from softprompt_registry.convert import base_model_from, base_model_to, change_to, registration_from, version_to
+from softprompt_registry.convert import (
+    base_model_from,
+    base_model_to,
+    change_to,
+    registration_from,
+    update_from,
+    version_to,
+)
 from softprompt_registry.registry import Registry
 from softprompt_registry.uploads import Piece
 
@@ -58,6 +65,15 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         page = await self._registry.list_versions(request.name, size=request.page_size, token=request.page_token)
         versions = [version_to(version) for version in page.versions]
         return pb.ListVersionsResponse(versions=versions, next_page_token=page.next_token)
+
+    async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
+        expected = request.expected_version if request.HasField("expected_version") else None
+        version = await self._registry.set_alias(request.name, request.alias, request.version, expected=expected)
+        return pb.SetAliasResponse(adapter=version_to(version) if version else None)
+
+    async def UpdateAdapter(self, request: pb.UpdateAdapterRequest, context: Context) -> pb.UpdateAdapterResponse:
+        version = await self._registry.update(request.adapter, update_from(request))
+        return pb.UpdateAdapterResponse(adapter=version_to(version))
 
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:
         return pb.DeleteAdapterResponse(deleted_versions=await self._registry.delete_adapter(request.name))

@@ -1,16 +1,23 @@
-"""Names, versions and base models in the store, as they are read."""
+"""Names, versions and base models in the store, as they are read.
 
-from collections.abc import Sequence
+What cannot be read is an error for whoever asks for it, and is left out of lists: it must not take others along.
+"""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import structlog
 from redis.asyncio import Redis
-from softprompt_api.errors import AdapterConflict
-from softprompt_api.names import AdapterRef
+from softprompt_api.errors import AdapterConflict, DataCorrupted
+from softprompt_api.names import LATEST, AdapterRef
 
-from softprompt_registry import keys
+from softprompt_registry import keys, pointers
 from softprompt_registry.catalog import AdapterVersion, BaseModel
 from softprompt_registry.codec import decode_base_model, decode_version, encode_base_model
 from softprompt_registry.connection import reads, reply, writes
+from softprompt_registry.pointers import Pointers
 
+_log = structlog.get_logger()
 _MAX_NAMES_COMPARED = 500
 _MAX_LOOKUPS = 3
 
@@ -26,45 +33,60 @@ class Store:
         """The version a spelling names; None when there is none."""
         # A version may be deleted after its id was found; the name may have another latest version by then.
         for _ in range(_MAX_LOOKUPS):
-            version_id = await self._find_id(ref)
-            if version_id is None:
+            version_id, known = await self._locate(ref)
+            if not version_id:
                 return None
             if version := await self._load(version_id):
-                return version
+                _check_belongs(version, ref)
+                return (known or await self._pointers(version.name)).describe(version)
         return None
 
     @reads
     async def find_id(self, version_id: int) -> AdapterVersion | None:
         """The version with a global id; None when there is none."""
-        return await self._load(version_id)
+        version = await self._load(version_id)
+        return (await self._pointers(version.name)).describe(version) if version else None
 
     @reads
-    async def find_ids(self, version_ids: Sequence[int]) -> list[AdapterVersion | None]:
-        """The versions with these ids, in their order; None for a deleted one."""
-        pipe = self._client.pipeline(transaction=False)
-        for version_id in version_ids:
-            pipe.hgetall(keys.version(version_id))
-        stored = zip(version_ids, await pipe.execute(), strict=True)
-        return [decode_version(fields, version_id=id_) if fields else None for id_, fields in stored]
+    async def pointers(self, name: str) -> Pointers:
+        """What a name's aliases point to."""
+        return await self._pointers(name)
 
     @reads
     async def latest_number(self, name: str) -> int | None:
-        """The highest live version number of a name; None when there is no such name."""
-        newest = await reply(self._client.zrange(keys.versions(name), 0, 0, desc=True, withscores=True))
-        return int(newest[0][1]) if newest else None
-
-    async def latest(self, names: Sequence[str]) -> list[AdapterVersion | None]:
-        """The names' latest versions, in their order; None for a deleted name."""
-        return await self.find_ids(await self._latest_ids(names))
+        """The number of a name's latest version; None when there is no such name."""
+        latest = (await self._pointers(name)).target(LATEST)
+        number = await reply(self._client.zscore(keys.versions(name), latest)) if latest else None
+        return None if number is None else int(number)
 
     @reads
-    async def version_ids(self, name: str, *, below: int | None, limit: int) -> list[tuple[int, int]]:
-        """A name's versions as (number, id), newest first, with numbers below `below` (None: from the newest)."""
+    async def latest(self, names: Sequence[str]) -> list[AdapterVersion | None]:
+        """The names' latest versions, in their order; None for one that was deleted or cannot be read."""
+        known = [_readable_pointers(name, replies) for name, replies in await self._ask_pointers(names)]
+        versions = await self._load_readable([one.target(LATEST) if one else 0 for one in known])
+        return [
+            one.describe(version) if one and version else None
+            for one, version in zip(known, versions, strict=True)
+        ]
+
+    @reads
+    async def versions(
+        self, name: str, *, below: int | None, limit: int
+    ) -> list[tuple[int, AdapterVersion | None]]:
+        """A name's versions by number, newest first, with numbers below `below` (None: from the newest).
+
+        None in place of a version that was deleted meanwhile, or cannot be read.
+        """
         high = "+inf" if below is None else f"({below}"
+        known = await self._pointers(name)
         found = await reply(
             self._client.zrevrangebyscore(keys.versions(name), high, "-inf", start=0, num=limit, withscores=True)
         )
-        return [(int(number), int(version_id)) for version_id, number in found]
+        versions = await self._load_readable([int(version_id) for version_id, _ in found])
+        return [
+            (int(number), known.describe(version) if version else None)
+            for (_, number), version in zip(found, versions, strict=True)
+        ]
 
     @reads
     async def names(self, *, prefix: str, after: str, limit: int) -> list[str]:
@@ -100,7 +122,7 @@ class Store:
             raise AdapterConflict(
                 "this idempotency key was used for another registration", field="idempotency_key"
             )
-        version = await self._load(int(version_id))
+        version = await self.find_id(int(version_id))
         if version is None:
             raise AdapterConflict(
                 "what this idempotency key made has been deleted; choose another key", field="idempotency_key"
@@ -118,23 +140,60 @@ class Store:
         stored = await reply(self._client.hgetall(keys.BASE_MODELS))
         return sorted((decode_base_model(text) for text in stored.values()), key=lambda model: model.id)
 
-    @reads
-    async def _latest_ids(self, names: Sequence[str]) -> list[int]:
-        pipe = self._client.pipeline(transaction=False)
-        for name in names:
-            pipe.zrange(keys.versions(name), 0, 0, desc=True)
-        # No version has the id 0.
-        return [int(newest[0]) if newest else 0 for newest in await pipe.execute()]
+    async def _pointers(self, name: str) -> Pointers:
+        [(_, replies)] = await self._ask_pointers([name])
+        return pointers.decode(replies)
 
-    async def _find_id(self, ref: AdapterRef) -> int | None:
+    async def _ask_pointers(self, names: Sequence[str]) -> list[tuple[str, Sequence[Any]]]:
+        # In a transaction: what points where, and which version is the highest, must be of one moment.
+        pipe = self._client.pipeline(transaction=True)
+        for name in names:
+            pointers.ask(pipe, name)
+        replies, size = await pipe.execute(), pointers.NUM_REPLIES
+        return [(name, replies[size * place : size * (place + 1)]) for place, name in enumerate(names)]
+
+    async def _locate(self, ref: AdapterRef) -> tuple[int, Pointers | None]:
+        """The id of the version that a spelling names (0: none), and its name's pointers where they were read."""
         if ref.digest:
             # All versions with one digest have the same tensors; the oldest is as good as any.
             ids = await reply(self._client.zrange(keys.digest(ref.digest), 0, 0))
-            return int(ids[0]) if ids else None
-        high, low = ("+inf", "-inf") if ref.version is None else (ref.version, ref.version)
-        ids = await reply(self._client.zrevrangebyscore(keys.versions(ref.name), high, low, start=0, num=1))
-        return int(ids[0]) if ids else None
+            return int(ids[0]) if ids else 0, None
+        if ref.version is not None:
+            ids = await reply(self._client.zrangebyscore(keys.versions(ref.name), ref.version, ref.version))
+            return int(ids[0]) if ids else 0, None
+        known = await self._pointers(ref.name)
+        return known.target(ref.alias or LATEST), known
 
     async def _load(self, version_id: int) -> AdapterVersion | None:
         fields = await reply(self._client.hgetall(keys.version(version_id)))
         return decode_version(fields, version_id=version_id) if fields else None
+
+    async def _load_readable(self, version_ids: Sequence[int]) -> list[AdapterVersion | None]:
+        pipe = self._client.pipeline(transaction=False)
+        for version_id in version_ids:
+            pipe.hgetall(keys.version(version_id))
+        return [_readable(id_, fields) for id_, fields in zip(version_ids, await pipe.execute(), strict=True)]
+
+
+def _readable(version_id: int, fields: Mapping[bytes, bytes]) -> AdapterVersion | None:
+    try:
+        return decode_version(fields, version_id=version_id) if fields else None
+    except DataCorrupted:
+        _log.error("a stored version is damaged and left out of lists", id=version_id)
+        return None
+
+
+def _readable_pointers(name: str, replies: Sequence[Any]) -> Pointers | None:
+    try:
+        return pointers.decode(replies)
+    except DataCorrupted:
+        _log.error("the stored aliases of an adapter are damaged, and it is left out of lists", adapter=name)
+        return None
+
+
+def _check_belongs(version: AdapterVersion, ref: AdapterRef) -> None:
+    """Raise DataCorrupted when a pointer led to a version of something else."""
+    found = (version.name, version.version, version.digest)
+    for wanted, has in zip((ref.name, ref.version, ref.digest), found, strict=True):
+        if wanted and wanted != has:
+            raise DataCorrupted(f"the store answered with {version.name}@{version.version} for {ref}")

@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from softprompt_api.errors import Overloaded, Unavailable
+from softprompt_api.errors import DataCorrupted, Overloaded, Unavailable
 
 from softprompt_registry.catalog import AdapterVersion, EventType
 from softprompt_registry.events import Event, EventLog
 from softprompt_registry.store import Store
+
+_TOLD_WHOLE = (EventType.REGISTERED, EventType.ALIAS_SET, EventType.UPDATED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +20,7 @@ class Change:
     Attributes:
         cursor: watch from here to continue.
         event: what happened; None: nothing, the stream is alive.
-        version: the whole version, for REGISTERED.
+        version: the whole version, for REGISTERED, ALIAS_SET and UPDATED.
     """
 
     cursor: str
@@ -84,8 +86,11 @@ class Watching:
         return events
 
     async def _change(self, event: Event) -> Change | None:
-        if event.type is not EventType.REGISTERED:
+        if event.type not in _TOLD_WHOLE:
             return Change(cursor=event.cursor, event=event)
-        version = await self._store.find_id(event.id)
+        try:
+            version = await self._store.find_id(event.id)
+        except DataCorrupted:  # whoever asks for it is told; watchers must get past it
+            return None
         # Deleted since: the event that says so follows.
         return None if version is None else Change(cursor=event.cursor, event=event, version=version)

@@ -1,4 +1,4 @@
-"""The registry from Python: add, list, show and remove adapters of a running system."""
+"""The registry from Python: add, list, show, change and remove adapters of a running system."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -8,15 +8,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import grpc
-from softprompt_api.errors import AdapterNotFound, Unavailable
+from google.protobuf.field_mask_pb2 import FieldMask
+from softprompt_api.errors import AdapterNotFound, InvalidArgument
 from softprompt_api.names import check_name, parse_adapter
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1.registry_pb2_grpc import RegistryServiceStub
 from softprompt_api.rpc.channel import open_blocking_channel
-from softprompt_api.rpc.status import from_rpc_error
 
 from softprompt.adapter_files import LocalAdapter, chunks, find_adapter
+from softprompt.calls import translated
 
 DEFAULT_ADDRESS = "127.0.0.1:2243"
 _CALL_TIMEOUT_S = 20.0
@@ -39,7 +39,9 @@ class AdapterInfo:
         size_bytes: of the tensor file.
         base_model: id of the model it was checked against.
         created_at: ISO 8601, UTC.
-        labels: free text given at registration.
+        labels: free text, given at registration or later.
+        aliases: what points to it, in order; `latest` among them.
+        pinned: whether it is kept from deletion.
     """
 
     name: str
@@ -54,10 +56,12 @@ class AdapterInfo:
     base_model: str
     created_at: str
     labels: dict[str, str]
+    aliases: tuple[str, ...]
+    pinned: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        return {**asdict(self), "aliases": list(self.aliases)}
 
 
 class RegistryClient:
@@ -116,7 +120,7 @@ class RegistryClient:
         return self.add(name, adapter)[0], True
 
     def get(self, adapter: str) -> AdapterInfo:
-        """One version: `name`, `name@3` or `sha256:…`."""
+        """One version: `name`, `name@3`, `name@alias` or `sha256:…`."""
         parse_adapter(adapter)
         with self._translated():
             return _info(
@@ -147,9 +151,44 @@ class RegistryClient:
             if not token:
                 return infos
 
+    def set_alias(self, name: str, alias: str, version: int, *, expected: int | None = None) -> AdapterInfo:
+        """Make `name@alias` stand for a version; only from the version `expected` (0: none), where it is given.
+
+        Moving `latest` to an older version is a rollback.
+        """
+        request = pb.SetAliasRequest(name=name, alias=alias, version=version, expected_version=expected)
+        with self._translated():
+            return _info(self._stub.SetAlias(request, timeout=_CALL_TIMEOUT_S).adapter)
+
+    def remove_alias(self, name: str, alias: str, *, expected: int | None = None) -> None:
+        """Remove an alias, not what it points to."""
+        request = pb.SetAliasRequest(name=name, alias=alias, expected_version=expected)
+        with self._translated():
+            self._stub.SetAlias(request, timeout=_CALL_TIMEOUT_S)
+
+    def update(
+        self, adapter: str, *, labels: Mapping[str, str | None] | None = None, pinned: bool | None = None
+    ) -> AdapterInfo:
+        """Set labels of a version (None removes one, others stay), and its pin; what is not given stays."""
+        labels = labels or {}
+        request = pb.UpdateAdapterRequest(
+            adapter=adapter,
+            labels={key: value for key, value in labels.items() if value is not None},
+            pinned=bool(pinned),
+            update_mask=FieldMask(
+                paths=[*(f"labels.{key}" for key in labels), *([] if pinned is None else ["pinned"])]
+            ),
+        )
+        with self._translated():
+            return _info(self._stub.UpdateAdapter(request, timeout=_CALL_TIMEOUT_S).adapter)
+
     def remove(self, adapter: str) -> int:
         """Delete a name with all its versions, or `name@3` alone; how many versions went."""
         ref = parse_adapter(adapter)
+        if ref.alias or (ref.is_latest and "@" in adapter):
+            raise InvalidArgument(
+                "say NAME@VERSION; aliases move, and deletions cannot be undone", field="adapter"
+            )
         with self._translated():
             if ref.digest:
                 info = _info(self._stub.GetAdapter(pb.GetAdapterRequest(adapter=adapter)).adapter)
@@ -162,18 +201,8 @@ class RegistryClient:
             )
             return 1
 
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except grpc.RpcError as error:
-            translated = from_rpc_error(error)
-            # gRPC's own text for "nobody is there" speaks of sockets; ours for "the store is away" stays.
-            if isinstance(translated, Unavailable) and not error.trailing_metadata():
-                raise Unavailable(
-                    f"no registry answers at {self._address}: start one with `softprompt run`, or give its address"
-                ) from error
-            raise translated from error
+    def _translated(self) -> contextlib.AbstractContextManager[None]:
+        return translated("registry", self._address)
 
 
 def _upload(
@@ -210,4 +239,6 @@ def _info(version: pb.AdapterVersion) -> AdapterInfo:
         base_model=version.base_model.id,
         created_at=version.created_at.ToDatetime(tzinfo=UTC).isoformat(timespec="seconds"),
         labels=dict(version.labels),
+        aliases=tuple(version.aliases),
+        pinned=version.pinned,
     )

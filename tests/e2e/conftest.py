@@ -53,6 +53,7 @@ class System:
     data_dir: Path
     port: int
     registry: str
+    inference: str
 
     @property
     def url(self) -> str:
@@ -101,7 +102,12 @@ class System:
             text=True,
             timeout=120,
             check=False,
-            env={**os.environ, "SOFTPROMPT_REGISTRY_ADDRESS": self.registry, "SOFTPROMPT_URL": self.url},
+            env={
+                **os.environ,
+                "SOFTPROMPT_REGISTRY_ADDRESS": self.registry,
+                "SOFTPROMPT_INFERENCE_ADDRESS": self.inference,
+                "SOFTPROMPT_URL": self.url,
+            },
         )
 
 
@@ -140,7 +146,15 @@ def start_system(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
                 env={**os.environ, "SOFTPROMPT_TEST_MARK": mark},
             )
         registry = f"127.0.0.1:{registry_port}"
-        system = System(process=process, mark=mark, output=output, data_dir=data_dir, port=port, registry=registry)
+        system = System(
+            process=process,
+            mark=mark,
+            output=output,
+            data_dir=data_dir,
+            port=port,
+            registry=registry,
+            inference=f"127.0.0.1:{inference_port}",
+        )
         systems.append(system)
         if wait:
             wait_for(system.has_started, "the start", START_TIMEOUT_S)

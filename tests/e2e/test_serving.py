@@ -154,6 +154,47 @@ def test_an_adapter_added_while_serving_is_used_by_the_next_request(
     assert gone.stderr.count("\n") == 1
 
 
+def test_a_version_is_promoted_rolled_back_and_kept_by_the_command_line(
+    system: Any, client: openai.OpenAI, make_adapter: Callable[..., Path]
+) -> None:
+    for seed in (30, 31):
+        assert system.cli("adapter", "add", "staged", str(make_adapter(seed, 7))).returncode == 0
+    one, two = complete(client, "staged@1"), complete(client, "staged@2")
+    assert one != two
+    assert system.cli("adapter", "alias", "staged", "prod", "1").stdout == "staged@prod is staged@1 now\n"
+    assert (complete(client, "staged@prod"), complete(client, "staged")) == (one, two)
+    assert "and was staged@2" in system.cli("adapter", "rollback", "staged").stdout
+    assert complete(client, "staged") == one
+    assert "there is no version before staged@1" in system.cli("adapter", "rollback", "staged").stderr
+    moved = system.cli("adapter", "alias", "staged", "prod", "2", "--expect", "2")
+    assert (moved.returncode, moved.stderr.count("\n")) == (1, 1)
+    assert "points to version 1, and was expected to point to version 2" in moved.stderr
+
+    assert "the alias prod points to staged@1" in system.cli("adapter", "rm", "staged@1").stderr
+    assert "staged@2 is pinned" in system.cli("adapter", "pin", "staged@2").stdout
+    assert "staged@2 is pinned" in system.cli("adapter", "rm", "staged").stderr
+    assert "say NAME@VERSION" in system.cli("adapter", "rm", "staged@prod").stderr
+    labelled = system.cli("adapter", "label", "staged@prod", "team=x", "stage=prod", "--remove", "nothing")
+    assert labelled.stdout == "staged@1 has stage=prod, team=x\n"
+    shown = json.loads(system.cli("adapter", "show", "staged", "--json").stdout)
+    assert (shown["version"], shown["aliases"], shown["pinned"]) == (1, ["latest", "prod"], False)
+    assert shown["labels"] == {"stage": "prod", "team": "x"}
+    listed = {info["name"]: info for info in json.loads(system.cli("adapter", "ls", "--json").stdout)}
+    assert listed["staged"]["aliases"] == ["latest", "prod"]
+
+    resident = {info["adapter"]: info for info in json.loads(system.cli("adapter", "ps", "--json").stdout)}
+    assert (resident["staged@1"]["tier"], resident["staged@1"]["in_use"]) == ("device", 0)
+    assert resident["staged@1"]["hits"] >= 2
+    assert system.cli("adapter", "evict", "staged@1").returncode == 0
+    assert "staged@1 " not in system.cli("adapter", "ps").stdout
+    assert system.cli("adapter", "preload", "staged@prod").returncode == 0
+    assert "staged@1 " in system.cli("adapter", "ps").stdout
+
+    assert system.cli("adapter", "unpin", "staged@2").returncode == 0
+    assert system.cli("adapter", "alias", "staged", "prod", "--remove").stdout == "removed staged@prod\n"
+    assert system.cli("adapter", "rm", "staged").returncode == 0
+
+
 def test_a_bad_adapter_is_refused_in_one_line_and_serving_goes_on(
     system: Any, client: openai.OpenAI, adapters: dict[str, Path], tmp_path: Path
 ) -> None:

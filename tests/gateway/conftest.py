@@ -219,8 +219,12 @@ class FakeRegistry(RegistryServiceServicer):
     def __init__(self) -> None:
         self.versions: dict[str, dict[int, reg.AdapterVersion]] = {}
         self.next_versions: dict[str, int] = {}
+        self.pointers: dict[str, dict[str, int]] = {}
+        self.revisions: dict[str, int] = {}
         self.log: list[reg.WatchAdaptersResponse] = []
         self.changed = asyncio.Condition()
+        self.alias_requests: list[reg.SetAliasRequest] = []
+        self.updates: list[reg.UpdateAdapterRequest] = []
         self.uploads: list[list[int]] = []
         self.headers: list[reg.RegisterAdapterHeader] = []
         self.cut_uploads = 0
@@ -252,13 +256,27 @@ class FakeRegistry(RegistryServiceServicer):
             created_at=Timestamp(seconds=1_700_000_100),
         )
         self.versions.setdefault(name, {})[number] = version
-        await self._tell(reg.ADAPTER_EVENT_TYPE_REGISTERED, version)
-        return version
+        self._point(name, "latest", number)
+        await self._tell(reg.ADAPTER_EVENT_TYPE_REGISTERED, self._seen(version))
+        return self._seen(version)
 
-    async def _tell(self, kind: Any, version: reg.AdapterVersion) -> None:
+    def _point(self, name: str, alias: str, number: int) -> None:
+        self.pointers.setdefault(name, {})[alias] = number
+        self.revisions[name] = self.revisions.get(name, 0) + 1
+
+    def _seen(self, version: reg.AdapterVersion) -> reg.AdapterVersion:
+        """The version with what points to it now."""
+        seen = reg.AdapterVersion()
+        seen.CopyFrom(version)
+        pointers = self.pointers.get(version.name, {})
+        seen.aliases[:] = sorted(alias for alias, number in pointers.items() if number == version.version)
+        seen.revision = self.revisions.get(version.name, 0)
+        return seen
+
+    async def _tell(self, kind: Any, version: reg.AdapterVersion, *, alias: str = "") -> None:
         async with self.changed:
             cursor = str(len(self.log) + 1)
-            self.log.append(reg.WatchAdaptersResponse(cursor=cursor, type=kind, adapter=version))
+            self.log.append(reg.WatchAdaptersResponse(cursor=cursor, type=kind, adapter=version, alias=alias))
             self.changed.notify_all()
 
     def _check(self) -> None:
@@ -296,10 +314,33 @@ class FakeRegistry(RegistryServiceServicer):
             found = self.by_digest(ref.digest)
         else:
             versions = self.versions.get(ref.name, {})
-            found = versions.get(ref.version or max(versions, default=0))
+            found = versions.get(ref.version or self.pointers.get(ref.name, {}).get(ref.alias or "latest", 0))
         if found is None:
             raise errors.AdapterNotFound(f"no adapter {request.adapter}", field="adapter")
-        return reg.GetAdapterResponse(adapter=found)
+        return reg.GetAdapterResponse(adapter=self._seen(found))
+
+    async def SetAlias(self, request: Any, context: Any) -> reg.SetAliasResponse:
+        self._check()
+        self.alias_requests.append(request)
+        if not request.version:
+            del self.pointers[request.name][request.alias]
+            removed = reg.AdapterVersion(name=request.name)
+            await self._tell(reg.ADAPTER_EVENT_TYPE_ALIAS_REMOVED, removed, alias=request.alias)
+            return reg.SetAliasResponse()
+        self._point(request.name, request.alias, request.version)
+        version = self._seen(self.versions[request.name][request.version])
+        await self._tell(reg.ADAPTER_EVENT_TYPE_ALIAS_SET, version, alias=request.alias)
+        return reg.SetAliasResponse(adapter=version)
+
+    async def UpdateAdapter(self, request: Any, context: Any) -> reg.UpdateAdapterResponse:
+        self._check()
+        self.updates.append(request)
+        found = await self.GetAdapter(reg.GetAdapterRequest(adapter=request.adapter), context)
+        version = self.versions[found.adapter.name][found.adapter.version]
+        version.pinned = request.pinned
+        version.labels.update(request.labels)
+        await self._tell(reg.ADAPTER_EVENT_TYPE_UPDATED, self._seen(version))
+        return reg.UpdateAdapterResponse(adapter=self._seen(version))
 
     async def ListAdapters(self, request: Any, context: Any) -> reg.ListAdaptersResponse:
         self._check()
@@ -308,7 +349,9 @@ class FakeRegistry(RegistryServiceServicer):
             raise errors.InvalidArgument("not a page token", field="page_token")
         names = sorted(name for name in self.versions if name.startswith(request.name_prefix))
         start, size = int(request.page_token or 0), request.page_size or 100
-        page = [self.versions[name][max(self.versions[name])] for name in names[start : start + size]]
+        page = [
+            self._seen(self.versions[name][self.pointers[name]["latest"]]) for name in names[start : start + size]
+        ]
         more = str(start + size) if start + size < len(names) else ""
         return reg.ListAdaptersResponse(
             adapters=page, next_page_token=more, cursor=str(len(self.log)), total_size=len(names)
@@ -319,13 +362,16 @@ class FakeRegistry(RegistryServiceServicer):
         if request.name not in self.versions:
             raise errors.AdapterNotFound(f"no adapter {request.name}", field="name")
         versions = self.versions[request.name]
-        return reg.ListVersionsResponse(versions=[versions[number] for number in sorted(versions, reverse=True)])
+        return reg.ListVersionsResponse(
+            versions=[self._seen(versions[number]) for number in sorted(versions, reverse=True)]
+        )
 
     async def DeleteAdapter(self, request: Any, context: Any) -> reg.DeleteAdapterResponse:
         self._check()
         if request.name not in self.versions:
             raise errors.AdapterNotFound(f"no adapter {request.name}", field="name")
         versions = self.versions.pop(request.name)
+        del self.pointers[request.name]
         await self._tell(reg.ADAPTER_EVENT_TYPE_ADAPTER_DELETED, reg.AdapterVersion(name=request.name))
         return reg.DeleteAdapterResponse(deleted_versions=len(versions))
 
@@ -334,6 +380,8 @@ class FakeRegistry(RegistryServiceServicer):
         if request.version not in self.versions.get(request.name, {}):
             raise errors.AdapterNotFound(f"no adapter {request.name}@{request.version}", field="version")
         version = self.versions[request.name].pop(request.version)
+        if self.pointers[request.name]["latest"] == request.version:
+            self._point(request.name, "latest", max(self.versions[request.name], default=0))
         if not self.versions[request.name]:
             del self.versions[request.name]
         await self._tell(reg.ADAPTER_EVENT_TYPE_VERSION_DELETED, version)

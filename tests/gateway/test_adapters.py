@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from softprompt_api import errors
+from softprompt_api.registry.v1 import registry_pb2 as reg
 
 CONFIG = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 5}
 TENSORS = bytes(range(256)) * 40
@@ -214,6 +215,92 @@ async def test_a_name_is_deleted_with_all_versions(stack: Any) -> None:
     assert await stack.listed() == [stack.base]
 
 
+async def test_an_alias_is_set_used_moved_and_removed(stack: Any) -> None:
+    first = await stack.registry.add("loud")
+    await stack.registry.add("loud")
+    made = await stack.http.put("/v1/adapters/loud/aliases/prod", json={"version": 1})
+    assert made.status_code == 200, made.text
+    assert (made.json()["model"], made.json()["aliases"]) == ("loud@1", ["prod"])
+    used = await stack.complete("hi", model="loud@prod")
+    assert used.headers["x-softprompt-adapter"] == "loud@1"
+    assert used.headers["x-softprompt-adapter-digest"] == first.digest
+    assert (await stack.http.get("/v1/adapters/loud@prod")).json()["version"] == 1
+
+    await stack.http.put("/v1/adapters/loud/aliases/prod", json={"version": 2, "expected_version": 1})
+    assert (await stack.complete("hi", model="loud@prod")).headers["x-softprompt-adapter"] == "loud@2"
+    expected = [
+        request.expected_version if request.HasField("expected_version") else None
+        for request in stack.registry.alias_requests
+    ]
+    assert expected == [None, 1]
+
+    removed = (await stack.http.delete("/v1/adapters/loud/aliases/prod")).json()
+    assert removed == {"object": "alias.deleted", "id": "loud@prod", "deleted": True}
+    assert (await stack.complete("hi", model="loud@prod")).status_code == 404
+
+
+async def test_a_rollback_is_listed_at_once(stack: Any) -> None:
+    await stack.registry.add("loud")
+    await stack.registry.add("loud")
+    await stack.http.put("/v1/adapters/loud/aliases/latest", json={"version": 1})
+    cards = (await stack.http.get("/v1/models")).json()["data"]
+    assert [card["root"] for card in cards[1:]] == ["loud@1"]
+    assert (await stack.complete("hi", model="loud")).headers["x-softprompt-adapter"] == "loud@1"
+    versions = (await stack.http.get("/v1/adapters/loud/versions")).json()["data"]
+    assert [(version["version"], version["aliases"]) for version in versions] == [(2, []), (1, ["latest"])]
+
+
+async def test_an_alias_that_another_client_moved_is_known_while_the_registry_is_away(stack: Any) -> None:
+    await stack.registry.add("loud")
+    await stack.until_listed("loud")
+    await stack.http.put("/v1/adapters/loud/aliases/prod", json={"version": 1})
+    await stack.registry.add("loud")
+    await stack.registry.SetAlias(reg.SetAliasRequest(name="loud", alias="prod", version=2), None)
+    await stack.registry.add("mark")
+    await stack.until_listed("loud", "mark")  # events come in order
+    await stack.services["registry"].stop(0)
+    assert (await stack.complete("hi", model="loud@prod")).headers["x-softprompt-adapter"] == "loud@2"
+
+
+async def test_labels_and_pin_are_changed(stack: Any) -> None:
+    await stack.registry.add("loud")
+    changed = await stack.http.patch(
+        "/v1/adapters/loud@latest", json={"labels": {"team": "x", "old": None}, "pinned": True}
+    )
+    assert changed.status_code == 200, changed.text
+    assert (changed.json()["labels"], changed.json()["pinned"]) == ({"team": "x"}, True)
+    [update] = stack.registry.updates
+    assert (update.adapter, list(update.update_mask.paths)) == ("loud", ["labels.team", "labels.old", "pinned"])
+    await stack.http.patch("/v1/adapters/loud@1", json={"labels": {"a": "b"}})
+    assert list(stack.registry.updates[-1].update_mask.paths) == ["labels.a"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "param"),
+    [
+        ("PATCH", "loud", {}, "labels"),
+        ("PATCH", "loud", {"labels": {}}, "labels"),
+        ("PATCH", "loud", {"labels": {"a": 1}}, "labels.a"),
+        ("PATCH", "loud", {"pinned": "yes"}, "pinned"),
+        ("PATCH", "loud", {"digest": "x"}, "digest"),
+        ("PATCH", "Loud", {"pinned": True}, "adapter"),
+        ("PUT", "loud/aliases/prod", {}, "version"),
+        ("PUT", "loud/aliases/prod", {"version": "1"}, "version"),
+        ("PUT", "loud/aliases/prod", {"version": 0}, "version"),
+        ("PUT", "loud/aliases/prod", {"version": 2**31}, "version"),
+        ("PUT", "loud/aliases/prod", {"version": 1, "expected_version": -1}, "expected_version"),
+        ("PUT", "loud@1/aliases/prod", {"version": 1}, "adapter"),
+        ("DELETE", "loud@1/aliases/prod", None, "adapter"),
+    ],
+)
+async def test_a_bad_change_is_refused_by_field(stack: Any, method: str, path: str, body: Any, param: str) -> None:
+    await stack.registry.add("loud")
+    response = await stack.http.request(method, f"/v1/adapters/{path}", json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+    assert not stack.registry.updates
+    assert not stack.registry.alias_requests
+
+
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 @pytest.mark.parametrize("adapter", ["nothing", "nothing@3"])
 async def test_what_is_not_there_is_not_found(stack: Any, method: str, adapter: str) -> None:
@@ -225,6 +312,21 @@ async def test_what_is_not_there_is_not_found(stack: Any, method: str, adapter: 
 @pytest.mark.parametrize("adapter", ["loud@latest", "sha256:" + "0" * 64, "%2e%2e%2fx", "a%00b"])
 async def test_only_names_and_numbers_are_deleted(stack: Any, adapter: str) -> None:
     assert (await stack.http.delete(f"/v1/adapters/{adapter}")).status_code in (400, 404)
+
+
+@pytest.mark.parametrize("leaf", [errors.AdapterInUse, errors.AliasMoved])
+async def test_what_stands_in_the_way_of_a_change_is_a_conflict(stack: Any, leaf: Any) -> None:
+    await stack.registry.add("loud")
+    stack.registry.error = leaf("loud@1 is pinned; lift the pin first", field="adapter")
+    for method, path, body in (
+        ("DELETE", "loud", None),
+        ("DELETE", "loud@1", None),
+        ("PUT", "loud/aliases/prod", {"version": 1}),
+    ):
+        response = await stack.http.request(method, f"/v1/adapters/{path}", json=body)
+        assert response.status_code == 409
+        assert response.json()["error"]["code"] == "adapter_conflict"
+        assert "lift the pin" in response.json()["error"]["message"]
 
 
 async def test_a_conflict_is_told(stack: Any) -> None:

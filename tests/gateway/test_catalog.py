@@ -8,12 +8,15 @@ from softprompt_api.registry.v1 import registry_pb2 as reg
 from softprompt_gateway.catalog import Catalog
 
 
-def _version(name: str, number: int) -> reg.AdapterVersion:
-    return reg.AdapterVersion(name=name, version=number, digest=f"sha256:{ord(name[0]):032x}{number:032x}")
+def _version(name: str, number: int, *, revision: int = 0, aliases: Any = ("latest",)) -> reg.AdapterVersion:
+    digest = f"sha256:{ord(name[0]):032x}{number:032x}"
+    return reg.AdapterVersion(
+        name=name, version=number, digest=digest, revision=revision or number, aliases=aliases
+    )
 
 
-def _event(kind: Any, version: reg.AdapterVersion) -> reg.WatchAdaptersResponse:
-    return reg.WatchAdaptersResponse(type=kind, adapter=version)
+def _event(kind: Any, version: reg.AdapterVersion, alias: str = "") -> reg.WatchAdaptersResponse:
+    return reg.WatchAdaptersResponse(type=kind, adapter=version, alias=alias)
 
 
 def _found(catalog: Catalog, spelling: str) -> reg.AdapterVersion | None:
@@ -38,9 +41,42 @@ def test_a_listed_version_is_found_by_every_spelling() -> None:
 
 def test_an_event_that_comes_late_does_not_bring_an_old_version_back() -> None:
     catalog = Catalog()
-    catalog.learn(_version("a", 2), is_latest=True)
+    catalog.learn(_version("a", 2))
     catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_REGISTERED, _version("a", 1)))
     assert _found(catalog, "a") == _version("a", 2)
+
+
+def test_a_rollback_brings_an_old_version_back_and_an_event_from_before_it_does_not_undo_it() -> None:
+    catalog = Catalog()
+    catalog.learn(_version("a", 2))
+    rolled_back = _version("a", 1, revision=3)
+    catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_ALIAS_SET, rolled_back, "latest"))
+    assert _found(catalog, "a") == rolled_back
+    catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_REGISTERED, _version("a", 2)))
+    assert _found(catalog, "a") == rolled_back
+    catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_REGISTERED, _version("a", 3, revision=4)))
+    assert _found(catalog, "a") == _version("a", 3, revision=4)
+
+
+def test_an_alias_is_found_where_it_was_last_heard_to_point() -> None:
+    catalog = Catalog()
+    catalog.learn(_version("a", 2, aliases=("latest", "prod")))
+    assert _found(catalog, "a@prod") == _version("a", 2, aliases=("latest", "prod"))
+    moved = _version("a", 1, revision=3, aliases=("prod",))
+    catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_ALIAS_SET, moved, "prod"))
+    catalog.learn(_version("a", 2, aliases=("latest", "prod")))  # an answer from before
+    assert _found(catalog, "a@prod") == moved
+    assert _found(catalog, "a") == _version("a", 2, aliases=("latest", "prod"))
+    assert _found(catalog, "a@beta") is None
+    catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_ALIAS_REMOVED, reg.AdapterVersion(name="a"), "prod"))
+    assert _found(catalog, "a@prod") is None
+
+
+def test_a_deleted_name_takes_its_aliases_along() -> None:
+    catalog = Catalog()
+    catalog.learn(_version("a", 1, aliases=("latest", "prod")))
+    catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_ADAPTER_DELETED, reg.AdapterVersion(name="a")))
+    assert _found(catalog, "a@prod") is None
 
 
 def test_older_versions_stay_usable_by_number() -> None:
@@ -52,8 +88,8 @@ def test_older_versions_stay_usable_by_number() -> None:
 
 def test_deleting_the_latest_version_asks_for_the_one_before() -> None:
     catalog = Catalog()
-    catalog.learn(_version("a", 1), is_latest=True)
-    catalog.learn(_version("a", 2), is_latest=True)
+    catalog.learn(_version("a", 1))
+    catalog.learn(_version("a", 2))
     assert catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_VERSION_DELETED, _version("a", 2)))
     assert _found(catalog, "a@2") is None
     assert _found(catalog, _version("a", 2).digest) is None
@@ -61,8 +97,8 @@ def test_deleting_the_latest_version_asks_for_the_one_before() -> None:
 
 def test_deleting_an_older_version_changes_nothing_else() -> None:
     catalog = Catalog()
-    catalog.learn(_version("a", 1), is_latest=True)
-    catalog.learn(_version("a", 2), is_latest=True)
+    catalog.learn(_version("a", 1))
+    catalog.learn(_version("a", 2))
     assert not catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_VERSION_DELETED, _version("a", 1)))
     assert _found(catalog, "a@1") is None
     assert _found(catalog, "a") == _version("a", 2)
@@ -70,7 +106,7 @@ def test_deleting_an_older_version_changes_nothing_else() -> None:
 
 def test_a_deleted_name_is_gone_in_every_spelling() -> None:
     catalog = Catalog()
-    catalog.learn(_version("a", 1), is_latest=True)
+    catalog.learn(_version("a", 1))
     assert not catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_ADAPTER_DELETED, reg.AdapterVersion(name="a")))
     for spelling in ("a", "a@1", _version("a", 1).digest):
         assert _found(catalog, spelling) is None
@@ -92,7 +128,7 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("softprompt_gateway.catalog._MAX_REMEMBERED", 4)
     catalog = Catalog()
     for number in range(1, 10):
-        catalog.learn(_version("a", number), is_latest=False)
+        catalog.learn(_version("a", number))
     assert catalog.find(AdapterRef(name="a", version=1)) is None
     assert catalog.find(AdapterRef(name="a", version=9)) == _version("a", 9)
 

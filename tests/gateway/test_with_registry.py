@@ -23,26 +23,44 @@ HIDDEN = 8
 CONFIG = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 5, "token_dim": HIDDEN}
 
 
-@pytest.fixture
-async def store_url(tmp_path: Path) -> AsyncIterator[str]:
+class Store:
     """A real store that keeps every acknowledged write."""
-    # Not in pytest's folder: the path of a unix socket ends at 107 characters.
-    with tempfile.TemporaryDirectory(prefix="sp-") as folder:
-        place = ("--port", "0", "--unixsocket", f"{folder}/s", "--dir", str(tmp_path), "--logfile", "log")
-        keep = ("--appendonly", "yes", "--appendfsync", "always", "--save", "")
-        store = await asyncio.create_subprocess_exec(str(get_binary_path()), *place, *keep)
-        yield f"unix://{folder}/s"
-        store.kill()
-        await store.wait()
+
+    def __init__(self, folder: Path) -> None:
+        # Not in pytest's folder: the path of a unix socket ends at 107 characters.
+        self._place = tempfile.TemporaryDirectory(prefix="sp-")
+        self.url = f"unix://{self._place.name}/s"
+        self._folder = folder
+
+    async def start(self) -> None:
+        place = ("--port", "0", "--unixsocket", f"{self._place.name}/s", "--dir", str(self._folder))
+        keep = ("--appendonly", "yes", "--appendfsync", "always", "--save", "", "--logfile", "log")
+        self._process = await asyncio.create_subprocess_exec(str(get_binary_path()), *place, *keep)
+
+    async def kill(self) -> None:
+        self._process.kill()
+        await self._process.wait()
+
+    def remove(self) -> None:
+        self._place.cleanup()
 
 
 @pytest.fixture
-async def registry_address(store_url: str) -> AsyncIterator[str]:
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    store = Store(tmp_path)
+    await store.start()
+    yield store
+    await store.kill()
+    store.remove()
+
+
+@pytest.fixture
+async def registry_address(store: Store) -> AsyncIterator[str]:
     """A real registry that knows the base model of the fake inference service."""
     model = reg.BaseModel(
         id="acme/tiny-1", architecture="TinyForCausalLM", hidden_size=HIDDEN, vocab_size=256, dtype="float32"
     )
-    async with RegistryServer(Settings(address="127.0.0.1:0", redis_url=store_url, grace_s=0)) as server:
+    async with RegistryServer(Settings(address="127.0.0.1:0", redis_url=store.url, grace_s=0)) as server:
         address = f"127.0.0.1:{server.port}"
         async with open_channel(address) as channel:
             await RegistryServiceStub(channel).PutBaseModel(reg.PutBaseModelRequest(base_model=model))
@@ -115,6 +133,73 @@ async def test_what_is_no_adapter_is_422_with_its_field(
     assert error["code"] == "adapter_invalid"
     assert error["param"].startswith(field)
     assert await stack.listed() == [stack.base]
+
+
+async def test_a_version_is_promoted_rolled_back_and_kept(stack: Any) -> None:
+    digests = [(await _upload(stack, "loud", _tensors(seed))).json()["digest"] for seed in (1, 2)]
+
+    async def used(model: str) -> str:
+        return str((await stack.complete("hi", model=model)).headers["x-softprompt-adapter-digest"])
+
+    prod = "/v1/adapters/loud/aliases/prod"
+    assert (await stack.http.put(prod, json={"version": 1, "expected_version": 0})).json()["aliases"] == ["prod"]
+    assert [await used(model) for model in ("loud@prod", "loud")] == digests
+    assert (await stack.http.put(prod, json={"version": 2, "expected_version": 0})).status_code == 409
+    rolled_back = await stack.http.put("/v1/adapters/loud/aliases/latest", json={"version": 1})
+    assert rolled_back.json()["aliases"] == ["latest", "prod"]
+    assert await used("loud") == digests[0]
+
+    refused = await stack.http.delete("/v1/adapters/loud@1")
+    assert refused.status_code == 409
+    assert "the alias prod points to loud@1" in refused.json()["error"]["message"]
+    assert (await stack.http.delete(prod)).status_code == 200
+    assert (await stack.http.delete(prod)).json()["error"]["code"] == "adapter_not_found"
+    labelled = await stack.http.patch("/v1/adapters/loud@1", json={"labels": {"team": "x"}, "pinned": True})
+    assert (labelled.json()["labels"], labelled.json()["pinned"]) == ({"team": "x"}, True)
+    for path in ("loud@1", "loud"):
+        assert "loud@1 is pinned" in (await stack.http.delete(f"/v1/adapters/{path}")).json()["error"]["message"]
+    await stack.http.patch("/v1/adapters/loud", json={"pinned": False})
+    assert (await stack.http.delete("/v1/adapters/loud")).json()["deleted_versions"] == 2
+
+
+async def test_a_request_that_runs_ends_with_its_adapter_though_it_was_deleted(stack: Any) -> None:
+    digest = (await _upload(stack, "loud", _tensors())).json()["digest"]
+    running = asyncio.create_task(stack.complete("wait", model="loud"))
+    await stack.inference.until(lambda fake: fake.running)
+    assert (await stack.http.delete("/v1/adapters/loud")).status_code == 200
+    for model in ("loud", "loud@1", "loud@latest", digest):
+        refused = await stack.complete("hi", model=model)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")
+    stack.inference.released.set()
+    answer = await running
+    assert (answer.status_code, answer.headers["x-softprompt-adapter-digest"]) == (200, digest)
+
+
+async def test_without_its_store_known_adapters_are_served_and_nothing_is_changed(
+    stack: Any, store: Store
+) -> None:
+    digest = (await _upload(stack, "loud", _tensors())).json()["digest"]
+    await stack.http.put("/v1/adapters/loud/aliases/prod", json={"version": 1})
+    await store.kill()
+    for model in ("loud", "loud@1", "loud@prod", digest):
+        answer = await stack.complete("hi", model=model)
+        assert (answer.status_code, answer.headers["x-softprompt-adapter-digest"]) == (200, digest)
+    for refused in (
+        await _upload(stack, "more", _tensors(2)),
+        await stack.http.put("/v1/adapters/loud/aliases/prod", json={"version": 1}),
+        await stack.http.patch("/v1/adapters/loud", json={"pinned": True}),
+        await stack.http.delete("/v1/adapters/loud"),
+        await stack.complete("hi", model="unheard-of"),
+    ):
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+        assert "retry-after" in refused.headers
+
+    await store.start()
+    async with asyncio.timeout(10):
+        while (await _upload(stack, "more", _tensors(2))).status_code != 201:
+            pass
+    assert (await stack.complete("hi", model="more")).status_code == 200
+    assert (await stack.complete("hi", model="loud@prod")).headers["x-softprompt-adapter-digest"] == digest
 
 
 async def test_a_reserved_name_is_refused(stack: Any) -> None:

@@ -18,6 +18,18 @@ def test_what_was_put_is_found_and_nothing_else() -> None:
     assert cache.get("b") is None
 
 
+def test_what_was_discarded_is_forgotten() -> None:
+    cache = HostCache(10)
+    for digest in "ab":
+        cache.put(adapter(digest, 5))
+    assert cache.discard("a")
+    assert not cache.discard("a")
+    cache.check()
+    assert [held.digest for held in cache.adapters()] == ["b"]
+    cache.put(adapter("c", 5))
+    assert cache.size_bytes == 10
+
+
 def test_the_least_recently_used_is_forgotten() -> None:
     cache = HostCache(10)
     cache.put(adapter("a", 5))

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import pytest
-from softprompt_api.errors import Unavailable
+from softprompt_api.errors import AdapterInUse, Unavailable
+from softprompt_inference.adapters import residency as residency_module
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.residency import Residency
@@ -311,6 +312,61 @@ async def test_without_host_memory_a_dropped_adapter_is_fetched_again(
         async with residency.use(digest):
             pass
     assert edge.fetched == ["a", "b", "a"]
+
+
+async def test_what_is_in_memory_is_listed_with_its_use(
+    edge: Edge, make: Callable[..., Residency], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(residency_module, "monotonic", lambda: now)
+    residency = make(max_adapters=1)
+    assert residency.resident() == []
+    for _ in range(3):
+        async with residency.use("a"):
+            pass
+    now += 5
+    async with residency.use("b"):
+        [b, a] = residency.resident()
+        assert (b.adapter.digest, b.tier, b.hits, b.users, b.idle_s) == ("b", "device", 1, 1, 0)
+        assert (a.adapter.digest, a.tier, a.hits, a.users, a.idle_s) == ("a", "host", 3, 0, 5)
+    now += 2
+    assert [one.idle_s for one in residency.resident()] == [2, 7]
+    async with residency.use("a"):
+        assert [(one.adapter.digest, one.tier) for one in residency.resident()] == [("a", "device"), ("b", "host")]
+
+
+async def test_an_evicted_adapter_is_gone_from_all_memory_and_comes_back(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_adapters=1)
+    for digest in "ab":
+        async with residency.use(digest):
+            pass
+    assert residency.evict("b")  # on the device
+    assert residency.evict("a")  # in host memory
+    residency.check()
+    assert (edge.engine, residency.resident()) == (set(), [])
+    assert not residency.evict("a")
+    async with residency.use("b"):
+        assert edge.engine == {"b"}
+    assert edge.fetched == ["a", "b", "b"]
+
+
+async def test_an_adapter_in_use_is_not_evicted(edge: Edge, make: Callable[..., Residency]) -> None:
+    residency = make()
+    edge.gates["a"] = asyncio.Event()
+    user = User(residency, "a")
+    await settle()
+    with pytest.raises(AdapterInUse):  # it is on its way
+        residency.evict("a")
+    edge.gates["a"].set()
+    await user.got.wait()
+    with pytest.raises(AdapterInUse):
+        residency.evict("a")
+    assert edge.engine == {"a"}
+    await user.end()
+    assert residency.evict("a")
+    assert edge.engine == set()
 
 
 @pytest.mark.parametrize("seed", range(20))

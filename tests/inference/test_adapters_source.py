@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import structlog
 from peft import PromptTuningConfig
 from safetensors.numpy import save
 from softprompt_api.errors import AdapterInvalid, AdapterNotFound, DataCorrupted, SoftpromptError, Unavailable
@@ -231,6 +232,40 @@ async def test_an_adapter_made_for_another_model_is_refused_with_the_difference(
     with pytest.raises(AdapterInvalid, match="num_layers 30, and this model has 2") as caught:
         await source.fetch(version.digest)
     assert caught.value.field == "adapter"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("architecture", "GPT2LMHeadModel"),
+        ("num_layers", 3),
+        ("num_kv_heads", 4),
+        ("head_dim", 8),
+        ("vocab_size", 101),
+    ],
+)
+async def test_every_fact_of_the_models_shape_is_compared_at_load(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any], field: str, value: Any
+) -> None:
+    version = registry.add("tweets", rows)
+    setattr(version.base_model, field, value)
+    with pytest.raises(AdapterInvalid, match=f"a model with {field} {value}"):
+        await source.fetch(version.digest)
+
+
+async def test_another_tokenizer_than_at_the_registration_is_told_and_served(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any]
+) -> None:
+    version = registry.add("tweets", rows)
+    with structlog.testing.capture_logs() as logged:
+        await source.fetch(version.digest)
+    assert not [entry for entry in logged if entry["log_level"] == "warning"]
+    version.base_model.tokenizer_sha256 = "b" * 64
+    with structlog.testing.capture_logs() as logged:
+        assert (await source.fetch(version.digest)).rows == rows.tobytes()
+    [warning] = [entry for entry in logged if entry["log_level"] == "warning"]
+    assert (warning["adapter"], warning["digest"]) == ("tweets", version.digest)
+    assert "another tokenizer" in warning["event"]
 
 
 async def test_more_virtual_tokens_than_allowed_are_refused(registry: FakeRegistry, source: AdapterSource) -> None:

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -366,6 +367,9 @@ async def test_a_stream_keeps_its_version_when_its_name_gets_another(
     events = aiter(call)
     seen = [await anext(events) for _ in range(4)]
     await registry.DeleteAdapter(registry_pb2.DeleteAdapterRequest(name="moving"))
+    with pytest.raises(grpc.aio.AioRpcError) as gone:
+        await gather(stub.Generate(request("moving")))
+    assert gone.value.code() is grpc.StatusCode.NOT_FOUND
     version_c = await register(registry, "moving", 11)
     answer_c = await gather(stub.Generate(request("moving", max_tokens=300)))
 
@@ -380,6 +384,115 @@ async def test_a_stream_keeps_its_version_when_its_name_gets_another(
     assert answer_a.token_ids == expected_a.token_ids
     assert answer_c.accepted.adapter_digest == version_c.digest
     assert answer_c.token_ids != expected_a.token_ids
+
+
+async def test_a_stream_keeps_its_version_when_its_alias_moves(
+    stub: inference_pb2_grpc.InferenceServiceAsyncStub, registry: registry_pb2_grpc.RegistryServiceAsyncStub
+) -> None:
+    versions = [await register(registry, "staged", seed) for seed in (20, 21)]
+    alone = [await gather(stub.Generate(request(version.digest, max_tokens=200))) for version in versions]
+    assert alone[0].token_ids != alone[1].token_ids
+
+    async def point(alias: str, version: int) -> None:
+        await registry.SetAlias(registry_pb2.SetAliasRequest(name="staged", alias=alias, version=version))
+
+    for alias in ("prod", "latest"):
+        await point(alias, 1)
+        running = []
+        for number in range(6):
+            events = aiter(stub.Generate(request(f"staged@{alias}", max_tokens=200)))
+            accepted = (await anext(events)).accepted
+            assert accepted.adapter_version == 1 + number % 2
+            running.append((accepted, events))
+            await point(alias, 1 + (number + 1) % 2)
+        for accepted, events in running:
+            token_ids = [token_id async for event in events for token_id in event.delta.token_ids]
+            assert token_ids == alone[accepted.adapter_version - 1].token_ids[0]
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("num_requests", [200, pytest.param(6_000, marks=pytest.mark.chaos)])
+async def test_while_all_around_it_moves_a_request_is_computed_with_the_version_it_names(
+    stub: inference_pb2_grpc.InferenceServiceAsyncStub,
+    registry: registry_pb2_grpc.RegistryServiceAsyncStub,
+    num_requests: int,
+) -> None:
+    prompt = PROMPT * 120  # all share it: several hundred tokens
+    seeds = (40, 41, 42)
+    digests = [(await register(registry, "busy", seed)).digest for seed in seeds]
+    alone = {digest: (await gather(stub.Generate(request(digest, prompt)))).token_ids for digest in digests}
+    assert len({str(token_ids) for token_ids in alone.values()}) == 3
+    rng = random.Random(num_requests)
+    to_do = iter(range(num_requests))
+    used: set[str] = set()
+
+    async def ask() -> None:
+        for number in to_do:
+            adapter = rng.choice(["busy", "busy@prod", "busy@1", *digests])
+            events = aiter(call := stub.Generate(request(adapter, prompt)))
+            if number % 3 == 0:  # leave at any moment
+                for _ in range(rng.randrange(4)):
+                    await anext(events)
+                call.cancel()
+                continue
+            accepted = (await anext(events)).accepted
+            token_ids = [token_id async for event in events for token_id in event.delta.token_ids]
+            assert token_ids == alone[accepted.adapter_digest][0]
+            used.add(accepted.adapter_digest)
+
+    async def move() -> None:
+        while True:
+            alias, version = rng.choice(["latest", "prod"]), rng.randint(1, 3)
+            await registry.SetAlias(registry_pb2.SetAliasRequest(name="busy", alias=alias, version=version))
+            await register(registry, "busy", rng.choice(seeds))
+            with contextlib.suppress(grpc.aio.AioRpcError):  # it is used, or not there
+                await stub.Evict(pb.EvictRequest(adapter=rng.choice(digests)))
+            await asyncio.sleep(0.03)
+
+    await registry.SetAlias(registry_pb2.SetAliasRequest(name="busy", alias="prod", version=1))
+    moving = asyncio.create_task(move())
+    await asyncio.gather(*(ask() for _ in range(8)))
+    assert not moving.done()
+    moving.cancel()
+    assert used == set(digests)
+    await wait_for_free_pages(stub)
+
+
+async def test_adapters_in_memory_are_listed_brought_in_and_let_go(
+    stub: inference_pb2_grpc.InferenceServiceAsyncStub, registry: registry_pb2_grpc.RegistryServiceAsyncStub
+) -> None:
+    async def listed() -> dict[str, pb.ResidentAdapter]:
+        return {one.digest: one for one in (await stub.ListResident(pb.ListResidentRequest())).adapters}
+
+    async def refusal(call: Awaitable[object]) -> grpc.StatusCode:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call
+        return refused.value.code()
+
+    made = await register(registry, "kept", 30, num_virtual_tokens=9)
+    assert (await stub.Preload(pb.PreloadRequest(adapter="kept"))).digest == made.digest
+    kept = (await listed())[made.digest]
+    assert (kept.adapter, kept.tier, kept.num_virtual_tokens) == ("kept@1", pb.RESIDENT_TIER_DEVICE, 9)
+    assert (kept.size_bytes, kept.in_use) == (9 * HIDDEN_SIZE * 4, 0)
+
+    call = stub.Generate(request("kept", max_tokens=4000))
+    await call.read()
+    assert next(iter(await listed())) == made.digest
+    used = (await listed())[made.digest]
+    assert (used.in_use, used.hits) == (1, kept.hits + 1)
+    assert await refusal(stub.Evict(pb.EvictRequest(adapter="kept"))) is grpc.StatusCode.FAILED_PRECONDITION
+    call.cancel()
+    async with asyncio.timeout(5):
+        while (await listed())[made.digest].in_use:
+            pass
+
+    assert (await stub.Evict(pb.EvictRequest(adapter=made.digest))).digest == made.digest
+    assert made.digest not in await listed()
+    assert await refusal(stub.Evict(pb.EvictRequest(adapter=made.digest))) is grpc.StatusCode.NOT_FOUND
+    for adapter in ("", "tiny-llama"):
+        refused = await refusal(stub.Preload(pb.PreloadRequest(adapter=adapter)))
+        assert refused is grpc.StatusCode.INVALID_ARGUMENT
+    assert (await gather(stub.Generate(request("kept")))).usage.virtual_tokens == 9
 
 
 async def test_an_unknown_adapter_is_not_found(stub: inference_pb2_grpc.InferenceServiceAsyncStub) -> None:

@@ -220,6 +220,7 @@ async def world(tokenizer: Tokenizer) -> AsyncIterator[World]:
                 tokenizer=tokenizer,
                 prompts=prompts,
                 generator=generator,
+                residency=residency,
                 base_model=base_model,
                 ready_unix_s=1,
             )

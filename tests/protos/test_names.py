@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from softprompt_api.errors import InvalidArgument
-from softprompt_api.names import AdapterRef, check_name, parse_adapter, parse_model, shown
+from softprompt_api.names import AdapterRef, check_alias, check_name, parse_adapter, parse_model, shown
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DIGEST = "sha256:" + "0123456789abcdef" * 4
@@ -50,6 +50,14 @@ def test_the_base_models_id_is_no_name_in_any_case():
         ("tweets@1", AdapterRef(name="tweets", version=1)),
         ("tweets@2147483647", AdapterRef(name="tweets", version=2**31 - 1)),
         ("7@7", AdapterRef(name="7", version=7)),
+        ("tweets@007", AdapterRef(name="tweets", version=7)),
+        ("tweets@prod", AdapterRef(name="tweets", alias="prod")),
+        ("tweets@v1.0", AdapterRef(name="tweets", alias="v1.0")),
+        ("tweets@1.2.3", AdapterRef(name="tweets", alias="1.2.3")),
+        ("tweets@2024-05-01_a", AdapterRef(name="tweets", alias="2024-05-01_a")),
+        ("tweets@1e5", AdapterRef(name="tweets", alias="1e5")),
+        ("tweets@base", AdapterRef(name="tweets", alias="base")),
+        ("tweets@" + "a" * 128, AdapterRef(name="tweets", alias="a" * 128)),
         (DIGEST, AdapterRef(digest=DIGEST)),
     ],
 )
@@ -63,6 +71,8 @@ def test_a_spelling_names_one_version(spelling, ref):
     [
         "tweets@", "tweets@0", "tweets@-1", "tweets@+1", "tweets@1.0", "tweets@ 1", "tweets@1\n", "tweets@٣",
         "tweets@²", "tweets@2147483648", "tweets@" + "9" * 5000, "tweets@1@1", "tweets@prod!", "@1", "latest@1",
+        "tweets@1.", "tweets@0.5", "tweets@00", "tweets@Prod", "tweets@-prod", "tweets@.", "tweets@prod\n",
+        "tweets@prod@1", "tweets@" + "a" * 129, "tweets@é", "tweets@a b", "tweets@a/b", "@prod", "tweets@a+b",
         "sha256:", DIGEST[:-1], DIGEST + "0", DIGEST.upper(), DIGEST.replace("a", "A"), DIGEST + "\n",
         "sha512:" + "0" * 64,
     ],
@@ -73,11 +83,31 @@ def test_what_is_no_spelling_is_refused(spelling):
     assert refused.value.field == "adapter"
 
 
+def test_only_a_bare_name_and_latest_mean_whatever_is_latest():
+    assert parse_adapter("tweets").is_latest
+    assert parse_adapter("tweets@latest").is_latest
+    assert not any(parse_adapter(spelling).is_latest for spelling in ("tweets@1", "tweets@prod", DIGEST))
+
+
+@pytest.mark.parametrize("alias", ["latest", "prod", "v1", "1.2.3", "a" * 128, "default"])
+def test_an_alias_is_spelled_as_a_name_is(alias):
+    assert check_alias(alias) == alias
+
+
+@pytest.mark.parametrize("alias", ["1", "007", "1.0", "1.", "9" * 128, *BAD_NAMES], ids=range(5 + len(BAD_NAMES)))
+def test_a_number_or_what_is_no_name_is_no_alias(alias):
+    with pytest.raises(InvalidArgument) as refused:
+        check_alias(alias)
+    assert refused.value.field == "alias"
+    assert refused.value.message.isascii()
+
+
 def test_a_model_is_the_base_or_an_adapter_of_it():
     assert parse_model(BASE, base_model_id=BASE) is None
     for spelling in ("tweets", f"{BASE}:tweets"):
         assert parse_model(spelling, base_model_id=BASE) == AdapterRef(name="tweets")
     assert parse_model(f"{BASE}:{DIGEST}", base_model_id=BASE) == AdapterRef(digest=DIGEST)
+    assert parse_model(f"{BASE}:tweets@prod", base_model_id=BASE) == AdapterRef(name="tweets", alias="prod")
     for spelling in (BASE.lower(), f"{BASE}:", f"{BASE}:{BASE}", "other/model:tweets", f"{BASE}:{BASE}:tweets"):
         with pytest.raises(InvalidArgument) as refused:
             parse_model(spelling, base_model_id=BASE)

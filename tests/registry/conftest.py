@@ -16,6 +16,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from redis.asyncio import Redis
 from safetensors.numpy import save
 from softprompt_api.registry.v1 import registry_pb2 as pb
@@ -217,6 +218,17 @@ class Client:
             raise from_rpc_error(error) from None
         return b"".join(pieces)
 
+    async def set_alias(
+        self, name: str, alias: str, version: int, expected: int | None = None
+    ) -> pb.AdapterVersion | None:
+        request = pb.SetAliasRequest(name=name, alias=alias, version=version, expected_version=expected)
+        answer = await self.answer(self.stub.SetAlias(request, timeout=20))
+        return answer.adapter if answer.HasField("adapter") else None
+
+    async def update(self, adapter: str, *paths: str, **values: object) -> pb.AdapterVersion:
+        request = pb.UpdateAdapterRequest(adapter=adapter, update_mask=FieldMask(paths=paths), **values)
+        return (await self.answer(self.stub.UpdateAdapter(request, timeout=20))).adapter
+
     async def names(self, **query: object) -> list[str]:
         listing = await self.answer(self.stub.ListAdapters(pb.ListAdaptersRequest(**query)))
         return [adapter.name for adapter in listing.adapters]
@@ -236,6 +248,20 @@ class Client:
             return await call
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
+
+
+@pytest.fixture
+def content():
+    """A version without what may change around it: its aliases and its name's revision."""
+
+    def of(version: pb.AdapterVersion) -> pb.AdapterVersion:
+        bare = pb.AdapterVersion()
+        bare.CopyFrom(version)
+        bare.ClearField("aliases")
+        bare.ClearField("revision")
+        return bare
+
+    return of
 
 
 @pytest.fixture

@@ -57,7 +57,32 @@ async def test_a_watch_begins_with_a_heartbeat_and_goes_on_with_them(client):
         assert [(await watch.next()).type for _ in range(2)] == [HEARTBEAT] * 2
 
 
-async def test_every_change_is_told_in_order(client, make_adapter):
+async def test_aliases_labels_and_pins_are_told(client, make_adapter):
+    for seed in (1, 2):
+        await client.register("tweets", make_adapter(seed))
+    async with watching(client) as watch:
+        await watch.next()
+        aliased = await client.set_alias("tweets", "prod", 1)
+        changes = await watch.changes(1)
+        await client.set_alias("tweets", "prod", 1)  # changes nothing
+        rolled_back = await client.set_alias("tweets", "latest", 1)
+        changes += await watch.changes(1)
+        pinned = await client.update("tweets@2", "pinned", pinned=True)
+        changes += await watch.changes(1)
+        await client.set_alias("tweets", "prod", 0)
+        changes += await watch.changes(1)
+    assert [(change.type, change.alias) for change in changes] == [
+        (pb.ADAPTER_EVENT_TYPE_ALIAS_SET, "prod"),
+        (pb.ADAPTER_EVENT_TYPE_ALIAS_SET, "latest"),
+        (pb.ADAPTER_EVENT_TYPE_UPDATED, ""),
+        (pb.ADAPTER_EVENT_TYPE_ALIAS_REMOVED, "prod"),
+    ]
+    assert [change.adapter for change in changes[:3]] == [aliased, rolled_back, pinned]
+    assert list(rolled_back.aliases) == ["latest", "prod"]
+    assert changes[3].adapter.name == "tweets"
+
+
+async def test_every_change_is_told_in_order(client, make_adapter, content):
     async with watching(client) as watch:
         await watch.next()
         one = await client.register("tweets", make_adapter(1))
@@ -70,11 +95,11 @@ async def test_every_change_is_told_in_order(client, make_adapter):
     types = [change.type for change in changes]
     assert types[:3] == [REGISTERED, REGISTERED, VERSION_DELETED]
     assert types[3:] == [REGISTERED, ADAPTER_DELETED, VERSION_DELETED, ADAPTER_DELETED]
-    assert changes[0].adapter == one
-    assert changes[1].adapter == two
+    assert content(changes[0].adapter) == content(one)
+    assert content(changes[1].adapter) == content(two)
     assert (changes[2].adapter.name, changes[2].adapter.version) == ("tweets", 2)
     assert changes[2].adapter.digest == two.digest
-    assert changes[3].adapter == three
+    assert content(changes[3].adapter) == content(three)
     assert (changes[4].adapter.name, changes[4].adapter.version) == ("sql", 0)
     assert changes[6].adapter.name == "tweets"
 

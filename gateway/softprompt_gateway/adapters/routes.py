@@ -18,10 +18,17 @@ from softprompt_api.registry.v1.registry_pb2 import (
     ListAdaptersRequest,
     ListVersionsRequest,
     RegisterAdapterResponse,
+    SetAliasRequest,
 )
 from starlette.requests import Request
 
-from softprompt_gateway.adapters.schema import RegisterRequest, adapter_json, upload_header
+from softprompt_gateway.adapters.schema import (
+    AliasRequest,
+    RegisterRequest,
+    UpdateRequest,
+    adapter_json,
+    upload_header,
+)
 from softprompt_gateway.adapters.upload import register, whole
 from softprompt_gateway.body import body_chunks, check_encoding, content_length, discard
 from softprompt_gateway.disconnect import unless_gone
@@ -29,7 +36,7 @@ from softprompt_gateway.documented import json_body
 from softprompt_gateway.errors import Refused, fields_spelled
 from softprompt_gateway.gateway import Gateway
 
-REQUEST_MODELS = (RegisterRequest,)
+REQUEST_MODELS = (RegisterRequest, UpdateRequest, AliasRequest)
 PageSize = Annotated[int, Query(ge=1, le=1000, description="adapters in one page")]
 PageToken = Annotated[str, Query(max_length=1024, description="next_page_token of the page before")]
 Prefix = Annotated[str, Query(max_length=128, description="only names that start with this")]
@@ -64,8 +71,12 @@ def adapters_router(gateway: Gateway) -> APIRouter:
     router.add_api_route(
         "/{adapter}", routes.upload, methods=["POST"], status_code=201, openapi_extra=_UPLOAD_DOCUMENTATION
     )
+    router.add_api_route("/{adapter}", routes.update, methods=["PATCH"], openapi_extra=json_body(UpdateRequest))
     router.add_api_route("/{adapter}", routes.delete, methods=["DELETE"])
     router.add_api_route("/{adapter}/versions", routes.versions, methods=["GET"])
+    alias = "/{adapter}/aliases/{alias}"
+    router.add_api_route(alias, routes.set_alias, methods=["PUT"], openapi_extra=json_body(AliasRequest))
+    router.add_api_route(alias, routes.remove_alias, methods=["DELETE"])
     return router
 
 
@@ -90,7 +101,7 @@ class _Routes:
         }
 
     async def show(self, adapter: str) -> dict[str, Any]:
-        """Describe one version: `name`, `name@3` or a digest."""
+        """Describe one version: `name`, `name@3`, `name@alias` or a digest."""
         spelling = str(parse_adapter(adapter))
         return adapter_json(await self._registry.get_adapter(spelling), with_config=True)
 
@@ -134,6 +145,32 @@ class _Routes:
                 raise
         return self._registered(answer)
 
+    async def update(self, request: Request, adapter: str) -> dict[str, Any]:
+        """Change the labels of one version, or pin it: `name@3`, or what `name` or `name@alias` stands for."""
+        spelling = str(parse_adapter(adapter))
+        body = UpdateRequest.checked(await self._gateway.json(request))
+        version = await self._registry.update_adapter(body.call(spelling))
+        self._gateway.catalog.learn(version)
+        return adapter_json(version)
+
+    async def set_alias(self, request: Request, adapter: str, alias: str) -> dict[str, Any]:
+        """Make an alias of a name point to a version; `latest` too, which is a rollback."""
+        body = AliasRequest.checked(await self._gateway.json(request))
+        version = await self._registry.set_alias(
+            SetAliasRequest(
+                name=self._name(adapter), alias=alias, version=body.version, expected_version=body.expected_version
+            )
+        )
+        self._gateway.catalog.learn(version)
+        return adapter_json(version)
+
+    async def remove_alias(self, adapter: str, alias: str) -> dict[str, Any]:
+        """Remove an alias of a name, not what it points to."""
+        name = self._name(adapter)
+        await self._registry.set_alias(SetAliasRequest(name=name, alias=alias))
+        self._gateway.catalog.forget_alias(name, alias)
+        return {"object": "alias.deleted", "id": f"{name}@{alias}", "deleted": True}
+
     async def delete(self, adapter: str) -> dict[str, Any]:
         """Delete `name` with all its versions, or only `name@3`."""
         ref = parse_adapter(adapter)
@@ -149,7 +186,7 @@ class _Routes:
 
     def _registered(self, answer: RegisterAdapterResponse) -> dict[str, Any]:
         # The watch brings it too, a moment later; a listing right after this answer must have it.
-        self._gateway.catalog.learn(answer.adapter, is_latest=True)
+        self._gateway.catalog.learn(answer.adapter)
         return adapter_json(answer.adapter) | {"warnings": list(answer.warnings)}
 
     @staticmethod

@@ -7,9 +7,10 @@ import json
 import re
 from typing import Annotated, Any
 
+from google.protobuf.field_mask_pb2 import FieldMask
 from pydantic import Field, field_validator
 from softprompt_api.errors import AdapterInvalid, InvalidArgument
-from softprompt_api.registry.v1.registry_pb2 import AdapterVersion, RegisterAdapterHeader
+from softprompt_api.registry.v1.registry_pb2 import AdapterVersion, RegisterAdapterHeader, UpdateAdapterRequest
 from starlette.datastructures import Headers
 
 from softprompt_gateway.body import parse_object
@@ -21,6 +22,7 @@ from softprompt_gateway.validation import RequestModel
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Labels = Annotated[dict[str, str], Field(max_length=32)]
+Version = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class RegisterRequest(RequestModel):
@@ -73,6 +75,37 @@ class UploadLabels(RequestModel):
     """The header `x-adapter-labels`, decoded."""
 
     labels: Labels
+
+
+class UpdateRequest(RequestModel):
+    """Body of `PATCH /v1/adapters/{adapter}`: what is not in it stays as it is."""
+
+    labels: Annotated[dict[str, str | None], Field(max_length=32)] | None = Field(
+        None, description="labels to set; null removes one, others stay"
+    )
+    pinned: bool | None = Field(None, description="whether the version is kept from deletion")
+
+    def call(self, adapter: str) -> UpdateAdapterRequest:
+        """The registry's request."""
+        labels = self.labels or {}
+        paths = [f"labels.{key}" for key in labels] + ([] if self.pinned is None else ["pinned"])
+        if not paths:
+            raise Refused("give labels or pinned to change", code="missing_required_parameter", param="labels")
+        return UpdateAdapterRequest(
+            adapter=adapter,
+            labels={key: value for key, value in labels.items() if value is not None},
+            pinned=bool(self.pinned),
+            update_mask=FieldMask(paths=paths),
+        )
+
+
+class AliasRequest(RequestModel):
+    """Body of `PUT /v1/adapters/{adapter}/aliases/{alias}`."""
+
+    version: Version = Field(description="the version that the alias shall point to")
+    expected_version: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(
+        None, description="move it only from this version; 0: only make it new"
+    )
 
 
 def upload_header(name: str, headers: Headers, *, size_bytes: int) -> RegisterAdapterHeader:
@@ -134,6 +167,8 @@ def adapter_json(version: AdapterVersion, *, with_config: bool = False) -> dict[
         "base_model": version.base_model.id or None,
         "created_at": version.created_at.seconds,
         "labels": dict(version.labels),
+        "pinned": version.pinned,
+        "aliases": list(version.aliases),
     }
     if with_config:
         shape["config_json"] = version.config_json

@@ -11,11 +11,13 @@ class Adapter:
 
     Attributes:
         digest: the version's digest.
+        spelling: `name@version` of one of the versions that have it.
         rows: `[num_virtual_tokens, hidden_size]`, row-major, little endian.
         dtype: "float32", "float16" or "bfloat16".
     """
 
     digest: str
+    spelling: str = ""
     rows: bytes
     dtype: str
     num_virtual_tokens: int

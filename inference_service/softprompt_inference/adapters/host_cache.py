@@ -39,6 +39,17 @@ class HostCache:
             _, forgotten = self._adapters.popitem(last=False)
             self._size_bytes -= forgotten.size_bytes
 
+    def discard(self, digest: str) -> bool:
+        """Forget an adapter; False when it is not held."""
+        adapter = self._adapters.pop(digest, None)
+        if adapter is not None:
+            self._size_bytes -= adapter.size_bytes
+        return adapter is not None
+
+    def adapters(self) -> list[Adapter]:
+        """What is held, the least recently used first."""
+        return list(self._adapters.values())
+
     def check(self) -> None:
         """Assert that the counters agree with what is held."""
         assert self._size_bytes == sum(adapter.size_bytes for adapter in self._adapters.values())

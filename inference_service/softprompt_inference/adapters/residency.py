@@ -11,9 +11,39 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from time import monotonic
+from typing import Literal
+
+from softprompt_api.errors import AdapterInUse
 
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.host_cache import HostCache
+
+_MAX_REMEMBERED = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resident:
+    """An adapter in memory, and how it is used.
+
+    Attributes:
+        tier: the fastest one that holds it.
+        idle_s: since the last request let it go; 0 while it is used or was never asked for.
+        hits: requests that asked for it, as far as is remembered.
+        users: requests that use it now.
+    """
+
+    adapter: Adapter
+    tier: Literal["host", "device"]
+    idle_s: float
+    hits: int
+    users: int
+
+
+@dataclass(slots=True, kw_only=True)
+class _Usage:
+    hits: int = 0
+    released_s: float | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,6 +105,7 @@ class Residency:
         self._waiters: deque[_Waiter] = deque()
         self._num_adapters = 0
         self._num_rows = 0
+        self._usage: OrderedDict[str, _Usage] = OrderedDict()  # of adapters asked for lately, the last one last
 
     @asynccontextmanager
     async def use(self, digest: str) -> AsyncIterator[Adapter]:
@@ -86,6 +117,31 @@ class Residency:
             yield adapter
         finally:
             self._release(digest, entry)
+
+    def resident(self) -> list[Resident]:
+        """What is in memory, the most recently used first."""
+        held = {adapter.digest: self._describe(adapter, "host", 0) for adapter in self._host_cache.adapters()}
+        for digest, entry in self._entries.items():
+            if entry.adapter is not None:
+                held[digest] = self._describe(entry.adapter, "device", entry.users)
+        recency = {digest: place for place, digest in enumerate(self._usage)}
+        return sorted(held.values(), key=lambda one: -recency.get(one.adapter.digest, -1))
+
+    def evict(self, digest: str) -> bool:
+        """Let an adapter go from all memory; False when it is not there.
+
+        Raises:
+            AdapterInUse: requests use it, or wait for it.
+        """
+        entry = self._entries.get(digest)
+        if entry is not None and digest not in self._idle:
+            raise AdapterInUse("requests use the adapter; it can go when they have ended", field="adapter")
+        was_on_host = self._host_cache.discard(digest)
+        if entry is None:
+            return was_on_host
+        del self._idle[digest]
+        self._drop_resident(digest)
+        return True
 
     async def close(self) -> None:
         """Stop bringing adapters in."""
@@ -119,10 +175,16 @@ class Residency:
             entry = self._entries[digest] = _Entry(bringing=task)
         entry.users += 1
         self._idle.pop(digest, None)
+        self._usage.setdefault(digest, _Usage()).hits += 1
+        self._usage.move_to_end(digest)
+        if len(self._usage) > _MAX_REMEMBERED:
+            self._usage.popitem(last=False)
         return entry
 
     def _release(self, digest: str, entry: _Entry) -> None:
         entry.users -= 1
+        if usage := self._usage.get(digest):
+            usage.released_s = monotonic()
         if entry.users or self._entries.get(digest) is not entry:
             return
         if entry.adapter is None:  # nobody waits for it any more
@@ -178,11 +240,19 @@ class Residency:
     def _make_room(self, num_rows: int) -> bool:
         while not self._fits(num_rows) and self._idle:
             digest, _ = self._idle.popitem(last=False)
-            adapter = self._entries.pop(digest).adapter
-            assert adapter is not None
-            self._return_room(adapter.num_virtual_tokens)
-            self._drop(digest)
+            self._drop_resident(digest)
         return self._fits(num_rows)
+
+    def _drop_resident(self, digest: str) -> None:
+        adapter = self._entries.pop(digest).adapter
+        assert adapter is not None
+        self._return_room(adapter.num_virtual_tokens)
+        self._drop(digest)
+
+    def _describe(self, adapter: Adapter, tier: Literal["host", "device"], users: int) -> Resident:
+        usage = self._usage.get(adapter.digest, _Usage())
+        idle_s = 0.0 if users or usage.released_s is None else monotonic() - usage.released_s
+        return Resident(adapter=adapter, tier=tier, idle_s=idle_s, hits=usage.hits, users=users)
 
     def _fits(self, num_rows: int) -> bool:
         return self._num_adapters < self._max_adapters and self._num_rows + num_rows <= self._max_rows

@@ -135,6 +135,7 @@ def _parsed(version: pb.AdapterVersion, spec: AdapterSpec, verifier: AdapterVeri
     rows = read_rows(spec, data)
     return Adapter(
         digest=version.digest,
+        spelling=f"{version.name}@{version.version}",
         rows=rows.data,
         dtype=rows.dtype,
         num_virtual_tokens=rows.num_virtual_tokens,

@@ -14,7 +14,7 @@ _RETRIED = [
     for method in ("GetAdapter", "ListAdapters", "ListVersions", "ReadTensors", "ListBaseModels", "PutBaseModel")
 ] + [
     {"service": "softprompt_api.inference.v1.InferenceService", "method": method}
-    for method in ("Generate", "GenerateMany", "Tokenize", "Detokenize", "GetModel", "GetLoad")
+    for method in ("Generate", "GenerateMany", "Tokenize", "Detokenize", "GetModel", "GetLoad", "ListResident")
 ]
 _SERVICE_CONFIG = json.dumps(
     {

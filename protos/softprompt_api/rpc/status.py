@@ -18,6 +18,8 @@ CODES: dict[type[errors.SoftpromptError], grpc.StatusCode] = {
     errors.Unsupported: grpc.StatusCode.INVALID_ARGUMENT,
     errors.AdapterNotFound: grpc.StatusCode.NOT_FOUND,
     errors.AdapterConflict: grpc.StatusCode.ALREADY_EXISTS,
+    errors.AdapterInUse: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.AliasMoved: grpc.StatusCode.ABORTED,
     errors.CursorExpired: grpc.StatusCode.OUT_OF_RANGE,
     errors.BaseModelUnknown: grpc.StatusCode.FAILED_PRECONDITION,
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import typer
 from softprompt_api.errors import SoftpromptError
 
-from softprompt.cli import adapters, bench, doctor, run, serve, talk
+from softprompt.cli import adapters, amend, bench, doctor, resident, run, serve, talk
 from softprompt.cli.argv import repeat_flags
 from softprompt.cli.problems import Problem
 
@@ -26,6 +26,21 @@ app.command(
     help="Start one service, set through its environment: registry, inference or gateway.",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(serve.serve)
+for name, help_, command in (
+    (
+        "alias",
+        "Make NAME@ALIAS stand for a version of NAME, at once for everybody; or remove the alias.",
+        amend.alias,
+    ),
+    ("rollback", "Make NAME stand for an older version again.", amend.rollback),
+    ("pin", "Keep a version from deletion.", amend.pin),
+    ("unpin", "Let a version be deleted again.", amend.unpin),
+    ("label", "Set labels of a version as KEY=VALUE, or remove them.", amend.label),
+    ("ps", "List the adapters in the inference service's memory.", resident.ps),
+    ("preload", "Bring an adapter to the device before its first request.", resident.preload),
+    ("evict", "Let an adapter that no request uses go from memory.", resident.evict),
+):
+    adapters.app.command(name, help=help_)(command)
 app.add_typer(adapters.app, name="adapter")
 app.command("complete", help="Complete a text with a running system.")(talk.complete)
 app.command("chat", help="Chat with a running system.")(talk.chat)

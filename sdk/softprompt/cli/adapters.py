@@ -1,4 +1,4 @@
-"""`softprompt adapter`: add, list, show and remove adapters of a running system."""
+"""`softprompt adapter` `add`, `ls`, `show`, `rm`: the adapters of a running system."""
 
 import json
 from typing import Annotated, Any
@@ -11,8 +11,12 @@ from rich.table import Table
 from softprompt.cli.problems import WrongUsage
 from softprompt.registry import DEFAULT_ADDRESS, AdapterInfo, RegistryClient
 
+_MAX_LINE = 1000
+
 app = typer.Typer(
-    help="Add, list, show and remove adapters of a running system.", no_args_is_help=True, rich_markup_mode=None
+    help="Add, list, show, change and remove adapters of a running system.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 Registry = Annotated[
@@ -20,7 +24,7 @@ Registry = Annotated[
     typer.Option("--registry", envvar="SOFTPROMPT_REGISTRY_ADDRESS", help="host:port of the registry's gRPC"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
-Adapter = Annotated[str, typer.Argument(help="NAME, NAME@VERSION or sha256:DIGEST")]
+Adapter = Annotated[str, typer.Argument(help="NAME, NAME@VERSION, NAME@ALIAS or sha256:DIGEST")]
 
 
 @app.command(help="Register a PEFT folder or a hub id under NAME; requests can use it at once.")
@@ -32,12 +36,12 @@ def add(
     as_json: AsJson = False,
 ) -> None:
     """Upload one adapter; an existing name gets a new version."""
-    labels = dict(_label(text) for text in label or ())
+    labels = dict(parse_label(text) for text in label or ())
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    console = Console(stderr=True)
+    errors = Console(stderr=True)
     with (
         RegistryClient(registry) as client,
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+        Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar,
     ):
         task = bar.add_task(f"uploading {name}")
         info, warnings = client.add(
@@ -46,7 +50,7 @@ def add(
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
     if as_json:
-        _print_json(info.as_dict())
+        print_json(info.as_dict())
     else:
         typer.echo(f"{info.name}@{info.version} is ready: {info.num_virtual_tokens} virtual tokens, {info.digest}")
 
@@ -57,11 +61,11 @@ def ls(registry: Registry = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     with RegistryClient(registry) as client:
         adapters = client.adapters()
     if as_json:
-        _print_json([info.as_dict() for info in adapters])
+        print_json([info.as_dict() for info in adapters])
     elif not adapters:
         typer.echo("no adapters; add one with: softprompt adapter add NAME PATH")
     else:
-        Console().print(_table(adapters))
+        console().print(_table(adapters))
 
 
 @app.command(help="Show one adapter, and with a bare name all its versions.")
@@ -71,47 +75,79 @@ def show(adapter: Adapter, registry: Registry = DEFAULT_ADDRESS, as_json: AsJson
         info = client.get(adapter)
         versions = client.versions(info.name) if adapter == info.name else [info]
     if as_json:
-        _print_json({**info.as_dict(), "versions": [version.version for version in versions]})
+        print_json({**info.as_dict(), "versions": [version.version for version in versions]})
         return
     facts = Table.grid(padding=(0, 2))
     for name, value in info.as_dict().items():
-        facts.add_row(name.replace("_", " "), json.dumps(value) if isinstance(value, dict) else str(value))
-    console = Console()
-    console.print(facts, highlight=False, markup=False)
+        facts.add_row(name.replace("_", " "), json.dumps(value) if isinstance(value, dict | list) else str(value))
+    console().print(facts, highlight=False, markup=False)
     if len(versions) > 1:
-        console.print(_table(versions))
+        console().print(_table(versions))
 
 
 @app.command(
-    help="Delete an adapter with all its versions, or NAME@VERSION alone. Running requests finish with it."
+    help="Delete an adapter with all its versions, or NAME@VERSION alone, unless it is pinned or has an alias. "
+    "Running requests finish with it."
 )
 def rm(adapter: Adapter, registry: Registry = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """Delete a name or one version."""
     with RegistryClient(registry) as client:
         deleted = client.remove(adapter)
     if as_json:
-        _print_json({"adapter": adapter, "deleted_versions": deleted})
+        print_json({"adapter": adapter, "deleted_versions": deleted})
     else:
         typer.echo(f"deleted {adapter} ({deleted} {'version' if deleted == 1 else 'versions'})")
 
 
-def _label(text: str) -> tuple[str, str]:
+def parse_label(text: str) -> tuple[str, str]:
+    """Key and value of KEY=VALUE."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise WrongUsage(f"--label: {text!r} is not KEY=VALUE")
+        raise WrongUsage(f"label: {text!r} is not KEY=VALUE")
     return key, value
 
 
 def _table(adapters: list[AdapterInfo]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for column in ("NAME", "VERSION", "KIND", "VIRTUAL TOKENS", "DTYPE", "SIZE", "DIGEST", "CREATED"):
+    columns = (
+        "NAME",
+        "VERSION",
+        "ALIASES",
+        "KIND",
+        "VIRTUAL TOKENS",
+        "DTYPE",
+        "SIZE",
+        "DIGEST",
+        "CREATED",
+        "LABELS",
+    )
+    for column in columns:
         table.add_column(column, no_wrap=True)
     for info in adapters:
+        version = f"{info.version} pinned" if info.pinned else str(info.version)
         size = f"{info.size_bytes / 1024:,.1f} KiB"
-        tokens, digest = str(info.num_virtual_tokens), info.digest[:19]
-        table.add_row(info.name, str(info.version), info.kind, tokens, info.dtype, size, digest, info.created_at)
+        labels = " ".join(f"{key}={value}" for key, value in sorted(info.labels.items()))
+        table.add_row(
+            *(
+                info.name,
+                version,
+                " ".join(info.aliases),
+                info.kind,
+                str(info.num_virtual_tokens),
+                info.dtype,
+                size,
+            ),
+            *(info.digest[:19], info.created_at, labels),
+        )
     return table
 
 
-def _print_json(value: Any) -> None:
+def console() -> Console:
+    """Standard output; what is not a terminal gets whole lines."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=_MAX_LINE)
+
+
+def print_json(value: Any) -> None:
+    """Print a value for other programs."""
     typer.echo(json.dumps(value, indent=2))

@@ -72,6 +72,30 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """max_tokens or the context is used up."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _ResidentTier:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ResidentTierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ResidentTier.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RESIDENT_TIER_UNSPECIFIED: _ResidentTier.ValueType  # 0
+    """Not set."""
+    RESIDENT_TIER_HOST: _ResidentTier.ValueType  # 1
+    """In host memory, verified and parsed."""
+    RESIDENT_TIER_DEVICE: _ResidentTier.ValueType  # 2
+    """On the device, beside the model."""
+
+class ResidentTier(_ResidentTier, metaclass=_ResidentTierEnumTypeWrapper):
+    """ResidentTier is where an adapter is held."""
+
+RESIDENT_TIER_UNSPECIFIED: ResidentTier.ValueType  # 0
+"""Not set."""
+RESIDENT_TIER_HOST: ResidentTier.ValueType  # 1
+"""In host memory, verified and parsed."""
+RESIDENT_TIER_DEVICE: ResidentTier.ValueType  # 2
+"""On the device, beside the model."""
+Global___ResidentTier: _TypeAlias = ResidentTier  # noqa: Y015
+
 @_typing.final
 class TokenIds(_message.Message):
     """TokenIds is a list of token ids."""
@@ -1087,3 +1111,182 @@ class GetLoadResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetLoadResponse: _TypeAlias = GetLoadResponse  # noqa: Y015
+
+@_typing.final
+class ResidentAdapter(_message.Message):
+    """ResidentAdapter is one adapter in memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_VIRTUAL_TOKENS_FIELD_NUMBER: _builtins.int
+    IDLE_S_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
+    IN_USE_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """Digest of the adapter."""
+    adapter: _builtins.str
+    """"name@version": one of the versions that have this content."""
+    tier: Global___ResidentTier.ValueType
+    """Where it is; one that is in both is on the device."""
+    size_bytes: _builtins.int
+    """What it takes there."""
+    num_virtual_tokens: _builtins.int
+    """Number of virtual tokens."""
+    idle_s: _builtins.float
+    """Seconds since the last request let it go; 0 while it is used or was never asked for."""
+    hits: _builtins.int
+    """Requests that have asked for it, as far as is remembered."""
+    in_use: _builtins.int
+    """Requests that use it now."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        adapter: _builtins.str = ...,
+        tier: Global___ResidentTier.ValueType = ...,
+        size_bytes: _builtins.int = ...,
+        num_virtual_tokens: _builtins.int = ...,
+        idle_s: _builtins.float = ...,
+        hits: _builtins.int = ...,
+        in_use: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "digest", b"digest", "hits", b"hits", "idle_s", b"idle_s", "in_use", b"in_use", "num_virtual_tokens", b"num_virtual_tokens", "size_bytes", b"size_bytes", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResidentAdapter: _TypeAlias = ResidentAdapter  # noqa: Y015
+
+@_typing.final
+class ListResidentRequest(_message.Message):
+    """ListResidentRequest asks for the adapters in memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListResidentRequest: _TypeAlias = ListResidentRequest  # noqa: Y015
+
+@_typing.final
+class ListResidentResponse(_message.Message):
+    """ListResidentResponse answers ListResident."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentAdapter]:
+        """The adapters, most recently used first."""
+
+    def __init__(
+        self,
+        *,
+        adapters: _abc.Iterable[Global___ResidentAdapter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListResidentResponse: _TypeAlias = ListResidentResponse  # noqa: Y015
+
+@_typing.final
+class PreloadRequest(_message.Message):
+    """PreloadRequest names an adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """As in GenerateRequest."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreloadRequest: _TypeAlias = PreloadRequest  # noqa: Y015
+
+@_typing.final
+class PreloadResponse(_message.Message):
+    """PreloadResponse answers Preload, once the adapter is on the device."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """Digest of the version that was brought in."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreloadResponse: _TypeAlias = PreloadResponse  # noqa: Y015
+
+@_typing.final
+class EvictRequest(_message.Message):
+    """EvictRequest names an adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """As in GenerateRequest; a digest needs no registry."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictRequest: _TypeAlias = EvictRequest  # noqa: Y015
+
+@_typing.final
+class EvictResponse(_message.Message):
+    """EvictResponse answers Evict."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """Digest of the version that was let go."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictResponse: _TypeAlias = EvictResponse  # noqa: Y015

@@ -67,6 +67,21 @@ class InferenceServiceStub:
                 request_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.GetLoadResponse.FromString,
                 _registered_method=True)
+        self.ListResident = channel.unary_unary(
+                '/softprompt_api.inference.v1.InferenceService/ListResident',
+                request_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.ListResidentRequest.SerializeToString,
+                response_deserializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.ListResidentResponse.FromString,
+                _registered_method=True)
+        self.Preload = channel.unary_unary(
+                '/softprompt_api.inference.v1.InferenceService/Preload',
+                request_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.PreloadRequest.SerializeToString,
+                response_deserializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.PreloadResponse.FromString,
+                _registered_method=True)
+        self.Evict = channel.unary_unary(
+                '/softprompt_api.inference.v1.InferenceService/Evict',
+                request_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.EvictRequest.SerializeToString,
+                response_deserializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.EvictResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -125,6 +140,29 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListResident(self, request, context):
+        """ListResident lists the adapters that are in memory, on the device or in the host's, most recently used first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Preload(self, request, context):
+        """Preload brings an adapter to the device, so that its first request need not wait. NOT_FOUND: no such adapter.
+        INVALID_ARGUMENT: it does not fit the model. UNAVAILABLE: the registry is away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Evict(self, request, context):
+        """Evict lets an adapter go from memory; the next request brings it back. NOT_FOUND: it is not in memory.
+        FAILED_PRECONDITION: requests use it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -157,6 +195,21 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.GetLoadRequest.FromString,
                     response_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'ListResident': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListResident,
+                    request_deserializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.ListResidentRequest.FromString,
+                    response_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.ListResidentResponse.SerializeToString,
+            ),
+            'Preload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Preload,
+                    request_deserializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.PreloadRequest.FromString,
+                    response_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.PreloadResponse.SerializeToString,
+            ),
+            'Evict': grpc.unary_unary_rpc_method_handler(
+                    servicer.Evict,
+                    request_deserializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.EvictRequest.FromString,
+                    response_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.EvictResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -324,6 +377,87 @@ class InferenceService:
             '/softprompt_api.inference.v1.InferenceService/GetLoad',
             softprompt__api_dot_inference_dot_v1_dot_inference__pb2.GetLoadRequest.SerializeToString,
             softprompt__api_dot_inference_dot_v1_dot_inference__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListResident(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/softprompt_api.inference.v1.InferenceService/ListResident',
+            softprompt__api_dot_inference_dot_v1_dot_inference__pb2.ListResidentRequest.SerializeToString,
+            softprompt__api_dot_inference_dot_v1_dot_inference__pb2.ListResidentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Preload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/softprompt_api.inference.v1.InferenceService/Preload',
+            softprompt__api_dot_inference_dot_v1_dot_inference__pb2.PreloadRequest.SerializeToString,
+            softprompt__api_dot_inference_dot_v1_dot_inference__pb2.PreloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Evict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/softprompt_api.inference.v1.InferenceService/Evict',
+            softprompt__api_dot_inference_dot_v1_dot_inference__pb2.EvictRequest.SerializeToString,
+            softprompt__api_dot_inference_dot_v1_dot_inference__pb2.EvictResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -58,6 +58,16 @@ class InferenceServiceStub:
     """GetModel describes the base model, the limits and the memory plan."""
     GetLoad: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetLoadRequest, _inference_pb2.GetLoadResponse]
     """GetLoad tells what is running now."""
+    ListResident: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListResidentRequest, _inference_pb2.ListResidentResponse]
+    """ListResident lists the adapters that are in memory, on the device or in the host's, most recently used first."""
+    Preload: _grpc.UnaryUnaryMultiCallable[_inference_pb2.PreloadRequest, _inference_pb2.PreloadResponse]
+    """Preload brings an adapter to the device, so that its first request need not wait. NOT_FOUND: no such adapter.
+    INVALID_ARGUMENT: it does not fit the model. UNAVAILABLE: the registry is away.
+    """
+    Evict: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EvictRequest, _inference_pb2.EvictResponse]
+    """Evict lets an adapter go from memory; the next request brings it back. NOT_FOUND: it is not in memory.
+    FAILED_PRECONDITION: requests use it.
+    """
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -89,6 +99,16 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """GetModel describes the base model, the limits and the memory plan."""
     GetLoad: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetLoadRequest, _inference_pb2.GetLoadResponse]  # type: ignore[assignment]
     """GetLoad tells what is running now."""
+    ListResident: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListResidentRequest, _inference_pb2.ListResidentResponse]  # type: ignore[assignment]
+    """ListResident lists the adapters that are in memory, on the device or in the host's, most recently used first."""
+    Preload: _aio.UnaryUnaryMultiCallable[_inference_pb2.PreloadRequest, _inference_pb2.PreloadResponse]  # type: ignore[assignment]
+    """Preload brings an adapter to the device, so that its first request need not wait. NOT_FOUND: no such adapter.
+    INVALID_ARGUMENT: it does not fit the model. UNAVAILABLE: the registry is away.
+    """
+    Evict: _aio.UnaryUnaryMultiCallable[_inference_pb2.EvictRequest, _inference_pb2.EvictResponse]  # type: ignore[assignment]
+    """Evict lets an adapter go from memory; the next request brings it back. NOT_FOUND: it is not in memory.
+    FAILED_PRECONDITION: requests use it.
+    """
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """InferenceService generates text with the base model or an adapter over it.
@@ -153,5 +173,33 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.GetLoadResponse, _abc.Awaitable[_inference_pb2.GetLoadResponse]]:
         """GetLoad tells what is running now."""
+
+    @_abc_1.abstractmethod
+    def ListResident(
+        self,
+        request: _inference_pb2.ListResidentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ListResidentResponse, _abc.Awaitable[_inference_pb2.ListResidentResponse]]:
+        """ListResident lists the adapters that are in memory, on the device or in the host's, most recently used first."""
+
+    @_abc_1.abstractmethod
+    def Preload(
+        self,
+        request: _inference_pb2.PreloadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.PreloadResponse, _abc.Awaitable[_inference_pb2.PreloadResponse]]:
+        """Preload brings an adapter to the device, so that its first request need not wait. NOT_FOUND: no such adapter.
+        INVALID_ARGUMENT: it does not fit the model. UNAVAILABLE: the registry is away.
+        """
+
+    @_abc_1.abstractmethod
+    def Evict(
+        self,
+        request: _inference_pb2.EvictRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.EvictResponse, _abc.Awaitable[_inference_pb2.EvictResponse]]:
+        """Evict lets an adapter go from memory; the next request brings it back. NOT_FOUND: it is not in memory.
+        FAILED_PRECONDITION: requests use it.
+        """
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

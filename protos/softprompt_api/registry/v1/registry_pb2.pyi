@@ -5,6 +5,7 @@ The adapter registry: the source of truth for adapters, their immutable versions
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -64,6 +65,12 @@ class _AdapterEventTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Adap
     """A version was deleted."""
     ADAPTER_EVENT_TYPE_ADAPTER_DELETED: _AdapterEventType.ValueType  # 4
     """A name was deleted with all its versions."""
+    ADAPTER_EVENT_TYPE_ALIAS_SET: _AdapterEventType.ValueType  # 5
+    """An alias was made or moved."""
+    ADAPTER_EVENT_TYPE_ALIAS_REMOVED: _AdapterEventType.ValueType  # 6
+    """An alias was removed."""
+    ADAPTER_EVENT_TYPE_UPDATED: _AdapterEventType.ValueType  # 7
+    """A version's labels or pin were changed."""
 
 class AdapterEventType(_AdapterEventType, metaclass=_AdapterEventTypeEnumTypeWrapper):
     """AdapterEventType is what happened."""
@@ -78,6 +85,12 @@ ADAPTER_EVENT_TYPE_VERSION_DELETED: AdapterEventType.ValueType  # 3
 """A version was deleted."""
 ADAPTER_EVENT_TYPE_ADAPTER_DELETED: AdapterEventType.ValueType  # 4
 """A name was deleted with all its versions."""
+ADAPTER_EVENT_TYPE_ALIAS_SET: AdapterEventType.ValueType  # 5
+"""An alias was made or moved."""
+ADAPTER_EVENT_TYPE_ALIAS_REMOVED: AdapterEventType.ValueType  # 6
+"""An alias was removed."""
+ADAPTER_EVENT_TYPE_UPDATED: AdapterEventType.ValueType  # 7
+"""A version's labels or pin were changed."""
 Global___AdapterEventType: _TypeAlias = AdapterEventType  # noqa: Y015
 
 @_typing.final
@@ -140,7 +153,7 @@ Global___BaseModel: _TypeAlias = BaseModel  # noqa: Y015
 
 @_typing.final
 class AdapterVersion(_message.Message):
-    """AdapterVersion is one immutable content of an adapter."""
+    """AdapterVersion is one immutable content of an adapter, with what admins keep beside it: labels, pin, aliases."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -178,6 +191,9 @@ class AdapterVersion(_message.Message):
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     CREATED_AT_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Adapter name, ^[a-z0-9][a-z0-9._-]{0,127}$."""
     version: _builtins.int
@@ -200,6 +216,10 @@ class AdapterVersion(_message.Message):
     """sha256 (hex) of the tensor file as it was uploaded."""
     config_json: _builtins.str
     """adapter_config.json as it was uploaded; stored as text, never acted on."""
+    pinned: _builtins.bool
+    """Whether it is kept from deletion."""
+    revision: _builtins.int
+    """Grows with every change to the name: of two messages about one name, the one with the higher revision is newer."""
     @_builtins.property
     def base_model(self) -> Global___BaseModel:
         """The base model the version was checked against."""
@@ -210,7 +230,11 @@ class AdapterVersion(_message.Message):
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Free labels given at registration."""
+        """Free labels, given at registration or later."""
+
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The aliases that pointed to it when this was read, in order; "latest" is one of them."""
 
     def __init__(
         self,
@@ -229,10 +253,13 @@ class AdapterVersion(_message.Message):
         base_model: Global___BaseModel | None = ...,
         created_at: _timestamp_pb2.Timestamp | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        aliases: _abc.Iterable[_builtins.str] | None = ...,
+        pinned: _builtins.bool = ...,
+        revision: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "created_at", b"created_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "config_json", b"config_json", "created_at", b"created_at", "digest", b"digest", "dtype", b"dtype", "hidden_size", b"hidden_size", "id", b"id", "kind", b"kind", "labels", b"labels", "name", b"name", "num_virtual_tokens", b"num_virtual_tokens", "size_bytes", b"size_bytes", "tensors_sha256", b"tensors_sha256", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_model", b"base_model", "config_json", b"config_json", "created_at", b"created_at", "digest", b"digest", "dtype", b"dtype", "hidden_size", b"hidden_size", "id", b"id", "kind", b"kind", "labels", b"labels", "name", b"name", "num_virtual_tokens", b"num_virtual_tokens", "pinned", b"pinned", "revision", b"revision", "size_bytes", b"size_bytes", "tensors_sha256", b"tensors_sha256", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -404,7 +431,7 @@ class GetAdapterRequest(_message.Message):
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """"name" (its latest version), "name@3", "name@latest", or "sha256:<64 hex>"."""
+    """"name" (its latest version), "name@3", "name@alias", or "sha256:<64 hex>"."""
     def __init__(
         self,
         *,
@@ -565,6 +592,152 @@ class ListVersionsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListVersionsResponse: _TypeAlias = ListVersionsResponse  # noqa: Y015
+
+@_typing.final
+class SetAliasRequest(_message.Message):
+    """SetAliasRequest says where an alias shall point."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    EXPECTED_VERSION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Adapter name."""
+    alias: _builtins.str
+    """The alias: spelled as names are, and not a number."""
+    version: _builtins.int
+    """The version it shall point to; 0: remove the alias."""
+    expected_version: _builtins.int
+    """The version it must point to now, 0: none. Unset: any. An alias that points to `version` already is left as it is,
+    so that asking again after a lost answer is safe.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        alias: _builtins.str = ...,
+        version: _builtins.int = ...,
+        expected_version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version", "expected_version", b"expected_version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version", "alias", b"alias", "expected_version", b"expected_version", "name", b"name", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_version: _TypeAlias = _typing.Literal["expected_version"]  # noqa: Y015
+    _WhichOneofArgType__expected_version: _TypeAlias = _typing.Literal["_expected_version", b"_expected_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_version) -> _WhichOneofReturnType__expected_version | None: ...
+
+Global___SetAliasRequest: _TypeAlias = SetAliasRequest  # noqa: Y015
+
+@_typing.final
+class SetAliasResponse(_message.Message):
+    """SetAliasResponse answers SetAlias, after the change is durable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___AdapterVersion:
+        """The version that the alias points to now; unset when it was removed."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___AdapterVersion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetAliasResponse: _TypeAlias = SetAliasResponse  # noqa: Y015
+
+@_typing.final
+class UpdateAdapterRequest(_message.Message):
+    """UpdateAdapterRequest says what to change of one version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Which version: "name@3"; "name" and "name@alias" mean the version they stand for at that moment."""
+    pinned: _builtins.bool
+    """Whether to keep the version from deletion, for the path "pinned"."""
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """New labels, for the paths below. Limits as at registration."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """What to change, at least one path: "labels" replaces all labels; "labels.KEY" sets one, or removes it where
+        `labels` has no KEY; "pinned" sets or lifts the pin.
+        """
+
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        pinned: _builtins.bool = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "labels", b"labels", "pinned", b"pinned", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateAdapterRequest: _TypeAlias = UpdateAdapterRequest  # noqa: Y015
+
+@_typing.final
+class UpdateAdapterResponse(_message.Message):
+    """UpdateAdapterResponse answers UpdateAdapter, after the change is durable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___AdapterVersion:
+        """The version as it is now."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___AdapterVersion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateAdapterResponse: _TypeAlias = UpdateAdapterResponse  # noqa: Y015
 
 @_typing.final
 class DeleteAdapterRequest(_message.Message):
@@ -738,13 +911,18 @@ class WatchAdaptersResponse(_message.Message):
     CURSOR_FIELD_NUMBER: _builtins.int
     TYPE_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
     cursor: _builtins.str
     """Watch again from here to continue after this event."""
     type: Global___AdapterEventType.ValueType
     """What happened."""
+    alias: _builtins.str
+    """ALIAS_SET and ALIAS_REMOVED: the alias."""
     @_builtins.property
     def adapter(self) -> Global___AdapterVersion:
-        """REGISTERED: the whole version. VERSION_DELETED: name, version and digest. ADAPTER_DELETED: the name."""
+        """REGISTERED, ALIAS_SET, UPDATED: the whole version, as it is by now. VERSION_DELETED: name, version and digest.
+        ADAPTER_DELETED, ALIAS_REMOVED: the name.
+        """
 
     def __init__(
         self,
@@ -752,10 +930,11 @@ class WatchAdaptersResponse(_message.Message):
         cursor: _builtins.str = ...,
         type: Global___AdapterEventType.ValueType = ...,
         adapter: Global___AdapterVersion | None = ...,
+        alias: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "cursor", b"cursor", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "alias", b"alias", "cursor", b"cursor", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -57,6 +57,16 @@ class RegistryServiceStub:
                 request_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ListVersionsRequest.SerializeToString,
                 response_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ListVersionsResponse.FromString,
                 _registered_method=True)
+        self.SetAlias = channel.unary_unary(
+                '/softprompt_api.registry.v1.RegistryService/SetAlias',
+                request_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.SetAliasRequest.SerializeToString,
+                response_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.SetAliasResponse.FromString,
+                _registered_method=True)
+        self.UpdateAdapter = channel.unary_unary(
+                '/softprompt_api.registry.v1.RegistryService/UpdateAdapter',
+                request_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.UpdateAdapterRequest.SerializeToString,
+                response_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.UpdateAdapterResponse.FromString,
+                _registered_method=True)
         self.DeleteAdapter = channel.unary_unary(
                 '/softprompt_api.registry.v1.RegistryService/DeleteAdapter',
                 request_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.DeleteAdapterRequest.SerializeToString,
@@ -127,16 +137,35 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetAlias(self, request, context):
+        """SetAlias makes an alias of a name point to one of its versions, or removes it; at once, for everybody.
+        "latest", which every registration moves to its version, can be moved too (a rollback), and not removed.
+        NOT_FOUND: no such version, or no such alias to remove. ABORTED: the alias does not point to expected_version.
+        INVALID_ARGUMENT: not an alias, or the name has too many of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateAdapter(self, request, context):
+        """UpdateAdapter changes what is kept beside a version's content: its labels, its pin. NOT_FOUND: no such version.
+        INVALID_ARGUMENT: an unknown path in the mask, or none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteAdapter(self, request, context):
-        """DeleteAdapter deletes a name with all its versions. NOT_FOUND: no such name.
+        """DeleteAdapter deletes a name with all its versions and aliases. NOT_FOUND: no such name. FAILED_PRECONDITION:
+        a version is pinned.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteVersion(self, request, context):
-        """DeleteVersion deletes one version; the name's latest becomes the highest version left. NOT_FOUND: no such
-        version.
+        """DeleteVersion deletes one version; where "latest" pointed to it, it points to the highest version left.
+        NOT_FOUND: no such version. FAILED_PRECONDITION: it is pinned, or another alias points to it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -194,6 +223,16 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.ListVersions,
                     request_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ListVersionsRequest.FromString,
                     response_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ListVersionsResponse.SerializeToString,
+            ),
+            'SetAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAlias,
+                    request_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.SetAliasRequest.FromString,
+                    response_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.SetAliasResponse.SerializeToString,
+            ),
+            'UpdateAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateAdapter,
+                    request_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.UpdateAdapterRequest.FromString,
+                    response_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.UpdateAdapterResponse.SerializeToString,
             ),
             'DeleteAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteAdapter,
@@ -337,6 +376,60 @@ class RegistryService:
             '/softprompt_api.registry.v1.RegistryService/ListVersions',
             softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ListVersionsRequest.SerializeToString,
             softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ListVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/softprompt_api.registry.v1.RegistryService/SetAlias',
+            softprompt__api_dot_registry_dot_v1_dot_registry__pb2.SetAliasRequest.SerializeToString,
+            softprompt__api_dot_registry_dot_v1_dot_registry__pb2.SetAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/softprompt_api.registry.v1.RegistryService/UpdateAdapter',
+            softprompt__api_dot_registry_dot_v1_dot_registry__pb2.UpdateAdapterRequest.SerializeToString,
+            softprompt__api_dot_registry_dot_v1_dot_registry__pb2.UpdateAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -49,11 +49,23 @@ class RegistryServiceStub:
     """ListAdapters lists the latest version of every name, in order of names, in pages."""
     ListVersions: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ListVersionsRequest, _registry_pb2.ListVersionsResponse]
     """ListVersions lists every version of one name, newest first, in pages. NOT_FOUND: no such name."""
+    SetAlias: _grpc.UnaryUnaryMultiCallable[_registry_pb2.SetAliasRequest, _registry_pb2.SetAliasResponse]
+    """SetAlias makes an alias of a name point to one of its versions, or removes it; at once, for everybody.
+    "latest", which every registration moves to its version, can be moved too (a rollback), and not removed.
+    NOT_FOUND: no such version, or no such alias to remove. ABORTED: the alias does not point to expected_version.
+    INVALID_ARGUMENT: not an alias, or the name has too many of them.
+    """
+    UpdateAdapter: _grpc.UnaryUnaryMultiCallable[_registry_pb2.UpdateAdapterRequest, _registry_pb2.UpdateAdapterResponse]
+    """UpdateAdapter changes what is kept beside a version's content: its labels, its pin. NOT_FOUND: no such version.
+    INVALID_ARGUMENT: an unknown path in the mask, or none.
+    """
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_registry_pb2.DeleteAdapterRequest, _registry_pb2.DeleteAdapterResponse]
-    """DeleteAdapter deletes a name with all its versions. NOT_FOUND: no such name."""
+    """DeleteAdapter deletes a name with all its versions and aliases. NOT_FOUND: no such name. FAILED_PRECONDITION:
+    a version is pinned.
+    """
     DeleteVersion: _grpc.UnaryUnaryMultiCallable[_registry_pb2.DeleteVersionRequest, _registry_pb2.DeleteVersionResponse]
-    """DeleteVersion deletes one version; the name's latest becomes the highest version left. NOT_FOUND: no such
-    version.
+    """DeleteVersion deletes one version; where "latest" pointed to it, it points to the highest version left.
+    NOT_FOUND: no such version. FAILED_PRECONDITION: it is pinned, or another alias points to it.
     """
     ReadTensors: _grpc.UnaryStreamMultiCallable[_registry_pb2.ReadTensorsRequest, _registry_pb2.ReadTensorsResponse]
     """ReadTensors streams a version's tensor file, from an offset. NOT_FOUND: no version has that digest.
@@ -89,11 +101,23 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     """ListAdapters lists the latest version of every name, in order of names, in pages."""
     ListVersions: _aio.UnaryUnaryMultiCallable[_registry_pb2.ListVersionsRequest, _registry_pb2.ListVersionsResponse]  # type: ignore[assignment]
     """ListVersions lists every version of one name, newest first, in pages. NOT_FOUND: no such name."""
+    SetAlias: _aio.UnaryUnaryMultiCallable[_registry_pb2.SetAliasRequest, _registry_pb2.SetAliasResponse]  # type: ignore[assignment]
+    """SetAlias makes an alias of a name point to one of its versions, or removes it; at once, for everybody.
+    "latest", which every registration moves to its version, can be moved too (a rollback), and not removed.
+    NOT_FOUND: no such version, or no such alias to remove. ABORTED: the alias does not point to expected_version.
+    INVALID_ARGUMENT: not an alias, or the name has too many of them.
+    """
+    UpdateAdapter: _aio.UnaryUnaryMultiCallable[_registry_pb2.UpdateAdapterRequest, _registry_pb2.UpdateAdapterResponse]  # type: ignore[assignment]
+    """UpdateAdapter changes what is kept beside a version's content: its labels, its pin. NOT_FOUND: no such version.
+    INVALID_ARGUMENT: an unknown path in the mask, or none.
+    """
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_registry_pb2.DeleteAdapterRequest, _registry_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
-    """DeleteAdapter deletes a name with all its versions. NOT_FOUND: no such name."""
+    """DeleteAdapter deletes a name with all its versions and aliases. NOT_FOUND: no such name. FAILED_PRECONDITION:
+    a version is pinned.
+    """
     DeleteVersion: _aio.UnaryUnaryMultiCallable[_registry_pb2.DeleteVersionRequest, _registry_pb2.DeleteVersionResponse]  # type: ignore[assignment]
-    """DeleteVersion deletes one version; the name's latest becomes the highest version left. NOT_FOUND: no such
-    version.
+    """DeleteVersion deletes one version; where "latest" pointed to it, it points to the highest version left.
+    NOT_FOUND: no such version. FAILED_PRECONDITION: it is pinned, or another alias points to it.
     """
     ReadTensors: _aio.UnaryStreamMultiCallable[_registry_pb2.ReadTensorsRequest, _registry_pb2.ReadTensorsResponse]  # type: ignore[assignment]
     """ReadTensors streams a version's tensor file, from an offset. NOT_FOUND: no version has that digest.
@@ -152,12 +176,36 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         """ListVersions lists every version of one name, newest first, in pages. NOT_FOUND: no such name."""
 
     @_abc_1.abstractmethod
+    def SetAlias(
+        self,
+        request: _registry_pb2.SetAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.SetAliasResponse, _abc.Awaitable[_registry_pb2.SetAliasResponse]]:
+        """SetAlias makes an alias of a name point to one of its versions, or removes it; at once, for everybody.
+        "latest", which every registration moves to its version, can be moved too (a rollback), and not removed.
+        NOT_FOUND: no such version, or no such alias to remove. ABORTED: the alias does not point to expected_version.
+        INVALID_ARGUMENT: not an alias, or the name has too many of them.
+        """
+
+    @_abc_1.abstractmethod
+    def UpdateAdapter(
+        self,
+        request: _registry_pb2.UpdateAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.UpdateAdapterResponse, _abc.Awaitable[_registry_pb2.UpdateAdapterResponse]]:
+        """UpdateAdapter changes what is kept beside a version's content: its labels, its pin. NOT_FOUND: no such version.
+        INVALID_ARGUMENT: an unknown path in the mask, or none.
+        """
+
+    @_abc_1.abstractmethod
     def DeleteAdapter(
         self,
         request: _registry_pb2.DeleteAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.DeleteAdapterResponse, _abc.Awaitable[_registry_pb2.DeleteAdapterResponse]]:
-        """DeleteAdapter deletes a name with all its versions. NOT_FOUND: no such name."""
+        """DeleteAdapter deletes a name with all its versions and aliases. NOT_FOUND: no such name. FAILED_PRECONDITION:
+        a version is pinned.
+        """
 
     @_abc_1.abstractmethod
     def DeleteVersion(
@@ -165,8 +213,8 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.DeleteVersionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.DeleteVersionResponse, _abc.Awaitable[_registry_pb2.DeleteVersionResponse]]:
-        """DeleteVersion deletes one version; the name's latest becomes the highest version left. NOT_FOUND: no such
-        version.
+        """DeleteVersion deletes one version; where "latest" pointed to it, it points to the highest version left.
+        NOT_FOUND: no such version. FAILED_PRECONDITION: it is pinned, or another alias points to it.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,42 @@
+"""One change to one name: all of it or nothing.
+
+Writers never wait for each other. Every change raises the name's revision, and every transaction watches it: one
+that lost a race begins anew.
+"""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import redis.exceptions
+from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
+
+from softprompt_registry import catalog, keys
+
+T = TypeVar("T")
+
+_MAX_ATTEMPTS = 200
+_MAX_JITTER_S = 0.02
+
+
+async def transact(client: Redis, name: str, attempt: Callable[[Pipeline], Awaitable[T]]) -> T:
+    """What `attempt` returns, once nobody changed the name between what it read and what it wrote.
+
+    It is handed a pipeline that watches the name, and may watch more.
+    """
+    async with client.pipeline(transaction=True) as pipe:
+        for _ in range(_MAX_ATTEMPTS):
+            try:
+                await pipe.watch(keys.name(name))
+                return await attempt(pipe)
+            except redis.exceptions.WatchError:
+                await asyncio.sleep(random.uniform(0, _MAX_JITTER_S))
+    raise catalog.too_many_writers(name)
+
+
+def begin(pipe: Pipeline, name: str) -> None:
+    """From here on commands are queued; the first raises the name's revision."""
+    pipe.multi()  # type: ignore[no-untyped-call]
+    pipe.hincrby(keys.name(name), "revision", 1)

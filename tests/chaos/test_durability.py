@@ -1,0 +1,198 @@
+"""What was acknowledged survives kill -9 of the registry and of the store, at any moment and on any disk."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import pytest
+from softprompt_api.errors import AdapterNotFound, SoftpromptError, Unavailable
+
+T = TypeVar("T")
+
+pytestmark = pytest.mark.timeout(1800)
+_PAUSE_S = 0.02
+_ALIASES = ("latest", "prod", "beta")
+
+
+class Writer:
+    """One client that changes one name, asks again until each change is acknowledged, and remembers what was."""
+
+    def __init__(self, number: int, client: Any, adapter: Callable[..., Any], rng: random.Random) -> None:
+        self.name = f"writer{number}"
+        self._client = client
+        self._adapter = adapter
+        self._rng = rng
+        self._seeds = iter(range(1_000_000 * number, 1_000_000 * (number + 1)))
+        self.versions: dict[int, Any] = {}  # number → (what was answered, the adapter)
+        self.aliases: dict[str, int] = {}
+        self.num_acknowledged = 0
+        self.num_repeated = 0
+        self.lost: list[str] = []
+
+    async def run(self, stop: asyncio.Event, turns: "asyncio.Queue[str]") -> None:
+        """Write until told to stop, or until something is not there that must be; tell of every turn."""
+        while not stop.is_set() and not self.lost:
+            try:
+                await self._write()
+                self.num_acknowledged += 1
+            except SoftpromptError as error:
+                self.lost.append(f"{self.name}: {error.message}")
+            turns.put_nowait(self.name)
+
+    async def _write(self) -> None:
+        free = [number for number in self.versions if number not in self.aliases.values()]
+        kind = self._rng.choices(["register", "alias", "remove", "delete"], [6, 2, 1, 2])[0]
+        if kind == "delete" and len(free) > 2:
+            await self._delete(self._rng.choice(free))
+        elif kind == "alias" and self.versions:
+            alias, number = self._rng.choice(_ALIASES), self._rng.choice(sorted(self.versions))
+            await self._acknowledged(lambda: self._client.set_alias(self.name, alias, number))
+            self.aliases[alias] = number
+        elif kind == "remove" and "prod" in self.aliases:
+            await self._gone(lambda: self._client.set_alias(self.name, "prod", 0))
+            del self.aliases["prod"]
+        else:
+            await self._register()
+
+    async def _register(self) -> None:
+        seed = next(self._seeds)
+        made_of = self._adapter(seed, num_virtual_tokens=1 + seed % 7)
+        made = await self._acknowledged(
+            lambda: self._client.register(self.name, made_of, idempotency_key=f"{self.name}-{seed}")
+        )
+        if made.version in self.versions:
+            self.lost.append(f"{self.name}@{made.version} was given twice")
+        self.versions[made.version] = (made, made_of)
+        self.aliases["latest"] = made.version
+
+    async def _delete(self, number: int) -> None:
+        await self._gone(lambda: self._client.delete(self.name, number))
+        del self.versions[number]
+
+    async def _acknowledged(self, call: Callable[[], Awaitable[T]]) -> T:
+        while True:
+            try:
+                return await call()
+            except Unavailable:
+                self.num_repeated += 1
+                await asyncio.sleep(_PAUSE_S)
+
+    async def _gone(self, call: Callable[[], Awaitable[None]]) -> None:
+        """As `_acknowledged`, for what is not there the second time."""
+        before = self.num_repeated
+        try:
+            await self._acknowledged(call)
+        except AdapterNotFound:
+            if self.num_repeated == before:
+                raise
+
+    async def verify(self, client: Any) -> list[str]:
+        """What is not as it was acknowledged."""
+        found = await client.versions(self.name) if self.versions else {}
+        wrong = list(self.lost)
+        wrong += [f"{self.name}@{number} is lost" for number in sorted(self.versions.keys() - found.keys())]
+        wrong += [f"{self.name}@{number} was not acknowledged" for number in sorted(found.keys() - self.versions)]
+        for number in self.versions.keys() & found.keys():
+            made, made_of = self.versions[number]
+            for field in ("id", "digest", "tensors_sha256", "config_json", "created_at"):
+                if getattr(found[number], field) != getattr(made, field):
+                    wrong.append(f"{self.name}@{number} has another {field}")
+            if await client.read(made.digest) != made_of.tensors:
+                wrong.append(f"{self.name}@{number} has other tensors")
+        aliases = {alias: number for number, version in found.items() for alias in version.aliases}
+        if aliases != self.aliases:
+            wrong.append(f"{self.name} has the aliases {aliases}, not {self.aliases}")
+        return wrong
+
+
+async def write_and_kill(
+    writers: list[Writer],
+    victims: list[Any],
+    store: Any,
+    rng: random.Random,
+    *,
+    kills: int,
+    acks_between: tuple[int, int],
+    sync_s: float = 0.0,
+) -> None:
+    """Kill a victim at a random moment, so many times, while writers write over a disk that is `sync_s` slow."""
+    stop, turns = asyncio.Event(), asyncio.Queue()
+    writing = [asyncio.create_task(writer.run(stop, turns)) for writer in writers]
+    try:
+        for _ in range(kills):
+            store.sync_takes(sync_s)
+            async with asyncio.timeout(120):
+                for _ in range(rng.randint(*acks_between)):
+                    if all(writer.lost for writer in writers):
+                        break
+                    await turns.get()
+            # Anywhere between two acknowledgements.
+            await asyncio.sleep(rng.uniform(0, _PAUSE_S))
+            victim = rng.choice(victims)
+            victim.kill()
+            store.sync_takes(0)
+            await asyncio.to_thread(victim.start)
+    finally:
+        stop.set()
+        await asyncio.gather(*writing)
+
+
+async def verify(writers: list[Writer], client: Any, look: Any) -> list[str]:
+    """What is not as it was acknowledged, or is there and should not be."""
+    wrong = [problem for writer in writers for problem in await writer.verify(client)]
+    users: dict[bytes, int] = {}
+    for key in await look.keys("sp:{v:*"):
+        sha256 = await look.hget(key, "tensors_sha256")
+        users[sha256] = users.get(sha256, 0) + 1
+    counted = {}
+    for key in await look.keys("sp:{blob:*:m"):
+        counted[await look.hget(key, "sha256")] = int(await look.hget(key, "num_versions"))
+    if counted != users:
+        wrong.append("blobs are not those of the versions")
+    staged = await look.keys("*:u:*")
+    if not all([await look.ttl(key) > 0 for key in staged]):
+        wrong.append("what uploads left does not expire")
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("kills", "sync_s"),
+    [
+        (8, 0.0),
+        (4, 0.01),
+        pytest.param(200, 0.0, marks=pytest.mark.chaos),
+        pytest.param(200, 0.05, marks=pytest.mark.chaos),
+    ],
+)
+async def test_what_was_acknowledged_survives_kill_9(
+    make_store: Any, make_registry: Any, connect: Any, look_into: Any, adapter: Any, kills: int, sync_s: float
+) -> None:
+    rng = random.Random(f"{kills} {sync_s}")
+    store = make_store()
+    registry = make_registry(store)
+    client = connect(registry.address)
+    await client.put_base_model()
+    writers = [Writer(number, client, adapter, random.Random(rng.random())) for number in range(3)]
+    await write_and_kill(writers, [store, registry], store, rng, kills=kills, acks_between=(1, 12), sync_s=sync_s)
+    assert await verify(writers, client, look_into(store)) == []
+    assert sum(writer.num_acknowledged for writer in writers) >= kills
+    assert sum(writer.num_repeated for writer in writers), "no kill hit a change; the test proves nothing"
+
+
+async def test_a_store_that_does_not_sync_every_write_loses_acknowledged_ones_and_is_found_out(
+    make_store: Any, make_registry: Any, connect: Any, look_into: Any, adapter: Any
+) -> None:
+    # The proof that the test above can fail: the same writers, the same check, a store that syncs once a second.
+    rng = random.Random(1)
+    store = make_store("everysec")
+    registry = make_registry(store, durability="weak")
+    client = connect(registry.address)
+    await client.put_base_model()
+    for trial in range(5):
+        writers = [Writer(3 * trial + number, client, adapter, random.Random(number)) for number in range(3)]
+        await write_and_kill(writers, [store], store, rng, kills=1, acks_between=(150, 300), sync_s=3.0)
+        wrong = await verify(writers, client, look_into(store))
+        if any("is lost" in problem for problem in wrong):
+            return
+    pytest.fail("nothing was lost: this test would not notice a loss")
