@@ -131,7 +131,7 @@ class FakeSource:
         except asyncio.CancelledError:
             self.abandoned.set()
             raise
-        return Adapter(digest=digest, rows=bytes(80), dtype="float32", num_virtual_tokens=10, hidden_size=2)
+        return Adapter(digest=digest, rows=bytes(80), dtype="float32", num_virtual_tokens=10, row_size=2)
 
 
 @dataclass

@@ -2,24 +2,44 @@
 
 from dataclasses import dataclass
 
+from softprompt_api.formats import AdapterSpec, read_adapter
+
 from softprompt_inference.engine.messages import LoadAdapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """An adapter's verified rows.
+    """An adapter's verified rows, one for each virtual token.
 
     Attributes:
-        digest: the version's digest.
-        rows: `[num_virtual_tokens, hidden_size]`, row-major, little endian.
+        digest: the version's digest, and its task where it has several.
+        rows: `[num_virtual_tokens, row_size]`, row-major, little endian.
         dtype: "float32", "float16" or "bfloat16".
+        row_size: the hidden size, or that of keys and values of all layers.
+        are_key_values: rows go into the KV cache as they are.
     """
 
     digest: str
     rows: bytes
     dtype: str
     num_virtual_tokens: int
-    hidden_size: int
+    row_size: int
+    are_key_values: bool = False
+
+    @classmethod
+    def read(
+        cls, digest: str, spec: AdapterSpec, data: bytes, *, task: int | None = None, dtype: str = ""
+    ) -> "Adapter":
+        """The adapter in a complete file that was verified; the other arguments are as in AdapterSpec.read."""
+        rows = read_adapter(spec, data, task=task, dtype=dtype)
+        return cls(
+            digest=digest,
+            rows=rows.data,
+            dtype=rows.dtype,
+            num_virtual_tokens=rows.num_virtual_tokens,
+            row_size=rows.row_size,
+            are_key_values=rows.are_key_values,
+        )
 
     @property
     def size_bytes(self) -> int:
@@ -33,5 +53,6 @@ class Adapter:
             rows=self.rows,
             dtype=self.dtype,
             num_virtual_tokens=self.num_virtual_tokens,
-            hidden_size=self.hidden_size,
+            row_size=self.row_size,
+            are_key_values=self.are_key_values,
         )

@@ -1,6 +1,6 @@
 """Checks for the values of config keys. Each takes the key and its value, and raises AdapterInvalid."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from softprompt_api.errors import AdapterInvalid
@@ -59,6 +59,12 @@ def size(key: str, value: Any) -> None:
     """A required whole number from 1."""
     if not is_integer(value) or not 1 <= value <= MAX_INTEGER:
         refuse(key, f"must be a whole number from 1 to {MAX_INTEGER}")
+
+
+def require(config: Mapping[str, Any], *sizes: str) -> None:
+    """Refuse a config that lacks one of these sizes."""
+    for key in sizes:
+        size(key, config.get(key))
 
 
 def one_of(*allowed: str | int | None) -> Check:

@@ -43,7 +43,13 @@ def peft_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ),
         "CPT": peft.CPTConfig(**causal, **cpt, opt_weighted_loss_type="decay", opt_loss_decay_factor=0.95),
         "prefix tuning": peft.PrefixTuningConfig(**rows),
-        "multitask": peft.MultitaskPromptTuningConfig(**rows, num_tasks=2, prompt_tuning_init="RANDOM"),
+        "prefix tuning, projected": peft.PrefixTuningConfig(
+            **rows, prefix_projection=True, encoder_hidden_size=16
+        ),
+        "cartridge": peft.CartridgeConfig(**rows),
+        "multitask": peft.MultitaskPromptTuningConfig(**rows, num_tasks=3, num_ranks=2),
+        "multitask, from text": peft.MultitaskPromptTuningConfig(**rows, **text, num_tasks=1),
+        "IA3": peft.IA3Config(**causal, target_modules=["k_proj"], feedforward_modules=[]),
         "LoRA": peft.LoraConfig(**causal, r=4, target_modules=["q_proj"]),
     }
     for name, config in configs.items():
