@@ -342,6 +342,22 @@ async def test_an_adapter_is_loaded_before_the_request_and_named_in_the_answer(w
     assert (len(accepted.prompt_token_ids), events[-1].usage.prompt_tokens) == (2, 2)
 
 
+async def test_a_task_is_bound_with_its_digest(world: World) -> None:
+    world.source.versions["tweets"].num_tasks = 2
+    call = world.generate(adapter="tweets:1")
+    [request] = await world.engine.wait_for(AddRequest)
+    assert request.prompt[0] == SoftPromptPart(digest=f"{DIGEST_A}:1")
+    assert [command.digest for command in world.engine.of(LoadAdapter)] == [f"{DIGEST_A}:1"]
+    world.engine.put(request, 50, finish=Finish.LENGTH)
+    events = [event async for event in call]
+    assert events[0].accepted.adapter_digest == f"{DIGEST_A}:1"
+    for spelling in ("tweets", "tweets:2"):
+        error = await world.error(adapter=spelling)
+        assert (error.reason, error.field) == ("INVALID_ARGUMENT", "adapter")
+    tokens = await world.stub.Tokenize(pb.TokenizeRequest(text="Hello", adapter=f"{DIGEST_A}:0"))
+    assert tokens.virtual_tokens == 10
+
+
 @pytest.mark.parametrize("spelling", ["", "org/Base"])
 async def test_the_base_model_needs_no_adapter(world: World, spelling: str) -> None:
     call = world.generate(adapter=spelling)

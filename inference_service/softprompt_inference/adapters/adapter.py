@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from softprompt_api.formats import AdapterSpec, read_adapter
+from softprompt_api.errors import Unsupported
+from softprompt_api.formats import AdapterKind, AdapterSpec, Rows, read_adapter
 
 from softprompt_inference.engine.messages import LoadAdapter
 
@@ -31,7 +32,9 @@ class Adapter:
         cls, digest: str, spec: AdapterSpec, data: bytes, *, task: int | None = None, dtype: str = ""
     ) -> "Adapter":
         """The adapter in a complete file that was verified; the other arguments are as in AdapterSpec.read."""
+        check_served(spec)
         rows = read_adapter(spec, data, task=task, dtype=dtype)
+        assert isinstance(rows, Rows)
         return cls(
             digest=digest,
             rows=rows.data,
@@ -55,4 +58,12 @@ class Adapter:
             num_virtual_tokens=self.num_virtual_tokens,
             row_size=self.row_size,
             are_key_values=self.are_key_values,
+        )
+
+
+def check_served(spec: AdapterSpec) -> None:
+    """Raise Unsupported for a kind that is registered and not served."""
+    if spec.kind is AdapterKind.LORA:
+        raise Unsupported(
+            "LORA adapters are registered, but not served; served are adapters of virtual tokens", field="adapter"
         )

@@ -13,7 +13,7 @@ from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc as pb_grpc
 from softprompt_api.rpc.status import from_rpc_error
 
-from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.adapters.adapter import Adapter, check_served
 
 RESOLVE_TIMEOUT_S = 5.0
 FETCH_TIMEOUT_S = 120.0
@@ -61,6 +61,7 @@ class AdapterSource:
         if version.digest != ref.digest:
             raise DataCorrupted("the registry answered with another version than it was asked for")
         spec = parse_config(version.config_json)
+        check_served(spec)
         task = choose_task(ref, spec.num_tasks)
         check_fits(version, self._base_model)
         verifier = AdapterVerifier(
@@ -136,7 +137,9 @@ def check_fits(version: pb.AdapterVersion, base_model: pb.BaseModel) -> None:
 
 def _check_size(version: pb.AdapterVersion, spec: AdapterSpec) -> None:
     """Nothing is allocated for a file that cannot be one of these."""
-    most = _MAX_HEADER_BYTES + spec.max_values() * _MAX_VALUE_BYTES
+    num_values = spec.max_values()
+    assert num_values is not None, "the config of a kind that is served tells its size"
+    most = _MAX_HEADER_BYTES + num_values * _MAX_VALUE_BYTES
     if not 0 < version.size_bytes <= most:
         raise DataCorrupted(f"the registry gives the adapter {version.size_bytes} bytes; its config allows {most}")
 

@@ -13,6 +13,7 @@ from softprompt_api.formats import (
     cartridge,
     checks,
     cpt,
+    lora,
     multitask_prompt_tuning,
     p_tuning,
     prefix_tuning,
@@ -27,7 +28,7 @@ MAX_CONFIG_BYTES = 2**20
 FORMATS: Mapping[AdapterKind, AdapterFormat] = MappingProxyType(
     {
         kind.FORMAT.kind: kind.FORMAT
-        for kind in (prompt_tuning, p_tuning, cpt, multitask_prompt_tuning, prefix_tuning, cartridge)
+        for kind in (prompt_tuning, p_tuning, cpt, multitask_prompt_tuning, prefix_tuning, cartridge, lora)
     }
 )
 

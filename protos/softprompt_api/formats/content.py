@@ -21,4 +21,32 @@ class Rows:
     are_key_values: bool = False
 
 
-Content = Rows
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraModule:
+    """What is added to one linear layer: x goes to x + scale * b @ a @ x.
+
+    Attributes:
+        name: of the module in the model, for example "model.layers.0.self_attn.q_proj".
+        a: `[rank, in_features]`, row-major, little endian.
+        b: `[out_features, rank]`, row-major, little endian.
+        dtype: of both, "float32", "float16" or "bfloat16".
+    """
+
+    name: str
+    rank: int
+    scale: float
+    in_features: int
+    out_features: int
+    a: bytes
+    b: bytes
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """The modules of a LoRA, in order of their names."""
+
+    modules: tuple[LoraModule, ...]
+
+
+Content = Rows | Lora

@@ -6,8 +6,8 @@ from types import MappingProxyType
 from typing import Any
 
 from softprompt_api.formats import checks
+from softprompt_api.formats.common_keys import PROMPT_KEYS
 from softprompt_api.formats.content import Content, Rows
-from softprompt_api.formats.prompt_learning import COMMON_KEYS
 from softprompt_api.formats.safetensors_header import Shape, TensorInfo
 from softprompt_api.formats.spec import (
     AdapterFormat,
@@ -63,4 +63,4 @@ def embedding_format(kind: AdapterKind, keys: Mapping[str, checks.Check]) -> Ada
             ),
         )
 
-    return AdapterFormat(kind=kind, keys=MappingProxyType({**COMMON_KEYS, **keys}), spec=spec)
+    return AdapterFormat(kind=kind, keys=MappingProxyType({**PROMPT_KEYS, **keys}), spec=spec)

@@ -12,8 +12,8 @@ from typing import Any
 
 from softprompt_api.errors import AdapterInvalid
 from softprompt_api.formats import checks
+from softprompt_api.formats.common_keys import PROMPT_KEYS
 from softprompt_api.formats.content import Content, Rows
-from softprompt_api.formats.prompt_learning import COMMON_KEYS
 from softprompt_api.formats.safetensors_header import Shape, TensorInfo
 from softprompt_api.formats.spec import (
     AdapterFormat,
@@ -97,4 +97,4 @@ def key_values_format(kind: AdapterKind, keys: Mapping[str, checks.Check]) -> Ad
             ),
         )
 
-    return AdapterFormat(kind=kind, keys=MappingProxyType({**COMMON_KEYS, **keys}), spec=spec)
+    return AdapterFormat(kind=kind, keys=MappingProxyType({**PROMPT_KEYS, **keys}), spec=spec)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from softprompt_api.formats import checks
+from softprompt_api.formats.common_keys import INIT_KEYS, PROMPT_KEYS
 from softprompt_api.formats.content import Content, Rows
-from softprompt_api.formats.prompt_learning import COMMON_KEYS, INIT_KEYS
 from softprompt_api.formats.safetensors_header import Shape, TensorInfo
 from softprompt_api.formats.spec import (
     AdapterFormat,
@@ -88,7 +88,7 @@ FORMAT = AdapterFormat(
     kind=AdapterKind.MULTITASK_PROMPT_TUNING,
     keys=MappingProxyType(
         {
-            **COMMON_KEYS,
+            **PROMPT_KEYS,
             **INIT_KEYS,
             "num_tasks": checks.size,
             "num_ranks": checks.size,

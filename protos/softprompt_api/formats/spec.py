@@ -24,6 +24,7 @@ class AdapterKind(StrEnum):
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
     PREFIX_TUNING = "PREFIX_TUNING"
     CARTRIDGE = "CARTRIDGE"
+    LORA = "LORA"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +88,8 @@ class AdapterSpec(ABC):
             dtype: as in ModelShape; what is computed here must be finite in it.
         """
 
-    def max_values(self) -> int:
-        """Most values that its tensors have together."""
+    def max_values(self) -> int | None:
+        """Values that its tensors have together; None where the config does not say."""
         return sum(math.prod(shape) for shape in self.expected_tensors({}).values())
 
     def max_rank(self, found: Mapping[str, TensorInfo]) -> int:  # noqa: ARG002

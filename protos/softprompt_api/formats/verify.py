@@ -128,6 +128,11 @@ class AdapterVerifier:
         header = self._head[safetensors.LENGTH_BYTES :]
         data_bytes = self._size_bytes - self._head_bytes
         self._tensors = _checked_tensors(self._spec, header, data_bytes=data_bytes)
+        rank = self._spec.max_rank(self._tensors)
+        if rank > self._model.max_lora_rank:
+            raise AdapterInvalid(
+                f"the adapter has rank {rank}; at most {self._model.max_lora_rank} is served", field="config.r"
+            )
         self._scans.extend(ValueScan(info, self._model.dtype) for info in self._tensors.values())
         self._head.clear()
 

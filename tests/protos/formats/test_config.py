@@ -48,7 +48,7 @@ def test_what_peft_writes_and_nobody_serves_is_refused_by_name(peft_folders, nam
     assert refused.value.field == field
     if field == "config.peft_type":
         assert (
-            "supported: CARTRIDGE, CPT, MULTITASK_PROMPT_TUNING, PREFIX_TUNING, PROMPT_TUNING, P_TUNING"
+            "supported: CARTRIDGE, CPT, LORA, MULTITASK_PROMPT_TUNING, PREFIX_TUNING, PROMPT_TUNING, P_TUNING"
             in refused.value.message
         )
 

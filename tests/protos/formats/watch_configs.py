@@ -17,6 +17,8 @@ SIZES = {
     "num_attention_heads": 2,
     "num_tasks": 2,
     "num_ranks": 1,
+    "r": 4,
+    "lora_alpha": 8,
 }
 KEYS = ("auto_mapping", "megatron_core", "megatron_config", "chat_template", "a_path")
 VALUES = (
@@ -31,6 +33,8 @@ VALUES = (
     {"base_model_class": "antigravity", "parent_library": "antigravity"},
     {"antigravity": 1},
     ["antigravity", "/etc/passwd"],
+    {"q_proj": 3, "(a+)+$": 1},
+    {"q_proj|v_proj": 3},
     True,
     7,
 )

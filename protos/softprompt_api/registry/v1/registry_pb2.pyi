@@ -40,6 +40,8 @@ class _AdapterKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterKi
     """PEFT PREFIX_TUNING: keys and values put into the KV cache, saved after the projection."""
     ADAPTER_KIND_CARTRIDGE: _AdapterKind.ValueType  # 6
     """PEFT CARTRIDGE: keys and values put into the KV cache."""
+    ADAPTER_KIND_LORA: _AdapterKind.ValueType  # 7
+    """PEFT LORA: matrices of low rank added to linear layers."""
 
 class AdapterKind(_AdapterKind, metaclass=_AdapterKindEnumTypeWrapper):
     """AdapterKind is how an adapter acts on the model, by PEFT's names."""
@@ -58,6 +60,8 @@ ADAPTER_KIND_PREFIX_TUNING: AdapterKind.ValueType  # 5
 """PEFT PREFIX_TUNING: keys and values put into the KV cache, saved after the projection."""
 ADAPTER_KIND_CARTRIDGE: AdapterKind.ValueType  # 6
 """PEFT CARTRIDGE: keys and values put into the KV cache."""
+ADAPTER_KIND_LORA: AdapterKind.ValueType  # 7
+"""PEFT LORA: matrices of low rank added to linear layers."""
 Global___AdapterKind: _TypeAlias = AdapterKind  # noqa: Y015
 
 class _AdapterEventType:

@@ -1,29 +1,34 @@
-"""The config keys that PEFT writes for every kind that is made of virtual tokens."""
+"""The config keys that PEFT writes for many kinds."""
 
 from collections.abc import Mapping
 
 from softprompt_api.formats import checks
 
-_NOT_PLAIN = "is filled, which a prompt for a causal language model never needs; train with task_type 'CAUSAL_LM'"
+_NOT_PLAIN = (
+    "is filled, which an adapter for a causal language model never needs; train with task_type 'CAUSAL_LM'"
+)
 
-# The dangerous ones among them must hold PEFT's default.
-COMMON_KEYS: Mapping[str, checks.Check] = {
-    "num_virtual_tokens": checks.size,
-    "token_dim": checks.size,
-    "num_transformer_submodules": checks.one_of(1, None),
+# Of every kind. The dangerous ones among them must hold PEFT's default.
+GENERAL_KEYS: Mapping[str, checks.Check] = {
     "task_type": checks.one_of("CAUSAL_LM", None),
-    "num_attention_heads": checks.count,
-    "num_layers": checks.count,
     "inference_mode": checks.flag,
     "base_model_name_or_path": checks.text,
     "peft_version": checks.text,
     "revision": checks.text,
     "auto_mapping": checks.unused(_NOT_PLAIN),
-    "modules_to_save": checks.unused(
-        "is filled, but a soft prompt is served without trained modules of the model"
-    ),
+    "modules_to_save": checks.unused("is filled, but adapters are served without trained modules of the model"),
     "megatron_config": checks.unused("is filled, but Megatron is not supported"),
     "megatron_core": checks.unused("must be 'megatron.core' or null", default="megatron.core"),
+}
+
+# Of every kind that is made of virtual tokens.
+PROMPT_KEYS: Mapping[str, checks.Check] = {
+    **GENERAL_KEYS,
+    "num_virtual_tokens": checks.size,
+    "token_dim": checks.size,
+    "num_transformer_submodules": checks.one_of(1, None),
+    "num_attention_heads": checks.count,
+    "num_layers": checks.count,
 }
 
 # What PEFT writes of how a prompt was initialised.
