@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,15 +47,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
-    """`make_adapter(seed, num_virtual_tokens)` writes a PEFT folder of random rows for the tiny model."""
+    """`make_adapter(seed, num_virtual_tokens, kind)` writes a PEFT folder of random rows for the tiny model."""
     import torch
-    from peft import PromptTuningConfig, TaskType, get_peft_model
+    from peft import MultitaskPromptTuningConfig, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    def make(seed: int, num_virtual_tokens: int = 5) -> Path:
+    kinds = {
+        "prompt_tuning": PromptTuningConfig,
+        "prefix_tuning": PrefixTuningConfig,
+        "multitask": partial(MultitaskPromptTuningConfig, num_tasks=2),
+    }
+
+    def make(seed: int, num_virtual_tokens: int = 5, kind: str = "prompt_tuning") -> Path:
         folder = tmp_path_factory.mktemp(f"adapter-{seed}")
         torch.manual_seed(seed)
-        config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=num_virtual_tokens)
+        config = kinds[kind](task_type=TaskType.CAUSAL_LM, num_virtual_tokens=num_virtual_tokens)
         with warnings.catch_warnings():  # PEFT asks transformers by a name that is going away
             warnings.simplefilter("ignore", FutureWarning)
             model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)

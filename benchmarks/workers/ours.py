@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from softprompt_api.formats import adapter_digest, parse_config, read_folder, read_rows
+from softprompt_api.formats import adapter_digest, parse_config, read_folder
 from softprompt_api.params import SamplingParams
+from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import Engine
 from softprompt_inference.engine.messages import AddRequest, Finish, LoadAdapter, SoftPromptPart, TextPart
@@ -100,14 +101,8 @@ def _read(folder: Path) -> LoadAdapter:
     files = read_folder(folder)
     spec = parse_config(files.config_json)
     data = files.tensors_path.read_bytes()
-    rows = read_rows(spec, data)
-    return LoadAdapter(
-        digest=adapter_digest(spec, hashlib.sha256(data).hexdigest()),
-        rows=rows.data,
-        dtype=rows.dtype,
-        num_virtual_tokens=rows.num_virtual_tokens,
-        hidden_size=rows.hidden_size,
-    )
+    digest = adapter_digest(spec, hashlib.sha256(data).hexdigest())
+    return Adapter.read(digest, spec, data).load_command()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from softprompt_api import errors
 from softprompt_api.inference.v1.inference_pb2 import GetModelResponse
-from softprompt_api.names import parse_model, shown
+from softprompt_api.names import choose_task, parse_model, shown, with_task
 from softprompt_api.registry.v1.registry_pb2 import AdapterVersion
 
 from softprompt_gateway.catalog import Catalog, spelling_of
@@ -24,24 +24,26 @@ class Target:
         model: as the request spelled it.
         served: the base model and its limits.
         adapter: the adapter version; None: the base model alone.
+        task: one of the adapter's tasks; None where it has none.
     """
 
     model: str
     served: GetModelResponse
     adapter: AdapterVersion | None
+    task: int | None = None
 
     @property
     def digest(self) -> str:
         """The adapter as the inference service is told; "" for the base model."""
-        return self.adapter.digest if self.adapter else ""
+        return with_task(self.adapter.digest, self.task) if self.adapter else ""
 
     def headers(self) -> dict[str, str]:
         """Response headers that say which version answered."""
         if self.adapter is None:
             return {}
         return {
-            "x-softprompt-adapter": spelling_of(self.adapter),
-            "x-softprompt-adapter-digest": self.adapter.digest,
+            "x-softprompt-adapter": with_task(spelling_of(self.adapter), self.task),
+            "x-softprompt-adapter-digest": self.digest,
         }
 
 
@@ -80,7 +82,11 @@ class Resolver:
         self._served_until_s = time.monotonic() + _MODEL_FRESH_S
 
     async def resolve(self, model: str) -> Target:
-        """Raise ModelNotFound, with a near name, where there is no such model."""
+        """Find what `model` spells.
+
+        Raises ModelNotFound, with a near name, where there is no such model, and InvalidArgument for a task that
+        the adapter does not have.
+        """
         served = await self.served()
         base_id = served.base_model.id
         try:
@@ -90,17 +96,18 @@ class Resolver:
         if ref is None:
             return Target(model=model, served=served, adapter=None)
         try:
-            version = await self._registry.get_adapter(str(ref))
+            version = await self._registry.get_adapter(str(ref.whole))
         except errors.AdapterNotFound:
             raise self._not_found(model, base_id) from None
         except (errors.Unavailable, errors.DeadlineExceeded):
-            known = self._catalog.find(ref)
+            known = self._catalog.find(ref.whole)
             if known is None:
                 raise
             version = known
         else:
             self._catalog.learn(version)
-        return Target(model=model, served=served, adapter=version)
+        task = choose_task(ref, version.num_tasks, field="model")
+        return Target(model=model, served=served, adapter=version, task=task)
 
     def _not_found(self, model: str, base_id: str) -> ModelNotFound:
         near = self._catalog.near(model.removeprefix(f"{base_id}:"), base_id)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from softprompt_api.errors import ContextLengthExceeded, InvalidArgument, Overloaded
-from softprompt_api.names import parse_model
+from softprompt_api.names import AdapterRef, choose_task, parse_model, with_task
 from softprompt_api.params import SamplingParams
 
 from softprompt_inference.adapters.residency import Residency
@@ -66,7 +66,10 @@ class GenerateCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoundAdapter:
-    """The one version a request is computed with. `name` and `version` are "" and 0 when it named a digest."""
+    """The one version a request is computed with. `name` and `version` are "" and 0 when it named a digest.
+
+    `digest` has the task behind it where the adapter has tasks.
+    """
 
     name: str
     version: int
@@ -156,18 +159,26 @@ class Generator:
 
     async def bind(self, spelling: str) -> BoundAdapter | None:
         """The version that a spelling stands for now; None for the base model."""
-        ref = parse_model(spelling, base_model_id=self._base_model_id, field="adapter") if spelling else None
+        ref = self._parse(spelling)
         if ref is None:
             return None
-        if ref.digest:
-            return BoundAdapter(name="", version=0, digest=ref.digest)
-        version = await self._source.resolve(str(ref))
-        return BoundAdapter(name=version.name, version=version.version, digest=version.digest)
+        if ref.digest:  # its task is checked when it is fetched
+            return BoundAdapter(name="", version=0, digest=str(ref))
+        version = await self._source.resolve(str(ref.whole))
+        task = choose_task(ref, version.num_tasks)
+        return BoundAdapter(name=version.name, version=version.version, digest=with_task(version.digest, task))
 
     async def count_virtual_tokens(self, spelling: str) -> int:
         """Virtual tokens of the version that a spelling stands for now."""
-        bound = await self.bind(spelling)
-        return 0 if bound is None else (await self._source.resolve(bound.digest)).num_virtual_tokens
+        ref = self._parse(spelling)
+        if ref is None:
+            return 0
+        version = await self._source.resolve(str(ref.whole))
+        choose_task(ref, version.num_tasks)
+        return version.num_virtual_tokens
+
+    def _parse(self, spelling: str) -> AdapterRef | None:
+        return parse_model(spelling, base_model_id=self._base_model_id, field="adapter") if spelling else None
 
     async def _run(
         self, params: SamplingParams, token_ids: list[int], bound: BoundAdapter | None, choices: Sequence[Choice]

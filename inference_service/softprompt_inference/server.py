@@ -202,4 +202,5 @@ def make_base_model(model_id: str, info: ModelInfo, tokenizer: Tokenizer) -> reg
         tokenizer_sha256=tokenizer.sha256,
         max_virtual_tokens=info.max_virtual_tokens,
         dtype=info.dtype,
+        no_key_values=info.no_key_values,
     )

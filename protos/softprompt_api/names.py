@@ -1,13 +1,14 @@
 """How `model` is spelled: the grammar that every service shares.
 
-    model   = base-id | [base-id ":"] adapter
+    model   = base-id | [base-id ":"] adapter [":" task]
     adapter = name ["@" (number | alias)] | "sha256:" 64 hex digits
 
-`name` alone means `name@latest`: the alias that every registration moves to its version.
+`name` alone means `name@latest`: the alias that every registration moves to its version. A task is a number from
+0, of an adapter that was trained for several.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from softprompt_api.errors import InvalidArgument
 
@@ -18,16 +19,21 @@ LATEST = "latest"
 # An alias must never be taken for a version.
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?\Z")
 _MAX_VERSION = 2**31 - 1
+_TASK_PATTERN = re.compile(r"(0|[1-9][0-9]{0,8})\Z")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRef:
-    """One spelling of an adapter, parsed: a digest, or a name with a version or an alias (neither: `latest`)."""
+    """One spelling of an adapter, parsed.
+
+    It is a digest, or a name with a version or an alias (neither: `latest`); each with a task, or without.
+    """
 
     name: str = ""
     version: int | None = None
     alias: str = ""
     digest: str = ""
+    task: int | None = None
 
     @property
     def is_latest(self) -> bool:
@@ -35,10 +41,13 @@ class AdapterRef:
         return not self.digest and self.version is None and not self.alias
 
     def __str__(self) -> str:
-        if self.digest:
-            return self.digest
         pointer = self.alias if self.version is None else str(self.version)
-        return f"{self.name}@{pointer}" if pointer else self.name
+        return with_task((self.digest or self.name) + (f"@{pointer}" if pointer else ""), self.task)
+
+    @property
+    def whole(self) -> "AdapterRef":
+        """The adapter itself, without a task: what the registry knows."""
+        return replace(self, task=None)
 
 
 def check_name(name: str, *, field: str = "name", base_model_id: str = "") -> str:
@@ -83,6 +92,17 @@ def parse_adapter(spelling: str, *, field: str = "adapter") -> AdapterRef:
     return AdapterRef(name=name, alias=pointer)
 
 
+def parse_requested(spelling: str, *, field: str = "adapter") -> AdapterRef:
+    """Parse what `parse_adapter` does, with `:0` or another task behind it, or not."""
+    adapter, colon, task = spelling.rpartition(":")
+    if not colon or adapter == "sha256":
+        return parse_adapter(spelling, field=field)
+    ref = parse_adapter(adapter, field=field)
+    if not _TASK_PATTERN.match(task):
+        raise InvalidArgument(f"{shown(spelling)}: after ':' stands the number of a task, from 0", field=field)
+    return replace(ref, task=int(task))
+
+
 def parse_model(spelling: str, *, base_model_id: str, field: str = "model") -> AdapterRef | None:
     """Parse the `model` of a request: None for the base model, otherwise the adapter.
 
@@ -90,7 +110,29 @@ def parse_model(spelling: str, *, base_model_id: str, field: str = "model") -> A
     """
     if spelling == base_model_id:
         return None
-    return parse_adapter(spelling.removeprefix(f"{base_model_id}:"), field=field)
+    return parse_requested(spelling.removeprefix(f"{base_model_id}:"), field=field)
+
+
+def with_task(spelling: str, task: int | None) -> str:
+    """One task of an adapter, as requests spell it and caches know it; None: the adapter has no tasks."""
+    return spelling if task is None else f"{spelling}:{task}"
+
+
+def choose_task(ref: AdapterRef, num_tasks: int, *, field: str = "adapter") -> int | None:
+    """The task a request is for: the one it names, or the only one; None where the adapter has no tasks.
+
+    Raises InvalidArgument for a task that the adapter does not have, and where it has several and none is named.
+    """
+    if num_tasks == 0:
+        if ref.task is not None:
+            raise InvalidArgument(f"{ref.whole} has no tasks; leave ':{ref.task}' out", field=field)
+        return None
+    tasks = f"{ref.whole} has the tasks 0 to {num_tasks - 1}"
+    if ref.task is None and num_tasks > 1:
+        raise InvalidArgument(f"{tasks}; name one of them, for example {ref}:0", field=field)
+    if ref.task is not None and ref.task >= num_tasks:
+        raise InvalidArgument(f"{tasks}, and no task {ref.task}", field=field)
+    return ref.task or 0
 
 
 def shown(text: str, limit: int = 64) -> str:

@@ -28,6 +28,7 @@ MAX_LABEL_KEY_CHARACTERS = 64
 MAX_LABEL_VALUE_CHARACTERS = 256
 MAX_IDEMPOTENCY_KEY_CHARACTERS = 128
 MAX_BASE_MODEL_ID_CHARACTERS = 256
+MAX_REASON_CHARACTERS = 256
 SERVING_DTYPES = ("float32", "bfloat16", "float16")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _PRINTABLE = re.compile(r"[\x21-\x7e][\x20-\x7e]*\Z")
@@ -48,6 +49,7 @@ class BaseModel:
     tokenizer_sha256: str
     max_virtual_tokens: int
     dtype: str
+    no_key_values: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,8 @@ class Draft:
     config_json: str
     base_model: BaseModel
     labels: Mapping[str, str]
+    num_tasks: int = 0
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +166,11 @@ def check_base_model(model: BaseModel) -> None:
     for field in ("num_layers", "num_kv_heads", "head_dim", "vocab_size", "max_virtual_tokens"):
         if getattr(model, field) < 0:
             raise InvalidArgument(f"base_model.{field} cannot be negative", field=f"base_model.{field}")
+    if len(model.no_key_values) > MAX_REASON_CHARACTERS:
+        raise InvalidArgument(
+            f"base_model.no_key_values has at most {MAX_REASON_CHARACTERS} characters",
+            field="base_model.no_key_values",
+        )
     if model.dtype and model.dtype not in SERVING_DTYPES:
         raise InvalidArgument(
             f"base_model.dtype is {shown(model.dtype)}; known are {', '.join(SERVING_DTYPES)}",

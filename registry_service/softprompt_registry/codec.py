@@ -16,12 +16,14 @@ from softprompt_api.errors import DataCorrupted
 from softprompt_registry.catalog import AdapterVersion, BaseModel
 
 _INTEGERS = ("version", "id", "num_virtual_tokens", "hidden_size", "size_bytes")
+# Of later versions of this program; what was stored before has none.
+_LATER_INTEGERS = ("num_tasks", "rank")
 _TEXTS = ("name", "digest", "kind", "dtype", "tensors_sha256", "config_json")
 
 
 def encode_version(version: AdapterVersion) -> Mapping[Any, Any]:
     """The hash fields of a version."""
-    fields = {name: str(getattr(version, name)) for name in (*_INTEGERS, *_TEXTS)}
+    fields = {name: str(getattr(version, name)) for name in (*_INTEGERS, *_LATER_INTEGERS, *_TEXTS)}
     fields["base_model"] = encode_base_model(version.base_model)
     fields["labels"] = json.dumps(dict(version.labels), sort_keys=True)
     fields["pinned"] = str(int(version.pinned))
@@ -36,7 +38,10 @@ def decode_version(fields: Mapping[bytes, bytes], *, version_id: int) -> Adapter
         # Records of earlier versions of this software have none, and no pin.
         if texts.pop("sha256", None) not in (None, _sha256(texts)):
             raise ValueError("the record is not what was written")
-        numbers: Mapping[str, Any] = {name: int(texts[name]) for name in _INTEGERS}
+        numbers: Mapping[str, Any] = {
+            **{name: int(texts[name]) for name in _INTEGERS},
+            **{name: int(texts.get(name, "0")) for name in _LATER_INTEGERS},
+        }
         version = AdapterVersion(
             **{name: texts[name] for name in _TEXTS},
             **numbers,

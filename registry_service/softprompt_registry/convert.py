@@ -49,6 +49,7 @@ def base_model_from(message: pb.BaseModel) -> BaseModel:
         tokenizer_sha256=message.tokenizer_sha256,
         max_virtual_tokens=message.max_virtual_tokens,
         dtype=message.dtype,
+        no_key_values=message.no_key_values,
     )
 
 
@@ -65,6 +66,7 @@ def base_model_to(model: BaseModel) -> pb.BaseModel:
         tokenizer_sha256=model.tokenizer_sha256,
         max_virtual_tokens=model.max_virtual_tokens,
         dtype=model.dtype,
+        no_key_values=model.no_key_values,
     )
 
 
@@ -87,6 +89,8 @@ def version_to(version: AdapterVersion) -> pb.AdapterVersion:
         base_model=base_model_to(version.base_model),
         created_at=created_at,
         labels=version.labels,
+        num_tasks=version.num_tasks,
+        rank=version.rank,
         aliases=version.aliases,
         pinned=version.pinned,
         revision=version.revision,

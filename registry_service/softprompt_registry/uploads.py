@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import structlog
 from redis.asyncio import Redis
 from softprompt_api.errors import DeadlineExceeded, InvalidArgument, Overloaded, Unavailable
-from softprompt_api.formats import AdapterVerifier, parse_config
+from softprompt_api.formats import AdapterVerifier, ModelShape, parse_config
 
 from softprompt_registry import catalog
 from softprompt_registry.blobs import CHUNK_BYTES, StagedBlob
-from softprompt_registry.catalog import AdapterVersion, Draft, Registration
+from softprompt_registry.catalog import AdapterVersion, BaseModel, Draft, Registration
 from softprompt_registry.changes import Changes
 from softprompt_registry.store import Store
 
@@ -69,12 +69,7 @@ class Uploads:
         base = catalog.choose_base_model(models, registration.base_model_id)
         catalog.check_name_is_free_of_models(registration.name, models)
         verifier = AdapterVerifier(
-            spec,
-            size_bytes=registration.size_bytes,
-            sha256=registration.sha256,
-            hidden_size=base.hidden_size,
-            max_virtual_tokens=base.max_virtual_tokens,
-            dtype=base.dtype,
+            spec, size_bytes=registration.size_bytes, sha256=registration.sha256, model=_shape_of(base)
         )
         # Longer than any upload may take: what is published cannot have expired.
         staged = StagedBlob(self._client, registration.sha256, ttl_s=int(self._limits.timeout_s) + 300)
@@ -94,6 +89,8 @@ class Uploads:
                 config_json=registration.config_json,
                 base_model=base,
                 labels=dict(registration.labels),
+                num_tasks=spec.num_tasks,
+                rank=verified.rank,
             )
             version = await self._changes.publish(draft, staged, key=registration.idempotency_key, content=content)
         finally:
@@ -114,6 +111,18 @@ class Uploads:
             raise DeadlineExceeded(f"the upload took more than {self._limits.timeout_s:g} s") from None
         finally:
             self._num_running -= 1
+
+
+def _shape_of(base: BaseModel) -> ModelShape:
+    return ModelShape(
+        hidden_size=base.hidden_size,
+        num_layers=base.num_layers,
+        num_kv_heads=base.num_kv_heads,
+        head_dim=base.head_dim,
+        max_virtual_tokens=base.max_virtual_tokens,
+        dtype=base.dtype,
+        no_key_values=base.no_key_values,
+    )
 
 
 async def _receive(pieces: AsyncIterator[Piece], verifier: AdapterVerifier, staged: StagedBlob) -> None:

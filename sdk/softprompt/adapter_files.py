@@ -13,6 +13,7 @@ from softprompt_api.formats import (
     AdapterFiles,
     AdapterSpec,
     AdapterVerifier,
+    ModelShape,
     adapter_digest,
     parse_config,
     read_folder,
@@ -55,16 +56,9 @@ def find_adapter(path: str | Path) -> LocalAdapter:
     )
 
 
-def check_tensors(adapter: LocalAdapter, *, hidden_size: int, max_virtual_tokens: int, dtype: str) -> bytes:
+def check_tensors(adapter: LocalAdapter, model: ModelShape) -> bytes:
     """The tensor file's bytes after every check against the model that is to use it; AdapterInvalid otherwise."""
-    verifier = AdapterVerifier(
-        adapter.spec,
-        size_bytes=adapter.size_bytes,
-        sha256=adapter.sha256,
-        hidden_size=hidden_size,
-        max_virtual_tokens=max_virtual_tokens,
-        dtype=dtype,
-    )
+    verifier = AdapterVerifier(adapter.spec, size_bytes=adapter.size_bytes, sha256=adapter.sha256, model=model)
     data = b"".join(chunks(adapter.files.tensors_path))
     verifier.feed(data)
     verifier.finish()

@@ -230,7 +230,7 @@ class LLM:
     def _check(self, request: AddRequest, digest: str | None) -> None:
         ids = VirtualIds(self.info.vocab_size)
         if digest is not None:
-            ids.assign(digest, self._adapters.num_virtual_tokens(digest))
+            self._adapters.assign(digest, ids)
         make_sequence(request, virtual_ids=ids, max_model_len=self.info.max_model_len)
 
 

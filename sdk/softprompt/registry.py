@@ -34,8 +34,12 @@ class AdapterInfo:
         name, version: what requests call it; `name` alone means the latest version.
         id: integer, unique over all names and times.
         digest: identity of the content.
-        kind: "PROMPT_TUNING", "P_TUNING" or "CPT".
-        num_virtual_tokens, hidden_size, dtype: shape and type of the rows.
+        kind: by PEFT's name, for example "PROMPT_TUNING".
+        num_virtual_tokens: positions it puts before a prompt.
+        hidden_size: of the model it was made for; 0 where its tensors do not say.
+        num_tasks: tasks to choose from, as `name:0`; 0 for kinds without tasks.
+        rank: the highest of a LoRA; 0 for other kinds.
+        dtype: type of the tensors.
         size_bytes: of the tensor file.
         base_model: id of the model it was checked against.
         created_at: ISO 8601, UTC.
@@ -51,6 +55,8 @@ class AdapterInfo:
     kind: str
     num_virtual_tokens: int
     hidden_size: int
+    num_tasks: int
+    rank: int
     dtype: str
     size_bytes: int
     base_model: str
@@ -234,6 +240,8 @@ def _info(version: pb.AdapterVersion) -> AdapterInfo:
         kind=pb.AdapterKind.Name(version.kind).removeprefix("ADAPTER_KIND_"),
         num_virtual_tokens=version.num_virtual_tokens,
         hidden_size=version.hidden_size,
+        num_tasks=version.num_tasks,
+        rank=version.rank,
         dtype=version.dtype,
         size_bytes=version.size_bytes,
         base_model=version.base_model.id,

@@ -19,6 +19,7 @@ class PromptAdapterRequest:
         prompt_adapter_name: 1 to 128 lower-case letters, digits, '.', '_' or '-'.
         prompt_adapter_id: a positive integer.
         prompt_adapter_local_path: PEFT folder, or a hub id where a hub is reachable.
+        prompt_adapter_task: from 0, of an adapter that was trained for several tasks; None otherwise.
 
     Raises InvalidArgument for a value that cannot be.
     """
@@ -26,6 +27,7 @@ class PromptAdapterRequest:
     prompt_adapter_name: str
     prompt_adapter_id: int
     prompt_adapter_local_path: str | Path
+    prompt_adapter_task: int | None = None
 
     def __post_init__(self) -> None:
         check_name(self.prompt_adapter_name, field="prompt_adapter_name")
@@ -37,6 +39,9 @@ class PromptAdapterRequest:
             raise InvalidArgument(
                 "prompt_adapter_local_path must be a folder or a hub id", field="prompt_adapter_local_path"
             )
+        task = self.prompt_adapter_task
+        if task is not None and (isinstance(task, bool) or not isinstance(task, int) or task < 0):
+            raise InvalidArgument("prompt_adapter_task must be a number from 0", field="prompt_adapter_task")
 
     @property
     def name(self) -> str:
@@ -52,3 +57,8 @@ class PromptAdapterRequest:
     def local_path(self) -> str:
         """Where the adapter is."""
         return str(self.prompt_adapter_local_path)
+
+    @property
+    def task(self) -> int | None:
+        """The task, where the adapter has several."""
+        return self.prompt_adapter_task

@@ -5,9 +5,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from softprompt_api.errors import InvalidArgument
-from softprompt_api.formats import CONFIG_FILE, read_rows
+from softprompt_api.formats import CONFIG_FILE, ModelShape
+from softprompt_api.names import AdapterRef, choose_task, with_task
+from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.engine.engine import Engine
-from softprompt_inference.engine.messages import DropAdapter, LoadAdapter
+from softprompt_inference.engine.keys import VirtualIds
+from softprompt_inference.engine.messages import DropAdapter
 
 from softprompt.adapter_files import LocalAdapter, check_tensors, find_adapter
 from softprompt.requests import PromptAdapterRequest
@@ -23,6 +26,12 @@ class _Known:
     stamp: _Stamp
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Resident:
+    num_virtual_tokens: int
+    are_key_values: bool
+
+
 class ResidentAdapters:
     """Loads adapters when they are first asked for and drops those not asked for longest.
 
@@ -35,30 +44,35 @@ class ResidentAdapters:
         self._engine = engine
         self._limit = limit
         self._known: dict[int, _Known] = {}
-        self._num_virtual_tokens: OrderedDict[str, int] = OrderedDict()
+        self._resident: OrderedDict[str, _Resident] = OrderedDict()
 
     def load(self, requests: Iterable[PromptAdapterRequest]) -> dict[PromptAdapterRequest, str]:
-        """The digest of each, after it was loaded; what is wrong with one is raised before any is loaded."""
+        """What the engine calls each, once it is loaded; what is wrong with one is raised before any is loaded."""
         known = {request: self._identify(request) for request in dict.fromkeys(requests)}
-        locals_by_digest = {one.local.digest: one.local for one in known.values()}
-        new = [local for digest, local in locals_by_digest.items() if digest not in self._num_virtual_tokens]
-        for command in [self._read(local) for local in new]:
-            self._engine.handle(command)
-            self._num_virtual_tokens[command.digest] = command.num_virtual_tokens
-        for digest in locals_by_digest:
-            self._num_virtual_tokens.move_to_end(digest)
+        tasks = {request: _task(request, one.local) for request, one in known.items()}
+        digests = {request: with_task(one.local.digest, tasks[request]) for request, one in known.items()}
+        wanted = {digest: request for request, digest in digests.items()}
+        new = [(digest, request) for digest, request in wanted.items() if digest not in self._resident]
+        for adapter in [self._read(digest, known[request].local, tasks[request]) for digest, request in new]:
+            self._engine.handle(adapter.load_command())
+            self._resident[adapter.digest] = _Resident(
+                num_virtual_tokens=adapter.num_virtual_tokens, are_key_values=adapter.are_key_values
+            )
+        for digest in wanted:
+            self._resident.move_to_end(digest)
         # An id is bound to what it stood for only once that was found good.
         self._known.update({request.adapter_id: one for request, one in known.items()})
-        return {request: one.local.digest for request, one in known.items()}
+        return digests
 
-    def num_virtual_tokens(self, digest: str) -> int:
-        """Size of a loaded adapter."""
-        return self._num_virtual_tokens[digest]
+    def assign(self, digest: str, virtual_ids: VirtualIds) -> None:
+        """Give a loaded adapter some of these ids, as the engine did of its own."""
+        resident = self._resident[digest]
+        virtual_ids.assign(digest, resident.num_virtual_tokens, are_key_values=resident.are_key_values)
 
     def trim(self) -> None:
         """Drop the least recently used above the limit; no request may be running."""
-        while len(self._num_virtual_tokens) > self._limit:
-            digest, _ = self._num_virtual_tokens.popitem(last=False)
+        while len(self._resident) > self._limit:
+            digest, _ = self._resident.popitem(last=False)
             self._engine.handle(DropAdapter(digest=digest))
 
     def _identify(self, request: PromptAdapterRequest) -> _Known:
@@ -82,19 +96,23 @@ class ResidentAdapters:
             )
         return found
 
-    def _read(self, local: LocalAdapter) -> LoadAdapter:
+    def _read(self, digest: str, local: LocalAdapter, task: int | None) -> Adapter:
         info = self._engine.info
-        data = check_tensors(
-            local, hidden_size=info.hidden_size, max_virtual_tokens=info.max_virtual_tokens, dtype=info.dtype
+        shape = ModelShape(
+            hidden_size=info.hidden_size,
+            num_layers=info.num_layers,
+            num_kv_heads=info.num_kv_heads,
+            head_dim=info.head_dim,
+            max_virtual_tokens=info.max_virtual_tokens,
+            dtype=info.dtype,
+            no_key_values=info.no_key_values,
         )
-        rows = read_rows(local.spec, data)
-        return LoadAdapter(
-            digest=local.digest,
-            rows=rows.data,
-            dtype=rows.dtype,
-            num_virtual_tokens=rows.num_virtual_tokens,
-            hidden_size=rows.hidden_size,
-        )
+        return Adapter.read(digest, local.spec, check_tensors(local, shape), task=task, dtype=info.dtype)
+
+
+def _task(request: PromptAdapterRequest, local: LocalAdapter) -> int | None:
+    ref = AdapterRef(name=request.name, task=request.task)
+    return choose_task(ref, local.spec.num_tasks, field="prompt_adapter_task")
 
 
 def _find(request: PromptAdapterRequest) -> _Known:

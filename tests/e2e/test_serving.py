@@ -2,6 +2,7 @@
 
 import base64
 import json
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -72,6 +76,37 @@ def test_every_model_completes_in_its_own_way(client: openai.OpenAI) -> None:
     texts = {model: complete(client, model) for model in ("tiny", "first", "second", "third")}
     assert len(set(texts.values())) == 4
     assert texts == {model: complete(client, model) for model in texts}
+
+
+def test_every_kind_is_registered_and_served_as_peft_computes_it(
+    system: Any, client: openai.OpenAI, make_adapter: Callable[..., Path], tiny_model: Path
+) -> None:
+    folders = {"prefix": make_adapter(41, 20, "prefix_tuning"), "many": make_adapter(42, 5, "multitask")}
+    for name, folder in folders.items():
+        added = system.cli("adapter", "add", name, str(folder))
+        assert added.returncode == 0, added.stderr
+    texts = {model: complete(client, model) for model in ("prefix", "many:0", "many:1", "tiny")}
+    assert len(set(texts.values())) == 4
+    for model, text in texts.items():
+        name, _, task = model.partition(":")
+        assert text == complete_by_peft(tiny_model, folders.get(name), int(task) if task else None)
+    assert {"prefix", "many:0", "many:1"} <= {model.id for model in client.models.list()}
+    with pytest.raises(openai.BadRequestError, match="name one of them, for example many:0"):
+        complete(client, "many")
+
+
+def complete_by_peft(model: Path, adapter: Path | None, task: int | None) -> str:
+    """What PEFT's own generate makes of PROMPT."""
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # PEFT and transformers warn of each other
+        oracle = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        if adapter is not None:
+            oracle = PeftModel.from_pretrained(oracle, adapter)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        inputs = tokenizer(PROMPT, return_tensors="pt")
+        tasks = {} if task is None else {"task_ids": torch.tensor([task])}
+        made = oracle.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0, **tasks)
+    return str(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
 def test_virtual_tokens_are_counted_apart(client: openai.OpenAI) -> None:

@@ -238,7 +238,7 @@ class FakeRegistry(RegistryServiceServicer):
         every = [version for versions in self.versions.values() for version in versions.values()]
         return next((version for version in every if version.digest == digest), None)
 
-    async def add(self, name: str, *, virtual_tokens: int = 5) -> reg.AdapterVersion:
+    async def add(self, name: str, *, virtual_tokens: int = 5, num_tasks: int = 0) -> reg.AdapterVersion:
         """Publish a version, as another client would."""
         number = self.next_versions.get(name, 1)
         self.next_versions[name] = number + 1
@@ -249,6 +249,7 @@ class FakeRegistry(RegistryServiceServicer):
             digest="sha256:" + hashlib.sha256(f"{name}{number}".encode()).hexdigest(),
             kind=reg.ADAPTER_KIND_PROMPT_TUNING,
             num_virtual_tokens=virtual_tokens,
+            num_tasks=num_tasks,
             hidden_size=8,
             dtype="F32",
             config_json='{"peft_type": "PROMPT_TUNING"}',

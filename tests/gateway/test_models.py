@@ -63,6 +63,44 @@ async def test_openais_client_lists_and_retrieves(stack: Any, sdk: openai.AsyncO
     assert (await sdk.models.retrieve("loud@1")).id == "loud@1"
 
 
+async def test_an_adapter_of_several_tasks_is_a_model_for_each(stack: Any) -> None:
+    version = await stack.registry.add("many", num_tasks=2)
+    await stack.until_listed("many:0", "many:1")
+    card = (await stack.http.get("/v1/models/many:1")).json()
+    assert (card["id"], card["root"]) == ("many:1", "many@1:1")
+    assert card in (await stack.http.get("/v1/models")).json()["data"]
+    for model in ("many:1", "many@1:1", f"{version.digest}:1", "acme/tiny-1:many:1"):
+        response = await stack.complete("hi", model=model)
+        assert response.headers["x-softprompt-adapter"] == "many@1:1"
+        assert response.headers["x-softprompt-adapter-digest"] == f"{version.digest}:1"
+        assert stack.inference.requests[-1].adapter == f"{version.digest}:1"
+
+
+@pytest.mark.parametrize(
+    ("model", "num_tasks", "message"),
+    [
+        ("a", 2, "a has the tasks 0 to 1; name one of them, for example a:0"),
+        ("a:2", 2, "and no task 2"),
+        ("a:0", 0, "a has no tasks"),
+    ],
+)
+async def test_a_task_that_is_not_there_or_not_named_is_refused_with_the_field(
+    stack: Any, model: str, num_tasks: int, message: str
+) -> None:
+    await stack.registry.add("a", num_tasks=num_tasks)
+    response = await stack.complete("hi", model=model)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "model"
+    assert message in response.json()["error"]["message"]
+
+
+async def test_one_task_alone_is_never_deleted_or_described(stack: Any) -> None:
+    await stack.registry.add("a", num_tasks=2)
+    assert (await stack.http.delete("/v1/adapters/a:0")).status_code == 400
+    assert (await stack.http.get("/v1/adapters/a:0")).status_code == 400
+    assert "a" in stack.registry.versions
+
+
 @pytest.mark.parametrize("path", ["acme/tiny-1", "acme%2Ftiny-1"])
 async def test_a_base_id_with_a_slash_is_found(stack: Any, path: str) -> None:
     assert (await stack.http.get(f"/v1/models/{path}")).json()["id"] == "acme/tiny-1"

@@ -17,7 +17,7 @@ from softprompt_inference.engine.messages import (
     SoftPromptPart,
     TextPart,
 )
-from softprompt_inference.engine.plan import Chunk, Sample, Sampled, StepPlan, looks_back
+from softprompt_inference.engine.plan import Chunk, PageWrite, Sample, Sampled, StepPlan, looks_back
 
 VOCAB_SIZE = 50
 HIDDEN_SIZE = 4
@@ -51,7 +51,8 @@ class FakeRunner:
     """Keeps pages as the real one does, and computes tokens from the pages alone.
 
     A cell holds its position and a hash over its own content and the cell before it, as KV depends on all that
-    came before. A token is a hash over all cells of its sequence: a stale, foreign or misplaced page shows.
+    came before; what an adapter gives depends on nothing. A token is a hash over all cells of its sequence: a
+    stale, foreign or misplaced page shows.
 
     It computes at launch, as a device whose work is done in order might, and tells what came of it when asked.
     """
@@ -66,6 +67,8 @@ class FakeRunner:
     dropped: list[int] = field(default_factory=list)
     load_error: Exception | None = None
     copied_positions: int = 0
+    written_positions: int = 0
+    _given: set[int] = field(default_factory=set)  # first ids of adapters of keys and values
     events: list[str] = field(default_factory=list)  # launches, with what they are, and results
     _tokens: list[int] = field(default_factory=list)  # of the last step, as the device has them
     _cells: dict[tuple[int, int], tuple[int, bytes]] = field(default_factory=dict)
@@ -87,12 +90,15 @@ class FakeRunner:
         self._lengths[first_id] = adapter.num_virtual_tokens
         for row in range(adapter.num_virtual_tokens):
             assert first_id + row not in self.rows
+            if adapter.are_key_values:
+                self._given.add(first_id + row)
             self.rows[first_id + row] = adapter.rows[row * row_bytes : (row + 1) * row_bytes]
 
     def drop_rows(self, first_id: int) -> None:
         self.dropped.append(first_id)
         for row in range(self._lengths.pop(first_id)):
             del self.rows[first_id + row]
+            self._given.discard(first_id + row)
 
     def launch(self, plan: StepPlan) -> FakePending:
         plan = self._with_tokens(plan)
@@ -119,6 +125,7 @@ class FakeRunner:
             return plan
         assert len(plan.follows) == len(set(plan.follows)) == len(plan.chunks)
         assert not plan.copies
+        assert not plan.writes
         assert not any(chunk.sample is None or looks_back(chunk.sample.params) for chunk in plan.chunks)
         chunks = [
             replace(chunk, token_ids=[self._tokens[row]])
@@ -131,8 +138,11 @@ class FakeRunner:
 
     def _compute(self, plan: StepPlan) -> list[Sampled]:
         written = [cell for chunk in plan.chunks for cell in self._slots(chunk, chunk.start)]
+        written += [cell for write in plan.writes for _, cell in self._given_slots(write)]
         assert len(written) == len(set(written)), "two sequences write one cell"
         self._copy(plan, set(written))
+        for write in plan.writes:
+            self._write_given(write)
         for chunk in plan.chunks:
             self._write(chunk)
         return [self._sample(chunk, chunk.sample) for chunk in plan.chunks if chunk.sample is not None]
@@ -153,10 +163,22 @@ class FakeRunner:
         stop = chunk.start + len(chunk.token_ids)
         return [(chunk.page_ids[position // size], position % size) for position in range(start, stop)]
 
+    def _given_slots(self, write: PageWrite) -> list[tuple[int, tuple[int, int]]]:
+        size = self.info.page_size
+        assert write.start < write.stop, "nothing is to be written"
+        return [(p, (write.page_ids[p // size], p % size)) for p in range(write.start, write.stop)]
+
+    def _write_given(self, write: PageWrite) -> None:
+        for position, slot in self._given_slots(write):
+            assert write.first_id + position in self._given, "an embedding is written as keys and values"
+            self._cells[slot] = (position, _hash("given", self.rows[write.first_id + position]))
+            self.written_positions += 1
+
     def _write(self, chunk: Chunk) -> None:
         slots = self._slots(chunk, 0)
         chain = self._cells[slots[chunk.start - 1]][1] if chunk.start else b""
         for position, token_id in enumerate(chunk.token_ids, start=chunk.start):
+            assert token_id not in self._given, "keys and values are computed"
             content = self.rows[token_id] if token_id >= VOCAB_SIZE else token_id
             chain = _hash(chain, content)
             self._cells[slots[position]] = (position, chain)
@@ -215,16 +237,18 @@ class Fakes:
         )
         return Engine(runner, config)
 
-    def adapter(self, name: str, num_virtual_tokens: int) -> LoadAdapter:
+    def adapter(self, name: str, num_virtual_tokens: int, *, are_key_values: bool = False) -> LoadAdapter:
         """An adapter whose rows depend on its name alone."""
-        row_bytes = HIDDEN_SIZE * 4
+        row_size = 2 * HIDDEN_SIZE if are_key_values else HIDDEN_SIZE
+        row_bytes = row_size * 4
         rows = b"".join(_hash(name, row)[:row_bytes] for row in range(num_virtual_tokens))
         return LoadAdapter(
             digest=f"sha256:{name}",
             rows=rows,
             dtype="float32",
             num_virtual_tokens=num_virtual_tokens,
-            hidden_size=HIDDEN_SIZE,
+            row_size=row_size,
+            are_key_values=are_key_values,
         )
 
     def request(
@@ -269,6 +293,7 @@ class Fakes:
         """The ids this request must yield, computed without pages, batches or engine."""
         by_digest = {adapter.digest: adapter for adapter in adapters}
         contents: list[object] = []
+        cells: list[tuple[int, bytes]] = []
         prompt_ids: list[int] = []
         for part in request.prompt:
             if isinstance(part, TextPart):
@@ -278,11 +303,13 @@ class Fakes:
                 adapter = by_digest[part.digest]
                 size = len(adapter.rows) // adapter.num_virtual_tokens
                 contents += [adapter.rows[start : start + size] for start in range(0, len(adapter.rows), size)]
+                if adapter.are_key_values:
+                    assert len(contents) == adapter.num_virtual_tokens, "it does not stand at the front"
+                    cells = [(position, _hash("given", row)) for position, row in enumerate(contents)]
         params = request.params
         eos = set() if params.ignore_eos else set(request.eos_token_ids)
         ends = eos | set(params.stop_token_ids)
         room = max_model_len - len(contents)
-        cells: list[tuple[int, bytes]] = []
         outputs: list[int] = []
         while True:
             for content in contents[len(cells) :]:

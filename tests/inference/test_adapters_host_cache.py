@@ -7,7 +7,7 @@ from softprompt_inference.adapters.host_cache import HostCache
 
 
 def adapter(digest: str, size_bytes: int) -> Adapter:
-    return Adapter(digest=digest, rows=bytes(size_bytes), dtype="float32", num_virtual_tokens=1, hidden_size=1)
+    return Adapter(digest=digest, rows=bytes(size_bytes), dtype="float32", num_virtual_tokens=1, row_size=1)
 
 
 def test_what_was_put_is_found_and_nothing_else() -> None:

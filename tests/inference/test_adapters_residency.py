@@ -16,7 +16,7 @@ from softprompt_inference.adapters.residency import Residency
 
 def adapter(digest: str, num_rows: int = 1) -> Adapter:
     return Adapter(
-        digest=digest, rows=bytes(4 * num_rows), dtype="float32", num_virtual_tokens=num_rows, hidden_size=1
+        digest=digest, rows=bytes(4 * num_rows), dtype="float32", num_virtual_tokens=num_rows, row_size=1
     )
 
 

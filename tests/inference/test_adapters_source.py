@@ -6,25 +6,44 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 import structlog
-from peft import PromptTuningConfig
-from safetensors.numpy import save
-from softprompt_api.errors import AdapterInvalid, AdapterNotFound, DataCorrupted, SoftpromptError, Unavailable
-from softprompt_api.formats import adapter_digest, parse_config
+import torch
+from peft import (
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from safetensors.numpy import load_file, save
+from softprompt_api.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    DataCorrupted,
+    InvalidArgument,
+    SoftpromptError,
+    Unavailable,
+    Unsupported,
+)
+from softprompt_api.formats import adapter_digest, parse_config, read_folder
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc
 from softprompt_api.rpc.channel import open_channel
 from softprompt_api.rpc.server import ServiceServer
 from softprompt_inference.adapters import source as source_module
 from softprompt_inference.adapters.source import AdapterSource
+from transformers import LlamaConfig, LlamaForCausalLM
 
 HIDDEN_SIZE = 16
 BASE_MODEL = pb.BaseModel(
@@ -95,6 +114,45 @@ class FakeRegistry(registry_pb2_grpc.RegistryServiceServicer):
         self.versions[name] = self.versions[digest] = version
         self.files[digest] = data
         return version
+
+    def add_folder(self, name: str, folder: Path) -> pb.AdapterVersion:
+        """Register what PEFT wrote."""
+        files = read_folder(folder)
+        spec, data = parse_config(files.config_json), files.tensors_path.read_bytes()
+        digest = adapter_digest(spec, sha256(data).hexdigest())
+        version = pb.AdapterVersion(
+            name=name,
+            version=1,
+            digest=digest,
+            num_virtual_tokens=spec.num_virtual_tokens,
+            num_tasks=spec.num_tasks,
+            size_bytes=len(data),
+            tensors_sha256=sha256(data).hexdigest(),
+            config_json=files.config_json,
+            base_model=BASE_MODEL,
+        )
+        self.versions[name] = self.versions[digest] = version
+        self.files[digest] = data
+        return version
+
+
+def save_adapter(folder: Path, config: PeftConfig) -> Path:
+    """A folder of an adapter for a tiny model of the shape of BASE_MODEL."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=HIDDEN_SIZE,
+            intermediate_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=9,
+        )
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        get_peft_model(base, config).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -281,3 +339,51 @@ async def test_a_registry_that_is_away_is_unavailable_and_not_named() -> None:
             await source.resolve("tweets")
     error: SoftpromptError = caught.value
     assert "127.0.0.1" not in error.message
+
+
+@pytest.fixture
+def two_tasks(registry: FakeRegistry, tmp_path: Path) -> pb.AdapterVersion:
+    config = MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2)
+    return registry.add_folder("many", save_adapter(tmp_path, config))
+
+
+@pytest.mark.parametrize("task", [0, 1])
+async def test_a_task_is_fetched_as_a_prompt_of_its_own(
+    source: AdapterSource, two_tasks: pb.AdapterVersion, tmp_path: Path, task: int
+) -> None:
+    adapter = await source.fetch(f"{two_tasks.digest}:{task}")
+    assert (adapter.digest, adapter.dtype) == (f"{two_tasks.digest}:{task}", "float32")
+    whole = load_file(tmp_path / "adapter_model.safetensors")
+    expected = whole["prompt_embeddings"] * (whole["prefix_task_cols"][task] @ whole["prefix_task_rows"][task])
+    rows = np.frombuffer(adapter.rows, np.float32).reshape(3, HIDDEN_SIZE)
+    np.testing.assert_allclose(rows, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"), [("", "has the tasks 0 to 1; name one"), (":2", "no task 2"), (":99", "no task 99")]
+)
+async def test_a_digest_without_a_task_of_its_own_is_refused(
+    source: AdapterSource, two_tasks: pb.AdapterVersion, task: str, message: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        await source.fetch(f"{two_tasks.digest}{task}")
+
+
+async def test_keys_and_values_are_fetched_for_the_layers_and_heads_of_the_model(
+    registry: FakeRegistry, source: AdapterSource, tmp_path: Path
+) -> None:
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    version = registry.add_folder("prefix", save_adapter(tmp_path, config))
+    adapter = await source.fetch(version.digest)
+    assert (adapter.num_virtual_tokens, adapter.row_size) == (3, 2 * 2 * 2 * 4)
+    assert adapter.load_command().are_key_values
+
+
+async def test_a_lora_is_refused_by_name_before_it_is_read(
+    registry: FakeRegistry, source: AdapterSource, tmp_path: Path
+) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
+    version = registry.add_folder("lora", save_adapter(tmp_path, config))
+    with pytest.raises(Unsupported, match="LORA adapters are registered, but not served"):
+        await source.fetch(version.digest)
+    assert registry.offsets == []

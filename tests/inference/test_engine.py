@@ -30,6 +30,14 @@ def ids(outputs: list[Output]) -> list[int]:
 
 
 ADAPTER_LENGTHS = {"a": 3, "b": 4, "c": 4, "d": 9}
+KEY_VALUE_LENGTHS = {"k": 3, "l": 8, "m": 10}
+LENGTHS = {**ADAPTER_LENGTHS, **KEY_VALUE_LENGTHS}
+
+
+def make_adapters(fakes) -> list[LoadAdapter]:
+    return [
+        fakes.adapter(name, length, are_key_values=name in KEY_VALUE_LENGTHS) for name, length in LENGTHS.items()
+    ]
 
 
 @st.composite
@@ -45,10 +53,10 @@ def requests(draw: st.DrawFn, index: int) -> AddRequest:
         parts.reverse()
     if len(parts) > 1 and draw(st.integers(0, 4)) == 0:
         parts.remove(next(part for part in parts if isinstance(part, TextPart)))
-    length = sum(
-        len(part.token_ids) if isinstance(part, TextPart) else ADAPTER_LENGTHS[part.digest[-1]] for part in parts
-    )
-    room = 40 - length
+    if name := draw(st.sampled_from(["", "", *KEY_VALUE_LENGTHS])):
+        parts.insert(0, SoftPromptPart(digest=f"sha256:{name}"))
+    length = sum(len(part.token_ids) if isinstance(part, TextPart) else LENGTHS[part.digest[-1]] for part in parts)
+    room = 48 - length
     params = SamplingParams(
         presence_penalty=draw(st.sampled_from([0.0, 0.0, 0.0, 0.5])),
         max_tokens=draw(st.one_of(st.none(), st.integers(1, room))),
@@ -69,7 +77,7 @@ def requests(draw: st.DrawFn, index: int) -> AddRequest:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_every_output_equals_the_solo_output_under_any_load(fakes, data: st.DataObject) -> None:
-    runner = fakes.runner(num_pages=data.draw(st.integers(10, 24)), page_size=4, max_model_len=40)
+    runner = fakes.runner(num_pages=data.draw(st.integers(12, 24)), page_size=4, max_model_len=48)
     runner.revises = data.draw(st.booleans())
     engine = fakes.engine(
         runner,
@@ -78,7 +86,7 @@ def test_every_output_equals_the_solo_output_under_any_load(fakes, data: st.Data
         enable_prefix_caching=data.draw(st.sampled_from([True, True, True, False])),
         look_ahead=data.draw(st.booleans()),
     )
-    adapters = [fakes.adapter(name, length) for name, length in ADAPTER_LENGTHS.items()]
+    adapters = make_adapters(fakes)
     for adapter in adapters:
         engine.handle(adapter)
     sent: dict[str, AddRequest] = {}
@@ -107,7 +115,7 @@ def test_every_output_equals_the_solo_output_under_any_load(fakes, data: st.Data
     for request_id, rest in fakes.drain(engine).items():
         outputs.setdefault(request_id, []).extend(rest)
     for request_id, request in sent.items():
-        expected = fakes.solo(request, adapters, max_model_len=40)
+        expected = fakes.solo(request, adapters, max_model_len=48)
         got = outputs.get(request_id, [])
         if request_id in aborted:
             assert ids(got) == expected[: len(got)]
@@ -122,10 +130,10 @@ def test_every_output_equals_the_solo_output_under_any_load(fakes, data: st.Data
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_steps_that_fail_end_their_requests_and_never_spoil_another(fakes, data: st.DataObject) -> None:
-    runner = fakes.runner(num_pages=12, max_model_len=40)
+    runner = fakes.runner(num_pages=12, max_model_len=48)
     runner.revises = data.draw(st.booleans())
     engine = fakes.engine(runner, look_ahead=data.draw(st.booleans()))
-    adapters = [fakes.adapter(name, length) for name, length in ADAPTER_LENGTHS.items()]
+    adapters = make_adapters(fakes)
     for adapter in adapters:
         engine.handle(adapter)
     sent = [data.draw(requests(index)) for index in range(data.draw(st.integers(1, 8)))]
@@ -145,7 +153,7 @@ def test_steps_that_fail_end_their_requests_and_never_spoil_another(fakes, data:
     for request_id, rest in fakes.drain(engine).items():
         outputs.setdefault(request_id, []).extend(rest)
     for request in sent:
-        expected, got = fakes.solo(request, adapters, max_model_len=40), outputs[request.request_id]
+        expected, got = fakes.solo(request, adapters, max_model_len=48), outputs[request.request_id]
         assert [output.finish is not None for output in got] == [False] * (len(got) - 1) + [True]
         if got[-1].error_reason:
             assert ids(got) == expected[: len(got) - 1]
@@ -159,9 +167,9 @@ def test_steps_that_fail_end_their_requests_and_never_spoil_another(fakes, data:
 @given(st.data())
 def test_with_room_for_all_exactly_what_nobody_has_computed_is_computed(fakes, data: st.DataObject) -> None:
     page_size = data.draw(st.sampled_from([1, 3, 4, 8]))
-    runner = fakes.runner(num_pages=2000, page_size=page_size, max_model_len=40)
+    runner = fakes.runner(num_pages=2000, page_size=page_size, max_model_len=48)
     engine = fakes.engine(runner, max_step_tokens=data.draw(st.integers(1, 24)))
-    adapters = [fakes.adapter(name, length) for name, length in ADAPTER_LENGTHS.items()]
+    adapters = make_adapters(fakes)
     for adapter in adapters:
         engine.handle(adapter)
     known: set[tuple[object, ...]] = set()
@@ -173,7 +181,7 @@ def test_with_room_for_all_exactly_what_nobody_has_computed_is_computed(fakes, d
             if isinstance(part, TextPart):
                 prompt += part.token_ids
             else:
-                prompt += [(part.digest, row) for row in range(ADAPTER_LENGTHS[part.digest[-1]])]
+                prompt += [(part.digest, row) for row in range(LENGTHS[part.digest[-1]])]
                 ends.append(len(prompt))
         beginnings = [(request.salt, *prompt[:end]) for end in range(len(prompt) + 1)]
         num_known = max((end for end, beginning in enumerate(beginnings) if beginning in known), default=0)
@@ -182,7 +190,9 @@ def test_with_room_for_all_exactly_what_nobody_has_computed_is_computed(fakes, d
         engine.handle(request)
         outputs = fakes.drain(engine)[request.request_id]
         assert outputs[0].cached_tokens == num_known
-        assert runner.computed_positions - before == len(prompt) - num_known + len(outputs) - 1
+        num_given = KEY_VALUE_LENGTHS.get(getattr(request.prompt[0], "digest", "")[-1:], 0)
+        num_computed = len(prompt) - max(num_known, num_given) + len(outputs) - 1
+        assert runner.computed_positions - before == num_computed
         computed = (request.salt, *prompt, *ids(outputs)[:-1])
         known |= {computed[: 1 + end] for end in (*range(page_size, len(computed), page_size), *ends)}
 
@@ -346,11 +356,12 @@ def test_unused_adapters_are_dropped_at_once_and_unknown_drops_ignored(fakes) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 5}, "hidden size is 4"),
+        ({"row_size": 5}, "hidden size is 4"),
         ({"num_virtual_tokens": 13}, "1 to 12 are allowed"),
         ({"num_virtual_tokens": 0}, "1 to 12 are allowed"),
         ({"rows": b"short"}, "5 bytes, not 48"),
         ({"dtype": "int8"}, "dtype int8"),
+        ({"are_key_values": True}, "the model's keys and values are 8"),
     ],
 )
 def test_rows_that_do_not_fit_the_model_fail_the_requests_that_want_them(fakes, change, message) -> None:
@@ -360,6 +371,51 @@ def test_rows_that_do_not_fit_the_model_fail_the_requests_that_want_them(fakes, 
     [output] = fakes.drain(engine)["0"]
     assert output.error_reason == "ADAPTER_INVALID"
     assert message in output.error_message
+
+
+def test_keys_and_values_for_a_model_that_cannot_take_them_fail_the_requests_that_want_them(fakes) -> None:
+    runner = fakes.runner()
+    runner.info = replace(runner.info, no_key_values="Fake has sliding-window layers")
+    engine = fakes.engine(runner)
+    engine.handle(fakes.adapter("k", 3, are_key_values=True))
+    engine.handle(fakes.request("0", "k", [1]))
+    [output] = fakes.drain(engine)["0"]
+    assert output.error_reason == "ADAPTER_INVALID"
+    assert "Fake has sliding-window layers" in output.error_message
+
+
+@pytest.mark.parametrize("length", [3, 4, 6, 8, 12])
+@pytest.mark.parametrize("max_step_tokens", [1, 2, 16])
+def test_given_keys_and_values_are_written_and_never_computed(fakes, length: int, max_step_tokens: int) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner, max_step_tokens=max_step_tokens)
+    adapter = fakes.adapter("k", length, are_key_values=True)
+    engine.handle(adapter)
+    first, second = (fakes.request(str(i), "k", [7 + i, 8, 9], max_tokens=1) for i in range(2))
+    for request, num_written in ((first, length), (second, 0)):
+        runner.written_positions = 0
+        runner.plans.clear()
+        engine.handle(request)
+        outputs = fakes.drain(engine)[request.request_id]
+        assert ids(outputs) == fakes.solo(request, [adapter])
+        assert runner.computed_ids == request.prompt[1].token_ids
+        assert runner.written_positions == num_written
+        assert outputs[0].cached_tokens == length - num_written
+
+
+def test_a_preempted_sequence_has_its_keys_and_values_given_again(fakes) -> None:
+    runner = fakes.runner(num_pages=8)
+    engine = fakes.engine(runner, enable_prefix_caching=False)
+    adapter = fakes.adapter("k", 6, are_key_values=True)
+    engine.handle(adapter)
+    sent = [fakes.request(str(i), "k", [i], max_tokens=14) for i in range(3)]
+    for request in sent:
+        engine.handle(request)
+    outputs = fakes.drain(engine)
+    assert engine.step().stats.preemptions > 0
+    assert runner.written_positions > 3 * 6
+    for request in sent:
+        assert ids(outputs[request.request_id]) == fakes.solo(request, [adapter])
 
 
 def test_an_adapter_that_the_device_refused_can_be_loaded_again(fakes) -> None:
@@ -386,6 +442,11 @@ def test_an_adapter_that_the_device_refused_can_be_loaded_again(fakes) -> None:
         (([1],), {"eos": [50]}, "INVALID_ARGUMENT", "eos_token_ids", "id 50"),
         (([1],), {"params": SamplingParams(stop_token_ids=[51])}, "INVALID_ARGUMENT", "stop_token_ids", "51"),
         (([1],), {"params": SamplingParams(logit_bias={52: 1.0})}, "INVALID_ARGUMENT", "logit_bias", "52"),
+        (("k",), {}, "INVALID_ARGUMENT", "prompt", "empty"),
+        (([1], "k", [1]), {}, "INVALID_ARGUMENT", "prompt", "at the front of a prompt alone"),
+        (("a", "k", [1]), {}, "INVALID_ARGUMENT", "prompt", "at the front of a prompt alone"),
+        (("k", "k", [1]), {}, "INVALID_ARGUMENT", "prompt", "at the front of a prompt alone"),
+        (("k", [1] * 27), {"max_tokens": 2}, "CONTEXT_LENGTH_EXCEEDED", "max_tokens", "4 virtual tokens"),
         (("unknown", [1]), {}, "ADAPTER_NOT_FOUND", "adapter", "sha256:unknown is not loaded"),
         (("a", [1] * 28), {"max_tokens": 2}, "CONTEXT_LENGTH_EXCEEDED", "max_tokens", "3 virtual tokens"),
         (("a", [1] * 29), {"max_tokens": None}, "CONTEXT_LENGTH_EXCEEDED", "prompt", "29 prompt tokens"),
@@ -394,6 +455,7 @@ def test_an_adapter_that_the_device_refused_can_be_loaded_again(fakes) -> None:
 def test_bad_requests_are_refused_with_field_and_reason(fakes, parts, kwargs, reason, field, message) -> None:
     engine = fakes.engine(fakes.runner())
     engine.handle(fakes.adapter("a", 3))
+    engine.handle(fakes.adapter("k", 4, are_key_values=True))
     engine.handle(fakes.request("bad", *parts, **kwargs))
     good = fakes.request("good", [1])
     engine.handle(good)

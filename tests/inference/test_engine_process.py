@@ -78,9 +78,7 @@ def receive_until(connection: Connection, wanted: type | None = None, *, last_of
             salt="tenant",
         ),
         Abort(request_id="0"),
-        LoadAdapter(
-            digest="sha256:a", rows=bytes(range(256)), dtype="float32", num_virtual_tokens=4, hidden_size=16
-        ),
+        LoadAdapter(digest="sha256:a", rows=bytes(range(256)), dtype="float32", num_virtual_tokens=4, row_size=16),
         DropAdapter(digest="sha256:a"),
         Progress(text="loading"),
         StartupFailed(message="no such model"),
@@ -267,7 +265,7 @@ async def test_a_client_reports_progress_and_knows_the_model(config: EngineConfi
 @pytest.mark.asyncio(loop_scope="module")
 async def test_requests_at_once_get_what_they_get_alone(client: EngineClient) -> None:
     rows = bytes(4 * 3 * 32)
-    client.submit(LoadAdapter(digest="sha256:a", rows=rows, dtype="float32", num_virtual_tokens=3, hidden_size=32))
+    client.submit(LoadAdapter(digest="sha256:a", rows=rows, dtype="float32", num_virtual_tokens=3, row_size=32))
     prompts: list[list[TextPart | SoftPromptPart]] = [
         [TextPart(token_ids=[1, 2, 3])],
         [SoftPromptPart(digest="sha256:a"), TextPart(token_ids=[1, 2, 3])],

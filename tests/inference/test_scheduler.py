@@ -26,6 +26,7 @@ class Driver:
         self.virtual_ids = VirtualIds(50)
         self.virtual_ids.assign("sha256:a", 6)
         self.virtual_ids.assign("sha256:b", 3)
+        self.virtual_ids.assign("sha256:k", 6, are_key_values=True)
 
     def add(self, *requests: AddRequest) -> None:
         for request in requests:
@@ -642,3 +643,43 @@ def test_a_failure_ends_all_who_are_in_either_plan(prompt) -> None:
     assert driver.counts == (0, 0, 0)
     driver.add(prompt("2", 3))
     assert driver.step()[1] == ["2"]
+
+
+def test_the_step_that_starts_a_sequence_writes_what_its_adapter_gives(fakes) -> None:
+    driver = Driver(max_step_tokens=2)
+    driver.add(fakes.request("0", "k", [1, 2, 3]))
+    plan = driver.plan()
+    [write] = plan.writes
+    assert (write.first_id, write.start, write.stop) == (driver.virtual_ids.ids("sha256:k").start, 0, 6)
+    assert [(chunk.start, list(chunk.token_ids)) for chunk in plan.chunks] == [(6, [1, 2])]
+    assert list(write.page_ids) == list(plan.chunks[0].page_ids)
+    driver.commit(plan)
+    plan = driver.plan()
+    assert (plan.writes, [(chunk.start, list(chunk.token_ids)) for chunk in plan.chunks]) == ([], [(8, [3])])
+    driver.commit(plan)
+    assert driver.scheduler.stats(resident_adapters=0).computed_prompt_tokens == 3
+
+
+def test_what_an_adapter_gives_is_written_only_as_far_as_it_is_not_found(fakes) -> None:
+    driver = Driver()
+    driver.add(fakes.request("0", "k", [1, 2, 3]))
+    driver.step()
+    pages = driver.counts[2]
+    driver.add(fakes.request("1", "k", [4]))
+    plan = driver.plan()
+    assert plan.writes == []
+    assert [copy.num_positions for copy in plan.copies] == [2]
+    assert driver.counts[2] == pages + 1
+    driver.commit(plan)
+
+
+def test_without_the_copy_the_rest_of_what_an_adapter_gives_is_written(fakes) -> None:
+    # The second needs all pages: it finds the full one, and has no room to hold the one it would copy from.
+    driver = Driver(num_pages=8, max_num_sequences=1)
+    driver.add(fakes.request("0", "k", [1, 2, 3], max_tokens=1))
+    driver.step()
+    driver.add(fakes.request("1", "k", [5] * 23, max_tokens=1))
+    plan = driver.plan()
+    assert plan.copies == []
+    assert [(write.start, write.stop) for write in plan.writes] == [(4, 6)]
+    driver.commit(plan)

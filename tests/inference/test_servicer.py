@@ -131,7 +131,7 @@ class FakeSource:
         except asyncio.CancelledError:
             self.abandoned.set()
             raise
-        return Adapter(digest=digest, rows=bytes(80), dtype="float32", num_virtual_tokens=10, hidden_size=2)
+        return Adapter(digest=digest, rows=bytes(80), dtype="float32", num_virtual_tokens=10, row_size=2)
 
 
 @dataclass
@@ -341,6 +341,22 @@ async def test_an_adapter_is_loaded_before_the_request_and_named_in_the_answer(w
     assert (accepted.adapter_name, accepted.adapter_version, accepted.adapter_digest) == ("tweets", 3, DIGEST_A)
     assert (accepted.virtual_tokens, events[-1].usage.virtual_tokens) == (10, 10)
     assert (len(accepted.prompt_token_ids), events[-1].usage.prompt_tokens) == (2, 2)
+
+
+async def test_a_task_is_bound_with_its_digest(world: World) -> None:
+    world.source.versions["tweets"].num_tasks = 2
+    call = world.generate(adapter="tweets:1")
+    [request] = await world.engine.wait_for(AddRequest)
+    assert request.prompt[0] == SoftPromptPart(digest=f"{DIGEST_A}:1")
+    assert [command.digest for command in world.engine.of(LoadAdapter)] == [f"{DIGEST_A}:1"]
+    world.engine.put(request, 50, finish=Finish.LENGTH)
+    events = [event async for event in call]
+    assert events[0].accepted.adapter_digest == f"{DIGEST_A}:1"
+    for spelling in ("tweets", "tweets:2"):
+        error = await world.error(adapter=spelling)
+        assert (error.reason, error.field) == ("INVALID_ARGUMENT", "adapter")
+    tokens = await world.stub.Tokenize(pb.TokenizeRequest(text="Hello", adapter=f"{DIGEST_A}:0"))
+    assert tokens.virtual_tokens == 10
 
 
 @pytest.mark.parametrize("spelling", ["", "org/Base"])

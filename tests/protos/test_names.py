@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from softprompt_api.errors import InvalidArgument
-from softprompt_api.names import AdapterRef, check_alias, check_name, parse_adapter, parse_model, shown
+from softprompt_api.names import (
+    AdapterRef,
+    check_alias,
+    check_name,
+    choose_task,
+    parse_adapter,
+    parse_model,
+    parse_requested,
+    shown,
+)
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DIGEST = "sha256:" + "0123456789abcdef" * 4
@@ -112,6 +121,65 @@ def test_a_model_is_the_base_or_an_adapter_of_it():
         with pytest.raises(InvalidArgument) as refused:
             parse_model(spelling, base_model_id=BASE)
         assert refused.value.field == "model"
+
+
+@pytest.mark.parametrize(
+    ("spelling", "ref"),
+    [
+        ("tweets", AdapterRef(name="tweets")),
+        ("tweets:0", AdapterRef(name="tweets", task=0)),
+        ("tweets@3:12", AdapterRef(name="tweets", version=3, task=12)),
+        ("tweets@latest:1", AdapterRef(name="tweets", task=1)),
+        (DIGEST, AdapterRef(digest=DIGEST)),
+        (f"{DIGEST}:2", AdapterRef(digest=DIGEST, task=2)),
+    ],
+)
+def test_a_request_may_name_a_task(spelling, ref):
+    assert parse_requested(spelling) == ref
+    assert parse_requested(str(ref)) == ref
+    assert parse_model(f"{BASE}:{spelling}", base_model_id=BASE) == ref
+    assert parse_adapter(str(ref.whole)) == ref.whole
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "tweets:", "tweets:-1", "tweets:+1", "tweets:01", "tweets:1.0", "tweets: 1", "tweets:1\n", "tweets:٣",
+        ":0", "tweets:9999999999", "tweets:0:1", "tweets:first", f"{DIGEST}:", f"{DIGEST}:x", f"{DIGEST}:0:1",
+        "sha256:0", "tweets@:0", "sha256::0",
+    ],
+)  # fmt: skip
+def test_what_is_no_task_is_refused(spelling):
+    with pytest.raises(InvalidArgument):
+        parse_requested(spelling)
+
+
+@pytest.mark.parametrize("spelling", ["tweets:0", f"{DIGEST}:0"])
+def test_only_requests_name_tasks(spelling):
+    with pytest.raises(InvalidArgument):
+        parse_adapter(spelling)
+
+
+@pytest.mark.parametrize(
+    ("spelling", "num_tasks", "task"), [("a", 0, None), ("a", 1, 0), ("a:0", 1, 0), ("a:2", 3, 2), (DIGEST, 1, 0)]
+)
+def test_the_task_is_the_named_one_or_the_only_one(spelling, num_tasks, task):
+    assert choose_task(parse_requested(spelling), num_tasks) == task
+
+
+@pytest.mark.parametrize(
+    ("spelling", "num_tasks", "message"),
+    [
+        ("a:0", 0, "a has no tasks; leave ':0' out"),
+        ("a@2", 3, "a@2 has the tasks 0 to 2; name one of them, for example a@2:0"),
+        ("a:3", 3, "a has the tasks 0 to 2, and no task 3"),
+        ("a:1", 1, "a has the tasks 0 to 0, and no task 1"),
+    ],
+)
+def test_a_task_that_is_not_there_or_not_named_is_refused(spelling, num_tasks, message):
+    with pytest.raises(InvalidArgument) as refused:
+        choose_task(parse_requested(spelling), num_tasks, field="model")
+    assert (refused.value.message, refused.value.field) == (message, "model")
 
 
 @given(st.text(max_size=300))

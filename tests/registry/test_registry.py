@@ -4,7 +4,9 @@ import asyncio
 import json
 
 import grpc
+import numpy as np
 import pytest
+from safetensors.numpy import save
 from softprompt_api.errors import (
     AdapterConflict,
     AdapterInvalid,
@@ -385,3 +387,60 @@ async def test_writers_and_deleters_of_equal_contents_leave_no_blob_behind(clien
     await asyncio.gather(*(come_and_go(f"name{number}") for number in range(8)))
     assert await redis.keys("*blob*") == []
     assert await client.names() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "shapes", "kind", "expected"),
+    [
+        (
+            {"peft_type": "PREFIX_TUNING", "token_dim": 16, "num_layers": 2, "num_attention_heads": 2},
+            {"prompt_embeddings": (5, 64)},
+            pb.ADAPTER_KIND_PREFIX_TUNING,
+            (5, 0, 0, 0),
+        ),
+        (
+            {"peft_type": "MULTITASK_PROMPT_TUNING", "num_tasks": 3, "num_ranks": 1},
+            {"prompt_embeddings": (5, 32), "prefix_task_cols": (3, 5, 1), "prefix_task_rows": (3, 1, 32)},
+            pb.ADAPTER_KIND_MULTITASK_PROMPT_TUNING,
+            (5, 32, 3, 0),
+        ),
+        (
+            {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "num_virtual_tokens": None, "token_dim": None},
+            {f"base_model.model.layers.0.q_proj.lora_{one}.weight": (4, 4) for one in "AB"},
+            pb.ADAPTER_KIND_LORA,
+            (0, 0, 0, 4),
+        ),
+    ],
+)
+async def test_every_kind_is_stored_with_what_requests_must_know(
+    client, make_adapter, changes, shapes, kind, expected
+):
+    tensors = save({name: np.ones(shape, np.float32) for name, shape in shapes.items()})
+    config = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 5, "token_dim": 32, **changes}
+    made = await client.register("one", make_adapter().but(config=config, tensors=tensors))
+    assert made.kind == kind
+    assert (made.num_virtual_tokens, made.hidden_size, made.num_tasks, made.rank) == expected
+    assert await client.get("one") == made
+    assert await client.read(made.digest) == tensors
+
+
+async def test_keys_and_values_are_refused_for_a_model_that_cannot_take_them(client, make_adapter):
+    reason = "Gemma2ForCausalLM has sliding-window layers"
+    model = pb.BaseModel(id="org/Tiny", hidden_size=32, no_key_values=reason)
+    await client.stub.PutBaseModel(pb.PutBaseModelRequest(base_model=model))
+    config = {
+        "peft_type": "CARTRIDGE",
+        "num_virtual_tokens": 5,
+        "token_dim": 16,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+    }
+    with pytest.raises(AdapterInvalid, match=reason) as refused:
+        await client.register("one", make_adapter().but(config=config))
+    assert refused.value.field == "config.peft_type"
+
+
+async def test_versions_of_before_there_were_tasks_and_ranks_are_read(client, make_adapter, redis):
+    made = await client.register("old", make_adapter())
+    await redis.hdel(f"sp:{{v:{made.id}}}", "num_tasks", "rank")
+    assert await client.get("old") == made

@@ -53,7 +53,7 @@ async def test_hostile_tensors_are_refused_and_leave_nothing(client, make_adapte
 
 
 HOSTILE_CONFIGS = {
-    "another kind": ({"peft_type": "PREFIX_TUNING"}, "config.peft_type"),
+    "another kind": ({"peft_type": "ADALORA"}, "config.peft_type"),
     "trusts remote code": ({"tokenizer_kwargs": {"trust_remote_code": True}}, "config.tokenizer_kwargs"),
     "maps classes": ({"auto_mapping": {"base_model_class": "os.system"}}, "config.auto_mapping"),
     "names a module": ({"megatron_core": "antigravity"}, "config.megatron_core"),

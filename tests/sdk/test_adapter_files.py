@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 from softprompt.adapter_files import check_tensors, find_adapter
 from softprompt_api.errors import AdapterInvalid, Unavailable
+from softprompt_api.formats import ModelShape
 
 MakeAdapter = Callable[..., Path]
 
@@ -27,10 +28,10 @@ def test_a_folder_is_read_and_its_content_named(folder: Path, make_adapter: Make
 
 def test_the_tensors_are_checked_against_the_model(folder: Path) -> None:
     adapter = find_adapter(folder)
-    data = check_tensors(adapter, hidden_size=64, max_virtual_tokens=4, dtype="float32")
+    data = check_tensors(adapter, ModelShape(hidden_size=64, max_virtual_tokens=4, dtype="float32"))
     assert data == adapter.files.tensors_path.read_bytes()
     with pytest.raises(AdapterInvalid, match="hidden size 64, the base model has 65"):
-        check_tensors(adapter, hidden_size=65, max_virtual_tokens=4, dtype="float32")
+        check_tensors(adapter, ModelShape(hidden_size=65, max_virtual_tokens=4, dtype="float32"))
 
 
 def test_a_hub_id_is_fetched_with_nothing_but_the_two_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

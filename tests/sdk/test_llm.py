@@ -34,7 +34,9 @@ def ids(outputs: list[RequestOutput]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def greedy_by_peft(model: Path, adapter: Path | None, prompt_ids: list[int], num_tokens: int) -> list[int]:
+def greedy_by_peft(
+    model: Path, adapter: Path | None, prompt_ids: list[int], num_tokens: int, task: int | None = None
+) -> list[int]:
     """What transformers and PEFT generate from the same prompt, in float32, alone."""
     import torch
     from peft import PeftModel
@@ -52,6 +54,7 @@ def greedy_by_peft(model: Path, adapter: Path | None, prompt_ids: list[int], num
             max_new_tokens=num_tokens,
             do_sample=False,
             pad_token_id=0,
+            **({} if task is None else {"task_ids": torch.tensor([task])}),
         )
     return made[0, len(prompt_ids) :].tolist()
 
@@ -68,6 +71,44 @@ def test_outputs_come_in_order_and_equal_what_peft_generates(
         folder = None if request is None else Path(request.local_path)
         expected = greedy_by_peft(tiny_model, folder, list(output.prompt_token_ids), 8)
         assert list(output.outputs[0].token_ids) == expected
+
+
+def test_every_kind_and_task_equals_what_peft_generates(
+    llm: LLM, tiny_model: Path, make_adapter: MakeAdapter
+) -> None:
+    multitask, prefix = make_adapter(21, 5, "multitask"), make_adapter(22, 20, "prefix_tuning")
+    requests = [
+        PromptAdapterRequest("many", 21, multitask, prompt_adapter_task=0),
+        PromptAdapterRequest("many", 21, multitask, prompt_adapter_task=1),
+        PromptAdapterRequest("prefix", 22, prefix),
+        None,
+    ]
+    outputs = llm.generate(["The quick brown fox"] * 4, GREEDY, prompt_adapter_request=requests)
+    for output, request in zip(outputs, requests, strict=True):
+        folder, task = (None, None) if request is None else (Path(request.local_path), request.task)
+        expected = greedy_by_peft(tiny_model, folder, list(output.prompt_token_ids), 8, task)
+        assert list(output.outputs[0].token_ids) == expected
+    assert len({tuple(one) for one in ids(outputs)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "message"),
+    [("multitask", None, "name one"), ("multitask", 2, "no task 2"), ("prompt_tuning", 0, "no tasks")],
+)
+def test_a_task_that_is_not_there_or_not_named_is_refused(
+    llm: LLM, make_adapter: MakeAdapter, kind: str, task: int | None, message: str
+) -> None:
+    request = PromptAdapterRequest("wrong", 30, make_adapter(30, 5, kind), prompt_adapter_task=task)
+    with pytest.raises(InvalidArgument, match=message) as refused:
+        llm.generate("Hello", GREEDY, prompt_adapter_request=request)
+    assert refused.value.field == "prompt_adapter_task"
+
+
+@pytest.mark.parametrize("task", [-1, True, "0"])
+def test_a_task_that_cannot_be_is_refused(task: Any) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        PromptAdapterRequest("many", 1, "path", prompt_adapter_task=task)
+    assert refused.value.field == "prompt_adapter_task"
 
 
 def test_a_mixed_batch_gives_each_prompt_what_it_gets_alone(

@@ -161,6 +161,8 @@ def adapter_json(version: AdapterVersion, *, with_config: bool = False) -> dict[
         "kind": kind_name(version.kind),
         "num_virtual_tokens": version.num_virtual_tokens,
         "hidden_size": version.hidden_size,
+        "num_tasks": version.num_tasks,
+        "rank": version.rank,
         "dtype": version.dtype,
         "size_bytes": version.size_bytes,
         "sha256": version.tensors_sha256,

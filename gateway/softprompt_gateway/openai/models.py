@@ -1,8 +1,10 @@
 """`/v1/models`: the base model and every adapter, as model cards."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from softprompt_api.inference.v1.inference_pb2 import GetModelResponse
+from softprompt_api.names import with_task
 from softprompt_api.registry.v1.registry_pb2 import AdapterKind, AdapterVersion
 
 from softprompt_gateway.catalog import spelling_of
@@ -28,14 +30,22 @@ def base_card(served: GetModelResponse) -> dict[str, Any]:
     }
 
 
-def adapter_card(version: AdapterVersion, served: GetModelResponse, *, id_: str | None = None) -> dict[str, Any]:
+def adapter_cards(version: AdapterVersion, served: GetModelResponse) -> Iterator[dict[str, Any]]:
+    """The models that an adapter's latest version is: one, or one for each of its tasks."""
+    for task in range(version.num_tasks) if version.num_tasks else (None,):
+        yield adapter_card(version, served, task=task, id_=with_task(version.name, task))
+
+
+def adapter_card(
+    version: AdapterVersion, served: GetModelResponse, *, task: int | None, id_: str
+) -> dict[str, Any]:
     """An adapter: its root is the exact version that its name stands for, its parent the base model."""
     return {
-        "id": id_ or version.name,
+        "id": id_,
         "object": "model",
         "created": version.created_at.seconds,
         "owned_by": OWNER,
-        "root": spelling_of(version),
+        "root": with_task(spelling_of(version), task),
         "parent": version.base_model.id or served.base_model.id,
         "max_model_len": served.max_model_len,
         "adapter": {

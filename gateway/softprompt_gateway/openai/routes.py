@@ -14,7 +14,7 @@ from softprompt_gateway.openai.answering import Answering, Job
 from softprompt_gateway.openai.chat import ChatRequest, ChatStyle
 from softprompt_gateway.openai.completions import CompletionRequest, CompletionStyle
 from softprompt_gateway.openai.generation import all_of
-from softprompt_gateway.openai.models import adapter_card, base_card
+from softprompt_gateway.openai.models import adapter_card, adapter_cards, base_card
 from softprompt_gateway.openai.tokens import (
     DetokenizeRequest,
     TokenizeChatRequest,
@@ -108,7 +108,9 @@ class _Routes:
     async def models(self) -> dict[str, Any]:
         """List the base model and every adapter."""
         served = await self._resolver.served()
-        adapters = [adapter_card(version, served) for version in self._gateway.catalog.versions()]
+        adapters = [
+            card for version in self._gateway.catalog.versions() for card in adapter_cards(version, served)
+        ]
         return {"object": "list", "data": [base_card(served), *adapters]}
 
     async def model(self, id_: str) -> dict[str, Any]:
@@ -116,7 +118,7 @@ class _Routes:
         target = await self._resolver.resolve(id_)
         if target.adapter is None:
             return base_card(target.served)
-        return adapter_card(target.adapter, target.served, id_=id_)
+        return adapter_card(target.adapter, target.served, task=target.task, id_=id_)
 
     async def tokenize(self, request: Request) -> dict[str, Any]:
         """Show the token ids of a text or a conversation."""

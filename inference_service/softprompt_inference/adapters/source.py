@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import grpc
 import structlog
 from softprompt_api.errors import AdapterInvalid, DataCorrupted, InternalError, SoftpromptError, Unavailable
-from softprompt_api.formats import AdapterSpec, AdapterVerifier, parse_config, read_rows
+from softprompt_api.formats import AdapterSpec, AdapterVerifier, ModelShape, parse_config
+from softprompt_api.names import choose_task, parse_requested, with_task
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc as pb_grpc
 from softprompt_api.rpc.status import from_rpc_error
 
-from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.adapters.adapter import Adapter, check_served
 
 RESOLVE_TIMEOUT_S = 5.0
 FETCH_TIMEOUT_S = 120.0
@@ -49,23 +50,22 @@ class AdapterSource:
             raise _translated(error) from error
         return answer.adapter
 
-    async def fetch(self, digest: str) -> Adapter:
-        """A version's rows, verified against its digest.
+    async def fetch(self, spelling: str) -> Adapter:
+        """The rows of a digest, or of `digest:task`, verified.
 
-        AdapterInvalid: it does not fit the model. DataCorrupted: what came is not what was registered.
+        InvalidArgument: it has no such task. AdapterInvalid: it does not fit the model. DataCorrupted: what came
+        is not what was registered.
         """
-        version = await self.resolve(digest)
-        if version.digest != digest:
+        ref = parse_requested(spelling)
+        version = await self.resolve(str(ref.whole))
+        if version.digest != ref.digest:
             raise DataCorrupted("the registry answered with another version than it was asked for")
         spec = parse_config(version.config_json)
+        check_served(spec)
+        task = choose_task(ref, spec.num_tasks)
         check_fits(version, self._base_model)
         verifier = AdapterVerifier(
-            spec,
-            size_bytes=version.size_bytes,
-            sha256=version.tensors_sha256,
-            hidden_size=self._base_model.hidden_size,
-            max_virtual_tokens=self._base_model.max_virtual_tokens,
-            dtype=self._base_model.dtype,
+            spec, size_bytes=version.size_bytes, sha256=version.tensors_sha256, model=shape_of(self._base_model)
         )
         _check_size(version, spec)
         try:
@@ -73,8 +73,17 @@ class AdapterSource:
                 data = await self._read(version)
         except TimeoutError as error:
             raise Unavailable("the registry is too slow to deliver the adapter; try again later") from error
-        adapter = await asyncio.to_thread(_parsed, version, spec, verifier, data)
-        _log.info("adapter fetched", adapter=version.name, version=version.version, digest=digest)
+        await asyncio.to_thread(_verify, version, verifier, data)
+        adapter = await asyncio.to_thread(
+            Adapter.read,
+            spelling,
+            spec,
+            data,
+            task=task,
+            dtype=self._base_model.dtype,
+            spelling=with_task(f"{version.name}@{version.version}", ref.task),
+        )
+        _log.info("adapter fetched", adapter=version.name, version=version.version, digest=spelling)
         return adapter
 
     async def _read(self, version: pb.AdapterVersion) -> bytes:
@@ -103,6 +112,19 @@ class AdapterSource:
             data += chunk.data
 
 
+def shape_of(base_model: pb.BaseModel) -> ModelShape:
+    """What a base model demands of its adapters."""
+    return ModelShape(
+        hidden_size=base_model.hidden_size,
+        num_layers=base_model.num_layers,
+        num_kv_heads=base_model.num_kv_heads,
+        head_dim=base_model.head_dim,
+        max_virtual_tokens=base_model.max_virtual_tokens,
+        dtype=base_model.dtype,
+        no_key_values=base_model.no_key_values,
+    )
+
+
 def check_fits(version: pb.AdapterVersion, base_model: pb.BaseModel) -> None:
     """Raise AdapterInvalid when the version was registered for a model of another shape."""
     made_for = version.base_model
@@ -121,26 +143,19 @@ def check_fits(version: pb.AdapterVersion, base_model: pb.BaseModel) -> None:
 
 def _check_size(version: pb.AdapterVersion, spec: AdapterSpec) -> None:
     """Nothing is allocated for a file that cannot be one of these."""
-    most = _MAX_HEADER_BYTES + spec.num_virtual_tokens * spec.hidden_size * _MAX_VALUE_BYTES
+    num_values = spec.max_values()
+    assert num_values is not None, "the config of a kind that is served tells its size"
+    most = _MAX_HEADER_BYTES + num_values * _MAX_VALUE_BYTES
     if not 0 < version.size_bytes <= most:
         raise DataCorrupted(f"the registry gives the adapter {version.size_bytes} bytes; its config allows {most}")
 
 
-def _parsed(version: pb.AdapterVersion, spec: AdapterSpec, verifier: AdapterVerifier, data: bytes) -> Adapter:
+def _verify(version: pb.AdapterVersion, verifier: AdapterVerifier, data: bytes) -> None:
     if hashlib.sha256(data).hexdigest() != version.tensors_sha256:
         raise DataCorrupted("the adapter's bytes are not those that were registered")
     verifier.feed(data)
     if verifier.finish().digest != version.digest:
         raise DataCorrupted("the adapter's digest is not that of its config and bytes")
-    rows = read_rows(spec, data)
-    return Adapter(
-        digest=version.digest,
-        spelling=f"{version.name}@{version.version}",
-        rows=rows.data,
-        dtype=rows.dtype,
-        num_virtual_tokens=rows.num_virtual_tokens,
-        hidden_size=rows.hidden_size,
-    )
 
 
 def _translated(error: grpc.aio.AioRpcError) -> SoftpromptError:

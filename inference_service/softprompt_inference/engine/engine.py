@@ -131,7 +131,9 @@ class Engine:
             self._load_errors[digest] = partial(type(error), error.message, field=error.field)
 
     def _put_on_device(self, adapter: LoadAdapter) -> None:
-        ids = self._virtual_ids.assign(adapter.digest, adapter.num_virtual_tokens)
+        ids = self._virtual_ids.assign(
+            adapter.digest, adapter.num_virtual_tokens, are_key_values=adapter.are_key_values
+        )
         try:
             self._runner.load_rows(ids.start, adapter)
         except Exception as error:
@@ -145,10 +147,14 @@ class Engine:
         info = self.info
         if adapter.dtype not in _ITEM_BYTES:
             raise AdapterInvalid(f"rows of dtype {adapter.dtype} are not supported", field="tensors")
-        if adapter.hidden_size != info.hidden_size:
+        if adapter.are_key_values and info.no_key_values:
+            raise AdapterInvalid(f"adapters of keys and values are not served: {info.no_key_values}")
+        key_values = 2 * info.num_layers * info.num_kv_heads * info.head_dim
+        row_size = key_values if adapter.are_key_values else info.hidden_size
+        if adapter.row_size != row_size:
+            what = "keys and values are" if adapter.are_key_values else "hidden size is"
             raise AdapterInvalid(
-                f"the rows have {adapter.hidden_size} values; the model's hidden size is {info.hidden_size}",
-                field="tensors",
+                f"the rows have {adapter.row_size} values; the model's {what} {row_size}", field="tensors"
             )
         if not 1 <= adapter.num_virtual_tokens <= info.max_virtual_tokens:
             raise AdapterInvalid(
@@ -156,7 +162,7 @@ class Engine:
                 f"1 to {info.max_virtual_tokens} are allowed",
                 field="config.num_virtual_tokens",
             )
-        expected = adapter.num_virtual_tokens * adapter.hidden_size * _ITEM_BYTES[adapter.dtype]
+        expected = adapter.num_virtual_tokens * row_size * _ITEM_BYTES[adapter.dtype]
         if len(adapter.rows) != expected:
             raise AdapterInvalid(f"the rows are {len(adapter.rows)} bytes, not {expected}", field="tensors")
 

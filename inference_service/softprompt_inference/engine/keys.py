@@ -24,6 +24,7 @@ class VirtualIds:
         self.vocab_size = vocab_size
         self._next_id = vocab_size
         self._ranges: dict[str, range] = {}
+        self._key_values: set[str] = set()
         # Parallel lists in rising order: the next range always lies above all others.
         self._first_ids: list[int] = []
         self._digests: list[str] = []
@@ -38,12 +39,18 @@ class VirtualIds:
         """The ids of a digest that has some."""
         return self._ranges[digest]
 
-    def assign(self, digest: str, num_virtual_tokens: int) -> range:
+    def are_key_values(self, digest: str) -> bool:
+        """Whether the digest's rows are keys and values, not embeddings."""
+        return digest in self._key_values
+
+    def assign(self, digest: str, num_virtual_tokens: int, *, are_key_values: bool = False) -> range:
         """Give the next ids to a digest that has none."""
         assert digest not in self._ranges
         ids = range(self._next_id, self._next_id + num_virtual_tokens)
         self._next_id = ids.stop
         self._ranges[digest] = ids
+        if are_key_values:
+            self._key_values.add(digest)
         self._first_ids.append(ids.start)
         self._digests.append(digest)
         return ids
@@ -51,6 +58,7 @@ class VirtualIds:
     def retire(self, digest: str) -> range:
         """Take the ids of a digest back, for good."""
         ids = self._ranges.pop(digest)
+        self._key_values.discard(digest)
         index = bisect_right(self._first_ids, ids.start) - 1
         del self._first_ids[index], self._digests[index]
         return ids

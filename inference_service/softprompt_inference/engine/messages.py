@@ -55,20 +55,23 @@ class Abort:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadAdapter:
-    """Put an adapter's rows on the device.
+    """Hold an adapter's rows, one for each virtual token, where steps can use them.
 
     Attributes:
-        digest: the version's digest.
+        digest: the version's digest, and its task where it has several.
         rows: raw little-endian values, row by row.
         dtype: "float32", "float16" or "bfloat16".
-        num_virtual_tokens, hidden_size: shape of the rows.
+        num_virtual_tokens, row_size: shape of the rows.
+        are_key_values: row r is `[layers, 2, key heads, head dimension]`, for the KV pages at position r; or else,
+            it is an embedding.
     """
 
     digest: str
     rows: bytes
     dtype: str
     num_virtual_tokens: int
-    hidden_size: int
+    row_size: int
+    are_key_values: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +154,11 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """The loaded model, sent once when the engine is ready. Sizes in bytes; see BaseModel in the protos."""
+    """The loaded model, sent once when the engine is ready. Sizes in bytes; see BaseModel in the protos.
+
+    Attributes:
+        no_key_values: why it cannot take keys and values from adapters; "": it can.
+    """
 
     architecture: str
     hidden_size: int
@@ -167,3 +174,4 @@ class ModelInfo:
     kv_cache_bytes: int
     num_pages: int
     page_size: int
+    no_key_values: str = ""

@@ -64,6 +64,22 @@ class PageCopy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PageWrite:
+    """Keys and values that an adapter gives, for consecutive positions of one sequence.
+
+    Attributes:
+        first_id: virtual id of the adapter's first row; row r belongs to position r.
+        start, stop: the positions start … stop − 1.
+        page_ids: pages of the sequence in order; live, not to be kept.
+    """
+
+    first_id: int
+    start: int
+    stop: int
+    page_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
     """One step.
 
@@ -71,12 +87,14 @@ class StepPlan:
         chunks: decodes (one token each) first, then pieces of prompts. No two chunks share a sequence.
         copies: to be done before the chunks are computed, in any order: no page is a source and a target, none is
             a target twice, and no chunk writes a row that is copied.
+        writes: to be done before the chunks are computed; nothing else in the step writes or copies these rows.
         follows: for each chunk, which of the tokens sampled by the step launched just before this one it computes;
             the host does not know them yet, and the chunks' ids stand for nothing. Empty: the ids are known.
     """
 
     chunks: Sequence[Chunk]
     copies: Sequence[PageCopy] = ()
+    writes: Sequence[PageWrite] = ()
     follows: Sequence[int] = ()
 
 
@@ -111,7 +129,7 @@ class Runner(Protocol):
     info: ModelInfo
 
     def launch(self, plan: StepPlan) -> Pending:
-        """Copy, then compute; the device may go on after the return."""
+        """Copy and write, then compute; the device may go on after the return."""
 
     def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
         """Make ids first_id … first_id + num_virtual_tokens − 1 stand for the adapter's rows."""

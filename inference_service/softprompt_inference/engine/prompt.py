@@ -11,7 +11,8 @@ def make_sequence(request: AddRequest, *, virtual_ids: VirtualIds, max_model_len
     """Put the parts of a prompt into one list of ids.
 
     Raises:
-        InvalidArgument: the prompt is empty, or an id lies outside the vocabulary.
+        InvalidArgument: the prompt is empty, an id lies outside the vocabulary, or keys and values that an adapter
+            gives do not stand at the front, with something behind them.
         AdapterNotFound: the adapter of a part is not loaded.
         ContextLengthExceeded: prompt and output can never fit.
     """
@@ -20,18 +21,22 @@ def make_sequence(request: AddRequest, *, virtual_ids: VirtualIds, max_model_len
     text_ids: list[int] = []
     adapters: set[str] = set()
     soft_prompt_ends: list[int] = []
+    num_given = 0
     for part in request.prompt:
         if isinstance(part, TextPart):
             _check_ids("prompt", part.token_ids, vocab_size)
             prompt_ids += part.token_ids
             text_ids += part.token_ids
         elif part.digest in virtual_ids:
+            if virtual_ids.are_key_values(part.digest):
+                _check_front(prompt_ids)
+                num_given = len(virtual_ids.ids(part.digest))
             prompt_ids += virtual_ids.ids(part.digest)
             adapters.add(part.digest)
             soft_prompt_ends.append(len(prompt_ids))
         else:
             raise AdapterNotFound(f"adapter {part.digest} is not loaded", field="adapter")
-    if not prompt_ids:
+    if len(prompt_ids) == num_given:
         raise InvalidArgument("the prompt is empty; it needs at least one token", field="prompt")
     _check_ids("eos_token_ids", request.eos_token_ids, vocab_size)
     request.params.check_vocabulary(vocab_size)
@@ -41,9 +46,19 @@ def make_sequence(request: AddRequest, *, virtual_ids: VirtualIds, max_model_len
         text_ids=text_ids,
         adapters=frozenset(adapters),
         soft_prompt_ends=tuple(soft_prompt_ends),
+        num_given=num_given,
         max_outputs=_max_outputs(request, len(prompt_ids), len(text_ids), max_model_len),
         virtual_ids=virtual_ids,
     )
+
+
+def _check_front(ids_before: list[int]) -> None:
+    if ids_before:
+        raise InvalidArgument(
+            "an adapter of keys and values (PREFIX_TUNING, CARTRIDGE) can stand at the front of a prompt alone: "
+            "its positions are fixed",
+            field="prompt",
+        )
 
 
 def _check_ids(field: str, token_ids: list[int], vocab_size: int) -> None:

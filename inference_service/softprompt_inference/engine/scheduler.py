@@ -7,6 +7,7 @@ The rules, all of which `check` verifies:
   full pages stay in the prefix cache as long as nobody needs the room, so that its return is cheap.
 * A sequence takes the full pages of its beginning that are cached. Where a soft prompt ends inside the page behind
   them, it copies that page's first rows into a page of its own; the source is held until the step is computed.
+* Where an adapter gives keys and values, the step in which the sequence starts writes those that were not found.
 * The pool holds at least one sequence of full length, so the oldest always moves on and nothing is stuck for ever.
 * A step serves the oldest first: decodes, then pieces of prompts. All but the youngest running sequence have
   finished their prompt, and no more run than a step has tokens, so every decode is in every step.
@@ -29,7 +30,7 @@ from softprompt_api.errors import InternalError, SoftpromptError
 from softprompt_inference.engine.keys import PageKey
 from softprompt_inference.engine.messages import Finish, Output, Stats
 from softprompt_inference.engine.pages import PagePool
-from softprompt_inference.engine.plan import Chunk, PageCopy, Sampled, StepPlan
+from softprompt_inference.engine.plan import Chunk, PageCopy, PageWrite, Sampled, StepPlan
 from softprompt_inference.engine.sequence import Prefix, Sequence, State
 
 
@@ -78,6 +79,7 @@ class Scheduler:
         self._planned: list[Sequence | None] = []
         self._following: list[Sequence | None] = []
         self._copies: list[PageCopy] = []  # of the plan that is out
+        self._writes: list[PageWrite] = []  # of the plan that is out
         self._coming: set[PageKey] = set()  # what the plan computes to its end: pages, and soft prompts
         self._num_added = 0
         self._computed_prompt_tokens = 0
@@ -114,7 +116,7 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """The next step; to be committed or failed before the next plan, but that of `follow`."""
         assert not self._planned, "a plan is out"
-        self._copies = []
+        self._copies, self._writes = [], []
         self._coming.clear()
         chunks: list[Chunk] = []
         budget = self._max_step_tokens
@@ -129,7 +131,7 @@ class Scheduler:
             sequence = self._waiting.popleft()
             self._running.append(sequence)
             budget -= self._take(sequence, budget, chunks)
-        return StepPlan(chunks=chunks, copies=self._copies)
+        return StepPlan(chunks=chunks, copies=self._copies, writes=self._writes)
 
     def follow(self, plan: StepPlan) -> StepPlan | None:
         """The step behind `plan`, the only one that is out, without its tokens; None: they must be known first.
@@ -255,6 +257,9 @@ class Scheduler:
         if sequence.num_cached is None:
             sequence.num_cached = min(sequence.num_computed, sequence.prompt_length)
             self._cached_prompt_tokens += sequence.num_cached
+        if sequence.num_computed < sequence.num_given:
+            self._writes.append(sequence.write())
+            sequence.num_computed = sequence.num_given
         return True
 
     def _find_prefix(self, sequence: Sequence) -> Prefix:
@@ -384,7 +389,7 @@ class Scheduler:
         for sequence in self._running:
             assert sequence.num_computed < len(sequence.token_ids), "nothing is left to compute"
             assert len(sequence.page_ids) * page_size >= sequence.num_computed
-            assert sequence.num_registered == sequence.num_computed // page_size
+            assert sequence.num_computed >= sequence.num_given
         assert self._planned or not self._following
         for follower in self._following:
             assert follower in self._planned
@@ -392,6 +397,7 @@ class Scheduler:
                 assert len(follower.page_ids) * page_size > len(follower.token_ids), "no page for what follows"
         if not self._planned:
             for sequence in self._running:
+                assert sequence.num_registered == sequence.num_computed // page_size
                 num_ends = bisect_right(sequence.soft_prompt_ends, sequence.num_computed)
                 assert sequence.num_ends_registered == num_ends, "a soft prompt was not offered"
             for sequence in self._running[:-1]:

@@ -6,7 +6,7 @@ from enum import Enum
 
 from softprompt_inference.engine.keys import PageKey, VirtualIds, page_key, partial_key, root_key
 from softprompt_inference.engine.messages import AddRequest, Finish, Output
-from softprompt_inference.engine.plan import Chunk, Sample, Sampled, looks_back
+from softprompt_inference.engine.plan import Chunk, PageWrite, Sample, Sampled, looks_back
 
 
 class State(Enum):
@@ -44,6 +44,7 @@ class Sequence:
         arrival: place in the order of arrival, given by the scheduler.
         adapters: digests whose virtual tokens are in the prompt.
         soft_prompt_ends: positions behind the last virtual token of each soft prompt, in rising order.
+        num_given: leading positions whose keys and values an adapter gives: written to pages, never computed.
         page_ids: pages in order, enough for all of token_ids in every step that computes it.
         source_page: a page it holds beside its own, while a step copies rows from it.
         num_registered: leading pages offered to the prefix cache, or taken from it.
@@ -67,6 +68,7 @@ class Sequence:
         "num_cached",
         "num_computed",
         "num_ends_registered",
+        "num_given",
         "num_registered",
         "output_ids",
         "page_ids",
@@ -87,6 +89,7 @@ class Sequence:
         text_ids: list[int],
         adapters: frozenset[str],
         soft_prompt_ends: tuple[int, ...],
+        num_given: int = 0,
         max_outputs: int,
         virtual_ids: VirtualIds,
     ) -> None:
@@ -98,6 +101,7 @@ class Sequence:
         self.output_ids: list[int] = []
         self.adapters = adapters
         self.soft_prompt_ends = soft_prompt_ends
+        self.num_given = num_given
         self.arrival = -1
         self.state = State.WAITING
         self.page_ids: list[int] = []
@@ -155,6 +159,11 @@ class Sequence:
                     num_pages=num_pages, copy_key=self.end_key(page_size, end), num_positions=min(end, limit)
                 )
         return Prefix(num_pages=num_pages, copy_key=None, num_positions=start)
+
+    def write(self) -> PageWrite:
+        """The positions behind those computed whose keys and values an adapter gives."""
+        start = self.num_computed
+        return PageWrite(first_id=self.token_ids[0], start=start, stop=self.num_given, page_ids=self.page_ids)
 
     def chunk(self, num_tokens: int) -> Chunk:
         """The next `num_tokens` positions to compute; the last of all asks for a token."""

@@ -193,7 +193,7 @@ def build_step_batch(
     query_start, slots = [0], []
     for (start, count, _), pages in zip(spans, page_lists, strict=True):
         query_start.append(query_start[-1] + count)
-        slots += [pages[p // page_size] * page_size + p % page_size for p in range(start, start + count)]
+        slots += page_slots(pages, start, start + count, page_size=page_size)
     table = [pages + [0] * (width - len(pages)) for pages in page_lists]
     return StepBatch(
         slots=upload(slots, torch.int64, device),
@@ -202,6 +202,11 @@ def build_step_batch(
         context_lens=upload([start + count for start, count, _ in spans], torch.int32, device),
         page_size=page_size,
     )
+
+
+def page_slots(page_ids: Sequence[int], start: int, stop: int, *, page_size: int) -> list[int]:
+    """Where the positions start … stop − 1 of a sequence lie: page * page_size + offset."""
+    return [page_ids[p // page_size] * page_size + p % page_size for p in range(start, stop)]
 
 
 class StepContext:

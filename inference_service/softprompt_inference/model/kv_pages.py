@@ -41,6 +41,15 @@ class KVPages:
         keys, values = self._groups[shape][place]
         return keys, values
 
+    def write(self, key_values: Tensor, slots: Tensor) -> None:
+        """Write rows of positions, in all layers, which must have one shape.
+
+        key_values  [layers, 2, n, Hkv, D]
+        slots       [n] int64               page * page_size + offset, unique
+        """
+        [group] = self._groups.values()
+        group.flatten(2, 3)[:, :, slots] = key_values
+
     def copy(self, copies: Sequence[PageCopy]) -> None:
         """Copy rows between pages, in all layers; the rules of `StepPlan.copies` hold."""
         for group in self._groups.values():

@@ -60,6 +60,15 @@ class LoadedModel:
     keeps_logits: bool
     weights_bytes: int
 
+    @property
+    def no_key_values(self) -> str:
+        """Why it cannot take keys and values from adapters; "": it can."""
+        if any(layer.sliding_window is not None for layer in self.layers):
+            return f"{self.architecture} has sliding-window layers"
+        if len({(layer.num_kv_heads, layer.head_dim) for layer in self.layers}) > 1:
+            return f"the layers of {self.architecture} have keys of several shapes"
+        return ""
+
     def logits(self, embeddings: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         """Run the model once.
 

@@ -1,4 +1,4 @@
-"""The rows of resident adapters on the device, and which row a virtual token's id stands for."""
+"""The rows of adapters that are loaded: embeddings on the device, and keys and values until a step writes them."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ _FIRST_CAPACITY = 256
 
 
 class VirtualRows:
-    """One tensor for all adapters; it doubles when full, and freed rows are used again.
+    """Embeddings: one tensor for all adapters; it doubles when full, and freed rows are used again.
 
     rows  [capacity, hidden]
     """
@@ -46,14 +46,53 @@ class VirtualRows:
 
     def _decode(self, adapter: LoadAdapter) -> Tensor:
         """[num_virtual_tokens, hidden] in the model's dtype."""
-        shape = (adapter.num_virtual_tokens, self.rows.shape[1])
-        device = self.rows.device
         # Pinned, so that the steps of others need not wait for the copy; torch keeps the memory until it is done.
-        staged = torch.empty(shape, dtype=_DTYPES[adapter.dtype], pin_memory=device.type == "cuda")
-        staged.view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(adapter.rows, dtype=np.uint8)
-        return staged.to(device, non_blocking=True).to(self.rows.dtype)
+        staged = _decode(adapter, is_pinned=self.rows.device.type == "cuda")
+        return staged.to(self.rows.device, non_blocking=True).to(self.rows.dtype)
 
     def _grow(self) -> None:
         capacity = len(self.rows)
         self.rows = torch.cat([self.rows, torch.zeros_like(self.rows)])
         self._free += range(capacity, 2 * capacity)
+
+
+class KeyValueRows:
+    """Keys and values that adapters give, in host memory: once written, they are found in pages.
+
+    Args:
+        shape: (layers, key heads, head dimension) of the model.
+        dtype: of its pages.
+        is_pinned: a device copies them without the host waiting.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, *, is_pinned: bool) -> None:
+        self._shape = shape
+        self._dtype = dtype
+        self._is_pinned = is_pinned
+        self._rows_at: dict[int, Tensor] = {}
+
+    def __contains__(self, first_id: int) -> bool:
+        return first_id in self._rows_at
+
+    def load(self, first_id: int, adapter: LoadAdapter) -> None:
+        """Take rows that have been checked."""
+        layers, heads, head_dim = self._shape
+        rows = _decode(adapter, is_pinned=False).view(-1, layers, 2, heads, head_dim)
+        placed = torch.empty(layers, 2, len(rows), heads, head_dim, dtype=self._dtype, pin_memory=self._is_pinned)
+        self._rows_at[first_id] = placed.copy_(rows.permute(1, 2, 0, 3, 4))
+
+    def drop(self, first_id: int) -> None:
+        """Forget the rows that were loaded at first_id."""
+        del self._rows_at[first_id]
+
+    def find(self, first_id: int, start: int, stop: int) -> Tensor:
+        """Rows start … stop − 1 of what was loaded at first_id: [layers, 2, n, Hkv, D]."""
+        return self._rows_at[first_id][:, :, start:stop]
+
+
+def _decode(adapter: LoadAdapter, *, is_pinned: bool) -> Tensor:
+    """[num_virtual_tokens, row_size] in the dtype they came in."""
+    shape = (adapter.num_virtual_tokens, adapter.row_size)
+    staged = torch.empty(shape, dtype=_DTYPES[adapter.dtype], pin_memory=is_pinned)
+    staged.view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(adapter.rows, dtype=np.uint8)
+    return staged

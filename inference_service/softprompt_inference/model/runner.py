@@ -13,7 +13,7 @@ from torch import Tensor
 
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import LoadAdapter, ModelInfo
-from softprompt_inference.engine.plan import Chunk, Sample, Sampled, StepPlan
+from softprompt_inference.engine.plan import Chunk, PageWrite, Sample, Sampled, StepPlan
 from softprompt_inference.model import hardware, sampler
 from softprompt_inference.model.attention import (
     StepBatch,
@@ -21,12 +21,13 @@ from softprompt_inference.model.attention import (
     attach_pages,
     build_step_batch,
     page_bytes,
+    page_slots,
 )
 from softprompt_inference.model.errors import one_line
 from softprompt_inference.model.graphs import Capture, CudaCapture, DecodeGraphs
 from softprompt_inference.model.kv_pages import KVPages
 from softprompt_inference.model.loader import LoadedModel, load_model
-from softprompt_inference.model.rows import VirtualRows
+from softprompt_inference.model.rows import KeyValueRows, VirtualRows
 from softprompt_inference.model.sampler import Choices
 from softprompt_inference.model.transfer import upload
 
@@ -46,14 +47,20 @@ class ModelRunner:
         self._decodes: DecodeGraphs | None = None
         self._last_tokens: Tensor | None = None  # chosen by the step launched last
         self._rows = VirtualRows(loaded.hidden_size, loaded.dtype, loaded.device)
+        first = loaded.layers[0]
+        self._key_values = KeyValueRows(
+            (len(loaded.layers), first.num_kv_heads, first.head_dim),
+            loaded.dtype,
+            is_pinned=loaded.device.type == "cuda",
+        )
 
     def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
         """Make ids first_id … first_id + num_virtual_tokens − 1 stand for the adapter's rows."""
-        self._rows.load(first_id, adapter)
+        (self._key_values if adapter.are_key_values else self._rows).load(first_id, adapter)
 
     def drop_rows(self, first_id: int) -> None:
         """Forget the rows that were loaded at first_id."""
-        self._rows.drop(first_id)
+        (self._key_values if first_id in self._key_values else self._rows).drop(first_id)
 
     def allocate_pages(self, num_pages: int) -> None:
         """Give the model that many empty KV pages, in place of those it had and of what was captured over them."""
@@ -87,17 +94,24 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Choices:
-        """Copy, then compute; the device may go on after the return.
+        """Copy and write, then compute; the device may go on after the return.
 
         Whatever it is told, here and elsewhere, goes through one stream, and is done in the order of the calls.
         """
         assert self._pages is not None, "no pages were allocated"
         token_ids = self._find_tokens(plan.follows) if plan.follows else None
         self._pages.copy(plan.copies)
+        for write in plan.writes:
+            self._write(self._pages, write)
         logits = self._forward(plan.chunks, token_ids)
         choices = sampler.launch(logits, [chunk.sample for chunk in plan.chunks if chunk.sample is not None])
         self._last_tokens = choices.tokens
         return choices
+
+    def _write(self, pages: KVPages, write: PageWrite) -> None:
+        rows = self._key_values.find(write.first_id, write.start, write.stop)
+        slots = page_slots(write.page_ids, write.start, write.stop, page_size=self._page_size)
+        pages.write(rows.to(self.loaded.device, non_blocking=True), self._to_device(slots))
 
     def run(self, plan: StepPlan) -> Sequence[Sampled]:
         """Launch a step and wait for its tokens; nothing happens in one without chunks."""
@@ -221,6 +235,7 @@ def load_runner(config: EngineConfig, report: Callable[[str], None]) -> ModelRun
         kv_cache_bytes=num_pages * bytes_per_page,
         num_pages=num_pages,
         page_size=config.page_size,
+        no_key_values=loaded.no_key_values,
     )
     return runner
 

@@ -5,9 +5,10 @@ while it streams past. Nothing in either file can cause an import, an open or a 
 """
 
 from softprompt_api.formats.config import MAX_CONFIG_BYTES, parse_config
+from softprompt_api.formats.content import Content, Lora, LoraModule, Rows
 from softprompt_api.formats.folder import CONFIG_FILE, TENSORS_FILE, AdapterFiles, read_folder
-from softprompt_api.formats.spec import AdapterKind, AdapterSpec
-from softprompt_api.formats.verify import AdapterVerifier, Rows, VerifiedAdapter, adapter_digest, read_rows
+from softprompt_api.formats.spec import AdapterKind, AdapterSpec, ModelShape
+from softprompt_api.formats.verify import AdapterVerifier, VerifiedAdapter, adapter_digest, read_adapter
 
 __all__ = [
     "CONFIG_FILE",
@@ -17,10 +18,14 @@ __all__ = [
     "AdapterKind",
     "AdapterSpec",
     "AdapterVerifier",
+    "Content",
+    "Lora",
+    "LoraModule",
+    "ModelShape",
     "Rows",
     "VerifiedAdapter",
     "adapter_digest",
     "parse_config",
+    "read_adapter",
     "read_folder",
-    "read_rows",
 ]

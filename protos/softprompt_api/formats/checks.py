@@ -1,6 +1,6 @@
 """Checks for the values of config keys. Each takes the key and its value, and raises AdapterInvalid."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from softprompt_api.errors import AdapterInvalid
@@ -55,10 +55,40 @@ def integers(key: str, value: Any) -> None:
         refuse(key, "must be a list of integers or null")
 
 
+def integers_or_one(key: str, value: Any) -> None:
+    """An integer, a list of integers, or null."""
+    if not is_integer(value):
+        integers(key, value)
+
+
+def names(key: str, value: Any) -> None:
+    """Text, a list of texts, or null; kept as it is and never acted on."""
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        text(key, value)
+
+
+def record(key: str, value: Any) -> None:
+    """An object or null; never acted on."""
+    if value is not None and not isinstance(value, dict):
+        refuse(key, "must be an object or null")
+
+
+def factor(key: str, value: Any) -> None:
+    """A required number other than 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < abs(value) <= MAX_INTEGER:
+        refuse(key, "must be a number other than 0")
+
+
 def size(key: str, value: Any) -> None:
     """A required whole number from 1."""
     if not is_integer(value) or not 1 <= value <= MAX_INTEGER:
         refuse(key, f"must be a whole number from 1 to {MAX_INTEGER}")
+
+
+def require(config: Mapping[str, Any], *sizes: str) -> None:
+    """Refuse a config that lacks one of these sizes."""
+    for key in sizes:
+        size(key, config.get(key))
 
 
 def one_of(*allowed: str | int | None) -> Check:

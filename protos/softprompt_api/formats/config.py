@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from softprompt_api.errors import AdapterInvalid
-from softprompt_api.formats import checks, cpt, p_tuning, prompt_tuning
+from softprompt_api.formats import (
+    cartridge,
+    checks,
+    cpt,
+    lora,
+    multitask_prompt_tuning,
+    p_tuning,
+    prefix_tuning,
+    prompt_tuning,
+)
 from softprompt_api.formats.spec import AdapterFormat, AdapterKind, AdapterSpec
 from softprompt_api.formats.strict_json import parse_object
 from softprompt_api.names import shown
@@ -17,7 +26,10 @@ from softprompt_api.names import shown
 MAX_CONFIG_BYTES = 2**20
 
 FORMATS: Mapping[AdapterKind, AdapterFormat] = MappingProxyType(
-    {format_.kind: format_ for format_ in (prompt_tuning.FORMAT, p_tuning.FORMAT, cpt.FORMAT)}
+    {
+        kind.FORMAT.kind: kind.FORMAT
+        for kind in (prompt_tuning, p_tuning, cpt, multitask_prompt_tuning, prefix_tuning, cartridge, lora)
+    }
 )
 
 

@@ -1,59 +1,66 @@
 """What all embedding kinds share: rows of the hidden size, put in front of the token embeddings."""
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from softprompt_api.formats import checks
-from softprompt_api.formats.spec import AdapterFormat, AdapterKind, AdapterSpec, Shape
+from softprompt_api.formats.common_keys import PROMPT_KEYS
+from softprompt_api.formats.content import Content, Rows
+from softprompt_api.formats.safetensors_header import Shape, TensorInfo
+from softprompt_api.formats.spec import (
+    AdapterFormat,
+    AdapterKind,
+    AdapterSpec,
+    ModelShape,
+    RawTensor,
+    canonical_json,
+    check_equal,
+    check_virtual_tokens,
+)
+from softprompt_api.formats.values import FLOAT_DTYPES
 
 TENSOR = "prompt_embeddings"
 
-_NOT_PLAIN = "is filled, which a prompt for a causal language model never needs; train with task_type 'CAUSAL_LM'"
 
-# Keys that PEFT writes for every prompt-learning kind, and the dangerous ones that must hold PEFT's default.
-_COMMON_KEYS: Mapping[str, checks.Check] = {
-    "num_virtual_tokens": checks.size,
-    "token_dim": checks.size,
-    "num_transformer_submodules": checks.one_of(1, None),
-    "task_type": checks.one_of("CAUSAL_LM", None),
-    "num_attention_heads": checks.count,
-    "num_layers": checks.count,
-    "inference_mode": checks.flag,
-    "base_model_name_or_path": checks.text,
-    "peft_version": checks.text,
-    "revision": checks.text,
-    "auto_mapping": checks.unused(_NOT_PLAIN),
-    "modules_to_save": checks.unused(
-        "is filled, but a soft prompt is served without trained modules of the model"
-    ),
-    "megatron_config": checks.unused("is filled, but Megatron is not supported"),
-    "megatron_core": checks.unused("must be 'megatron.core' or null", default="megatron.core"),
-}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingSpec(AdapterSpec):
+    """One tensor: `[num_virtual_tokens, hidden_size]`."""
+
+    def check_fits(self, model: ModelShape) -> None:
+        """See AdapterSpec."""
+        check_equal("hidden size", self.hidden_size, model.hidden_size, field="token_dim")
+        check_virtual_tokens(self.num_virtual_tokens, model)
+
+    def expected_tensors(self, found: Mapping[str, TensorInfo]) -> Mapping[str, Shape]:  # noqa: ARG002
+        """See AdapterSpec."""
+        return {TENSOR: (self.num_virtual_tokens, self.hidden_size)}
+
+    def read(self, tensors: Mapping[str, RawTensor], *, task: int | None, dtype: str) -> Content:  # noqa: ARG002
+        """See AdapterSpec."""
+        tensor = tensors[TENSOR]
+        return Rows(
+            data=tensor.data,
+            dtype=FLOAT_DTYPES[tensor.info.dtype],
+            num_virtual_tokens=self.num_virtual_tokens,
+            row_size=self.hidden_size,
+        )
 
 
 def embedding_format(kind: AdapterKind, keys: Mapping[str, checks.Check]) -> AdapterFormat:
     """The format of an embedding kind with these config keys beside the common ones."""
 
     def spec(config: Mapping[str, Any]) -> AdapterSpec:
-        for key in ("num_virtual_tokens", "token_dim"):
-            checks.size(key, config.get(key))
-        canonical = {
-            "hidden_size": config["token_dim"],
-            "kind": kind.value,
-            "num_virtual_tokens": config["num_virtual_tokens"],
-        }
-        return AdapterSpec(
+        checks.require(config, "num_virtual_tokens", "token_dim")
+        num_virtual_tokens, hidden_size = config["num_virtual_tokens"], config["token_dim"]
+        return EmbeddingSpec(
             kind=kind,
-            num_virtual_tokens=config["num_virtual_tokens"],
-            hidden_size=config["token_dim"],
-            canonical_config=json.dumps(canonical, sort_keys=True, separators=(",", ":")),
+            num_virtual_tokens=num_virtual_tokens,
+            hidden_size=hidden_size,
+            canonical_config=canonical_json(
+                kind=kind, num_virtual_tokens=num_virtual_tokens, hidden_size=hidden_size
+            ),
         )
 
-    all_keys = MappingProxyType({**_COMMON_KEYS, **keys})
-    return AdapterFormat(kind=kind, keys=all_keys, spec=spec, tensors=_tensors)
-
-
-def _tensors(spec: AdapterSpec) -> Mapping[str, Shape]:
-    return {TENSOR: (spec.num_virtual_tokens, spec.hidden_size)}
+    return AdapterFormat(kind=kind, keys=MappingProxyType({**PROMPT_KEYS, **keys}), spec=spec)

@@ -11,9 +11,10 @@ from typing import Any
 
 from softprompt_api.errors import AdapterInvalid
 from softprompt_api.formats.checks import is_integer, printable
-from softprompt_api.formats.spec import Shape
 from softprompt_api.formats.strict_json import parse_object
 from softprompt_api.names import shown
+
+Shape = tuple[int, ...]
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 1_000_000

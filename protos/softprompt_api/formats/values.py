@@ -20,18 +20,24 @@ class ValueScan:
 
     Args:
         info: the tensor, of dtype F32, F16 or BF16.
-        serving_dtype: "float32", "float16", "bfloat16", or None when not known.
+        serving_dtype: "float32", "float16", "bfloat16", or "" when not known.
+
+    Attributes:
+        missing_bytes: those of the tensor that were not fed yet.
     """
 
-    def __init__(self, info: TensorInfo, serving_dtype: str | None) -> None:
+    def __init__(self, info: TensorInfo, serving_dtype: str) -> None:
         self._info = info
         self._dtype = serving_dtype or "float32"
         self._rest = b""
         self._num_seen = 0
         self._largest = 0.0
+        self.missing_bytes = info.end - info.begin
 
     def feed(self, piece: memoryview) -> None:
-        """Take the next bytes; AdapterInvalid at the first value that cannot be served."""
+        """Take the next of the missing bytes; AdapterInvalid at the first value that cannot be served."""
+        self.missing_bytes -= len(piece)
+        assert self.missing_bytes >= 0
         item_bytes = ITEM_BYTES[self._info.dtype]
         if self._rest:
             needed = item_bytes - len(self._rest)
@@ -71,6 +77,14 @@ class ValueScan:
         if np.isfinite(value):
             problem += f", which is infinite in {self._dtype}, the serving dtype"
         raise tensor_invalid(self._info.name, problem)
+
+
+def check_values(values: np.ndarray, name: str, serving_dtype: str) -> None:
+    """Raise AdapterInvalid for a float32 matrix made of tensors, as ValueScan does for a tensor."""
+    data = memoryview(values.astype("<f4").tobytes())
+    scan = ValueScan(TensorInfo(name=name, dtype="F32", shape=values.shape, begin=0, end=len(data)), serving_dtype)
+    scan.feed(data)
+    scan.finish()
 
 
 def as_float32(data: memoryview | bytes, dtype: str) -> np.ndarray:

@@ -1,14 +1,14 @@
-"""A tensor file checked while it streams past, in constant memory; and the rows of one that was checked."""
+"""A tensor file checked while it streams past, in constant memory; and what one holds that was checked."""
 
 import hashlib
+from collections import deque
 from dataclasses import dataclass
 
 from softprompt_api.errors import AdapterInvalid
 from softprompt_api.formats import safetensors_header as safetensors
-from softprompt_api.formats.config import FORMATS
-from softprompt_api.formats.embedding import TENSOR
+from softprompt_api.formats.content import Content
 from softprompt_api.formats.safetensors_header import TensorInfo, tensor_invalid
-from softprompt_api.formats.spec import AdapterSpec
+from softprompt_api.formats.spec import AdapterSpec, ModelShape, RawTensor
 from softprompt_api.formats.values import FLOAT_DTYPES, ValueScan
 from softprompt_api.names import shown
 
@@ -21,30 +21,17 @@ class VerifiedAdapter:
 
     Attributes:
         digest: "sha256:…", the identity of config and tensors.
-        tensor_dtype: as safetensors spells it, for example "F32".
+        tensor_dtype: as safetensors spells it, for example "F32"; several where tensors differ: "BF16, F32".
+        rank: the highest of a LoRA; 0 for other kinds.
         size_bytes: size of the file.
         sha256: hex, of the file.
     """
 
     digest: str
     tensor_dtype: str
+    rank: int
     size_bytes: int
     sha256: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
-    """The rows of an embedding adapter, as they lie in the file.
-
-    Attributes:
-        data: `[num_virtual_tokens, hidden_size]`, row-major, little endian.
-        dtype: "float32", "float16" or "bfloat16".
-    """
-
-    data: bytes
-    dtype: str
-    num_virtual_tokens: int
-    hidden_size: int
 
 
 def adapter_digest(spec: AdapterSpec, sha256: str) -> str:
@@ -62,43 +49,24 @@ class AdapterVerifier:
         spec: the parsed config.
         size_bytes: size of the file.
         sha256: hex digest the file must have; None: not known.
-        hidden_size: the base model's; None: not checked.
-        max_virtual_tokens: most virtual tokens allowed; None or 0: no limit.
-        dtype: the serving dtype; None or "": values must be finite as they are.
+        model: the base model it is for.
     """
 
     def __init__(
-        self,
-        spec: AdapterSpec,
-        *,
-        size_bytes: int,
-        sha256: str | None = None,
-        hidden_size: int | None = None,
-        max_virtual_tokens: int | None = None,
-        dtype: str | None = None,
+        self, spec: AdapterSpec, *, size_bytes: int, sha256: str | None = None, model: ModelShape | None = None
     ) -> None:
-        if hidden_size is not None and spec.hidden_size != hidden_size:
-            raise AdapterInvalid(
-                f"the adapter was trained for hidden size {spec.hidden_size}, the base model has {hidden_size}",
-                field="config.token_dim",
-            )
-        if max_virtual_tokens and spec.num_virtual_tokens > max_virtual_tokens:
-            raise AdapterInvalid(
-                f"the adapter has {spec.num_virtual_tokens} virtual tokens; at most {max_virtual_tokens} are "
-                "allowed (max_prompt_adapter_token)",
-                field="config.num_virtual_tokens",
-            )
+        self._model = model or ModelShape()
+        spec.check_fits(self._model)
         self._spec = spec
         self._size_bytes = size_bytes
         self._expected_sha256 = sha256
-        self._dtype = dtype or None
         self._hash = hashlib.sha256()
         self._num_fed = 0
         self._head = bytearray()
         self._head_bytes = safetensors.LENGTH_BYTES
         self._length_known = False
-        self._info: TensorInfo | None = None
-        self._scan: ValueScan | None = None
+        self._tensors: dict[str, TensorInfo] | None = None
+        self._scans: deque[ValueScan] = deque()
 
     def feed(self, chunk: bytes | bytearray | memoryview) -> None:
         """Take the file's next bytes."""
@@ -119,9 +87,8 @@ class AdapterVerifier:
             )
         if self._num_fed < safetensors.LENGTH_BYTES:  # raises, and names the format where it knows it
             safetensors.header_length(bytes(self._head), size_bytes=self._size_bytes)
-        assert self._info is not None
-        assert self._scan is not None
-        self._scan.finish()
+        assert self._tensors is not None
+        assert not self._scans
         sha256 = self._hash.hexdigest()
         if self._expected_sha256 is not None and sha256 != self._expected_sha256:
             raise AdapterInvalid(
@@ -130,7 +97,8 @@ class AdapterVerifier:
             )
         return VerifiedAdapter(
             digest=adapter_digest(self._spec, sha256),
-            tensor_dtype=self._info.dtype,
+            tensor_dtype=", ".join(sorted({info.dtype for info in self._tensors.values()})),
+            rank=self._spec.max_rank(self._tensors),
             size_bytes=self._size_bytes,
             sha256=sha256,
         )
@@ -138,14 +106,19 @@ class AdapterVerifier:
     def _take(self, piece: memoryview) -> None:
         self._hash.update(piece)
         self._num_fed += len(piece)
-        while self._scan is None and piece:
+        while self._tensors is None and piece:
             missing = self._head_bytes - len(self._head)
             self._head += piece[:missing]
             piece = piece[missing:]
             if len(self._head) == self._head_bytes:
                 self._read_head()
-        if self._scan is not None and piece:
-            self._scan.feed(piece)
+        while piece:
+            scan = self._scans[0]
+            taken, piece = piece[: scan.missing_bytes], piece[scan.missing_bytes :]
+            scan.feed(taken)
+            if not scan.missing_bytes:
+                scan.finish()
+                self._scans.popleft()
 
     def _read_head(self) -> None:
         if not self._length_known:
@@ -153,29 +126,35 @@ class AdapterVerifier:
             self._head_bytes += safetensors.header_length(bytes(self._head), size_bytes=self._size_bytes)
             return
         header = self._head[safetensors.LENGTH_BYTES :]
-        self._info = _checked_tensor(self._spec, header, data_bytes=self._size_bytes - self._head_bytes)
-        self._scan = ValueScan(self._info, self._dtype)
+        data_bytes = self._size_bytes - self._head_bytes
+        self._tensors = _checked_tensors(self._spec, header, data_bytes=data_bytes)
+        rank = self._spec.max_rank(self._tensors)
+        if rank > self._model.max_lora_rank:
+            raise AdapterInvalid(
+                f"the adapter has rank {rank}; at most {self._model.max_lora_rank} is served", field="config.r"
+            )
+        self._scans.extend(ValueScan(info, self._model.dtype) for info in self._tensors.values())
         self._head.clear()
 
 
-def read_rows(spec: AdapterSpec, data: bytes) -> Rows:
-    """The rows in a complete file that an AdapterVerifier passed."""
+def read_adapter(spec: AdapterSpec, data: bytes, *, task: int | None = None, dtype: str = "") -> Content:
+    """What a complete file holds that an AdapterVerifier passed; arguments as in AdapterSpec.read."""
     start = safetensors.LENGTH_BYTES + safetensors.header_length(
         data[: safetensors.LENGTH_BYTES], size_bytes=len(data)
     )
-    info = _checked_tensor(spec, data[safetensors.LENGTH_BYTES : start], data_bytes=len(data) - start)
-    return Rows(
-        data=data[start + info.begin : start + info.end],
-        dtype=FLOAT_DTYPES[info.dtype],
-        num_virtual_tokens=spec.num_virtual_tokens,
-        hidden_size=spec.hidden_size,
-    )
+    header = data[safetensors.LENGTH_BYTES : start]
+    infos = _checked_tensors(spec, header, data_bytes=len(data) - start)
+    tensors = {
+        name: RawTensor(info=info, data=data[start + info.begin : start + info.end])
+        for name, info in infos.items()
+    }
+    return spec.read(tensors, task=task, dtype=dtype)
 
 
-def _checked_tensor(spec: AdapterSpec, header: bytes | bytearray, *, data_bytes: int) -> TensorInfo:
-    """The embedding kinds' one tensor, if the file has exactly that with the shape the config says."""
-    expected = FORMATS[spec.kind].tensors(spec)
+def _checked_tensors(spec: AdapterSpec, header: bytes | bytearray, *, data_bytes: int) -> dict[str, TensorInfo]:
+    """The tensors in order of their bytes, if the file has exactly those, and shaped as the config says."""
     found = {info.name: info for info in safetensors.parse_header(header, data_bytes=data_bytes)}
+    expected = spec.expected_tensors(found)
     for name in found.keys() - expected.keys():
         raise tensor_invalid(name, f"is unknown in a {spec.kind} adapter, which has {', '.join(expected)} alone")
     for name, shape in expected.items():
@@ -186,4 +165,4 @@ def _checked_tensor(spec: AdapterSpec, header: bytes | bytearray, *, data_bytes:
             raise tensor_invalid(name, f"has dtype {info.dtype}; supported: {', '.join(FLOAT_DTYPES)}")
         if info.shape != shape:
             raise tensor_invalid(name, f"has shape {list(info.shape)}, but the config says {list(shape)}")
-    return found[TENSOR]
+    return found

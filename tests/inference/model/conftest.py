@@ -10,16 +10,23 @@ import pytest
 import torch
 import transformers
 from peft import (
+    CartridgeConfig,
     CPTConfig,
+    MultitaskPromptTuningConfig,
+    PeftConfig,
     PeftModel,
+    PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     PromptTuningInit,
     TaskType,
     get_peft_model,
 )
-from softprompt_api.formats import AdapterVerifier, parse_config, read_folder, read_rows
+from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
+from softprompt_api.formats import AdapterVerifier, parse_config, read_folder
+from softprompt_api.names import with_task
 from softprompt_api.params import SamplingParams
+from softprompt_inference.adapters.adapter import Adapter as HostAdapter
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import Engine
 from softprompt_inference.engine.messages import AddRequest, LoadAdapter, Output, SoftPromptPart, TextPart
@@ -86,6 +93,7 @@ class Adapter:
 
     folder: Path
     load: LoadAdapter
+    task: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,12 +128,13 @@ class Oracle:
     def __init__(self, model_path: Path) -> None:
         self._model_path = model_path
         self._models: dict[Path | None, PreTrainedModel | PeftModel] = {}
-        self._answers: dict[tuple[Path | None, tuple[int, ...], int], Answer] = {}
+        self._answers: dict[tuple[Path | None, int | None, tuple[int, ...], int], Answer] = {}
 
     def answer(self, request: Request) -> Answer:
         """Greedy by `generate`, then logprobs by one teacher-forced pass."""
         folder = request.adapter.folder if request.adapter else None
-        key = (folder, request.prompt_ids, request.max_tokens)
+        task = request.adapter.task if request.adapter else None
+        key = (folder, task, request.prompt_ids, request.max_tokens)
         if key not in self._answers:
             with _warnings_of_peft_ignored():
                 self._answers[key] = self._compute(self._model(folder), request)
@@ -144,6 +153,8 @@ class Oracle:
     @torch.inference_mode()
     def _compute(self, model: PreTrainedModel | PeftModel, request: Request) -> Answer:
         prompt = torch.tensor([request.prompt_ids])
+        task = request.adapter.task if request.adapter else None
+        tasks = {} if task is None else {"task_ids": torch.tensor([task])}
         whole = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
@@ -152,10 +163,11 @@ class Oracle:
             do_sample=False,
             eos_token_id=None,
             pad_token_id=0,
+            **tasks,
         )
         token_ids = whole[0, -request.max_tokens :]
         forced = torch.cat([prompt[0], token_ids])[None]
-        logits = model(input_ids=forced, attention_mask=torch.ones_like(forced)).logits[0]
+        logits = model(input_ids=forced, attention_mask=torch.ones_like(forced), **tasks).logits[0]
         logprobs = torch.log_softmax(logits[-request.max_tokens - 1 : -1].double(), dim=-1)
         two = logprobs.topk(2).values
         return Answer(
@@ -230,39 +242,47 @@ class Lab:
         }
         return EngineConfig(model_path=str(model_path), **{**defaults, **settings})
 
-    def adapter(self, model_path: Path, kind: str, num_virtual_tokens: int, *, seed: int = 0) -> Adapter:
-        """An adapter of random content, saved by PEFT and read by us; made once."""
+    def adapter(
+        self, model_path: Path, kind: str, num_virtual_tokens: int, *, seed: int = 0, task: int = 1
+    ) -> Adapter:
+        """An adapter of random content, saved by PEFT and read by us; made once. It has three tasks or none."""
         folder = self.folder / f"{model_path.name}-{kind}-{num_virtual_tokens}-{seed}"
         if not folder.exists():
             with _warnings_of_peft_ignored():
                 self._save_adapter(folder, model_path, kind, num_virtual_tokens, seed)
-        return self.read_adapter(folder)
+        return self.read_adapter(folder, task if kind == "multitask" else None)
 
     def _save_adapter(self, folder: Path, model_path: Path, kind: str, num_virtual_tokens: int, seed: int) -> None:
         torch.manual_seed(1000 + seed)
         base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
         model = get_peft_model(base, _peft_config(kind, num_virtual_tokens, seed, model_path))
+        if kind.endswith("_from_text"):
+            # What the model itself keeps of tokens: random keys and values leave a real model without an opinion.
+            generator = torch.Generator().manual_seed(seed)
+            token_ids = torch.randint(3, 1000, (1, num_virtual_tokens), generator=generator)
+            if kind.startswith("prefix"):
+                token_ids += 1000
+            cache = base(token_ids, use_cache=True).past_key_values
+            initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
         if kind == "cpt":
             delta = model.prompt_encoder["default"].delta_embedding.weight
             delta.data = torch.randn_like(delta)
+        if kind == "multitask":
+            encoder = model.prompt_encoder["default"]
+            for matrix in (encoder.prefix_task_cols, encoder.prefix_task_rows):
+                matrix.data = torch.randn_like(matrix)
         model.save_pretrained(folder)
 
-    def read_adapter(self, folder: Path) -> Adapter:
+    def read_adapter(self, folder: Path, task: int | None = None) -> Adapter:
         """An adapter folder, through the reader that the services use."""
         files = read_folder(folder)
         spec = parse_config(files.config_json)
         data = files.tensors_path.read_bytes()
         verifier = AdapterVerifier(spec, size_bytes=len(data))
         verifier.feed(data)
-        rows = read_rows(spec, data)
-        load = LoadAdapter(
-            digest=verifier.finish().digest,
-            rows=rows.data,
-            dtype=rows.dtype,
-            num_virtual_tokens=rows.num_virtual_tokens,
-            hidden_size=rows.hidden_size,
-        )
-        return Adapter(folder=folder, load=load)
+        digest = with_task(verifier.finish().digest, task)
+        load = HostAdapter.read(digest, spec, data, task=task).load_command()
+        return Adapter(folder=folder, load=load, task=task)
 
     def requests(
         self, adapters: Iterable[Adapter | None], *, seed: int = 0, length: int = 9, max_tokens: int = 12
@@ -315,9 +335,7 @@ class Lab:
         return comparison
 
 
-def _peft_config(
-    kind: str, num_virtual_tokens: int, seed: int, model_path: Path
-) -> PromptTuningConfig | PromptEncoderConfig | CPTConfig:
+def _peft_config(kind: str, num_virtual_tokens: int, seed: int, model_path: Path) -> PeftConfig:
     match kind:
         case "prompt_tuning":
             return PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=num_virtual_tokens)
@@ -337,6 +355,21 @@ def _peft_config(
                 encoder_hidden_size=64,
                 encoder_num_layers=2,
             )
+        case "multitask":
+            return MultitaskPromptTuningConfig(
+                task_type=TaskType.CAUSAL_LM, num_virtual_tokens=num_virtual_tokens, num_tasks=3, num_ranks=2
+            )
+        case "prefix" | "prefix_from_text":
+            return PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=num_virtual_tokens)
+        case "prefix_projected":
+            return PrefixTuningConfig(
+                task_type=TaskType.CAUSAL_LM,
+                num_virtual_tokens=num_virtual_tokens,
+                prefix_projection=True,
+                encoder_hidden_size=24,
+            )
+        case "cartridge" | "cartridge_from_text":
+            return CartridgeConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=num_virtual_tokens)
         case "cpt":
             ids: Tensor = torch.randint(3, VOCAB_SIZE, (num_virtual_tokens,))
             return CPTConfig(

@@ -59,6 +59,23 @@ def test_a_copy_takes_the_first_rows_in_all_layers_and_nothing_else(
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("positions", [[0], [3, 4, 5], [19, 0, 7]])
+def test_rows_are_written_in_all_layers_and_nowhere_else(positions: list[int], device: str) -> None:
+    pages = KVPages([(2, 8)] * 3, num_pages=5, page_size=4, dtype=torch.float32, device=torch.device(device))
+    for index in range(3):
+        for tensor in pages.layer(index):
+            tensor.fill_(torch.nan)
+    key_values = torch.randn(3, 2, len(positions), 2, 8, device=device)
+    pages.write(key_values, torch.tensor(positions, device=device))
+    for index in range(3):
+        for kind, tensor in enumerate(pages.layer(index)):
+            rows = tensor.flatten(0, 1)
+            assert torch.equal(rows[positions], key_values[index, kind])
+            others = [position for position in range(20) if position not in positions]
+            assert rows[others].isnan().all()
+
+
 def test_pages_on_a_cpu_take_memory_when_they_are_written() -> None:
     def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

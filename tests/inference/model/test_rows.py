@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 from softprompt_inference.engine.messages import LoadAdapter
-from softprompt_inference.model.rows import VirtualRows
+from softprompt_inference.model.rows import KeyValueRows, VirtualRows
 from torch import Tensor
 
 HIDDEN = 6
@@ -15,7 +15,7 @@ def adapter(rows: Tensor) -> LoadAdapter:
         rows=rows.view(torch.uint8).numpy().tobytes(),
         dtype=str(rows.dtype).removeprefix("torch."),
         num_virtual_tokens=rows.shape[0],
-        hidden_size=rows.shape[1],
+        row_size=rows.shape[1],
     )
 
 
@@ -60,3 +60,19 @@ def test_dropped_ids_stand_for_nothing(rows: VirtualRows) -> None:
     rows.drop(50)
     with pytest.raises(KeyError):
         rows.find([50])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_keys_and_values_are_laid_out_layer_by_layer_as_peft_reads_them(dtype: torch.dtype) -> None:
+    values = torch.randn(5, 3 * 2 * 2 * 4).to(dtype)
+    held = KeyValueRows((3, 2, 4), torch.float32, is_pinned=False)
+    held.load(70, adapter(values))
+    found = held.find(70, 1, 4)
+    as_peft_does = values.float().view(5, 2 * 3, 2, 4)
+    assert found.shape == (3, 2, 3, 2, 4)
+    for layer in range(3):
+        for kind in range(2):
+            assert torch.equal(found[layer, kind], as_peft_does[1:4, 2 * layer + kind])
+    assert 70 in held
+    held.drop(70)
+    assert 70 not in held

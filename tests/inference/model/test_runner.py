@@ -34,7 +34,7 @@ def adapter(value: float, num_virtual_tokens: int = 3, hidden_size: int = 32) ->
         rows=rows.numpy().tobytes(),
         dtype="float32",
         num_virtual_tokens=num_virtual_tokens,
-        hidden_size=hidden_size,
+        row_size=hidden_size,
     )
 
 

@@ -1,7 +1,9 @@
 """Configs: what PEFT writes is accepted, what would change the maths or reach out is refused by name."""
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from softprompt_api.errors import AdapterInvalid
@@ -24,6 +26,8 @@ def config(**changes: object) -> str:
         ("p-tuning, MLP", AdapterKind.P_TUNING, 5),
         ("p-tuning, LSTM", AdapterKind.P_TUNING, 5),
         ("CPT", AdapterKind.CPT, 4),
+        ("multitask", AdapterKind.MULTITASK_PROMPT_TUNING, 5),
+        ("multitask, from text", AdapterKind.MULTITASK_PROMPT_TUNING, 5),
     ],
 )
 def test_what_peft_writes_is_accepted(peft_folders, name, kind, num_virtual_tokens):
@@ -34,9 +38,7 @@ def test_what_peft_writes_is_accepted(peft_folders, name, kind, num_virtual_toke
 @pytest.mark.parametrize(
     ("name", "field"),
     [
-        ("prefix tuning", "config.peft_type"),
-        ("multitask", "config.peft_type"),
-        ("LoRA", "config.peft_type"),
+        ("IA3", "config.peft_type"),
         ("prompt tuning, tokenizer_kwargs", "config.tokenizer_kwargs"),
     ],
 )
@@ -45,7 +47,10 @@ def test_what_peft_writes_and_nobody_serves_is_refused_by_name(peft_folders, nam
         parse_config(read_folder(peft_folders[name]).config_json)
     assert refused.value.field == field
     if field == "config.peft_type":
-        assert "supported: CPT, PROMPT_TUNING, P_TUNING" in refused.value.message
+        assert (
+            "supported: CARTRIDGE, CPT, LORA, MULTITASK_PROMPT_TUNING, PREFIX_TUNING, PROMPT_TUNING, P_TUNING"
+            in refused.value.message
+        )
 
 
 def test_every_kind_has_a_format():
@@ -169,38 +174,14 @@ def test_many_duplicate_keys_are_refused_quickly():
         parse_config("{" + keys + ',"k0":1}')
 
 
-def test_nothing_in_a_config_reaches_out():
-    seen: list[str] = []
-    watched = ("import", "open", "socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "exec")
-    active = True
-
-    def hook(event: str, arguments: tuple[object, ...]) -> None:
-        if active and event in watched:
-            seen.append(f"{event} {arguments[:1]}")
-
-    hostile = [
-        config(**{key: value})
-        for key in (
-            "auto_mapping",
-            "tokenizer_kwargs",
-            "megatron_core",
-            "tokenizer_name_or_path",
-            "revision",
-            "x_path",
-        )
-        for value in (
-            "antigravity",
-            {"trust_remote_code": True},
-            "/etc/passwd",
-            "http://127.0.0.1:9/x",
-            "os.system",
-        )
-    ]
-    sys.addaudithook(hook)
-    for text in hostile:
-        try:
-            parse_config(text)
-        except AdapterInvalid:
-            continue
-    active = False
-    assert seen == []
+def test_nothing_in_a_config_of_any_kind_reaches_out():
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("watch_configs.py"))],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    report = json.loads(done.stdout)
+    assert report["seen"] == []
+    assert report["sees"], "the watcher is blind"
+    assert report["num_refused"] > report["num_texts"] // 2

@@ -8,6 +8,7 @@ import struct
 import tracemalloc
 import zipfile
 from contextlib import suppress
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -17,7 +18,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save
 from softprompt_api.errors import AdapterInvalid
-from softprompt_api.formats import AdapterVerifier, adapter_digest, parse_config, read_folder, read_rows
+from softprompt_api.formats import (
+    AdapterVerifier,
+    ModelShape,
+    adapter_digest,
+    parse_config,
+    read_adapter,
+    read_folder,
+)
 
 NUM_ROWS, HIDDEN = 5, 8
 SPEC = parse_config(
@@ -40,7 +48,8 @@ def entry(dtype: str = "F32", shape: object = (NUM_ROWS, HIDDEN), offsets: objec
 
 
 def verify(data: bytes, *, piece_bytes: int = 1000, **expected: object):
-    verifier = AdapterVerifier(SPEC, **{"size_bytes": len(data), **expected})
+    shape = {field.name: expected.pop(field.name) for field in fields(ModelShape) if field.name in expected}
+    verifier = AdapterVerifier(SPEC, **{"size_bytes": len(data), **expected}, model=ModelShape(**shape))
     for start in range(0, len(data), piece_bytes):
         verifier.feed(data[start : start + piece_bytes])
     return verifier.finish()
@@ -52,17 +61,18 @@ def verify(data: bytes, *, piece_bytes: int = 1000, **expected: object):
 def test_what_peft_saves_is_verified_and_read_back_exactly(peft_folders, name):
     files = read_folder(peft_folders[name])
     spec, data = parse_config(files.config_json), files.tensors_path.read_bytes()
-    verifier = AdapterVerifier(spec, size_bytes=len(data), hidden_size=32, max_virtual_tokens=5, dtype="bfloat16")
+    model = ModelShape(hidden_size=32, max_virtual_tokens=5, dtype="bfloat16")
+    verifier = AdapterVerifier(spec, size_bytes=len(data), model=model)
     verifier.feed(data)
     verified = verifier.finish()
     assert verified.tensor_dtype == "F32"
     assert verified.sha256 == hashlib.sha256(data).hexdigest()
     assert verified.digest == adapter_digest(spec, verified.sha256)
-    rows = read_rows(spec, data)
+    rows = read_adapter(spec, data)
     with safe_open(files.tensors_path, "np") as opened:
         assert list(opened.keys()) == ["prompt_embeddings"]
         assert rows.data == opened.get_tensor("prompt_embeddings").tobytes()
-    assert (rows.dtype, rows.num_virtual_tokens, rows.hidden_size) == (
+    assert (rows.dtype, rows.num_virtual_tokens, rows.row_size) == (
         "float32",
         spec.num_virtual_tokens,
         spec.hidden_size,
@@ -96,7 +106,7 @@ def test_every_float_dtype_is_read(dtype, name):
 
     data = save_torch({"prompt_embeddings": torch.from_numpy(ROWS).to(dtype)})
     assert verify(data, piece_bytes=3).size_bytes == len(data)
-    rows = read_rows(SPEC, data)
+    rows = read_adapter(SPEC, data)
     assert rows.dtype == name
     read = torch.frombuffer(bytearray(rows.data), dtype=dtype).reshape(NUM_ROWS, HIDDEN)
     assert torch.equal(read.float(), torch.from_numpy(ROWS))
@@ -242,7 +252,7 @@ def test_a_value_that_is_no_number_is_refused_with_its_place(value, dtype, piece
 
 @pytest.mark.parametrize(
     ("value", "serving_dtype"),
-    [(65_504.0, "float16"), (3.3895e38, "bfloat16"), (3.4e38, "float32"), (-65_519.0, "float16"), (3.4e38, None)],
+    [(65_504.0, "float16"), (3.3895e38, "bfloat16"), (3.4e38, "float32"), (-65_519.0, "float16"), (3.4e38, "")],
 )
 def test_large_values_that_the_serving_dtype_can_hold_pass(value, serving_dtype):
     verify(with_value(value), dtype=serving_dtype)

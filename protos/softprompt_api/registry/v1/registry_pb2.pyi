@@ -35,6 +35,14 @@ class _AdapterKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterKi
     """PEFT P_TUNING: the same, saved after its encoder."""
     ADAPTER_KIND_CPT: _AdapterKind.ValueType  # 3
     """PEFT CPT: the same, saved in final form."""
+    ADAPTER_KIND_MULTITASK_PROMPT_TUNING: _AdapterKind.ValueType  # 4
+    """PEFT MULTITASK_PROMPT_TUNING: the same, a prompt of its own for each task."""
+    ADAPTER_KIND_PREFIX_TUNING: _AdapterKind.ValueType  # 5
+    """PEFT PREFIX_TUNING: keys and values put into the KV cache, saved after the projection."""
+    ADAPTER_KIND_CARTRIDGE: _AdapterKind.ValueType  # 6
+    """PEFT CARTRIDGE: keys and values put into the KV cache."""
+    ADAPTER_KIND_LORA: _AdapterKind.ValueType  # 7
+    """PEFT LORA: matrices of low rank added to linear layers."""
 
 class AdapterKind(_AdapterKind, metaclass=_AdapterKindEnumTypeWrapper):
     """AdapterKind is how an adapter acts on the model, by PEFT's names."""
@@ -47,6 +55,14 @@ ADAPTER_KIND_P_TUNING: AdapterKind.ValueType  # 2
 """PEFT P_TUNING: the same, saved after its encoder."""
 ADAPTER_KIND_CPT: AdapterKind.ValueType  # 3
 """PEFT CPT: the same, saved in final form."""
+ADAPTER_KIND_MULTITASK_PROMPT_TUNING: AdapterKind.ValueType  # 4
+"""PEFT MULTITASK_PROMPT_TUNING: the same, a prompt of its own for each task."""
+ADAPTER_KIND_PREFIX_TUNING: AdapterKind.ValueType  # 5
+"""PEFT PREFIX_TUNING: keys and values put into the KV cache, saved after the projection."""
+ADAPTER_KIND_CARTRIDGE: AdapterKind.ValueType  # 6
+"""PEFT CARTRIDGE: keys and values put into the KV cache."""
+ADAPTER_KIND_LORA: AdapterKind.ValueType  # 7
+"""PEFT LORA: matrices of low rank added to linear layers."""
 Global___AdapterKind: _TypeAlias = AdapterKind  # noqa: Y015
 
 class _AdapterEventType:
@@ -109,6 +125,7 @@ class BaseModel(_message.Message):
     TOKENIZER_SHA256_FIELD_NUMBER: _builtins.int
     MAX_VIRTUAL_TOKENS_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    NO_KEY_VALUES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Public id, for example "HuggingFaceTB/SmolLM2-135M-Instruct"."""
     architecture: _builtins.str
@@ -129,6 +146,10 @@ class BaseModel(_message.Message):
     """Largest number of virtual tokens the service accepts in one adapter; 0: no limit stated."""
     dtype: _builtins.str
     """Serving dtype, "float32", "bfloat16" or "float16": values must stay finite in it. Empty: not stated."""
+    no_key_values: _builtins.str
+    """Why the model cannot take keys and values from an adapter (PREFIX_TUNING, CARTRIDGE), in a few words; empty: it
+    can.
+    """
     def __init__(
         self,
         *,
@@ -142,10 +163,11 @@ class BaseModel(_message.Message):
         tokenizer_sha256: _builtins.str = ...,
         max_virtual_tokens: _builtins.int = ...,
         dtype: _builtins.str = ...,
+        no_key_values: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "head_dim", b"head_dim", "hidden_size", b"hidden_size", "id", b"id", "max_virtual_tokens", b"max_virtual_tokens", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "tokenizer_sha256", b"tokenizer_sha256", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "head_dim", b"head_dim", "hidden_size", b"hidden_size", "id", b"id", "max_virtual_tokens", b"max_virtual_tokens", "no_key_values", b"no_key_values", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "tokenizer_sha256", b"tokenizer_sha256", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -191,6 +213,8 @@ class AdapterVersion(_message.Message):
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     CREATED_AT_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    NUM_TASKS_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
@@ -207,7 +231,7 @@ class AdapterVersion(_message.Message):
     num_virtual_tokens: _builtins.int
     """Number of virtual tokens."""
     hidden_size: _builtins.int
-    """Width of the rows."""
+    """Width of the hidden state it was made for; 0 where its tensors do not say."""
     dtype: _builtins.str
     """dtype of the stored tensors as safetensors spells it, for example "F32"."""
     size_bytes: _builtins.int
@@ -216,6 +240,10 @@ class AdapterVersion(_message.Message):
     """sha256 (hex) of the tensor file as it was uploaded."""
     config_json: _builtins.str
     """adapter_config.json as it was uploaded; stored as text, never acted on."""
+    num_tasks: _builtins.int
+    """Number of tasks of a MULTITASK_PROMPT_TUNING adapter, each spelled "name:task" from 0; 0: no tasks."""
+    rank: _builtins.int
+    """Highest rank of a LoRA; 0 for other kinds."""
     pinned: _builtins.bool
     """Whether it is kept from deletion."""
     revision: _builtins.int
@@ -253,13 +281,15 @@ class AdapterVersion(_message.Message):
         base_model: Global___BaseModel | None = ...,
         created_at: _timestamp_pb2.Timestamp | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        num_tasks: _builtins.int = ...,
+        rank: _builtins.int = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         pinned: _builtins.bool = ...,
         revision: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "created_at", b"created_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_model", b"base_model", "config_json", b"config_json", "created_at", b"created_at", "digest", b"digest", "dtype", b"dtype", "hidden_size", b"hidden_size", "id", b"id", "kind", b"kind", "labels", b"labels", "name", b"name", "num_virtual_tokens", b"num_virtual_tokens", "pinned", b"pinned", "revision", b"revision", "size_bytes", b"size_bytes", "tensors_sha256", b"tensors_sha256", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_model", b"base_model", "config_json", b"config_json", "created_at", b"created_at", "digest", b"digest", "dtype", b"dtype", "hidden_size", b"hidden_size", "id", b"id", "kind", b"kind", "labels", b"labels", "name", b"name", "num_tasks", b"num_tasks", "num_virtual_tokens", b"num_virtual_tokens", "pinned", b"pinned", "rank", b"rank", "revision", b"revision", "size_bytes", b"size_bytes", "tensors_sha256", b"tensors_sha256", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

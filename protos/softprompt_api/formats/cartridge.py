@@ -1,0 +1,7 @@
+"""PEFT CARTRIDGE: keys and values that were trained as such, without a projection."""
+
+from softprompt_api.formats import checks
+from softprompt_api.formats.key_values import key_values_format
+from softprompt_api.formats.spec import AdapterKind
+
+FORMAT = key_values_format(AdapterKind.CARTRIDGE, {"num_frozen_tokens": checks.count})

@@ -1,0 +1,101 @@
+"""PEFT MULTITASK_PROMPT_TUNING: one prompt that all tasks share, times a matrix of low rank for each task."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from softprompt_api.formats import checks
+from softprompt_api.formats.common_keys import INIT_KEYS, PROMPT_KEYS
+from softprompt_api.formats.content import Content, Rows
+from softprompt_api.formats.safetensors_header import Shape, TensorInfo
+from softprompt_api.formats.spec import (
+    AdapterFormat,
+    AdapterKind,
+    AdapterSpec,
+    ModelShape,
+    RawTensor,
+    canonical_json,
+    check_equal,
+    check_virtual_tokens,
+)
+from softprompt_api.formats.values import as_float32, check_values
+
+_SHARED, _COLS, _ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
+_SIZES = ("num_virtual_tokens", "token_dim", "num_tasks", "num_ranks")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MultitaskSpec(AdapterSpec):
+    """The shared prompt, and for each task two matrices of `num_ranks` columns and rows."""
+
+    num_ranks: int
+
+    def check_fits(self, model: ModelShape) -> None:
+        """See AdapterSpec."""
+        check_equal("hidden size", self.hidden_size, model.hidden_size, field="token_dim")
+        check_virtual_tokens(self.num_virtual_tokens, model)
+
+    def expected_tensors(self, found: Mapping[str, TensorInfo]) -> Mapping[str, Shape]:  # noqa: ARG002
+        """See AdapterSpec."""
+        return {
+            _SHARED: (self.num_virtual_tokens, self.hidden_size),
+            _COLS: (self.num_tasks, self.num_virtual_tokens, self.num_ranks),
+            _ROWS: (self.num_tasks, self.num_ranks, self.hidden_size),
+        }
+
+    def read(self, tensors: Mapping[str, RawTensor], *, task: int | None, dtype: str) -> Content:
+        """The task's own prompt, in float32: shared * (cols[task] @ rows[task])."""
+        assert task is not None
+        shared, cols, rows = (
+            as_float32(tensors[name].data, tensors[name].info.dtype).reshape(tensors[name].info.shape)
+            for name in (_SHARED, _COLS, _ROWS)
+        )
+        with np.errstate(over="ignore", invalid="ignore"):  # the check below says where
+            prompt = shared * (cols[task] @ rows[task])
+        check_values(prompt, f"prompt of task {task}", dtype)
+        return Rows(
+            data=prompt.astype("<f4").tobytes(),
+            dtype="float32",
+            num_virtual_tokens=self.num_virtual_tokens,
+            row_size=self.hidden_size,
+        )
+
+
+def _spec(config: Mapping[str, Any]) -> AdapterSpec:
+    checks.require(config, *_SIZES)
+    num_virtual_tokens, hidden_size, num_tasks, num_ranks = (config[key] for key in _SIZES)
+    kind = AdapterKind.MULTITASK_PROMPT_TUNING
+    return MultitaskSpec(
+        kind=kind,
+        num_virtual_tokens=num_virtual_tokens,
+        hidden_size=hidden_size,
+        num_tasks=num_tasks,
+        num_ranks=num_ranks,
+        canonical_config=canonical_json(
+            kind=kind,
+            num_virtual_tokens=num_virtual_tokens,
+            hidden_size=hidden_size,
+            num_tasks=num_tasks,
+            num_ranks=num_ranks,
+        ),
+    )
+
+
+FORMAT = AdapterFormat(
+    kind=AdapterKind.MULTITASK_PROMPT_TUNING,
+    keys=MappingProxyType(
+        {
+            **PROMPT_KEYS,
+            **INIT_KEYS,
+            "num_tasks": checks.size,
+            "num_ranks": checks.size,
+            "prompt_tuning_init_task": checks.count,
+            # Kept as text; what it names was read when the prompt was trained.
+            "prompt_tuning_init_state_dict_path": checks.text,
+        }
+    ),
+    spec=_spec,
+)
