@@ -442,5 +442,5 @@ async def test_keys_and_values_are_refused_for_a_model_that_cannot_take_them(cli
 
 async def test_versions_of_before_there_were_tasks_and_ranks_are_read(client, make_adapter, redis):
     made = await client.register("old", make_adapter())
-    await redis.hdel(f"sp:{{v:{made.id}}}", "num_tasks", "rank")
+    await redis.hdel(f"sp:{{v:{made.id}}}", "num_tasks", "rank", "pinned", "sha256")
     assert await client.get("old") == made
