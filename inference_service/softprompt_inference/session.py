@@ -17,6 +17,8 @@ import structlog
 from softprompt_api.errors import InternalError, InvalidArgument, SoftpromptError, Unavailable
 from softprompt_api.inference.v1 import inference_pb2 as pb
 
+from softprompt_inference.batch import Batch
+
 _log = structlog.get_logger()
 
 # Far below the transport's limit: one further look at a generation may come on top.
@@ -49,11 +51,9 @@ class Session(Generic[Event]):
         write: Callable[[Event, pb.GenerateResponse], None],
     ) -> None:
         self._start_generation = start
-        self._write = write
         self._calls: dict[int, _Call[Event]] = {}
         self._kept_back: dict[_Call[Event], None] = {}  # have something to say and no room for it
-        self._batch = pb.GenerateManyResponse()
-        self._batch_bytes = 0
+        self._batch = Batch(write)
         self._changed = asyncio.Event()
         self._is_closed = False  # takes no further generations
 
@@ -65,7 +65,7 @@ class Session(Generic[Event]):
         reading.add_done_callback(lambda _: self._changed.set())
         try:
             while True:
-                while self._batch_bytes:
+                while self._batch.num_bytes:
                     yield self._take()
                 if reading.done():
                     reading.result()
@@ -134,23 +134,18 @@ class Session(Generic[Event]):
         """Send what a generation has to say now, as far as it may; its errors end the call, not the caller."""
         try:
             while call.may_send and not call.ended.done():
-                if self._batch_bytes >= _FULL_BYTES:
+                if self._batch.num_bytes >= _FULL_BYTES:
                     self._kept_back[call] = None
                     return
                 for event in (events := generation.take()):
-                    self._put(call.number, event)
+                    self._batch.add(call.number, event)
+                    self._changed.set()
                 if generation.has_ended:
                     self._end(call, pb.CallEnd())
                 elif not events:
                     return
         except Exception as error:
             self._end(call, _how(error))
-
-    def _put(self, number: int, event: Event) -> None:
-        written = self._batch.events.add(call=number)
-        self._write(event, written.response)
-        self._batch_bytes += written.ByteSize()
-        self._changed.set()
 
     def _end(self, call: "_Call[Event]", end: pb.CallEnd) -> None:
         """Tell a call's end with the last that it says; its task ends on its own."""
@@ -159,17 +154,16 @@ class Session(Generic[Event]):
             self._put_end(call.number, end)
 
     def _put_end(self, number: int, end: pb.CallEnd) -> None:
-        written = self._batch.events.add(call=number, end=end)
-        self._batch_bytes += written.ByteSize()
+        self._batch.end(number, end)
         self._changed.set()
 
     def _take(self) -> pb.GenerateManyResponse:
-        batch, self._batch, self._batch_bytes = self._batch, pb.GenerateManyResponse(), 0
+        message = self._batch.take()
         kept_back, self._kept_back = self._kept_back, {}
         for call in kept_back:
             assert call.generation is not None, "it had something to say"
             self._send(call, call.generation)
-        return batch
+        return message
 
 
 class _Call(Generic[Event]):

@@ -35,6 +35,7 @@ from softprompt_gateway.app import make_app
 from softprompt_gateway.clients import open_clients
 from softprompt_gateway.server import GracefulServer, listen, uvicorn_config
 from softprompt_gateway.settings import Settings
+from softprompt_inference.choice import Delta
 from softprompt_inference.session import Session
 
 BASE = "acme/tiny-1"
@@ -195,12 +196,12 @@ class _Generating:
     def follow(self, notify: Callable[[], None]) -> None:
         self._notify = notify
 
-    def take(self) -> list[pb.GenerateResponse]:
+    def take(self) -> list[Delta | pb.GenerateResponse]:
         if self._end is not None:
             raise self._end
         response, self._response = self._response, None
         self._taken.set()
-        return [] if response is None else [response]
+        return [] if response is None else [_event(response)]
 
     async def run(self, responses: AsyncIterator[pb.GenerateResponse]) -> None:
         try:
@@ -212,6 +213,14 @@ class _Generating:
         except Exception as error:
             self._end = error
         self._notify()
+
+
+def _event(response: pb.GenerateResponse) -> Delta | pb.GenerateResponse:
+    """A delta is the service's own, so that it travels as those do."""
+    delta = response.delta
+    if not response.HasField("delta") or delta.logprobs:
+        return response
+    return Delta(index=delta.index, text=delta.text, token_ids=list(delta.token_ids), logprobs=[])
 
 
 @contextlib.asynccontextmanager
@@ -226,8 +235,11 @@ async def _generating(responses: AsyncGenerator[pb.GenerateResponse, None]) -> A
             await asyncio.gather(task, return_exceptions=True)
 
 
-def _write(said: pb.GenerateResponse, response: pb.GenerateResponse) -> None:
-    response.CopyFrom(said)
+def _write(said: Delta | pb.GenerateResponse, response: pb.GenerateResponse) -> None:
+    if isinstance(said, Delta):
+        response.delta.CopyFrom(pb.Delta(index=said.index, text=said.text, token_ids=said.token_ids))
+    else:
+        response.CopyFrom(said)
 
 
 def _prompt(request: Any) -> tuple[list[int], str]:

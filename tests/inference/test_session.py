@@ -11,6 +11,7 @@ import pytest
 from softprompt_api.errors import InvalidArgument, Overloaded
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_inference import session as session_module
+from softprompt_inference.choice import Delta
 from softprompt_inference.session import Session
 
 
@@ -30,14 +31,14 @@ class Generation:
         self.said += said
         self._notify()
 
-    def take(self) -> list[str]:
+    def take(self) -> list[Delta]:
         if not self.said:
             return []
         said = self.said.popleft()
         if isinstance(said, Exception):
             raise said
         self.has_ended = said is None
-        return [] if said is None else [said]
+        return [] if said is None else [Delta(index=0, text=said, token_ids=[], logprobs=[])]
 
 
 @dataclass
@@ -58,8 +59,8 @@ class Generations:
             self.closed.append(request.text)
 
 
-def write(said: str, response: pb.GenerateResponse) -> None:
-    response.delta.text = said
+def write(said: Delta, response: pb.GenerateResponse) -> None:
+    response.delta.text = said.text
 
 
 @dataclass
@@ -67,7 +68,7 @@ class World:
     """A session with its client's end."""
 
     generations: Generations
-    session: Session[str]
+    session: Session[Delta]
     requests: asyncio.Queue[pb.GenerateManyRequest | None]
     messages: AsyncGenerator[pb.GenerateManyResponse, None]
 
@@ -85,8 +86,14 @@ class World:
         """The next message: call and text, or call and "end REASON"."""
         message = await anext(self.messages)
         return [
-            (event.call, event.response.delta.text if event.HasField("response") else f"end {event.end.reason}")
-            for event in message.events
+            *zip(message.deltas.calls, message.deltas.texts, strict=True),
+            *(
+                (
+                    event.call,
+                    event.response.delta.text if event.HasField("response") else f"end {event.end.reason}",
+                )
+                for event in message.events
+            ),
         ]
 
     async def settle(self) -> None:
