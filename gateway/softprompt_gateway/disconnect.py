@@ -5,30 +5,39 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import Request
-from starlette.types import Receive
 
+from softprompt_gateway.connection import Connection
 from softprompt_gateway.errors import ClientGone
 
 Result = TypeVar("Result")
 
 
-async def until_gone(receive: Receive) -> None:
-    """Return when the client has closed its connection. The body must have been read before."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """The result of `work`, which is cancelled at once, with a ClientGone, if the client leaves."""
-    working = asyncio.create_task(work)
-    leaving = asyncio.create_task(until_gone(request.receive))
+    connection = Connection.of(request.scope)
+    task = asyncio.current_task()
+    assert task is not None, "a coroutine runs in a task"
+    is_left = False
+
+    def leave() -> None:
+        nonlocal is_left
+        if connection.is_gone and not is_left:
+            is_left = True
+            task.cancel()
+
+    connection.follow(leave)
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGone
+        if connection.is_gone:
+            work.close()
+            raise ClientGone
+        return await work
+    except asyncio.CancelledError:
+        # As asyncio's own timeouts do: a cancellation that is not ours goes on.
+        if is_left and task.uncancel() == 0:
+            raise ClientGone from None
+        raise
     finally:
-        await stop(working, leaving)
+        connection.follow(None)
 
 
 async def stop(*tasks: asyncio.Task[Any]) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import h11
 import structlog
@@ -12,6 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from softprompt_gateway.connection import Connection
 from softprompt_gateway.errors import Refused
 from softprompt_gateway.settings import Settings
 
@@ -25,12 +27,14 @@ def protocol_with_deadlines(header_timeout_s: float, write_timeout_s: float) -> 
     """An HTTP protocol that gives up connections whose headers do not arrive or whose answers are not read."""
 
     class DeadlineProtocol(H11Protocol):
-        """Times the wait for headers; after them the app's own deadlines hold."""
+        """Times the wait for headers; after them the app's own deadlines hold. Its requests have a Connection."""
 
         _deadline: asyncio.TimerHandle | None = None
+        _client: Connection | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self._answer, self.app = self.app, self._run
             limit_unread(transport, write_timeout_s)
             self._arm()
 
@@ -43,10 +47,39 @@ def protocol_with_deadlines(header_timeout_s: float, write_timeout_s: float) -> 
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._disarm()
+            self.app = self._answer  # nothing is left that refers to itself
             super().connection_lost(exc)
+            if self._client is not None:
+                self._client.lose()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            if self._client is not None:
+                self._client.pause()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._client is not None:
+                self._client.resume()
 
         def send_400_response(self, msg: str) -> None:
             self._refuse(Refused(msg, code="invalid_http"), http_status=400)
+
+        async def _run(self, scope: Any, receive: Any, send: Any) -> None:
+            client = self._client = Connection(self._write, write_timeout_s=write_timeout_s)
+            client.attach(scope)
+            if self.flow.write_paused:  # by the answer before
+                client.pause()
+            if self.cycle.disconnected:
+                client.lose()
+            try:
+                await self._answer(scope, receive, send)
+            finally:
+                if self._client is client:  # the next request on the connection may have begun
+                    self._client = None
+
+        def _write(self, data: bytes) -> None:
+            self.transport.write(self.conn.send(h11.Data(data=data)) or b"")
 
         def _arm(self) -> None:
             # Armed once per request: bytes that trickle in do not move it.

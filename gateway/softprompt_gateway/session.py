@@ -1,9 +1,13 @@
-"""Generate calls over one GenerateMany stream: a message per step of the engine, not one per token and call."""
+"""Generate calls over one GenerateMany stream: a message per step of the engine, not one per token and call.
+
+Whoever follows a call is told where the message is read, in the same turn of the event loop.
+"""
 
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import grpc
 from softprompt_api.errors import DeadlineExceeded, InternalError, SoftpromptError, Unavailable
@@ -20,6 +24,19 @@ _MAX_WAITING = 64
 _MAX_AGE_S = 60.0
 
 
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New output of one choice."""
+
+    text: str
+    index: int = 0
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[pb.TokenLogprob] = ()
+
+
+Event = pb.Accepted | Delta | pb.Finished | pb.Usage
+
+
 class Calls:
     """Generate calls that belong together, by the numbers of their requests: what any of them says, in one queue.
 
@@ -30,47 +47,67 @@ class Calls:
         """Made by `Session.start`."""
         self._session = session
         self._open: dict[int, int] = {}  # number on the stream → number of the request
-        self._arrived: list[tuple[int, pb.GenerateResponse]] = []
+        self._arrived: list[tuple[int, Event]] = []
         self._error: SoftpromptError | None = None
         self._is_paused = False
-        self._loop = asyncio.get_running_loop()
-        self._waiting: asyncio.Future[None] | None = None
-        self._deadline = self._loop.call_later(timeout_s, self._expire)
+        self._notify: Callable[[], None] | None = None
+        self._deadline = asyncio.get_running_loop().call_later(timeout_s, self._expire)
 
-    async def take(self) -> Sequence[tuple[int, pb.GenerateResponse]]:
-        """What arrived since the last look, with the numbers of the requests; nothing at the end of all calls.
+    @property
+    def has_more(self) -> bool:
+        """Whether there is something to take, if only the end or an error."""
+        return bool(self._arrived) or not self._open
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all calls have ended well and all they said was taken."""
+        return not self._open and not self._arrived and self._error is None
+
+    def follow(self, notify: Callable[[], None]) -> None:
+        """Call `notify`, instead of any before, whenever there is something to take; it must not raise."""
+        self._notify = notify
+
+    async def wait(self) -> None:
+        """Return once there is something to take."""
+        arrived = asyncio.Event()
+        self.follow(arrived.set)
+        while not self.has_more:
+            arrived.clear()
+            await arrived.wait()
+
+    def take(self) -> list[tuple[int, Event]]:
+        """What arrived since the last look, with the numbers of the requests.
 
         Raises the error of the call that failed first, after what came before it.
         """
-        while not self._arrived:
-            if self._error is not None:
-                raise self._error
-            if not self._open:
-                return ()
-            self._waiting = self._loop.create_future()
-            await self._waiting
+        if not self._arrived and self._error is not None:
+            raise self._error
         arrived, self._arrived = self._arrived, []
         if self._is_paused:
             self._is_paused = False
-            self._tell(pb.CALL_SIGNAL_RESUME)
+            self._signal(pb.CALL_SIGNAL_RESUME)
         return arrived
 
     def cancel(self) -> None:
         """Abort what still runs; nothing happens if all have ended."""
-        self._tell(pb.CALL_SIGNAL_CANCEL)
+        self._signal(pb.CALL_SIGNAL_CANCEL)
         self._forget()
 
     def add(self, number: int, request: int) -> None:
         """Expect responses under this number on the stream."""
         self._open[number] = request
 
-    def put(self, number: int, response: pb.GenerateResponse) -> None:
-        """A response has come."""
-        self._arrived.append((self._open[number], response))
+    def put(self, number: int, event: Event) -> None:
+        """An event has come; `tell` of it when no more come with it."""
+        self._arrived.append((self._open[number], event))
+
+    def tell(self) -> None:
+        """Let the reader take what has come; one that does not take enough is spared more."""
+        if self._notify is not None:
+            self._notify()
         if len(self._arrived) >= _MAX_WAITING and not self._is_paused:
             self._is_paused = True
-            self._tell(pb.CALL_SIGNAL_PAUSE)
-        self._wake()
+            self._signal(pb.CALL_SIGNAL_PAUSE)
 
     def end(self, number: int, end: pb.CallEnd) -> None:
         """A call has ended; by an error the others end too."""
@@ -82,26 +119,22 @@ class Calls:
             self._forget()
 
     def fail(self, error: SoftpromptError) -> None:
-        """End all calls with this error."""
+        """End all calls with this error; `tell` of it when no more comes with it."""
         self._error = self._error or error
         self.cancel()
 
     def _expire(self) -> None:
         self.fail(DeadlineExceeded("the inference service did not answer in time"))
+        self.tell()
 
     def _forget(self) -> None:
         self._session.forget(self._open)
         self._open.clear()
         self._deadline.cancel()
-        self._wake()
 
-    def _tell(self, signal: "pb.CallSignal.ValueType") -> None:
+    def _signal(self, signal: "pb.CallSignal.ValueType") -> None:
         for number in self._open:
             self._session.send(pb.GenerateManyRequest(call=number, signal=signal))
-
-    def _wake(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
 
 
 class Session:
@@ -159,20 +192,51 @@ class Session:
         error: SoftpromptError = Unavailable("the inference service ended the stream; try again")
         try:
             async for message in self._stream:
-                for event in message.events:
-                    # A cancelled call's may still be on their way.
-                    if (calls := self._calls.get(event.call)) is not None:
-                        self._deliver(calls, event)
+                self._deliver(message)
         except grpc.aio.AioRpcError as failed:
             error = translate("inference", self._ending.of(failed))
         finally:
             self._has_ended = True
             for calls in set(self._calls.values()):
                 calls.fail(error)
+                calls.tell()
 
-    def _deliver(self, calls: Calls, event: pb.CallEvent) -> None:
-        if event.HasField("response"):
-            calls.put(event.call, event.response)
-        else:
-            del self._calls[event.call]
-            calls.end(event.call, event.end)
+    def _deliver(self, message: pb.GenerateManyResponse) -> None:
+        told: dict[Calls, None] = {}
+        for number, delta in _deltas(message.deltas):
+            # A cancelled call's may still be on their way.
+            if (calls := self._calls.get(number)) is not None:
+                calls.put(number, delta)
+                told[calls] = None
+        for event in message.events:
+            if (calls := self._calls.get(event.call)) is not None:
+                told[calls] = None
+                if event.HasField("response"):
+                    calls.put(event.call, _event(event.response))
+                else:
+                    del self._calls[event.call]
+                    calls.end(event.call, event.end)
+        for calls in told:
+            calls.tell()
+
+
+def _deltas(columns: pb.Deltas) -> Iterator[tuple[int, Delta]]:
+    """Each delta with the number of its call."""
+    token_ids, stop = list(columns.token_ids), 0
+    rows = zip(columns.calls, columns.texts, columns.indexes, columns.num_tokens, strict=True)
+    for number, text, index, num_tokens in rows:
+        start, stop = stop, stop + num_tokens
+        yield number, Delta(text, index, token_ids[start:stop])
+
+
+def _event(response: pb.GenerateResponse) -> Event:
+    match response.WhichOneof("event"):
+        case "accepted":
+            return response.accepted
+        case "delta":
+            delta = response.delta
+            return Delta(delta.text, delta.index, delta.token_ids, delta.logprobs)
+        case "finished":
+            return response.finished
+        case _:
+            return response.usage

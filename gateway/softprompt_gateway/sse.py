@@ -1,14 +1,15 @@
 """Server-sent events as plain bytes, written as fast as the reader takes them."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import structlog
 from softprompt_api.errors import InternalError, SoftpromptError
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from softprompt_gateway.disconnect import stop, until_gone
+from softprompt_gateway.connection import Connection
 from softprompt_gateway.errors import ClientGone, describe
 
 DONE = b"data: [DONE]\n\n"
@@ -21,86 +22,86 @@ def event(payload: bytes) -> bytes:
     return b"data: " + payload + b"\n\n"
 
 
+class Events(Protocol):
+    """Events that come by and by."""
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there is something to take, if only the end or an error."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last was taken."""
+
+    def follow(self, notify: Callable[[], None]) -> None:
+        """Call `notify` whenever there is something to take; it does not raise."""
+
+    def take(self) -> bytes:
+        """All whole events that have come since the last look; raises where they break off."""
+
+    def close(self) -> None:
+        """No more are wanted."""
+
+
 class EventStream(Response):
     """Sends events until they end, fail, or the client leaves.
 
-    A failure is told in a last event and the stream ends without `[DONE]`.
-
-    Args:
-        events: whole events, as `event` makes them.
-        close: called once at the end, however it comes.
-        write_timeout_s: how long one event may wait for its reader before the connection is given up.
+    Each is written where it arrives, without waking a task. A failure is told in a last event and the stream ends
+    without `[DONE]`. What a slow client has not read makes the events wait.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self,
-        events: AsyncGenerator[bytes, None],
-        *,
-        close: Callable[[], None],
-        write_timeout_s: float,
-        headers: Mapping[str, str],
-    ) -> None:
+    def __init__(self, events: Events, *, headers: Mapping[str, str]) -> None:
         super().__init__(headers={**_HEADERS, **headers})
         del self.headers["content-length"]
         self._events = events
-        self._close = close
-        self._write_timeout_s = write_timeout_s
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         """Send the response; raise ClientGone if it could not be sent to its end."""
-        patience = _Patience(self._write_timeout_s)
-        writing = asyncio.create_task(self._write(scope, patience.watched(send)))
-        leaving = asyncio.create_task(until_gone(receive))
-        stalling = asyncio.create_task(patience.until_lost())
         try:
-            await asyncio.wait({writing, leaving, stalling}, return_when=asyncio.FIRST_COMPLETED)
-            if not writing.done():
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            connection = Connection.of(scope)
+            failed = await _Writing(self._events, connection).ended
+            if connection.is_gone:
                 raise ClientGone
-            writing.result()
+            last = b"" if failed is None else _told(failed, scope["state"]["request_id"])
+            await send({"type": "http.response.body", "body": last, "more_body": False})
         finally:
-            self._close()
-            await stop(writing, leaving, stalling)
-            await self._events.aclose()
+            self._events.close()
 
-    async def _write(self, scope: Scope, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+def _told(error: Exception, request_id: str) -> bytes:
+    """The event that says why a stream breaks off."""
+    if isinstance(error, InternalError) or not isinstance(error, SoftpromptError):
+        _log.error("stream failed", request_id=request_id, exc_info=error)
+    return event(describe(error).json())
+
+
+class _Writing:
+    """Writes events to a connection.
+
+    Attributes:
+        ended: done when all is written, or nobody reads it; what the events broke off with.
+    """
+
+    def __init__(self, events: Events, connection: Connection) -> None:
+        self._events = events
+        self._connection = connection
+        self.ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+        connection.follow(self._write)
+        events.follow(self._write)
+        self._write()
+
+    def _write(self) -> None:
+        if self.ended.done():
+            return
+        events, connection = self._events, self._connection
         try:
-            async for chunk in self._events:
-                await self._send(send, chunk)
+            while events.has_more and connection.is_writable and not connection.is_gone:
+                connection.write(events.take())
         except Exception as error:
-            if isinstance(error, InternalError) or not isinstance(error, SoftpromptError):
-                _log.exception("stream failed", request_id=scope["state"]["request_id"])
-            await self._send(send, event(describe(error).json()))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send(self, send: Send, chunk: bytes) -> None:
-        await send({"type": "http.response.body", "body": chunk, "more_body": True})
-
-
-class _Patience:
-    """Notices a send that waits too long, with one timer for a whole stream instead of one for each event."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._now = asyncio.get_running_loop().time
-        self._waits_since_s: float | None = None
-
-    def watched(self, send: Send) -> Send:
-        """The same `send`, watched."""
-
-        async def watched_send(message: Message) -> None:
-            self._waits_since_s = self._now()
-            await send(message)
-            self._waits_since_s = None
-
-        return watched_send
-
-    async def until_lost(self) -> None:
-        """Return when a send has waited for the whole timeout."""
-        left_s = self._timeout_s
-        while left_s > 0:
-            await asyncio.sleep(left_s)
-            waited_s = 0.0 if self._waits_since_s is None else self._now() - self._waits_since_s
-            left_s = self._timeout_s - waited_s
+            self.ended.set_result(error)
+        else:
+            if events.has_ended or connection.is_gone:
+                self.ended.set_result(None)

@@ -105,36 +105,39 @@ def to_resident(resident: Resident) -> pb.ResidentAdapter:
 
 def to_response(event: Event, tokenizer: Tokenizer) -> pb.GenerateResponse:
     """One event of a generation."""
+    response = pb.GenerateResponse()
+    write_response(event, response, tokenizer)
+    return response
+
+
+def write_response(event: Event, response: pb.GenerateResponse, tokenizer: Tokenizer) -> None:
+    """Write one event into an empty message, which may be part of another: copying takes longer than writing."""
     match event:
         case Delta():
-            return pb.GenerateResponse(
-                delta=pb.Delta(
-                    index=event.index,
-                    text=event.text,
-                    token_ids=event.token_ids,
-                    logprobs=_to_logprobs(event.token_ids, event.logprobs, tokenizer),
-                )
-            )
+            delta = response.delta
+            delta.index = event.index
+            delta.text = event.text
+            delta.token_ids.extend(event.token_ids)
+            if event.logprobs:
+                delta.logprobs.extend(_to_logprobs(event.token_ids, event.logprobs, tokenizer))
         case Finished():
-            return pb.GenerateResponse(
-                finished=pb.Finished(
-                    index=event.index,
-                    reason=_REASONS[event.reason],
-                    stop_string=event.stop_string,
-                    stop_token_id=event.stop_token_id,
-                )
+            finished = pb.Finished(
+                index=event.index,
+                reason=_REASONS[event.reason],
+                stop_string=event.stop_string,
+                stop_token_id=event.stop_token_id,
             )
+            response.finished.CopyFrom(finished)
         case Accepted():
-            return pb.GenerateResponse(accepted=_to_accepted(event))
+            response.accepted.CopyFrom(_to_accepted(event))
         case Usage():
-            return pb.GenerateResponse(
-                usage=pb.Usage(
-                    prompt_tokens=event.prompt_tokens,
-                    completion_tokens=event.completion_tokens,
-                    virtual_tokens=event.virtual_tokens,
-                    cached_tokens=event.cached_tokens,
-                )
+            usage = pb.Usage(
+                prompt_tokens=event.prompt_tokens,
+                completion_tokens=event.completion_tokens,
+                virtual_tokens=event.virtual_tokens,
+                cached_tokens=event.cached_tokens,
             )
+            response.usage.CopyFrom(usage)
 
 
 def _to_accepted(event: Accepted) -> pb.Accepted:
@@ -149,8 +152,6 @@ def _to_accepted(event: Accepted) -> pb.Accepted:
 def _to_logprobs(
     token_ids: Sequence[int], logprobs: Sequence[Logprobs], tokenizer: Tokenizer
 ) -> list[pb.TokenLogprob]:
-    if not logprobs:
-        return []
     return [
         pb.TokenLogprob(
             chosen=_to_entry(token_id, entry.chosen, tokenizer),

@@ -3,15 +3,17 @@
     admit → encode the prompt → bind an adapter version and bring it in → check the context → Accepted
           → one engine request per choice → Delta … Finished → Usage
 
-Whoever closes the iterator of events (or is cancelled in it) aborts what is unfinished and lets the adapter go.
+It runs for the time of a context: leaving it aborts what is unfinished and lets the adapter go. Its events are
+made when they are taken, by whoever is told that there are some: no task wakes for a token.
 """
 
 import asyncio
 import contextlib
 import itertools
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from softprompt_api.errors import ContextLengthExceeded, InvalidArgument, Overloaded
@@ -40,8 +42,8 @@ _MAX_DELTA_TOKENS = 512
 class OutputStream(Protocol):
     """The engine's outputs of one request; see `softprompt_inference.engine.client.OutputStream`."""
 
-    def __aiter__(self) -> AsyncIterator[list[Output]]: ...
-    async def __anext__(self) -> list[Output]: ...
+    def follow(self, notify: Callable[[], None]) -> None: ...
+    def take(self, most: int) -> list[Output]: ...
     def close(self) -> None: ...
 
 
@@ -98,6 +100,95 @@ class Usage:
 Event = Accepted | Delta | Finished | Usage
 
 
+class Generation:
+    """A generation that runs.
+
+    Args:
+        accepted: its first event.
+        choices, streams: what it consists of, and the engine's outputs of each.
+
+    Attributes:
+        usage: its last event, once that was taken.
+    """
+
+    def __init__(self, accepted: Accepted, choices: Sequence[Choice], streams: Sequence[OutputStream]) -> None:
+        self._accepted = accepted
+        self._choices = choices
+        self._streams = streams
+        self._num_running = len(choices)
+        self._is_told = False  # that it was accepted
+        self._ready: dict[int, None] = {}  # choices with outputs, in the order in which these came
+        self._notify: Callable[[], None] | None = None
+        self.usage: Usage | None = None
+        for index, stream in enumerate(streams):
+            stream.follow(partial(self._hear, index))
+
+    def follow(self, notify: Callable[[], None]) -> None:
+        """Call `notify` now, and whenever there is something to take."""
+        self._notify = notify
+        notify()
+
+    def take(self) -> list[Event]:
+        """The next events, few enough for a message; none where nothing has come since the last.
+
+        Raises the error that ended a choice.
+        """
+        if not self._is_told:
+            self._is_told = True
+            return [self._accepted]
+        events: list[Event] = []
+        while self._ready and not events:
+            events += self._read(next(iter(self._ready)))
+        if not events and not self._num_running and self.usage is None:
+            self.usage = self._count()
+            events.append(self.usage)
+        return events
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last event was taken."""
+        return self.usage is not None
+
+    async def next(self) -> list[Event]:
+        """The next events, once there are any; none at the end."""
+        changed = asyncio.Event()
+        self._notify = changed.set
+        while not (events := self.take()) and not self.has_ended:
+            await changed.wait()
+            changed.clear()
+        return events
+
+    def _hear(self, index: int) -> None:
+        self._ready[index] = None
+        if self._notify is not None:
+            self._notify()
+
+    def _read(self, index: int) -> list[Delta | Finished]:
+        choice, stream = self._choices[index], self._streams[index]
+        outputs = stream.take(_MAX_DELTA_TOKENS)
+        if len(outputs) < _MAX_DELTA_TOKENS:
+            del self._ready[index]
+        if not outputs:
+            return []
+        events = choice.read(outputs)
+        if choice.has_ended:
+            self._num_running -= 1
+            self._ready.pop(index, None)
+            # A stop string ends a choice of which the engine knows nothing.
+            stream.close()
+        return events
+
+    def _count(self) -> Usage:
+        accepted, choices = self._accepted, self._choices
+        return Usage(
+            prompt_tokens=len(accepted.prompt_token_ids),
+            completion_tokens=sum(choice.num_tokens for choice in choices),
+            virtual_tokens=accepted.virtual_tokens,
+            # The first choice's: the others find what it computed.
+            cached_tokens=max(0, choices[0].cached_tokens - accepted.virtual_tokens),
+        )
+
+
 class Generator:
     """Runs generations over one engine.
 
@@ -132,8 +223,9 @@ class Generator:
         self._num_open_choices = 0
         self._numbers = itertools.count(1)
 
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
-        """The events of one generation; every SoftpromptError it raises is meant for the caller."""
+    @contextlib.asynccontextmanager
+    async def start(self, call: GenerateCall) -> AsyncIterator[Generation]:
+        """A generation, for the time of the context; every SoftpromptError it raises is meant for the caller."""
         call.params.check_vocabulary(self._engine.info.vocab_size)
         with self._admitted(call.params.n):
             token_ids = await self._prompts.encode(call.prompt)
@@ -142,20 +234,12 @@ class Generator:
             bound = await self.bind(call.adapter)
             async with self._resident(bound) as virtual_tokens:
                 self._check_context(len(token_ids), virtual_tokens, call.params.max_tokens)
-                yield Accepted(adapter=bound, prompt_token_ids=token_ids, virtual_tokens=virtual_tokens)
+                accepted = Accepted(adapter=bound, prompt_token_ids=token_ids, virtual_tokens=virtual_tokens)
                 choices = [
                     Choice(index, self._tokenizer.output_text(call.params)) for index in range(call.params.n)
                 ]
-                async with contextlib.aclosing(self._run(call.params, token_ids, bound, choices)) as events:
-                    async for event in events:
-                        yield event
-                yield Usage(
-                    prompt_tokens=len(token_ids),
-                    completion_tokens=sum(choice.num_tokens for choice in choices),
-                    virtual_tokens=virtual_tokens,
-                    # The first choice's: the others find what it computed.
-                    cached_tokens=max(0, choices[0].cached_tokens - virtual_tokens),
-                )
+                with self._submitted(call.params, accepted) as streams:
+                    yield Generation(accepted, choices, streams)
 
     async def bind(self, spelling: str) -> BoundAdapter | None:
         """The version that a spelling stands for now; None for the base model."""
@@ -180,13 +264,12 @@ class Generator:
     def _parse(self, spelling: str) -> AdapterRef | None:
         return parse_model(spelling, base_model_id=self._base_model_id, field="adapter") if spelling else None
 
-    async def _run(
-        self, params: SamplingParams, token_ids: list[int], bound: BoundAdapter | None, choices: Sequence[Choice]
-    ) -> AsyncGenerator[Delta | Finished, None]:
-        text = TextPart(token_ids=token_ids)
-        prompt: list[TextPart | SoftPromptPart] = [text]
-        if bound is not None:
-            prompt.insert(0, SoftPromptPart(digest=bound.digest))
+    @contextlib.contextmanager
+    def _submitted(self, params: SamplingParams, accepted: Accepted) -> Iterator[list[OutputStream]]:
+        """The outputs of each choice; the engine forgets what has not ended when the context does."""
+        prompt: list[TextPart | SoftPromptPart] = [TextPart(token_ids=accepted.prompt_token_ids)]
+        if accepted.adapter is not None:
+            prompt.insert(0, SoftPromptPart(digest=accepted.adapter.digest))
         seed = secrets.randbits(62) if params.seed is None else params.seed
         request_number = next(self._numbers)
         with contextlib.ExitStack() as open_streams:
@@ -203,14 +286,7 @@ class Generator:
                 streams.append(self._engine.outputs(request.request_id))
                 # Closing a stream that has not ended aborts its request.
                 open_streams.callback(streams[-1].close)
-            async with contextlib.aclosing(_merged(streams)) as arrivals:
-                async for index, outputs in arrivals:
-                    for start in range(0, len(outputs), _MAX_DELTA_TOKENS):
-                        for event in choices[index].read(outputs[start : start + _MAX_DELTA_TOKENS]):
-                            yield event
-                        if choices[index].has_ended:
-                            streams[index].close()
-                            break
+            yield streams
 
     @contextlib.asynccontextmanager
     async def _resident(self, bound: BoundAdapter | None) -> AsyncIterator[int]:
@@ -245,31 +321,3 @@ class Generator:
             f"the limit is {limit}",
             field="prompt" if num_prompt >= limit else "max_tokens",
         )
-
-
-async def _merged(streams: Sequence[OutputStream]) -> AsyncGenerator[tuple[int, list[Output]], None]:
-    """What arrives on any of the streams, with the stream's index; what arrived meanwhile comes together."""
-    if len(streams) == 1:
-        async for outputs in streams[0]:
-            yield 0, outputs
-        return
-    waiting = {asyncio.ensure_future(_next(stream)): index for index, stream in enumerate(streams)}
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                index = waiting.pop(task)
-                if (arrived := task.result()) is not None:
-                    waiting[asyncio.ensure_future(_next(streams[index]))] = index
-                    yield index, arrived
-    finally:
-        for task in waiting:
-            task.cancel()
-
-
-async def _next(stream: OutputStream) -> list[Output] | None:
-    """The next outputs; None at the end."""
-    try:
-        return await anext(stream)
-    except StopAsyncIteration:
-        return None

@@ -4,8 +4,8 @@
 # ruff: noqa: ARG002, N802
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from softprompt_api.inference.v1 import inference_pb2_grpc as pb_grpc
 from softprompt_api.registry.v1 import registry_pb2
 
 from softprompt_inference.adapters.residency import Residency
-from softprompt_inference.convert import to_call, to_prompt, to_resident, to_response
-from softprompt_inference.generation import EngineHandle, GenerateCall, Generator, Usage
+from softprompt_inference.convert import to_call, to_prompt, to_resident, to_response, write_response
+from softprompt_inference.generation import EngineHandle, Event, GenerateCall, Generation, Generator, Usage
 from softprompt_inference.prompts import PromptEncoder
 from softprompt_inference.session import Session
 from softprompt_inference.text import Tokenizer
@@ -46,7 +46,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     def __init__(self) -> None:
         self._front: Front | None = None
-        self._sessions: set[Session] = set()
+        self._sessions: set[Session[Event]] = set()
 
     def open(self, front: Front) -> None:
         """Answer with this front from now on."""
@@ -58,14 +58,15 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             session.close()
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
-        async with aclosing(self._generate(request)) as responses:
-            async for response in responses:
-                yield response
+        async with self._start(request) as generation:
+            while events := await generation.next():
+                for event in events:
+                    yield to_response(event, self._ready().tokenizer)
 
     async def GenerateMany(
         self, request_iterator: AsyncIterator[pb.GenerateManyRequest], context: Context
     ) -> AsyncIterator[pb.GenerateManyResponse]:
-        session = Session(self._generate)
+        session = Session(self._start, self._write)
         self._sessions.add(session)
         try:
             async with aclosing(session.serve(request_iterator)) as messages:
@@ -74,15 +75,19 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         finally:
             self._sessions.discard(session)
 
-    async def _generate(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
+    @asynccontextmanager
+    async def _start(self, request: pb.GenerateRequest) -> AsyncIterator[Generation]:
+        """A generation, logged when it has ended whole."""
         front = self._ready()
         call = to_call(request)
-        async with aclosing(front.generator.generate(call)) as events:
-            began = time.monotonic()
-            async for event in events:
-                yield to_response(event, front.tokenizer)
-                if isinstance(event, Usage):
-                    _log_request(request.request_id, call, event, time.monotonic() - began)
+        began = time.monotonic()
+        async with front.generator.start(call) as generation:
+            yield generation
+        if generation.usage is not None:
+            _log_request(request.request_id, call, generation.usage, time.monotonic() - began)
+
+    def _write(self, event: Event, response: pb.GenerateResponse) -> None:
+        write_response(event, response, self._ready().tokenizer)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         front = self._ready()

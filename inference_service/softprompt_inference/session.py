@@ -1,42 +1,60 @@
 """Many generations over one stream: what they say in one turn of the event loop travels in one message.
 
-    requests → one task per generation → the batch → message → …
+    requests → one task per generation, for its beginning and its end
+    the engine's step → every generation it has outputs for → the batch → message → …
 
 A batch is handed out as soon as the transport takes it. While it does not, the batch grows to a bound; beyond it
-generations wait, and their outputs gather in the engine's client as they would behind a stream of their own.
+nothing is taken from generations, and their outputs gather in the engine's client.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import Generic, Protocol, TypeVar
 
 import structlog
 from softprompt_api.errors import InternalError, InvalidArgument, SoftpromptError, Unavailable
 from softprompt_api.inference.v1 import inference_pb2 as pb
 
+from softprompt_inference.batch import Batch
+
 _log = structlog.get_logger()
 
-Generate = Callable[[pb.GenerateRequest], AsyncGenerator[pb.GenerateResponse, None]]
-
-# Far below the transport's limit: one further event may come on top.
+# Far below the transport's limit: one further look at a generation may come on top.
 _FULL_BYTES = 2**20
 
+Event = TypeVar("Event")
+EventOut = TypeVar("EventOut", covariant=True)
 
-class Session:
+
+class Generation(Protocol[EventOut]):
+    """A generation that runs; see `softprompt_inference.generation.Generation`."""
+
+    @property
+    def has_ended(self) -> bool: ...
+    def follow(self, notify: Callable[[], None]) -> None: ...
+    def take(self) -> Sequence[EventOut]: ...
+
+
+class Session(Generic[Event]):
     """One GenerateMany stream.
 
     Args:
-        generate: the responses of one generation; closing the iterator aborts it.
+        start: a generation for the time of a context; leaving the context aborts it.
+        write: writes one event of a generation into a response.
     """
 
-    def __init__(self, generate: Generate) -> None:
-        self._generate = generate
-        self._calls: dict[int, _Call] = {}
-        self._batch = pb.GenerateManyResponse()
-        self._batch_bytes = 0
+    def __init__(
+        self,
+        start: Callable[[pb.GenerateRequest], AbstractAsyncContextManager[Generation[Event]]],
+        write: Callable[[Event, pb.GenerateResponse], None],
+    ) -> None:
+        self._start_generation = start
+        self._calls: dict[int, _Call[Event]] = {}
+        self._kept_back: dict[_Call[Event], None] = {}  # have something to say and no room for it
+        self._batch = Batch(write)
         self._changed = asyncio.Event()
-        self._has_room = asyncio.Event()
-        self._has_room.set()
         self._is_closed = False  # takes no further generations
 
     async def serve(
@@ -47,7 +65,7 @@ class Session:
         reading.add_done_callback(lambda _: self._changed.set())
         try:
             while True:
-                while self._batch_bytes:
+                while self._batch.num_bytes:
                     yield self._take()
                 if reading.done():
                     reading.result()
@@ -81,10 +99,10 @@ class Session:
         if number in self._calls:
             raise InvalidArgument(f"call {number} is in use", field="call")
         if self._is_closed:
-            self._put(pb.CallEvent(call=number, end=_end(Unavailable("the service is stopping; try again"))))
+            self._put_end(number, _how(Unavailable("the service is stopping; try again")))
             return
-        self._calls[number] = call = _Call()
-        call.task = asyncio.create_task(self._run(number, call, request))
+        call = self._calls[number] = _Call[Event](number)
+        call.task = asyncio.create_task(self._run(call, request))
 
     def _signal(self, number: int, signal: "pb.CallSignal.ValueType") -> None:
         call = self._calls.get(number)
@@ -93,56 +111,74 @@ class Session:
         if signal == pb.CALL_SIGNAL_CANCEL:
             call.task.cancel()
         elif signal == pb.CALL_SIGNAL_PAUSE:
-            call.may_send.clear()
+            call.may_send = False
         elif signal == pb.CALL_SIGNAL_RESUME:
-            call.may_send.set()
+            call.may_send = True
+            if call.generation is not None:
+                self._send(call, call.generation)
 
-    async def _run(self, number: int, call: "_Call", request: pb.GenerateRequest) -> None:
+    async def _run(self, call: "_Call[Event]", request: pb.GenerateRequest) -> None:
         try:
-            end = await self._send_all(number, call, request)
-        finally:
-            del self._calls[number]
-            self._changed.set()
-        self._put(pb.CallEvent(call=number, end=end))
-
-    async def _send_all(self, number: int, call: "_Call", request: pb.GenerateRequest) -> pb.CallEnd:
-        """Send the responses of one generation; how it ended."""
-        try:
-            async with aclosing(self._generate(request)) as responses:
-                async for response in responses:
-                    self._put(pb.CallEvent(call=number, response=response))
-                    # Waiting comes after sending: what is generated meanwhile is not asked for, and so gathers.
-                    while not (self._has_room.is_set() and call.may_send.is_set()):
-                        await self._has_room.wait()
-                        await call.may_send.wait()
+            async with self._start_generation(request) as generation:
+                call.generation = generation
+                generation.follow(partial(self._send, call, generation))
+                await call.ended
         except Exception as error:
-            return _end(error)
-        return pb.CallEnd()
+            self._end(call, _how(error))
+        finally:
+            del self._calls[call.number]
+            self._kept_back.pop(call, None)
+            self._changed.set()
 
-    def _put(self, event: pb.CallEvent) -> None:
-        self._batch.events.append(event)
-        self._batch_bytes += event.ByteSize()
-        if self._batch_bytes >= _FULL_BYTES:
-            self._has_room.clear()
+    def _send(self, call: "_Call[Event]", generation: Generation[Event]) -> None:
+        """Send what a generation has to say now, as far as it may; its errors end the call, not the caller."""
+        try:
+            while call.may_send and not call.ended.done():
+                if self._batch.num_bytes >= _FULL_BYTES:
+                    self._kept_back[call] = None
+                    return
+                for event in (events := generation.take()):
+                    self._batch.add(call.number, event)
+                    self._changed.set()
+                if generation.has_ended:
+                    self._end(call, pb.CallEnd())
+                elif not events:
+                    return
+        except Exception as error:
+            self._end(call, _how(error))
+
+    def _end(self, call: "_Call[Event]", end: pb.CallEnd) -> None:
+        """Tell a call's end with the last that it says; its task ends on its own."""
+        if not call.ended.done():
+            call.ended.set_result(None)
+            self._put_end(call.number, end)
+
+    def _put_end(self, number: int, end: pb.CallEnd) -> None:
+        self._batch.end(number, end)
         self._changed.set()
 
     def _take(self) -> pb.GenerateManyResponse:
-        batch, self._batch, self._batch_bytes = self._batch, pb.GenerateManyResponse(), 0
-        self._has_room.set()
-        return batch
+        message = self._batch.take()
+        kept_back, self._kept_back = self._kept_back, {}
+        for call in kept_back:
+            assert call.generation is not None, "it had something to say"
+            self._send(call, call.generation)
+        return message
 
 
-class _Call:
+class _Call(Generic[Event]):
     """A running generation; its task is set right after it is made."""
 
     task: asyncio.Task[None]
 
-    def __init__(self) -> None:
-        self.may_send = asyncio.Event()
-        self.may_send.set()
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.generation: Generation[Event] | None = None
+        self.may_send = True
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
 
-def _end(error: Exception) -> pb.CallEnd:
+def _how(error: Exception) -> pb.CallEnd:
     """How a failed generation is told: as the interceptor tells a failed Generate."""
     if not isinstance(error, SoftpromptError):
         _log.exception("call failed", method="GenerateMany", exc_info=error)

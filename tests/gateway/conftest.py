@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ from softprompt_gateway.app import make_app
 from softprompt_gateway.clients import open_clients
 from softprompt_gateway.server import GracefulServer, listen, uvicorn_config
 from softprompt_gateway.settings import Settings
+from softprompt_inference.choice import Delta
 from softprompt_inference.session import Session
 
 BASE = "acme/tiny-1"
@@ -78,7 +79,7 @@ class FakeInference(InferenceServiceServicer):
                 setattr(self, name, getattr(self, name) + amount)
             self.changed.notify_all()
 
-    async def Generate(self, request: Any, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+    async def Generate(self, request: Any, context: Any) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Repeat the prompt, unless it is a command.
 
         "refuse REASON" fails at once, "break REASON" after one token; "crash" is a defect; "stall" hangs after one
@@ -142,7 +143,7 @@ class FakeInference(InferenceServiceServicer):
     async def GenerateMany(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.GenerateManyResponse]:
         """The service's own session, over this `Generate`."""
         await self._change(sessions=1, open_sessions=1)
-        session = Session(lambda request: self.Generate(request, context))
+        session = Session(lambda request: _generating(self.Generate(request, context)), _write)
         try:
             async with contextlib.aclosing(session.serve(self._noted(request_iterator))) as messages:
                 async for message in messages:
@@ -180,6 +181,65 @@ class FakeInference(InferenceServiceServicer):
 
     async def GetLoad(self, request: Any, context: Any) -> pb.GetLoadResponse:
         return pb.GetLoadResponse(running=self.running, num_pages=64, generated_tokens=7)
+
+
+class _Generating:
+    """Responses as the session takes them: the next is asked for when the last was taken."""
+
+    def __init__(self) -> None:
+        self.has_ended = False
+        self._response: pb.GenerateResponse | None = None
+        self._end: Exception | None = None
+        self._taken = asyncio.Event()
+        self._notify: Callable[[], None] = lambda: None
+
+    def follow(self, notify: Callable[[], None]) -> None:
+        self._notify = notify
+
+    def take(self) -> list[Delta | pb.GenerateResponse]:
+        if self._end is not None:
+            raise self._end
+        response, self._response = self._response, None
+        self._taken.set()
+        return [] if response is None else [_event(response)]
+
+    async def run(self, responses: AsyncIterator[pb.GenerateResponse]) -> None:
+        try:
+            async for self._response in responses:
+                self._taken.clear()
+                self._notify()
+                await self._taken.wait()
+            self.has_ended = True
+        except Exception as error:
+            self._end = error
+        self._notify()
+
+
+def _event(response: pb.GenerateResponse) -> Delta | pb.GenerateResponse:
+    """A delta is the service's own, so that it travels as those do."""
+    delta = response.delta
+    if not response.HasField("delta") or delta.logprobs:
+        return response
+    return Delta(index=delta.index, text=delta.text, token_ids=list(delta.token_ids), logprobs=[])
+
+
+@contextlib.asynccontextmanager
+async def _generating(responses: AsyncGenerator[pb.GenerateResponse, None]) -> AsyncIterator[_Generating]:
+    async with contextlib.aclosing(responses):
+        generation = _Generating()
+        task = asyncio.create_task(generation.run(responses))
+        try:
+            yield generation
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def _write(said: Delta | pb.GenerateResponse, response: pb.GenerateResponse) -> None:
+    if isinstance(said, Delta):
+        response.delta.CopyFrom(pb.Delta(index=said.index, text=said.text, token_ids=said.token_ids))
+    else:
+        response.CopyFrom(said)
 
 
 def _prompt(request: Any) -> tuple[list[int], str]:

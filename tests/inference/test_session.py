@@ -1,8 +1,9 @@
 """Many generations on one stream: in order, together where they come together, and each with an end of its own."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,27 +11,56 @@ import pytest
 from softprompt_api.errors import InvalidArgument, Overloaded
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_inference import session as session_module
+from softprompt_inference.choice import Delta
 from softprompt_inference.session import Session
+
+
+class Generation:
+    """Says what a test tells it to: a text, an error, or None for its end."""
+
+    def __init__(self) -> None:
+        self.said: deque[Any] = deque()
+        self.has_ended = False
+        self._notify: Callable[[], None] = lambda: None
+
+    def follow(self, notify: Callable[[], None]) -> None:
+        self._notify = notify
+        notify()
+
+    def say(self, *said: Any) -> None:
+        self.said += said
+        self._notify()
+
+    def take(self) -> list[Delta]:
+        if not self.said:
+            return []
+        said = self.said.popleft()
+        if isinstance(said, Exception):
+            raise said
+        self.has_ended = said is None
+        return [] if said is None else [Delta(index=0, text=said, token_ids=[], logprobs=[])]
 
 
 @dataclass
 class Generations:
-    """Generations that say what a test tells them to; a request's text is its name."""
+    """Generations; a request's text is its name."""
 
-    said: dict[str, asyncio.Queue[Any]] = field(default_factory=dict)
+    running: dict[str, Generation] = field(default_factory=dict)
     closed: list[str] = field(default_factory=list)
     started: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
 
-    async def generate(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse, None]:
-        queue = self.said[request.text] = asyncio.Queue()
+    @asynccontextmanager
+    async def start(self, request: pb.GenerateRequest) -> AsyncIterator[Generation]:
+        self.running[request.text] = generation = Generation()
         self.started.put_nowait(request.text)
         try:
-            while (said := await queue.get()) is not None:
-                if isinstance(said, Exception):
-                    raise said
-                yield pb.GenerateResponse(delta=pb.Delta(text=said))
+            yield generation
         finally:
             self.closed.append(request.text)
+
+
+def write(said: Delta, response: pb.GenerateResponse) -> None:
+    response.delta.text = said.text
 
 
 @dataclass
@@ -38,7 +68,7 @@ class World:
     """A session with its client's end."""
 
     generations: Generations
-    session: Session
+    session: Session[Delta]
     requests: asyncio.Queue[pb.GenerateManyRequest | None]
     messages: AsyncGenerator[pb.GenerateManyResponse, None]
 
@@ -50,15 +80,20 @@ class World:
         self.requests.put_nowait(pb.GenerateManyRequest(call=number, signal=signal))
 
     def say(self, name: str, *said: Any) -> None:
-        for one in said:
-            self.generations.said[name].put_nowait(one)
+        self.generations.running[name].say(*said)
 
     async def next(self) -> list[tuple[int, str]]:
         """The next message: call and text, or call and "end REASON"."""
         message = await anext(self.messages)
         return [
-            (event.call, event.response.delta.text if event.HasField("response") else f"end {event.end.reason}")
-            for event in message.events
+            *zip(message.deltas.calls, message.deltas.texts, strict=True),
+            *(
+                (
+                    event.call,
+                    event.response.delta.text if event.HasField("response") else f"end {event.end.reason}",
+                )
+                for event in message.events
+            ),
         ]
 
     async def settle(self) -> None:
@@ -76,7 +111,7 @@ async def world() -> AsyncIterator[World]:
             yield request
 
     generations = Generations()
-    session = Session(generations.generate)
+    session = Session(generations.start, write)
     async with aclosing(session.serve(sent())) as messages:
         first = asyncio.ensure_future(anext(messages))  # it serves from its first look on
         await asyncio.sleep(0)
@@ -158,17 +193,28 @@ async def test_signals_for_calls_that_have_ended_are_ignored(world: World) -> No
     assert await world.next() == [(1, "x")]
 
 
-async def test_a_paused_generation_is_not_asked_for_more_until_it_is_resumed(world: World) -> None:
+async def test_nothing_is_taken_from_a_paused_generation_until_it_is_resumed(world: World) -> None:
     await world.start(1, "a")
+    await world.start(2, "b")
+    world.say("a", "one")
+    assert await world.next() == [(1, "one")]
     world.signal(1, pb.CALL_SIGNAL_PAUSE)
     await world.settle()
-    # One response was asked for before the pause; the rest stays where it is.
-    world.say("a", "one", "two", "three")
-    assert await world.next() == [(1, "one")]
-    await world.settle()
-    assert world.generations.said["a"].qsize() == 2
+    world.say("a", "two", "three")
+    world.say("b", "heard")
+    assert await world.next() == [(2, "heard")]
+    assert len(world.generations.running["a"].said) == 2
     world.signal(1, pb.CALL_SIGNAL_RESUME)
     assert await world.next() == [(1, "two"), (1, "three")]
+
+
+async def test_a_generation_that_is_paused_before_it_began_says_all_when_it_is_resumed(world: World) -> None:
+    world.requests.put_nowait(pb.GenerateManyRequest(call=1, start=pb.GenerateRequest(text="a")))
+    world.signal(1, pb.CALL_SIGNAL_PAUSE)
+    await world.settle()
+    world.say("a", "one", None)
+    world.signal(1, pb.CALL_SIGNAL_RESUME)
+    assert await world.next() == [(1, "one"), (1, "end ")]
 
 
 async def test_a_paused_generation_can_be_cancelled(world: World) -> None:
@@ -176,7 +222,6 @@ async def test_a_paused_generation_can_be_cancelled(world: World) -> None:
     world.signal(1, pb.CALL_SIGNAL_PAUSE)
     await world.settle()
     world.say("a", "one")
-    assert await world.next() == [(1, "one")]
     world.signal(1, pb.CALL_SIGNAL_CANCEL)
     await world.settle()
     assert world.generations.closed == ["a"]
@@ -190,11 +235,11 @@ async def test_what_is_not_taken_stays_with_the_generations(world: World, monkey
         world.say(name, *("x" * 400 for _ in range(5)))
     await world.settle()
     # One batch is on its way and one is full; nobody takes it, so everybody waits.
-    assert sum(queue.qsize() for queue in world.generations.said.values()) > 0
+    assert sum(len(generation.said) for generation in world.generations.running.values()) >= 4
     texts: list[tuple[int, str]] = []
     while len(texts) < 10:
         texts += (message := await world.next())
-        assert len(message) <= 4  # three fill it, and the other may have one at hand
+        assert len(message) <= 3
     assert sorted(call for call, _ in texts) == [1] * 5 + [2] * 5
 
 

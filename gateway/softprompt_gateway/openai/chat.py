@@ -15,6 +15,7 @@ from softprompt_gateway.openai.generation import Choice, finish_reason, stop_rea
 from softprompt_gateway.openai.logprobs import chat_logprobs
 from softprompt_gateway.openai.style import Style
 from softprompt_gateway.resolve import Target
+from softprompt_gateway.session import Delta
 from softprompt_gateway.validation import RequestModel
 
 _FIELD = "messages"
@@ -193,7 +194,7 @@ class ChatStyle(Style):
         """The role."""
         return self._chunk(index, {"role": "assistant", "content": ""})
 
-    def delta(self, index: int, delta: pb.Delta) -> dict[str, Any]:
+    def delta(self, index: int, delta: Delta) -> dict[str, Any]:
         """New content."""
         shape = self._chunk(index, {"content": delta.text})
         if self._with_logprobs:

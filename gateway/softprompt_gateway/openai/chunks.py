@@ -4,6 +4,7 @@ import orjson
 from softprompt_api.inference.v1 import inference_pb2 as pb
 
 from softprompt_gateway.openai.style import Style
+from softprompt_gateway.session import Delta
 
 # No style writes it by itself, and JSON spells it as it is.
 _MARK = "<the text>"
@@ -30,7 +31,7 @@ class Chunks:
         self._joined: list[str] = []
         self._joined_index = 0
 
-    def add(self, index: int, event: pb.Delta | pb.Finished) -> None:
+    def add(self, index: int, event: Delta | pb.Finished) -> None:
         """The next event of a choice."""
         if isinstance(event, pb.Finished):
             self._write_joined()
@@ -63,7 +64,7 @@ class Chunks:
         """What stands before and behind the text of a choice's delta."""
         template = self._templates.get(index)
         if template is None:
-            shape = orjson.dumps(self._style.delta(index, pb.Delta(text=_MARK)))
+            shape = orjson.dumps(self._style.delta(index, Delta(_MARK)))
             before, behind = shape.split(_MARK_JSON)
             template = self._templates[index] = (self._head + before, behind + self._tail)
         return template

@@ -12,6 +12,7 @@ from softprompt_gateway.openai.generation import Choice, finish_reason, stop_rea
 from softprompt_gateway.openai.logprobs import completion_logprobs
 from softprompt_gateway.openai.style import Style
 from softprompt_gateway.resolve import Target
+from softprompt_gateway.session import Delta
 
 Prompt = str | list[int]
 DEFAULT_MAX_TOKENS = 16
@@ -142,7 +143,7 @@ class CompletionStyle(Style):
             shape |= {"prompt_token_ids": list(accepted.prompt_token_ids), "token_ids": []}
         return shape
 
-    def delta(self, index: int, delta: pb.Delta) -> dict[str, Any]:
+    def delta(self, index: int, delta: Delta) -> dict[str, Any]:
         """New text."""
         shape = self._shape(index, delta.text)
         if self._with_logprobs:

@@ -1,7 +1,7 @@
 """The generations of one HTTP request, one for each prompt: started together, read as one, stopped together."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ from softprompt_api.inference.v1 import inference_pb2 as pb
 
 from softprompt_gateway.clients import InferenceClient
 from softprompt_gateway.errors import ModelNotFound
-from softprompt_gateway.session import Calls
+from softprompt_gateway.session import Calls, Delta, Event
 
 Result = TypeVar("Result")
 _FINISH_REASONS = {pb.FINISH_REASON_STOP: "stop", pb.FINISH_REASON_LENGTH: "length"}
@@ -54,14 +54,16 @@ class Generation:
     Attributes:
         accepted: what each prompt was bound to, in order of prompts.
         usage: the sum over prompts; complete after the last event.
+        has_ended: whether the last event was taken.
     """
 
     def __init__(self, calls: Calls, num_prompts: int) -> None:
         self._calls = calls
         self._num_running = num_prompts
-        self._arrived: list[tuple[int, pb.GenerateResponse]] = []
+        self._early: list[tuple[int, Event]] = []  # came together with what accepted the last prompt
         self.accepted = [pb.Accepted()] * num_prompts
         self.usage = pb.Usage()
+        self.has_ended = False
 
     @classmethod
     async def start(cls, inference: InferenceClient, requests: Sequence[pb.GenerateRequest]) -> "Generation":
@@ -83,59 +85,65 @@ class Generation:
     async def _wait_until_accepted(self) -> None:
         waiting = set(range(len(self.accepted)))
         while waiting:
-            arrived = await self._calls.take()
-            for prompt, response in arrived:
-                if response.HasField("accepted"):
-                    self.accepted[prompt] = response.accepted
+            await self._calls.wait()
+            arrived = self._calls.take()
+            for prompt, event in arrived:
+                if isinstance(event, pb.Accepted):
+                    self.accepted[prompt] = event
                     waiting.discard(prompt)
                 else:
-                    self._arrived.append((prompt, response))
-            if not arrived or any(prompt in waiting for prompt, _ in self._arrived):
+                    self._early.append((prompt, event))
+            if not arrived or any(prompt in waiting for prompt, _ in self._early):
                 raise InternalError("a generation began without being accepted")
 
-    async def events(self) -> AsyncIterator[list[tuple[int, pb.Delta | pb.Finished]]]:
+    @property
+    def has_more(self) -> bool:
+        """Whether there is something to take, if only the end or an error."""
+        return not self.has_ended and (bool(self._early) or self._calls.has_more)
+
+    def follow(self, notify: Callable[[], None]) -> None:
+        """Call `notify` whenever there is something to take."""
+        self._calls.follow(notify)
+
+    def take(self) -> list[tuple[int, Delta | pb.Finished]]:
         """Deltas and ends with the number of their prompt: all that came since the last look, in order.
 
-        A failure of one call cancels all.
+        Raises the error of the call that failed first, after what came before it; a failure of one cancels all.
         """
-        try:
-            arrived: Sequence[tuple[int, pb.GenerateResponse]] = self._arrived
-            while True:
-                if events := [
-                    (prompt, event) for prompt, one in arrived if (event := self._output(one)) is not None
-                ]:
-                    yield events
-                if not (arrived := await self._calls.take()):
-                    break
-        finally:
-            self.cancel()
-        if self._num_running:
-            raise InternalError("a generation ended without its usage")
+        arrived, self._early = self._early or self._calls.take(), []
+        events: list[tuple[int, Delta | pb.Finished]] = []
+        for prompt, event in arrived:
+            if isinstance(event, (Delta, pb.Finished)):
+                events.append((prompt, event))
+            elif isinstance(event, pb.Usage):
+                self._add(event)
+        if self._calls.is_over:
+            if self._num_running:
+                raise InternalError("a generation ended without its usage")
+            self.has_ended = True
+        return events
 
     async def choices(self, per_prompt: int) -> list[list[Choice]]:
         """Every prompt's choices, complete."""
         choices = [[Choice() for _ in range(per_prompt)] for _ in self.accepted]
-        async for events in self.events():
-            for prompt, event in events:
-                choice = choices[prompt][event.index]
-                if isinstance(event, pb.Delta):
-                    choice.text.append(event.text)
-                    choice.token_ids += event.token_ids
-                    choice.logprobs += event.logprobs
-                else:
-                    choice.finished = event
+        try:
+            while not self.has_ended:
+                await self._calls.wait()
+                for prompt, event in self.take():
+                    choice = choices[prompt][event.index]
+                    if isinstance(event, Delta):
+                        choice.text.append(event.text)
+                        choice.token_ids += event.token_ids
+                        choice.logprobs += event.logprobs
+                    else:
+                        choice.finished = event
+        finally:
+            self.cancel()
         return choices
 
-    def _output(self, response: pb.GenerateResponse) -> pb.Delta | pb.Finished | None:
-        match response.WhichOneof("event"):
-            case "delta":
-                return response.delta
-            case "finished":
-                return response.finished
-            case "usage":
-                self._num_running -= 1
-                self.usage.prompt_tokens += response.usage.prompt_tokens
-                self.usage.completion_tokens += response.usage.completion_tokens
-                self.usage.virtual_tokens += response.usage.virtual_tokens
-                self.usage.cached_tokens += response.usage.cached_tokens
-        return None
+    def _add(self, usage: pb.Usage) -> None:
+        self._num_running -= 1
+        self.usage.prompt_tokens += usage.prompt_tokens
+        self.usage.completion_tokens += usage.completion_tokens
+        self.usage.virtual_tokens += usage.virtual_tokens
+        self.usage.cached_tokens += usage.cached_tokens

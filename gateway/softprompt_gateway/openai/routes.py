@@ -10,10 +10,11 @@ from softprompt_gateway.disconnect import unless_gone
 from softprompt_gateway.documented import json_body
 from softprompt_gateway.errors import fields_spelled
 from softprompt_gateway.gateway import Gateway
-from softprompt_gateway.openai.answering import Answering, Job
+from softprompt_gateway.openai.answering import Answering
 from softprompt_gateway.openai.chat import ChatRequest, ChatStyle
 from softprompt_gateway.openai.completions import CompletionRequest, CompletionStyle
 from softprompt_gateway.openai.generation import all_of
+from softprompt_gateway.openai.job import Job
 from softprompt_gateway.openai.models import adapter_card, adapter_cards, base_card
 from softprompt_gateway.openai.tokens import (
     DetokenizeRequest,
@@ -56,9 +57,7 @@ class _Routes:
         self._max_choices = gateway.settings.max_choices
         self._resolver = gateway.resolver
         self._inference = gateway.clients.inference
-        self._answering = Answering(
-            self._inference, gateway.metrics, write_timeout_s=gateway.settings.write_timeout_s
-        )
+        self._answering = Answering(self._inference, gateway.metrics)
 
     async def complete(self, request: Request) -> Response:
         """Complete one or more prompts."""

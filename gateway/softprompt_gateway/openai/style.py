@@ -7,6 +7,7 @@ from typing import Any
 from softprompt_api.inference.v1 import inference_pb2 as pb
 
 from softprompt_gateway.openai.generation import Choice
+from softprompt_gateway.session import Delta
 
 
 class Style(ABC):
@@ -21,7 +22,7 @@ class Style(ABC):
         """The first chunk of a choice, before its text."""
 
     @abstractmethod
-    def delta(self, index: int, delta: pb.Delta) -> dict[str, Any]:
+    def delta(self, index: int, delta: Delta) -> dict[str, Any]:
         """New text of a choice."""
 
     @abstractmethod

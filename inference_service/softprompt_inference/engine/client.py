@@ -5,8 +5,7 @@ import contextlib
 import logging
 import socket
 import sys
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Self
 
 from softprompt_api.errors import Unavailable
@@ -31,12 +30,16 @@ STOP_GRACE_S = 5.0
 ENGINE_MODULE = "softprompt_inference.engine"
 
 
+def _nobody() -> None:
+    """Nobody is told."""
+
+
 class EngineStartError(RuntimeError):
     """The engine process could not start; the text says why in plain words."""
 
 
 class OutputStream:
-    """The outputs of one request, until its last: `async for outputs in stream` yields all since the last look.
+    """The outputs of one request, until its last. Who follows it is told of each, and takes them when it likes.
 
     It holds at most one output per token of the request, however slow its reader is. One reader only. A reader
     that leaves before the last output closes it (or uses it in a `with` block), which aborts the request.
@@ -45,8 +48,8 @@ class OutputStream:
     def __init__(self, client: "EngineClient", request_id: str) -> None:
         self._client = client
         self._request_id = request_id
-        self._outputs: deque[Output] = deque()
-        self._arrived = asyncio.Event()
+        self._outputs: list[Output] = []
+        self._notify: Callable[[], None] = _nobody
         self._has_ended = False  # the last output has arrived
 
     def __enter__(self) -> Self:
@@ -55,20 +58,15 @@ class OutputStream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __aiter__(self) -> AsyncIterator[list[Output]]:
-        return self
+    def follow(self, notify: Callable[[], None]) -> None:
+        """Call `notify` whenever an output arrives, at once; it must not raise."""
+        self._notify = notify
 
-    async def __anext__(self) -> list[Output]:
-        if not self._outputs and self._has_ended:
-            raise StopAsyncIteration
-        await self._arrived.wait()
-        self._arrived.clear()
-        outputs = list(self._outputs)
-        self._outputs.clear()
-        if self._has_ended:
+    def take(self, most: int) -> list[Output]:
+        """What has arrived and was not taken, the oldest first; no more than `most`."""
+        outputs, self._outputs = self._outputs[:most], self._outputs[most:]
+        if self._has_ended and not self._outputs:
             self._client._forget(self._request_id, abort=False)
-        if not outputs:
-            raise StopAsyncIteration
         return outputs
 
     def close(self) -> None:
@@ -76,12 +74,12 @@ class OutputStream:
         self._client._forget(self._request_id, abort=not self._has_ended)
         self._has_ended = True
         self._outputs.clear()
-        self._arrived.set()
+        self._notify = _nobody
 
     def _put(self, output: Output) -> None:
         self._outputs.append(output)
         self._has_ended = output.finish is not None
-        self._arrived.set()
+        self._notify()
 
 
 class EngineClient:
