@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import Sequence
+from typing import TypeVar
 
 import grpc
 import structlog
@@ -23,6 +24,8 @@ RESUME_DELAYS_S: Sequence[float] = (0.1, 0.3, 1.0, 2.0)
 _MAX_HEADER_BYTES = 2**20 + 8
 _MAX_VALUE_BYTES = 4
 _SHAPE_FIELDS = ("architecture", "hidden_size", "num_layers", "num_kv_heads", "head_dim", "vocab_size")
+
+T = TypeVar("T")
 
 _log = structlog.get_logger()
 
@@ -48,7 +51,7 @@ class AdapterSource:
             answer = await self._stub.GetAdapter(pb.GetAdapterRequest(adapter=spelling), timeout=RESOLVE_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise _translated(error) from error
-        return answer.adapter
+        return _readable(answer).adapter
 
     async def fetch(self, spelling: str) -> Adapter:
         """The rows of a digest, or of `digest:task`, verified.
@@ -106,10 +109,17 @@ class AdapterSource:
     async def _read_on(self, version: pb.AdapterVersion, data: bytearray) -> None:
         request = pb.ReadTensorsRequest(digest=version.digest, offset=len(data))
         async for response in self._stub.ReadTensors(request, timeout=FETCH_TIMEOUT_S):
-            chunk = response.chunk
+            chunk = _readable(response).chunk
             if chunk.offset != len(data) or len(data) + len(chunk.data) > version.size_bytes:
                 raise DataCorrupted("the registry sent other bytes of the adapter than were asked for")
             data += chunk.data
+
+
+def _readable(message: T | None) -> T:
+    """The message; grpc.aio hands out None for one that it cannot parse."""
+    if message is None:
+        raise DataCorrupted("the registry's answer cannot be read")
+    return message
 
 
 def shape_of(base_model: pb.BaseModel) -> ModelShape:
