@@ -37,7 +37,7 @@ class Events(Protocol):
         """Call `notify` whenever there is something to take; it does not raise."""
 
     def take(self) -> bytes:
-        """All whole events that have come since the last look; raises where they break off."""
+        """Whole events that have come since the last look, if any; raises where they break off."""
 
     def close(self) -> None:
         """No more are wanted."""
@@ -98,8 +98,10 @@ class _Writing:
             return
         events, connection = self._events, self._connection
         try:
-            while events.has_more and connection.is_writable and not connection.is_gone:
+            has_more = True
+            while has_more and connection.is_writable and not connection.is_gone:
                 connection.write(events.take())
+                has_more = events.has_more
         except Exception as error:
             self.ended.set_result(error)
         else:

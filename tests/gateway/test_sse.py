@@ -1,5 +1,6 @@
 """The bytes of streams, and how streams end."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -81,3 +82,29 @@ async def test_streamed_text_is_the_unstreamed_text(stack: Any, prompts: list[st
     for event in events[:-1]:
         texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
     assert texts == whole
+
+
+async def test_a_client_of_http_1_0_reads_events_without_chunks_until_the_end(stack: Any) -> None:
+    content = json.dumps({"model": stack.base, "prompt": "hello", "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.0\r\ncontent-length: {len(content)}\r\n\r\n".encode()
+    reader, _ = await stack.connect(head + content)
+    async with asyncio.timeout(5):
+        answer = await reader.read()
+    assert b"transfer-encoding" not in answer.lower()
+    blocks = answer.partition(b"\r\n\r\n")[2].split(b"\n\n")
+    texts = [json.loads(block.removeprefix(b"data: "))["choices"][0]["text"] for block in blocks[:-2]]
+    assert "".join(texts) == "hello"
+    assert blocks[-2:] == [b"data: [DONE]", b""]
+
+
+async def test_two_streams_asked_for_at_once_on_one_connection_come_one_after_the_other(stack: Any) -> None:
+    content = json.dumps({"model": stack.base, "prompt": "hello", "stream": True}).encode()
+    request = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n%bcontent-length: %d\r\n\r\n%b"
+    requests = [request % (extra, len(content), content) for extra in (b"", b"connection: close\r\n")]
+    reader, _ = await stack.connect(b"".join(requests))
+    async with asyncio.timeout(5):
+        answer = await reader.read()
+    first, second = answer.split(b"HTTP/1.1 200")[1:]
+    for one in (first, second):
+        assert one.endswith(b"\n\n\r\n0\r\n\r\n")
+        assert one.count(b"data: [DONE]") == 1

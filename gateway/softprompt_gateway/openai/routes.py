@@ -1,8 +1,10 @@
 """Routes under /v1 that OpenAI's clients call, and vLLM's /tokenize and /detokenize."""
 
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import APIRouter
+from fastapi.routing import APIRoute
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -37,18 +39,31 @@ def openai_router(gateway: Gateway) -> APIRouter:
     """The routes, over one gateway's parts."""
     router = APIRouter()
     routes = _Routes(gateway)
-    for path, handler, models in (
-        ("/v1/completions", routes.complete, (CompletionRequest,)),
-        ("/v1/chat/completions", routes.chat, (ChatRequest,)),
-        ("/tokenize", routes.tokenize, (TokenizeCompletionRequest, TokenizeChatRequest)),
-        ("/detokenize", routes.detokenize, (DetokenizeRequest,)),
+    for path, handler, models, kind in (
+        ("/v1/completions", routes.complete, (CompletionRequest,), _PlainRoute),
+        ("/v1/chat/completions", routes.chat, (ChatRequest,), _PlainRoute),
+        ("/tokenize", routes.tokenize, (TokenizeCompletionRequest, TokenizeChatRequest), APIRoute),
+        ("/detokenize", routes.detokenize, (DetokenizeRequest,), APIRoute),
     ):
         router.add_api_route(
-            path, handler, methods=["POST"], openapi_extra=json_body(*models), response_class=JSONResponse
+            path,
+            handler,
+            methods=["POST"],
+            openapi_extra=json_body(*models),
+            response_class=JSONResponse,
+            route_class_override=kind,
         )
     router.add_api_route("/v1/models", routes.models, methods=["GET"])
     router.add_api_route("/v1/models/{id_:path}", routes.model, methods=["GET"])
     return router
+
+
+class _PlainRoute(APIRoute):
+    """A route whose handler takes the request and makes the response: FastAPI has nothing to work out."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler itself."""
+        return self.endpoint
 
 
 class _Routes:
