@@ -28,7 +28,7 @@ typedef struct {
     const uint16_t *weights;  // of these two panels
     const float *bias;        // of these two panels, or NULL
     int64_t pairs;            // K / 2
-    const uint16_t *next;     // is fetched into the cache meanwhile
+    const uint16_t *next;     // is fetched into the cache meanwhile; or NULL
     int activation, gated;
 } Panels;
 
@@ -128,8 +128,8 @@ void softprompt_linear(void *out, const void *x, const void *weights, const floa
                 const int64_t place = start * columns + group * width, rest = columns - group * width;
                 uint16_t *to = (uint16_t *)out + place;
                 const uint16_t *plus = addend ? (const uint16_t *)addend + place : 0;
-                // The first pass over a group is bound by memory; the last one has time to fetch the next group.
-                w.next = w.weights + (blocks > 1 && block == blocks - 1 && group + 1 < groups ? both : 0);
+                // The last pass over a group fetches the next one.
+                w.next = block == blocks - 1 && group + 1 < groups ? w.weights + both : 0;
                 if (amx) {
                     if (count != shaped) amx_shape(shaped = count);
                     amx_rows(count, from, x_row, &w, to, plus, columns, rest);
