@@ -14,6 +14,7 @@ from torch import Tensor
 
 from softprompt_kernels.native.library import CannotCompile
 from softprompt_kernels.native.library import load as _load
+from softprompt_kernels.native.memory import HugePages
 
 __all__ = [
     "CannotCompile",
@@ -43,6 +44,7 @@ ACTIVATIONS = {"identity": 0, "silu": 1, "gelu_tanh": 2}
 # Columns of weights that are computed together.
 _PANEL = 16
 _library: ctypes.CDLL | None = None
+_weights = HugePages()
 
 
 def load(cache_dir: Path) -> None:
@@ -300,17 +302,21 @@ def supports_linear(weight: Tensor) -> bool:
 
 def pack_linear(weight: Tensor) -> Tensor:
     """Weights [out, in] as `linear` reads them: [panels, in / 2, 16, 2], padded with zeros to pairs of panels."""
-    columns, size = weight.shape
-    panels = -(-columns // (2 * _PANEL)) * 2
-    padded = weight.new_zeros(panels * _PANEL, size)
-    padded[:columns] = weight
-    return padded.view(panels, _PANEL, size // 2, 2).transpose(1, 2).contiguous()
+    return _weights.copy(_panels(weight))
 
 
 def pack_gated(gate: Tensor, up: Tensor) -> Tensor:
     """Both weights [out, in] as `linear` reads them when `gated`: their panels take turns."""
     panels = -(-len(gate) // _PANEL)
-    return torch.stack([pack_linear(gate)[:panels], pack_linear(up)[:panels]], 1).flatten(0, 1)
+    return _weights.copy(torch.stack([_panels(gate)[:panels], _panels(up)[:panels]], 1).flatten(0, 1))
+
+
+def _panels(weight: Tensor) -> Tensor:
+    columns, size = weight.shape
+    panels = -(-columns // (2 * _PANEL)) * 2
+    padded = weight.new_zeros(panels * _PANEL, size)
+    padded[:columns] = weight
+    return padded.view(panels, _PANEL, size // 2, 2).transpose(1, 2)
 
 
 def pack_bias(bias: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Between small products, most of a layer's time goes from one Python call to the 
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,6 +76,15 @@ def _make_forward(
     layer: Any, fused: DecoderLayer, call: AttentionCall, original: Callable[..., Tensor]
 ) -> Callable[..., Tensor]:
     attention, head_dim = layer.self_attn, call.q.shape[2]
+    # `replace` would look at all fields anew in every layer of every step.
+    like = partial(
+        AttentionCall,
+        scale=call.scale,
+        sliding_window=call.sliding_window,
+        softcap=call.softcap,
+        sinks=call.sinks,
+        unsupported=call.unsupported,
+    )
 
     def forward(
         hidden_states: Tensor,
@@ -91,7 +100,7 @@ def _make_forward(
             )
         hidden, (cos, sin) = hidden_states[0], position_embeddings
         q, k, v = fused.before(hidden, cos[0], sin[0])
-        attended = attend(attention, replace(call, q=q, k=k, v=v))
+        attended = attend(attention, like(q=q, k=k, v=v))
         return fused.after(attended.contiguous(), hidden)[None]
 
     return forward
