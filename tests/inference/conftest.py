@@ -60,7 +60,6 @@ class FakeRunner:
     info: ModelInfo
     failures: int = 0  # how many of the next steps raise when they are launched
     late_failures: int = 0  # how many of the next steps raise when their result is asked for
-    revises: bool = False  # every fifth token is another than the device has for the step that follows
     broken_seed: int | None = None  # a sample with this seed has logits that are not finite
     plans: list[StepPlan] = field(default_factory=list)
     rows: dict[int, bytes] = field(default_factory=dict)
@@ -108,7 +107,7 @@ class FakeRunner:
             self.failures -= 1
             raise RuntimeError("the device fell over")
         sampled = self._compute(plan)
-        self._tokens = [self._on_device(each) for each in sampled]
+        self._tokens = [each.token_id for each in sampled]
         fails, self.late_failures = self.late_failures > 0, max(self.late_failures - 1, 0)
 
         def tell() -> Sequence[Sampled]:
@@ -132,9 +131,6 @@ class FakeRunner:
             for row, chunk in zip(plan.follows, plan.chunks, strict=True)
         ]
         return replace(plan, chunks=chunks)
-
-    def _on_device(self, sampled: Sampled) -> int:
-        return (sampled.token_id + sampled.revised) % VOCAB_SIZE
 
     def _compute(self, plan: StepPlan) -> list[Sampled]:
         written = [cell for chunk in plan.chunks for cell in self._slots(chunk, chunk.start)]
@@ -188,7 +184,7 @@ class FakeRunner:
             return Sampled(token_id=0, error="the logits are not finite")
         token_id = _choose([self._cells[slot] for slot in self._slots(chunk, 0)], sample)
         logprobs = Logprobs(chosen=-1.0, top=[(token_id, -1.0)]) if sample.params.logprobs is not None else None
-        return Sampled(token_id=token_id, logprobs=logprobs, revised=self.revises and token_id % 5 == 0)
+        return Sampled(token_id=token_id, logprobs=logprobs)
 
 
 @dataclass

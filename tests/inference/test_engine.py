@@ -78,7 +78,6 @@ def requests(draw: st.DrawFn, index: int) -> AddRequest:
 @given(st.data())
 def test_every_output_equals_the_solo_output_under_any_load(fakes, data: st.DataObject) -> None:
     runner = fakes.runner(num_pages=data.draw(st.integers(12, 24)), page_size=4, max_model_len=48)
-    runner.revises = data.draw(st.booleans())
     engine = fakes.engine(
         runner,
         max_num_sequences=data.draw(st.integers(1, 6)),
@@ -131,7 +130,6 @@ def test_every_output_equals_the_solo_output_under_any_load(fakes, data: st.Data
 @given(st.data())
 def test_steps_that_fail_end_their_requests_and_never_spoil_another(fakes, data: st.DataObject) -> None:
     runner = fakes.runner(num_pages=12, max_model_len=48)
-    runner.revises = data.draw(st.booleans())
     engine = fakes.engine(runner, look_ahead=data.draw(st.booleans()))
     adapters = make_adapters(fakes)
     for adapter in adapters:
@@ -672,22 +670,6 @@ def test_what_was_computed_behind_an_unforeseen_end_is_dropped(fakes) -> None:
     assert runner.computed_positions == len(request.prompt[0].token_ids) + len(outputs)
     assert engine.step().stats.used_pages == 0
     assert runner.events[-1] == "result"
-
-
-def test_a_revised_token_is_computed_again(fakes) -> None:
-    runner = fakes.runner()
-    runner.revises = True
-    engine = fakes.engine(runner, look_ahead=True)
-    sent = [fakes.request(str(index), [index], max_tokens=20, seed=index) for index in range(3)]
-    for request in sent:
-        engine.handle(request)
-    outputs = fakes.drain(engine)
-    for request in sent:
-        assert ids(outputs[request.request_id]) == fakes.solo(request)
-    num_revised = sum(i % 5 == 0 for request in sent for i in ids(outputs[request.request_id])[:-1])
-    assert num_revised > 0
-    # Nothing follows a step in which a sequence waits to be computed again.
-    assert 3 * 20 < runner.computed_positions <= 3 * 20 + num_revised
 
 
 def test_penalties_wait_for_the_token_before(fakes) -> None:

@@ -584,20 +584,6 @@ def test_nobody_follows_when_pages_are_short(prompt) -> None:
     assert driver.counts[:2] == (1, 1)
 
 
-def test_a_revised_token_voids_what_follows_for_its_sequence_alone(prompt) -> None:
-    driver = Driver()
-    driver.add(prompt("0", 3), prompt("1", 3))
-    plan = driver.plan()
-    following = driver.follow(plan)
-    assert following is not None
-    driver.scheduler.commit(plan, [Sampled(token_id=8, revised=True), Sampled(token_id=9)])
-    driver.scheduler.check()
-    assert driver.follow(following) is None
-    assert [output.request_id for output in driver.commit(following)] == ["1"]
-    next_plan = driver.plan()
-    assert [(chunk.start, chunk.token_ids) for chunk in next_plan.chunks] == [(3, [8]), (4, [9])]
-
-
 def test_an_abort_while_two_plans_are_out_gives_no_output(prompt) -> None:
     driver = Driver()
     driver.add(prompt("0", 3), prompt("1", 3))

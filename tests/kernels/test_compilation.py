@@ -17,11 +17,14 @@ from softprompt_kernels.paged_attention.kernel import _combine_kernel as combine
 from softprompt_kernels.paged_attention.kernel import _kernel as paged_attention
 from softprompt_kernels.rmsnorm.kernel import _kernel as rmsnorm
 from softprompt_kernels.rope.kernel import _kernel as rope
+from softprompt_kernels.sample.kernel import _kernel as sample
 
 KINDS = {
     "page_table_ptr": "*i32", "query_start_ptr": "*i32", "context_lens_ptr": "*i32",
     "slots_ptr": "*i64", "dst_ptr": "*i64", "src_ptr": "*i64", "scale": "fp32", "softcap": "fp32",
     "top_ptr": "*fp32", "total_ptr": "*fp32", "parts_ptr": "*fp32", "eps": "fp32",
+    "temperature_ptr": "*fp64", "top_p_ptr": "*fp64", "min_p_ptr": "*fp64", "points_ptr": "*fp64",
+    "top_k_ptr": "*i64", "tokens_ptr": "*i64", "allowed_ptr": "*i32",
 }
 
 def compile_for_gpu(kernel, **constants):
@@ -45,6 +48,8 @@ for flag in (False, True):
     compile_for_gpu(act_mul, GELU_TANH=flag, BLOCK=1024)
     compile_for_gpu(rmsnorm, N=576, BLOCK=1024, HAS_RESIDUAL=flag, UNIT_OFFSET=flag)
 compile_for_gpu(rope, H=9, KV_HEADS=3, HALF=32, BLOCK_H=16, BLOCK_HALF=32)
+for flag in (False, True):
+    compile_for_gpu(sample, HAS_ALLOWED=flag, KEY_BITS=16, DIGIT_BITS=4, BLOCK=2048, NUM_TILES=64)
 """
 
 

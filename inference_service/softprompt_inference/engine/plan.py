@@ -100,16 +100,11 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """The token chosen for a chunk; `error` instead where its logits were not finite.
-
-    Attributes:
-        revised: a step that follows was given another token, so what it computes for this sequence is void.
-    """
+    """The token chosen for a chunk; `error` instead where its logits were not finite."""
 
     token_id: int
     logprobs: Logprobs | None = None
     error: str = ""
-    revised: bool = False
 
 
 class Pending(Protocol):

@@ -75,9 +75,9 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        # One per chunk of the plan that is out, and of the one that follows it; None: what is computed is void.
-        self._planned: list[Sequence | None] = []
-        self._following: list[Sequence | None] = []
+        # One per chunk of the plan that is out, and of the one that follows it.
+        self._planned: list[Sequence] = []
+        self._following: list[Sequence] = []
         self._copies: list[PageCopy] = []  # of the plan that is out
         self._writes: list[PageWrite] = []  # of the plan that is out
         self._coming: set[PageKey] = set()  # what the plan computes to its end: pages, and soft prompts
@@ -144,7 +144,7 @@ class Scheduler:
         sequences: list[Sequence] = []
         num_running = 0
         for row, (sequence, chunk) in enumerate(zip(self._planned, plan.chunks, strict=True)):
-            if sequence is None or chunk.sample is None:
+            if chunk.sample is None:
                 return None
             if sequence.state is not State.RUNNING:
                 continue
@@ -299,7 +299,7 @@ class Scheduler:
         planned, self._planned, self._following = self._planned, self._following, []
         for sequence, chunk in zip(planned, plan.chunks, strict=True):
             token = next(tokens) if chunk.sample is not None else None
-            if sequence is None or sequence.state is not State.RUNNING:
+            if sequence.state is not State.RUNNING:
                 continue
             if token is not None and (token.error or not 0 <= token.token_id < self._vocab_size):
                 reason = token.error or f"the model chose id {token.token_id}, outside its vocabulary"
@@ -312,19 +312,12 @@ class Scheduler:
                 outputs.append(output)
                 if output.finish is not None:
                     self._finish(sequence)
-                elif token.revised:
-                    # It decodes this token anew, in the next plan that is made of known tokens.
-                    self._planned = [None if each is sequence else each for each in self._planned]
         return outputs
 
     def fail_planned(self, error: SoftpromptError) -> list[Output]:
         """End every sequence of the plans that are out, one of which could not be computed."""
         planned, self._planned, self._following = self._planned, [], []  # whoever follows is in the older plan
-        return [
-            self._fail(sequence, error)
-            for sequence in planned
-            if sequence is not None and sequence.state is State.RUNNING
-        ]
+        return [self._fail(sequence, error) for sequence in planned if sequence.state is State.RUNNING]
 
     def _advance(self, sequence: Sequence, num_tokens: int) -> None:
         start = sequence.num_computed
@@ -393,7 +386,7 @@ class Scheduler:
         assert self._planned or not self._following
         for follower in self._following:
             assert follower in self._planned
-            if follower is not None and follower.state is State.RUNNING:
+            if follower.state is State.RUNNING:
                 assert len(follower.page_ids) * page_size > len(follower.token_ids), "no page for what follows"
         if not self._planned:
             for sequence in self._running:

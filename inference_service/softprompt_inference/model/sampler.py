@@ -5,8 +5,7 @@ penalties; greedy rows are done; temperature, min_p, top_k, top_p; a draw. A dra
 index alone, and so is the same in any batch.
 
 A choice has two halves. `launch` tells the device what to do and, but for penalties, waits for nothing; the
-tokens stay there, for the next step to read. `Choices.result` waits for them. Where a row's candidates do not hold
-the mass that top_p asks for, it looks further, and what was computed from the row's token on the device is void.
+tokens stay there, for the next step to read. `Choices.result` waits for them.
 """
 
 import hashlib
@@ -16,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from softprompt_api.params import SamplingParams
+from softprompt_kernels.sample import NO_TOKEN
+from softprompt_kernels.sample import sample as draw
 from torch import Tensor
 
 from softprompt_inference.engine.messages import Logprobs
@@ -24,13 +24,8 @@ from softprompt_inference.engine.plan import Sample, Sampled, looks_back
 from softprompt_inference.model.transfer import Download, upload
 
 NOT_FINITE = "the model's logits are not finite"
-# In place of tokens, on the device.
-_NO_TOKEN, _LOOK_FURTHER = -1, -2
 # Below this, dividing by the temperature would overflow: the row is greedy.
 _LEAST_TEMPERATURE = 1e-5
-# So many of the likeliest tokens nearly always hold the mass that top_p asks for; sorting a whole vocabulary costs
-# many times more.
-_CANDIDATES = 1024
 
 
 def sample(logits: Tensor, samples: Sequence[Sample]) -> list[Sampled]:
@@ -44,48 +39,27 @@ def sample(logits: Tensor, samples: Sequence[Sample]) -> list[Sampled]:
 
 def launch(logits: Tensor, samples: Sequence[Sample]) -> "Choices":
     """The first half of `sample`; what the device is told to do next may write to the logits' memory."""
-    raw = logits.float()
-    top, tokens = raw.max(-1)  # a NaN or +inf anywhere in a row shows in its maximum
-    edited = raw
     if any(_is_edited(s) for s in samples):
-        edited = raw.clone()
+        edited = logits.to(torch.float32, copy=True)
         for row, s in zip(edited, samples, strict=True):
             _edit(row, s)
-        tokens = edited.argmax(-1)
-    drawn = [i for i, s in enumerate(samples) if s.params.temperature >= _LEAST_TEMPERATURE]
-    cut = None
-    if drawn:
-        own_tokens, cut = _draw(_select(edited, drawn), [samples[i] for i in drawn], drawn)
-        tokens = own_tokens if len(drawn) == len(samples) else tokens.index_copy(0, _ids(drawn, raw), own_tokens)
-    tokens = torch.where(torch.isfinite(top), tokens, _NO_TOKEN)
-    return Choices(samples, tokens, cut, _logprobs(raw, tokens, samples))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Cut:
-    """What is drawn by top_k or top_p, before either.
-
-    rows    n                of the batch
-    scaled  [n, vocabulary]
-    """
-
-    rows: list[int]
-    scaled: Tensor
-    samples: list[Sample]
+        # A ban may hide what is not finite.
+        tokens = torch.where(logits.amax(-1).isfinite(), _choose(edited, samples), NO_TOKEN)
+    else:
+        tokens = _choose(logits, samples)
+    return Choices(samples, tokens, _logprobs(logits, tokens, samples))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Wanted:
     """Log-probabilities of the rows that ask.
 
-    rows      n                of the batch
-    logprobs  [n, vocabulary]
-    chosen    [n]
+    rows    n                of the batch
+    chosen  [n]
     values, ids  [n, most alternatives]
     """
 
     rows: list[int]
-    logprobs: Tensor
     chosen: Tensor
     values: Tensor
     ids: Tensor
@@ -95,15 +69,12 @@ class Choices:
     """Tokens that the device is choosing.
 
     Attributes:
-        tokens: [n] int64, on the device; below zero where there is none, for good or until the host has looked.
+        tokens: [n] int64, on the device; below zero where there is none.
     """
 
-    def __init__(
-        self, samples: Sequence[Sample], tokens: Tensor, cut: _Cut | None, wanted: _Wanted | None
-    ) -> None:
+    def __init__(self, samples: Sequence[Sample], tokens: Tensor, wanted: _Wanted | None) -> None:
         self.tokens = tokens
         self._params = [s.params for s in samples]  # the samples' ids change with their sequences
-        self._cut = cut
         self._wanted = wanted
         tensors = [tokens] if wanted is None else [tokens, wanted.chosen, wanted.values, wanted.ids]
         self._download = Download(*tensors) if samples else None
@@ -114,39 +85,22 @@ class Choices:
         if self._download is None:
             return []
         token_ids, *lists = self._download.lists()
-        revised = self._look_further(token_ids)
-        logprobs = self._read_logprobs(token_ids, revised, lists)
+        logprobs = self._read_logprobs(lists)
         return [
             Sampled(token_id=0, error=NOT_FINITE)
-            if token_id == _NO_TOKEN
-            else Sampled(token_id=token_id, logprobs=logprobs.get(i), revised=i in revised)
+            if token_id == NO_TOKEN
+            else Sampled(token_id=token_id, logprobs=logprobs.get(i))
             for i, token_id in enumerate(token_ids)
         ]
 
-    def _look_further(self, token_ids: list[int]) -> set[int]:
-        """Fill in the tokens that are still to be drawn; their rows."""
-        cut = self._cut
-        short = [j for j, i in enumerate(cut.rows) if token_ids[i] == _LOOK_FURTHER] if cut else []
-        if cut is None or not short:
-            return set()
-        samples = [cut.samples[j] for j in short]
-        kept = _keep_top(_select(cut.scaled, short), [s.params for s in samples], _CANDIDATES)
-        rows = [cut.rows[j] for j in short]
-        for i, token_id in zip(rows, _pick(kept, samples).tolist(), strict=True):
-            token_ids[i] = token_id
-        return set(rows)
-
-    def _read_logprobs(
-        self, token_ids: list[int], revised: set[int], lists: list[list[Any]]
-    ) -> dict[int, Logprobs]:
+    def _read_logprobs(self, lists: list[list[Any]]) -> dict[int, Logprobs]:
         """By row, for the rows that ask."""
         if self._wanted is None:
             return {}
         found = {}
-        for j, (i, chosen, values, ids) in enumerate(zip(self._wanted.rows, *lists, strict=True)):
-            own = self._wanted.logprobs[j, token_ids[i]].item() if i in revised else chosen
+        for i, chosen, values, ids in zip(self._wanted.rows, *lists, strict=True):
             count = self._params[i].logprobs
-            found[i] = Logprobs(chosen=own, top=list(zip(ids[:count], values[:count], strict=True)))
+            found[i] = Logprobs(chosen=chosen, top=list(zip(ids[:count], values[:count], strict=True)))
         return found
 
 
@@ -179,72 +133,22 @@ def _select(rows: Tensor, indices: list[int]) -> Tensor:
     return rows if len(indices) == len(rows) else rows[_ids(indices, rows)]
 
 
-def _draw(logits: Tensor, samples: Sequence[Sample], rows: Sequence[int]) -> tuple[Tensor, _Cut | None]:
-    """One token per row, [n], by inverting the cumulative distribution at the sample's own point.
-
-    rows: the samples' rows in the batch.
-    """
-    params = [s.params for s in samples]
-    scaled = logits / _column([p.temperature for p in params], logits)
-    if any(p.min_p > 0 for p in params):
-        floor = _column([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params], logits)
-        scaled = scaled.masked_fill(scaled < scaled.amax(-1, keepdim=True) + floor, -math.inf)
-    places = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
-    if not places:
-        return _pick(scaled, samples), None
-    uncut = _select(scaled, places)
-    kept, short = _keep_candidates(uncut, [params[i] for i in places], _CANDIDATES)
-    everywhere = len(places) == len(samples)
-    index = _ids(places, logits)
-    tokens = _pick(kept if everywhere else scaled.index_copy_(0, index, kept), samples)
-    if short is None:
-        return tokens, None
-    tokens[index] = torch.where(short, _LOOK_FURTHER, tokens[index])
-    return tokens, _Cut(rows=[rows[i] for i in places], scaled=uncut, samples=[samples[i] for i in places])
-
-
-def _pick(kept: Tensor, samples: Sequence[Sample]) -> Tensor:
+def _choose(logits: Tensor, samples: Sequence[Sample]) -> Tensor:
     """[n] int64"""
-    # In float64: the sum over a vocabulary must not lose the unlikely tokens.
-    cumulative = torch.softmax(kept, dim=-1).double().cumsum(-1)
-    points = upload([[uniform(s.seed, s.index)] for s in samples], torch.float64, kept.device)
-    return torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True).flatten()
-
-
-def _keep_top(scaled: Tensor, params: Sequence[SamplingParams], num_candidates: int) -> Tensor:
-    """Only the top_k likeliest, then only the likeliest that reach top_p; ties of the last one stay."""
-    kept, short = _keep_candidates(scaled, params, num_candidates)
-    rows = [] if short is None else short.nonzero().flatten().tolist()
-    if rows:
-        kept[rows], _ = _keep_candidates(scaled[rows], [params[i] for i in rows], scaled.shape[1])
-    return kept
-
-
-def _keep_candidates(
-    scaled: Tensor, params: Sequence[SamplingParams], num_candidates: int
-) -> tuple[Tensor, Tensor | None]:
-    """`_keep_top` of so many of the likeliest, and [n] where they do not reach top_p (None: nowhere)."""
-    vocab_size = scaled.shape[1]
-    top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
-    width = min(vocab_size, max([num_candidates, *(p.top_k for p in params)]))
-    values = scaled.topk(width, dim=-1).values
-    k = _column(top_k, scaled)
-    in_k = torch.arange(width, device=scaled.device) < k
-    in_k_total = values.masked_fill(~in_k, -math.inf).logsumexp(-1, keepdim=True)
-    total = torch.where(k < vocab_size, in_k_total, scaled.logsumexp(-1, keepdim=True))
-    mass = (values - total).exp().masked_fill(~in_k, 0.0).cumsum(-1)
-    top_p = _column([p.top_p for p in params], scaled)
-    # A token stays while the ones before it have not reached top_p.
-    stays = in_k & (torch.cat([torch.zeros_like(top_p), mass[:, :-1]], dim=-1) < top_p)
-    last = stays.sum(-1, keepdim=True) - 1
-    kept = scaled.masked_fill(scaled < values.gather(-1, last), -math.inf)
-    if width == vocab_size or max(top_k) < vocab_size:
-        return kept, None
-    return kept, ((k >= vocab_size) & (mass[:, -1:] < top_p)).flatten()
-
-
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return upload(values, torch.float32, like.device)[:, None]
+    params = [s.params for s in samples]
+    drawn = [p.temperature >= _LEAST_TEMPERATURE for p in params]
+    temperature, top_p, min_p, points = upload(
+        [
+            [p.temperature * is_drawn for p, is_drawn in zip(params, drawn, strict=True)],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+            [uniform(s.seed, s.index) if is_drawn else 0.0 for s, is_drawn in zip(samples, drawn, strict=True)],
+        ],
+        torch.float64,
+        logits.device,
+    )
+    top_k = upload([p.top_k for p in params], torch.int64, logits.device)
+    return draw(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, points=points)
 
 
 def uniform(seed: int, index: int) -> float:
@@ -259,7 +163,7 @@ def _logprobs(raw: Tensor, tokens: Tensor, samples: Sequence[Sample]) -> _Wanted
         return None
     rows = list(counts)
     vocab_size = raw.shape[1]
-    logprobs = torch.log_softmax(_select(raw, rows), dim=-1)
+    logprobs = torch.log_softmax(_select(raw, rows).float(), dim=-1)
     chosen = logprobs.gather(-1, _select(tokens, rows)[:, None].clamp(0, vocab_size - 1)).flatten()
     values, ids = logprobs.topk(min(max(counts.values()), vocab_size), dim=-1)
-    return _Wanted(rows=rows, logprobs=logprobs, chosen=chosen, values=values, ids=ids)
+    return _Wanted(rows=rows, chosen=chosen, values=values, ids=ids)

@@ -1,4 +1,5 @@
 import math
+import warnings
 from collections import Counter
 
 import pytest
@@ -83,15 +84,6 @@ def test_top_p_is_a_share_of_what_top_k_left() -> None:
     # Of 0.7, the first has 0.57.
     assert set(drawn(logits, top_k=2, top_p=0.55)) == {0}
     assert set(drawn(logits, top_p=0.55)) == {0, 1}
-
-
-def test_top_p_looks_further_where_the_candidates_do_not_reach_it() -> None:
-    logits = torch.zeros(20)
-    params = [SamplingParams(top_p=0.74), SamplingParams(top_p=0.1)]
-    logits = logits - torch.arange(20) * 1e-3
-    few = sampler._keep_top(logits.expand(2, -1).clone(), params, 4)
-    assert torch.isfinite(few).sum(-1).tolist() == [15, 2]
-    assert torch.equal(few, sampler._keep_top(logits.expand(2, -1).clone(), params, 20))
 
 
 def test_min_p_is_a_share_of_the_likeliest() -> None:
@@ -234,7 +226,8 @@ EVERY_WAY = [
 ]
 
 
-def test_nothing_that_is_launched_depends_on_what_the_host_would_have_to_wait_for() -> None:
+def test_what_a_choice_is_made_of_goes_to_the_device_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "draw", lambda logits, **_: torch.empty_like(logits[:, 0], dtype=torch.int64))
     # Tensors without content: whoever reads a value fails.
     logits = torch.empty(len(EVERY_WAY), 3000, device="meta")
     choices = sampler.launch(logits, [ask(seed=i, **kind) for i, kind in enumerate(EVERY_WAY)])
@@ -243,11 +236,28 @@ def test_nothing_that_is_launched_depends_on_what_the_host_would_have_to_wait_fo
         choices.result()
 
 
+@pytest.mark.gpu
+def test_a_gpu_chooses_what_a_cpu_chooses_and_never_waits() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    logits = torch.randn(35, 3000, generator=torch.Generator().manual_seed(5)).bfloat16()
+    samples = [ask(seed=i, **EVERY_WAY[i % len(EVERY_WAY)]) for i in range(35)]
+    on_device = logits.cuda()
+    sample(on_device, samples)  # compiles
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            choices = sampler.launch(on_device, samples)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    expected = [each.token_id for each in sample(logits, samples)]
+    assert [each.token_id for each in choices.result()] == expected
+
+
 def test_logits_may_be_written_again_once_the_choice_is_launched() -> None:
     logits = torch.randn(len(EVERY_WAY), 3000, generator=torch.Generator().manual_seed(2))
     samples = [ask(seed=i, **kind) for i, kind in enumerate(EVERY_WAY)]
-    expected = sample(logits, samples)
-    assert any(each.revised for each in expected)
     for some in (samples, samples[:1], samples[3:4], samples[5:6]):
         memory = logits[: len(some)].clone()
         expected = sample(memory, some)
@@ -256,7 +266,7 @@ def test_logits_may_be_written_again_once_the_choice_is_launched() -> None:
         assert choices.result() == expected
 
 
-def test_the_device_has_the_tokens_that_are_told_but_for_those_revised_or_missing() -> None:
+def test_the_device_has_the_tokens_that_are_told_but_for_those_missing() -> None:
     logits = torch.randn(24, 3000, generator=torch.Generator().manual_seed(3))
     logits[7, 5] = math.nan
     samples = [ask(seed=i, **EVERY_WAY[i % len(EVERY_WAY)]) for i in range(24)]
@@ -264,19 +274,9 @@ def test_the_device_has_the_tokens_that_are_told_but_for_those_revised_or_missin
     results = choices.result()
     assert results[7].error
     for on_device, told in zip(choices.tokens.tolist(), results, strict=True):
-        assert (on_device < 0) == (told.revised or bool(told.error))
+        assert (on_device < 0) == bool(told.error)
         assert on_device < 0 or on_device == told.token_id
 
 
-def test_a_revised_token_is_what_all_candidates_would_have_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = torch.randn(20, 3000, generator=torch.Generator().manual_seed(4)) / 4
-    kinds = [{"top_p": 0.95}, {"top_p": 0.1}, {}, {"top_k": 3}, {"temperature": 0.0}]
-    samples = [ask(seed=i, logprobs=1, **kinds[i % len(kinds)]) for i in range(20)]
-    results = sample(logits, samples)
-    assert [each.revised for each in results] == [True, False, False, False, False] * 4
-    monkeypatch.setattr(sampler, "_CANDIDATES", 3000)
-    at_once = sample(logits, samples)
-    assert not any(each.revised for each in at_once)
-    assert [each.token_id for each in results] == [each.token_id for each in at_once]
-    for result, i in zip(results, range(20), strict=True):
-        assert result.logprobs == at_once[i].logprobs
+def test_what_is_not_finite_is_noticed_where_it_is_banned() -> None:
+    assert one([0.0, math.nan, 1.0], ask(banned_ids=(1,))).error == sampler.NOT_FINITE
