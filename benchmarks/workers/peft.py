@@ -24,6 +24,8 @@ class Peft:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         self._base = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
+        # Where a request names no end, transformers takes the model's own: a batch of one would stop there.
+        self._base.generation_config.eos_token_id = None
         self._device = device
         self._adapted: Any = None
         self._names: dict[str, str] = {}
