@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import numpy as np
-from softprompt_api.formats import parse_config, read_folder, read_rows
+from softprompt_api.formats import Rows, parse_config, read_adapter, read_folder
 
 from benchmarks.adapters import AdapterMaker
 from benchmarks.model_files import read_embedding_rows, read_shape
@@ -33,7 +33,8 @@ def test_adapters_are_the_same_whenever_they_are_made_and_unlike_each_other(
         for adapter in AdapterMaker(tiny_model, shape, tmp_path / folder).make(2, 3):
             files = read_folder(Path(adapter))
             spec = parse_config(files.config_json)
-            read = read_rows(spec, files.tensors_path.read_bytes())
-            assert (read.num_virtual_tokens, read.hidden_size) == (3, shape.hidden_size)
+            read = read_adapter(spec, files.tensors_path.read_bytes())
+            assert isinstance(read, Rows)
+            assert (read.num_virtual_tokens, read.row_size) == (3, shape.hidden_size)
             rows.append(bytes(read.data))
     assert rows[0] == rows[2] != rows[1] == rows[3]
