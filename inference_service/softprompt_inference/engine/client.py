@@ -65,7 +65,11 @@ class OutputStream:
 
     def take(self, most: int) -> list[Output]:
         """What has arrived and was not taken, the oldest first; no more than `most`."""
-        outputs, self._outputs = self._outputs[:most], self._outputs[most:]
+        outputs = self._outputs
+        if len(outputs) <= most:
+            self._outputs = []
+        else:
+            outputs, self._outputs = outputs[:most], outputs[most:]
         if self._has_ended and not self._outputs:
             self._client._forget(self._request_id, abort=False)
         return outputs
