@@ -6,11 +6,11 @@ import logging
 import socket
 import sys
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 from softprompt_api.errors import Unavailable
 
-from softprompt_inference.engine.codec import HEADER, Message, Progress, StartupFailed, decode, encode
+from softprompt_inference.engine.codec import Message, Progress, StartupFailed
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import (
     Abort,
@@ -22,6 +22,7 @@ from softprompt_inference.engine.messages import (
     Stats,
     StepResult,
 )
+from softprompt_inference.engine.pipe import Pipe
 
 _log = logging.getLogger(__name__)
 
@@ -64,7 +65,11 @@ class OutputStream:
 
     def take(self, most: int) -> list[Output]:
         """What has arrived and was not taken, the oldest first; no more than `most`."""
-        outputs, self._outputs = self._outputs[:most], self._outputs[most:]
+        outputs = self._outputs
+        if len(outputs) <= most:
+            self._outputs = []
+        else:
+            outputs, self._outputs = outputs[:most], outputs[most:]
         if self._has_ended and not self._outputs:
             self._client._forget(self._request_id, abort=False)
         return outputs
@@ -93,20 +98,17 @@ class EngineClient:
 
     info: ModelInfo
 
-    def __init__(
-        self,
-        process: asyncio.subprocess.Process,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-    ) -> None:
+    _pipe: Pipe
+
+    def __init__(self, process: asyncio.subprocess.Process, report: Callable[[str], None]) -> None:
         """Made by `start`."""
         self._process = process
-        self._reader = reader
-        self._writer = writer
+        self._report = report
         self._streams: dict[str, OutputStream] = {}
-        self._reading: asyncio.Task[None] | None = None
+        self._living: asyncio.Task[None] | None = None
         self._is_stopping = False
         self.stats = Stats()
+        self._ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
         self.dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     @classmethod
@@ -135,33 +137,24 @@ class EngineClient:
         except BaseException:
             ours.close()
             raise
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
-        client = cls(process, reader, writer)
+        client = cls(process, report)
+        client._pipe = await Pipe.connect(ours, client._hear)
         try:
-            writer.write(encode(config))
-            client.info = await client._wait_until_ready(report)
+            client._pipe.send(config)
+            client.info = await client._wait_until_ready()
         except BaseException:
             client._kill()
             await client.stop()
             raise
-        client._reading = asyncio.create_task(client._read())
+        client._living = asyncio.create_task(client._live())
         return client
 
-    async def _wait_until_ready(self, report: Callable[[str], None]) -> ModelInfo:
-        while True:
-            try:
-                message = await self._receive()
-            except (EOFError, ConnectionError):
-                raise EngineStartError(await self._exit_reason()) from None
-            match message:
-                case Progress(text=text):
-                    report(text)
-                case StartupFailed(message=text):
-                    raise EngineStartError(text)
-                case ModelInfo():
-                    return message
-                case _:
-                    raise EngineStartError(f"the engine answered with {type(message).__name__} while starting")
+    async def _wait_until_ready(self) -> ModelInfo:
+        either: tuple[asyncio.Future[Any], ...] = (self._ready, self._pipe.ended)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not self._ready.done():
+            raise EngineStartError(await self._exit_reason())
+        return self._ready.result()
 
     @property
     def pid(self) -> int:
@@ -174,12 +167,11 @@ class EngineClient:
         An AddRequest's outputs are kept from now on until `outputs` is asked for them; its id must not be open.
         """
         self._check_alive()
-        frame = encode(command)
+        if isinstance(command, AddRequest) and command.request_id in self._streams:
+            raise ValueError(f"request id {command.request_id} is open already")
+        self._pipe.send(command)
         if isinstance(command, AddRequest):
-            if command.request_id in self._streams:
-                raise ValueError(f"request id {command.request_id} is open already")
             self._streams[command.request_id] = OutputStream(self, command.request_id)
-        self._writer.write(frame)
 
     def outputs(self, request_id: str) -> OutputStream:
         """The outputs of a submitted request; KeyError when it is not open."""
@@ -188,12 +180,11 @@ class EngineClient:
     async def stop(self) -> None:
         """End the engine; open requests get an error. Harmless when it has ended."""
         self._is_stopping = True
-        self._writer.close()
+        self._pipe.close()
         await self._wait_for_exit()
-        if self._reading is not None:
-            await self._reading
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+        await self._pipe.ended
+        if self._living is not None:
+            await self._living
 
     async def _wait_for_exit(self) -> int:
         """The exit code of a process whose socket has closed; one that stays is killed."""
@@ -217,23 +208,25 @@ class EngineClient:
         if self._is_stopping or self.dead.done():
             raise Unavailable("the engine is stopping or has ended; try again")
 
-    async def _receive(self) -> Message:
-        """The next message; raises EOFError or ConnectionError at the end."""
-        header = await self._reader.readexactly(HEADER.size)
-        return decode(await self._reader.readexactly(HEADER.unpack(header)[0]))
-
-    async def _read(self) -> None:
-        try:
-            while True:
-                message = await self._receive()
-                assert isinstance(message, StepResult)
-                self._deliver(message)
-        except (EOFError, ConnectionError):
-            pass
-        except Exception:
-            _log.exception("the engine's answer makes no sense; it is ended")
+    async def _live(self) -> None:
+        error = await self._pipe.ended
+        if error is not None:
+            _log.error("the engine's answer makes no sense; it is ended", exc_info=error)
             self._kill()
         self._end(await self._exit_reason())
+
+    def _hear(self, message: Message) -> None:
+        match message:
+            case StepResult():
+                self._deliver(message)
+            case Progress(text=text):
+                self._report(text)
+            case ModelInfo():
+                self._ready.set_result(message)
+            case StartupFailed(message=text):
+                self._ready.set_exception(EngineStartError(text))
+            case _:
+                raise TypeError(f"an engine does not say {type(message).__name__}")
 
     def _deliver(self, result: StepResult) -> None:
         self.stats = result.stats
@@ -260,4 +253,4 @@ class EngineClient:
         if self._streams.pop(request_id, None) is None:
             return
         if abort and not self._is_stopping and not self.dead.done():
-            self._writer.write(encode(Abort(request_id=request_id)))
+            self._pipe.send(Abort(request_id=request_id))

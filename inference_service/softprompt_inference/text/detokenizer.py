@@ -24,7 +24,7 @@ class OutputText:
         self._keeps_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._scanner = StopScanner(params.stop)
+        self._scanner = StopScanner(params.stop) if params.stop else None
         self._num_tokens = 0
         self._held = ""
         self.stop_string: str | None = None
@@ -53,6 +53,8 @@ class OutputText:
         return shown + held
 
     def _take(self, text: str) -> str:
+        if self._scanner is None:
+            return text
         # Like end tokens, stop strings do not count before min_tokens.
         found = self._scanner.feed(text) if self._num_tokens >= self._min_tokens else None
         if found is not None:

@@ -19,15 +19,13 @@ class StopScanner:
     @property
     def num_held(self) -> int:
         """Length of the text's end that may be the beginning of a stop string."""
-        return max(self._matched) if self._matched else 0
+        return max(self._matched, default=0)
 
     def feed(self, piece: str) -> tuple[str, int] | None:
         """The stop string that was completed and the number of characters of `piece` read up to its end, or None.
 
         After a stop string was found nothing more may be fed.
         """
-        if not self._stops:
-            return None
         for position, character in enumerate(piece):
             for number, stop in enumerate(self._stops):
                 matched = self._matched[number]
