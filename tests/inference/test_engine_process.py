@@ -25,7 +25,9 @@ from softprompt_inference.engine.messages import (
     DropAdapter,
     Finish,
     LoadAdapter,
+    LoadLora,
     Logprobs,
+    LoraModule,
     Output,
     SoftPromptPart,
     Stats,
@@ -76,10 +78,16 @@ def receive_until(connection: Connection, wanted: type | None = None, *, last_of
             eos_token_ids=[7],
             seed=2**63 - 1,
             salt="tenant",
+            lora="sha256:b",
         ),
         Abort(request_id="0"),
         LoadAdapter(
             digest="sha256:a", rows=bytes(range(256)), dtype="float32", num_virtual_tokens=4, hidden_size=16
+        ),
+        LoadLora(
+            digest="sha256:b",
+            modules=[LoraModule(name="layers.0.q", rank=2, scale=0.5, a=bytes(range(9)), b=bytes(range(7)))],
+            dtype="bfloat16",
         ),
         DropAdapter(digest="sha256:a"),
         Progress(text="loading"),

@@ -3,16 +3,19 @@
 from softprompt_api.errors import AdapterNotFound, ContextLengthExceeded, InvalidArgument
 
 from softprompt_inference.engine.keys import VirtualIds
+from softprompt_inference.engine.lora import LoraSlots
 from softprompt_inference.engine.messages import AddRequest, TextPart
 from softprompt_inference.engine.sequence import Sequence
 
 
-def make_sequence(request: AddRequest, *, virtual_ids: VirtualIds, max_model_len: int) -> Sequence:
+def make_sequence(
+    request: AddRequest, *, virtual_ids: VirtualIds, max_model_len: int, lora_slots: LoraSlots | None = None
+) -> Sequence:
     """Put the parts of a prompt into one list of ids.
 
     Raises:
         InvalidArgument: the prompt is empty, or an id lies outside the vocabulary.
-        AdapterNotFound: the adapter of a part is not loaded.
+        AdapterNotFound: the adapter of a part, or the LoRA, is not loaded.
         ContextLengthExceeded: prompt and output can never fit.
     """
     vocab_size = virtual_ids.vocab_size
@@ -31,6 +34,12 @@ def make_sequence(request: AddRequest, *, virtual_ids: VirtualIds, max_model_len
             soft_prompt_ends.append(len(prompt_ids))
         else:
             raise AdapterNotFound(f"adapter {part.digest} is not loaded", field="adapter")
+    lora_slot = -1
+    if request.lora:
+        if lora_slots is None or request.lora not in lora_slots:
+            raise AdapterNotFound(f"adapter {request.lora} is not loaded", field="adapter")
+        adapters.add(request.lora)
+        lora_slot = lora_slots.find(request.lora)
     if not prompt_ids:
         raise InvalidArgument("the prompt is empty; it needs at least one token", field="prompt")
     _check_ids("eos_token_ids", request.eos_token_ids, vocab_size)
@@ -43,6 +52,7 @@ def make_sequence(request: AddRequest, *, virtual_ids: VirtualIds, max_model_len
         soft_prompt_ends=tuple(soft_prompt_ends),
         max_outputs=_max_outputs(request, len(prompt_ids), len(text_ids), max_model_len),
         virtual_ids=virtual_ids,
+        lora_slot=lora_slot,
     )
 
 

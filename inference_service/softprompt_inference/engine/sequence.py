@@ -42,7 +42,8 @@ class Sequence:
         text_ids: the prompt's ids without the virtual ones.
         output_ids: the ids generated so far.
         arrival: place in the order of arrival, given by the scheduler.
-        adapters: digests whose virtual tokens are in the prompt.
+        adapters: digests whose virtual tokens are in the prompt, and that of its LoRA.
+        lora_slot: of the LoRA that computes it, while it is unfinished; −1: none.
         soft_prompt_ends: positions behind the last virtual token of each soft prompt, in rising order.
         page_ids: pages in order, enough for all of token_ids in every step that computes it.
         source_page: a page it holds beside its own, while a step copies rows from it.
@@ -64,6 +65,7 @@ class Sequence:
         "adapters",
         "arrival",
         "looks_back",
+        "lora_slot",
         "num_cached",
         "num_computed",
         "num_ends_registered",
@@ -89,6 +91,7 @@ class Sequence:
         soft_prompt_ends: tuple[int, ...],
         max_outputs: int,
         virtual_ids: VirtualIds,
+        lora_slot: int = -1,
     ) -> None:
         params = request.params
         self.request = request
@@ -97,6 +100,7 @@ class Sequence:
         self.text_ids = text_ids
         self.output_ids: list[int] = []
         self.adapters = adapters
+        self.lora_slot = lora_slot
         self.soft_prompt_ends = soft_prompt_ends
         self.arrival = -1
         self.state = State.WAITING
@@ -108,7 +112,7 @@ class Sequence:
         self.num_cached: int | None = None
         self.looks_back = looks_back(params)
         self._virtual_ids = virtual_ids
-        self._keys: list[PageKey] = [root_key(request.salt)]
+        self._keys: list[PageKey] = [root_key(request.salt, request.lora)]
         self._partial_keys: dict[int, PageKey] = {}
         self._eos_ids = frozenset(() if params.ignore_eos else request.eos_token_ids)
         self._stop_ids = frozenset(params.stop_token_ids)
@@ -166,6 +170,7 @@ class Sequence:
             start=start,
             page_ids=self.page_ids,
             sample=self._sample(len(self.output_ids)) if stop == len(token_ids) else None,
+            lora=self.lora_slot,
         )
 
     @property
@@ -180,6 +185,7 @@ class Sequence:
             start=len(self.token_ids),
             page_ids=self.page_ids,
             sample=self._sample(len(self.output_ids) + 1),
+            lora=self.lora_slot,
         )
 
     def _sample(self, num_outputs: int) -> Sample:

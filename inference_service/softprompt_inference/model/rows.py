@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from softprompt_inference.engine.messages import LoadAdapter
-from softprompt_inference.model.transfer import upload
+from softprompt_inference.model.hardware import DTYPES
+from softprompt_inference.model.transfer import upload, upload_bytes
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FIRST_CAPACITY = 256
 
 
@@ -47,11 +46,7 @@ class VirtualRows:
     def _decode(self, adapter: LoadAdapter) -> Tensor:
         """[num_virtual_tokens, hidden] in the model's dtype."""
         shape = (adapter.num_virtual_tokens, self.rows.shape[1])
-        device = self.rows.device
-        # Pinned, so that the steps of others need not wait for the copy; torch keeps the memory until it is done.
-        staged = torch.empty(shape, dtype=_DTYPES[adapter.dtype], pin_memory=device.type == "cuda")
-        staged.view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(adapter.rows, dtype=np.uint8)
-        return staged.to(device, non_blocking=True).to(self.rows.dtype)
+        return upload_bytes(adapter.rows, shape, DTYPES[adapter.dtype], self.rows.device).to(self.rows.dtype)
 
     def _grow(self) -> None:
         capacity = len(self.rows)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.model.loader import load_model
+from softprompt_inference.model.lora.context import LoraContext
 from softprompt_inference.model.swaps import gated
 from softprompt_inference.model.swaps.gated import GatedMLP
 from softprompt_inference.model.swaps.packed import can_pack
@@ -29,17 +30,17 @@ def test_an_mlp_answers_as_before(activation: str, bias: bool, dtype: torch.dtyp
     x = torch.randn(1, 7, 32).to(dtype)
     with torch.inference_mode():
         expected = model(x)
-        (swap,) = gated.find(model)
+        (swap,) = gated.find(model, LoraContext())
         assert verify(swap)
         assert isinstance(model[0], GatedMLP)
         assert relative_error(model(x), expected) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 def test_another_activation_or_another_child_is_left_alone() -> None:
-    assert gated.find(_mlp("relu")) == []
+    assert gated.find(_mlp("relu"), LoraContext()) == []
     model = _mlp("silu")
     model[0].dropout = nn.Dropout()
-    assert gated.find(model) == []
+    assert gated.find(model, LoraContext()) == []
 
 
 def test_an_mlp_that_does_something_else_is_undone() -> None:
@@ -49,7 +50,7 @@ def test_an_mlp_that_does_something_else_is_undone() -> None:
 
     model = nn.Sequential(Odd(LlamaConfig(hidden_size=32, intermediate_size=48)))
     original = model[0]
-    (swap,) = gated.find(model)
+    (swap,) = gated.find(model, LoraContext())
     assert not verify(swap)
     assert model[0] is original
 
