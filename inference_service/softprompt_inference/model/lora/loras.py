@@ -15,6 +15,9 @@ from softprompt_inference.model.transfer import upload_bytes
 class Loras:
     """The weights of every slot.
 
+    Attributes:
+        products: that a LoRA may change.
+
     Args:
         model: as it serves, swaps made.
         linears: of the model as it was loaded.
@@ -33,11 +36,11 @@ class Loras:
     ) -> None:
         self._model = model
         self._device = device
-        products = find_products(model, linears)
-        self._weights = [ProductWeights(product, context, max_loras, device) for product in products]
+        self.products = find_products(model, linears)
+        self._weights = [ProductWeights(product, context, max_loras, device) for product in self.products]
         self._places = {
             linear.name: (linear, weights, index)
-            for product, weights in zip(products, self._weights, strict=True)
+            for product, weights in zip(self.products, self._weights, strict=True)
             for index, linear in enumerate(product.linears)
         }
 
@@ -78,7 +81,7 @@ class Loras:
                 )
 
     def _why_not(self, name: str) -> str:
-        known = {name for name, _ in self._model.named_modules()}
-        if name in known:
+        modules = {module for module, _ in self._model.named_modules() if module}
+        if name in modules:
             return f"module {name} is not a linear layer that LoRA can be served on"
         return f"the LoRA has module {name}, which the model does not have"

@@ -39,6 +39,11 @@ class ProductWeights:
         self._a = self._scales.new_empty(0, num_linears, _FIRST_RANK, self._in_features, dtype=self._dtype)
         self._b = self._scales.new_empty(0, out_features, _FIRST_RANK, dtype=self._dtype)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the stacked weights."""
+        return self._a.nbytes + self._b.nbytes
+
     def put(self, slot: int, index: int, a: Tensor, b: Tensor, scale: float) -> None:
         """Give a slot weights for the linear at `index`: a [rank, in], b [out, rank]."""
         rank = len(a)
@@ -66,6 +71,7 @@ class ProductWeights:
         wanted_slots, wanted_rank = max(slots, _FIRST_SLOTS), max_rank
         while wanted_slots <= slot:
             wanted_slots *= 2
+        wanted_slots = min(wanted_slots, len(self._ranks))
         while wanted_rank < rank:
             wanted_rank *= 2
         if (wanted_slots, wanted_rank) == (slots, max_rank):
