@@ -13,7 +13,7 @@ from itertools import groupby
 
 from torch import Tensor
 
-__all__ = ["LoraTiles", "cut_tiles"]
+__all__ = ["LoraTiles", "cut_tiles", "pick_rows"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,3 +44,11 @@ def cut_tiles(slots: Sequence[int], max_tokens: int) -> tuple[list[int], list[tu
         tiles += [(slot, start, min(max_tokens, stop - start)) for start in range(first, stop, max_tokens)]
         first = stop
     return order, tiles
+
+
+def pick_rows(x: Tensor, order: Tensor, first: int, count: int) -> Tensor:
+    """Rows of the tokens of one tile, [count, …]; that of a single one is a view."""
+    if count == 1:
+        token = int(order[first])
+        return x[token : token + 1]
+    return x[order[first : first + count]]

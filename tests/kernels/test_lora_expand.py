@@ -99,6 +99,20 @@ def test_results_of_any_size_and_dtype(
 
 
 @pytest.mark.parametrize("implementation", ["reference", "kernel"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_in_float32_of_a_batch_in_16_bits(
+    implementation: str, dtype: torch.dtype, device: str, make_tiles: Callable[..., LoraTiles]
+) -> None:
+    starts, slots = (0, 20, 150), [2, 0, -1, 4, 2, 3, 1]
+    tiles = make_tiles(slots, 16, device)
+    order = tiles.order.tolist()
+    out, h, b = inputs(starts, slots, order, torch.float32)
+    written = expand(implementation, device, out.to(dtype), h, b, starts, tiles)
+    assert written.dtype == dtype
+    assert_close(written, plain_answer(out.to(dtype), h, b, starts, slots, order))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "kernel"])
 def test_a_slice_whose_rank_is_zero_is_left_alone(
     implementation: str, device: str, make_tiles: Callable[..., LoraTiles]
 ) -> None:
@@ -133,6 +147,7 @@ def test_real_sizes_on_a_gpu(
         ({"b": torch.zeros(5, 10, 4)}, "do not fit together"),
         ({"starts": torch.tensor([0, 10], dtype=torch.int32)}, "do not fit together"),
         ({"h": torch.zeros(2, 2, 4).half()}, "must be the same"),
+        ({"h": torch.zeros(2, 2, 4).half(), "b": torch.zeros(4, 10, 4).half()}, "or float32"),
         ({"ranks": torch.zeros(4, 2, dtype=torch.int64)}, "must be int32"),
         ({"starts": torch.tensor([0, 4, 10])}, "must be int32"),
         ({"out": torch.zeros(10, 3).T}, "dense"),

@@ -81,6 +81,21 @@ def test_inputs_of_any_size_and_dtype(
 
 
 @pytest.mark.parametrize("implementation", ["reference", "kernel"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_in_float32_of_a_batch_in_16_bits(
+    implementation: str, dtype: torch.dtype, device: str, make_tiles: Callable[..., LoraTiles]
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(7, 40, generator=generator).to(dtype)
+    a, scales, ranks = weights(40, torch.float32, generator)
+    slots = [2, 0, -1, 4, 2, 3, 1]
+    tiles = make_tiles(slots, 16, device)
+    h = shrink(implementation, device, x, a, scales, ranks, tiles)
+    assert h.dtype == torch.float32
+    check(h, x, a, scales, slots, tiles.order.tolist())
+
+
+@pytest.mark.parametrize("implementation", ["reference", "kernel"])
 def test_strided_tokens_are_read_rightly(
     implementation: str, device: str, make_tiles: Callable[..., LoraTiles]
 ) -> None:
@@ -116,7 +131,7 @@ def test_real_sizes_on_a_gpu(
         ({"ranks": torch.zeros(4, 3, dtype=torch.int32)}, "do not fit together"),
         ({"scales": torch.zeros(5, 2)}, "do not fit"),
         ({"a": torch.zeros(5, 2, 4, 8)}, "5 slots do not fit"),
-        ({"x": torch.zeros(3, 8).half()}, "must be the same"),
+        ({"a": torch.zeros(4, 2, 4, 8).half()}, "must be the same or float32"),
         ({"scales": torch.zeros(4, 2).double()}, "float32 and int32"),
         ({"ranks": torch.zeros(4, 2, dtype=torch.int64)}, "float32 and int32"),
         ({"x": torch.zeros(8, 3).T}, "dense"),

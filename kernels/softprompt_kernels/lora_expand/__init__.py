@@ -7,8 +7,8 @@ Semantics:
             out[order[first : first + count], columns] += h[first : first + count, s, :r] @ b[slot, columns, :r].T
 
 out     [T, out]           bf16/fp16/fp32, last stride 1, written; other tokens are left alone
-h       [n, S, R]          same dtype, contiguous; of `lora_shrink`
-b       [filled, out, R]   same dtype, contiguous; values behind a slot's rank are not read. Slots from `filled` on
+h       [n, S, R]          same dtype or fp32, contiguous; of `lora_shrink`
+b       [filled, out, R]   like h, contiguous; values behind a slot's rank are not read. Slots from `filled` on
                            have nothing
 ranks   [slots, S] int32   contiguous; 0: the slot has nothing for this slice
 starts  [S + 1] int32      columns of each slice, one beside the other, from 0 to out
@@ -48,8 +48,8 @@ def _check(out: Tensor, h: Tensor, b: Tensor, ranks: Tensor, starts: Tensor, til
             f"out {list(out.shape)}, h {list(h.shape)}, b {list(b.shape)}, ranks {list(ranks.shape)}, "
             f"starts {list(starts.shape)}, order {list(tiles.order.shape)} do not fit together"
         )
-    if not out.dtype == h.dtype == b.dtype:
-        raise ValueError(f"out is {out.dtype}, h {h.dtype}, b {b.dtype}; they must be the same")
+    if h.dtype != b.dtype or b.dtype not in (out.dtype, torch.float32):
+        raise ValueError(f"out is {out.dtype}, h {h.dtype}, b {b.dtype}; h and b must be the same, or float32")
     if ranks.dtype != torch.int32 or starts.dtype != torch.int32:
         raise ValueError(f"ranks are {ranks.dtype}, starts {starts.dtype}; they must be int32")
     if out.stride(1) != 1 or not (h.is_contiguous() and b.is_contiguous() and ranks.is_contiguous()):

@@ -74,7 +74,7 @@ def lora_expand(out: Tensor, h: Tensor, b: Tensor, ranks: Tensor, starts: Tensor
         out.stride(0),
         num_slices,
         max_rank,
-        PRECISION="ieee" if out.dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if b.dtype == torch.float32 else "tf32",
         # tl.dot wants 16 and more along every axis.
         BLOCK_T=max(16, triton.next_power_of_2(tiles.max_tokens)),
         BLOCK_R=max(16, triton.next_power_of_2(max_rank)),

@@ -10,12 +10,12 @@ Semantics:
 A slice is one of several linears that read the same input and whose products are made as one (q, k and v).
 
 x       [T, in]            bf16/fp16/fp32, last stride 1
-a       [filled, S, R, in] same dtype, contiguous; values behind a slot's rank are not read. Slots from `filled` on
-                           have nothing
+a       [filled, S, R, in] same dtype or fp32, contiguous; values behind a slot's rank are not read. Slots from
+                           `filled` on have nothing
 scales  [slots, S]         fp32, contiguous
 ranks   [slots, S] int32   contiguous; 0: the slot has nothing for this slice
 tiles                      see `lora_tiles`
-h       [n, S, R]          like x, contiguous; sums in float32, rounded once; values behind a rank are not written
+h       [n, S, R]          like a, contiguous; sums in float32, rounded once; values behind a rank are not written
 """
 
 import torch
@@ -50,8 +50,8 @@ def _check(x: Tensor, a: Tensor, scales: Tensor, ranks: Tensor) -> None:
         )
     if scales.shape != ranks.shape or len(a) > len(ranks):
         raise ValueError(f"scales {list(scales.shape)}, ranks {list(ranks.shape)} and {len(a)} slots do not fit")
-    if x.dtype != a.dtype:
-        raise ValueError(f"x is {x.dtype}, a is {a.dtype}; they must be the same")
+    if a.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"x is {x.dtype}, a is {a.dtype}; it must be the same or float32")
     if scales.dtype != torch.float32 or ranks.dtype != torch.int32:
         raise ValueError(f"scales are {scales.dtype}, ranks {ranks.dtype}; they must be float32 and int32")
     if x.stride(1) != 1 or not (a.is_contiguous() and scales.is_contiguous() and ranks.is_contiguous()):

@@ -48,7 +48,7 @@ def _kernel(
         is_input = start + k < size
         x = tl.load(x_rows + start, mask=is_token[:, None] & is_input[None, :], other=0.0)
         a = tl.load(a_rows + start, mask=is_input[:, None] & (r < rank)[None, :], other=0.0)
-        acc += tl.dot(x, a, input_precision=PRECISION)
+        acc += tl.dot(x.to(a.dtype), a, input_precision=PRECISION)
     scale = tl.load(scales_ptr + slot * num_slices + part)
     out = h_ptr + ((first + t[:, None]) * num_slices + part) * R + r[None, :]
     tl.store(out, (acc * scale).to(h_ptr.dtype.element_ty), mask=is_token[:, None] & (r < rank)[None, :])
@@ -57,7 +57,7 @@ def _kernel(
 def lora_shrink(x: Tensor, a: Tensor, scales: Tensor, ranks: Tensor, tiles: LoraTiles) -> Tensor:
     """Launch the kernel; arguments as in `softprompt_kernels.lora_shrink`."""
     _, num_slices, max_rank, size = a.shape
-    h = torch.empty((len(tiles.order), num_slices, max_rank), dtype=x.dtype, device=x.device)
+    h = torch.empty((len(tiles.order), num_slices, max_rank), dtype=a.dtype, device=x.device)
     if len(tiles.tiles) == 0:
         return h
     _kernel[(len(tiles.tiles), num_slices)](
@@ -72,7 +72,7 @@ def lora_shrink(x: Tensor, a: Tensor, scales: Tensor, ranks: Tensor, tiles: Lora
         x.stride(0),
         num_slices,
         max_rank,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
         # tl.dot wants 16 and more along every axis.
         BLOCK_T=max(16, triton.next_power_of_2(tiles.max_tokens)),
         BLOCK_R=max(16, triton.next_power_of_2(max_rank)),

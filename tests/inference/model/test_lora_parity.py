@@ -73,6 +73,17 @@ def test_sixteen_loras_soft_prompts_and_the_base_model_in_one_batch(lab: Any, ll
     assert engine.step().stats.resident_adapters == 18
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
+def test_a_gpu_computes_the_same_in_float32(lab: Any, name: str) -> None:
+    path = lab.model(name)
+    used = [lab.lora(path, rank=rank, seed=seed) for seed, rank in enumerate((1, 8, 16, 64))]
+    soft = lab.adapter(path, "prompt_tuning", 20)
+    requests = with_loras(lab.requests([None, soft, None, soft, soft, None]), [*used, None, None])
+    outputs = lab.serve(lab.engine(path, device="cuda"), requests)
+    lab.compare(path, requests, outputs).assert_equal()
+
+
 def test_without_native_kernels(lab: Any, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = lab.engine(llama)
     monkeypatch.setattr(native, "_library", None)

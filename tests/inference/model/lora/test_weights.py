@@ -19,13 +19,13 @@ def context() -> LoraContext:
 
 @pytest.fixture
 def module() -> nn.Linear:
-    return nn.Linear(SIZE, sum(WIDTHS), dtype=torch.float64)
+    return nn.Linear(SIZE, sum(WIDTHS), dtype=torch.float32)
 
 
 @pytest.fixture
 def weights(module: nn.Linear, context: LoraContext) -> ProductWeights:
     linears = tuple(
-        Linear(name=str(i), in_features=SIZE, out_features=width, dtype=torch.float64)
+        Linear(name=str(i), in_features=SIZE, out_features=width, dtype=torch.float32)
         for i, width in enumerate(WIDTHS)
     )
     return ProductWeights(Product(module=module, linears=linears), context, MAX_LORAS, CPU)
@@ -56,11 +56,11 @@ def test_loras_of_growing_slots_and_ranks_come_and_go(
             held[slot] = {}
             for index in generator.sample(range(3), generator.randrange(1, 4)):
                 rank = generator.choice([1, 2, 8, 9, 33])
-                a, b = torch.randn(rank, SIZE).double(), torch.randn(WIDTHS[index], rank).double()
+                a, b = torch.randn(rank, SIZE), torch.randn(WIDTHS[index], rank)
                 held[slot][index] = (a, b, generator.choice([0.25, 1.0, 1.5]))
                 weights.put(slot, index, *held[slot][index])
         slots = [generator.choice([-1, *range(MAX_LORAS)]) for _ in range(9)]
-        x = torch.randn(1, 9, SIZE).double()
+        x = torch.randn(1, 9, SIZE)
         expected = module.weight @ x[0].T + module.bias[:, None]
         for token, own in enumerate(slots):
             for index, (a, b, scale) in held.get(own, {}).items():
@@ -74,7 +74,7 @@ def test_without_any_lora_the_module_is_as_it_was_and_no_memory_is_held(
 ) -> None:
     assert not is_attached(module)
     for slot in (0, 5):
-        weights.put(slot, 1, torch.ones(3, SIZE).double(), torch.ones(2, 3).double(), 1.0)
+        weights.put(slot, 1, torch.ones(3, SIZE), torch.ones(2, 3), 1.0)
     weights.drop(0)
     weights.drop(3)
     assert is_attached(module)
@@ -86,9 +86,9 @@ def test_without_any_lora_the_module_is_as_it_was_and_no_memory_is_held(
 def test_a_slot_that_is_used_again_keeps_nothing_of_the_former(
     weights: ProductWeights, module: nn.Linear, context: LoraContext
 ) -> None:
-    x = torch.randn(1, 1, SIZE).double()
-    a, b = torch.randn(2, SIZE).double(), torch.randn(5, 2).double()
-    other = (torch.randn(1, SIZE).double(), torch.randn(3, 1).double(), 1.0)
+    x = torch.randn(1, 1, SIZE)
+    a, b = torch.randn(2, SIZE), torch.randn(5, 2)
+    other = (torch.randn(1, SIZE), torch.randn(3, 1), 1.0)
     weights.put(0, 0, a, b, 1.0)
     weights.put(1, 0, a, b, 1.0)
     weights.drop(0)
