@@ -1,6 +1,7 @@
 """Tiny random models, adapters written by PEFT, and PEFT itself as the oracle."""
 
 import contextlib
+import hashlib
 import json
 import math
 import re
@@ -315,12 +316,13 @@ class Lab:
         seed: int = 0,
         **options: object,
     ) -> Lora:
-        """A LoRA of random content, saved by PEFT; made once for each seed.
+        """A LoRA of random content, saved by PEFT; made once for each shape and seed.
 
         Args:
             options: of LoraConfig.
         """
-        folder = self.folder / f"{model_path.name}-lora-{rank}-{seed}"
+        shape = hashlib.sha256(repr((targets, rank, sorted(options.items()))).encode()).hexdigest()[:12]
+        folder = self.folder / f"{model_path.name}-lora-{shape}-{seed}"
         if not folder.exists():
             with _warnings_of_peft_ignored():
                 torch.manual_seed(2000 + seed)
