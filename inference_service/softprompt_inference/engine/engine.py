@@ -115,8 +115,8 @@ class Engine:
             raise InvalidArgument(f"request id {request.request_id} is in use", field="request_id")
         soft_prompts = [part.digest for part in request.prompt if isinstance(part, SoftPromptPart)]
         for digest in (*soft_prompts, request.lora):
-            if digest in self._load_errors:
-                raise self._load_errors[digest]()
+            if error := self.load_error(digest):
+                raise error
         return make_sequence(
             request,
             virtual_ids=self._virtual_ids,
@@ -137,6 +137,11 @@ class Engine:
         """Give a LoRA a slot; a failure is told to the requests that ask for it."""
         if not self._is_resident(lora.digest):
             self._load(lora.digest, partial(self._load_weights, lora))
+
+    def load_error(self, digest: str) -> SoftpromptError | None:
+        """Why the adapter that was to be loaded last under this digest is not there; None where it is."""
+        make = self._load_errors.get(digest)
+        return None if make is None else make()
 
     def _is_resident(self, digest: str) -> bool:
         """Whether somebody who loads it now finds it there; then it stays."""
