@@ -47,9 +47,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
-    """`make_adapter(seed, num_virtual_tokens, kind)` writes a PEFT folder of random rows for the tiny model."""
+    """`make_adapter(seed, num_virtual_tokens, kind)` writes a PEFT folder of random values for the tiny model."""
     import torch
-    from peft import MultitaskPromptTuningConfig, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
+    from peft import (
+        LoraConfig,
+        MultitaskPromptTuningConfig,
+        PrefixTuningConfig,
+        PromptTuningConfig,
+        TaskType,
+        get_peft_model,
+    )
     from transformers import AutoModelForCausalLM
 
     kinds = {
@@ -58,15 +65,20 @@ def make_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         "multitask": partial(MultitaskPromptTuningConfig, num_tasks=2),
     }
 
-    def make(seed: int, num_virtual_tokens: int = 5, kind: str = "prompt_tuning") -> Path:
+    def make(seed: int, num_virtual_tokens: int = 5, kind: str = "prompt_tuning", rank: int = 4) -> Path:
         folder = tmp_path_factory.mktemp(f"adapter-{seed}")
         torch.manual_seed(seed)
-        config = kinds[kind](task_type=TaskType.CAUSAL_LM, num_virtual_tokens=num_virtual_tokens)
+        if kind == "lora":
+            config = LoraConfig(
+                task_type=TaskType.CAUSAL_LM, r=rank, target_modules="all-linear", init_lora_weights=False
+            )
+        else:
+            config = kinds[kind](task_type=TaskType.CAUSAL_LM, num_virtual_tokens=num_virtual_tokens)
         with warnings.catch_warnings():  # PEFT asks transformers by a name that is going away
             warnings.simplefilter("ignore", FutureWarning)
             model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
         with torch.no_grad():
-            for parameter in model.prompt_encoder.parameters():
+            for parameter in model.prompt_encoder.parameters() if kind != "lora" else ():
                 parameter.normal_()
         model.save_pretrained(folder)
         return folder

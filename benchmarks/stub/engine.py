@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from softprompt_inference.engine.config import EngineConfig
-from softprompt_inference.engine.messages import LoadAdapter, ModelInfo
+from softprompt_inference.engine.messages import LoadAdapter, LoadLora, ModelInfo
 from softprompt_inference.engine.plan import Pending, Runner, Sampled, StepPlan
 from softprompt_inference.engine.process import end_with_parent, serve
 
@@ -64,6 +64,12 @@ class FixedStepRunner:
         """Take no notice: nothing is computed from rows."""
 
     def drop_rows(self, first_id: int) -> None:
+        """Take no notice."""
+
+    def load_lora(self, slot: int, lora: LoadLora) -> None:
+        """Take no notice."""
+
+    def drop_lora(self, slot: int) -> None:
         """Take no notice."""
 
 

@@ -102,7 +102,9 @@ def _read(folder: Path) -> LoadAdapter:
     spec = parse_config(files.config_json)
     data = files.tensors_path.read_bytes()
     digest = adapter_digest(spec, hashlib.sha256(data).hexdigest())
-    return Adapter.read(digest, spec, data).load_command()
+    command = Adapter.read(digest, spec, data).load_command()
+    assert isinstance(command, LoadAdapter), "workloads name soft prompts"
+    return command
 
 
 if __name__ == "__main__":

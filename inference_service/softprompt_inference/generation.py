@@ -20,6 +20,7 @@ from softprompt_api.errors import ContextLengthExceeded, InvalidArgument, Overlo
 from softprompt_api.names import AdapterRef, choose_task, parse_model, with_task
 from softprompt_api.params import SamplingParams
 
+from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.residency import Residency
 from softprompt_inference.adapters.source import AdapterSource
 from softprompt_inference.choice import Choice, Delta, Finished
@@ -232,13 +233,14 @@ class Generator:
             if not token_ids:
                 raise InvalidArgument("the prompt is empty: it has no tokens", field="prompt")
             bound = await self.bind(call.adapter)
-            async with self._resident(bound) as virtual_tokens:
+            async with self._resident(bound) as adapter:
+                virtual_tokens = adapter.num_virtual_tokens if adapter else 0
                 self._check_context(len(token_ids), virtual_tokens, call.params.max_tokens)
                 accepted = Accepted(adapter=bound, prompt_token_ids=token_ids, virtual_tokens=virtual_tokens)
                 choices = [
                     Choice(index, self._tokenizer.output_text(call.params)) for index in range(call.params.n)
                 ]
-                with self._submitted(call.params, accepted) as streams:
+                with self._submitted(call.params, token_ids, adapter) as streams:
                     yield Generation(accepted, choices, streams)
 
     async def bind(self, spelling: str) -> BoundAdapter | None:
@@ -265,11 +267,16 @@ class Generator:
         return parse_model(spelling, base_model_id=self._base_model_id, field="adapter") if spelling else None
 
     @contextlib.contextmanager
-    def _submitted(self, params: SamplingParams, accepted: Accepted) -> Iterator[list[OutputStream]]:
+    def _submitted(
+        self, params: SamplingParams, token_ids: list[int], adapter: Adapter | None
+    ) -> Iterator[list[OutputStream]]:
         """The outputs of each choice; the engine forgets what has not ended when the context does."""
-        prompt: list[TextPart | SoftPromptPart] = [TextPart(token_ids=accepted.prompt_token_ids)]
-        if accepted.adapter is not None:
-            prompt.insert(0, SoftPromptPart(digest=accepted.adapter.digest))
+        prompt: list[TextPart | SoftPromptPart] = [TextPart(token_ids=token_ids)]
+        lora = ""
+        if adapter is not None and adapter.is_lora:
+            lora = adapter.digest
+        elif adapter is not None:
+            prompt.insert(0, SoftPromptPart(digest=adapter.digest))
         seed = secrets.randbits(62) if params.seed is None else params.seed
         request_number = next(self._numbers)
         with contextlib.ExitStack() as open_streams:
@@ -281,6 +288,7 @@ class Generator:
                     params=params,
                     eos_token_ids=list(self._tokenizer.eos_token_ids),
                     seed=seed + index,
+                    lora=lora,
                 )
                 self._engine.submit(request)
                 streams.append(self._engine.outputs(request.request_id))
@@ -289,13 +297,13 @@ class Generator:
             yield streams
 
     @contextlib.asynccontextmanager
-    async def _resident(self, bound: BoundAdapter | None) -> AsyncIterator[int]:
-        """Number of virtual tokens, with the adapter held in the engine."""
+    async def _resident(self, bound: BoundAdapter | None) -> AsyncIterator[Adapter | None]:
+        """The adapter, held in the engine; None for the base model."""
         if bound is None:
-            yield 0
+            yield None
             return
         async with self._residency.use(bound.digest) as adapter:
-            yield adapter.num_virtual_tokens
+            yield adapter
 
     @contextlib.contextmanager
     def _admitted(self, num_choices: int) -> Iterator[None]:

@@ -76,10 +76,13 @@ class InferenceServer:
         _log.info("starting", port=self.port, model=settings.model)
         folder = await asyncio.to_thread(resolve_model, settings.model, None, _log.info)
         engine, tokenizer = await self._load(folder)
-        base_model = make_base_model(settings.model_id, engine.info, tokenizer)
+        base_model = make_base_model(
+            settings.model_id, engine.info, tokenizer, max_lora_rank=settings.max_lora_rank
+        )
         self._channel = open_channel(settings.registry_address)
         stub: registry_pb2_grpc.RegistryServiceAsyncStub = registry_pb2_grpc.RegistryServiceStub(self._channel)
-        self._servicer.open(self._make_front(engine, tokenizer, base_model, AdapterSource(stub, base_model)))
+        source = AdapterSource(stub, base_model, max_lora_bytes=settings.max_lora_bytes)
+        self._servicer.open(self._make_front(engine, tokenizer, base_model, source))
         await self._announce(Announcer(stub, base_model))
         await self._server.set_serving(True)
         _log.info("inference ready", port=self.port, model=base_model.id, device=engine.info.device)
@@ -161,6 +164,7 @@ class InferenceServer:
             drop=drop,
             max_adapters=settings.max_prompt_adapters,
             max_rows=settings.max_adapter_rows,
+            max_loras=settings.max_loras,
             host_cache=HostCache(settings.adapter_cache_bytes),
         )
         prompts = PromptEncoder(
@@ -189,7 +193,9 @@ class InferenceServer:
         )
 
 
-def make_base_model(model_id: str, info: ModelInfo, tokenizer: Tokenizer) -> registry_pb2.BaseModel:
+def make_base_model(
+    model_id: str, info: ModelInfo, tokenizer: Tokenizer, *, max_lora_rank: int
+) -> registry_pb2.BaseModel:
     """The fingerprint of what is served."""
     return registry_pb2.BaseModel(
         id=model_id,
@@ -203,4 +209,5 @@ def make_base_model(model_id: str, info: ModelInfo, tokenizer: Tokenizer) -> reg
         max_virtual_tokens=info.max_virtual_tokens,
         dtype=info.dtype,
         no_key_values=info.no_key_values,
+        max_lora_rank=max_lora_rank,
     )

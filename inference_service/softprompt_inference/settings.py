@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from softprompt_api.formats import DEFAULT_MAX_LORA_RANK
 from softprompt_api.settings import SettingsError, check_reach, read
 
 from softprompt_inference.engine.config import EngineConfig
@@ -15,8 +16,10 @@ __all__ = ["Settings", "SettingsError", "read_settings"]
 
 ENV_PREFIX = "SOFTPROMPT_"
 _MIB = 2**20
+_GIB = 2**30
 
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
+UpTo1024 = Annotated[int, Field(ge=1, le=1024)]
 
 
 class Settings(BaseSettings):
@@ -50,8 +53,11 @@ class Settings(BaseSettings):
     enable_prefix_caching: bool = Field(True, description="compute shared beginnings and soft prompts only once")
 
     max_virtual_tokens: PositiveInt = Field(512, description="most virtual tokens of one adapter")
-    max_prompt_adapters: PositiveInt = Field(1024, description="most adapters on the device at one time")
+    max_prompt_adapters: PositiveInt = Field(1024, description="most soft prompts on the device at one time")
     max_adapter_rows: PositiveInt = Field(65_536, description="most virtual tokens on the device at one time")
+    max_loras: UpTo1024 = Field(16, description="most LoRAs on the device at one time")
+    max_lora_rank: UpTo1024 = Field(DEFAULT_MAX_LORA_RANK, description="highest rank of a LoRA")
+    max_lora_bytes: ByteSize = Field(ByteSize(2 * _GIB), ge=1024, description="largest tensor file of a LoRA")
     adapter_cache_bytes: ByteSize = Field(ByteSize(512 * _MIB), ge=0, description="adapters in host memory")
 
     max_queued_requests: PositiveInt = Field(1024, description="most completions waiting beside a full batch")
@@ -98,6 +104,8 @@ class Settings(BaseSettings):
             max_num_sequences=self.max_num_sequences,
             max_step_tokens=self.max_step_tokens,
             max_virtual_tokens=self.max_virtual_tokens,
+            max_loras=self.max_loras,
+            max_lora_rank=self.max_lora_rank,
             num_threads=self.num_threads,
             native_cache_dir=str(native_kernels_dir()) if self.native_kernels else None,
             enable_prefix_caching=self.enable_prefix_caching,

@@ -50,6 +50,7 @@ class BaseModel:
     max_virtual_tokens: int
     dtype: str
     no_key_values: str = ""
+    max_lora_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +164,7 @@ def check_base_model(model: BaseModel) -> None:
         )
     if model.hidden_size < 1:
         raise InvalidArgument("base_model.hidden_size must be at least 1", field="base_model.hidden_size")
-    for field in ("num_layers", "num_kv_heads", "head_dim", "vocab_size", "max_virtual_tokens"):
+    for field in ("num_layers", "num_kv_heads", "head_dim", "vocab_size", "max_virtual_tokens", "max_lora_rank"):
         if getattr(model, field) < 0:
             raise InvalidArgument(f"base_model.{field} cannot be negative", field=f"base_model.{field}")
     if len(model.no_key_values) > MAX_REASON_CHARACTERS:

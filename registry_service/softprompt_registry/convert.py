@@ -50,6 +50,7 @@ def base_model_from(message: pb.BaseModel) -> BaseModel:
         max_virtual_tokens=message.max_virtual_tokens,
         dtype=message.dtype,
         no_key_values=message.no_key_values,
+        max_lora_rank=message.max_lora_rank,
     )
 
 
@@ -67,6 +68,7 @@ def base_model_to(model: BaseModel) -> pb.BaseModel:
         max_virtual_tokens=model.max_virtual_tokens,
         dtype=model.dtype,
         no_key_values=model.no_key_values,
+        max_lora_rank=model.max_lora_rank,
     )
 
 

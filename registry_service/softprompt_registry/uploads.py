@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import structlog
 from redis.asyncio import Redis
 from softprompt_api.errors import DeadlineExceeded, InvalidArgument, Overloaded, Unavailable
-from softprompt_api.formats import AdapterVerifier, ModelShape, parse_config
+from softprompt_api.formats import DEFAULT_MAX_LORA_RANK, AdapterVerifier, ModelShape, parse_config
 
 from softprompt_registry import catalog
 from softprompt_registry.blobs import CHUNK_BYTES, StagedBlob
@@ -122,6 +122,7 @@ def _shape_of(base: BaseModel) -> ModelShape:
         max_virtual_tokens=base.max_virtual_tokens,
         dtype=base.dtype,
         no_key_values=base.no_key_values,
+        max_lora_rank=base.max_lora_rank or DEFAULT_MAX_LORA_RANK,
     )
 
 

@@ -1,4 +1,4 @@
-"""Soft prompts over one base model: in one process with `LLM`, or through the services of a running system.
+"""Soft prompts and LoRAs over one base model: in one process with `LLM`, or through the services of a system.
 
     from softprompt import LLM, PromptAdapterRequest, SamplingParams
 
@@ -15,7 +15,7 @@ from softprompt_api.params import SamplingParams
 
 from softprompt.errors import MissingExtra, SoftpromptError
 from softprompt.outputs import CompletionOutput, Logprob, RequestOutput
-from softprompt.requests import PromptAdapterRequest
+from softprompt.requests import LoRARequest, PromptAdapterRequest
 
 if TYPE_CHECKING:
     from softprompt.gateway import GatewayClient
@@ -27,6 +27,7 @@ __all__ = [
     "AdapterInfo",
     "CompletionOutput",
     "GatewayClient",
+    "LoRARequest",
     "Logprob",
     "MissingExtra",
     "PromptAdapterRequest",

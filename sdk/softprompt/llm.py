@@ -15,6 +15,7 @@ from softprompt_inference.choice import Choice
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import Engine
 from softprompt_inference.engine.keys import VirtualIds
+from softprompt_inference.engine.lora import LoraSlots
 from softprompt_inference.engine.messages import AddRequest, ModelInfo, SoftPromptPart, TextPart
 from softprompt_inference.engine.prompt import make_sequence
 from softprompt_inference.model.runner import load_runner
@@ -24,24 +25,28 @@ from softprompt_inference.text import ChatMessage, Tokenizer
 from softprompt.batch import Running, run
 from softprompt.outputs import RequestOutput
 from softprompt.prompts import ParsedPrompt, Prompt, one_each, parse_prompts
-from softprompt.requests import PromptAdapterRequest
+from softprompt.requests import AdapterRequest, LoRARequest, PromptAdapterRequest
 from softprompt.resident import ResidentAdapters
 
 _log = logging.getLogger(__name__)
 _GIB = 2**30
 
 Adapters = PromptAdapterRequest | Sequence[PromptAdapterRequest | None] | None
+Loras = LoRARequest | Sequence[LoRARequest | None] | None
 Message = Mapping[str, str]
 
 
 class LLM:
-    """One base model with any number of soft prompts, mixed freely in one batch. Not for several threads at once.
+    """One base model with soft prompts and LoRAs, mixed freely in one batch. Not for several threads at once.
 
     Args:
         model: Hugging Face folder, .gguf file or hub id.
-        enable_prompt_adapter: whether calls may name adapters.
-        max_prompt_adapters: how many adapters stay loaded between calls.
-        max_prompt_adapter_token: most virtual tokens of one adapter.
+        enable_prompt_adapter: whether calls may name soft prompts.
+        max_prompt_adapters: how many soft prompts stay loaded between calls.
+        max_prompt_adapter_token: most virtual tokens of one soft prompt.
+        enable_lora: whether calls may name LoRAs.
+        max_loras: most LoRAs in one call; so many stay loaded between calls.
+        max_lora_rank: highest rank of a LoRA.
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: "auto", "cpu", "cuda" or "cuda:1".
         max_model_len: longest sequence, virtual tokens included; None: the model's own limit.
@@ -63,6 +68,9 @@ class LLM:
         enable_prompt_adapter: bool = True,
         max_prompt_adapters: int = 64,
         max_prompt_adapter_token: int = 512,
+        enable_lora: bool = True,
+        max_loras: int = 16,
+        max_lora_rank: int = 64,
         dtype: str = "auto",
         device: str = "auto",
         max_model_len: int | None = None,
@@ -89,13 +97,18 @@ class LLM:
             max_num_sequences=max_num_seqs,
             max_step_tokens=max_num_batched_tokens,
             max_virtual_tokens=max_prompt_adapter_token,
+            max_loras=max_loras,
+            max_lora_rank=max_lora_rank,
             native_cache_dir=str(native_kernels_dir()),
             enable_prefix_caching=enable_prefix_caching,
         )
         self._tokenizer = Tokenizer.load(folder)
         self._engine = Engine(load_runner(config, _log.info), config)
         self._adapters = ResidentAdapters(self._engine, max_prompt_adapters)
+        self._loras = ResidentAdapters(self._engine, max_loras, max_lora_rank=max_lora_rank)
+        self._max_loras = max_loras
         self._enable_prompt_adapter = enable_prompt_adapter
+        self._enable_lora = enable_lora
         self._random = random.Random(seed)
         self._request_ids = itertools.count()
 
@@ -110,6 +123,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         prompt_adapter_request: Adapters = None,
+        lora_request: Loras = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Complete prompts, all in one batch; outputs in the prompts' order.
@@ -117,7 +131,8 @@ class LLM:
         Args:
             prompts: one or a list of: text, token ids, {"prompt": …}, {"prompt_token_ids": […]}.
             sampling_params: one for all, or one for each; None: SamplingParams().
-            prompt_adapter_request: one for all, or a list with one or None (the base model) for each.
+            prompt_adapter_request: one for all, or a list with one or None (no soft prompt) for each.
+            lora_request: likewise; a prompt may have a soft prompt and a LoRA.
             use_tqdm: show progress on a terminal.
 
         Raises an error of softprompt_api.errors, before anything runs, that names the prompt which cannot be run.
@@ -125,7 +140,7 @@ class LLM:
         parsed = parse_prompts(prompts)
         ids = [self._encode(index, prompt) for index, prompt in enumerate(parsed)]
         texts = [prompt.text for prompt in parsed]
-        return self._run(texts, ids, sampling_params, prompt_adapter_request, use_tqdm)
+        return self._run(texts, ids, sampling_params, prompt_adapter_request, lora_request, use_tqdm)
 
     def chat(
         self,
@@ -133,6 +148,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         prompt_adapter_request: Adapters = None,
+        lora_request: Loras = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         use_tqdm: bool = True,
@@ -153,7 +169,7 @@ class LLM:
                 )
             ids.append(token_ids)
         texts = [self._tokenizer.decode(token_ids) for token_ids in ids]
-        return self._run(texts, ids, sampling_params, prompt_adapter_request, use_tqdm)
+        return self._run(texts, ids, sampling_params, prompt_adapter_request, lora_request, use_tqdm)
 
     def _encode(self, index: int, prompt: ParsedPrompt) -> list[int]:
         if prompt.token_ids is not None:
@@ -167,18 +183,25 @@ class LLM:
         ids: Sequence[list[int]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         adapters: Adapters,
+        loras: Loras,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         params = one_each(sampling_params or SamplingParams(), len(ids), "sampling_params")
         requests = one_each(adapters, len(ids), "prompt_adapter_request")
-        digests = self._load(requests)
+        lora_requests = one_each(loras, len(ids), "lora_request")
+        self._check_enabled(requests, lora_requests)
+        digests = _load(self._adapters, requests)
+        lora_digests = _load(self._loras, lora_requests)
         choices = [
-            self._make_choices(index, token_ids, one_params, digest)
-            for index, (token_ids, one_params, digest) in enumerate(zip(ids, params, digests, strict=True))
+            self._make_choices(index, token_ids, one_params, digest, lora)
+            for index, (token_ids, one_params, digest, lora) in enumerate(
+                zip(ids, params, digests, lora_digests, strict=True)
+            )
         ]
         with _progress(len(ids), use_tqdm) as advance:
             run(self._engine, choices, advance)
         self._adapters.trim()
+        self._loras.trim()
         return [
             RequestOutput(
                 request_id=mine[0].request.request_id.partition("-")[0],
@@ -186,24 +209,35 @@ class LLM:
                 prompt_token_ids=token_ids,
                 outputs=[one.completion(self._tokenizer) for one in mine],
                 prompt_adapter_request=request,
+                lora_request=lora_request,
                 num_cached_tokens=mine[0].choice.cached_tokens,
             )
-            for text, token_ids, mine, request in zip(texts, ids, choices, requests, strict=True)
+            for text, token_ids, mine, request, lora_request in zip(
+                texts, ids, choices, requests, lora_requests, strict=True
+            )
         ]
 
-    def _load(self, requests: Sequence[PromptAdapterRequest | None]) -> list[str | None]:
-        """The digest of each request's adapter, which is loaded then; None for the base model."""
-        named = [request for request in requests if request is not None]
-        if named and not self._enable_prompt_adapter:
+    def _check_enabled(
+        self, requests: Sequence[PromptAdapterRequest | None], loras: Sequence[LoRARequest | None]
+    ) -> None:
+        if any(requests) and not self._enable_prompt_adapter:
             raise InvalidArgument(
                 "this LLM was made with enable_prompt_adapter=False, so it takes no prompt_adapter_request",
                 field="prompt_adapter_request",
             )
-        digests = self._adapters.load(named)
-        return [None if request is None else digests[request] for request in requests]
+        if any(loras) and not self._enable_lora:
+            raise InvalidArgument(
+                "this LLM was made with enable_lora=False, so it takes no lora_request", field="lora_request"
+            )
+        num_loras = len({request for request in loras if request is not None})
+        if num_loras > self._max_loras:
+            raise InvalidArgument(
+                f"the call has {num_loras} LoRAs; at most {self._max_loras} run at one time (max_loras)",
+                field="lora_request",
+            )
 
     def _make_choices(
-        self, index: int, token_ids: list[int], params: SamplingParams, digest: str | None
+        self, index: int, token_ids: list[int], params: SamplingParams, digest: str | None, lora: str | None
     ) -> list[Running]:
         """One choice for each of `params.n`, checked as the engine would, so that nothing runs when one cannot."""
         number = next(self._request_ids)
@@ -216,6 +250,7 @@ class LLM:
                 params=params,
                 eos_token_ids=list(self._tokenizer.eos_token_ids),
                 seed=seed + choice,
+                lora=lora or "",
             )
             for choice in range(params.n)
         ]
@@ -231,7 +266,16 @@ class LLM:
         ids = VirtualIds(self.info.vocab_size)
         if digest is not None:
             self._adapters.assign(digest, ids)
-        make_sequence(request, virtual_ids=ids, max_model_len=self.info.max_model_len)
+        slots = LoraSlots(1)
+        if request.lora:
+            slots.assign(request.lora)
+        make_sequence(request, virtual_ids=ids, lora_slots=slots, max_model_len=self.info.max_model_len)
+
+
+def _load(resident: ResidentAdapters, requests: Sequence[AdapterRequest | None]) -> list[str | None]:
+    """The digest of each request's adapter, which is loaded then; None where there is none."""
+    digests = resident.load(request for request in requests if request is not None)
+    return [None if request is None else digests[request] for request in requests]
 
 
 def _conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> Sequence[Sequence[Message]]:

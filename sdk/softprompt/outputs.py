@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from softprompt.requests import PromptAdapterRequest
+from softprompt.requests import LoRARequest, PromptAdapterRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,8 @@ class RequestOutput:
         prompt_token_ids: its ids, without virtual tokens.
         outputs: its completions, by index.
         finished: always true; kept for code written for vLLM.
-        prompt_adapter_request: the adapter it ran with; None for the base model.
+        prompt_adapter_request: the soft prompt it ran with; None: none.
+        lora_request: the LoRA it ran with; None: none.
         num_cached_tokens: positions of the prompt, virtual ones included, whose KV was at hand; of the first
             completion.
     """
@@ -65,4 +66,5 @@ class RequestOutput:
     outputs: Sequence[CompletionOutput]
     finished: bool = True
     prompt_adapter_request: PromptAdapterRequest | None = None
+    lora_request: LoRARequest | None = None
     num_cached_tokens: int = 0

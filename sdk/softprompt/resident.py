@@ -3,9 +3,10 @@
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from softprompt_api.errors import InvalidArgument
-from softprompt_api.formats import CONFIG_FILE, ModelShape
+from softprompt_api.formats import CONFIG_FILE, DEFAULT_MAX_LORA_RANK, AdapterKind, ModelShape
 from softprompt_api.names import AdapterRef, choose_task, with_task
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.engine.engine import Engine
@@ -13,9 +14,10 @@ from softprompt_inference.engine.keys import VirtualIds
 from softprompt_inference.engine.messages import DropAdapter
 
 from softprompt.adapter_files import LocalAdapter, check_tensors, find_adapter
-from softprompt.requests import PromptAdapterRequest
+from softprompt.requests import AdapterRequest, LoRARequest
 
 _Stamp = tuple[tuple[int, int], ...]
+_Request = TypeVar("_Request", bound=AdapterRequest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,31 +37,45 @@ class _Resident:
 class ResidentAdapters:
     """Loads adapters when they are first asked for and drops those not asked for longest.
 
+    Soft prompts and LoRAs have one of these each.
+
     Args:
         engine: where they are loaded.
         limit: how many stay loaded between calls.
+        max_lora_rank: highest rank of a LoRA.
     """
 
-    def __init__(self, engine: Engine, limit: int) -> None:
+    def __init__(self, engine: Engine, limit: int, *, max_lora_rank: int = DEFAULT_MAX_LORA_RANK) -> None:
         self._engine = engine
         self._limit = limit
+        self._max_lora_rank = max_lora_rank
         self._known: dict[int, _Known] = {}
         self._resident: OrderedDict[str, _Resident] = OrderedDict()
 
-    def load(self, requests: Iterable[PromptAdapterRequest]) -> dict[PromptAdapterRequest, str]:
-        """What the engine calls each, once it is loaded; what is wrong with one is raised before any is loaded."""
+    def load(self, requests: Iterable[_Request]) -> dict[_Request, str]:
+        """What the engine calls each, once it is loaded; no request may be running.
+
+        What is wrong with the files of one is raised before any is loaded.
+        """
         known = {request: self._identify(request) for request in dict.fromkeys(requests)}
         tasks = {request: _task(request, one.local) for request, one in known.items()}
         digests = {request: with_task(one.local.digest, tasks[request]) for request, one in known.items()}
         wanted = {digest: request for request, digest in digests.items()}
         new = [(digest, request) for digest, request in wanted.items() if digest not in self._resident]
-        for adapter in [self._read(digest, known[request].local, tasks[request]) for digest, request in new]:
+        adapters = [self._read(digest, known[request].local, tasks[request]) for digest, request in new]
+        for digest in wanted:
+            if digest in self._resident:
+                self._resident.move_to_end(digest)
+        # The engine has room for no more LoRAs than the limit.
+        num_together = len(self._resident) + len(new)
+        self._drop(min(num_together - self._limit, num_together - len(wanted)))
+        for adapter in adapters:
             self._engine.handle(adapter.load_command())
+            if error := self._engine.load_error(adapter.digest):
+                raise error
             self._resident[adapter.digest] = _Resident(
                 num_virtual_tokens=adapter.num_virtual_tokens, are_key_values=adapter.are_key_values
             )
-        for digest in wanted:
-            self._resident.move_to_end(digest)
         # An id is bound to what it stood for only once that was found good.
         self._known.update({request.adapter_id: one for request, one in known.items()})
         return digests
@@ -71,11 +87,14 @@ class ResidentAdapters:
 
     def trim(self) -> None:
         """Drop the least recently used above the limit; no request may be running."""
-        while len(self._resident) > self._limit:
-            digest, _ = self._resident.popitem(last=False)
+        self._drop(len(self._resident) - self._limit)
+
+    def _drop(self, count: int) -> None:
+        for _ in range(count):
+            digest, _resident = self._resident.popitem(last=False)
             self._engine.handle(DropAdapter(digest=digest))
 
-    def _identify(self, request: PromptAdapterRequest) -> _Known:
+    def _identify(self, request: AdapterRequest) -> _Known:
         known = self._known.get(request.adapter_id)
         if known is None:
             return _find(request)
@@ -83,7 +102,7 @@ class ResidentAdapters:
             raise InvalidArgument(
                 f"adapter id {request.adapter_id} stands for {known.name!r} at {known.path}, "
                 f"not for {request.name!r} at {request.local_path}; give each adapter an id of its own",
-                field="prompt_adapter_id",
+                field=_field(request, "id"),
             )
         if _stamp(known.local) == known.stamp:
             return known
@@ -92,7 +111,7 @@ class ResidentAdapters:
             raise InvalidArgument(
                 f"the files of {known.name!r} have changed since id {request.adapter_id} was first used; "
                 "give the changed adapter another id",
-                field="prompt_adapter_id",
+                field=_field(request, "id"),
             )
         return found
 
@@ -104,19 +123,27 @@ class ResidentAdapters:
             num_kv_heads=info.num_kv_heads,
             head_dim=info.head_dim,
             max_virtual_tokens=info.max_virtual_tokens,
+            max_lora_rank=self._max_lora_rank,
             dtype=info.dtype,
             no_key_values=info.no_key_values,
         )
         return Adapter.read(digest, local.spec, check_tensors(local, shape), task=task, dtype=info.dtype)
 
 
-def _task(request: PromptAdapterRequest, local: LocalAdapter) -> int | None:
+def _task(request: AdapterRequest, local: LocalAdapter) -> int | None:
     ref = AdapterRef(name=request.name, task=request.task)
     return choose_task(ref, local.spec.num_tasks, field="prompt_adapter_task")
 
 
-def _find(request: PromptAdapterRequest) -> _Known:
+def _find(request: AdapterRequest) -> _Known:
     local = find_adapter(request.local_path)
+    is_lora = local.spec.kind is AdapterKind.LORA
+    if is_lora != isinstance(request, LoRARequest):
+        argument = "lora_request" if is_lora else "prompt_adapter_request"
+        raise InvalidArgument(
+            f"{request.name!r} is a {local.spec.kind} adapter; give it as {argument}",
+            field=_field(request, "path"),
+        )
     return _Known(name=request.name, path=request.local_path, local=local, stamp=_stamp(local))
 
 
@@ -125,3 +152,10 @@ def _stamp(local: LocalAdapter) -> _Stamp:
     tensors = local.files.tensors_path
     statuses = [path.stat() for path in (tensors, tensors.with_name(CONFIG_FILE)) if path.exists()]
     return tuple((status.st_mtime_ns, status.st_size) for status in statuses)
+
+
+def _field(request: AdapterRequest, what: str) -> str:
+    """The field of a request that holds its id, or its path."""
+    if isinstance(request, LoRARequest):
+        return {"id": "lora_int_id", "path": "lora_path"}[what]
+    return {"id": "prompt_adapter_id", "path": "prompt_adapter_local_path"}[what]

@@ -81,16 +81,21 @@ def test_every_model_completes_in_its_own_way(client: openai.OpenAI) -> None:
 def test_every_kind_is_registered_and_served_as_peft_computes_it(
     system: Any, client: openai.OpenAI, make_adapter: Callable[..., Path], tiny_model: Path
 ) -> None:
-    folders = {"prefix": make_adapter(41, 20, "prefix_tuning"), "many": make_adapter(42, 5, "multitask")}
+    folders = {
+        "prefix": make_adapter(41, 20, "prefix_tuning"),
+        "many": make_adapter(42, 5, "multitask"),
+        "lora": make_adapter(43, kind="lora"),
+    }
     for name, folder in folders.items():
         added = system.cli("adapter", "add", name, str(folder))
         assert added.returncode == 0, added.stderr
-    texts = {model: complete(client, model) for model in ("prefix", "many:0", "many:1", "tiny")}
-    assert len(set(texts.values())) == 4
+    texts = {model: complete(client, model) for model in ("prefix", "many:0", "many:1", "lora", "tiny")}
+    assert len(set(texts.values())) == 5
     for model, text in texts.items():
         name, _, task = model.partition(":")
         assert text == complete_by_peft(tiny_model, folders.get(name), int(task) if task else None)
-    assert {"prefix", "many:0", "many:1"} <= {model.id for model in client.models.list()}
+    assert {"prefix", "many:0", "many:1", "lora"} <= {model.id for model in client.models.list()}
+    assert chat(client, "lora") not in {chat(client, "tiny"), chat(client, "prefix")}
     with pytest.raises(openai.BadRequestError, match="name one of them, for example many:0"):
         complete(client, "many")
 

@@ -11,7 +11,9 @@ from softprompt_inference.engine.engine import Engine
 from softprompt_inference.engine.messages import (
     AddRequest,
     LoadAdapter,
+    LoadLora,
     Logprobs,
+    LoraModule,
     ModelInfo,
     Output,
     SoftPromptPart,
@@ -25,6 +27,10 @@ HIDDEN_SIZE = 4
 
 def _hash(*parts: object) -> bytes:
     return hashlib.sha256(repr(parts).encode()).digest()
+
+
+def _link(chain: bytes, content: object, lora: str) -> bytes:
+    return _hash(chain, content, lora)
 
 
 def _choose(cells: Sequence[tuple[int, bytes]], sample: Sample) -> int:
@@ -50,9 +56,9 @@ class FakePending:
 class FakeRunner:
     """Keeps pages as the real one does, and computes tokens from the pages alone.
 
-    A cell holds its position and a hash over its own content and the cell before it, as KV depends on all that
-    came before; what an adapter gives depends on nothing. A token is a hash over all cells of its sequence: a
-    stale, foreign or misplaced page shows.
+    A cell holds its position and a hash over its content, its LoRA and the cell before it, as KV depends on all
+    before it; what an adapter gives depends on nothing. A token is a hash over all cells of its sequence: a stale,
+    foreign or misplaced page shows.
 
     It computes at launch, as a device whose work is done in order might, and tells what came of it when asked.
     """
@@ -64,6 +70,7 @@ class FakeRunner:
     plans: list[StepPlan] = field(default_factory=list)
     rows: dict[int, bytes] = field(default_factory=dict)
     dropped: list[int] = field(default_factory=list)
+    loras: dict[int, str] = field(default_factory=dict)  # digests, by slot
     load_error: Exception | None = None
     copied_positions: int = 0
     written_positions: int = 0
@@ -98,6 +105,15 @@ class FakeRunner:
         for row in range(self._lengths.pop(first_id)):
             del self.rows[first_id + row]
             self._given.discard(first_id + row)
+
+    def load_lora(self, slot: int, lora: LoadLora) -> None:
+        if self.load_error:
+            raise self.load_error
+        assert slot not in self.loras
+        self.loras[slot] = lora.digest
+
+    def drop_lora(self, slot: int) -> None:
+        del self.loras[slot]
 
     def launch(self, plan: StepPlan) -> FakePending:
         plan = self._with_tokens(plan)
@@ -176,7 +192,7 @@ class FakeRunner:
         for position, token_id in enumerate(chunk.token_ids, start=chunk.start):
             assert token_id not in self._given, "keys and values are computed"
             content = self.rows[token_id] if token_id >= VOCAB_SIZE else token_id
-            chain = _hash(chain, content)
+            chain = _link(chain, content, self.loras[chunk.lora] if chunk.lora >= 0 else "")
             self._cells[slots[position]] = (position, chain)
 
     def _sample(self, chunk: Chunk, sample: Sample) -> Sampled:
@@ -223,6 +239,7 @@ class Fakes:
         max_step_tokens: int = 16,
         enable_prefix_caching: bool = True,
         look_ahead: bool = False,
+        max_loras: int = 4,
     ) -> Engine:
         config = EngineConfig(
             model_path="",
@@ -230,6 +247,7 @@ class Fakes:
             max_step_tokens=max_step_tokens,
             enable_prefix_caching=enable_prefix_caching,
             look_ahead=look_ahead,
+            max_loras=max_loras,
         )
         return Engine(runner, config)
 
@@ -247,6 +265,11 @@ class Fakes:
             are_key_values=are_key_values,
         )
 
+    def lora(self, name: str, *, rank: int = 2, scale: float = 1.0, dtype: str = "float32") -> LoadLora:
+        """A LoRA on one linear."""
+        module = LoraModule(name="layers.0.proj", rank=rank, scale=scale, a=bytes(8), b=bytes(8))
+        return LoadLora(digest=f"sha256:{name}", modules=[module], dtype=dtype)
+
     def request(
         self,
         request_id: str,
@@ -256,8 +279,9 @@ class Fakes:
         eos: Iterable[int] = (),
         params: SamplingParams | None = None,
         max_tokens: int | None = 4,
+        lora: str = "",
     ) -> AddRequest:
-        """A request whose prompt is adapters (by name) and ids, in order."""
+        """A request whose prompt is adapters (by name) and ids, in order; `lora` by name too."""
         return AddRequest(
             request_id=request_id,
             prompt=[
@@ -270,6 +294,7 @@ class Fakes:
             eos_token_ids=list(eos),
             seed=seed,
             salt=salt,
+            lora=lora and f"sha256:{lora}",
         )
 
     def drain(self, engine: Engine, *, max_steps: int = 5000) -> dict[str, list[Output]]:
@@ -309,7 +334,7 @@ class Fakes:
         outputs: list[int] = []
         while True:
             for content in contents[len(cells) :]:
-                cells.append((len(cells), _hash(cells[-1][1] if cells else b"", content)))
+                cells.append((len(cells), _link(cells[-1][1] if cells else b"", content, request.lora)))
             sample = Sample(
                 params=params,
                 seed=request.seed,

@@ -2,12 +2,14 @@
 
 import random
 
+from softprompt_api.formats import Rows
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.host_cache import HostCache
 
 
 def adapter(digest: str, size_bytes: int) -> Adapter:
-    return Adapter(digest=digest, rows=bytes(size_bytes), dtype="float32", num_virtual_tokens=1, row_size=1)
+    rows = Rows(data=bytes(size_bytes), dtype="float32", num_virtual_tokens=1, row_size=1)
+    return Adapter(digest=digest, content=rows)
 
 
 def test_what_was_put_is_found_and_nothing_else() -> None:

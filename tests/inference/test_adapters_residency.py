@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from softprompt_api.errors import AdapterInUse, Unavailable
+from softprompt_api.formats import Lora, LoraModule, Rows
 from softprompt_inference.adapters import residency as residency_module
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.host_cache import HostCache
@@ -15,9 +16,14 @@ from softprompt_inference.adapters.residency import Residency
 
 
 def adapter(digest: str, num_rows: int = 1) -> Adapter:
-    return Adapter(
-        digest=digest, rows=bytes(4 * num_rows), dtype="float32", num_virtual_tokens=num_rows, row_size=1
-    )
+    """Rows; of a digest that begins with "lora", a LoRA."""
+    if digest.startswith("lora"):
+        module = LoraModule(
+            name="q", rank=1, scale=1.0, in_features=1, out_features=1, a=bytes(4), b=bytes(4), dtype="float32"
+        )
+        return Adapter(digest=digest, content=Lora(modules=(module,)))
+    rows = Rows(data=bytes(4 * num_rows), dtype="float32", num_virtual_tokens=num_rows, row_size=1)
+    return Adapter(digest=digest, content=rows)
 
 
 @dataclass
@@ -63,13 +69,16 @@ def edge() -> Edge:
 async def make(edge: Edge) -> AsyncIterator[Callable[..., Residency]]:
     made: list[Residency] = []
 
-    def make(*, max_adapters: int = 2, max_rows: int = 100, host_bytes: int = 10_000) -> Residency:
+    def make(
+        *, max_adapters: int = 2, max_rows: int = 100, max_loras: int = 2, host_bytes: int = 10_000
+    ) -> Residency:
         residency = Residency(
             fetch=edge.fetch,
             load=edge.load,
             drop=edge.drop,
             max_adapters=max_adapters,
             max_rows=max_rows,
+            max_loras=max_loras,
             host_cache=HostCache(host_bytes),
         )
         made.append(residency)
@@ -213,6 +222,40 @@ async def test_those_who_wait_for_room_get_it_in_order(edge: Edge, make: Callabl
     await small.end()
 
 
+async def test_the_least_recently_used_idle_lora_makes_room_for_another(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_loras=2)
+    for digest in ("lora a", "soft", "lora b", "lora a", "lora c"):
+        async with residency.use(digest):
+            residency.check()
+    assert edge.commands == ["load lora a", "load soft", "load lora b", "drop lora b", "load lora c"]
+
+
+async def test_loras_wait_for_each_other_in_order_and_never_for_soft_prompts_nor_they_for_loras(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_adapters=1, max_loras=1)
+    users = {digest: User(residency, digest) for digest in ("lora a", "soft a")}
+    await settle()
+    users |= {digest: User(residency, digest) for digest in ("lora b", "soft b", "lora c")}
+    await settle()
+    residency.check()
+    assert edge.engine == {"lora a", "soft a"}
+    await users["soft a"].end()
+    await settle()
+    residency.check()
+    assert edge.engine == {"lora a", "soft b"}
+    for ended, waiting in (("lora a", "lora b"), ("lora b", "lora c")):
+        assert not users[waiting].got.is_set()
+        await users[ended].end()
+        await settle()
+        residency.check()
+        assert edge.engine == {waiting, "soft b"}
+    for last in ("soft b", "lora c"):
+        await users[last].end()
+
+
 async def test_a_failed_fetch_reaches_its_waiters_and_is_not_remembered(
     edge: Edge, make: Callable[..., Residency]
 ) -> None:
@@ -240,7 +283,13 @@ async def test_an_engine_that_refuses_a_load_leaves_the_room_free(edge: Edge) ->
         raise Unavailable("the engine has stopped")
 
     residency = Residency(
-        fetch=edge.fetch, load=refuse, drop=edge.drop, max_adapters=1, max_rows=9, host_cache=HostCache(0)
+        fetch=edge.fetch,
+        load=refuse,
+        drop=edge.drop,
+        max_adapters=1,
+        max_rows=9,
+        max_loras=1,
+        host_cache=HostCache(0),
     )
     for _ in range(2):
         with pytest.raises(Unavailable):
@@ -374,8 +423,9 @@ async def test_a_storm_of_users_and_cancellations_keeps_every_invariant(
     edge: Edge, make: Callable[..., Residency], seed: int
 ) -> None:
     draw = random.Random(seed)
-    edge.num_rows = {str(number): 1 + number % 5 for number in range(12)}
-    residency = make(max_adapters=3, max_rows=7, host_bytes=20)
+    digests = [f"lora {number}" if number % 3 == 1 else str(number) for number in range(12)]
+    edge.num_rows = {digest: 1 + number % 5 for number, digest in enumerate(digests)}
+    residency = make(max_adapters=3, max_rows=7, max_loras=2, host_bytes=20)
     in_use: list[str] = []
 
     async def user(digest: str) -> None:
@@ -392,7 +442,7 @@ async def test_a_storm_of_users_and_cancellations_keeps_every_invariant(
 
     tasks: list[asyncio.Task[None]] = []
     for _ in range(300):
-        tasks.append(asyncio.create_task(user(str(draw.randrange(12)))))
+        tasks.append(asyncio.create_task(user(draw.choice(digests))))
         if draw.random() < 0.3:
             draw.choice(tasks).cancel()
         if draw.random() < 0.7:
@@ -404,5 +454,5 @@ async def test_a_storm_of_users_and_cancellations_keeps_every_invariant(
     await settle()
     residency.check()
     edge.failures.clear()
-    async with asyncio.timeout(5), residency.use("11"), residency.use("0"):
+    async with asyncio.timeout(5), residency.use("11"), residency.use("0"), residency.use("lora 1"):
         residency.check()

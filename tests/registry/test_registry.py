@@ -440,6 +440,22 @@ async def test_keys_and_values_are_refused_for_a_model_that_cannot_take_them(cli
     assert refused.value.field == "config.peft_type"
 
 
+@pytest.mark.parametrize(("max_lora_rank", "rank"), [(3, 4), (0, 65)])
+async def test_a_lora_above_the_rank_that_the_model_is_served_with_is_refused(
+    client, make_adapter, max_lora_rank, rank
+):
+    model = pb.BaseModel(id="org/Tiny", hidden_size=32, max_lora_rank=max_lora_rank)
+    await client.stub.PutBaseModel(pb.PutBaseModelRequest(base_model=model))
+    tensors = {
+        "base_model.model.layers.0.q_proj.lora_A.weight": np.ones((rank, 4), np.float32),
+        "base_model.model.layers.0.q_proj.lora_B.weight": np.ones((4, rank), np.float32),
+    }
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 8}
+    with pytest.raises(AdapterInvalid, match=f"rank {rank}; at most {max_lora_rank or 64}") as refused:
+        await client.register("one", make_adapter().but(config=config, tensors=save(tensors)))
+    assert refused.value.field == "config.r"
+
+
 async def test_versions_of_before_there_were_tasks_and_ranks_are_read(client, make_adapter, redis):
     made = await client.register("old", make_adapter())
     await redis.hdel(f"sp:{{v:{made.id}}}", "num_tasks", "rank", "pinned", "sha256")

@@ -30,7 +30,12 @@ def softprompt(*arguments: str, **environment: str) -> subprocess.CompletedProce
         (["run", "--prompt-adapters"], "requires an argument"),
         (["run", "--prompt-adapters", "tweet"], "--prompt-adapters: 'tweet' is not NAME=PATH"),
         (["run", "--prompt-adapters", "tweet=/no/such/folder"], "adapter 'tweet': there is no folder"),
-        (["run", "--lora-modules", "a=b"], "--lora-modules: LoRA adapters are not supported yet"),
+        (["run", "--lora-modules", "a=/no/such/folder"], "adapter 'a': there is no folder"),
+        (
+            ["run", "--lora-modules", "a=x", "--prompt-adapters", "a=y"],
+            "--lora-modules: 'a' is the name of a soft",
+        ),
+        (["run", "--max-loras", "0"], "--max-loras: Input should be greater than or equal to 1"),
         (["run", "--config", "/no/such.yaml"], "cannot read the config file /no/such.yaml"),
         (["run", "--redis-url", ""], "--redis-url"),
         (["serve", "nothing"], "Invalid value"),

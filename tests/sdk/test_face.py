@@ -39,5 +39,5 @@ def test_llm_without_its_libraries_names_the_extra_to_install() -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'LoRARequest'"):
-        softprompt.LoRARequest  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'LoRaRequest'"):
+        softprompt.LoRaRequest  # noqa: B018

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from softprompt import LLM, PromptAdapterRequest, RequestOutput, SamplingParams
+from safetensors.numpy import load_file, save_file
+from softprompt import LLM, LoRARequest, PromptAdapterRequest, RequestOutput, SamplingParams
 from softprompt_api.errors import AdapterInvalid, ContextLengthExceeded, InvalidArgument
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -89,6 +90,112 @@ def test_every_kind_and_task_equals_what_peft_generates(
         expected = greedy_by_peft(tiny_model, folder, list(output.prompt_token_ids), 8, task)
         assert list(output.outputs[0].token_ids) == expected
     assert len({tuple(one) for one in ids(outputs)}) == 4
+
+
+@pytest.fixture(scope="module")
+def make_lora(make_adapter: MakeAdapter) -> Callable[..., LoRARequest]:
+    """`make_lora(number)`: a random LoRA that PEFT wrote for the tiny model, under this id."""
+
+    def make(number: int, *, rank: int = 4) -> LoRARequest:
+        return LoRARequest(f"lora-{number}", number, make_adapter(number, kind="lora", rank=rank))
+
+    return make
+
+
+def both_by_peft(model: Path, soft_prompt: Path, lora: Path, prompt_ids: list[int], num_tokens: int) -> list[int]:
+    """PEFT computes a soft prompt or a LoRA: both, with rows put before the text by hand."""
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    rows = load_file(soft_prompt / "adapter_model.safetensors")["prompt_embeddings"]
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        oracle = PeftModel.from_pretrained(base, lora)
+        made: list[int] = []
+        while len(made) < num_tokens:
+            text = oracle.get_input_embeddings()(torch.tensor([*prompt_ids, *made]))
+            logits = oracle(inputs_embeds=torch.cat([rows, text])[None], use_cache=False).logits
+            made.append(int(logits[0, -1].argmax()))
+    return made
+
+
+def test_loras_soft_prompts_and_both_together_equal_what_peft_generates(
+    llm: LLM, tiny_model: Path, adapters: list[PromptAdapterRequest], make_lora: Callable[..., LoRARequest]
+) -> None:
+    one, two = make_lora(1), make_lora(2)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    soft_prompts = [None, None, adapters[0], adapters[0], adapters[0], None]
+    loras = [None, one, None, one, two, two]
+    prompts = ["The quick brown fox"] * 6
+    outputs = llm.generate(prompts, params, prompt_adapter_request=soft_prompts, lora_request=loras)
+    assert [output.lora_request for output in outputs] == loras
+    for output, soft_prompt, lora in zip(outputs, soft_prompts, loras, strict=True):
+        prompt_ids = list(output.prompt_token_ids)
+        folders = [Path(request.local_path) for request in (soft_prompt, lora) if request is not None]
+        if len(folders) == 2:
+            expected = both_by_peft(tiny_model, *folders, prompt_ids, 8)
+        else:
+            expected = greedy_by_peft(tiny_model, next(iter(folders), None), prompt_ids, 8)
+        assert list(output.outputs[0].token_ids) == expected
+    assert len({tuple(one) for one in ids(outputs)}) == 6
+    (chat,) = llm.chat([{"role": "user", "content": "Hi"}], params, lora_request=one)
+    assert list(chat.outputs[0].token_ids) == greedy_by_peft(
+        tiny_model, Path(one.local_path), list(chat.prompt_token_ids), 8
+    )
+
+
+def test_loras_beyond_the_limit_come_and_go_between_calls_and_are_refused_in_one(
+    tiny_model: Path, make_lora: Callable[..., LoRARequest]
+) -> None:
+    llm = make_llm(tiny_model, max_loras=2)
+    loras = [make_lora(number) for number in (1, 2, 3)]
+    first = ids(llm.generate(["Hello"] * 2, GREEDY, lora_request=loras[:2]))
+    for number in (2, 0, 1, 2, 0):
+        (alone,) = ids(llm.generate("Hello", GREEDY, lora_request=loras[number]))
+        assert number == 2 or alone == first[number]
+    with pytest.raises(InvalidArgument, match="the call has 3 LoRAs; at most 2"):
+        llm.generate(["Hello"] * 3, GREEDY, lora_request=loras)
+    assert ids(llm.generate(["Hello"] * 2, GREEDY, lora_request=loras[:2])) == first
+
+
+def test_a_lora_that_cannot_be_used_is_refused_before_anything_runs(
+    tiny_model: Path,
+    llm: LLM,
+    adapters: list[PromptAdapterRequest],
+    make_lora: Callable[..., LoRARequest],
+    tmp_path: Path,
+) -> None:
+    lora = make_lora(70)
+    with pytest.raises(InvalidArgument, match="is a LORA adapter; give it as lora_request"):
+        llm.generate("Hello", GREEDY, prompt_adapter_request=PromptAdapterRequest("x", 70, lora.local_path))
+    with pytest.raises(InvalidArgument, match="is a PROMPT_TUNING adapter; give it as prompt_adapter_request"):
+        llm.generate("Hello", GREEDY, lora_request=LoRARequest("x", 71, adapters[0].local_path))
+    with pytest.raises(AdapterInvalid, match="rank 65; at most 64"):
+        llm.generate("Hello", GREEDY, lora_request=make_lora(72, rank=65))
+    foreign = tmp_path / "foreign"
+    shutil.copytree(lora.local_path, foreign)
+    tensors = load_file(foreign / "adapter_model.safetensors")
+    renamed = {name.replace("layers.1.", "layers.9."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, foreign / "adapter_model.safetensors")
+    for _ in range(2):
+        with pytest.raises(AdapterInvalid, match=r"layers\.9\..* which the model does not have"):
+            llm.generate("Hello", GREEDY, lora_request=LoRARequest("foreign", 73, foreign))
+    assert llm.generate("Hello", GREEDY, lora_request=lora)
+    with pytest.raises(InvalidArgument, match="enable_lora=False"):
+        make_llm(tiny_model, enable_lora=False).generate("Hello", GREEDY, lora_request=lora)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "path", "field"),
+    [("Bad Name", 1, "x", "lora_name"), ("name", 0, "x", "lora_int_id"), ("name", 1, "", "lora_path")],
+)
+def test_a_lora_request_that_cannot_be_is_refused_when_made(name: str, number: int, path: str, field: str) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        LoRARequest(name, number, path)
+    assert refused.value.field == field
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,13 @@ def test_the_seeds_config_file_is_read(tmp_path: Path) -> None:
     assert options.max_prompt_adapter_token == 128
 
 
+def test_loras_are_registered_beside_soft_prompts(tmp_path: Path) -> None:
+    text = "prompt_adapters: {a: x}\nlora_modules: [b=y]\nmax_loras: 4\nmax_lora_rank: 32\n"
+    options = make_options({}, config(tmp_path, text))
+    assert options.adapters == {"a": "x", "b": "y"}
+    assert (options.max_loras, options.max_lora_rank) == (4, 32)
+
+
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     options = make_options({"model": "flag", "port": None}, config(tmp_path, "model: file\nport: 1\n"))
     assert (options.model, options.port) == ("flag", 1)
@@ -54,7 +61,12 @@ def test_adapters_may_be_a_mapping_or_a_list(tmp_path: Path, text: str) -> None:
     [
         ("promt_adapters: {}", "unknown key 'promt_adapters' in .*; did you mean 'prompt_adapters'?"),
         ("zzz: 1", "unknown key 'zzz' in .*; known keys: model, "),
-        ("lora_modules: {a: b}", "LoRA adapters are not supported yet"),
+        ("enable_lora: false", "enable_lora in .*: must be true"),
+        ("lora_modules: [a]", "'a' is not NAME=PATH"),
+        (
+            "prompt_adapters: {a: x}\nlora_modules: {a: y}",
+            "lora_modules in .*: 'a' is the name of a soft prompt too",
+        ),
         ("port: '2242'", "port in .*: Input should be a valid integer"),
         ("port: 70000", "port in .*: Input should be less than or equal to 65535"),
         ("model: 3", "model in .*: Input should be a valid string"),

@@ -63,6 +63,8 @@ def test_variables_that_run_reads_do_not_reach_the_services(monkeypatch: pytest.
                 "max_num_sequences": 3,
                 "max_prompt_adapters": 2,
                 "max_virtual_tokens": 512,
+                "max_loras": 5,
+                "max_lora_rank": 128,
                 "enable_prefix_caching": False,
                 "native_kernels": False,
             },
@@ -75,6 +77,8 @@ def test_every_service_reads_what_it_is_given(
     options = make_options(
         {
             "max_prompt_adapters": 2,
+            "max_loras": 5,
+            "max_lora_rank": 128,
             "max_num_seqs": 3,
             "served_model_name": "x",
             "dtype": "float32",

@@ -2,32 +2,26 @@
 
 from dataclasses import dataclass
 
-from softprompt_api.errors import Unsupported
-from softprompt_api.formats import AdapterKind, AdapterSpec, Rows, read_adapter
+from softprompt_api.formats import AdapterSpec, Content, Lora, read_adapter
+from softprompt_api.formats.values import FLOAT_DTYPES, as_float32
 
-from softprompt_inference.engine.messages import LoadAdapter
+from softprompt_inference.engine.messages import LoadAdapter, LoadLora, LoraModule
+
+_STORED_AS = {name: stored for stored, name in FLOAT_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """An adapter's verified rows, one for each virtual token.
+    """What a verified adapter holds: rows, one for each virtual token, or the matrices of a LoRA.
 
     Attributes:
         digest: the version's digest, and its task where it has several.
         spelling: `name@version` of one of the versions that have it.
-        rows: `[num_virtual_tokens, row_size]`, row-major, little endian.
-        dtype: "float32", "float16" or "bfloat16".
-        row_size: the hidden size, or that of keys and values of all layers.
-        are_key_values: rows go into the KV cache as they are.
     """
 
     digest: str
     spelling: str = ""
-    rows: bytes
-    dtype: str
-    num_virtual_tokens: int
-    row_size: int
-    are_key_values: bool = False
+    content: Content
 
     @classmethod
     def read(
@@ -41,12 +35,38 @@ class Adapter:
         spelling: str = "",
     ) -> "Adapter":
         """The adapter in a complete file that was verified; `task` and `dtype` are as in AdapterSpec.read."""
-        check_served(spec)
-        rows = read_adapter(spec, data, task=task, dtype=dtype)
-        assert isinstance(rows, Rows)
-        return cls(
-            digest=digest,
-            spelling=spelling,
+        content = read_adapter(spec, data, task=task, dtype=dtype)
+        return cls(digest=digest, spelling=spelling, content=content)
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether it changes linears of the model, and has no virtual tokens."""
+        return isinstance(self.content, Lora)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions that it puts before a prompt."""
+        return 0 if isinstance(self.content, Lora) else self.content.num_virtual_tokens
+
+    @property
+    def are_key_values(self) -> bool:
+        """Whether its rows go into the KV cache as they are."""
+        return not isinstance(self.content, Lora) and self.content.are_key_values
+
+    @property
+    def size_bytes(self) -> int:
+        """Host memory it takes."""
+        if isinstance(self.content, Lora):
+            return sum(len(module.a) + len(module.b) for module in self.content.modules)
+        return len(self.content.data)
+
+    def load_command(self) -> LoadAdapter | LoadLora:
+        """What tells the engine to take it."""
+        if isinstance(self.content, Lora):
+            return _load_lora(self.digest, self.content)
+        rows = self.content
+        return LoadAdapter(
+            digest=self.digest,
             rows=rows.data,
             dtype=rows.dtype,
             num_virtual_tokens=rows.num_virtual_tokens,
@@ -54,26 +74,26 @@ class Adapter:
             are_key_values=rows.are_key_values,
         )
 
-    @property
-    def size_bytes(self) -> int:
-        """Host memory it takes."""
-        return len(self.rows)
 
-    def load_command(self) -> LoadAdapter:
-        """What tells the engine to take it."""
-        return LoadAdapter(
-            digest=self.digest,
-            rows=self.rows,
-            dtype=self.dtype,
-            num_virtual_tokens=self.num_virtual_tokens,
-            row_size=self.row_size,
-            are_key_values=self.are_key_values,
-        )
+def _load_lora(digest: str, lora: Lora) -> LoadLora:
+    """The engine's command; matrices of several dtypes go as float32, which holds the values of each."""
+    dtypes = {module.dtype for module in lora.modules}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    return LoadLora(
+        digest=digest,
+        modules=[
+            LoraModule(
+                name=module.name,
+                rank=module.rank,
+                scale=module.scale,
+                a=_in_dtype(module.a, module.dtype, dtype),
+                b=_in_dtype(module.b, module.dtype, dtype),
+            )
+            for module in lora.modules
+        ],
+        dtype=dtype,
+    )
 
 
-def check_served(spec: AdapterSpec) -> None:
-    """Raise Unsupported for a kind that is registered and not served."""
-    if spec.kind is AdapterKind.LORA:
-        raise Unsupported(
-            "LORA adapters are registered, but not served; served are adapters of virtual tokens", field="adapter"
-        )
+def _in_dtype(values: bytes, dtype: str, wanted: str) -> bytes:
+    return values if dtype == wanted else as_float32(values, _STORED_AS[dtype]).tobytes()

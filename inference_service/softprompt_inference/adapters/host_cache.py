@@ -9,7 +9,7 @@ class HostCache:
     """Adapters by digest within a limit of bytes. An adapter larger than the limit is not kept.
 
     Args:
-        capacity_bytes: most bytes of rows; 0 keeps nothing.
+        capacity_bytes: most bytes of rows and matrices; 0 keeps nothing.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -19,7 +19,7 @@ class HostCache:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of rows held."""
+        """Bytes held."""
         return self._size_bytes
 
     def get(self, digest: str) -> Adapter | None:

@@ -7,10 +7,10 @@ asked for ──▶ fetching (one task per digest) ──▶ waiting for room �
 """
 
 import asyncio
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 from typing import Literal
 
@@ -18,6 +18,7 @@ from softprompt_api.errors import AdapterInUse
 
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.host_cache import HostCache
+from softprompt_inference.adapters.room import Room, Waiter
 
 _MAX_REMEMBERED = 4096
 
@@ -60,27 +61,21 @@ class _Entry:
     bringing: "asyncio.Task[Adapter]"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Waiter:
-    """An adapter that waits for room; `turn` is done once the room is counted as taken."""
-
-    num_rows: int
-    turn: "asyncio.Future[None]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-
-
 class Residency:
     """Brings adapters in on demand and holds those in use; belongs to one event loop.
 
     Requests for one digest share one fetch. When everything resident is in use, further adapters wait their turn
-    in order; requests for resident adapters never wait. A fetch that fails fails those who wait for it, and is
-    tried anew by the next request.
+    in order; requests for resident adapters never wait. Soft prompts and LoRAs have room of their own each, and
+    never wait for one another. A fetch that fails fails those who wait for it, and is tried anew by the next
+    request.
 
     Args:
         fetch: gets a verified adapter by digest; may raise.
         load: tells the engine to take an adapter; ordered before later commands.
         drop: tells the engine to forget a digest.
-        max_adapters: most adapters in the engine.
+        max_adapters: most soft prompts in the engine.
         max_rows: most virtual tokens of all adapters in the engine together; no adapter has more.
+        max_loras: most LoRAs in the engine.
         host_cache: adapters kept in host memory.
     """
 
@@ -92,19 +87,17 @@ class Residency:
         drop: Callable[[str], None],
         max_adapters: int,
         max_rows: int,
+        max_loras: int,
         host_cache: HostCache,
     ) -> None:
         self._fetch = fetch
         self._load = load
         self._drop = drop
-        self._max_adapters = max_adapters
-        self._max_rows = max_rows
+        self._soft_prompts = Room(max_adapters=max_adapters, max_rows=max_rows)
+        self._loras = Room(max_adapters=max_loras)
         self._host_cache = host_cache
         self._entries: dict[str, _Entry] = {}
-        self._idle: OrderedDict[str, None] = OrderedDict()  # resident without users, least recently used first
-        self._waiters: deque[_Waiter] = deque()
-        self._num_adapters = 0
-        self._num_rows = 0
+        self._leaving: set[asyncio.Task[Adapter]] = set()  # cancelled, and yet to give room back that they took
         self._usage: OrderedDict[str, _Usage] = OrderedDict()  # of adapters asked for lately, the last one last
 
     @asynccontextmanager
@@ -134,12 +127,12 @@ class Residency:
             AdapterInUse: requests use it, or wait for it.
         """
         entry = self._entries.get(digest)
-        if entry is not None and digest not in self._idle:
+        if entry is not None and (entry.users or entry.adapter is None):
             raise AdapterInUse("requests use the adapter; it can go when they have ended", field="adapter")
         was_on_host = self._host_cache.discard(digest)
-        if entry is None:
+        if entry is None or entry.adapter is None:
             return was_on_host
-        del self._idle[digest]
+        del self._room_of(entry.adapter).idle[digest]
         self._drop_resident(digest)
         return True
 
@@ -152,18 +145,17 @@ class Residency:
 
     def check(self) -> None:
         """Assert that the counters agree with the entries."""
-        resident = {digest: entry for digest, entry in self._entries.items() if entry.adapter is not None}
-        num_rows = sum(entry.adapter.num_virtual_tokens for entry in resident.values() if entry.adapter)
-        granted = [entry for entry in self._entries.values() if entry.adapter is None]
-        assert len(resident) <= self._num_adapters <= min(len(resident) + len(granted), self._max_adapters)
-        assert num_rows <= self._num_rows <= self._max_rows
-        assert granted or (len(resident), num_rows) == (self._num_adapters, self._num_rows)
         assert all(entry.users >= 0 for entry in self._entries.values())
-        assert set(self._idle) == {digest for digest, entry in resident.items() if entry.users == 0}
-        waiting = [waiter for waiter in self._waiters if not waiter.turn.cancelled()]
-        assert not waiting or not (self._idle or self._fits(waiting[0].num_rows)), (
-            "there is room and somebody waits"
-        )
+        num_granted = len(self._leaving) + sum(entry.adapter is None for entry in self._entries.values())
+        for room in (self._soft_prompts, self._loras):
+            held = [one for one in self._entries.values() if one.adapter and self._room_of(one.adapter) is room]
+            adapters = [entry.adapter for entry in held if entry.adapter]
+            num_rows = sum(adapter.num_virtual_tokens for adapter in adapters)
+            assert len(adapters) <= room.num_adapters <= len(adapters) + num_granted
+            assert num_rows <= room.num_rows
+            assert num_granted or (len(adapters), num_rows) == (room.num_adapters, room.num_rows)
+            assert set(room.idle) == {one.adapter.digest for one in held if one.adapter and not one.users}
+            room.check()
         self._host_cache.check()
 
     def _acquire(self, digest: str) -> _Entry:
@@ -174,7 +166,8 @@ class Residency:
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
             entry = self._entries[digest] = _Entry(bringing=task)
         entry.users += 1
-        self._idle.pop(digest, None)
+        if entry.adapter is not None:
+            self._room_of(entry.adapter).idle.pop(digest, None)
         self._usage.setdefault(digest, _Usage()).hits += 1
         self._usage.move_to_end(digest)
         if len(self._usage) > _MAX_REMEMBERED:
@@ -190,9 +183,15 @@ class Residency:
         if entry.adapter is None:  # nobody waits for it any more
             del self._entries[digest]
             entry.bringing.cancel()
+            self._leaving.add(entry.bringing)
+            entry.bringing.add_done_callback(self._leaving.discard)
+            # Its turn is cancelled at once, and others may have waited behind it.
+            for room in (self._soft_prompts, self._loras):
+                self._give_turns(room)
             return
-        self._idle[digest] = None
-        self._give_turns()
+        room = self._room_of(entry.adapter)
+        room.idle[digest] = None
+        self._give_turns(room)
 
     async def _bring(self, digest: str) -> Adapter:
         entry = self._entries[digest]
@@ -211,52 +210,48 @@ class Residency:
 
     async def _load_in_turn(self, adapter: Adapter) -> None:
         """Have the engine take an adapter, once there is room and those that waited before had theirs."""
-        assert adapter.num_virtual_tokens <= self._max_rows, "the source refuses such an adapter"
-        waiter = _Waiter(num_rows=adapter.num_virtual_tokens)
-        self._waiters.append(waiter)
-        self._give_turns()
+        room = self._room_of(adapter)
+        assert adapter.num_virtual_tokens <= room.max_rows, "the source refuses such an adapter"
+        waiter = Waiter(num_rows=adapter.num_virtual_tokens)
+        room.waiters.append(waiter)
+        self._give_turns(room)
         try:
             await waiter.turn
             self._load(adapter)
         except BaseException:
             if not waiter.turn.cancelled():  # its room was counted
-                self._return_room(waiter.num_rows)
-            self._give_turns()
+                room.give_back(waiter.num_rows)
+            self._give_turns(room)
             raise
 
-    def _give_turns(self) -> None:
+    def _give_turns(self, room: Room) -> None:
         """Let waiters in, in order, as far as there is room; idle adapters make room."""
-        while self._waiters:
-            waiter = self._waiters[0]
+        while room.waiters:
+            waiter = room.waiters[0]
             # Cancelling a task cancels the turn it awaits at once, and the task itself runs only later.
             if not waiter.turn.cancelled():
-                if not self._make_room(waiter.num_rows):
+                if not self._make_room(room, waiter.num_rows):
                     return
-                self._num_adapters += 1
-                self._num_rows += waiter.num_rows
+                room.take(waiter.num_rows)
                 waiter.turn.set_result(None)
-            self._waiters.popleft()
+            room.waiters.popleft()
 
-    def _make_room(self, num_rows: int) -> bool:
-        while not self._fits(num_rows) and self._idle:
-            digest, _ = self._idle.popitem(last=False)
+    def _make_room(self, room: Room, num_rows: int) -> bool:
+        while not room.fits(num_rows) and room.idle:
+            digest, _ = room.idle.popitem(last=False)
             self._drop_resident(digest)
-        return self._fits(num_rows)
+        return room.fits(num_rows)
 
     def _drop_resident(self, digest: str) -> None:
         adapter = self._entries.pop(digest).adapter
         assert adapter is not None
-        self._return_room(adapter.num_virtual_tokens)
+        self._room_of(adapter).give_back(adapter.num_virtual_tokens)
         self._drop(digest)
+
+    def _room_of(self, adapter: Adapter) -> Room:
+        return self._loras if adapter.is_lora else self._soft_prompts
 
     def _describe(self, adapter: Adapter, tier: Literal["host", "device"], users: int) -> Resident:
         usage = self._usage.get(adapter.digest, _Usage())
         idle_s = 0.0 if users or usage.released_s is None else monotonic() - usage.released_s
         return Resident(adapter=adapter, tier=tier, idle_s=idle_s, hits=usage.hits, users=users)
-
-    def _fits(self, num_rows: int) -> bool:
-        return self._num_adapters < self._max_adapters and self._num_rows + num_rows <= self._max_rows
-
-    def _return_room(self, num_rows: int) -> None:
-        self._num_adapters -= 1
-        self._num_rows -= num_rows

@@ -8,13 +8,19 @@ from typing import TypeVar
 import grpc
 import structlog
 from softprompt_api.errors import AdapterInvalid, DataCorrupted, InternalError, SoftpromptError, Unavailable
-from softprompt_api.formats import AdapterSpec, AdapterVerifier, ModelShape, parse_config
+from softprompt_api.formats import (
+    DEFAULT_MAX_LORA_RANK,
+    AdapterSpec,
+    AdapterVerifier,
+    ModelShape,
+    parse_config,
+)
 from softprompt_api.names import choose_task, parse_requested, with_task
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc as pb_grpc
 from softprompt_api.rpc.status import from_rpc_error
 
-from softprompt_inference.adapters.adapter import Adapter, check_served
+from softprompt_inference.adapters.adapter import Adapter
 
 RESOLVE_TIMEOUT_S = 5.0
 FETCH_TIMEOUT_S = 120.0
@@ -23,6 +29,7 @@ RESUME_DELAYS_S: Sequence[float] = (0.1, 0.3, 1.0, 2.0)
 
 _MAX_HEADER_BYTES = 2**20 + 8
 _MAX_VALUE_BYTES = 4
+_GIB = 2**30
 _SHAPE_FIELDS = ("architecture", "hidden_size", "num_layers", "num_kv_heads", "head_dim", "vocab_size")
 
 T = TypeVar("T")
@@ -36,11 +43,15 @@ class AdapterSource:
     Args:
         stub: the registry.
         base_model: the model that is served; an adapter made for another is refused.
+        max_lora_bytes: largest tensor file of a LoRA.
     """
 
-    def __init__(self, stub: "pb_grpc.RegistryServiceAsyncStub", base_model: pb.BaseModel) -> None:
+    def __init__(
+        self, stub: "pb_grpc.RegistryServiceAsyncStub", base_model: pb.BaseModel, *, max_lora_bytes: int = 2 * _GIB
+    ) -> None:
         self._stub = stub
         self._base_model = base_model
+        self._max_lora_bytes = max_lora_bytes
 
     async def resolve(self, spelling: str) -> pb.AdapterVersion:
         """The version that a name, `name@version` or digest stands for now.
@@ -54,7 +65,7 @@ class AdapterSource:
         return _readable(answer).adapter
 
     async def fetch(self, spelling: str) -> Adapter:
-        """The rows of a digest, or of `digest:task`, verified.
+        """What a digest, or `digest:task`, holds, verified.
 
         InvalidArgument: it has no such task. AdapterInvalid: it does not fit the model. DataCorrupted: what came
         is not what was registered.
@@ -64,13 +75,12 @@ class AdapterSource:
         if version.digest != ref.digest:
             raise DataCorrupted("the registry answered with another version than it was asked for")
         spec = parse_config(version.config_json)
-        check_served(spec)
         task = choose_task(ref, spec.num_tasks)
         check_fits(version, self._base_model)
         verifier = AdapterVerifier(
             spec, size_bytes=version.size_bytes, sha256=version.tensors_sha256, model=shape_of(self._base_model)
         )
-        _check_size(version, spec)
+        self._check_size(version, spec)
         try:
             async with asyncio.timeout(FETCH_TIMEOUT_S):
                 data = await self._read(version)
@@ -88,6 +98,23 @@ class AdapterSource:
         )
         _log.info("adapter fetched", adapter=version.name, version=version.version, digest=spelling)
         return adapter
+
+    def _check_size(self, version: pb.AdapterVersion, spec: AdapterSpec) -> None:
+        """Nothing is allocated for a file that cannot be one of these."""
+        num_values = spec.max_values()
+        if num_values is None:  # the config of a LoRA does not say
+            if version.size_bytes > self._max_lora_bytes:
+                raise AdapterInvalid(
+                    f"the adapter has {version.size_bytes} bytes; at most {self._max_lora_bytes} are served "
+                    "(max_lora_bytes)",
+                    field="adapter",
+                )
+            return
+        most = _MAX_HEADER_BYTES + num_values * _MAX_VALUE_BYTES
+        if not 0 < version.size_bytes <= most:
+            raise DataCorrupted(
+                f"the registry gives the adapter {version.size_bytes} bytes; its config allows {most}"
+            )
 
     async def _read(self, version: pb.AdapterVersion) -> bytes:
         """The tensor file, resumed where the link was cut."""
@@ -130,6 +157,7 @@ def shape_of(base_model: pb.BaseModel) -> ModelShape:
         num_kv_heads=base_model.num_kv_heads,
         head_dim=base_model.head_dim,
         max_virtual_tokens=base_model.max_virtual_tokens,
+        max_lora_rank=base_model.max_lora_rank or DEFAULT_MAX_LORA_RANK,
         dtype=base_model.dtype,
         no_key_values=base_model.no_key_values,
     )
@@ -149,15 +177,6 @@ def check_fits(version: pb.AdapterVersion, base_model: pb.BaseModel) -> None:
     if made_for.tokenizer_sha256 not in ("", base_model.tokenizer_sha256):
         # Of equal shape it may be an update that changes nothing; so this is said and not refused.
         _log.warning("adapter was registered under another tokenizer", adapter=version.name, digest=version.digest)
-
-
-def _check_size(version: pb.AdapterVersion, spec: AdapterSpec) -> None:
-    """Nothing is allocated for a file that cannot be one of these."""
-    num_values = spec.max_values()
-    assert num_values is not None, "the config of a kind that is served tells its size"
-    most = _MAX_HEADER_BYTES + num_values * _MAX_VALUE_BYTES
-    if not 0 < version.size_bytes <= most:
-        raise DataCorrupted(f"the registry gives the adapter {version.size_bytes} bytes; its config allows {most}")
 
 
 def _verify(version: pb.AdapterVersion, verifier: AdapterVerifier, data: bytes) -> None:

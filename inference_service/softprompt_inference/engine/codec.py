@@ -18,6 +18,7 @@ from softprompt_inference.engine.messages import (
     AddRequest,
     DropAdapter,
     LoadAdapter,
+    LoadLora,
     ModelInfo,
     SoftPromptPart,
     StepResult,
@@ -51,6 +52,7 @@ class _AddRequest:
     eos_token_ids: list[int]
     seed: int
     salt: str
+    lora: str
 
 
 Message = (
@@ -58,6 +60,7 @@ Message = (
     | AddRequest
     | Abort
     | LoadAdapter
+    | LoadLora
     | DropAdapter
     | Progress
     | StartupFailed
@@ -70,6 +73,7 @@ _KINDS: dict[str, type[Any]] = {
     "add": _AddRequest,
     "abort": Abort,
     "load": LoadAdapter,
+    "load-lora": LoadLora,
     "drop": DropAdapter,
     "progress": Progress,
     "failed": StartupFailed,
@@ -111,6 +115,7 @@ def _to_wire(request: AddRequest) -> _AddRequest:
         eos_token_ids=request.eos_token_ids,
         seed=request.seed,
         salt=request.salt,
+        lora=request.lora,
     )
 
 
@@ -125,4 +130,5 @@ def _from_wire(request: _AddRequest) -> AddRequest:
         eos_token_ids=request.eos_token_ids,
         seed=request.seed,
         salt=request.salt,
+        lora=request.lora,
     )

@@ -22,6 +22,8 @@ class EngineConfig:
         max_num_sequences: most sequences in one batch.
         max_step_tokens: most tokens computed in one step; None: few on a CPU, many on a GPU.
         max_virtual_tokens: most virtual tokens of one adapter.
+        max_loras: most LoRAs on the device, and so in one batch.
+        max_lora_rank: largest rank of a LoRA.
         enable_prefix_caching: find what is computed again: beginnings of prompts, and soft prompts to their last
             virtual token. Off, every request computes everything, for measuring.
         look_ahead: launch a step of decodes before the host knows the tokens of the step before it; None: on a GPU
@@ -40,6 +42,8 @@ class EngineConfig:
     max_num_sequences: int = 256
     max_step_tokens: int | None = None
     max_virtual_tokens: int = 512
+    max_loras: int = 16
+    max_lora_rank: int = 64
     enable_prefix_caching: bool = True
     look_ahead: bool | None = None
     num_threads: int | None = None

@@ -13,12 +13,14 @@ from softprompt_api.errors import AdapterInvalid, InternalError, InvalidArgument
 
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.keys import VirtualIds
+from softprompt_inference.engine.lora import ITEM_BYTES, LoraSlots, check_lora
 from softprompt_inference.engine.messages import (
     Abort,
     AddRequest,
     Command,
     DropAdapter,
     LoadAdapter,
+    LoadLora,
     Output,
     SoftPromptPart,
     StepResult,
@@ -32,7 +34,6 @@ _log = logging.getLogger(__name__)
 
 # A device that fails this often in a row will not recover within the process.
 MAX_FAILED_STEPS = 3
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class EngineBroken(Exception):
@@ -62,6 +63,8 @@ class Engine:
         self.info = info
         self._runner = runner
         self._virtual_ids = VirtualIds(info.vocab_size)
+        self._lora_slots = LoraSlots(config.max_loras)
+        self._max_lora_rank = config.max_lora_rank
         # How to make the error anew: a raised one would keep its frames, and with them the adapter's rows.
         self._load_errors: dict[str, Callable[[], SoftpromptError]] = {}
         self._dropping: set[str] = set()
@@ -93,6 +96,8 @@ class Engine:
                 self.abort(request_id)
             case LoadAdapter():
                 self.load_adapter(command)
+            case LoadLora():
+                self.load_lora(command)
             case DropAdapter(digest=digest):
                 self.drop_adapter(digest)
 
@@ -108,10 +113,16 @@ class Engine:
     def _make_sequence(self, request: AddRequest) -> Sequence:
         if request.request_id in self._scheduler:
             raise InvalidArgument(f"request id {request.request_id} is in use", field="request_id")
-        for part in request.prompt:
-            if isinstance(part, SoftPromptPart) and part.digest in self._load_errors:
-                raise self._load_errors[part.digest]()
-        return make_sequence(request, virtual_ids=self._virtual_ids, max_model_len=self.info.max_model_len)
+        soft_prompts = [part.digest for part in request.prompt if isinstance(part, SoftPromptPart)]
+        for digest in (*soft_prompts, request.lora):
+            if error := self.load_error(digest):
+                raise error
+        return make_sequence(
+            request,
+            virtual_ids=self._virtual_ids,
+            lora_slots=self._lora_slots,
+            max_model_len=self.info.max_model_len,
+        )
 
     def abort(self, request_id: str) -> None:
         """Forget a request; its pages are free at once, also those that a launched step will write to."""
@@ -119,33 +130,57 @@ class Engine:
 
     def load_adapter(self, adapter: LoadAdapter) -> None:
         """Give an adapter virtual ids; a failure is told to the requests that ask for it."""
-        digest = adapter.digest
+        if not self._is_resident(adapter.digest):
+            self._load(adapter.digest, partial(self._load_rows, adapter))
+
+    def load_lora(self, lora: LoadLora) -> None:
+        """Give a LoRA a slot; a failure is told to the requests that ask for it."""
+        if not self._is_resident(lora.digest):
+            self._load(lora.digest, partial(self._load_weights, lora))
+
+    def load_error(self, digest: str) -> SoftpromptError | None:
+        """Why the adapter that was to be loaded last under this digest is not there; None where it is."""
+        make = self._load_errors.get(digest)
+        return None if make is None else make()
+
+    def _is_resident(self, digest: str) -> bool:
+        """Whether somebody who loads it now finds it there; then it stays."""
         self._dropping.discard(digest)
-        if digest in self._virtual_ids:
-            return
+        return digest in self._virtual_ids or digest in self._lora_slots
+
+    def _load(self, digest: str, load: Callable[[], None]) -> None:
         self._load_errors.pop(digest, None)
         try:
-            self._check_rows(adapter)
-            self._put_on_device(adapter)
+            load()
         except SoftpromptError as error:
             self._load_errors[digest] = partial(type(error), error.message, field=error.field)
+        except Exception:
+            _log.exception("adapter %s could not be put on the device", digest)
+            self._load_errors[digest] = partial(InternalError, "the adapter could not be put on the device")
 
-    def _put_on_device(self, adapter: LoadAdapter) -> None:
+    def _load_rows(self, adapter: LoadAdapter) -> None:
+        self._check_rows(adapter)
         ids = self._virtual_ids.assign(
             adapter.digest, adapter.num_virtual_tokens, are_key_values=adapter.are_key_values
         )
         try:
             self._runner.load_rows(ids.start, adapter)
-        except Exception as error:
+        except Exception:
             self._virtual_ids.retire(adapter.digest)
-            if isinstance(error, SoftpromptError):
-                raise
-            _log.exception("adapter %s could not be put on the device", adapter.digest)
-            raise InternalError("the adapter could not be put on the device") from error
+            raise
+
+    def _load_weights(self, lora: LoadLora) -> None:
+        check_lora(lora, max_rank=self._max_lora_rank)
+        slot = self._lora_slots.assign(lora.digest)
+        try:
+            self._runner.load_lora(slot, lora)
+        except Exception:
+            self._lora_slots.retire(lora.digest)
+            raise
 
     def _check_rows(self, adapter: LoadAdapter) -> None:
         info = self.info
-        if adapter.dtype not in _ITEM_BYTES:
+        if adapter.dtype not in ITEM_BYTES:
             raise AdapterInvalid(f"rows of dtype {adapter.dtype} are not supported", field="tensors")
         if adapter.are_key_values and info.no_key_values:
             raise AdapterInvalid(f"adapters of keys and values are not served: {info.no_key_values}")
@@ -162,21 +197,24 @@ class Engine:
                 f"1 to {info.max_virtual_tokens} are allowed",
                 field="config.num_virtual_tokens",
             )
-        expected = adapter.num_virtual_tokens * row_size * _ITEM_BYTES[adapter.dtype]
+        expected = adapter.num_virtual_tokens * row_size * ITEM_BYTES[adapter.dtype]
         if len(adapter.rows) != expected:
             raise AdapterInvalid(f"the rows are {len(adapter.rows)} bytes, not {expected}", field="tensors")
 
     def drop_adapter(self, digest: str) -> None:
-        """Free an adapter's rows, at the latest when the last request with them has finished."""
+        """Free an adapter's rows, or a LoRA, at the latest when the last request with it has finished."""
         self._load_errors.pop(digest, None)
-        if digest in self._virtual_ids:
+        if digest in self._virtual_ids or digest in self._lora_slots:
             self._dropping.add(digest)
             self._drop_unused()
 
     def _drop_unused(self) -> None:
         for digest in [digest for digest in self._dropping if not self._scheduler.uses(digest)]:
             self._dropping.remove(digest)
-            self._runner.drop_rows(self._virtual_ids.retire(digest).start)
+            if digest in self._lora_slots:
+                self._runner.drop_lora(self._lora_slots.retire(digest))
+            else:
+                self._runner.drop_rows(self._virtual_ids.retire(digest).start)
 
     def step(self) -> StepResult:
         """Compute one step for everybody, and begin the one behind it where that is possible.
@@ -187,7 +225,8 @@ class Engine:
         outputs += self._compute()
         if self._dropping:
             self._drop_unused()
-        return StepResult(outputs=outputs, stats=self._scheduler.stats(resident_adapters=len(self._virtual_ids)))
+        resident_adapters = len(self._virtual_ids) + len(self._lora_slots)
+        return StepResult(outputs=outputs, stats=self._scheduler.stats(resident_adapters=resident_adapters))
 
     def _compute(self) -> list[Output]:
         step, self._launched = self._launched, None
@@ -215,4 +254,5 @@ class Engine:
     def check(self) -> None:
         """Verify all invariants; AssertionError on any disagreement."""
         self._scheduler.check()
-        assert all(digest in self._virtual_ids for digest in self._dropping)
+        self._lora_slots.check()
+        assert all(digest in self._virtual_ids or digest in self._lora_slots for digest in self._dropping)

@@ -36,6 +36,7 @@ class AddRequest:
         eos_token_ids: end the output unless `params.ignore_eos`.
         seed: the seed of this choice; the front draws one where the user gave none.
         salt: kept apart in the prefix cache from requests with another salt.
+        lora: digest of the LoRA that computes it, soft prompts included; "": none.
     """
 
     request_id: str
@@ -44,6 +45,7 @@ class AddRequest:
     eos_token_ids: list[int] = field(default_factory=list)
     seed: int = 0
     salt: str = ""
+    lora: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +77,44 @@ class LoadAdapter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraModule:
+    """What a LoRA adds to one linear: y + b @ (a @ x) * scale.
+
+    Attributes:
+        name: dotted path of the linear in the transformers model, such as `model.layers.0.self_attn.q_proj`.
+        a: [rank, in], raw little-endian values, row by row.
+        b: [out, rank], likewise.
+    """
+
+    name: str
+    rank: int
+    scale: float
+    a: bytes
+    b: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadLora:
+    """Put a LoRA on the device.
+
+    Attributes:
+        digest: the version's digest.
+        dtype: of all its values: "float32", "float16" or "bfloat16".
+    """
+
+    digest: str
+    modules: list[LoraModule]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DropAdapter:
-    """Free an adapter's rows; the front sends it only when no unfinished request uses them."""
+    """Free an adapter's rows, or a LoRA; the front sends it only when no unfinished request uses them."""
 
     digest: str
 
 
-Command = AddRequest | Abort | LoadAdapter | DropAdapter
+Command = AddRequest | Abort | LoadAdapter | LoadLora | DropAdapter
 
 
 class Finish(StrEnum):

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from softprompt_api.params import SamplingParams
 
-from softprompt_inference.engine.messages import LoadAdapter, Logprobs, ModelInfo
+from softprompt_inference.engine.messages import LoadAdapter, LoadLora, Logprobs, ModelInfo
 
 
 def looks_back(params: SamplingParams) -> bool:
@@ -46,12 +46,14 @@ class Chunk:
         page_ids: pages of the sequence in order, covering start + len(token_ids) positions or more; live, not to
             be kept.
         sample: set when the last position's logits choose a token.
+        lora: slot of the LoRA that computes them; −1: none.
     """
 
     token_ids: Sequence[int]
     start: int
     page_ids: Sequence[int]
     sample: Sample | None
+    lora: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +119,8 @@ class Pending(Protocol):
 class Runner(Protocol):
     """What the engine needs of the model; the real one is `softprompt_inference.model.runner.ModelRunner`.
 
-    All calls take effect in their order, also where the device is still busy with former ones: a step finds pages
-    and rows as the calls before it leave them, and no later call disturbs it.
+    All calls take effect in their order, also where the device is still busy with former ones: a step finds pages,
+    rows and LoRAs as the calls before it leave them, and no later call disturbs it.
     """
 
     info: ModelInfo
@@ -131,3 +133,12 @@ class Runner(Protocol):
 
     def drop_rows(self, first_id: int) -> None:
         """Forget the rows that were loaded at first_id."""
+
+    def load_lora(self, slot: int, lora: LoadLora) -> None:
+        """Make an empty slot, 0 … max_loras − 1, stand for a LoRA; whatever is raised leaves it empty.
+
+        Raises AdapterInvalid when it does not fit the model.
+        """
+
+    def drop_lora(self, slot: int) -> None:
+        """Empty the slot."""

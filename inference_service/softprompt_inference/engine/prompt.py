@@ -3,17 +3,20 @@
 from softprompt_api.errors import AdapterNotFound, ContextLengthExceeded, InvalidArgument
 
 from softprompt_inference.engine.keys import VirtualIds
+from softprompt_inference.engine.lora import LoraSlots
 from softprompt_inference.engine.messages import AddRequest, TextPart
 from softprompt_inference.engine.sequence import Sequence
 
 
-def make_sequence(request: AddRequest, *, virtual_ids: VirtualIds, max_model_len: int) -> Sequence:
+def make_sequence(
+    request: AddRequest, *, virtual_ids: VirtualIds, max_model_len: int, lora_slots: LoraSlots | None = None
+) -> Sequence:
     """Put the parts of a prompt into one list of ids.
 
     Raises:
         InvalidArgument: the prompt is empty, an id lies outside the vocabulary, or keys and values that an adapter
             gives do not stand at the front, with something behind them.
-        AdapterNotFound: the adapter of a part is not loaded.
+        AdapterNotFound: the adapter of a part, or the LoRA, is not loaded.
         ContextLengthExceeded: prompt and output can never fit.
     """
     vocab_size = virtual_ids.vocab_size
@@ -36,6 +39,12 @@ def make_sequence(request: AddRequest, *, virtual_ids: VirtualIds, max_model_len
             soft_prompt_ends.append(len(prompt_ids))
         else:
             raise AdapterNotFound(f"adapter {part.digest} is not loaded", field="adapter")
+    lora_slot = -1
+    if request.lora:
+        if lora_slots is None or request.lora not in lora_slots:
+            raise AdapterNotFound(f"adapter {request.lora} is not loaded", field="adapter")
+        adapters.add(request.lora)
+        lora_slot = lora_slots.find(request.lora)
     if len(prompt_ids) == num_given:
         raise InvalidArgument("the prompt is empty; it needs at least one token", field="prompt")
     _check_ids("eos_token_ids", request.eos_token_ids, vocab_size)
@@ -49,6 +58,7 @@ def make_sequence(request: AddRequest, *, virtual_ids: VirtualIds, max_model_len
         num_given=num_given,
         max_outputs=_max_outputs(request, len(prompt_ids), len(text_ids), max_model_len),
         virtual_ids=virtual_ids,
+        lora_slot=lora_slot,
     )
 
 

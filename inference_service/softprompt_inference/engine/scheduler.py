@@ -110,7 +110,7 @@ class Scheduler:
             self._finish(sequence)
 
     def uses(self, digest: str) -> bool:
-        """Whether an unfinished sequence has this adapter's virtual tokens."""
+        """Whether an unfinished sequence has this adapter's virtual tokens, or is computed with this LoRA."""
         return any(digest in sequence.adapters for sequence in self._sequences.values())
 
     def plan(self) -> StepPlan:

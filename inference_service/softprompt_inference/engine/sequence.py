@@ -42,7 +42,8 @@ class Sequence:
         text_ids: the prompt's ids without the virtual ones.
         output_ids: the ids generated so far.
         arrival: place in the order of arrival, given by the scheduler.
-        adapters: digests whose virtual tokens are in the prompt.
+        adapters: digests whose virtual tokens are in the prompt, and that of its LoRA.
+        lora_slot: of the LoRA that computes it, while it is unfinished; −1: none.
         soft_prompt_ends: positions behind the last virtual token of each soft prompt, in rising order.
         num_given: leading positions whose keys and values an adapter gives: written to pages, never computed.
         page_ids: pages in order, enough for all of token_ids in every step that computes it.
@@ -65,6 +66,7 @@ class Sequence:
         "adapters",
         "arrival",
         "looks_back",
+        "lora_slot",
         "num_cached",
         "num_computed",
         "num_ends_registered",
@@ -92,6 +94,7 @@ class Sequence:
         num_given: int = 0,
         max_outputs: int,
         virtual_ids: VirtualIds,
+        lora_slot: int = -1,
     ) -> None:
         params = request.params
         self.request = request
@@ -100,6 +103,7 @@ class Sequence:
         self.text_ids = text_ids
         self.output_ids: list[int] = []
         self.adapters = adapters
+        self.lora_slot = lora_slot
         self.soft_prompt_ends = soft_prompt_ends
         self.num_given = num_given
         self.arrival = -1
@@ -112,7 +116,7 @@ class Sequence:
         self.num_cached: int | None = None
         self.looks_back = looks_back(params)
         self._virtual_ids = virtual_ids
-        self._keys: list[PageKey] = [root_key(request.salt)]
+        self._keys: list[PageKey] = [root_key(request.salt, request.lora)]
         self._partial_keys: dict[int, PageKey] = {}
         self._eos_ids = frozenset(() if params.ignore_eos else request.eos_token_ids)
         self._stop_ids = frozenset(params.stop_token_ids)
@@ -175,6 +179,7 @@ class Sequence:
             start=start,
             page_ids=self.page_ids,
             sample=self._sample(len(self.output_ids)) if stop == len(token_ids) else None,
+            lora=self.lora_slot,
         )
 
     @property
@@ -189,6 +194,7 @@ class Sequence:
             start=len(self.token_ids),
             page_ids=self.page_ids,
             sample=self._sample(len(self.output_ids) + 1),
+            lora=self.lora_slot,
         )
 
     def _sample(self, num_outputs: int) -> Sample:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from softprompt_api.errors import InvalidArgument
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 CPU_KV_CACHE_SHARE = 0.25
@@ -36,9 +36,9 @@ def choose_dtype(name: str, own: torch.dtype | None, device: torch.device) -> to
     """The dtype called `name`; "auto" is the model's own, but on a CPU a 16-bit model becomes bfloat16 where the
     processor computes in it, else float32. Raises InvalidArgument."""
     if name != "auto":
-        if name not in _DTYPES:
-            raise InvalidArgument(f"dtype is {name!r}; it must be auto, {', '.join(_DTYPES)}", field="dtype")
-        return _DTYPES[name]
+        if name not in DTYPES:
+            raise InvalidArgument(f"dtype is {name!r}; it must be auto, {', '.join(DTYPES)}", field="dtype")
+        return DTYPES[name]
     if own not in (torch.bfloat16, torch.float16):
         return torch.float32
     if device.type == "cpu":

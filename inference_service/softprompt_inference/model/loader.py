@@ -19,6 +19,8 @@ from transformers.utils import logging as transformers_logging
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.model import hardware
 from softprompt_inference.model.attention import ATTENTION, LayerSpec
+from softprompt_inference.model.lora.context import LoraContext
+from softprompt_inference.model.lora.linears import Linear, find_linears
 from softprompt_inference.model.probe import (
     NO_INTERFACE,
     check_against_eager,
@@ -43,6 +45,8 @@ class LoadedModel:
 
     Attributes:
         layers: its attention layers, in the order in which they are called.
+        lora: what its linears look at in a step with a LoRA.
+        linears: those that a LoRA may change, by their names in the model as it was loaded.
         max_positions: longest sequence it computes rightly.
         keeps_logits: it can compute the logits of chosen rows only.
         weights_bytes: of all weights as they were loaded, shared ones once.
@@ -51,6 +55,8 @@ class LoadedModel:
     model: PreTrainedModel
     embedding: nn.Module
     layers: tuple[LayerSpec, ...]
+    lora: LoraContext
+    linears: list[Linear]
     architecture: str
     device: torch.device
     dtype: torch.dtype
@@ -108,6 +114,8 @@ def load_model(config: EngineConfig, report: Callable[[str], None]) -> LoadedMod
             model=model,
             embedding=embedding,
             layers=layers,
+            lora=LoraContext(),
+            linears=find_linears(model, model.get_output_embeddings(), lambda: run_once(model)),
             architecture=type(model).__name__,
             device=device,
             dtype=dtype,
@@ -121,7 +129,7 @@ def load_model(config: EngineConfig, report: Callable[[str], None]) -> LoadedMod
         report("preparing weights")
         if device.type == "cpu":
             _leave_file(model)
-        apply_swaps(model, lambda: run_once(model))
+        apply_swaps(model, loaded.lora, lambda: run_once(model))
         check_against_eager(loaded, reference)
     except Unsupported as error:
         raise _unsupported(type(model).__name__, error.message) from error

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from softprompt_inference.engine.messages import LoadAdapter
-from softprompt_inference.model.transfer import upload
+from softprompt_inference.model.hardware import DTYPES
+from softprompt_inference.model.transfer import upload, upload_bytes
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _FIRST_CAPACITY = 256
 
 
@@ -46,9 +45,8 @@ class VirtualRows:
 
     def _decode(self, adapter: LoadAdapter) -> Tensor:
         """[num_virtual_tokens, hidden] in the model's dtype."""
-        # Pinned, so that the steps of others need not wait for the copy; torch keeps the memory until it is done.
-        staged = _decode(adapter, is_pinned=self.rows.device.type == "cuda")
-        return staged.to(self.rows.device, non_blocking=True).to(self.rows.dtype)
+        shape = (adapter.num_virtual_tokens, adapter.row_size)
+        return upload_bytes(adapter.rows, shape, DTYPES[adapter.dtype], self.rows.device).to(self.rows.dtype)
 
     def _grow(self) -> None:
         capacity = len(self.rows)
@@ -77,7 +75,8 @@ class KeyValueRows:
     def load(self, first_id: int, adapter: LoadAdapter) -> None:
         """Take rows that have been checked."""
         layers, heads, head_dim = self._shape
-        rows = _decode(adapter, is_pinned=False).view(-1, layers, 2, heads, head_dim)
+        shape = (adapter.num_virtual_tokens, layers, 2, heads, head_dim)
+        rows = upload_bytes(adapter.rows, shape, DTYPES[adapter.dtype], torch.device("cpu"))
         placed = torch.empty(layers, 2, len(rows), heads, head_dim, dtype=self._dtype, pin_memory=self._is_pinned)
         self._rows_at[first_id] = placed.copy_(rows.permute(1, 2, 0, 3, 4))
 
@@ -88,11 +87,3 @@ class KeyValueRows:
     def find(self, first_id: int, start: int, stop: int) -> Tensor:
         """Rows start … stop − 1 of what was loaded at first_id: [layers, 2, n, Hkv, D]."""
         return self._rows_at[first_id][:, :, start:stop]
-
-
-def _decode(adapter: LoadAdapter, *, is_pinned: bool) -> Tensor:
-    """[num_virtual_tokens, row_size] in the dtype they came in."""
-    shape = (adapter.num_virtual_tokens, adapter.row_size)
-    staged = torch.empty(shape, dtype=_DTYPES[adapter.dtype], pin_memory=is_pinned)
-    staged.view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(adapter.rows, dtype=np.uint8)
-    return staged

@@ -13,7 +13,7 @@ from softprompt_kernels.embed_gather import embed_gather
 from torch import Tensor
 
 from softprompt_inference.engine.config import EngineConfig
-from softprompt_inference.engine.messages import LoadAdapter, ModelInfo
+from softprompt_inference.engine.messages import LoadAdapter, LoadLora, ModelInfo
 from softprompt_inference.engine.plan import Chunk, PageWrite, Sample, Sampled, StepPlan
 from softprompt_inference.model import hardware, sampler
 from softprompt_inference.model.attention import (
@@ -28,6 +28,8 @@ from softprompt_inference.model.errors import one_line
 from softprompt_inference.model.graphs import Capture, CudaCapture, DecodeGraphs
 from softprompt_inference.model.kv_pages import KVPages
 from softprompt_inference.model.loader import LoadedModel, load_model
+from softprompt_inference.model.lora.context import build_tiles
+from softprompt_inference.model.lora.loras import Loras
 from softprompt_inference.model.rows import KeyValueRows, VirtualRows
 from softprompt_inference.model.sampler import Choices
 from softprompt_inference.model.transfer import upload
@@ -36,9 +38,9 @@ _log = logging.getLogger(__name__)
 
 
 class ModelRunner:
-    """A loaded model with its KV pages and the rows of resident adapters; the engine's `Runner`."""
+    """A loaded model with its KV pages, and the rows and LoRAs of resident adapters; the engine's `Runner`."""
 
-    def __init__(self, loaded: LoadedModel, *, page_size: int) -> None:
+    def __init__(self, loaded: LoadedModel, *, page_size: int, max_loras: int) -> None:
         self.loaded = loaded
         self.info: ModelInfo
         self._page_size = page_size
@@ -54,6 +56,7 @@ class ModelRunner:
             loaded.dtype,
             is_pinned=loaded.device.type == "cuda",
         )
+        self._loras = Loras(loaded.model, loaded.linears, loaded.lora, max_loras=max_loras, device=loaded.device)
 
     def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
         """Make ids first_id … first_id + num_virtual_tokens − 1 stand for the adapter's rows."""
@@ -62,6 +65,14 @@ class ModelRunner:
     def drop_rows(self, first_id: int) -> None:
         """Forget the rows that were loaded at first_id."""
         (self._key_values if first_id in self._key_values else self._rows).drop(first_id)
+
+    def load_lora(self, slot: int, lora: LoadLora) -> None:
+        """Make an empty slot stand for a LoRA. Raises AdapterInvalid when it does not fit the model."""
+        self._loras.load(slot, lora)
+
+    def drop_lora(self, slot: int) -> None:
+        """Empty the slot."""
+        self._loras.drop(slot)
 
     def allocate_pages(self, num_pages: int) -> None:
         """Give the model that many empty KV pages, in place of those it had and of what was captured over them."""
@@ -139,7 +150,9 @@ class ModelRunner:
             num_tokens += len(chunk.token_ids)
             if chunk.sample is not None:
                 sampled_rows.append(num_tokens - 1)
+        slots = [chunk.lora for chunk in chunks for _ in chunk.token_ids]
         self._context.batch = build_step_batch(spans, page_size=self._page_size, device=self.loaded.device)
+        self.loaded.lora.tiles = build_tiles(slots, self.loaded.device)
         try:
             return self.loaded.logits(
                 self._embed([token_id for chunk in chunks for token_id in chunk.token_ids])
@@ -150,11 +163,12 @@ class ModelRunner:
             )
         finally:
             self._context.batch = None
+            self.loaded.lora.tiles = None
 
     def _are_decodes(self, chunks: Sequence[Chunk], max_sequences: int) -> bool:
         vocab_size = self.loaded.vocab_size
         return len(chunks) <= max_sequences and all(
-            len(chunk.token_ids) == 1 and chunk.token_ids[0] < vocab_size for chunk in chunks
+            len(chunk.token_ids) == 1 and chunk.token_ids[0] < vocab_size and chunk.lora < 0 for chunk in chunks
         )
 
     def _compute_decodes(self, token_ids: Tensor, positions: Tensor, batch: StepBatch) -> Tensor:
@@ -201,7 +215,7 @@ def load_runner(config: EngineConfig, report: Callable[[str], None]) -> ModelRun
     if config.native_cache_dir is not None and device.type == "cpu":
         _use_native_kernels(Path(config.native_cache_dir), report)
     loaded = load_model(config, report)
-    runner = ModelRunner(loaded, page_size=config.page_size)
+    runner = ModelRunner(loaded, page_size=config.page_size, max_loras=config.max_loras)
     report("warming up")
     step_bytes = _warm_up(runner, config)
     bytes_per_page = page_bytes(loaded.layers, page_size=config.page_size, dtype=loaded.dtype)

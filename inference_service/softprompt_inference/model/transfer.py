@@ -1,8 +1,9 @@
-"""Small values between host and device, moved in the order of what the device computes and without a wait."""
+"""Values between host and device, moved in the order of what the device computes and without a wait."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +12,14 @@ def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> T
     """Numbers, or lists of one length, on the device."""
     # From memory that is not pinned, a copy may wait for all that the device has to do.
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def upload_bytes(data: bytes, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Raw little-endian values on the device, in a tensor of that shape and dtype."""
+    # Pinned, so that the steps of others need not wait for the copy; torch keeps the memory until it is done.
+    staged = torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type == "cuda")
+    staged.view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(data, dtype=np.uint8)
+    return staged.to(device, non_blocking=True)
 
 
 class Download:

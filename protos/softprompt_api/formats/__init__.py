@@ -7,11 +7,12 @@ while it streams past. Nothing in either file can cause an import, an open or a 
 from softprompt_api.formats.config import MAX_CONFIG_BYTES, parse_config
 from softprompt_api.formats.content import Content, Lora, LoraModule, Rows
 from softprompt_api.formats.folder import CONFIG_FILE, TENSORS_FILE, AdapterFiles, read_folder
-from softprompt_api.formats.spec import AdapterKind, AdapterSpec, ModelShape
+from softprompt_api.formats.spec import DEFAULT_MAX_LORA_RANK, AdapterKind, AdapterSpec, ModelShape
 from softprompt_api.formats.verify import AdapterVerifier, VerifiedAdapter, adapter_digest, read_adapter
 
 __all__ = [
     "CONFIG_FILE",
+    "DEFAULT_MAX_LORA_RANK",
     "MAX_CONFIG_BYTES",
     "TENSORS_FILE",
     "AdapterFiles",

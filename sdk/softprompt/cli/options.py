@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.names import check_name
 
@@ -57,8 +57,17 @@ class RunOptions(BaseModel):
     prompt_adapters: dict[str, str] = Field(default_factory=dict)
     max_prompt_adapters: int | None = Field(default=None, ge=1)
     max_prompt_adapter_token: int = Field(default=512, ge=1)
+    enable_lora: bool = True
+    lora_modules: dict[str, str] = Field(default_factory=dict)
+    max_loras: int | None = Field(default=None, ge=1, le=1024)
+    max_lora_rank: int | None = Field(default=None, ge=1, le=1024)
 
-    @field_validator("prompt_adapters", mode="before")
+    @property
+    def adapters(self) -> dict[str, str]:
+        """Every adapter to register, by its name."""
+        return {**self.prompt_adapters, **self.lora_modules}
+
+    @field_validator("prompt_adapters", "lora_modules", mode="before")
     @classmethod
     def _adapters_in_any_form(cls, value: object) -> dict[str, str]:
         return parse_adapters(value)
@@ -68,6 +77,21 @@ class RunOptions(BaseModel):
     def _adapters_are_always_enabled(cls, value: bool) -> bool:
         if not value:
             raise ValueError("must be true: soft prompts are always served; without adapters they cost nothing")
+        return value
+
+    @field_validator("enable_lora")
+    @classmethod
+    def _loras_are_always_enabled(cls, value: bool) -> bool:
+        if not value:
+            raise ValueError("must be true: LoRAs are always served; without one they cost nothing")
+        return value
+
+    @field_validator("lora_modules")
+    @classmethod
+    def _names_of_their_own(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        twice = next((name for name in value if name in info.data.get("prompt_adapters", {})), None)
+        if twice is not None:
+            raise ValueError(f"{twice!r} is the name of a soft prompt too; give each adapter a name of its own")
         return value
 
 
@@ -142,8 +166,6 @@ def _known_key(key: str, path: Path) -> str:
     name = key.replace("-", "_")
     if name in RunOptions.model_fields:
         return name
-    if name == "lora_modules":
-        raise WrongUsage(f"lora_modules in {path}: LoRA adapters are not supported yet; remove the key")
     near = difflib.get_close_matches(name, RunOptions.model_fields, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(RunOptions.model_fields)}"
     raise WrongUsage(f"unknown key {key!r} in {path}; {hint}")

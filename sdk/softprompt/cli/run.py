@@ -7,7 +7,6 @@ import typer
 from rich.console import Console
 
 from softprompt.cli.options import make_options
-from softprompt.cli.problems import WrongUsage
 from softprompt.cli.stopping import Stop
 from softprompt.cli.supervisor import Supervisor
 
@@ -40,10 +39,19 @@ def run(
         typer.Option(envvar="SOFTPROMPT_MAX_PROMPT_ADAPTER_TOKEN", help="most virtual tokens of an adapter"),
     ] = None,
     max_prompt_adapters: Annotated[
-        int | None, typer.Option(envvar="SOFTPROMPT_MAX_PROMPT_ADAPTERS", help="most adapters kept in memory")
+        int | None, typer.Option(envvar="SOFTPROMPT_MAX_PROMPT_ADAPTERS", help="most soft prompts on the device")
+    ] = None,
+    enable_lora: Annotated[
+        bool | None, typer.Option("--enable-lora", help="accepted for vLLM's sake: LoRAs are always served")
     ] = None,
     lora_modules: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=PATH ...", help="not supported yet")
+        list[str] | None, typer.Option(metavar="NAME=PATH ...", help="LoRAs to register, as --prompt-adapters")
+    ] = None,
+    max_loras: Annotated[
+        int | None, typer.Option(envvar="SOFTPROMPT_MAX_LORAS", help="most LoRAs on the device, and in one batch")
+    ] = None,
+    max_lora_rank: Annotated[
+        int | None, typer.Option(envvar="SOFTPROMPT_MAX_LORA_RANK", help="highest rank of a LoRA")
     ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(envvar="SOFTPROMPT_SERVED_MODEL_NAME", help="what requests call the base model")
@@ -99,13 +107,8 @@ def run(
     ] = None,
 ) -> None:
     """Start the store, the registry, the inference service and the gateway; Ctrl-C ends them all."""
-    if lora_modules:
-        raise WrongUsage(
-            "--lora-modules: LoRA adapters are not supported yet; soft prompts are (--prompt-adapters)"
-        )
     flags = dict(locals())
-    for not_an_option in ("config", "lora_modules"):
-        del flags[not_an_option]
+    del flags["config"]
     options = make_options(flags, config)
     stop = Stop()
     stop.listen()

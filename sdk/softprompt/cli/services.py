@@ -78,6 +78,8 @@ def _inference(options: RunOptions, addresses: Addresses) -> dict[str, object]:
         "SOFTPROMPT_NATIVE_KERNELS": options.native_kernels,
         "SOFTPROMPT_MAX_VIRTUAL_TOKENS": options.max_prompt_adapter_token,
         "SOFTPROMPT_MAX_PROMPT_ADAPTERS": options.max_prompt_adapters,
+        "SOFTPROMPT_MAX_LORAS": options.max_loras,
+        "SOFTPROMPT_MAX_LORA_RANK": options.max_lora_rank,
         "SOFTPROMPT_GRACE_S": GRACE_S / 2,
     }
 

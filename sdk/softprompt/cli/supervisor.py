@@ -53,7 +53,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Serve until asked to stop. Problem when something does not start, or ends unasked."""
-        adapters = {name: _find(name, path) for name, path in self._options.prompt_adapters.items()}
+        adapters = {name: _find(name, path) for name, path in self._options.adapters.items()}
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self._data_dir))
             store = None if self._options.redis_url else EmbeddedStore(self._data_dir, self._logs, self._stop)
@@ -123,7 +123,8 @@ class Supervisor:
                     except SoftpromptError as error:
                         raise Problem(f"cannot serve the adapter {name!r}: {error.message}") from error
                     state = "registered" if is_new else "unchanged"
-                    current.result = f"{name}@{info.version}, {info.num_virtual_tokens} virtual tokens, {state}"
+                    size = f"rank {info.rank}" if info.rank else f"{info.num_virtual_tokens} virtual tokens"
+                    current.result = f"{name}@{info.version}, {size}, {state}"
 
     def _watch(self) -> None:
         while not self._stop.wait(_WATCH_S):

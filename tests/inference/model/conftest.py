@@ -1,17 +1,23 @@
 """Tiny random models, adapters written by PEFT, and PEFT itself as the oracle."""
 
 import contextlib
+import hashlib
+import json
+import math
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from peft import (
     CartridgeConfig,
     CPTConfig,
+    LoraConfig,
     MultitaskPromptTuningConfig,
     PeftConfig,
     PeftModel,
@@ -29,7 +35,15 @@ from softprompt_api.params import SamplingParams
 from softprompt_inference.adapters.adapter import Adapter as HostAdapter
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import Engine
-from softprompt_inference.engine.messages import AddRequest, LoadAdapter, Output, SoftPromptPart, TextPart
+from softprompt_inference.engine.messages import (
+    AddRequest,
+    LoadAdapter,
+    LoadLora,
+    LoraModule,
+    Output,
+    SoftPromptPart,
+    TextPart,
+)
 from softprompt_inference.model.runner import ModelRunner, load_runner
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -97,12 +111,21 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """A LoRA folder that PEFT wrote, and what the engine is sent of it."""
+
+    folder: Path
+    load: LoadLora
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A prompt for an adapter (None: the base model)."""
+    """A prompt for an adapter (None: the base model), computed with a LoRA (None: without)."""
 
     adapter: Adapter | None
     prompt_ids: tuple[int, ...]
     max_tokens: int = 12
+    lora: Lora | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,16 +151,19 @@ class Oracle:
     def __init__(self, model_path: Path) -> None:
         self._model_path = model_path
         self._models: dict[Path | None, PreTrainedModel | PeftModel] = {}
-        self._answers: dict[tuple[Path | None, int | None, tuple[int, ...], int], Answer] = {}
+        self._answers: dict[tuple[Path | None, int | None, Path | None, tuple[int, ...], int], Answer] = {}
 
     def answer(self, request: Request) -> Answer:
         """Greedy by `generate`, then logprobs by one teacher-forced pass."""
-        folder = request.adapter.folder if request.adapter else None
+        folder, lora = (each.folder if each else None for each in (request.adapter, request.lora))
         task = request.adapter.task if request.adapter else None
-        key = (folder, task, request.prompt_ids, request.max_tokens)
+        key = (folder, task, lora, request.prompt_ids, request.max_tokens)
         if key not in self._answers:
             with _warnings_of_peft_ignored():
-                self._answers[key] = self._compute(self._model(folder), request)
+                if folder and lora:
+                    self._answers[key] = self._compute_both(self._model(lora), request)
+                else:
+                    self._answers[key] = self._compute(self._model(folder or lora), request)
         return self._answers[key]
 
     def _model(self, folder: Path | None) -> PreTrainedModel | PeftModel:
@@ -168,7 +194,24 @@ class Oracle:
         token_ids = whole[0, -request.max_tokens :]
         forced = torch.cat([prompt[0], token_ids])[None]
         logits = model(input_ids=forced, attention_mask=torch.ones_like(forced), **tasks).logits[0]
-        logprobs = torch.log_softmax(logits[-request.max_tokens - 1 : -1].double(), dim=-1)
+        return self._judge(token_ids, logits)
+
+    @torch.inference_mode()
+    def _compute_both(self, model: PeftModel, request: Request) -> Answer:
+        """PEFT computes a soft prompt or a LoRA: both, with rows put before the text by hand."""
+        assert request.adapter is not None
+        load = request.adapter.load
+        rows = torch.frombuffer(bytearray(load.rows), dtype=getattr(torch, load.dtype)).view(-1, load.row_size)
+        token_ids: list[int] = []
+        while True:
+            text = model.get_input_embeddings()(torch.tensor([*request.prompt_ids, *token_ids]))
+            logits = model(inputs_embeds=torch.cat([rows.to(text.dtype), text])[None], use_cache=False).logits[0]
+            if len(token_ids) == request.max_tokens:
+                return self._judge(torch.tensor(token_ids), logits)
+            token_ids.append(int(logits[-1].argmax()))
+
+    def _judge(self, token_ids: Tensor, logits: Tensor) -> Answer:
+        logprobs = torch.log_softmax(logits[-len(token_ids) - 1 : -1].double(), dim=-1)
         two = logprobs.topk(2).values
         return Answer(
             token_ids=token_ids.tolist(),
@@ -284,6 +327,36 @@ class Lab:
         load = HostAdapter.read(digest, spec, data, task=task).load_command()
         return Adapter(folder=folder, load=load, task=task)
 
+    def lora(
+        self,
+        model_path: Path,
+        *,
+        targets: str | list[str] = "all-linear",
+        rank: int = 8,
+        seed: int = 0,
+        **options: object,
+    ) -> Lora:
+        """A LoRA of random content, saved by PEFT; made once for each shape and seed.
+
+        Args:
+            options: of LoraConfig.
+        """
+        shape = hashlib.sha256(repr((targets, rank, sorted(options.items()))).encode()).hexdigest()[:12]
+        folder = self.folder / f"{model_path.name}-lora-{shape}-{seed}"
+        if not folder.exists():
+            with _warnings_of_peft_ignored():
+                torch.manual_seed(2000 + seed)
+                base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+                config = LoraConfig(
+                    task_type=TaskType.CAUSAL_LM,
+                    target_modules=targets,
+                    r=rank,
+                    init_lora_weights=False,
+                    **options,
+                )
+                get_peft_model(base, config).save_pretrained(folder)
+        return read_lora(folder)
+
     def requests(
         self, adapters: Iterable[Adapter | None], *, seed: int = 0, length: int = 9, max_tokens: int = 12
     ) -> list[Request]:
@@ -307,8 +380,12 @@ class Lab:
             if request.adapter is not None:
                 engine.load_adapter(request.adapter.load)
                 prompt.insert(0, SoftPromptPart(digest=request.adapter.load.digest))
+            lora = ""
+            if request.lora is not None:
+                engine.load_lora(request.lora.load)
+                lora = request.lora.load.digest
             params = SamplingParams(max_tokens=request.max_tokens, temperature=0.0, logprobs=0)
-            engine.add(AddRequest(request_id=str(i), prompt=prompt, params=params))
+            engine.add(AddRequest(request_id=str(i), prompt=prompt, params=params, lora=lora))
 
     def serve(self, engine: Engine, requests: Sequence[Request]) -> list[list[Output]]:
         """Run the requests together to their ends; outputs of each."""
@@ -333,6 +410,35 @@ class Lab:
         for i, (request, own) in enumerate(zip(requests, outputs, strict=True)):
             comparison.add(f"request {i}", oracle.answer(request), own)
         return comparison
+
+
+def read_lora(folder: Path) -> Lora:
+    """A LoRA folder of PEFT's as the engine's command: names, and rank and scale of each module."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    modules = []
+    for key, a in tensors.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        b = tensors[key.replace(".lora_A.", ".lora_B.")]
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        alpha = _by_pattern(config["alpha_pattern"], name, config["lora_alpha"])
+        rank = _by_pattern(config["rank_pattern"], name, config["r"])
+        assert a.shape[0] == b.shape[1] == rank
+        modules.append(
+            LoraModule(
+                name=name,
+                rank=rank,
+                scale=alpha / (math.sqrt(rank) if config["use_rslora"] else rank),
+                a=a.numpy().tobytes(),
+                b=b.numpy().tobytes(),
+            )
+        )
+    return Lora(folder=folder, load=LoadLora(digest=f"sha256:{folder.name}", modules=modules, dtype="float32"))
+
+
+def _by_pattern(patterns: dict[str, int], name: str, default: int) -> int:
+    return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?{key}", name)), default)
 
 
 def _peft_config(kind: str, num_virtual_tokens: int, seed: int, model_path: Path) -> PeftConfig:

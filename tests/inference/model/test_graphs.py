@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +205,16 @@ def test_what_is_no_plain_decode_is_not_replayed(lab: Any, llama: Path) -> None:
     adapter = lab.adapter(llama, "prompt_tuning", 5)
     runner.load_rows(1000, adapter.load)
     decode = chunk(5, 0, [0])
+    runner.load_lora(0, lab.lora(llama).load)
     prompt = Chunk(token_ids=[5, 6], start=0, page_ids=[1], sample=decode.sample)
-    for chunks in ([chunk(1000, 0, [0])], [prompt], [decode, prompt], [chunk(5, 0, [i]) for i in range(3)]):
+    with_lora = replace(decode, lora=0)
+    for chunks in (
+        [chunk(1000, 0, [0])],
+        [with_lora],
+        [prompt],
+        [decode, prompt],
+        [chunk(5, 0, [i]) for i in range(3)],
+    ):
         assert len(runner.run(StepPlan(chunks=chunks))) == len(chunks)
     assert replays == []
     assert len(runner.run(StepPlan(chunks=[decode]))) == 1

@@ -5,25 +5,27 @@ from collections.abc import Callable
 
 from torch import nn
 
+from softprompt_inference.model.lora.context import LoraContext
 from softprompt_inference.model.swaps import activation, gated, layers, linears, norms, rotary
 from softprompt_inference.model.swaps.verify import Swap, verify
 
 _log = logging.getLogger(__name__)
 
 
-def apply_swaps(model: nn.Module, run: Callable[[], object]) -> None:
+def apply_swaps(model: nn.Module, lora: LoraContext, run: Callable[[], object]) -> None:
     """Replace what can be computed faster, in place; whatever does not verify stays as it was.
 
     Args:
+        lora: of the steps to come.
         run: runs the model once on a few tokens.
     """
     finders: tuple[tuple[str, Callable[[], list[Swap]]], ...] = (
         ("norms", lambda: norms.find(model)),
         ("rotary embeddings", lambda: rotary.find(model)),
         ("activations", lambda: activation.find(model)),
-        ("gated MLPs", lambda: gated.find(model)),
+        ("gated MLPs", lambda: gated.find(model, lora)),
         ("linears", lambda: linears.find(model, run)),
-        ("decoder layers", lambda: layers.find(model)),
+        ("decoder layers", lambda: layers.find(model, lora)),
     )
     for kind, find in finders:
         swaps = find()

@@ -1,11 +1,17 @@
-"""Gated MLPs on CPUs: act(gate(x)) * up(x) without a pass of its own."""
+"""Gated MLPs on CPUs: act(gate(x)) * up(x) without a pass of its own.
+
+A LoRA changes gate(x) and up(x) themselves: a step that has one for them computes both, and then their gate.
+"""
 
 from functools import partial
 
+import torch
 from softprompt_kernels import native
+from softprompt_kernels.act_mul import act_mul
 from torch import Generator, Tensor, nn
 from transformers.activations import ACT2FN
 
+from softprompt_inference.model.lora.context import LoraContext, is_attached
 from softprompt_inference.model.swaps.linears import Place, places
 from softprompt_inference.model.swaps.packed import NativeGate, PackedLinear, can_pack, pack
 from softprompt_inference.model.swaps.verify import Swap, random_input
@@ -22,15 +28,42 @@ _ACTIVATIONS = {
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)) over packed weights."""
 
-    def __init__(self, mlp: nn.Module) -> None:
+    def __init__(self, mlp: nn.Module, lora: LoraContext) -> None:
         super().__init__()
         self.product = _gate(mlp.gate_proj, mlp.up_proj, mlp.act_fn)  # type: ignore[arg-type]
+        self.apart = _Apart(self.product)
         self.down = pack(mlp.down_proj.weight, mlp.down_proj.bias)  # type: ignore[arg-type,union-attr]
+        self._activation, *_ = _ACTIVATIONS[type(mlp.act_fn)]
+        self._lora = lora
+
+    def locate(self, attribute: str) -> tuple[nn.Module, int]:
+        """The module that computes the linear that had this name, and its place among those it computes."""
+        return {"gate_proj": (self.apart, 0), "up_proj": (self.apart, 1), "down_proj": (self.down, 0)}[attribute]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] → [..., hidden]"""
+        if self._lora.tiles is not None and is_attached(self.apart):
+            return self.forward_apart(x)
         out: Tensor = self.down(self.product(x))
         return out
+
+    def forward_apart(self, x: Tensor) -> Tensor:
+        """The same in two passes."""
+        gate, up = self.apart(x).chunk(2, -1)
+        out: Tensor = self.down(act_mul(gate, up, self._activation))
+        return out
+
+
+class _Apart(nn.Module):
+    """gate(x) beside up(x), over the weights of a fused product."""
+
+    def __init__(self, product: "NativeGate | PackedGate") -> None:
+        super().__init__()
+        self._compute = product.forward_apart
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., 2 * out]"""
+        return self._compute(x)
 
 
 class PackedGate(nn.Module):
@@ -45,10 +78,14 @@ class PackedGate(nn.Module):
         """x [..., in] → [..., out]"""
         return self.up.forward_times(x, self.gate(x))
 
+    def forward_apart(self, x: Tensor) -> Tensor:
+        """gate(x) beside up(x), without the activation: x [..., in] → [..., 2 * out]"""
+        return torch.cat([self.gate.forward_plain(x), self.up(x)], dim=-1)
 
-def find(model: nn.Module) -> list[Swap]:
+
+def find(model: nn.Module, lora: LoraContext) -> list[Swap]:
     """Every module that is a gated MLP by the names of its children and has weights that can be packed."""
-    return [_swap(place) for place in places(model, _is_gated_mlp)]
+    return [_swap(place, lora) for place in places(model, _is_gated_mlp)]
 
 
 def _is_gated_mlp(module: nn.Module) -> bool:
@@ -59,23 +96,24 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     return all(type(linear) is nn.Linear and can_pack(linear.weight) for linear in linears)
 
 
-def _gate(gate: nn.Linear, up: nn.Linear, function: nn.Module) -> nn.Module:
+def _gate(gate: nn.Linear, up: nn.Linear, function: nn.Module) -> NativeGate | PackedGate:
     ours, activation, algorithm = _ACTIVATIONS[type(function)]
     if native.supports_linear(gate.weight) and (gate.bias is None) == (up.bias is None):
         return NativeGate(gate, up, ours)
     return PackedGate(gate, up, activation, algorithm)
 
 
-def _swap(place: Place) -> Swap:
+def _swap(place: Place, lora: LoraContext) -> Swap:
     weight: Tensor = place.module.gate_proj.weight  # type: ignore[union-attr,assignment]
 
     def run(generator: Generator) -> Tensor:
-        answer: Tensor = place.current(random_input(generator, weight.shape[1], weight))
-        return answer
+        mlp, x = place.current, random_input(generator, weight.shape[1], weight)
+        # Both ways to compute it are held to the original.
+        return torch.cat([mlp(x), mlp.forward_apart(x) if isinstance(mlp, GatedMLP) else mlp(x)])
 
     return Swap(
         name=place.name,
-        apply=lambda: place.put(GatedMLP(place.module)),
+        apply=lambda: place.put(GatedMLP(place.module, lora)),
         undo=partial(place.put, place.module),
         run=run,
     )

@@ -1,6 +1,7 @@
 """Decoder layers of Llama's shape on CPUs: all but the attention in two calls, once the parts have been replaced.
 
-Between small products, most of a layer's time goes from one Python call to the next.
+Between small products, most of a layer's time goes from one Python call to the next. A step with a LoRA, which
+changes the parts, goes the parts' way.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from softprompt_kernels.native.layer import DecoderLayer, LinearWeights, NormWei
 from torch import Generator, Tensor, nn
 
 from softprompt_inference.model.attention import AttentionCall, CallRecorder, attend
+from softprompt_inference.model.lora.context import LoraContext
 from softprompt_inference.model.swaps import norms, rotary
 from softprompt_inference.model.swaps.forward import swap_forward
 from softprompt_inference.model.swaps.gated import GatedMLP
@@ -24,13 +26,13 @@ _SEED = 1
 
 
 @torch.inference_mode()
-def find(model: nn.Module) -> list[Swap]:
+def find(model: nn.Module, lora: LoraContext) -> list[Swap]:
     """The layers whose every part is one of ours already."""
     swaps = []
     for name, layer in model.named_modules():
         found = _recognise(layer)
         if found is not None:
-            swaps.append(_swap(name, layer, *found))
+            swaps.append(_swap(name, layer, *found, lora=lora))
     return swaps
 
 
@@ -73,7 +75,7 @@ def _linear(part: Any) -> LinearWeights:
 
 
 def _make_forward(
-    layer: Any, fused: DecoderLayer, call: AttentionCall, original: Callable[..., Tensor]
+    layer: Any, fused: DecoderLayer, call: AttentionCall, original: Callable[..., Tensor], lora: LoraContext
 ) -> Callable[..., Tensor]:
     attention, head_dim = layer.self_attn, call.q.shape[2]
     # `replace` would look at all fields anew in every layer of every step.
@@ -94,7 +96,12 @@ def _make_forward(
     ) -> Tensor:
         """hidden_states [1, T, hidden], cos and sin [1, T, D]; anything else goes the original's way."""
         plain = attention_mask is None and hidden_states.shape[0] == 1 and hidden_states.is_contiguous()
-        if not plain or position_embeddings is None or position_embeddings[0].shape[2] != head_dim:
+        if (
+            lora.tiles is not None
+            or not plain
+            or position_embeddings is None
+            or position_embeddings[0].shape[2] != head_dim
+        ):
             return original(
                 hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **others
             )
@@ -106,10 +113,12 @@ def _make_forward(
     return forward
 
 
-def _swap(name: str, layer: Any, fused: DecoderLayer, call: AttentionCall, norm: norms.Norm) -> Swap:
+def _swap(
+    name: str, layer: Any, fused: DecoderLayer, call: AttentionCall, norm: norms.Norm, *, lora: LoraContext
+) -> Swap:
     return swap_forward(
         layer,
-        _make_forward(layer, fused, call, layer.forward),
+        _make_forward(layer, fused, call, layer.forward, lora),
         name=f"decoder layer {name}",
         run=lambda generator: norms.run_layer(layer, layer.forward, norm, generator),
     )

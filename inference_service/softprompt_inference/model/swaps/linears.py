@@ -39,8 +39,8 @@ def find(model: nn.Module, run: Callable[[], object]) -> list[Swap]:
         run: runs the model once on a few tokens, so that it shows which linears read the same input.
     """
     swaps = []
-    for places in _shared_inputs(_linears(model), run):
-        weights = [_weight(place.module) for place in places]
+    for places in _shared_inputs(linears_of(model), run):
+        weights = [weight_of(place.module) for place in places]
         if len(places) > 1:
             replacements = partial(_merged, [place.module for place in places])
         elif can_pack(weights[0]):
@@ -63,7 +63,8 @@ def places(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Place]
     return [found[0] for found in seen.values() if len(found) == 1]
 
 
-def _linears(model: nn.Module) -> list[Place]:
+def linears_of(model: nn.Module) -> list[Place]:
+    """The plain linears."""
     # Exactly these classes: one derived from them computes something else.
     return places(model, lambda module: type(module) in (nn.Linear, Conv1D))
 
@@ -90,12 +91,12 @@ def _shared_inputs(linears: list[Place], run: Callable[[], object]) -> list[list
 
 
 def _can_merge(group: Sequence[Place]) -> bool:
-    kinds = {(type(p.module), p.module.bias is None, _weight(p.module).dtype) for p in group}
+    kinds = {(type(p.module), p.module.bias is None, weight_of(p.module).dtype) for p in group}
     return len(kinds) == 1 and type(group[0].module) is nn.Linear
 
 
-def _weight(linear: nn.Module) -> Tensor:
-    """[out, in]"""
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight of a plain linear: [out, in]"""
     weight: Tensor = linear.weight  # type: ignore[assignment]
     return weight.T if type(linear) is Conv1D else weight
 
@@ -105,14 +106,14 @@ def _bias(linear: nn.Module) -> Tensor | None:
 
 
 def _packed(linear: nn.Module) -> list[nn.Module]:
-    return [pack(_weight(linear), _bias(linear))]
+    return [pack(weight_of(linear), _bias(linear))]
 
 
 def _merged(linears: Sequence[nn.Module]) -> list[nn.Module]:
-    weight = torch.cat([_weight(linear) for linear in linears])
+    weight = torch.cat([weight_of(linear) for linear in linears])
     biases = [bias for linear in linears if (bias := _bias(linear)) is not None]
     product = make_linear(weight, torch.cat(biases) if biases else None)
-    shared = _SharedProduct(product, [len(_weight(linear)) for linear in linears])
+    shared = _SharedProduct(product, [len(weight_of(linear)) for linear in linears])
     return [MergedLinear(shared, index) for index in range(len(linears))]
 
 
@@ -170,6 +171,10 @@ class MergedLinear(nn.Module):
         shared = all(linear._shared is self._shared for linear in linears)
         return shared and [linear._index for linear in linears] == list(range(len(self._shared.widths)))
 
+    def locate(self) -> tuple[nn.Module, int]:
+        """The product, and the place of this one's columns among those of the others."""
+        return self._shared.product, self._index
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]"""
         return self._shared.part(self._index, x)
@@ -184,7 +189,7 @@ def _swap(group: Sequence[Place], make: Callable[[], Iterable[nn.Module]]) -> Sw
         for place in group:
             place.put(place.module)
 
-    weight = _weight(group[0].module)
+    weight = weight_of(group[0].module)
 
     def run(generator: Generator) -> Tensor:
         x = random_input(generator, weight.shape[1], weight)

@@ -65,6 +65,13 @@ class NativeGate(nn.Module):
             x, self.packed, self.bias, columns=self.out_features, activation=self.activation, gated=True
         )
 
+    def forward_apart(self, x: Tensor) -> Tensor:
+        """gate(x) beside up(x), without the activation: x [..., in] → [..., 2 * out]"""
+        panels = len(self.packed) // 2
+        y = native.linear(x, self.packed, self.bias, columns=self.packed.shape[0] * self.packed.shape[2])
+        both = y.view(*x.shape[:-1], panels, 2, -1).transpose(-3, -2).flatten(-2)
+        return both[..., : self.out_features].flatten(-2)
+
 
 class PackedLinear(nn.Module):
     """`nn.Linear` over weights that oneDNN has packed, with an activation in the same pass.
@@ -89,6 +96,11 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]"""
         y: Tensor = _ops._linear_pointwise(x, self._packed, self._bias, self._activation, [], self._algorithm)
+        return y
+
+    def forward_plain(self, x: Tensor) -> Tensor:
+        """`forward` without the activation."""
+        y: Tensor = _ops._linear_pointwise(x, self._packed, self._bias, "none", [], "")
         return y
 
     def forward_times(self, x: Tensor, factor: Tensor) -> Tensor:

@@ -126,6 +126,7 @@ class BaseModel(_message.Message):
     MAX_VIRTUAL_TOKENS_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     NO_KEY_VALUES_FIELD_NUMBER: _builtins.int
+    MAX_LORA_RANK_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Public id, for example "HuggingFaceTB/SmolLM2-135M-Instruct"."""
     architecture: _builtins.str
@@ -150,6 +151,8 @@ class BaseModel(_message.Message):
     """Why the model cannot take keys and values from an adapter (PREFIX_TUNING, CARTRIDGE), in a few words; empty: it
     can.
     """
+    max_lora_rank: _builtins.int
+    """Highest rank of a LoRA that the service accepts; 0: 64."""
     def __init__(
         self,
         *,
@@ -164,10 +167,11 @@ class BaseModel(_message.Message):
         max_virtual_tokens: _builtins.int = ...,
         dtype: _builtins.str = ...,
         no_key_values: _builtins.str = ...,
+        max_lora_rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "head_dim", b"head_dim", "hidden_size", b"hidden_size", "id", b"id", "max_virtual_tokens", b"max_virtual_tokens", "no_key_values", b"no_key_values", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "tokenizer_sha256", b"tokenizer_sha256", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "head_dim", b"head_dim", "hidden_size", b"hidden_size", "id", b"id", "max_lora_rank", b"max_lora_rank", "max_virtual_tokens", b"max_virtual_tokens", "no_key_values", b"no_key_values", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "tokenizer_sha256", b"tokenizer_sha256", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,10 +4,12 @@ import pytest
 import torch
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.model.loader import load_model
+from softprompt_inference.model.lora.context import LoraContext
 from softprompt_inference.model.swaps import gated
 from softprompt_inference.model.swaps.gated import GatedMLP
 from softprompt_inference.model.swaps.packed import can_pack
 from softprompt_inference.model.swaps.verify import relative_error, verify
+from softprompt_kernels import native
 from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -29,17 +31,57 @@ def test_an_mlp_answers_as_before(activation: str, bias: bool, dtype: torch.dtyp
     x = torch.randn(1, 7, 32).to(dtype)
     with torch.inference_mode():
         expected = model(x)
-        (swap,) = gated.find(model)
+        (swap,) = gated.find(model, LoraContext())
         assert verify(swap)
         assert isinstance(model[0], GatedMLP)
         assert relative_error(model(x), expected) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("with_kernels", [False, True])
+def test_gate_and_up_apart_are_what_the_linears_were(
+    lab: Any, dtype: torch.dtype, bias: bool, with_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "_library", None)
+    if with_kernels:
+        try:
+            native.load(lab.folder / "kernels")
+        except native.CannotCompile as error:
+            pytest.skip(str(error))
+    torch.manual_seed(0)
+    # An intermediate size that fills no whole panel of packed weights.
+    config = LlamaConfig(hidden_size=32, intermediate_size=41, mlp_bias=bias)
+    original = LlamaMLP(config).to(dtype)
+    if not can_pack(original.up_proj.weight):
+        pytest.skip("this processor has no packed products in bfloat16")
+    x = torch.randn(1, 7, 32).to(dtype)
+    with torch.inference_mode():
+        mlp = GatedMLP(original, LoraContext())
+        for name in ("gate_proj", "up_proj"):
+            module, index = mlp.locate(name)
+            expected = getattr(original, name)(x)
+            assert relative_error(module(x).chunk(2, -1)[index], expected) < (
+                1e-6 if dtype == torch.float32 else 1e-2
+            )
+        assert relative_error(mlp.forward_apart(x), original(x)) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_an_mlp_whose_parts_apart_are_wrong_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _mlp("silu")
+    original = model[0]
+    apart = gated.PackedGate.forward_apart
+    monkeypatch.setattr(gated.PackedGate, "forward_apart", lambda self, x: apart(self, x).roll(1, -1))
+    (swap,) = gated.find(model, LoraContext())
+    assert not verify(swap)
+    assert model[0] is original
+
+
 def test_another_activation_or_another_child_is_left_alone() -> None:
-    assert gated.find(_mlp("relu")) == []
+    assert gated.find(_mlp("relu"), LoraContext()) == []
     model = _mlp("silu")
     model[0].dropout = nn.Dropout()
-    assert gated.find(model) == []
+    assert gated.find(model, LoraContext()) == []
 
 
 def test_an_mlp_that_does_something_else_is_undone() -> None:
@@ -49,7 +91,7 @@ def test_an_mlp_that_does_something_else_is_undone() -> None:
 
     model = nn.Sequential(Odd(LlamaConfig(hidden_size=32, intermediate_size=48)))
     original = model[0]
-    (swap,) = gated.find(model)
+    (swap,) = gated.find(model, LoraContext())
     assert not verify(swap)
     assert model[0] is original
 

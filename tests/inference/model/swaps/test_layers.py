@@ -93,7 +93,7 @@ def test_a_layer_that_computes_something_else_is_undone(lab: Any, monkeypatch: p
 
     monkeypatch.setattr(layers.norms, "is_fused", lambda _: True)
     monkeypatch.setattr(layers.DecoderLayer, "before", wrong)
-    swaps = layers.find(loaded.model)
+    swaps = layers.find(loaded.model, loaded.lora)
     assert len(swaps) == len(loaded.layers)
     assert not any(verify(swap) for swap in swaps)
     assert fused(loaded) == []

@@ -1,0 +1,148 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from softprompt_api.errors import AdapterInvalid
+from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.messages import LoadLora, LoraModule
+from softprompt_inference.model.attention import CallRecorder, attach, detach
+from softprompt_inference.model.loader import LoadedModel, load_model
+from softprompt_inference.model.lora.context import build_tiles, is_attached
+from softprompt_inference.model.lora.loras import Loras
+from softprompt_inference.model.lora.weights import ProductWeights
+from softprompt_inference.model.swaps.verify import relative_error
+from softprompt_kernels import native
+from torch import Tensor
+
+CPU = torch.device("cpu")
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def load(lab: Any, name: str = "llama", dtype: str = "float32") -> LoadedModel:
+    config = EngineConfig(model_path=str(lab.model(name)), device="cpu", dtype=dtype)
+    return load_model(config, lambda _: None)
+
+
+def make_loras(loaded: LoadedModel) -> Loras:
+    return Loras(loaded.model, loaded.linears, loaded.lora, max_loras=4, device=CPU)
+
+
+def values(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def lora(
+    loaded: LoadedModel, *, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 0.5
+) -> LoadLora:
+    """Random weights for every linear."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = []
+    for rank, linear in enumerate(loaded.linears, start=1):
+        a = torch.randn(rank, linear.in_features, generator=generator) * linear.in_features**-0.5
+        b = torch.randn(linear.out_features, rank, generator=generator) * rank**-0.5
+        modules.append(
+            LoraModule(name=linear.name, rank=rank, scale=scale, a=values(a.to(dtype)), b=values(b.to(dtype)))
+        )
+    return LoadLora(digest="sha256:x", modules=modules, dtype=str(dtype).removeprefix("torch."))
+
+
+def logits(loaded: LoadedModel, x: Tensor, slots: list[int]) -> Tensor:
+    for spec in loaded.layers:
+        attach(spec.module, CallRecorder())
+    loaded.lora.tiles = build_tiles(slots, CPU)
+    try:
+        with torch.inference_mode():
+            answer: Tensor = loaded.model(inputs_embeds=x, use_cache=False).logits
+            return answer
+    finally:
+        loaded.lora.tiles = None
+        for spec in loaded.layers:
+            detach(spec.module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_of_any_dtype_change_the_model_until_they_are_dropped(lab: Any, dtype: torch.dtype) -> None:
+    loaded = load(lab)
+    loras, x = make_loras(loaded), torch.randn(1, 5, loaded.hidden_size)
+    before = logits(loaded, x, [-1] * 5)
+    loras.load(2, lora(loaded, dtype=dtype))
+    assert torch.equal(logits(loaded, x, [-1] * 5), before)
+    assert relative_error(logits(loaded, x, [2] * 5), before) > 0.1
+    loras.drop(2)
+    assert torch.equal(logits(loaded, x, [2] * 5), before)
+    assert not any(is_attached(product.module) for product in loras.products)
+
+
+@pytest.mark.parametrize("with_kernels", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
+def test_in_bfloat16_a_lora_is_as_exact_as_the_model(
+    lab: Any, name: str, with_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused layers and packed weights included; beside the same in float32, no further off than without a LoRA."""
+    monkeypatch.setattr(native, "_library", None)
+    if with_kernels:
+        try:
+            native.load(lab.folder / "kernels")
+        except native.CannotCompile as error:
+            pytest.skip(str(error))
+    exact, rounded = load(lab, name), load(lab, name, "bfloat16")
+    x = torch.randn(1, 9, exact.hidden_size, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for loaded in (exact, rounded):
+        make_loras(loaded).load(1, lora(loaded, dtype=torch.bfloat16, scale=0.05))
+    without, with_lora = (
+        relative_error(logits(rounded, x, slots).float(), logits(exact, x.float(), slots))
+        for slots in ([-1] * 9, [1] * 9)
+    )
+    assert with_lora < max(1.5 * without, 0.02)
+
+
+def test_a_module_that_the_model_lacks_is_named(lab: Any) -> None:
+    loaded = load(lab)
+    load_lora = lora(loaded)
+    [first, *others] = load_lora.modules
+    for name, message in (
+        ("model.layers.2.self_attn.q_proj", "model.layers.2.self_attn.q_proj, which the model does not have"),
+        ("lm_head", "module lm_head is not a linear layer"),
+        ("model.embed_tokens", "module model.embed_tokens is not a linear layer"),
+        ("model.layers.0.mlp", "module model.layers.0.mlp is not a linear layer"),
+        ("", "which the model does not have"),
+    ):
+        with pytest.raises(AdapterInvalid, match=message):
+            make_loras(loaded).load(0, replace(load_lora, modules=[*others, replace(first, name=name)]))
+
+
+def test_weights_of_another_shape_are_refused_and_leave_nothing(lab: Any) -> None:
+    loaded = load(lab)
+    loras, load_lora = make_loras(loaded), lora(loaded)
+    [first, *others] = load_lora.modules
+    assert first.name == Q
+    for changes, message in (
+        ({"a": first.a[:-4]}, rf"lora_A of module {Q} has 31 values; rank 1 needs \[1, 32\]"),
+        ({"b": first.b + first.b}, rf"lora_B of module {Q} has 64 values; rank 1 needs \[32, 1\]"),
+        ({"rank": 2}, r"rank 2 needs \[2, 32\]"),
+    ):
+        with pytest.raises(AdapterInvalid, match=message):
+            loras.load(0, replace(load_lora, modules=[*others, replace(first, **changes)]))
+    assert not any(is_attached(product.module) for product in loras.products)
+
+
+def test_a_device_without_room_is_left_as_it_was(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(lab)
+    loras, x = make_loras(loaded), torch.randn(1, 5, loaded.hidden_size)
+    loras.load(0, lora(loaded))
+    before = logits(loaded, x, [0] * 5)
+    put, calls = ProductWeights.put, []
+
+    def put_some(self: ProductWeights, *args: Any) -> None:
+        calls.append(args)
+        if len(calls) > 9:
+            raise MemoryError
+        put(self, *args)
+
+    monkeypatch.setattr(ProductWeights, "put", put_some)
+    with pytest.raises(MemoryError):
+        loras.load(1, lora(loaded, seed=1))
+    assert torch.equal(logits(loaded, x, [0] * 5), before)
+    # A step with a LoRA goes another way through fused parts, in which it changes nothing here.
+    assert relative_error(logits(loaded, x, [1] * 5), logits(loaded, x, [-1] * 5)) < 1e-5
