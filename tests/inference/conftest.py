@@ -200,6 +200,7 @@ class Fakes:
         max_num_sequences: int = 8,
         max_step_tokens: int = 16,
         enable_prefix_caching: bool = True,
+        share: bool = True,
         look_ahead: bool = False,
     ) -> Engine:
         config = EngineConfig(
@@ -207,6 +208,7 @@ class Fakes:
             max_num_sequences=max_num_sequences,
             max_step_tokens=max_step_tokens,
             enable_prefix_caching=enable_prefix_caching,
+            share=share,
             look_ahead=look_ahead,
         )
         return Engine(runner, config)

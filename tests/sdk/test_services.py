@@ -64,6 +64,7 @@ def test_variables_that_run_reads_do_not_reach_the_services(monkeypatch: pytest.
                 "max_prompt_adapters": 2,
                 "max_virtual_tokens": 512,
                 "enable_prefix_caching": False,
+                "share": False,
                 "native_kernels": False,
             },
         ),
@@ -81,6 +82,7 @@ def test_every_service_reads_what_it_is_given(
             "kv_cache_gb": 1.0,
             "gpu_memory_utilization": 0.5,
             "enable_prefix_caching": False,
+            "share": False,
             "native_kernels": False,
         }
     )

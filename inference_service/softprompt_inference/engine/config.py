@@ -24,6 +24,8 @@ class EngineConfig:
         max_virtual_tokens: most virtual tokens of one adapter.
         enable_prefix_caching: find what is computed again: beginnings of prompts, and soft prompts to their last
             virtual token. Off, every request computes everything, for measuring.
+        share: requests with the same soft prompts find what others have computed of them and behind them. Off,
+            each computes its own, for measuring; prompts without any find their beginnings all the same.
         look_ahead: launch a step of decodes before the host knows the tokens of the step before it; None: on a GPU
             only, which computes while the host works.
         num_threads: of torch on a CPU; None: torch's own choice.
@@ -41,6 +43,7 @@ class EngineConfig:
     max_step_tokens: int | None = None
     max_virtual_tokens: int = 512
     enable_prefix_caching: bool = True
+    share: bool = True
     look_ahead: bool | None = None
     num_threads: int | None = None
     native_cache_dir: str | None = None

@@ -4,9 +4,10 @@ What it does is a function of the order of its commands and steps. Nothing that 
 and no exception leaves `handle` or `step` but EngineBroken.
 """
 
+import itertools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from softprompt_api.errors import AdapterInvalid, InternalError, InvalidArgument, SoftpromptError
@@ -68,6 +69,8 @@ class Engine:
         self._refused: list[Output] = []
         self._failed_steps = 0
         self._looks_ahead = config.looks_ahead(info.device)
+        self._shares = config.share
+        self._own_salts = itertools.count()
         self._launched: _Launched | None = None  # ahead of the step whose outputs were last returned
         self._scheduler = Scheduler(
             num_pages=info.num_pages,
@@ -108,9 +111,13 @@ class Engine:
     def _make_sequence(self, request: AddRequest) -> Sequence:
         if request.request_id in self._scheduler:
             raise InvalidArgument(f"request id {request.request_id} is in use", field="request_id")
-        for part in request.prompt:
-            if isinstance(part, SoftPromptPart) and part.digest in self._load_errors:
+        soft_prompts = [part for part in request.prompt if isinstance(part, SoftPromptPart)]
+        for part in soft_prompts:
+            if part.digest in self._load_errors:
                 raise self._load_errors[part.digest]()
+        if soft_prompts and not self._shares:
+            # Nobody else's pages begin like these; its own are still found when it was preempted.
+            request = replace(request, salt=f"{request.salt}\0{next(self._own_salts)}")
         return make_sequence(request, virtual_ids=self._virtual_ids, max_model_len=self.info.max_model_len)
 
     def abort(self, request_id: str) -> None:
