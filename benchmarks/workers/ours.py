@@ -81,7 +81,7 @@ def make(
         model: Hugging Face folder.
         kv_cache_bytes: memory for KV pages.
         num_threads: of torch; None: its own choice.
-        share: whether what requests have in common is computed once.
+        share: whether the KV of soft prompts is shared between requests.
         max_model_len: longest sequence; None: the model's own limit.
     """
     config = EngineConfig(
@@ -91,7 +91,7 @@ def make(
         num_threads=num_threads,
         kv_cache_bytes=kv_cache_bytes,
         max_model_len=max_model_len,
-        enable_prefix_caching=share,
+        share=share,
         native_cache_dir=str(native_kernels_dir()),
     )
     return EngineWorker(Engine(load_runner(config, print), config))

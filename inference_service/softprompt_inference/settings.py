@@ -51,6 +51,7 @@ class Settings(BaseSettings):
     num_threads: PositiveInt | None = Field(None, description="torch's threads on a CPU")
     native_kernels: bool = Field(True, description="compile CPU kernels where a C compiler is installed")
     enable_prefix_caching: bool = Field(True, description="compute shared beginnings and soft prompts only once")
+    share: bool = Field(True, description="share KV of soft prompts between requests; off for measuring")
 
     max_virtual_tokens: PositiveInt = Field(512, description="most virtual tokens of one adapter")
     max_prompt_adapters: PositiveInt = Field(1024, description="most soft prompts on the device at one time")
@@ -109,6 +110,7 @@ class Settings(BaseSettings):
             num_threads=self.num_threads,
             native_cache_dir=str(native_kernels_dir()) if self.native_kernels else None,
             enable_prefix_caching=self.enable_prefix_caching,
+            share=self.share,
         )
 
 

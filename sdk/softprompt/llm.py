@@ -56,6 +56,7 @@ class LLM:
         gpu_memory_utilization: share of a GPU's whole memory that weights, steps and KV cache may take together,
             where kv_cache_gb is not given; None: nine tenths of what the weights leave free.
         enable_prefix_caching: compute shared beginnings of prompts, and soft prompts, only once.
+        share: share KV of soft prompts between requests; off for measuring.
         seed: makes calls without a seed of their own repeatable; None: random.
 
     Raises ValueError when there is no such model, and errors of softprompt_api.errors when it cannot be served.
@@ -79,6 +80,7 @@ class LLM:
         kv_cache_gb: float | None = None,
         gpu_memory_utilization: float | None = None,
         enable_prefix_caching: bool = True,
+        share: bool = True,
         seed: int | None = None,
     ) -> None:
         if gpu_memory_utilization is not None and not 0 < gpu_memory_utilization <= 1:
@@ -101,6 +103,7 @@ class LLM:
             max_lora_rank=max_lora_rank,
             native_cache_dir=str(native_kernels_dir()),
             enable_prefix_caching=enable_prefix_caching,
+            share=share,
         )
         self._tokenizer = Tokenizer.load(folder)
         self._engine = Engine(load_runner(config, _log.info), config)

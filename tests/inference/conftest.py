@@ -238,6 +238,7 @@ class Fakes:
         max_num_sequences: int = 8,
         max_step_tokens: int = 16,
         enable_prefix_caching: bool = True,
+        share: bool = True,
         look_ahead: bool = False,
         max_loras: int = 4,
     ) -> Engine:
@@ -246,6 +247,7 @@ class Fakes:
             max_num_sequences=max_num_sequences,
             max_step_tokens=max_step_tokens,
             enable_prefix_caching=enable_prefix_caching,
+            share=share,
             look_ahead=look_ahead,
             max_loras=max_loras,
         )

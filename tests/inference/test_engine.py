@@ -86,6 +86,7 @@ def test_every_output_equals_the_solo_output_under_any_load(fakes, data: st.Data
         max_num_sequences=data.draw(st.integers(1, 6)),
         max_step_tokens=data.draw(st.integers(1, 24)),
         enable_prefix_caching=data.draw(st.sampled_from([True, True, True, False])),
+        share=data.draw(st.sampled_from([True, True, True, False])),
         look_ahead=data.draw(st.booleans()),
     )
     adapters = make_adapters(fakes)
@@ -391,6 +392,38 @@ def test_salts_keep_requests_apart(fakes) -> None:
     for request_id, salt, cached in (("0", "x", 0), ("1", "y", 0), ("2", "x", 8)):
         engine.handle(fakes.request(request_id, range(10), salt=salt))
         assert fakes.drain(engine)[request_id][0].cached_tokens == cached
+
+
+def test_without_sharing_every_request_computes_its_soft_prompt_and_texts_share_all_the_same(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner, share=False)
+    adapter = fakes.adapter("a", 6)
+    engine.handle(adapter)
+    for round_ in range(2):
+        for parts, num_computed in ((["a", range(10)], 2 * 16), ([range(10)], 10 + 2 if round_ == 0 else 2 * 2)):
+            before = runner.computed_positions
+            sent = [fakes.request(f"{round_}{i}", *parts, max_tokens=1) for i in range(2)]
+            for request in sent:
+                engine.handle(request)
+            outputs = fakes.drain(engine)
+            for request in sent:
+                assert ids(outputs[request.request_id]) == fakes.solo(request, [adapter])
+            assert runner.computed_positions - before == num_computed
+
+
+def test_without_sharing_a_preempted_request_finds_its_own_pages(fakes) -> None:
+    runner = fakes.runner(num_pages=8)
+    engine = fakes.engine(runner, share=False)
+    adapter = fakes.adapter("a", 8)
+    engine.handle(adapter)
+    sent = [fakes.request(str(i), "a", [i] * 4, max_tokens=12) for i in range(2)]
+    for request in sent:
+        engine.handle(request)
+    outputs = fakes.drain(engine)
+    assert engine.step().stats.preemptions > 0
+    for request in sent:
+        assert ids(outputs[request.request_id]) == fakes.solo(request, [adapter])
+    assert sum(token_id >= fakes.vocab_size for token_id in runner.computed_ids) == 2 * 8
 
 
 def test_an_adapter_in_use_is_dropped_after_its_last_request(fakes) -> None:

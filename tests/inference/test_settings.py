@@ -36,6 +36,14 @@ def test_prefix_caching_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> No
     assert not read_settings().engine_config(Path("m")).enable_prefix_caching
 
 
+def test_sharing_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings().engine_config(Path("m")).share
+    config = read_settings(["--no-share"]).engine_config(Path("m"))
+    assert (config.share, config.enable_prefix_caching) == (False, True)
+    monkeypatch.setenv("SOFTPROMPT_SHARE", "false")
+    assert not read_settings().engine_config(Path("m")).share
+
+
 def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOFTPROMPT_DEVICE", "cuda")
     assert read_settings(["--device", "cpu"]).device == "cpu"

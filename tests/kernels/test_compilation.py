@@ -43,7 +43,7 @@ compile_for_gpu(embed_gather, BLOCK=1024)
 compile_for_gpu(kv_write, D=64, ROW=192, BLOCK=256)
 for num_splits in (1, 16):
     compile_for_gpu(
-        paged_attention, D=64, GROUP=3, BLOCK_Q=5, BLOCK_M=16, BLOCK_N=64, BLOCK_D=64,
+        paged_attention, PAGE_SIZE=16, D=64, GROUP=3, BLOCK_Q=5, BLOCK_M=16, BLOCK_N=64, BLOCK_D=64,
         HAS_SOFTCAP=True, HAS_WINDOW=True, HAS_SINKS=True, NUM_SPLITS=num_splits, MIN_TILES=2, PRECISION="tf32",
     )
 compile_for_gpu(combine, D=80, BLOCK_D=128, NUM_SPLITS=16)

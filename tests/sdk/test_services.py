@@ -66,6 +66,7 @@ def test_variables_that_run_reads_do_not_reach_the_services(monkeypatch: pytest.
                 "max_loras": 5,
                 "max_lora_rank": 128,
                 "enable_prefix_caching": False,
+                "share": False,
                 "native_kernels": False,
             },
         ),
@@ -85,6 +86,7 @@ def test_every_service_reads_what_it_is_given(
             "kv_cache_gb": 1.0,
             "gpu_memory_utilization": 0.5,
             "enable_prefix_caching": False,
+            "share": False,
             "native_kernels": False,
         }
     )

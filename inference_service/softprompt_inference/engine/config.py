@@ -26,6 +26,8 @@ class EngineConfig:
         max_lora_rank: largest rank of a LoRA.
         enable_prefix_caching: find what is computed again: beginnings of prompts, and soft prompts to their last
             virtual token. Off, every request computes everything, for measuring.
+        share: requests with the same soft prompts find what others have computed of them and behind them. Off,
+            each computes its own, for measuring; prompts without any find their beginnings all the same.
         look_ahead: launch a step of decodes before the host knows the tokens of the step before it; None: on a GPU
             only, which computes while the host works.
         num_threads: of torch on a CPU; None: torch's own choice.
@@ -45,6 +47,7 @@ class EngineConfig:
     max_loras: int = 16
     max_lora_rank: int = 64
     enable_prefix_caching: bool = True
+    share: bool = True
     look_ahead: bool | None = None
     num_threads: int | None = None
     native_cache_dir: str | None = None

@@ -4,9 +4,10 @@ What it does is a function of the order of its commands and steps. Nothing that 
 and no exception leaves `handle` or `step` but EngineBroken.
 """
 
+import itertools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from softprompt_api.errors import AdapterInvalid, InternalError, InvalidArgument, SoftpromptError
@@ -71,6 +72,8 @@ class Engine:
         self._refused: list[Output] = []
         self._failed_steps = 0
         self._looks_ahead = config.looks_ahead(info.device)
+        self._shares = config.share
+        self._own_salts = itertools.count()
         self._launched: _Launched | None = None  # ahead of the step whose outputs were last returned
         self._scheduler = Scheduler(
             num_pages=info.num_pages,
@@ -117,6 +120,9 @@ class Engine:
         for digest in (*soft_prompts, request.lora):
             if error := self.load_error(digest):
                 raise error
+        if soft_prompts and not self._shares:
+            # Nobody else's pages begin like these; its own are still found when it was preempted.
+            request = replace(request, salt=f"{request.salt}\0{next(self._own_salts)}")
         return make_sequence(
             request,
             virtual_ids=self._virtual_ids,

@@ -20,8 +20,9 @@ _MIN_TILES_PER_SPLIT = 2
 _MAX_SPLITS = 32
 
 
-# A batch of one sequence must not compile the search away into a loop over constants.
-@triton.jit(do_not_specialize=["num_sequences"])
+# A batch of one sequence must not compile the search away into a loop over constants, and no step shall compile
+# anew for how many pages its longest sequence has, or how many tokens are in it.
+@triton.jit(do_not_specialize=["num_sequences", "page_table_stride", "split_stride"])
 def _kernel(
     q_ptr,  # [T, H, D]
     keys_ptr,  # [P, page_size, Hkv, D]
@@ -46,10 +47,10 @@ def _kernel(
     out_stride_h,
     num_sequences,
     split_stride,  # T * H
-    page_size,
     scale,
     softcap,
     window,
+    PAGE_SIZE: tl.constexpr,
     D: tl.constexpr,
     GROUP: tl.constexpr,  # query heads per key head
     BLOCK_Q: tl.constexpr,  # queries per program
@@ -120,9 +121,9 @@ def _kernel(
     for tile in range(begin, stop, BLOCK_N):
         positions = tile + tl.arange(0, BLOCK_N)
         in_context = positions < end
-        table_offsets = low.to(tl.int64) * page_table_stride + positions // page_size
+        table_offsets = low.to(tl.int64) * page_table_stride + positions // PAGE_SIZE
         page = tl.load(page_table_ptr + table_offsets, mask=in_context, other=0).to(tl.int64)
-        slot = (positions % page_size).to(tl.int64)
+        slot = (positions % PAGE_SIZE).to(tl.int64)
         kv_mask = in_context[:, None] & dim_mask[None, :]
         k_offsets = page * keys_stride_p + slot * keys_stride_s + kv_head.to(tl.int64) * keys_stride_h
         k = tl.load(keys_ptr + k_offsets[:, None] + dims[None, :], mask=kv_mask, other=0.0)
@@ -159,7 +160,7 @@ def _kernel(
         tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split_stride"])
 def _combine_kernel(
     parts_ptr,  # [NUM_SPLITS, T, H, D] float32, contiguous
     top_ptr,  # [NUM_SPLITS, T, H] float32
@@ -256,10 +257,10 @@ def paged_attention(
         out.stride(1),
         num_sequences,
         num_tokens * num_heads,
-        page_size,
         scale,
         0.0 if softcap is None else softcap,
         0 if sliding_window is None else sliding_window,
+        PAGE_SIZE=page_size,
         D=head_dim,
         GROUP=group,
         BLOCK_Q=block_q,

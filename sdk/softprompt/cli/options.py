@@ -52,6 +52,7 @@ class RunOptions(BaseModel):
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_seqs: int | None = Field(default=None, ge=1)
     enable_prefix_caching: bool = True
+    share: bool = True
     native_kernels: bool = True
     enable_prompt_adapter: bool = True
     prompt_adapters: dict[str, str] = Field(default_factory=dict)

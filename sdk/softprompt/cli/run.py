@@ -99,6 +99,13 @@ def run(
             help="compute shared beginnings and soft prompts only once; off for measuring",
         ),
     ] = None,
+    share: Annotated[
+        bool | None,
+        typer.Option(
+            envvar="SOFTPROMPT_SHARE",
+            help="share KV of soft prompts between requests; off for measuring, while text is shared all the same",
+        ),
+    ] = None,
     native_kernels: Annotated[
         bool | None,
         typer.Option(

@@ -75,6 +75,7 @@ def _inference(options: RunOptions, addresses: Addresses) -> dict[str, object]:
         "SOFTPROMPT_MAX_MODEL_LEN": options.max_model_len,
         "SOFTPROMPT_MAX_NUM_SEQUENCES": options.max_num_seqs,
         "SOFTPROMPT_ENABLE_PREFIX_CACHING": options.enable_prefix_caching,
+        "SOFTPROMPT_SHARE": options.share,
         "SOFTPROMPT_NATIVE_KERNELS": options.native_kernels,
         "SOFTPROMPT_MAX_VIRTUAL_TOKENS": options.max_prompt_adapter_token,
         "SOFTPROMPT_MAX_PROMPT_ADAPTERS": options.max_prompt_adapters,

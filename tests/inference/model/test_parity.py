@@ -136,6 +136,16 @@ def test_without_prefix_caching_nothing_is_shared_and_nothing_differs(lab: Any, 
         lab.compare(llama, requests, outputs).assert_equal()
 
 
+def test_without_sharing_soft_prompts_are_computed_each_time_and_nothing_differs(lab: Any, llama: Path) -> None:
+    requests = lab.requests([lab.adapter(llama, "prompt_tuning", 20), None] * 2, length=40)
+    engine = lab.engine(llama, share=False)
+    for round_ in range(2):
+        outputs = lab.serve(engine, requests)
+        for request, own in zip(requests, outputs, strict=True):
+            assert own[0].cached_tokens == 0 if request.adapter or not round_ else own[0].cached_tokens > 0
+        lab.compare(llama, requests, outputs).assert_equal()
+
+
 def test_adapters_of_one_length_and_one_text_do_not_share_keys(lab: Any, llama: Path) -> None:
     one, other = (lab.adapter(llama, "prompt_tuning", 32, seed=seed) for seed in (0, 1))
     [request] = lab.requests([one], length=40)
