@@ -56,6 +56,11 @@ for tokens in (16, 64):
 compile_for_gpu(rope, H=9, KV_HEADS=3, HALF=32, BLOCK_H=16, BLOCK_HALF=32)
 for flag in (False, True):
     compile_for_gpu(sample, HAS_ALLOWED=flag, KEY_BITS=16, DIGIT_BITS=4, BLOCK=2048, NUM_TILES=64)
+KINDS |= {name: "*fp32" for name in ("q_ptr", "keys_ptr", "values_ptr", "sinks_ptr", "out_ptr")}
+compile_for_gpu(
+    paged_attention, PAGE_SIZE=16, D=128, GROUP=4, BLOCK_Q=4, BLOCK_M=16, BLOCK_N=16, BLOCK_D=128,
+    HAS_SOFTCAP=False, HAS_WINDOW=False, HAS_SINKS=False, NUM_SPLITS=1, MIN_TILES=2, PRECISION="ieee",
+)
 """
 
 

@@ -391,6 +391,20 @@ def test_adapters_may_be_switched_off(tiny_model: Path, adapters: list[PromptAda
         llm.generate("Hello", GREEDY, prompt_adapter_request=adapters[0])
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_soft_prompts_may_be_computed_for_every_call(
+    tiny_model: Path, adapters: list[PromptAdapterRequest], share: bool
+) -> None:
+    llm = make_llm(tiny_model, share=share)
+    params = SamplingParams(max_tokens=1, temperature=0)
+    for prompt in ([5, 6, 7], [8, 9]):
+        llm.generate(prompt, params, prompt_adapter_request=adapters[0])
+    stats = llm._engine.step().stats
+    num_virtual_tokens = stats.computed_prompt_tokens + stats.cached_prompt_tokens - 5
+    assert num_virtual_tokens > 0
+    assert stats.cached_prompt_tokens == (num_virtual_tokens // 2 if share else 0)
+
+
 def test_an_interrupted_call_leaves_nothing_running(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = llm._engine
     step, calls = engine.step, []

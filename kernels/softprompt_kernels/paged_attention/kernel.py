@@ -216,17 +216,20 @@ def paged_attention(
     _, page_size, num_kv_heads, _ = keys.shape
     num_sequences = context_lens.shape[0]
     group = num_heads // num_kv_heads
-    rows_per_program = 16 if num_tokens == num_sequences else 64
+    is_decode = num_tokens == num_sequences
+    # Tensor cores would round float32. Without them products are unrolled: larger tiles compile for minutes and
+    # take more registers than there are, as do many rows of large heads.
+    is_float32 = q.dtype == torch.float32
+    rows_per_program = 16 if is_decode or is_float32 or head_dim > 256 else 64
     block_m = max(rows_per_program, triton.next_power_of_2(group))
     block_q = block_m // group
     out = torch.empty_like(q)
     if num_tokens == 0:
         return out
-    block_n = 32 if head_dim > 128 or q.dtype == torch.float32 else 64
+    block_n = 16 if is_float32 else 32 if head_dim > 128 else 64
     block_d = max(16, triton.next_power_of_2(head_dim))
     if num_splits is None:
         max_tiles = triton.cdiv(page_table.shape[1] * page_size, block_n)
-        is_decode = num_tokens == num_sequences
         num_splits = _plan_splits(num_sequences * num_kv_heads, max_tiles, q.device) if is_decode else 1
     parts, top, total = out, out, out
     if num_splits > 1:
@@ -272,7 +275,7 @@ def paged_attention(
         HAS_SINKS=sinks is not None,
         NUM_SPLITS=num_splits,
         MIN_TILES=_MIN_TILES_PER_SPLIT,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if is_float32 else "tf32",
     )
     if num_splits > 1:
         _combine_kernel[(num_tokens, num_heads)](
