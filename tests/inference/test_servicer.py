@@ -653,7 +653,7 @@ async def test_generations_share_a_stream_and_closing_it_lets_them_finish(world:
             told[event.call].append(event.response.WhichOneof("event") or event.WhichOneof("event"))
             ends += [event.end] if event.HasField("end") else []
     assert await call.code() is grpc.StatusCode.OK
-    assert told == dict.fromkeys((1, 2), ["accepted", "delta", "finished", "usage", "end"])
+    assert told == {number: ["accepted", "delta", "finished", "usage", "end"] for number in (1, 2)}
     assert ends == [pb.CallEnd()] * 2
 
 
