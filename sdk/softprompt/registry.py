@@ -69,6 +69,11 @@ class AdapterInfo:
         """Plain values, for JSON."""
         return {**asdict(self), "aliases": list(self.aliases)}
 
+    @property
+    def size(self) -> str:
+        """How large it is, as its kind counts: "rank 8", or "20 virtual tokens"."""
+        return f"rank {self.rank}" if self.rank else f"{self.num_virtual_tokens} virtual tokens"
+
 
 class RegistryClient:
     """A connection to a registry; close it, or use it in a `with`.

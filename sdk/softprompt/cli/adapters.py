@@ -52,7 +52,7 @@ def add(
     if as_json:
         print_json(info.as_dict())
     else:
-        typer.echo(f"{info.name}@{info.version} is ready: {info.num_virtual_tokens} virtual tokens, {info.digest}")
+        typer.echo(f"{info.name}@{info.version} is ready: {info.size}, {info.digest}")
 
 
 @app.command(help="List the adapters, the latest version of each.")

@@ -123,8 +123,7 @@ class Supervisor:
                     except SoftpromptError as error:
                         raise Problem(f"cannot serve the adapter {name!r}: {error.message}") from error
                     state = "registered" if is_new else "unchanged"
-                    size = f"rank {info.rank}" if info.rank else f"{info.num_virtual_tokens} virtual tokens"
-                    current.result = f"{name}@{info.version}, {size}, {state}"
+                    current.result = f"{name}@{info.version}, {info.size}, {state}"
 
     def _watch(self) -> None:
         while not self._stop.wait(_WATCH_S):
