@@ -45,15 +45,16 @@ static inline void amx_shape(int64_t rows) {
 
 static inline void amx_release(void) { _tile_release(); }
 
-// sums[m * sums_row] = x[m] times two panels that lie `panel` elements apart, for as many rows as the tiles were shaped for; pairs a
-// multiple of AMX_PAIRS. `next`, unless NULL, is fetched into the cache meanwhile: so much of two panels from there on.
+// sums[m * sums_row] = x[m] times two panels that lie `panel` elements apart, for as many rows as the tiles were shaped
+// for; pairs is a multiple of AMX_PAIRS. `next`, unless NULL, is fetched into the cache meanwhile: so much of two panels
+// from there on.
 static inline __attribute__((always_inline)) void amx_multiply(int64_t rows, float *sums, int64_t sums_row,
                                                                const uint16_t *x, int64_t x_row,
                                                                const uint16_t *panels, int64_t panel, int64_t pairs,
                                                                const uint16_t *next) {
     const int64_t step = AMX_PAIRS * 2 * LANES;
-    const uint16_t *lower = x + AMX_TILE_ROWS * x_row;
     const int both = rows > AMX_TILE_ROWS;
+    const uint16_t *lower = both ? x + AMX_TILE_ROWS * x_row : x;
     const size_t stride = (size_t)x_row * sizeof *x;
     _tile_zero(0);
     _tile_zero(1);
@@ -90,8 +91,8 @@ static inline __attribute__((always_inline)) void amx_multiply(int64_t rows, flo
 static inline int amx_request(void) { return 0; }
 static inline void amx_shape(int64_t rows) {}
 static inline void amx_release(void) {}
-static inline void amx_multiply(int64_t rows, float *sums, int64_t sums_row, const uint16_t *x,
-                                int64_t x_row, const uint16_t *panels, int64_t panel, int64_t pairs, const uint16_t *next) {}
+static inline void amx_multiply(int64_t rows, float *sums, int64_t sums_row, const uint16_t *x, int64_t x_row,
+                                const uint16_t *panels, int64_t panel, int64_t pairs, const uint16_t *next) {}
 
 #endif
 #endif
