@@ -89,7 +89,10 @@ class Writer:
 
     async def verify(self, client: Any) -> list[str]:
         """What is not as it was acknowledged."""
-        found = await client.versions(self.name) if self.versions else {}
+        try:
+            found = await client.versions(self.name)
+        except AdapterNotFound:
+            found = {}
         wrong = list(self.lost)
         wrong += [f"{self.name}@{number} is lost" for number in sorted(self.versions.keys() - found.keys())]
         wrong += [f"{self.name}@{number} was not acknowledged" for number in sorted(found.keys() - self.versions)]
