@@ -13,8 +13,9 @@ from softprompt_inference.engine.plan import Chunk, Sample, StepPlan
 from softprompt_inference.model import attention, sampler
 from softprompt_inference.model.runner import ModelRunner, load_runner
 from softprompt_inference.model.source import DEFAULT_MODEL, native_kernels_dir, resolve_model
+from softprompt_inference.model.swaps import stacks
 from softprompt_kernels import native
-from softprompt_kernels.native.layer import DecoderLayer
+from softprompt_kernels.native.layer import DecoderLayer, DecoderLayers
 
 _GREEDY = SamplingParams(temperature=0)
 _KV_CACHE_BYTES = 2**30
@@ -26,6 +27,7 @@ _PROMPTS = ((32, 20), (32, 100), (32, 512), (128, 60), (128, 512))
 _PARTS: Sequence[tuple[str, Any, str]] = (
     ("layers", DecoderLayer, "before"),
     ("layers", DecoderLayer, "after"),
+    ("layers", DecoderLayers, "__call__"),
     ("attention", attention, "paged_attention"),
     ("products", native, "linear"),
     ("norms", native, "rms_norm"),
@@ -95,7 +97,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=25, help="of each step; the fastest counts")
     parser.add_argument("--no-native-kernels", action="store_true", help="torch's operations alone")
+    parser.add_argument("--one-by-one", action="store_true", help="each layer, and its attention, on its own")
     arguments = parser.parse_args(argv)
+    if arguments.one_by_one:
+        stacks.find = lambda *_: []
     runner = load_runner(
         EngineConfig(
             model_path=str(resolve_model(arguments.model, report=lambda _: None)),

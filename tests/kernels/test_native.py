@@ -1,4 +1,6 @@
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -6,8 +8,10 @@ import torch.nn.functional as F
 from softprompt_kernels import native
 from softprompt_kernels.kv_write import kv_write
 from softprompt_kernels.native import library
+from softprompt_kernels.paged_attention import plan_paged_attention, reference
 from softprompt_kernels.rmsnorm import add_rms_norm, rms_norm
 from softprompt_kernels.rope import rope
+from softprompt_kernels.sample import sample
 from softprompt_kernels.testing import AWKWARD_SIZES, assert_close, poisoned
 
 from tests.kernels import test_rmsnorm, test_rope
@@ -351,3 +355,93 @@ def test_weights_that_cannot_be_packed_are_known(native_kernels: None, monkeypat
 
 def _bfloat16(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1, 511, 512, 513, 5000])
+def test_the_first_of_the_largest_of_each_row(native_kernels: None, size: int, dtype: torch.dtype) -> None:
+    wide = poisoned(40, size + 6, dtype=dtype)
+    x = wide[:, 3 : 3 + size].copy_(torch.randn(40, size, generator=torch.Generator().manual_seed(size)).to(dtype))
+    assert torch.equal(native.argmax(x), x.float().argmax(-1))
+    x[:, size // 2] = x[:, -1] = 9.0
+    assert native.argmax(x).tolist() == [min(size // 2, size - 1)] * 40
+    x[0], x[1, 0], x[2, -1], x[3, size // 2] = -torch.inf, torch.inf, torch.nan, -torch.inf
+    expected = [-1, -1, -1, size - 1 if size > 1 else -1]
+    assert native.argmax(x[:4]).tolist() == expected
+    assert native.argmax(x[:0]).tolist() == []
+
+
+def test_greedy_tokens_are_those_of_torch(native_kernels: None) -> None:
+    logits = torch.randn(7, 3000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits[3, 5] = torch.nan
+    numbers = torch.zeros(7, dtype=torch.float64)
+    ranks = torch.zeros(7, dtype=torch.int64)
+    columns = {"top_k": ranks, "top_p": numbers + 1, "min_p": numbers, "points": numbers}
+    tokens = sample(logits, temperature=numbers, **columns)
+    native.unload()
+    assert torch.equal(tokens, sample(logits, temperature=numbers, **columns))
+
+
+@pytest.fixture
+def native_chunks(native_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native kernels are in use that compute several queries together, and beginnings from 64 positions on."""
+    monkeypatch.setattr(reference, "_MIN_PREFIX", 64)
+    if not native.supports_chunks(torch.zeros(1, 16, 1, 32, dtype=torch.bfloat16)):
+        pytest.skip("this processor does not multiply pairs of bfloat16")
+
+
+def shared_case(lengths: list[int], prefix_len: int, **options: Any) -> Case:
+    """Decodes of which all begin in the pages of the first."""
+    case = make_case([(1, length) for length in lengths], dtype=torch.bfloat16, **options)
+    num_pages = prefix_len // case.keys.shape[1]
+    case.page_table[:, :num_pages] = case.page_table[0, :num_pages].clone()
+    return case
+
+
+def run_with_prefixes(case: Case, prefix_lens: list[int]) -> torch.Tensor:
+    plan = plan_paged_attention(
+        case.page_table,
+        case.query_start,
+        case.context_lens,
+        page_size=case.keys.shape[1],
+        dtype=case.q.dtype,
+        has_native=native.supports(case.keys),
+        has_native_chunks=native.supports_chunks(case.keys),
+        prefix_lens=prefix_lens,
+    )
+    assert bool(plan.prefixes) == any(length >= 64 for length in prefix_lens)
+    return run_reference(case, scale=0.2, plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim"), [(9, 3, 64), (4, 1, 32), (2, 2, 128), (5, 1, 96)]
+)
+@pytest.mark.parametrize("prefix_len", [64, 80, 512])
+def test_beginnings_in_common_are_answered_for_once(
+    native_chunks: None, prefix_len: int, num_heads: int, num_kv_heads: int, head_dim: int
+) -> None:
+    lengths = [prefix_len + more for more in (1, 2, 15, 16, 17, 40)] * 3
+    shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    case = shared_case(lengths, prefix_len, **shape)
+    answer = run_with_prefixes(case, [prefix_len] * len(lengths))
+    assert_close(answer, plain_answer(case, scale=0.2))
+
+
+def test_an_answer_does_not_depend_on_who_has_the_same_beginning(native_chunks: None) -> None:
+    case = shared_case([100, 90, 130, 97, 300, 81], 80, num_heads=9, num_kv_heads=3, head_dim=64)
+    together = run_with_prefixes(case, [80, 80, 80, 80, 0, 80])
+    for row in range(6):
+        alone = replace(
+            case,
+            q=case.q[row : row + 1],
+            page_table=case.page_table[row : row + 1],
+            query_start=torch.tensor([0, 1], dtype=torch.int32),
+            context_lens=case.context_lens[row : row + 1],
+        )
+        assert torch.equal(run_with_prefixes(alone, [0 if row == 4 else 80]), together[row : row + 1])
+
+
+def test_beginnings_of_several_sorts_stand_in_one_step(native_chunks: None) -> None:
+    case = make_case([(1, 200), (3, 90), (1, 200), (1, 30), (1, 65), (1, 64)], dtype=torch.bfloat16)
+    case.page_table[2, :8] = case.page_table[0, :8].clone()
+    assert_close(run_with_prefixes(case, [130, 70, 130, 0, 64, 64]), plain_answer(case, scale=0.2))

@@ -47,6 +47,7 @@ class Chunk:
             be kept.
         sample: set when the last position's logits choose a token.
         lora: slot of the LoRA that computes them; −1: none.
+        prefix_len: positions of the soft prompt that the sequence begins with.
     """
 
     token_ids: Sequence[int]
@@ -54,6 +55,7 @@ class Chunk:
     page_ids: Sequence[int]
     sample: Sample | None
     lora: int = -1
+    prefix_len: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,7 @@ def make_sequence(
         text_ids=text_ids,
         adapters=frozenset(adapters),
         soft_prompt_ends=tuple(soft_prompt_ends),
+        prefix_len=soft_prompt_ends[0] if prompt_ids[0] >= vocab_size else 0,
         num_given=num_given,
         max_outputs=_max_outputs(request, len(prompt_ids), len(text_ids), max_model_len),
         virtual_ids=virtual_ids,

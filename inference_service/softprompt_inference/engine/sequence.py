@@ -49,6 +49,7 @@ class Sequence:
         page_ids: pages in order, enough for all of token_ids in every step that computes it.
         source_page: a page it holds beside its own, while a step copies rows from it.
         num_registered: leading pages offered to the prefix cache, or taken from it.
+        prefix_len: positions of the soft prompt it begins with.
         num_ends_registered: leading soft_prompt_ends offered to the prefix cache.
         num_computed: positions whose KV is in the pages; the newest token's never is.
         num_cached: prompt positions that came from the prefix cache when it first ran; None before that.
@@ -74,6 +75,7 @@ class Sequence:
         "num_registered",
         "output_ids",
         "page_ids",
+        "prefix_len",
         "prompt_length",
         "request",
         "soft_prompt_ends",
@@ -91,6 +93,7 @@ class Sequence:
         text_ids: list[int],
         adapters: frozenset[str],
         soft_prompt_ends: tuple[int, ...],
+        prefix_len: int = 0,
         num_given: int = 0,
         max_outputs: int,
         virtual_ids: VirtualIds,
@@ -105,6 +108,7 @@ class Sequence:
         self.adapters = adapters
         self.lora_slot = lora_slot
         self.soft_prompt_ends = soft_prompt_ends
+        self.prefix_len = prefix_len
         self.num_given = num_given
         self.arrival = -1
         self.state = State.WAITING
@@ -180,7 +184,13 @@ class Sequence:
             page_ids=self.page_ids,
             sample=self._sample(len(self.output_ids)) if stop == len(token_ids) else None,
             lora=self.lora_slot,
+            prefix_len=self.prefix_len,
         )
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether only its newest token is left to compute."""
+        return len(self.token_ids) - self.num_computed == 1
 
     @property
     def ends_with_next_token(self) -> bool:
@@ -195,6 +205,7 @@ class Sequence:
             page_ids=self.page_ids,
             sample=self._sample(len(self.output_ids) + 1),
             lora=self.lora_slot,
+            prefix_len=self.prefix_len,
         )
 
     def _sample(self, num_outputs: int) -> Sample:

@@ -148,6 +148,7 @@ class StepBatch:
     page_table    [B, max_pages] int32
     query_start   [B + 1] int32
     context_lens  [B] int32               with the step's tokens
+    prefix_lens   B                       positions of the soft prompt that each sequence begins with
     """
 
     slots: Tensor
@@ -155,6 +156,7 @@ class StepBatch:
     query_start: Tensor
     context_lens: Tensor
     page_size: int
+    prefix_lens: Sequence[int] = ()
     plans: dict[tuple[int | None, bool, bool], Plan] = field(default_factory=dict)
 
     def plan(self, window: int | None, keys: Tensor, *, is_plain: bool) -> Plan | None:
@@ -176,17 +178,23 @@ class StepBatch:
                 sliding_window=window,
                 has_native=key[1],
                 has_native_chunks=key[2],
+                prefix_lens=self.prefix_lens,
             )
         return self.plans[key]
 
 
 def build_step_batch(
-    spans: Sequence[tuple[int, int, Sequence[int]]], *, page_size: int, device: torch.device
+    spans: Sequence[tuple[int, int, Sequence[int]]],
+    *,
+    page_size: int,
+    device: torch.device,
+    prefix_lens: Sequence[int] = (),
 ) -> StepBatch:
     """Lay out one step.
 
     Args:
         spans: (first position, number of new tokens, pages) of each sequence.
+        prefix_lens: positions of the soft prompt that each begins with; empty: none of any.
     """
     page_lists = [list(page_ids[: -(-(start + count) // page_size)]) for start, count, page_ids in spans]
     width = max(map(len, page_lists))
@@ -201,6 +209,7 @@ def build_step_batch(
         query_start=upload(query_start, torch.int32, device),
         context_lens=upload([start + count for start, count, _ in spans], torch.int32, device),
         page_size=page_size,
+        prefix_lens=prefix_lens,
     )
 
 
@@ -223,20 +232,20 @@ class PagedLayer:
     """
 
     def __init__(self, context: StepContext, keys: Tensor, values: Tensor) -> None:
-        self._context = context
-        self._keys = keys
-        self._values = values
+        self.context = context
+        self.keys = keys
+        self.values = values
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:  # noqa: ARG002
         """Write the new keys and values into their pages, then attend to all pages of each sequence."""
-        batch = self._context.batch
+        batch = self.context.batch
         assert batch is not None, "the model ran outside a step"
-        dtype = self._keys.dtype
-        kv_write(self._keys, self._values, call.k.to(dtype), call.v.to(dtype), batch.slots)
+        dtype = self.keys.dtype
+        kv_write(self.keys, self.values, call.k.to(dtype), call.v.to(dtype), batch.slots)
         return paged_attention(
             call.q.to(dtype),
-            self._keys,
-            self._values,
+            self.keys,
+            self.values,
             batch.page_table,
             batch.query_start,
             batch.context_lens,
@@ -244,8 +253,40 @@ class PagedLayer:
             sliding_window=call.sliding_window,
             softcap=call.softcap,
             sinks=call.sinks,
-            plan=batch.plan(call.sliding_window, self._keys, is_plain=call.softcap is None and call.sinks is None),
+            plan=batch.plan(call.sliding_window, self.keys, is_plain=call.softcap is None and call.sinks is None),
         ).to(call.q.dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedStep:
+    """A step that native kernels can attend to in several layers at once.
+
+    Attributes:
+        pages: keys and values of each layer.
+        plan: holds for every layer: without groups, it does not depend on the window.
+    """
+
+    batch: StepBatch
+    pages: list[tuple[Tensor, Tensor]]
+    plan: Plan
+
+
+def paged_step(modules: Sequence[nn.Module], window: int | None) -> PagedStep | None:
+    """The step that these attention modules are in; None where torch must compute some of their attention.
+
+    Args:
+        window: of any of them, which have neither softcap nor sinks.
+    """
+    layers = [getattr(module, _HANDLER, None) for module in modules]
+    if not isinstance(first := layers[0], PagedLayer) or first.context.batch is None:
+        return None
+    batch = first.context.batch
+    plan = batch.plan(window, first.keys, is_plain=True)
+    if plan is None or plan.groups:
+        return None
+    pages = [(layer.keys, layer.values) for layer in layers if isinstance(layer, PagedLayer)]
+    assert len(pages) == len(layers), "some layers have pages, and some have not"
+    return PagedStep(batch=batch, pages=pages, plan=plan)
 
 
 def attach_pages(

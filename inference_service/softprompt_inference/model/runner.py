@@ -151,7 +151,12 @@ class ModelRunner:
             if chunk.sample is not None:
                 sampled_rows.append(num_tokens - 1)
         slots = [chunk.lora for chunk in chunks for _ in chunk.token_ids]
-        self._context.batch = build_step_batch(spans, page_size=self._page_size, device=self.loaded.device)
+        self._context.batch = build_step_batch(
+            spans,
+            page_size=self._page_size,
+            device=self.loaded.device,
+            prefix_lens=[chunk.prefix_len for chunk in chunks],
+        )
         self.loaded.lora.tiles = build_tiles(slots, self.loaded.device)
         try:
             return self.loaded.logits(

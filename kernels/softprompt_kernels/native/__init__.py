@@ -18,6 +18,7 @@ from softprompt_kernels.native.memory import HugePages
 
 __all__ = [
     "CannotCompile",
+    "argmax",
     "is_loaded",
     "kv_write",
     "linear",
@@ -29,6 +30,8 @@ __all__ = [
     "pack_linear",
     "paged_chunk",
     "paged_decode",
+    "paged_prefix",
+    "prefix_room",
     "rms_norm",
     "rope",
     "supports",
@@ -55,8 +58,16 @@ def load(cache_dir: Path) -> None:
     """
     global _library
     library = _load(cache_dir)
-    pointers = [c_void_p] * 9
-    library.softprompt_paged_decode.argtypes = [*pointers, *[c_int64] * 4, *[c_int] * 6, c_float, c_float, c_int]
+    library.softprompt_paged_prefix.argtypes = [*[c_void_p] * 6, *[c_int64] * 4, *[c_int] * 4, c_float, c_int]
+    library.softprompt_paged_prefix.restype = c_int
+    library.softprompt_paged_decode.argtypes = [
+        *[c_void_p] * 11,
+        *[c_int64] * 4,
+        *[c_int] * 6,
+        c_float,
+        c_float,
+        c_int,
+    ]
     library.softprompt_paged_decode.restype = c_int
     library.softprompt_kv_write.argtypes = [*[c_void_p] * 5, *[c_int64] * 5, *[c_int] * 3]
     library.softprompt_kv_write.restype = None
@@ -73,6 +84,17 @@ def load(cache_dir: Path) -> None:
     library.softprompt_layer_before.restype = c_int
     library.softprompt_layer_after.argtypes = [*[c_void_p] * 7, c_int64, c_int]
     library.softprompt_layer_after.restype = c_int
+    library.softprompt_layers.argtypes = [
+        *[c_void_p] * 3,
+        c_int64,
+        *[c_void_p] * 6,
+        *[c_int64] * 3,
+        c_int,
+        c_int,
+    ]
+    library.softprompt_layers.restype = c_int
+    library.softprompt_argmax.argtypes = [c_void_p, c_void_p, *[c_int64] * 3, c_int, c_int]
+    library.softprompt_argmax.restype = None
     _library = library
 
 
@@ -127,12 +149,16 @@ def paged_decode(
     sliding_window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
+    starts: Tensor | None = None,
+    prefix: Tensor | None = None,
 ) -> None:
     """Attention of sequences with one query each; arguments as in `softprompt_kernels.paged_attention` and
 
     out        [T, H, D]   contiguous, like q; written at `rows`
     rows       [n] int32   rows of q and out
     sequences  [n] int32   their sequences
+    starts     [n] int32   positions of each that `paged_prefix` has answered for; None: none of any
+    prefix                 what it wrote
     """
     assert _library is not None
     scores = None if sinks is None else sinks.float().contiguous()
@@ -146,6 +172,8 @@ def paged_decode(
         rows.data_ptr(),
         sequences.data_ptr(),
         None if scores is None else scores.data_ptr(),
+        None if starts is None else starts.data_ptr(),
+        None if prefix is None else prefix.data_ptr(),
         len(rows),
         page_table.shape[1],
         q.stride(0),
@@ -162,6 +190,52 @@ def paged_decode(
     )
     if failed:
         raise MemoryError("attention found no memory for its scores")
+
+
+def prefix_room(rows: int, num_heads: int, dim: int) -> Tensor:
+    """Where `paged_prefix` writes, for so many rows of queries: sums, top scores and totals, in float32."""
+    return torch.empty(rows, num_heads, dim + _PANEL)
+
+
+def paged_prefix(
+    prefix: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    pages: Tensor,
+    rows: Tensor,
+    length: int,
+    *,
+    scale: float,
+) -> None:
+    """The part of `paged_decode` that sequences with the same beginning have in common, computed together.
+
+    prefix    by `prefix_room`, for as many rows as q; written at `rows`
+    pages     [m] int32    of the beginning
+    rows      [n] int32    of the sequences' queries
+    length                 positions of the beginning
+    """
+    assert _library is not None
+    failed = _library.softprompt_paged_prefix(
+        prefix.data_ptr(),
+        q.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        pages.data_ptr(),
+        rows.data_ptr(),
+        len(rows),
+        length,
+        q.stride(0),
+        q.stride(1),
+        q.shape[1],
+        keys.shape[2],
+        keys.shape[3],
+        keys.shape[1],
+        scale,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("attention found no memory for a beginning")
 
 
 def paged_chunk(
@@ -223,6 +297,19 @@ def kv_write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) 
         keys.shape[3],
         keys.element_size(),
     )
+
+
+def argmax(x: Tensor) -> Tensor:
+    """The first column of each row's largest value; −1 where that is not finite, or a value is NaN: [n] int64.
+
+    x  [n, m]  dense in its last axis, m at least 1
+    """
+    assert _library is not None
+    columns = torch.empty(len(x), dtype=torch.int64)
+    _library.softprompt_argmax(
+        columns.data_ptr(), x.data_ptr(), *x.shape, x.stride(0), DTYPES[x.dtype], torch.get_num_threads()
+    )
+    return columns
 
 
 def rms_norm(

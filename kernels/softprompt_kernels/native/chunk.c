@@ -1,6 +1,8 @@
 // Causal attention of several new tokens of one sequence, in bfloat16 (AVX512-BF16): keys and values of a head are
 // packed from their pages once for a block of queries, then both products are made in registers, or in the tiles of AMX.
 // Softmax in float32; its weights are rounded to bfloat16 for the second product, as in every flash attention.
+//
+// And attention of one query of each of several sequences to a beginning that they share, by the same means.
 
 #include "native.h"
 
@@ -9,6 +11,12 @@
 int softprompt_paged_chunk(void *out, const void *q, const void *keys, const void *values, const int32_t *pages,
                            int64_t num_queries, int64_t context, int64_t q_row, int64_t q_head, int num_heads,
                            int num_kv_heads, int dim, int page_size, int window, float scale, int num_threads) {
+    return 1;
+}
+
+int softprompt_paged_prefix(float *prefix, const void *q, const void *keys, const void *values, const int32_t *pages,
+                            const int32_t *rows, int64_t n, int64_t length, int64_t q_row, int64_t q_head,
+                            int num_heads, int num_kv_heads, int dim, int page_size, float scale, int num_threads) {
     return 1;
 }
 
@@ -28,15 +36,24 @@ typedef struct {
     uint16_t *queries;  // [MOST_ROWS][dim]
     float *scores;      // [MOST_ROWS][positions]
     uint16_t *weights;  // [MOST_ROWS][positions]
-    void *memory;
 } Buffers;
 
+// This thread's buffers; keys is NULL where memory was refused. They are kept from call to call, as large as the largest
+// was: memory that is new costs a fault for each of its pages.
 static Buffers allocate(int64_t positions, int dim) {
+    static _Thread_local void *memory;
+    static _Thread_local size_t size;
     size_t halves = (size_t)positions * dim, rows = MOST_ROWS * (size_t)positions;
-    Buffers b = {0};
     size_t bytes = (2 * halves + rows + (size_t)MOST_ROWS * dim) * sizeof(uint16_t) + rows * sizeof(float);
-    b.memory = aligned_alloc(64, (bytes + 127) / 64 * 64);
-    b.keys = b.memory;
+    Buffers b = {0};
+    if (bytes > size) {
+        free(memory);
+        size = (bytes + 127) / 64 * 64;
+        memory = aligned_alloc(64, size);
+        if (!memory) size = 0;
+    }
+    if (!memory) return b;
+    b.keys = memory;
     b.values = b.keys + halves;
     b.scores = (float *)(b.values + halves);
     b.weights = (uint16_t *)(b.scores + rows);
@@ -44,30 +61,52 @@ static Buffers allocate(int64_t positions, int dim) {
     return b;
 }
 
+// to[i][j] = pair i of row j, of 16 pairs from `at` on in each of 16 rows: a register for each pair.
+static inline void transpose(uint16_t *to, const uint16_t *const rows[LANES], int64_t at) {
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows[i] + at);
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+            r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+        }
+    // Quarter q of r[i + c] holds pair 4 q + c of rows i to i + 3.
+    for (int c = 0; c < 4; c++) {
+        const __m512i front = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x44);
+        const __m512i front_rest = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x44);
+        const __m512i back = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xee);
+        const __m512i back_rest = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xee);
+        _mm512_storeu_si512(to + c * 2 * LANES, _mm512_shuffle_i32x4(front, front_rest, 0x88));
+        _mm512_storeu_si512(to + (4 + c) * 2 * LANES, _mm512_shuffle_i32x4(front, front_rest, 0xdd));
+        _mm512_storeu_si512(to + (8 + c) * 2 * LANES, _mm512_shuffle_i32x4(back, back_rest, 0x88));
+        _mm512_storeu_si512(to + (12 + c) * 2 * LANES, _mm512_shuffle_i32x4(back, back_rest, 0xdd));
+    }
+}
+
 // Positions first … first + positions of a head; zeros where the context has ended.
 static void pack(const Buffers *b, const uint16_t *keys, const uint16_t *values, const int32_t *pages, int64_t first,
                  int64_t positions, int64_t context, int64_t row, int dim, int page_size) {
     static const uint16_t zeros[2 * 256];
-    for (int64_t j = 0; j < positions; j += 2) {
-        const uint16_t *k[2], *v[2];
-        for (int i = 0; i < 2; i++) {
+    for (int64_t j = 0; j < positions; j += LANES) {
+        const uint16_t *k[LANES], *v[LANES];
+        for (int i = 0; i < LANES; i++) {
             int64_t p = first + j + i;
             int64_t at = p < context ? ((int64_t)pages[p / page_size] * page_size + p % page_size) * row : 0;
             k[i] = p < context ? keys + at : zeros;
             v[i] = p < context ? values + at : zeros;
         }
-        for (int i = 0; i < 2; i++) {
-            uint32_t *to = (uint32_t *)(b->keys + (j + i) / LANES * LANES * dim) + (j + i) % LANES, pair;
-            for (int d = 0; d < dim / 2; d++) {
-                memcpy(&pair, k[i] + 2 * d, sizeof pair);
-                to[d * LANES] = pair;
+        for (int d = 0; d < dim; d += 2 * LANES) transpose(b->keys + j * dim + d * LANES, k, d);
+        for (int i = 0; i < LANES; i += 2)
+            for (int d = 0; d < dim; d += LANES) {
+                __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(v[i] + d)));
+                __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(v[i + 1] + d)));
+                _mm512_storeu_si512(b->values + d * positions + (j + i) * LANES,
+                                    _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
             }
-        }
-        for (int d = 0; d < dim; d += LANES) {
-            __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(v[0] + d)));
-            __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(v[1] + d)));
-            _mm512_storeu_si512(b->values + d * positions + j * LANES, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-        }
     }
 }
 
@@ -98,9 +137,9 @@ static void score(int amx, int rows, const Buffers *b, int64_t from, int64_t to,
 }
 
 // exp(scale * (score - top)) of the positions seen, from `low` up to before `high`, as weights; 0 of the others between
-// `from` and `to`. Returns one over their sum.
+// `from` and `to`. Returns their sum, and puts scale * top at `top_score`.
 static inline float soften(const float *scores, uint16_t *weights, int64_t from, int64_t to, int64_t low, int64_t high,
-                           float scale) {
+                           float scale, float *top_score) {
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i lows = _mm512_set1_epi32((int)low), highs = _mm512_set1_epi32((int)high);
     __m512 top = _mm512_set1_ps(-__builtin_inff()), sum = _mm512_setzero_ps(), factor = _mm512_set1_ps(scale);
@@ -110,7 +149,8 @@ static inline float soften(const float *scores, uint16_t *weights, int64_t from,
         __m512 x = _mm512_mul_ps(_mm512_loadu_ps(scores + p), factor);
         top = _mm512_mask_max_ps(top, seen, top, x);
     }
-    top = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+    *top_score = _mm512_reduce_max_ps(top);
+    top = _mm512_set1_ps(*top_score);
     for (int64_t p = from; p < to; p += LANES) {
         __m512i at = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)p));
         __mmask16 seen = _mm512_cmpge_epi32_mask(at, lows) & _mm512_cmplt_epi32_mask(at, highs);
@@ -119,16 +159,21 @@ static inline float soften(const float *scores, uint16_t *weights, int64_t from,
         sum = _mm512_add_ps(sum, e);
         _mm256_storeu_si256((__m256i *)(weights + p), (__m256i)_mm512_cvtneps_pbh(e));
     }
-    return 1 / _mm512_reduce_add_ps(sum);
+    return _mm512_reduce_add_ps(sum);
 }
 
-// Weights times values, of the positions between `from` and `to` alone.
+// Columns d … d + PANELS * LANES of weights times values, of the positions between `from` and `to` alone.
+static void mix_columns(int amx, int rows, float *sums, int64_t sums_row, const Buffers *b, int64_t from, int64_t to,
+                        int64_t positions, int d) {
+    product(amx, rows, sums, sums_row, b->weights + from, positions, b->values + d * positions + from * LANES,
+            positions * LANES, (to - from) / 2);
+}
+
 static void mix(int amx, int rows, const Buffers *b, uint16_t *const *out, const float *scales, int64_t from, int64_t to,
                 int64_t positions, int dim) {
     float sums[MOST_ROWS][PANELS * LANES];
     for (int d = 0; d < dim; d += PANELS * LANES) {
-        product(amx, rows, sums[0], PANELS * LANES, b->weights + from, positions,
-                b->values + d * positions + from * LANES, positions * LANES, (to - from) / 2);
+        mix_columns(amx, rows, sums[0], PANELS * LANES, b, from, to, positions, d);
         for (int m = 0; m < rows; m++)
             for (int v = 0; v < PANELS; v++) {
                 __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(sums[m] + v * LANES), _mm512_set1_ps(scales[m]));
@@ -156,13 +201,13 @@ int softprompt_paged_chunk(void *out, const void *q, const void *keys, const voi
     {
         int shaped = 0;
         Buffers b = allocate((context + 2 * step) / step * step, dim);
-        if (!b.memory) {
+        if (!b.keys) {
 #pragma omp atomic write
             failed = 1;
         }
 #pragma omp for schedule(dynamic)
         for (int task = 0; task < blocks * num_kv_heads; task++) {
-            if (!b.memory) continue;
+            if (!b.keys) continue;
             // The longest contexts first.
             const int head = task % num_kv_heads, block = blocks - 1 - task / num_kv_heads;
             const int64_t start = (int64_t)block * size, stop = least(num_queries, start + size);
@@ -187,14 +232,66 @@ int softprompt_paged_chunk(void *out, const void *q, const void *keys, const voi
                 const int64_t from = lows[0] / step * step, end = (highs[count - 1] + step - 1) / step * step;
                 if (amx && count != shaped) amx_shape(shaped = count);
                 score(amx, count, &b, from, end, positions, dim);
-                for (int m = 0; m < count; m++)
-                    scales[m] = soften(b.scores + m * positions, b.weights + m * positions, from, end, lows[m], highs[m],
-                                       scale);
+                for (int m = 0; m < count; m++) {
+                    float top;
+                    scales[m] = 1 / soften(b.scores + m * positions, b.weights + m * positions, from, end, lows[m],
+                                           highs[m], scale, &top);
+                }
                 mix(amx, count, &b, to, scales, from, end, positions, dim);
             }
         }
         if (shaped) amx_release();
-        free(b.memory);
+    }
+    return failed;
+}
+
+// One query of each of n sequences, at `rows` of q, and the first `length` positions, whose pages they share: of each
+// head the values' sum weighted by e^(score - top), the top score, and the sum of the weights, at the same rows of
+// prefix [rows, num_heads, dim + LANES]. The rest as above.
+int softprompt_paged_prefix(float *prefix, const void *q, const void *keys, const void *values, const int32_t *pages,
+                            const int32_t *rows, int64_t n, int64_t length, int64_t q_row, int64_t q_head,
+                            int num_heads, int num_kv_heads, int dim, int page_size, float scale, int num_threads) {
+    const int group = num_heads / num_kv_heads, amx = softprompt_has_amx(), most_rows = amx ? AMX_ROWS : MAX_ROWS;
+    const int64_t row = (int64_t)num_kv_heads * dim, step = PANELS * LANES, width = dim + LANES, total = n * group;
+    const int64_t positions = (length + step - 1) / step * step, blocks = (total + most_rows - 1) / most_rows;
+    // Each task packs for itself: no more of them than keep all threads busy.
+    const int64_t parts = num_kv_heads % num_threads ? least(blocks, num_threads) : 1;
+    int failed = 0;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && n * length * dim > PARALLEL_WORK)
+    {
+        int shaped = 0;
+        Buffers b = allocate(positions, dim);
+        if (!b.keys) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < parts * num_kv_heads; task++) {
+            if (!b.keys) continue;
+            const int64_t head = task % num_kv_heads, part = task / num_kv_heads;
+            pack(&b, (const uint16_t *)keys + head * dim, (const uint16_t *)values + head * dim, pages, 0, positions,
+                 length, row, dim, page_size);
+            for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; block++) {
+                const int64_t start = total * block / blocks;
+                const int count = (int)(total * (block + 1) / blocks - start);
+                float *to[MOST_ROWS], sums[MOST_ROWS][PANELS * LANES];
+                for (int m = 0; m < count; m++) {
+                    const int64_t at = rows[(start + m) / group], h = head * group + (start + m) % group;
+                    memcpy(b.queries + m * dim, (const uint16_t *)q + at * q_row + h * q_head, (size_t)dim * 2);
+                    to[m] = prefix + (at * num_heads + h) * width;
+                }
+                if (amx && count != shaped) amx_shape(shaped = count);
+                score(amx, count, &b, 0, positions, positions, dim);
+                for (int m = 0; m < count; m++)
+                    to[m][dim + 1] = soften(b.scores + m * positions, b.weights + m * positions, 0, positions, 0,
+                                            length, scale, to[m] + dim);
+                for (int d = 0; d < dim; d += PANELS * LANES) {
+                    mix_columns(amx, count, sums[0], PANELS * LANES, &b, 0, positions, positions, d);
+                    for (int m = 0; m < count; m++) memcpy(to[m] + d, sums[m], sizeof sums[m]);
+                }
+            }
+        }
+        if (shaped) amx_release();
     }
     return failed;
 }

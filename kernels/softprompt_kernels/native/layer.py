@@ -1,4 +1,4 @@
-"""A decoder layer of Llama's shape but for its attention, in bfloat16: one call before it and one after."""
+"""Decoder layers of Llama's shape in bfloat16: one but for its attention, or several in a row with it."""
 
 import ctypes
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels import native
+from softprompt_kernels.paged_attention.reference import Plan
 
 
 class _Norm(ctypes.Structure):
@@ -28,6 +29,17 @@ class _Layer(ctypes.Structure):
         ("gated", _Linear),
         ("down", _Linear),
         *[(name, c_int) for name in ("activation", "num_heads", "num_kv_heads", "head_dim")],
+        ("scale", c_float),
+        ("window", c_int),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *[(name, c_void_p) for name in ("slots", "page_table", "context_lens", "rows", "sequences", "starts")],
+        *[(name, c_void_p) for name in ("chunks", "prefixes", "prefix")],
+        *[(name, c_int64) for name in ("num_decodes", "num_chunks", "num_prefixes", "table_width")],
+        ("page_size", c_int),
     ]
 
 
@@ -61,6 +73,8 @@ class DecoderLayer:
         qkv: queries, keys and values side by side.
         gated: gate and up together.
         activation: one of `native.ACTIVATIONS`.
+        scale: of the attention's scores.
+        sliding_window: positions a query sees, itself among them; None: all.
     """
 
     def __init__(
@@ -75,6 +89,8 @@ class DecoderLayer:
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        scale: float,
+        sliding_window: int | None,
     ) -> None:
         # The structure has addresses only.
         self._weights: Sequence[object] = (norms, qkv, out, gated, down)
@@ -85,8 +101,15 @@ class DecoderLayer:
             *(_linear(part) for part in (qkv, out, gated, down)),
             native.ACTIVATIONS[activation],
             *self._heads,
+            scale,
+            sliding_window or 0,
         )
         self._pointer = ctypes.addressof(self._layer)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Heads, key heads, head dimension, columns of the products for all three, of the gate's, hidden size."""
+        return (*self._heads, *self._columns, self._layer.out.columns)
 
     def before(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, D], and keys and values [T, Hkv, D], of hidden states.
@@ -142,6 +165,97 @@ class DecoderLayer:
         if failed:
             raise MemoryError("a norm found no memory for a row")
         return out
+
+
+class DecoderLayers:
+    """Layers of one shape, each of which takes what the one before it answers; one call for all of them.
+
+    Raises ValueError where their shapes differ.
+    """
+
+    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+        if len({layer.shape for layer in layers}) != 1:
+            raise ValueError(f"layers of one shape are needed, not of {sorted({each.shape for each in layers})}")
+        self._weights = tuple(layers)
+        self._layers = (_Layer * len(layers))(*(layer._layer for layer in layers))
+        heads, kv_heads, dim, qkv, gated, hidden = layers[0].shape
+        self._heads = (heads, dim)
+        self._row_elements = 2 * heads * dim + kv_heads * dim + qkv + gated + 3 * hidden
+        # Kept from step to step: memory that is new costs a fault for each of its pages.
+        self._scratch = torch.empty(0, dtype=torch.bfloat16)
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        pages: Sequence[tuple[Tensor, Tensor]],
+        *,
+        slots: Tensor,
+        page_table: Tensor,
+        context_lens: Tensor,
+        plan: Plan,
+    ) -> Tensor:
+        """The last layer's answer [T, hidden]; keys and values are written.
+
+        hidden    [T, hidden] bfloat16   contiguous
+        cos, sin  [T, D]                 dense rows
+        pages                            keys and values of each layer, which `native.supports`
+        plan                             of `paged_attention`, without groups
+
+        The others as in `paged_attention` and `kv_write`.
+        """
+        assert not plan.groups, "torch's part of a plan is not done here"
+        rows, (keys, values) = len(hidden), zip(*pages, strict=True)
+        if self._scratch.numel() < rows * self._row_elements:
+            self._scratch = torch.empty(rows * self._row_elements, dtype=torch.bfloat16)
+        decodes = plan.decodes
+        prefix = native.prefix_room(rows if plan.prefixes else 0, *self._heads)
+        chunks = torch.tensor([(each.sequence, each.start, each.stop, each.context) for each in plan.chunks])
+        prefixes = torch.tensor(
+            [(each.rows.data_ptr(), each.pages.data_ptr(), len(each.rows), each.length) for each in plan.prefixes]
+        )
+        step = _Step(
+            slots=slots.data_ptr(),
+            page_table=page_table.data_ptr(),
+            context_lens=context_lens.data_ptr(),
+            rows=None if decodes is None else decodes.rows.data_ptr(),
+            sequences=None if decodes is None else decodes.sequences.data_ptr(),
+            starts=None if decodes is None or decodes.starts is None else decodes.starts.data_ptr(),
+            chunks=chunks.data_ptr(),
+            prefixes=prefixes.data_ptr(),
+            prefix=prefix.data_ptr(),
+            num_decodes=0 if decodes is None else len(decodes.rows),
+            num_chunks=len(chunks),
+            num_prefixes=len(prefixes),
+            table_width=page_table.shape[1],
+            page_size=keys[0].shape[1],
+        )
+        out = torch.empty_like(hidden)
+        failed = native.loaded().softprompt_layers(
+            self._layers,
+            _pointers(keys),
+            _pointers(values),
+            len(self._layers),
+            ctypes.byref(step),
+            out.data_ptr(),
+            self._scratch.data_ptr(),
+            hidden.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            rows,
+            cos.stride(0),
+            sin.stride(0),
+            native.DTYPES[cos.dtype],
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError("a step found no memory for a row or a context")
+        return out
+
+
+def _pointers(tensors: Sequence[Tensor]) -> "ctypes.Array[c_void_p]":
+    return (c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
 def _linear(part: LinearWeights) -> _Linear:

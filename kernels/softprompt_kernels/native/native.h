@@ -11,6 +11,24 @@ enum { LANES = 16 };
 // Below so many multiplications, waking another thread costs more than it saves.
 static const int64_t PARALLEL_WORK = 150000;
 
+int softprompt_paged_decode(void *out, const void *q, const void *keys, const void *values, const int32_t *page_table,
+                            const int32_t *context_lens, const int32_t *rows, const int32_t *sequences,
+                            const float *sinks, const int32_t *starts, const float *prefix, int64_t n,
+                            int64_t table_width, int64_t q_row_stride, int64_t q_head_stride, int num_heads, int num_kv_heads, int dim, int page_size, int dtype,
+                            int window, float scale, float softcap, int num_threads);
+
+int softprompt_paged_prefix(float *prefix, const void *q, const void *keys, const void *values, const int32_t *pages,
+                            const int32_t *rows, int64_t n, int64_t length, int64_t q_row, int64_t q_head,
+                            int num_heads, int num_kv_heads, int dim, int page_size, float scale, int num_threads);
+
+int softprompt_paged_chunk(void *out, const void *q, const void *keys, const void *values, const int32_t *pages,
+                           int64_t num_queries, int64_t context, int64_t q_row, int64_t q_head, int num_heads,
+                           int num_kv_heads, int dim, int page_size, int window, float scale, int num_threads);
+
+void softprompt_kv_write(void *keys, void *values, const void *k, const void *v, const int64_t *slots, int64_t n,
+                         int64_t k_row_stride, int64_t k_head_stride, int64_t v_row_stride, int64_t v_head_stride,
+                         int num_kv_heads, int dim, int item_bytes);
+
 int softprompt_rms_norm(void *out, void *sum, const void *x, const void *residual, const void *weight, int64_t outer,
                         int64_t inner, int64_t size, int64_t x_outer_stride, int64_t x_inner_stride,
                         int64_t residual_outer_stride, int64_t residual_inner_stride, int dtype, int unit_offset,

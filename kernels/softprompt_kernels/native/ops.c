@@ -8,6 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 enum { MAX_VECTORS = 16, MAX_HEADS = 4 };
 
 static inline float from_bf16(uint16_t bits) {
@@ -146,10 +150,16 @@ static inline void prefetch_rows(const void *from, const int64_t *rows, int coun
             __builtin_prefetch((const char *)from + rows[j] * item_bytes + byte);
 }
 
-static inline void softmax(float *restrict row, int length, const float *sink, float softcap) {
+// What a softmax has seen before: its largest score, and the sum of e^(score - top).
+typedef struct {
+    float top, total;
+} Seen;
+
+// Answers with what becomes of one of the weights seen before, e^(score - seen.top).
+static inline float softmax(float *restrict row, int length, Seen seen, float softcap) {
     if (softcap > 0)
         for (int j = 0; j < length; j++) row[j] = softcap * tanhf(row[j] / softcap);
-    float top = sink ? *sink : -INFINITY, total = 0;
+    float top = seen.top, total = 0;
 #pragma omp simd reduction(max : top)
     for (int j = 0; j < length; j++) top = row[j] > top ? row[j] : top;
 #pragma omp simd reduction(+ : total)
@@ -157,9 +167,28 @@ static inline void softmax(float *restrict row, int length, const float *sink, f
         row[j] = exp_of_negative(row[j] - top);
         total += row[j];
     }
-    if (sink) total += exp_of_negative(*sink - top);
-    float share = 1 / total;
+    const float rest = seen.total > 0 ? exp_of_negative(seen.top - top) : 0;
+    const float share = 1 / (total + seen.total * rest);
     for (int j = 0; j < length; j++) row[j] *= share;
+    return rest * share;
+}
+
+// What some query heads at one position start from: attention sinks, scores without a value; or what a shared beginning
+// gave them, of each head dim sums, the top and the total (see softprompt_paged_prefix); or nothing.
+typedef struct {
+    const float *sinks, *prefix;
+    int dim;
+} Start;
+
+static inline const float *prefix_of(const Start *start, int g) {
+    return start->prefix ? start->prefix + (int64_t)g * (start->dim + LANES) : NULL;
+}
+
+static inline Seen seen_by(const Start *start, int g) {
+    const float *prefix = prefix_of(start, g);
+    if (prefix) return (Seen){prefix[start->dim], prefix[start->dim + 1]};
+    if (start->sinks) return (Seen){start->sinks[g], 1};
+    return (Seen){-INFINITY, 0};
 }
 
 // sums[g][0 … 2) += two vectors of each value row, weighted, for up to MAX_HEADS heads. Named, the sums stay in
@@ -187,7 +216,7 @@ static inline __attribute__((always_inline)) void add_columns(
 
 // Some of the query heads that share a key head, at one position. q, out [heads][vectors]; scores [heads][padded].
 static inline __attribute__((always_inline)) void attend(
-    const Head *head, vec *restrict out, const vec *restrict q, float *restrict scores, const float *sinks, int first,
+    const Head *head, vec *restrict out, const vec *restrict q, float *restrict scores, Start start, int first,
     int length, int64_t padded, int heads, int vectors, int dtype, float scale, float softcap) {
     int64_t rows[LANES], next[LANES];
     vec row[MAX_VECTORS], products[MAX_HEADS][LANES];
@@ -214,9 +243,14 @@ static inline __attribute__((always_inline)) void attend(
             memcpy(scores + g * padded + begin, &dots, sizeof dots);
         }
     }
-    for (int g = 0; g < heads; g++) softmax(scores + g * padded, length, sinks ? sinks + g : NULL, softcap);
     vec sums[MAX_HEADS * MAX_VECTORS];
     memset(sums, 0, (size_t)heads * vectors * sizeof(vec));
+    for (int g = 0; g < heads; g++) {
+        const float rest = softmax(scores + g * padded, length, seen_by(&start, g), softcap);
+        const float *prefix = prefix_of(&start, g);
+        for (int c = 0; prefix && c < vectors; c++)
+            sums[g * vectors + c] = load_vector(prefix, c * LANES, FLOAT32) * rest;
+    }
     find_rows(next, head, first, length < LANES ? length : LANES);
     for (int begin = 0; begin < length; begin += LANES) {
         int left = length - begin, count = left < LANES ? left : LANES, ahead = left - count;
@@ -240,17 +274,138 @@ static inline __attribute__((always_inline)) void attend(
     memcpy(out, sums, (size_t)heads * vectors * sizeof(vec));
 }
 
-// Decodes: n sequences with one query each. q is read and out written at rows[i]; pages of sequence sequences[i].
-// Returns 0, or 1 where memory for the scores was refused.
+#ifdef __AVX512BF16__
+
+// The same in bfloat16 where the processor multiplies pairs of it: queries and keys as they are; then the weights,
+// rounded to bfloat16, times two value rows at once. q [heads] rows of 32 * halves; out [heads][2 * halves]; weights
+// like scores.
+static inline __attribute__((always_inline)) void attend_pairs(
+    const Head *head, vec *restrict out, const uint16_t *q, int64_t q_head_stride, float *restrict scores,
+    uint16_t *restrict weights, Start start, int first, int length, int64_t padded, int heads, int halves, float scale,
+    float softcap) {
+    const uint16_t *keys = head->keys, *values = head->values;
+    int64_t rows[LANES], next[LANES];
+    find_rows(next, head, first, length < LANES ? length : LANES);
+    for (int begin = 0; begin < length; begin += LANES) {
+        int left = length - begin, count = left < LANES ? left : LANES, ahead = left - count;
+        memcpy(rows, next, sizeof rows);
+        for (int j = count; j < LANES; j++) rows[j] = rows[count - 1];  // what is past the end must be finite
+        if (ahead) {
+            ahead = ahead < LANES ? ahead : LANES;
+            find_rows(next, head, first + begin + LANES, ahead);
+            prefetch_rows(keys, next, ahead, head->dim, BFLOAT16);
+        }
+        for (int g = 0; g < heads; g++) {
+            vec products[LANES];
+#pragma GCC unroll 16
+            for (int j = 0; j < LANES; j++) {
+                __m512 sum = _mm512_setzero_ps();
+                for (int c = 0; c < halves; c++)
+                    sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(keys + rows[j] + c * 2 * LANES),
+                                           (__m512bh)_mm512_loadu_si512(q + g * q_head_stride + c * 2 * LANES));
+                products[j] = (vec)sum;
+            }
+            vec dots = sum_lanes(products) * scale;
+            memcpy(scores + g * padded + begin, &dots, sizeof dots);
+        }
+    }
+    float rests[MAX_HEADS];
+    for (int g = 0; g < heads; g++) {
+        rests[g] = softmax(scores + g * padded, length, seen_by(&start, g), softcap);
+        for (int j = length; j < (length + LANES - 1) / LANES * LANES; j++) scores[g * padded + j] = 0;
+        for (int j = 0; j < length; j += LANES)
+            _mm256_storeu_si256((__m256i *)(weights + g * padded + j),
+                                (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(scores + g * padded + j)));
+    }
+    // Of a register of 32 elements in each of two rows: quarters 0 of all four lanes' pairs, then quarters 1.
+    __m512 sums[MAX_HEADS][4][2];
+    for (int g = 0; g < heads; g++)
+        for (int c = 0; c < halves; c++) sums[g][c][0] = sums[g][c][1] = _mm512_setzero_ps();
+    find_rows(next, head, first, length < LANES ? length : LANES);
+    for (int begin = 0; begin < length; begin += LANES) {
+        int left = length - begin, count = left < LANES ? left : LANES, ahead = left - count;
+        memcpy(rows, next, sizeof rows);
+        if (count < LANES) rows[count] = rows[count - 1];
+        if (ahead) {
+            ahead = ahead < LANES ? ahead : LANES;
+            find_rows(next, head, first + begin + LANES, ahead);
+            prefetch_rows(values, next, ahead, head->dim, BFLOAT16);
+        }
+        for (int j = 0; j < count; j += 2) {
+            __m512bh pairs[MAX_HEADS];
+            for (int g = 0; g < heads; g++) {
+                int32_t pair;
+                memcpy(&pair, weights + g * padded + begin + j, sizeof pair);
+                pairs[g] = (__m512bh)_mm512_set1_epi32(pair);
+            }
+            for (int c = 0; c < halves; c++) {
+                __m512i one = _mm512_loadu_si512(values + rows[j] + c * 2 * LANES);
+                __m512i other = _mm512_loadu_si512(values + rows[j + 1] + c * 2 * LANES);
+                __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, other);
+                __m512bh high = (__m512bh)_mm512_unpackhi_epi16(one, other);
+                for (int g = 0; g < heads; g++) {
+                    sums[g][c][0] = _mm512_dpbf16_ps(sums[g][c][0], low, pairs[g]);
+                    sums[g][c][1] = _mm512_dpbf16_ps(sums[g][c][1], high, pairs[g]);
+                }
+            }
+        }
+    }
+    const __m512i front = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+    const __m512i back = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
+    for (int g = 0; g < heads; g++) {
+        vec *to = out + g * halves * 2;
+        for (int c = 0; c < halves; c++) {
+            to[2 * c] = (vec)_mm512_permutex2var_ps(sums[g][c][0], front, sums[g][c][1]);
+            to[2 * c + 1] = (vec)_mm512_permutex2var_ps(sums[g][c][0], back, sums[g][c][1]);
+        }
+        const float *prefix = prefix_of(&start, g);
+        for (int c = 0; prefix && c < 2 * halves; c++) to[c] += load_vector(prefix, c * LANES, FLOAT32) * rests[g];
+    }
+}
+
+// As many of the heads as fit the registers; how many that were, or 0 for a dimension that it does not know.
+static int attend_some_pairs(const Head *head, vec *out, const uint16_t *q, int64_t q_head_stride, float *scores,
+                             uint16_t *weights, Start start, int first, int length, int64_t padded, int heads,
+                             float scale, float softcap) {
+#define ATTEND_PAIRS(HEADS, HALVES)                                                                               \
+    do {                                                                                                          \
+        attend_pairs(head, out, q, q_head_stride, scores, weights, start, first, length, padded, HEADS, HALVES,   \
+                     scale, softcap);                                                                             \
+        return HEADS;                                                                                             \
+    } while (0)
+    if (head->dim == 64 && heads >= 4) ATTEND_PAIRS(4, 2);
+    if (head->dim == 64 && heads == 3) ATTEND_PAIRS(3, 2);
+    if (head->dim == 64 && heads == 2) ATTEND_PAIRS(2, 2);
+    if (head->dim == 64) ATTEND_PAIRS(1, 2);
+    if (head->dim == 128 && heads >= 2) ATTEND_PAIRS(2, 4);
+    if (head->dim == 128) ATTEND_PAIRS(1, 4);
+    return 0;
+}
+
+#else
+
+static int attend_some_pairs(const Head *head, vec *out, const uint16_t *q, int64_t q_head_stride, float *scores,
+                             uint16_t *weights, Start start, int first, int length, int64_t padded, int heads,
+                             float scale, float softcap) {
+    return 0;
+}
+
+#endif
+
+// Decodes: n sequences with one query each. q is read and out written at rows[i]; pages of sequence sequences[i]. Unless
+// `starts` is NULL, positions before starts[i] are in `prefix` [rows, num_heads, dim + LANES] already. Returns 0, or 1
+// where memory for the scores was refused.
 int softprompt_paged_decode(
     void *out, const void *q, const void *keys, const void *values, const int32_t *page_table,
-    const int32_t *context_lens, const int32_t *rows, const int32_t *sequences, const float *sinks, int64_t n,
-    int64_t table_width, int64_t q_row_stride, int64_t q_head_stride, int num_heads, int num_kv_heads, int dim,
-    int page_size, int dtype, int window, float scale, float softcap, int num_threads) {
+    const int32_t *context_lens, const int32_t *rows, const int32_t *sequences, const float *sinks,
+    const int32_t *starts, const float *prefix, int64_t n, int64_t table_width, int64_t q_row_stride,
+    int64_t q_head_stride, int num_heads, int num_kv_heads, int dim, int page_size, int dtype, int window, float scale,
+    float softcap, int num_threads) {
     int group = num_heads / num_kv_heads, vectors = (dim + LANES - 1) / LANES, longest = 0, failed = 0;
     int64_t work = 0;
     for (int64_t i = 0; i < n; i++) {
-        int context = context_lens[sequences[i]], length = window > 0 && window < context ? window : context;
+        int context = context_lens[sequences[i]] - (starts ? starts[i] : 0);
+        int length = window > 0 && window < context ? window : context;
         longest = length > longest ? length : longest;
         work += (int64_t)length * num_heads * dim;
     }
@@ -258,7 +413,8 @@ int softprompt_paged_decode(
     {
         // The last tile's scores may reach past the longest length.
         int64_t padded = (int64_t)(longest + LANES - 1) / LANES * LANES;
-        vec *buffer = malloc((size_t)group * (2 * (size_t)vectors * sizeof(vec) + (size_t)padded * sizeof(float)));
+        size_t score_bytes = (size_t)padded * (sizeof(float) + sizeof(uint16_t));
+        vec *buffer = malloc((size_t)group * (2 * (size_t)vectors * sizeof(vec) + score_bytes));
         if (!buffer) {
 #pragma omp atomic write
             failed = 1;
@@ -270,21 +426,35 @@ int softprompt_paged_decode(
             if (!buffer) continue;
             int64_t i = task / num_kv_heads;
             int kv_head = (int)(task % num_kv_heads), end = context_lens[sequences[i]];
-            int first = window > 0 && window < end ? end - window : 0;
+            int first = window > 0 && window < end ? end - window : starts ? starts[i] : 0;
             vec *queries = buffer, *answer = queries + group * vectors;
             float *scores = (float *)(answer + group * vectors);
+            uint16_t *weights = (uint16_t *)(scores + group * padded);
             for (int g = 0; g < group; g++)
                 load_padded(queries + g * vectors, q,
                             rows[i] * q_row_stride + (kv_head * group + g) * q_head_stride, dim, vectors, dtype);
             Head head = {keys, values, page_table + sequences[i] * table_width, (int64_t)num_kv_heads * dim,
                          (int64_t)kv_head * dim, page_size, dtype, dim};
-            const float *sink = sinks ? sinks + kv_head * group : NULL;
+            const float *sink = sinks ? sinks + kv_head * group : NULL, *before = NULL;
+            if (starts && starts[i]) before = prefix + (rows[i] * num_heads + kv_head * group) * (int64_t)(dim + LANES);
             // Numbers known to the compiler keep the sums in registers; so many heads at a time as fit there.
             for (int g = 0, count; g < group; g += count) {
                 count = group - g;
-#define ATTEND(HEADS, VECTORS, DTYPE)                                                                               \
-    attend(&head, answer + g * vectors, queries + g * vectors, scores + g * padded, sinks ? sink + g : NULL, first,  \
-           end - first, padded, HEADS, VECTORS, DTYPE, scale, softcap)
+                Start start = {sink ? sink + g : NULL, before, dim};
+                start.prefix = prefix_of(&start, g);
+                if (dtype == BFLOAT16) {
+                    const int64_t at = rows[i] * q_row_stride + (kv_head * group + g) * q_head_stride;
+                    const int done = attend_some_pairs(
+                        &head, answer + g * vectors, (const uint16_t *)q + at, q_head_stride, scores + g * padded,
+                        weights + g * padded, start, first, end - first, padded, count, scale, softcap);
+                    if (done) {
+                        count = done;
+                        continue;
+                    }
+                }
+#define ATTEND(HEADS, VECTORS, DTYPE)                                                                         \
+    attend(&head, answer + g * vectors, queries + g * vectors, scores + g * padded, start, first, end - first, \
+           padded, HEADS, VECTORS, DTYPE, scale, softcap)
 #define ATTEND_SOME(HEADS, VECTORS)                                            \
     do {                                                                       \
         count = HEADS;                                                         \
@@ -404,5 +574,40 @@ void softprompt_rope(
         for (int h = 0; h < num_kv_heads; h++)
             rotate(k_out, k, (t * num_kv_heads + h) * dim, t * k_row_stride + h * k_head_stride, cosine, sine,
                    dim / 2, dtype);
+    }
+}
+
+// columns[i]: the first of the largest values of row i, of x [n, size]; -1 where that is not finite, or a value is NaN.
+void softprompt_argmax(int64_t *columns, const void *x, int64_t n, int64_t size, int64_t row_stride, int dtype,
+                       int num_threads) {
+    enum { BLOCK = 512 };
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && n * size > PARALLEL_WORK)
+    for (int64_t row = 0; row < n; row++) {
+        float values[BLOCK], best = -INFINITY;
+        int64_t best_start = 0;
+        int is_nan = 0;
+        for (int64_t start = 0; start < size; start += BLOCK) {
+            const int count = (int)(size - start < BLOCK ? size - start : BLOCK);
+            load(values, x, row * row_stride + start, count, dtype);
+            float top = -INFINITY;
+            int nans = 0;
+#pragma omp simd reduction(max : top) reduction(| : nans)
+            for (int i = 0; i < count; i++) {
+                top = values[i] > top ? values[i] : top;
+                nans |= values[i] != values[i];
+            }
+            is_nan |= nans;
+            if (top > best) best = top, best_start = start;
+        }
+        if (is_nan || !isfinite(best)) {
+            columns[row] = -1;
+            continue;
+        }
+        int64_t at = best_start;
+        for (;; at++) {
+            load(values, x, row * row_stride + at, 1, dtype);
+            if (values[0] == best) break;
+        }
+        columns[row] = at;
     }
 }

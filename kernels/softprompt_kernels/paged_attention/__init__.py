@@ -81,6 +81,9 @@ def paged_attention(
             has_native_chunks=native.supports_chunks(keys) and softcap is None and sinks is None,
         )
     out = _reference(q, keys, values, plan, scale=scale, softcap=softcap, sinks=sinks)
+    prefix = native.prefix_room(len(q) if plan.prefixes else 0, q.shape[1], q.shape[2])
+    for each in plan.prefixes:
+        native.paged_prefix(prefix, q, keys, values, each.pages, each.rows, each.length, scale=scale)
     if plan.decodes is not None:
         native.paged_decode(
             out,
@@ -95,6 +98,8 @@ def paged_attention(
             sliding_window=sliding_window,
             softcap=softcap,
             sinks=sinks,
+            starts=plan.decodes.starts,
+            prefix=prefix,
         )
     for chunk in plan.chunks:
         native.paged_chunk(

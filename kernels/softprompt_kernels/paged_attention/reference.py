@@ -3,14 +3,20 @@
 What depends on lengths and page ids alone (which pages to gather, which positions a query sees) is a `Plan`, made
 once per step and shared by all layers. Sequences with one query each (decodes) are answered together, one gather
 and one product per bucket of similar lengths, or by a native kernel where there is one; a sequence with more
-queries is answered alone, and so it is by a native kernel.
+queries is answered alone, and so it is by a native kernel. Beginnings that decodes may have in common are answered
+for apart, once for all who have them, as in Hydragen (arXiv 2402.05099).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Shorter beginnings are not worth a product of their own: of 512 positions, one sequence alone pays half as much
+# again for it, three as much as without, and 32 half.
+_MIN_PREFIX = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +41,26 @@ class Decodes:
 
     rows       [n] int32   their rows in q and out
     sequences  [n] int32   which they are
+    starts     [n] int32   positions of each that prefixes answer for; None: none of any
     """
 
     rows: Tensor
     sequences: Tensor
+    starts: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NativePrefix:
+    """A beginning that several sequences of one query have in common, which a native kernel answers for.
+
+    rows   [n] int32   their rows in q and out
+    pages  [m] int32   of the beginning
+    length             its positions
+    """
+
+    rows: Tensor
+    pages: Tensor
+    length: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +86,7 @@ class Plan:
     groups: tuple[Group, ...]
     decodes: Decodes | None = None
     chunks: tuple[NativeChunk, ...] = ()
+    prefixes: tuple[NativePrefix, ...] = ()
 
 
 def plan_paged_attention(
@@ -76,12 +99,16 @@ def plan_paged_attention(
     sliding_window: int | None = None,
     has_native: bool = False,
     has_native_chunks: bool = False,
+    prefix_lens: Sequence[int] = (),
 ) -> Plan:
     """Plan one step; arguments as in `paged_attention`, `dtype` is that of q.
 
     Args:
         has_native: decodes are answered by a native kernel.
         has_native_chunks: so are sequences of several queries.
+        prefix_lens: positions at the beginning of each sequence that others may have in the same pages; empty:
+            nobody has. Whether others do or not, a long one is answered for apart, so that nobody's answer depends
+            on who else is in the step.
     """
     starts, contexts = query_start.tolist(), context_lens.tolist()
     buckets: dict[tuple[int, int], list[int]] = {}
@@ -115,10 +142,38 @@ def plan_paged_attention(
     if not decodes:
         return Plan(groups=tuple(groups), chunks=tuple(chunks))
     sequences = torch.tensor(decodes, dtype=torch.int32)
+    rows, shared = query_start[sequences], [0] * len(decodes)
+    if has_native_chunks and sliding_window is None and prefix_lens:
+        # A piece of a prompt may be one query too, and end before its soft prompt does.
+        whole_pages = [min(prefix_lens[i], contexts[i] - 1) // page_size * page_size for i in decodes]
+        shared = [length if length >= _MIN_PREFIX else 0 for length in whole_pages]
     return Plan(
         groups=tuple(groups),
-        decodes=Decodes(rows=query_start[sequences], sequences=sequences),
+        decodes=Decodes(
+            rows=rows,
+            sequences=sequences,
+            starts=torch.tensor(shared, dtype=torch.int32) if any(shared) else None,
+        ),
         chunks=tuple(chunks),
+        prefixes=_find_prefixes(page_table, page_size, decodes, rows.tolist(), shared),
+    )
+
+
+def _find_prefixes(
+    page_table: Tensor, page_size: int, decodes: Sequence[int], rows: Sequence[int], lengths: Sequence[int]
+) -> tuple[NativePrefix, ...]:
+    """One for all sequences whose beginnings lie in the same pages."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for sequence, row, length in zip(decodes, rows, lengths, strict=True):
+        if length:
+            found.setdefault(tuple(page_table[sequence, : length // page_size].tolist()), []).append(row)
+    return tuple(
+        NativePrefix(
+            rows=torch.tensor(members, dtype=torch.int32),
+            pages=torch.tensor(pages, dtype=torch.int32),
+            length=len(pages) * page_size,
+        )
+        for pages, members in found.items()
     )
 
 

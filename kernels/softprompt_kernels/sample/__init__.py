@@ -28,6 +28,7 @@ The small ones are contiguous. A row's token depends on that row alone. Nothing 
 import torch
 from torch import Tensor
 
+from softprompt_kernels import native
 from softprompt_kernels.sample.reference import NO_TOKEN
 from softprompt_kernels.sample.reference import sample as _reference
 
@@ -63,6 +64,8 @@ def sample(
         from softprompt_kernels.sample.kernel import sample as _kernel
 
         return _kernel(logits, temperature, top_k, top_p, min_p, points, allowed)
+    if allowed is None and native.supports_rows(logits) and not temperature.any():
+        return native.argmax(logits)
     return _reference(logits, temperature, top_k, top_p, min_p, points, allowed)
 
 

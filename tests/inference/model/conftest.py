@@ -71,6 +71,7 @@ _GQA = {**_COMMON, "num_key_value_heads": 2}
 _WINDOW = 24
 TINY_CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": transformers.LlamaConfig(**_GQA),
+    "llama_wide": transformers.LlamaConfig(**_GQA, head_dim=32),
     "mistral": transformers.MistralConfig(**_GQA, sliding_window=_WINDOW),
     "qwen2": transformers.Qwen2Config(**_GQA),
     "qwen3": transformers.Qwen3Config(**_GQA, head_dim=16),

@@ -1,7 +1,7 @@
 """Decoder layers of Llama's shape on CPUs: all but the attention in two calls, once the parts have been replaced.
 
 Between small products, most of a layer's time goes from one Python call to the next. A step with a LoRA, which
-changes the parts, goes the parts' way.
+changes the parts, goes the parts' way. Where layers follow each other, `stacks` makes one call of them all.
 """
 
 from collections.abc import Callable
@@ -62,6 +62,8 @@ def _recognise(layer: Any) -> tuple[DecoderLayer, AttentionCall, norms.Norm] | N
         num_heads=call.q.shape[1],
         num_kv_heads=call.k.shape[1],
         head_dim=call.q.shape[2],
+        scale=call.scale,
+        sliding_window=call.sliding_window,
     )
     return fused, call, between
 
@@ -74,51 +76,85 @@ def _linear(part: Any) -> LinearWeights:
     return LinearWeights(packed=part.packed, bias=part.bias, columns=part.out_features)
 
 
-def _make_forward(
-    layer: Any, fused: DecoderLayer, call: AttentionCall, original: Callable[..., Tensor], lora: LoraContext
-) -> Callable[..., Tensor]:
-    attention, head_dim = layer.self_attn, call.q.shape[2]
-    # `replace` would look at all fields anew in every layer of every step.
-    like = partial(
-        AttentionCall,
-        scale=call.scale,
-        sliding_window=call.sliding_window,
-        softcap=call.softcap,
-        sinks=call.sinks,
-        unsupported=call.unsupported,
-    )
+class FusedForward:
+    """A layer's forward where the step allows it; otherwise the original's.
 
-    def forward(
+    Attributes:
+        attention: the layer's module that calls for attention.
+        call: how it does so.
+        norm_weight: [hidden], of the norm between attention and MLP.
+    """
+
+    def __init__(
+        self,
+        layer: Any,
+        decoder: DecoderLayer,
+        call: AttentionCall,
+        original: Callable[..., Tensor],
+        lora: LoraContext,
+    ) -> None:
+        self.attention: nn.Module = layer.self_attn
+        self.decoder = decoder
+        self.call = call
+        self.norm_weight: Tensor = layer.post_attention_layernorm.weight
+        self._original = original
+        self._lora = lora
+        # `replace` would look at all fields anew in every layer of every step.
+        self._like = partial(
+            AttentionCall,
+            scale=call.scale,
+            sliding_window=call.sliding_window,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            unsupported=call.unsupported,
+        )
+
+    def fits(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+    ) -> bool:
+        """Whether a call with these arguments is one for the fused layer."""
+        return (
+            self._lora.tiles is None
+            and attention_mask is None
+            and hidden_states.shape[0] == 1
+            and hidden_states.is_contiguous()
+            and position_embeddings is not None
+            and position_embeddings[0].shape[2] == self.call.q.shape[2]
+        )
+
+    def __call__(
+        self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **others: Any,
     ) -> Tensor:
-        """hidden_states [1, T, hidden], cos and sin [1, T, D]; anything else goes the original's way."""
-        plain = attention_mask is None and hidden_states.shape[0] == 1 and hidden_states.is_contiguous()
-        if (
-            lora.tiles is not None
-            or not plain
-            or position_embeddings is None
-            or position_embeddings[0].shape[2] != head_dim
-        ):
-            return original(
+        """hidden_states [1, T, hidden], cos and sin [1, T, D]"""
+        if position_embeddings is None or not self.fits(hidden_states, attention_mask, position_embeddings):
+            return self._original(
                 hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **others
             )
         hidden, (cos, sin) = hidden_states[0], position_embeddings
-        q, k, v = fused.before(hidden, cos[0], sin[0])
-        attended = attend(attention, like(q=q, k=k, v=v))
-        return fused.after(attended.contiguous(), hidden)[None]
+        q, k, v = self.decoder.before(hidden, cos[0], sin[0])
+        attended = attend(self.attention, self._like(q=q, k=k, v=v))
+        return self.decoder.after(attended.contiguous(), hidden)[None]
 
-    return forward
+
+def fused_forward(layer: nn.Module) -> FusedForward | None:
+    """The fused forward that a layer has, if it has one."""
+    forward = layer.__dict__.get("forward")
+    return forward if isinstance(forward, FusedForward) else None
 
 
 def _swap(
-    name: str, layer: Any, fused: DecoderLayer, call: AttentionCall, norm: norms.Norm, *, lora: LoraContext
+    name: str, layer: Any, decoder: DecoderLayer, call: AttentionCall, norm: norms.Norm, *, lora: LoraContext
 ) -> Swap:
     return swap_forward(
         layer,
-        _make_forward(layer, fused, call, layer.forward, lora),
+        FusedForward(layer, decoder, call, layer.forward, lora),
         name=f"decoder layer {name}",
         run=lambda generator: norms.run_layer(layer, layer.forward, norm, generator),
     )

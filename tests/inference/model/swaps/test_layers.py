@@ -7,7 +7,7 @@ import torch
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.model.attention import CallRecorder, attach, detach
 from softprompt_inference.model.loader import LoadedModel, load_model
-from softprompt_inference.model.swaps import layers
+from softprompt_inference.model.swaps import layers, stacks
 from softprompt_inference.model.swaps.verify import relative_error, verify
 from softprompt_kernels import native
 
@@ -29,13 +29,15 @@ def load(lab: Any, kind: str, dtype: str = "bfloat16") -> LoadedModel:
     return load_model(config, lambda _: None)
 
 
+@pytest.fixture(autouse=True)
+def no_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave each layer its own forward."""
+    monkeypatch.setattr(stacks, "find", lambda *_: [])
+
+
 def fused(loaded: LoadedModel) -> list[torch.nn.Module]:
     """The layers whose forward is the fused one."""
-    return [
-        module
-        for module in loaded.model.modules()
-        if getattr(module.__dict__.get("forward"), "__module__", None) == layers.__name__
-    ]
+    return [module for module in loaded.model.modules() if layers.fused_forward(module) is not None]
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
@@ -100,10 +102,9 @@ def test_a_layer_that_computes_something_else_is_undone(lab: Any, monkeypatch: p
 
 
 def _decoder(layer: Any) -> layers.DecoderLayer:
-    forward = layer.__dict__["forward"]
-    cells = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))
-    decoder: layers.DecoderLayer = cells["fused"].cell_contents
-    return decoder
+    forward = layers.fused_forward(layer)
+    assert forward is not None
+    return forward.decoder
 
 
 def _logits(loaded: LoadedModel, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,188 @@
+"""Stacks of decoder layers on CPUs: fused layers that follow each other in one call, their attention included.
+
+The first layer of a stack answers for all of them, and the others hand on what they are given. A step for which
+that cannot be (with a LoRA, or with attention that torch computes) goes through the layers one by one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from softprompt_kernels.native.layer import DecoderLayers
+from torch import Generator, Tensor, nn
+
+from softprompt_inference.model.attention import (
+    LayerSpec,
+    StepContext,
+    attach_pages,
+    build_step_batch,
+    detach,
+    paged_step,
+)
+from softprompt_inference.model.swaps.forward import random_like, swap_forward
+from softprompt_inference.model.swaps.layers import FusedForward, fused_forward
+from softprompt_inference.model.swaps.verify import Swap
+
+_PAGE_SIZE = 4
+# (first position, tokens, pages) of each sequence in the steps that try a stack: prompts, and decodes behind them.
+_STEPS = (((0, 5, (2, 0)), (0, 2, (1,))), ((5, 1, (2, 0)), (2, 1, (1,))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """One call of a fused layer, as it was seen."""
+
+    layer: nn.Module
+    forward: FusedForward
+    given: Tensor
+    tables: tuple[Tensor, Tensor] | None
+    answer: Tensor
+
+
+@torch.inference_mode()
+def find(model: nn.Module, run: Callable[[], object]) -> list[Swap]:
+    """The stacks of a model, as they show in one run of it."""
+    return [_swap(stack) for stack in _stacks(_observe(model, run))]
+
+
+def _observe(model: nn.Module, run: Callable[[], object]) -> list[_Call]:
+    calls: list[_Call] = []
+
+    def note(forward: FusedForward, layer: nn.Module, args: Any, kwargs: Any, answer: Tensor) -> None:
+        given = args[0] if args else kwargs["hidden_states"]
+        tables = kwargs.get("position_embeddings")
+        calls.append(_Call(layer=layer, forward=forward, given=given, tables=tables, answer=answer))
+
+    hooks = [
+        layer.register_forward_hook(partial(note, forward), with_kwargs=True)
+        for layer in model.modules()
+        if (forward := fused_forward(layer)) is not None
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _stacks(calls: Sequence[_Call]) -> list[list[_Call]]:
+    """Layers of one shape that take what the one before answers, and the same rotary tables."""
+    stacks: list[list[_Call]] = []
+    for call in calls:
+        if call.forward.call.softcap is not None or call.forward.call.sinks is not None or call.tables is None:
+            continue
+        last = stacks[-1][-1] if stacks else None
+        if (
+            last is not None
+            and call.given is last.answer
+            and call.tables is last.tables
+            and call.forward.decoder.shape == last.forward.decoder.shape
+        ):
+            stacks[-1].append(call)
+        else:
+            stacks.append([call])
+    return stacks
+
+
+class _Stack:
+    def __init__(self, forwards: Sequence[FusedForward]) -> None:
+        self._forwards = forwards
+        self._attentions = [forward.attention for forward in forwards]
+        self._layers = DecoderLayers([forward.decoder for forward in forwards])
+        self._answer: Tensor | None = None
+
+    def first(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """The forward of the first layer: hidden_states [1, T, hidden], cos and sin [1, T, D]"""
+        self._answer = None
+        forward = self._forwards[0]
+        fits = forward.fits(hidden_states, attention_mask, position_embeddings)
+        step = paged_step(self._attentions, forward.call.sliding_window) if fits else None
+        if step is None or position_embeddings is None:
+            return forward(
+                hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **others
+            )
+        cos, sin = position_embeddings
+        answer = self._layers(
+            hidden_states[0],
+            cos[0],
+            sin[0],
+            step.pages,
+            slots=step.batch.slots,
+            page_table=step.batch.page_table,
+            context_lens=step.batch.context_lens,
+            plan=step.plan,
+        )
+        self._answer = answer[None]
+        return self._answer
+
+    def follow(self, index: int, hidden_states: Tensor, **others: Any) -> Tensor:
+        """The forward of a later layer."""
+        if hidden_states is not self._answer:
+            return self._forwards[index](hidden_states, **others)
+        if index == len(self._forwards) - 1:
+            self._answer = None
+        return hidden_states
+
+
+def _swap(calls: Sequence[_Call]) -> Swap:
+    layers = [call.layer for call in calls]
+    stack = _Stack([call.forward for call in calls])
+    forwards: list[Callable[..., Tensor]] = [stack.first]
+    forwards += [partial(stack.follow, index) for index in range(1, len(layers))]
+
+    def run(generator: Generator) -> Tensor:
+        return _run(layers, [call.forward for call in calls], generator)
+
+    parts = [
+        swap_forward(layer, forward, name="", run=run) for layer, forward in zip(layers, forwards, strict=True)
+    ]
+
+    def apply() -> None:
+        for part in parts:
+            part.apply()
+
+    def undo() -> None:
+        for part in parts:
+            part.undo()
+
+    return Swap(name=f"stack of {len(layers)} decoder layers", apply=apply, undo=undo, run=run)
+
+
+def _run(layers: Sequence[nn.Module], forwards: Sequence[FusedForward], generator: Generator) -> Tensor:
+    """What the layers answer, one after the other, in steps over pages of their own."""
+    like, dim, context = forwards[0].norm_weight, forwards[0].call.q.shape[2], StepContext()
+    specs = [
+        LayerSpec(
+            module=forward.attention,
+            num_heads=forward.call.q.shape[1],
+            num_kv_heads=forward.call.k.shape[1],
+            head_dim=dim,
+            sliding_window=forward.call.sliding_window,
+        )
+        for forward in forwards
+    ]
+    num_pages = 1 + max(page for spans in _STEPS for _, _, pages in spans for page in pages)
+    attach_pages(specs, context, num_pages=num_pages, page_size=_PAGE_SIZE, dtype=like.dtype, device=like.device)
+    answers = []
+    try:
+        for spans in _STEPS:
+            context.batch = build_step_batch(spans, page_size=_PAGE_SIZE, device=like.device)
+            num_tokens = sum(count for _, count, _ in spans)
+            hidden = random_like(like, 1, num_tokens, like.shape[0], generator=generator)
+            cos, sin = (random_like(like, 1, num_tokens, dim, generator=generator) for _ in range(2))
+            for layer in layers:
+                hidden = layer(hidden, attention_mask=None, position_embeddings=(cos, sin))
+            answers.append(hidden)
+    finally:
+        for spec in specs:
+            detach(spec.module)
+    return torch.cat(answers, dim=1)
