@@ -91,6 +91,27 @@ def test_prompts_are_cut_to_the_budget_and_decodes_come_first(prompt) -> None:
     assert driver.step() == ([(5, 1), (18, 1)], ["0", "1"])
 
 
+def test_prompts_take_a_step_for_themselves_the_less_the_more_decode_beside_those_that_wait(prompt) -> None:
+    driver = Driver(max_step_tokens=12, min_prompt_tokens=3)
+    driver.add(*(prompt(str(index), 1) for index in range(3)), prompt("3", 24))
+    # Nobody decodes: all of a step. Then three do, and one waits: a quarter of a step. Then nobody waits.
+    assert driver.step() == ([(0, 1), (0, 1), (0, 1), (0, 9)], ["0", "1", "2"])
+    assert driver.step()[0] == [(1, 1), (1, 1), (1, 1), (9, 3)]
+    driver.add(*(prompt(str(index), 8) for index in range(4, 7)))
+    # Three decode, and four wait, one of them in its prompt.
+    assert driver.step()[0] == [(2, 1), (2, 1), (2, 1), (12, 6)]
+    driver.scheduler.abort("0")
+    driver.scheduler.abort("1")
+    assert driver.step()[0] == [(3, 1), (18, 6), (0, 3)]
+
+
+def test_a_prompt_moves_on_however_many_decode(prompt) -> None:
+    driver = Driver(max_step_tokens=5, min_prompt_tokens=1)
+    driver.add(*(prompt(str(index), 1) for index in range(4)), prompt("4", 9))
+    assert driver.step()[0] == [(0, 1), (0, 1), (0, 1), (0, 1), (0, 1)]
+    assert driver.step()[0] == [(1, 1), (1, 1), (1, 1), (1, 1), (1, 1)]
+
+
 def test_a_chunk_may_end_inside_the_virtual_tokens(fakes) -> None:
     driver = Driver(max_step_tokens=4)
     driver.add(fakes.request("0", "a", [1, 2]))

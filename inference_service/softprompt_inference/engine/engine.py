@@ -82,6 +82,7 @@ class Engine:
             max_model_len=info.max_model_len,
             max_num_sequences=config.max_num_sequences,
             max_step_tokens=config.step_tokens(info.device),
+            min_prompt_tokens=config.min_prompt_tokens(info.device),
             enable_prefix_caching=config.enable_prefix_caching,
         )
 

@@ -11,6 +11,8 @@ The rules, all of which `check` verifies:
 * The pool holds at least one sequence of full length, so the oldest always moves on and nothing is stuck for ever.
 * A step serves the oldest first: decodes, then pieces of prompts. All but the youngest running sequence have
   finished their prompt, and no more run than a step has tokens, so every decode is in every step.
+* Tokens of prompts make a step longer for all who decode in it. So there are the more of them, the more sequences
+  wait for their prompts beside those that decode: all that a step can take where nobody decodes, a few always.
 
 A step may be planned while the one before it is still computed, and its tokens are not known (`follow`): the
 same sequences decode the tokens to come. Whoever is found to have ended by such a token has left when the second
@@ -43,6 +45,7 @@ class Scheduler:
         max_model_len: no sequence is longer.
         max_num_sequences: most sequences running at once.
         max_step_tokens: most tokens in one plan.
+        min_prompt_tokens: so many tokens of prompts go into a plan however many decode; None: all that fit.
         enable_prefix_caching: whether sequences find what others have computed.
 
     Raises ValueError when the pages cannot hold one sequence of max_model_len.
@@ -57,6 +60,7 @@ class Scheduler:
         max_model_len: int,
         max_num_sequences: int,
         max_step_tokens: int,
+        min_prompt_tokens: int | None = None,
         enable_prefix_caching: bool = True,
     ) -> None:
         if num_pages * page_size < max_model_len:
@@ -71,6 +75,7 @@ class Scheduler:
         self._vocab_size = vocab_size
         self._max_running = min(max_num_sequences, max_step_tokens)
         self._max_step_tokens = max_step_tokens
+        self._min_prompt_tokens = max_step_tokens if min_prompt_tokens is None else min_prompt_tokens
         self._enable_prefix_caching = enable_prefix_caching
         self._sequences: dict[str, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
@@ -119,7 +124,7 @@ class Scheduler:
         self._copies, self._writes = [], []
         self._coming.clear()
         chunks: list[Chunk] = []
-        budget = self._max_step_tokens
+        budget = self._step_tokens()
         # Oldest first. Whoever gives way is the youngest, and so never one that is in the plan already.
         for sequence in list(self._running):
             if budget == 0 or sequence.state is not State.RUNNING or not self._grow(sequence):
@@ -132,6 +137,14 @@ class Scheduler:
             self._running.append(sequence)
             budget -= self._take(sequence, budget, chunks)
         return StepPlan(chunks=chunks, copies=self._copies, writes=self._writes)
+
+    def _step_tokens(self) -> int:
+        """Most tokens of the next plan."""
+        decoding, waiting = len(self._running), len(self._waiting)
+        if self._running and not self._running[-1].is_decoding:
+            decoding, waiting = decoding - 1, waiting + 1
+        share = self._max_step_tokens * waiting // max(1, decoding + waiting)
+        return min(self._max_step_tokens, decoding + max(self._min_prompt_tokens, share))
 
     def follow(self, plan: StepPlan) -> StepPlan | None:
         """The step behind `plan`, the only one that is out, without its tokens; None: they must be known first.
