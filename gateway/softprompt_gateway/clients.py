@@ -14,6 +14,7 @@ from softprompt_api.registry.v1.registry_pb2_grpc import RegistryServiceStub
 from softprompt_api.rpc.channel import open_channel
 from softprompt_api.rpc.ending import Ending
 
+from softprompt_gateway.coalesce import Coalesced
 from softprompt_gateway.session import Calls, Session
 from softprompt_gateway.settings import Settings
 from softprompt_gateway.statuses import translate
@@ -49,6 +50,7 @@ class RegistryClient:
         self._stub = RegistryServiceStub(channel)
         self._timeout_s = timeout_s
         self._upload_timeout_s = upload_timeout_s
+        self._versions = Coalesced(self._get_adapter)
 
     async def serving(self) -> bool:
         """Whether its health check says so."""
@@ -56,6 +58,9 @@ class RegistryClient:
 
     async def get_adapter(self, spelling: str) -> registry.AdapterVersion:
         """The version that `name`, `name@3` or a digest stands for now."""
+        return await self._versions.get(spelling)
+
+    async def _get_adapter(self, spelling: str) -> registry.AdapterVersion:
         request = registry.GetAdapterRequest(adapter=spelling)
         answer = await _answer("registry", self._stub.GetAdapter(request, timeout=self._timeout_s))
         return answer.adapter
