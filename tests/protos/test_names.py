@@ -235,6 +235,16 @@ def test_no_text_raises_anything_but_invalid_argument(text):
     assert ref.name or ref.digest
 
 
+@given(st.text(st.sampled_from("ab1@:+.-_/ ") | st.characters(), max_size=40))
+def test_no_model_raises_anything_but_invalid_argument_and_every_other_is_spelled_as_it_was_understood(text):
+    try:
+        refs = parse_model(text, base_model_id=BASE)
+    except InvalidArgument:
+        return
+    assert len(refs) == text.count("+") + 1
+    assert parse_model(join_model(map(str, refs)), base_model_id=BASE) == refs
+
+
 @given(st.text())
 def test_shown_text_is_short_and_printable(text):
     assert shown(text).isprintable()
