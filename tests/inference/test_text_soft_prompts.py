@@ -152,6 +152,14 @@ def test_a_template_that_loses_doubles_or_breaks_a_soft_prompt_is_refused(templa
     assert "\ue000" not in refused.value.message
 
 
+@pytest.mark.parametrize("parts", [("x", A), ("<s>",), ("x<",)])
+def test_a_template_that_repeats_a_message_when_it_refuses_shows_no_marks(parts: Any) -> None:
+    tokenizer = with_template("{{ raise_exception('cannot take ' + messages[0].content) }}")
+    with pytest.raises(InvalidArgument) as refused:
+        tokenizer.encode_chat([user(*parts)])
+    assert refused.value.message == "the model's chat template refuses the messages"
+
+
 @pytest.mark.parametrize("parts", [("<", A, "s>"), ("<s", A, ">"), (A, "<s>"), ("<", "s", A, ">")])
 def test_a_special_token_cannot_be_pieced_together_around_a_soft_prompt(parts: Any) -> None:
     tokenizer = with_template("{% for m in messages %}<s>{{ m.content }}{% endfor %}")

@@ -85,7 +85,7 @@ class ChatEncoder:
             rendered = self._render(shielded, add_generation_prompt, continue_final_message)
         except TemplateError as error:  # also what a template refuses by itself, such as roles out of order
             raise InvalidArgument(
-                f"the model's chat template refuses the messages: {str(error)[:200]}", field="messages"
+                f"the model's chat template refuses the messages{_reason(error)}", field="messages"
             ) from error
         except Exception as error:  # a template is foreign code, and can fail in any way over what it is given
             raise InvalidArgument(
@@ -101,6 +101,12 @@ class ChatEncoder:
         )
         turn = {"role": role, "content": content}
         return {**turn, "name": self._control.shield(message.name)} if message.name else turn
+
+
+def _reason(error: TemplateError) -> str:
+    """The template's own words, unless they repeat marks: whoever knows those can write control tokens."""
+    words = str(error)
+    return "" if "\ue000" in words or "\ue001" in words else f": {words[:200]}"
 
 
 def check_messages(messages: Sequence[ChatMessage]) -> None:
