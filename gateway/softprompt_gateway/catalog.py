@@ -5,7 +5,12 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 from softprompt_api.names import LATEST, AdapterRef
-from softprompt_api.registry.v1.registry_pb2 import AdapterEventType, AdapterVersion, WatchAdaptersResponse
+from softprompt_api.registry.v1.registry_pb2 import (
+    AdapterEventType,
+    AdapterKind,
+    AdapterVersion,
+    WatchAdaptersResponse,
+)
 
 _MAX_REMEMBERED = 4096
 
@@ -20,6 +25,11 @@ _TOLD_WHOLE = (
 def spelling_of(version: AdapterVersion) -> str:
     """`name@version`, which stands for this content for ever."""
     return f"{version.name}@{version.version}"
+
+
+def kind_name(kind: int) -> str:
+    """PEFT's name of a kind, for example "PROMPT_TUNING"."""
+    return AdapterKind.Name(AdapterKind.ValueType(kind)).removeprefix("ADAPTER_KIND_")
 
 
 def _is_newer(version: AdapterVersion, known: AdapterVersion | None) -> bool:

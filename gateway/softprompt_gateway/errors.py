@@ -111,8 +111,8 @@ class Refused(Exception):
 class ModelNotFound(Refused):
     """`model` names neither the base model nor an adapter."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, code="model_not_found", status=404, param="model")
+    def __init__(self, message: str, *, param: str = "model") -> None:
+        super().__init__(message, code="model_not_found", status=404, param=param)
 
 
 class ClientGone(Exception):

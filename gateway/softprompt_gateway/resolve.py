@@ -1,15 +1,25 @@
-"""What a request's `model` stands for, decided anew for every request."""
+"""What a request's `model`, and the soft prompts inside its prompt, stand for: decided anew for every request."""
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from softprompt_api import errors
+from softprompt_api.composition import Part, check_front, check_inside, check_number, role_of
 from softprompt_api.inference.v1.inference_pb2 import GetModelResponse
-from softprompt_api.names import choose_task, parse_model, shown, with_task
+from softprompt_api.names import (
+    AdapterRef,
+    choose_task,
+    join_model,
+    parse_requested,
+    shown,
+    split_model,
+    with_task,
+)
 from softprompt_api.registry.v1.registry_pb2 import AdapterVersion
 
-from softprompt_gateway.catalog import Catalog, spelling_of
+from softprompt_gateway.catalog import Catalog, kind_name, spelling_of
 from softprompt_gateway.clients import InferenceClient, RegistryClient
 from softprompt_gateway.errors import ModelNotFound
 
@@ -17,38 +27,78 @@ _MODEL_FRESH_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """One adapter of a request: the version that answers, and its task where it has tasks."""
+
+    version: AdapterVersion
+    task: int | None
+
+    @property
+    def spelling(self) -> str:
+        """`name@version`, with the task."""
+        return with_task(spelling_of(self.version), self.task)
+
+    @property
+    def digest(self) -> str:
+        """The adapter as the inference service is told."""
+        return with_task(self.version.digest, self.task)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """The one thing a request is computed with.
+    """What a request is computed with.
 
     Attributes:
         model: as the request spelled it.
         served: the base model and its limits.
-        adapter: the adapter version; None: the base model alone.
-        task: one of the adapter's tasks; None where it has none.
+        front: the adapters of `model` or of `adapters`, in order; none: the base model alone.
+        inside: the soft prompts inside the prompt, by their spelling there.
     """
 
     model: str
     served: GetModelResponse
-    adapter: AdapterVersion | None
-    task: int | None = None
+    front: Sequence[Bound] = ()
+    inside: Mapping[str, Bound] = field(default_factory=dict)
+
+    @property
+    def adapters(self) -> list[Bound]:
+        """Every adapter of the request, as responses name them: those in front, then each further one inside."""
+        in_front = {bound.digest for bound in self.front}
+        further = {bound.digest: bound for bound in self.inside.values() if bound.digest not in in_front}
+        return [*self.front, *further.values()]
 
     @property
     def digest(self) -> str:
-        """The adapter as the inference service is told; "" for the base model."""
-        return with_task(self.adapter.digest, self.task) if self.adapter else ""
+        """The adapters in front as the inference service is told; "" for the base model."""
+        return join_model(bound.digest for bound in self.front)
+
+    @property
+    def digests_inside(self) -> dict[str, str]:
+        """The soft prompts inside the prompt as the inference service is told, by their spelling there."""
+        return {spelling: bound.digest for spelling, bound in self.inside.items()}
 
     def headers(self) -> dict[str, str]:
-        """Response headers that say which version answered."""
-        if self.adapter is None:
+        """Response headers that say which versions answered."""
+        adapters = self.adapters
+        if not adapters:
             return {}
         return {
-            "x-softprompt-adapter": with_task(spelling_of(self.adapter), self.task),
-            "x-softprompt-adapter-digest": self.digest,
+            "x-softprompt-adapter": join_model(bound.spelling for bound in adapters),
+            "x-softprompt-adapter-digest": join_model(bound.digest for bound in adapters),
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """One adapter as a request spells it, and the field that does."""
+
+    spelling: str
+    field: str
+    ref: AdapterRef
+
+
 class Resolver:
-    """Turns `model` into a Target.
+    """Turns what a request names into a Target.
 
     The registry is asked every time, so that the request after a registration gets what was registered. While it
     is away, what the catalogue last heard is used.
@@ -81,35 +131,92 @@ class Resolver:
             self._asking = None
         self._served_until_s = time.monotonic() + _MODEL_FRESH_S
 
-    async def resolve(self, model: str) -> Target:
-        """Find what `model` spells.
+    async def resolve(
+        self,
+        model: str,
+        *,
+        adapters: Sequence[str] = (),
+        inside: Sequence[str] = (),
+        prompt_field: str = "prompt",
+    ) -> Target:
+        """Find what a request names.
 
-        Raises ModelNotFound, with a near name, where there is no such model, and InvalidArgument for a task that
-        the adapter does not have.
+        Args:
+            adapters: the request's own list of what else `model` would join with '+'.
+            inside: soft prompts inside the prompt.
+            prompt_field: the request's field that names these.
+
+        Raises ModelNotFound, with a near name, where there is no such model or adapter, and InvalidArgument where
+        an adapter does not have the task, or adapters do not go together.
         """
         served = await self.served()
         base_id = served.base_model.id
+        front = self._parse_front(model, adapters, base_id)
+        inner = [self._parse(name, prompt_field) for name in dict.fromkeys(inside)]
+        front_field = "adapters" if adapters else "model"
+        check_number(len(front) + len(inner), field=front_field if front else prompt_field)
+        versions = await self._look_up([*front, *inner], model)
+        bound = {asked: _bind(asked, versions[asked.ref.whole]) for asked in (*front, *inner)}
+        check_front([_part(asked, bound[asked]) for asked in front], field=front_field)
+        check_inside([_part(asked, bound[asked]) for asked in inner], field=prompt_field)
+        return Target(
+            model=model,
+            served=served,
+            front=[bound[asked] for asked in front],
+            inside={asked.spelling: bound[asked] for asked in inner},
+        )
+
+    def _parse_front(self, model: str, adapters: Sequence[str], base_id: str) -> list[_Asked]:
+        named = split_model(model, base_model_id=base_id)
+        if named and adapters:
+            raise errors.InvalidArgument(
+                f"model names adapters already; name all of them there, joined by '+', or make model {base_id!r}",
+                field="adapters",
+            )
+        check_number(len(named), field="model")
+        return [self._parse(name, "model", model) for name in named] + [
+            self._parse(name, "adapters") for name in adapters
+        ]
+
+    def _parse(self, spelling: str, field: str, model: str = "") -> _Asked:
         try:
-            ref = parse_model(model, base_model_id=base_id)
+            return _Asked(spelling=spelling, field=field, ref=parse_requested(spelling, field=field))
         except errors.InvalidArgument:
-            raise self._not_found(model, base_id) from None
-        if ref is None:
-            return Target(model=model, served=served, adapter=None)
+            raise self._not_found(spelling, field, model) from None
+
+    async def _look_up(self, every: Sequence[_Asked], model: str) -> dict[AdapterRef, AdapterVersion]:
+        """The versions that names stand for now, each asked for once: one request never has two of one name."""
+        asked_of = {asked.ref.whole: asked for asked in reversed(every)}
+        versions = await asyncio.gather(*(self._version_of(asked, model) for asked in asked_of.values()))
+        return dict(zip(asked_of, versions, strict=True))
+
+    async def _version_of(self, asked: _Asked, model: str) -> AdapterVersion:
+        whole = asked.ref.whole
         try:
-            version = await self._registry.get_adapter(str(ref.whole))
+            version = await self._registry.get_adapter(str(whole))
         except errors.AdapterNotFound:
-            raise self._not_found(model, base_id) from None
+            raise self._not_found(asked.spelling, asked.field, model) from None
         except (errors.Unavailable, errors.DeadlineExceeded):
-            known = self._catalog.find(ref.whole)
+            known = self._catalog.find(whole)
             if known is None:
                 raise
-            version = known
-        else:
-            self._catalog.learn(version)
-        task = choose_task(ref, version.num_tasks, field="model")
-        return Target(model=model, served=served, adapter=version, task=task)
+            return known
+        self._catalog.learn(version)
+        return version
 
-    def _not_found(self, model: str, base_id: str) -> ModelNotFound:
-        near = self._catalog.near(model.removeprefix(f"{base_id}:"), base_id)
+    def _not_found(self, spelling: str, field: str, model: str) -> ModelNotFound:
+        assert self._served is not None
+        near = self._catalog.near(spelling, self._served.base_model.id)
         hint = f"; did you mean {shown(near, 256)}?" if near else "; GET /v1/models lists what there is"
-        return ModelNotFound(f"the model {shown(model)} does not exist{hint}")
+        if field != "model":
+            return ModelNotFound(f"the adapter {shown(spelling)} does not exist{hint}", param=field)
+        one_of = f": there is no adapter {shown(spelling)}" if "+" in model else ""
+        return ModelNotFound(f"the model {shown(model)} does not exist{one_of}{hint}")
+
+
+def _bind(asked: _Asked, version: AdapterVersion) -> Bound:
+    return Bound(version=version, task=choose_task(asked.ref, version.num_tasks, field=asked.field))
+
+
+def _part(asked: _Asked, bound: Bound) -> Part:
+    return Part(name=str(asked.ref), role=role_of(kind_name(bound.version.kind)))

@@ -10,10 +10,11 @@ from softprompt_api.params import SamplingParams
 
 from softprompt_inference.adapters.residency import Resident
 from softprompt_inference.choice import Delta, Finished
+from softprompt_inference.composed import BoundAdapter
 from softprompt_inference.engine.messages import Finish, Logprobs
 from softprompt_inference.generation import Accepted, Event, GenerateCall, Usage
-from softprompt_inference.prompts import ChatPrompt, IdsPrompt, Prompt, TextPrompt
-from softprompt_inference.text import ChatMessage, Tokenizer
+from softprompt_inference.prompts import ChatPrompt, IdsPrompt, PartsPrompt, Prompt, TextPrompt
+from softprompt_inference.text import ChatMessage, SoftPrompt, Tokenizer
 
 MAX_REQUEST_ID_CHARACTERS = 128
 
@@ -71,6 +72,9 @@ def to_prompt(request: pb.GenerateRequest | pb.TokenizeRequest) -> Prompt:
         case "token_ids":
             assert isinstance(request, pb.GenerateRequest)
             return IdsPrompt(token_ids=request.token_ids.ids)
+        case "parts":
+            parts = [_to_part(part) for part in request.parts.parts]
+            return PartsPrompt(parts=parts, add_special_tokens=_or_true(request, "add_special_tokens"))
         case _:
             raise InvalidArgument("the prompt is missing", field="prompt")
 
@@ -78,11 +82,43 @@ def to_prompt(request: pb.GenerateRequest | pb.TokenizeRequest) -> Prompt:
 def _to_chat(chat: pb.ChatPrompt) -> ChatPrompt:
     return ChatPrompt(
         messages=[
-            ChatMessage(role=message.role, content=message.content, name=message.name) for message in chat.messages
+            ChatMessage(role=message.role, content=_to_content(message, number), name=message.name)
+            for number, message in enumerate(chat.messages)
         ],
         add_generation_prompt=_or_true(chat, "add_generation_prompt"),
         continue_final_message=chat.continue_final_message,
     )
+
+
+def _to_part(part: pb.PromptPart) -> str | Sequence[int] | SoftPrompt:
+    match part.WhichOneof("part"):
+        case "text":
+            return part.text
+        case "token_ids":
+            return part.token_ids.ids
+        case "soft_prompt":
+            return SoftPrompt(adapter=part.soft_prompt)
+        case _:
+            raise InvalidArgument("a part of the prompt is neither text nor ids nor a soft prompt", field="prompt")
+
+
+def _to_content(message: pb.ChatMessage, number: int) -> str | Sequence[str | SoftPrompt]:
+    if not message.parts:
+        return message.content
+    field = f"messages[{number}].parts"
+    if message.content:
+        raise InvalidArgument("give content or parts, not both", field=field)
+    return [_to_content_part(part, field) for part in message.parts]
+
+
+def _to_content_part(part: pb.ContentPart, field: str) -> str | SoftPrompt:
+    match part.WhichOneof("part"):
+        case "text":
+            return part.text
+        case "soft_prompt":
+            return SoftPrompt(adapter=part.soft_prompt)
+        case _:
+            raise InvalidArgument("a part is neither text nor a soft prompt", field=field)
 
 
 def _or_true(message: Message, field: str) -> bool:
@@ -141,12 +177,21 @@ def write_response(event: Event, response: pb.GenerateResponse, tokenizer: Token
 
 
 def _to_accepted(event: Accepted) -> pb.Accepted:
-    accepted = pb.Accepted(prompt_token_ids=event.prompt_token_ids, virtual_tokens=event.virtual_tokens)
-    if event.adapter is not None:
-        accepted.adapter_name = event.adapter.name
-        accepted.adapter_version = event.adapter.version
-        accepted.adapter_digest = event.adapter.digest
+    accepted = pb.Accepted(
+        prompt_token_ids=event.prompt_token_ids,
+        virtual_tokens=event.virtual_tokens,
+        adapters=map(_to_bound, event.adapters),
+    )
+    if event.adapters:
+        first = event.adapters[0]
+        accepted.adapter_name = first.name
+        accepted.adapter_version = first.version
+        accepted.adapter_digest = first.digest
     return accepted
+
+
+def _to_bound(adapter: BoundAdapter) -> pb.BoundAdapter:
+    return pb.BoundAdapter(name=adapter.name, version=adapter.version, digest=adapter.digest)
 
 
 def _to_logprobs(

@@ -1,6 +1,6 @@
 """A generation from its request to its last event.
 
-    admit → encode the prompt → bind an adapter version and bring it in → check the context → Accepted
+    admit → encode the prompt → bind versions of its adapters, put all together and bring them in → Accepted
           → one engine request per choice → Delta … Finished → Usage
 
 It runs for the time of a context: leaving it aborts what is unfinished and lets the adapter go. Its events are
@@ -16,25 +16,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from softprompt_api.errors import ContextLengthExceeded, InvalidArgument, Overloaded
-from softprompt_api.names import AdapterRef, choose_task, parse_model, with_task
+from softprompt_api.composition import check_number
+from softprompt_api.errors import InvalidArgument, Overloaded
+from softprompt_api.names import AdapterRef, choose_task, parse_model, parse_requested, with_task
 from softprompt_api.params import SamplingParams
 
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.residency import Residency
 from softprompt_inference.adapters.source import AdapterSource
 from softprompt_inference.choice import Choice, Delta, Finished
-from softprompt_inference.engine.messages import (
-    AddRequest,
-    Command,
-    ModelInfo,
-    Output,
-    SoftPromptPart,
-    Stats,
-    TextPart,
-)
-from softprompt_inference.prompts import Prompt, PromptEncoder
-from softprompt_inference.text import Tokenizer
+from softprompt_inference.composed import Bound, BoundAdapter, Composed, check_context, compose
+from softprompt_inference.engine.messages import AddRequest, Command, ModelInfo, Output, Stats
+from softprompt_inference.prompts import Prompt, PromptEncoder, soft_prompts_in, text_ids_of
+from softprompt_inference.text import Encoded, SoftPrompt, Tokenizer
 
 # What gathers while a reader is slow must not outgrow a message: with all logprobs a token takes about 1 kB.
 _MAX_DELTA_TOKENS = 512
@@ -60,7 +54,7 @@ class EngineHandle(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateCall:
-    """A request, parsed. `adapter` is spelled as users spell it; "" is the base model."""
+    """A request, parsed. `adapter` is spelled as users spell `model`; "" is the base model."""
 
     prompt: Prompt
     params: SamplingParams
@@ -68,22 +62,10 @@ class GenerateCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BoundAdapter:
-    """The one version a request is computed with. `name` and `version` are "" and 0 when it named a digest.
-
-    `digest` has the task behind it where the adapter has tasks.
-    """
-
-    name: str
-    version: int
-    digest: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """The request runs; `adapter` is None for the base model."""
+    """The request runs, with these adapters; none: the base model."""
 
-    adapter: BoundAdapter | None
+    adapters: Sequence[BoundAdapter]
     prompt_token_ids: list[int]
     virtual_tokens: int
 
@@ -105,15 +87,22 @@ class Generation:
     """A generation that runs.
 
     Args:
-        accepted: its first event.
+        bound, composed: its adapters, and its prompt with them.
         choices, streams: what it consists of, and the engine's outputs of each.
 
     Attributes:
         usage: its last event, once that was taken.
     """
 
-    def __init__(self, accepted: Accepted, choices: Sequence[Choice], streams: Sequence[OutputStream]) -> None:
-        self._accepted = accepted
+    def __init__(
+        self, bound: Bound, composed: Composed, choices: Sequence[Choice], streams: Sequence[OutputStream]
+    ) -> None:
+        self._composed = composed
+        self._accepted = Accepted(
+            adapters=bound.every,
+            prompt_token_ids=composed.text_ids,
+            virtual_tokens=composed.virtual_tokens,
+        )
         self._choices = choices
         self._streams = streams
         self._num_running = len(choices)
@@ -180,13 +169,13 @@ class Generation:
         return events
 
     def _count(self) -> Usage:
-        accepted, choices = self._accepted, self._choices
+        composed, choices = self._composed, self._choices
         return Usage(
-            prompt_tokens=len(accepted.prompt_token_ids),
+            prompt_tokens=len(composed.text_ids),
             completion_tokens=sum(choice.num_tokens for choice in choices),
-            virtual_tokens=accepted.virtual_tokens,
+            virtual_tokens=composed.virtual_tokens,
             # The first choice's: the others find what it computed.
-            cached_tokens=max(0, choices[0].cached_tokens - accepted.virtual_tokens),
+            cached_tokens=composed.count_text(choices[0].cached_tokens),
         )
 
 
@@ -229,54 +218,60 @@ class Generator:
         """A generation, for the time of the context; every SoftpromptError it raises is meant for the caller."""
         call.params.check_vocabulary(self._engine.info.vocab_size)
         with self._admitted(call.params.n):
-            token_ids = await self._prompts.encode(call.prompt)
-            if not token_ids:
+            prompt = await self._prompts.encode(call.prompt)
+            if not text_ids_of(prompt):
                 raise InvalidArgument("the prompt is empty: it has no tokens", field="prompt")
-            bound = await self.bind(call.adapter)
-            async with self._resident(bound) as adapter:
-                virtual_tokens = adapter.num_virtual_tokens if adapter else 0
-                self._check_context(len(token_ids), virtual_tokens, call.params.max_tokens)
-                accepted = Accepted(adapter=bound, prompt_token_ids=token_ids, virtual_tokens=virtual_tokens)
+            bound = await self.bind(call.adapter, soft_prompts_in(prompt))
+            digests = [adapter.digest for adapter in bound.every]
+
+            def put_together(adapters: Sequence[Adapter]) -> Composed:
+                composed = compose(prompt, bound, adapters)
+                limit = self._engine.info.max_model_len
+                check_context(composed, max_tokens=call.params.max_tokens, limit=limit)
+                return composed
+
+            # What cannot be computed is refused before it waits for room.
+            async with self._residency.use(*digests, check=put_together) as adapters:
+                composed = put_together(adapters)
                 choices = [
                     Choice(index, self._tokenizer.output_text(call.params)) for index in range(call.params.n)
                 ]
-                with self._submitted(call.params, token_ids, adapter) as streams:
-                    yield Generation(accepted, choices, streams)
+                with self._submitted(call.params, composed) as streams:
+                    yield Generation(bound, composed, choices, streams)
 
-    async def bind(self, spelling: str) -> BoundAdapter | None:
-        """The version that a spelling stands for now; None for the base model."""
-        ref = self._parse(spelling)
-        if ref is None:
-            return None
+    async def bind(self, spelling: str, inside: Sequence[str] = ()) -> Bound:
+        """The versions that spellings stand for now: of what is in front of a prompt, and of what is inside."""
+        front = self._parse(spelling)
+        inner = {name: parse_requested(name, field="prompt") for name in inside}
+        check_number(len(front) + len(inner), field="adapter")
+        # Each once: two spellings of one request never stand for two versions of a name.
+        bound = {ref: await self._bind(ref) for ref in dict.fromkeys([*front, *inner.values()])}
+        return Bound(front=[bound[ref] for ref in front], inside={name: bound[ref] for name, ref in inner.items()})
+
+    async def _bind(self, ref: AdapterRef) -> BoundAdapter:
         if ref.digest:  # its task is checked when it is fetched
-            return BoundAdapter(name="", version=0, digest=str(ref))
+            return BoundAdapter(spelling=str(ref), name="", version=0, digest=str(ref))
         version = await self._source.resolve(str(ref.whole))
-        task = choose_task(ref, version.num_tasks)
-        return BoundAdapter(name=version.name, version=version.version, digest=with_task(version.digest, task))
+        digest = with_task(version.digest, choose_task(ref, version.num_tasks))
+        return BoundAdapter(spelling=str(ref), name=version.name, version=version.version, digest=digest)
 
-    async def count_virtual_tokens(self, spelling: str) -> int:
-        """Virtual tokens of the version that a spelling stands for now."""
-        ref = self._parse(spelling)
-        if ref is None:
-            return 0
-        version = await self._source.resolve(str(ref.whole))
-        choose_task(ref, version.num_tasks)
-        return version.num_virtual_tokens
+    async def count_virtual_tokens(self, spelling: str, prompt: Encoded) -> int:
+        """Virtual tokens of the versions that spellings stand for now, in front of a prompt and inside it."""
+        inside = [parse_requested(part.adapter) for part in prompt if isinstance(part, SoftPrompt)]
+        refs = [*self._parse(spelling), *inside]
+        counts: dict[AdapterRef, int] = {}
+        for ref in dict.fromkeys(refs):
+            version = await self._source.resolve(str(ref.whole))
+            choose_task(ref, version.num_tasks)
+            counts[ref] = version.num_virtual_tokens
+        return sum(counts[ref] for ref in refs)
 
-    def _parse(self, spelling: str) -> AdapterRef | None:
-        return parse_model(spelling, base_model_id=self._base_model_id, field="adapter") if spelling else None
+    def _parse(self, spelling: str) -> Sequence[AdapterRef]:
+        return parse_model(spelling, base_model_id=self._base_model_id, field="adapter") if spelling else ()
 
     @contextlib.contextmanager
-    def _submitted(
-        self, params: SamplingParams, token_ids: list[int], adapter: Adapter | None
-    ) -> Iterator[list[OutputStream]]:
+    def _submitted(self, params: SamplingParams, composed: Composed) -> Iterator[list[OutputStream]]:
         """The outputs of each choice; the engine forgets what has not ended when the context does."""
-        prompt: list[TextPart | SoftPromptPart] = [TextPart(token_ids=token_ids)]
-        lora = ""
-        if adapter is not None and adapter.is_lora:
-            lora = adapter.digest
-        elif adapter is not None:
-            prompt.insert(0, SoftPromptPart(digest=adapter.digest))
         seed = secrets.randbits(62) if params.seed is None else params.seed
         request_number = next(self._numbers)
         with contextlib.ExitStack() as open_streams:
@@ -284,26 +279,17 @@ class Generator:
             for index in range(params.n):
                 request = AddRequest(
                     request_id=f"{request_number}-{index}",
-                    prompt=prompt,
+                    prompt=composed.parts,
                     params=params,
                     eos_token_ids=list(self._tokenizer.eos_token_ids),
                     seed=seed + index,
-                    lora=lora,
+                    lora=composed.lora,
                 )
                 self._engine.submit(request)
                 streams.append(self._engine.outputs(request.request_id))
                 # Closing a stream that has not ended aborts its request.
                 open_streams.callback(streams[-1].close)
             yield streams
-
-    @contextlib.asynccontextmanager
-    async def _resident(self, bound: BoundAdapter | None) -> AsyncIterator[Adapter | None]:
-        """The adapter, held in the engine; None for the base model."""
-        if bound is None:
-            yield None
-            return
-        async with self._residency.use(bound.digest) as adapter:
-            yield adapter
 
     @contextlib.contextmanager
     def _admitted(self, num_choices: int) -> Iterator[None]:
@@ -317,15 +303,3 @@ class Generator:
             yield
         finally:
             self._num_open_choices -= num_choices
-
-    def _check_context(self, num_tokens: int, virtual_tokens: int, max_tokens: int | None) -> None:
-        limit = self._engine.info.max_model_len
-        num_prompt = num_tokens + virtual_tokens
-        if num_prompt + (max_tokens or 1) <= limit:
-            return
-        output = "at least 1 token of output" if max_tokens is None else f"max_tokens {max_tokens}"
-        raise ContextLengthExceeded(
-            f"the prompt has {num_tokens} tokens + {virtual_tokens} virtual tokens + {output}, "
-            f"the limit is {limit}",
-            field="prompt" if num_prompt >= limit else "max_tokens",
-        )

@@ -1,14 +1,16 @@
 """What a request wants completed, and its ids."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from typing import cast
 
 from softprompt_api.errors import InvalidArgument
 
-from softprompt_inference.text import ChatMessage, Tokenizer
+from softprompt_inference.text import ChatMessage, Encoded, SoftPrompt, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +29,18 @@ class IdsPrompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PartsPrompt:
+    """Texts, ids and soft prompts, in order.
+
+    Neighbouring texts are one text; those on the two sides of anything else are encoded each on its own. Where the
+    first part that is no soft prompt is a text, it has the tokenizer's own special tokens where asked for.
+    """
+
+    parts: Sequence[str | Sequence[int] | SoftPrompt]
+    add_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChatPrompt:
     """A conversation for the model's chat template."""
 
@@ -35,7 +49,38 @@ class ChatPrompt:
     continue_final_message: bool = False
 
 
-Prompt = TextPrompt | IdsPrompt | ChatPrompt
+Prompt = TextPrompt | IdsPrompt | PartsPrompt | ChatPrompt
+
+
+def soft_prompts_in(prompt: Encoded) -> list[str]:
+    """The adapters that stand inside a prompt, as they are spelled there, each once."""
+    return list(dict.fromkeys(part.adapter for part in prompt if isinstance(part, SoftPrompt)))
+
+
+def text_ids_of(prompt: Encoded) -> list[int]:
+    """The ids of all text of a prompt."""
+    texts = [part for part in prompt if isinstance(part, list)]
+    return texts[0] if len(texts) == 1 else [token_id for text in texts for token_id in text]
+
+
+def encode_parts(tokenizer: Tokenizer, prompt: PartsPrompt, *, max_tokens: int) -> Encoded:
+    """The prompt as ids and soft prompts; ContextLengthExceeded where its text cannot fit in `max_tokens`."""
+    parts = [part for part in prompt.parts if part != ""] or [""]
+    num_characters = sum(len(part) for part in parts if isinstance(part, str))
+    num_soft_prompts = sum(isinstance(part, SoftPrompt) for part in parts)
+    tokenizer.check_size(num_characters, num_soft_prompts, max_tokens=max_tokens)
+    encoded: Encoded = []
+    adds_special_tokens = prompt.add_special_tokens  # to the next text
+    for are_texts, group in groupby(parts, key=lambda part: isinstance(part, str)):
+        if are_texts:
+            text = "".join(cast(Iterable[str], group))
+            new: Encoded = [tokenizer.encode(text, add_special_tokens=adds_special_tokens)]
+        else:
+            others = cast(Iterable[Sequence[int] | SoftPrompt], group)
+            new = [part if isinstance(part, SoftPrompt) else list(part) for part in others]
+        adds_special_tokens = adds_special_tokens and all(isinstance(part, SoftPrompt) for part in new)
+        encoded += new
+    return encoded
 
 
 class PromptEncoder:
@@ -54,18 +99,16 @@ class PromptEncoder:
         self._max_tokens = max_tokens
         self._executor = executor
 
-    async def encode(self, prompt: Prompt) -> list[int]:
-        """Ids of a prompt, all of them in the vocabulary; InvalidArgument names what is wrong."""
+    async def encode(self, prompt: Prompt) -> Encoded:
+        """A prompt as ids of the vocabulary and soft prompts; InvalidArgument names what is wrong."""
         match prompt:
             case IdsPrompt(token_ids=token_ids):
-                return self.check_ids(token_ids, field="token_ids")
+                return [self.check_ids(token_ids, field="token_ids")]
             case TextPrompt(text=text):
-                call = partial(
-                    self._tokenizer.encode,
-                    text,
-                    add_special_tokens=prompt.add_special_tokens,
-                    max_tokens=self._max_tokens,
-                )
+                parts = PartsPrompt(parts=[text], add_special_tokens=prompt.add_special_tokens)
+                call = partial(encode_parts, self._tokenizer, parts, max_tokens=self._max_tokens)
+            case PartsPrompt():
+                call = partial(encode_parts, self._tokenizer, prompt, max_tokens=self._max_tokens)
             case ChatPrompt(messages=messages):
                 call = partial(
                     self._tokenizer.encode_chat,
@@ -74,8 +117,8 @@ class PromptEncoder:
                     continue_final_message=prompt.continue_final_message,
                     max_tokens=self._max_tokens,
                 )
-        ids = await asyncio.get_running_loop().run_in_executor(self._executor, call)
-        return self.check_ids(ids, field="prompt")
+        encoded = await asyncio.get_running_loop().run_in_executor(self._executor, call)
+        return [self.check_ids(part, field="prompt") if isinstance(part, list) else part for part in encoded]
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """Text of ids, special tokens included."""

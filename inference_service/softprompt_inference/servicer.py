@@ -19,7 +19,7 @@ from softprompt_api.registry.v1 import registry_pb2
 from softprompt_inference.adapters.residency import Residency
 from softprompt_inference.convert import to_call, to_prompt, to_resident, to_response, write_response
 from softprompt_inference.generation import EngineHandle, Event, GenerateCall, Generation, Generator, Usage
-from softprompt_inference.prompts import PromptEncoder
+from softprompt_inference.prompts import PromptEncoder, text_ids_of
 from softprompt_inference.session import Session
 from softprompt_inference.text import Tokenizer
 
@@ -91,12 +91,13 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         front = self._ready()
-        ids = await front.prompts.encode(to_prompt(request))
+        prompt = await front.prompts.encode(to_prompt(request))
+        ids = text_ids_of(prompt)
         return pb.TokenizeResponse(
             ids=ids,
             token_strings=map(front.tokenizer.token_text, ids) if request.return_token_strings else (),
             max_model_len=front.engine.info.max_model_len,
-            virtual_tokens=await front.generator.count_virtual_tokens(request.adapter),
+            virtual_tokens=await front.generator.count_virtual_tokens(request.adapter, prompt),
         )
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
@@ -158,9 +159,9 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
 async def _digest(front: Front, spelling: str) -> str:
     bound = await front.generator.bind(spelling)
-    if bound is None:
-        raise InvalidArgument("an adapter is expected here, not the base model", field="adapter")
-    return bound.digest
+    if len(bound.front) != 1:
+        raise InvalidArgument("one adapter is expected here, not the base model or several", field="adapter")
+    return bound.front[0].digest
 
 
 def _log_request(request_id: str, call: GenerateCall, usage: Usage, seconds: float) -> None:

@@ -1,13 +1,16 @@
 """How `model` is spelled: the grammar that every service shares.
 
-    model   = base-id | [base-id ":"] adapter [":" task]
+    model   = base-id | [base-id ":"] part {"+" part}
+    part    = adapter [":" task]
     adapter = name ["@" (number | alias)] | "sha256:" 64 hex digits
 
 `name` alone means `name@latest`: the alias that every registration moves to its version. A task is a number from
-0, of an adapter that was trained for several.
+0, of an adapter that was trained for several. `+` puts adapters together in one request, as far as
+`softprompt_api.composition` lets them.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from softprompt_api.errors import InvalidArgument
@@ -16,6 +19,7 @@ NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}\Z")
 DIGEST_PATTERN = re.compile(r"sha256:[0-9a-f]{64}\Z")
 RESERVED_NAMES = frozenset({"latest", "base", "none", "default", "sha256"})
 LATEST = "latest"
+_PLUS = "+"
 # An alias must never be taken for a version.
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?\Z")
 _MAX_VERSION = 2**31 - 1
@@ -103,14 +107,24 @@ def parse_requested(spelling: str, *, field: str = "adapter") -> AdapterRef:
     return replace(ref, task=int(task))
 
 
-def parse_model(spelling: str, *, base_model_id: str, field: str = "model") -> AdapterRef | None:
-    """Parse the `model` of a request: None for the base model, otherwise the adapter.
+def split_model(spelling: str, *, base_model_id: str) -> list[str]:
+    """The adapters that the `model` of a request puts together, each as it is spelled there; none: the base model.
 
     `BASE:name` is accepted where BASE is exactly the base model's id.
     """
     if spelling == base_model_id:
-        return None
-    return parse_requested(spelling.removeprefix(f"{base_model_id}:"), field=field)
+        return []
+    return spelling.removeprefix(f"{base_model_id}:").split(_PLUS)
+
+
+def join_model(spellings: Iterable[str]) -> str:
+    """The `model` that puts these adapters together."""
+    return _PLUS.join(spellings)
+
+
+def parse_model(spelling: str, *, base_model_id: str, field: str = "model") -> tuple[AdapterRef, ...]:
+    """Parse the `model` of a request: its adapters in order, none for the base model."""
+    return tuple(parse_requested(one, field=field) for one in split_model(spelling, base_model_id=base_model_id))
 
 
 def with_task(spelling: str, task: int | None) -> str:

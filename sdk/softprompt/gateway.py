@@ -67,7 +67,7 @@ class GatewayClient:
             for choice in event.get("choices", ()):
                 yield choice.get("text") or ""
 
-    def chat(self, messages: Sequence[Mapping[str, str]], **body: Any) -> Iterator[str]:
+    def chat(self, messages: Sequence[Mapping[str, Any]], **body: Any) -> Iterator[str]:
         """Pieces of the assistant's answer. `body` holds further fields of `/v1/chat/completions`."""
         for event in self._stream("/v1/chat/completions", {"messages": list(messages), **body}):
             for choice in event.get("choices", ()):

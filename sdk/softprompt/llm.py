@@ -9,6 +9,7 @@ from typing import cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from softprompt_api.composition import Role
 from softprompt_api.errors import InvalidArgument, SoftpromptError
 from softprompt_api.params import SamplingParams
 from softprompt_inference.choice import Choice
@@ -16,24 +17,26 @@ from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import Engine
 from softprompt_inference.engine.keys import VirtualIds
 from softprompt_inference.engine.lora import LoraSlots
-from softprompt_inference.engine.messages import AddRequest, ModelInfo, SoftPromptPart, TextPart
+from softprompt_inference.engine.messages import AddRequest, ModelInfo, SoftPromptPart
 from softprompt_inference.engine.prompt import make_sequence
 from softprompt_inference.model.runner import load_runner
 from softprompt_inference.model.source import DEFAULT_MODEL, native_kernels_dir, resolve_model
-from softprompt_inference.text import ChatMessage, Tokenizer
+from softprompt_inference.prompts import PartsPrompt, encode_parts, text_ids_of
+from softprompt_inference.text import Encoded, Tokenizer
 
 from softprompt.batch import Running, run
+from softprompt.composed import Composed, Message, Places, SoftPrompts
 from softprompt.outputs import RequestOutput
 from softprompt.prompts import ParsedPrompt, Prompt, one_each, parse_prompts
-from softprompt.requests import AdapterRequest, LoRARequest, PromptAdapterRequest
+from softprompt.requests import LoRARequest, PromptAdapterRequest
 from softprompt.resident import ResidentAdapters
 
 _log = logging.getLogger(__name__)
 _GIB = 2**30
 
-Adapters = PromptAdapterRequest | Sequence[PromptAdapterRequest | None] | None
+Adapters = PromptAdapterRequest | Sequence[SoftPrompts] | None
 Loras = LoRARequest | Sequence[LoRARequest | None] | None
-Message = Mapping[str, str]
+_Encoded = tuple[str | None, Encoded, Places]
 
 
 class LLM:
@@ -132,18 +135,18 @@ class LLM:
         """Complete prompts, all in one batch; outputs in the prompts' order.
 
         Args:
-            prompts: one or a list of: text, token ids, {"prompt": …}, {"prompt_token_ids": […]}.
+            prompts: one or a list of: text, token ids, {"prompt": …}, {"prompt_token_ids": […]}, {"parts": […]}:
+                texts, token ids and PromptAdapterRequests in order.
             sampling_params: one for all, or one for each; None: SamplingParams().
-            prompt_adapter_request: one for all, or a list with one or None (no soft prompt) for each.
+            prompt_adapter_request: one for all, or a list with one, several in a list, or None (no soft prompt)
+                for each. They stand in front of the prompt, in order.
             lora_request: likewise; a prompt may have a soft prompt and a LoRA.
             use_tqdm: show progress on a terminal.
 
         Raises an error of softprompt_api.errors, before anything runs, that names the prompt which cannot be run.
         """
-        parsed = parse_prompts(prompts)
-        ids = [self._encode(index, prompt) for index, prompt in enumerate(parsed)]
-        texts = [prompt.text for prompt in parsed]
-        return self._run(texts, ids, sampling_params, prompt_adapter_request, lora_request, use_tqdm)
+        encoded = [self._encode(index, prompt) for index, prompt in enumerate(parse_prompts(prompts))]
+        return self._run(encoded, sampling_params, prompt_adapter_request, lora_request, use_tqdm)
 
     def chat(
         self,
@@ -158,72 +161,73 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of a list of them, through the model's chat template.
 
-        A message is {"role": …, "content": …}; the rest is as in `generate`.
+        A message is {"role": …, "content": …}, its content a text, or a list of texts and PromptAdapterRequests;
+        the rest is as in `generate`.
         """
-        conversations = _conversations(messages)
-        ids = []
-        for index, conversation in enumerate(conversations):
+        encoded: list[_Encoded] = []
+        for index, conversation in enumerate(_conversations(messages)):
+            places = Places()
             with _naming(index):
-                token_ids = self._tokenizer.encode_chat(
-                    [_message(message) for message in conversation],
+                prompt = self._tokenizer.encode_chat(
+                    [places.message(message) for message in conversation],
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,
                     max_tokens=self.info.max_model_len,
                 )
-            ids.append(token_ids)
-        texts = [self._tokenizer.decode(token_ids) for token_ids in ids]
-        return self._run(texts, ids, sampling_params, prompt_adapter_request, lora_request, use_tqdm)
+            encoded.append((self._tokenizer.decode(text_ids_of(prompt)), prompt, places))
+        return self._run(encoded, sampling_params, prompt_adapter_request, lora_request, use_tqdm)
 
-    def _encode(self, index: int, prompt: ParsedPrompt) -> list[int]:
-        if prompt.token_ids is not None:
-            return prompt.token_ids
+    def _encode(self, index: int, prompt: ParsedPrompt) -> _Encoded:
+        places = Places()
+        parts = [places.place(part) if isinstance(part, PromptAdapterRequest) else part for part in prompt.parts]
         with _naming(index):
-            return self._tokenizer.encode(prompt.text or "", max_tokens=self.info.max_model_len)
+            encoded = encode_parts(self._tokenizer, PartsPrompt(parts=parts), max_tokens=self.info.max_model_len)
+        return prompt.text, encoded, places
 
     def _run(
         self,
-        texts: Sequence[str | None],
-        ids: Sequence[list[int]],
+        encoded: Sequence[_Encoded],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         adapters: Adapters,
         loras: Loras,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        params = one_each(sampling_params or SamplingParams(), len(ids), "sampling_params")
-        requests = one_each(adapters, len(ids), "prompt_adapter_request")
-        lora_requests = one_each(loras, len(ids), "lora_request")
-        self._check_enabled(requests, lora_requests)
-        digests = _load(self._adapters, requests)
-        lora_digests = _load(self._loras, lora_requests)
-        choices = [
-            self._make_choices(index, token_ids, one_params, digest, lora)
-            for index, (token_ids, one_params, digest, lora) in enumerate(
-                zip(ids, params, digests, lora_digests, strict=True)
-            )
+        params = one_each(sampling_params or SamplingParams(), len(encoded), "sampling_params")
+        fronts: list[SoftPrompts] = one_each(adapters, len(encoded), "prompt_adapter_request")
+        lora_requests = one_each(loras, len(encoded), "lora_request")
+        prompts = [
+            Composed(text=text, encoded=prompt, inside=places.requests, given=given, lora=lora)
+            for (text, prompt, places), given, lora in zip(encoded, fronts, lora_requests, strict=True)
         ]
-        with _progress(len(ids), use_tqdm) as advance:
+        soft_prompts = [request for prompt in prompts for request in prompt.soft_prompts]
+        self._check_enabled(soft_prompts, lora_requests)
+        digests = self._adapters.load(soft_prompts)
+        lora_digests = self._loras.load(lora for lora in lora_requests if lora is not None)
+        choices = [
+            self._make_choices(index, prompt, one_params, digests, lora_digests)
+            for index, (prompt, one_params) in enumerate(zip(prompts, params, strict=True))
+        ]
+        with _progress(len(prompts), use_tqdm) as advance:
             run(self._engine, choices, advance)
         self._adapters.trim()
         self._loras.trim()
         return [
             RequestOutput(
                 request_id=mine[0].request.request_id.partition("-")[0],
-                prompt=text,
-                prompt_token_ids=token_ids,
+                prompt=prompt.text,
+                prompt_token_ids=prompt.text_ids,
                 outputs=[one.completion(self._tokenizer) for one in mine],
-                prompt_adapter_request=request,
-                lora_request=lora_request,
+                prompt_adapter_request=prompt.given,
+                lora_request=prompt.lora,
                 num_cached_tokens=mine[0].choice.cached_tokens,
             )
-            for text, token_ids, mine, request, lora_request in zip(
-                texts, ids, choices, requests, lora_requests, strict=True
-            )
+            for prompt, mine in zip(prompts, choices, strict=True)
         ]
 
     def _check_enabled(
-        self, requests: Sequence[PromptAdapterRequest | None], loras: Sequence[LoRARequest | None]
+        self, requests: Sequence[PromptAdapterRequest], loras: Sequence[LoRARequest | None]
     ) -> None:
-        if any(requests) and not self._enable_prompt_adapter:
+        if requests and not self._enable_prompt_adapter:
             raise InvalidArgument(
                 "this LLM was made with enable_prompt_adapter=False, so it takes no prompt_adapter_request",
                 field="prompt_adapter_request",
@@ -240,34 +244,43 @@ class LLM:
             )
 
     def _make_choices(
-        self, index: int, token_ids: list[int], params: SamplingParams, digest: str | None, lora: str | None
+        self,
+        index: int,
+        prompt: Composed,
+        params: SamplingParams,
+        digests: Mapping[PromptAdapterRequest, str],
+        lora_digests: Mapping[LoRARequest, str],
     ) -> list[Running]:
         """One choice for each of `params.n`, checked as the engine would, so that nothing runs when one cannot."""
         number = next(self._request_ids)
         seed = self._random.getrandbits(62) if params.seed is None else params.seed
-        virtual = [] if digest is None else [SoftPromptPart(digest=digest)]
         requests = [
             AddRequest(
                 request_id=f"{number}-{choice}",
-                prompt=[*virtual, TextPart(token_ids=token_ids)],
+                prompt=prompt.parts(digests),
                 params=params,
                 eos_token_ids=list(self._tokenizer.eos_token_ids),
                 seed=seed + choice,
-                lora=lora or "",
+                lora="" if prompt.lora is None else lora_digests[prompt.lora],
             )
             for choice in range(params.n)
         ]
+
+        def role_of(request: PromptAdapterRequest) -> Role:
+            return self._adapters.role_of(digests[request])
+
         with _naming(index):
-            self._check(requests[0], digest)
+            prompt.check(role_of)
+            self._check(requests[0])
         texts = [self._tokenizer.output_text(params) for _ in requests]
         return [
             Running(index=choice, request=request, choice=Choice(choice, text))
             for choice, (request, text) in enumerate(zip(requests, texts, strict=True))
         ]
 
-    def _check(self, request: AddRequest, digest: str | None) -> None:
+    def _check(self, request: AddRequest) -> None:
         ids = VirtualIds(self.info.vocab_size)
-        if digest is not None:
+        for digest in {part.digest for part in request.prompt if isinstance(part, SoftPromptPart)}:
             self._adapters.assign(digest, ids)
         slots = LoraSlots(1)
         if request.lora:
@@ -275,24 +288,10 @@ class LLM:
         make_sequence(request, virtual_ids=ids, lora_slots=slots, max_model_len=self.info.max_model_len)
 
 
-def _load(resident: ResidentAdapters, requests: Sequence[AdapterRequest | None]) -> list[str | None]:
-    """The digest of each request's adapter, which is loaded then; None where there is none."""
-    digests = resident.load(request for request in requests if request is not None)
-    return [None if request is None else digests[request] for request in requests]
-
-
 def _conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> Sequence[Sequence[Message]]:
     if isinstance(messages, Sequence) and messages and isinstance(messages[0], Mapping):
         return [cast(Sequence[Message], messages)]
     return cast(Sequence[Sequence[Message]], messages)
-
-
-def _message(message: Message) -> ChatMessage:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= set(message) <= {"role", "content", "name"}:
-        raise InvalidArgument("each message must be {'role': …, 'content': …}", field="messages")
-    if not all(isinstance(value, str) for value in message.values()):
-        raise InvalidArgument("a message's role, content and name must be strings", field="messages")
-    return ChatMessage(role=message["role"], content=message["content"], name=message.get("name", ""))
 
 
 @contextmanager

@@ -50,11 +50,11 @@ class RequestOutput:
 
     Attributes:
         request_id: place of the prompt in all calls of this LLM.
-        prompt: its text; None where token ids were given.
+        prompt: its text, without soft prompts inside; None where token ids were given.
         prompt_token_ids: its ids, without virtual tokens.
         outputs: its completions, by index.
         finished: always true; kept for code written for vLLM.
-        prompt_adapter_request: the soft prompt it ran with; None: none.
+        prompt_adapter_request: the soft prompt in front of it, or several in order; None: none.
         lora_request: the LoRA it ran with; None: none.
         num_cached_tokens: positions of the prompt, virtual ones included, whose KV was at hand; of the first
             completion.
@@ -65,6 +65,6 @@ class RequestOutput:
     prompt_token_ids: Sequence[int]
     outputs: Sequence[CompletionOutput]
     finished: bool = True
-    prompt_adapter_request: PromptAdapterRequest | None = None
+    prompt_adapter_request: PromptAdapterRequest | Sequence[PromptAdapterRequest] | None = None
     lora_request: LoRARequest | None = None
     num_cached_tokens: int = 0

@@ -6,6 +6,8 @@ from typing import TypedDict, TypeVar, cast
 
 from softprompt_api.errors import InvalidArgument
 
+from softprompt.requests import PromptAdapterRequest
+
 
 class TextPrompt(TypedDict):
     """A prompt as text."""
@@ -19,16 +21,32 @@ class TokensPrompt(TypedDict):
     prompt_token_ids: list[int]
 
 
-Prompt = str | TextPrompt | TokensPrompt | list[int]
+class PartsPrompt(TypedDict):
+    """A prompt in parts: texts, token ids, and soft prompts of embeddings that stand between them."""
+
+    parts: Sequence[str | list[int] | PromptAdapterRequest]
+
+
+Prompt = str | TextPrompt | TokensPrompt | PartsPrompt | list[int]
 Each = TypeVar("Each")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedPrompt:
-    """Text, or token ids; the other is None."""
+    """A prompt in parts, and its text: None where it has token ids."""
 
+    parts: Sequence[str | list[int] | PromptAdapterRequest]
     text: str | None = None
-    token_ids: list[int] | None = None
+
+    @classmethod
+    def of_text(cls, text: str) -> "ParsedPrompt":
+        """One text."""
+        return cls(parts=[text], text=text)
+
+    @property
+    def soft_prompts(self) -> list[PromptAdapterRequest]:
+        """Those that stand between its other parts."""
+        return [part for part in self.parts if isinstance(part, PromptAdapterRequest)]
 
 
 def parse_prompts(prompts: Prompt | Sequence[Prompt]) -> list[ParsedPrompt]:
@@ -49,17 +67,37 @@ def _as_several(prompts: object) -> Sequence[object]:
 
 def _parse(prompt: object, place: str) -> ParsedPrompt:
     if isinstance(prompt, str):
-        return ParsedPrompt(text=prompt)
+        return ParsedPrompt.of_text(prompt)
     if _is_ids(prompt):
-        return ParsedPrompt(token_ids=list(cast(Sequence[int], prompt)))
+        return ParsedPrompt(parts=[list(cast(Sequence[int], prompt))])
     if isinstance(prompt, Mapping) and set(prompt) == {"prompt"} and isinstance(prompt["prompt"], str):
-        return ParsedPrompt(text=prompt["prompt"])
+        return ParsedPrompt.of_text(prompt["prompt"])
     if isinstance(prompt, Mapping) and set(prompt) == {"prompt_token_ids"} and _is_ids(prompt["prompt_token_ids"]):
-        return ParsedPrompt(token_ids=list(prompt["prompt_token_ids"]))
+        return ParsedPrompt(parts=[list(prompt["prompt_token_ids"])])
+    if isinstance(prompt, Mapping) and set(prompt) == {"parts"} and isinstance(prompt["parts"], list | tuple):
+        return _parse_parts(prompt["parts"], place)
     raise InvalidArgument(
-        f"{place} must be a string, a list of token ids, {{'prompt': '…'}} or {{'prompt_token_ids': [...]}}",
+        f"{place} must be a string, a list of token ids, {{'prompt': '…'}}, {{'prompt_token_ids': [...]}} or "
+        "{'parts': [...]}",
         field=place,
     )
+
+
+def _parse_parts(given: Sequence[object], place: str) -> ParsedPrompt:
+    parts: list[str | list[int] | PromptAdapterRequest] = []
+    for number, part in enumerate(given):
+        if isinstance(part, str | PromptAdapterRequest):
+            parts.append(part)
+        elif _is_ids(part):
+            parts.append(list(cast(Sequence[int], part)))
+        else:
+            raise InvalidArgument(
+                f"{place}: part {number} must be a string, a list of token ids or a PromptAdapterRequest",
+                field=place,
+            )
+    texts = [part for part in parts if isinstance(part, str)]
+    has_ids = any(isinstance(part, list) for part in parts)
+    return ParsedPrompt(parts=parts, text=None if has_ids else "".join(texts))
 
 
 def _is_ids(value: object) -> bool:

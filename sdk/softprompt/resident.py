@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
+from softprompt_api.composition import Role
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.formats import CONFIG_FILE, DEFAULT_MAX_LORA_RANK, AdapterKind, ModelShape
 from softprompt_api.names import AdapterRef, choose_task, with_task
@@ -84,6 +85,10 @@ class ResidentAdapters:
         """Give a loaded adapter some of these ids, as the engine did of its own."""
         resident = self._resident[digest]
         virtual_ids.assign(digest, resident.num_virtual_tokens, are_key_values=resident.are_key_values)
+
+    def role_of(self, digest: str) -> Role:
+        """What a loaded soft prompt gives."""
+        return Role.KEY_VALUES if self._resident[digest].are_key_values else Role.EMBEDDINGS
 
     def trim(self) -> None:
         """Drop the least recently used above the limit; no request may be running."""

@@ -13,6 +13,7 @@ import openai
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -112,6 +113,82 @@ def complete_by_peft(model: Path, adapter: Path | None, task: int | None) -> str
         tasks = {} if task is None else {"task_ids": torch.tensor([task])}
         made = oracle.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0, **tasks)
     return str(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def test_adapters_put_together_answer_as_computed_by_hand(
+    system: Any,
+    client: openai.OpenAI,
+    make_adapter: Callable[..., Path],
+    tiny_model: Path,
+    adapters: dict[str, Path],
+) -> None:
+    lora = make_adapter(44, kind="lora")
+    assert system.cli("adapter", "add", "beside", str(lora)).returncode == 0
+    first, second = adapters["first"], adapters["second"]
+    inside = [{"type": "soft_prompt", "name": "second"}, {"type": "text", "text": " and on"}]
+    asked = [
+        ({"model": "first+second"}, PROMPT, [first, second, PROMPT], None),
+        ({"model": "second+beside+first"}, PROMPT, [second, first, PROMPT], lora),
+        ({"model": "tiny", "extra_body": {"adapters": ["first", "beside"]}}, PROMPT, [first, PROMPT], lora),
+        ({"model": "tiny"}, [{"type": "text", "text": PROMPT}, *inside], [PROMPT, second, " and on"], None),
+        (
+            {"model": "first+beside"},
+            [{"type": "text", "text": PROMPT}, *inside],
+            [first, PROMPT, second, " and on"],
+            lora,
+        ),
+        ({"model": "tiny"}, PROMPT, [PROMPT], None),
+    ]
+
+    def ask(number: int) -> str:
+        options, prompt, _, _ = asked[number % len(asked)]
+        answer = client.completions.create(prompt=prompt, max_tokens=12, temperature=0, **options)
+        return str(answer.choices[0].text)
+
+    with ThreadPoolExecutor(12) as threads:
+        texts = list(threads.map(ask, range(2 * len(asked))))
+    by_hand = [complete_by_hand(tiny_model, parts, one) for _, _, parts, one in asked]
+    assert texts == by_hand * 2
+    assert len(set(by_hand)) == len(by_hand)
+    answer = client.completions.with_raw_response.create(
+        model="first+beside", prompt=asked[4][1], max_tokens=1, temperature=0
+    )
+    assert answer.headers["x-softprompt-adapter"] == "first@1+beside@1+second@1"
+    usage = answer.parse().usage
+    assert usage is not None
+    assert usage.prompt_tokens_details.model_dump()["virtual_tokens"] == 5 + 16
+    assert client.models.retrieve("first+beside").model_dump()["root"] == "first@1+beside@1"
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Hi"}, *inside]}]
+    answers = [
+        client.chat.completions.create(model=model, messages=messages, max_tokens=12, temperature=0)
+        for model in ("tiny", "beside")
+    ]
+    assert len({answer.choices[0].message.content for answer in answers}) == 2
+    with pytest.raises(openai.BadRequestError, match="beside and beside are both LoRAs"):
+        complete(client, "beside+first+beside")
+
+
+def complete_by_hand(model: Path, parts: list[Path | str], lora: Path | None) -> str:
+    """Greedy text over the rows of adapters and the embeddings of texts, one behind the other."""
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        oracle = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        if lora is not None:
+            oracle = PeftModel.from_pretrained(oracle, lora)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        embed = oracle.get_input_embeddings()
+        rows = [
+            load_file(part / "adapter_model.safetensors")["prompt_embeddings"]
+            if isinstance(part, Path)
+            else embed(tokenizer(part, return_tensors="pt").input_ids[0])
+            for part in parts
+        ]
+        made: list[int] = []
+        while len(made) < 12 and tokenizer.eos_token_id not in made:
+            inputs = torch.cat([*rows, embed(torch.tensor(made, dtype=torch.long))])
+            logits = oracle(inputs_embeds=inputs[None], use_cache=False).logits
+            made.append(int(logits[0, -1].argmax()))
+    return str(tokenizer.decode(made, skip_special_tokens=True))
 
 
 def test_virtual_tokens_are_counted_apart(client: openai.OpenAI) -> None:

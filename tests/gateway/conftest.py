@@ -106,8 +106,7 @@ class FakeInference(InferenceServiceServicer):
             raise RuntimeError("secret in /etc/passwd")
         if command == "silence":
             await asyncio.Event().wait()
-        version = self.registry.by_digest(request.adapter) if request.adapter else None
-        virtual = version.num_virtual_tokens if version else 0
+        virtual = self._count_virtual(request)
         yield pb.GenerateResponse(
             accepted=pb.Accepted(adapter_digest=request.adapter, prompt_token_ids=ids, virtual_tokens=virtual)
         )
@@ -140,6 +139,17 @@ class FakeInference(InferenceServiceServicer):
         )
         yield pb.GenerateResponse(usage=usage)
 
+    def _count_virtual(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> int:
+        """Virtual tokens of all adapters of a request, in front and inside."""
+        digests = request.adapter.split("+") if request.adapter else []
+        digests += [part.soft_prompt for part in request.parts.parts]
+        digests += [part.soft_prompt for message in request.chat.messages for part in message.parts]
+        versions = [
+            self.registry.by_digest(digest.rpartition(":")[0]) for digest in digests if digest.count(":") > 1
+        ]
+        versions += [self.registry.by_digest(digest) for digest in digests if digest.count(":") == 1]
+        return sum(version.num_virtual_tokens for version in versions if version)
+
     async def GenerateMany(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.GenerateManyResponse]:
         """The service's own session, over this `Generate`."""
         await self._change(sessions=1, open_sessions=1)
@@ -160,12 +170,11 @@ class FakeInference(InferenceServiceServicer):
 
     async def Tokenize(self, request: Any, context: Any) -> pb.TokenizeResponse:
         ids, text = _prompt(request)
-        version = self.registry.by_digest(request.adapter) if request.adapter else None
         return pb.TokenizeResponse(
             ids=ids,
             token_strings=list(text) if request.return_token_strings else [],
             max_model_len=512,
-            virtual_tokens=version.num_virtual_tokens if version else 0,
+            virtual_tokens=self._count_virtual(request),
         )
 
     async def Detokenize(self, request: Any, context: Any) -> pb.DetokenizeResponse:
@@ -248,7 +257,12 @@ def _prompt(request: Any) -> tuple[list[int], str]:
         ids = list(request.token_ids.ids)
         return ids, bytes(ids).decode()
     if which == "chat":
-        return list(request.chat.messages[-1].content.encode()), request.chat.messages[-1].content
+        last = request.chat.messages[-1]
+        text = last.content or "".join(part.text for part in last.parts)
+        return list(text.encode()), text
+    if which == "parts":
+        text = "".join(part.text for part in request.parts.parts)
+        return list(text.encode()), text
     return list(request.text.encode()), request.text
 
 
@@ -298,7 +312,14 @@ class FakeRegistry(RegistryServiceServicer):
         every = [version for versions in self.versions.values() for version in versions.values()]
         return next((version for version in every if version.digest == digest), None)
 
-    async def add(self, name: str, *, virtual_tokens: int = 5, num_tasks: int = 0) -> reg.AdapterVersion:
+    async def add(
+        self,
+        name: str,
+        *,
+        virtual_tokens: int = 5,
+        num_tasks: int = 0,
+        kind: reg.AdapterKind.ValueType = reg.ADAPTER_KIND_PROMPT_TUNING,
+    ) -> reg.AdapterVersion:
         """Publish a version, as another client would."""
         number = self.next_versions.get(name, 1)
         self.next_versions[name] = number + 1
@@ -307,7 +328,7 @@ class FakeRegistry(RegistryServiceServicer):
             version=number,
             id=sum(self.next_versions.values()),
             digest="sha256:" + hashlib.sha256(f"{name}{number}".encode()).hexdigest(),
-            kind=reg.ADAPTER_KIND_PROMPT_TUNING,
+            kind=kind,
             num_virtual_tokens=virtual_tokens,
             num_tasks=num_tasks,
             hidden_size=8,

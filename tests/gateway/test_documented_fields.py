@@ -12,9 +12,10 @@ from pydantic import AliasChoices, BaseModel
 from pydantic_settings import BaseSettings
 from softprompt_gateway.adapters.schema import AliasRequest, RegisterRequest, UpdateRequest
 from softprompt_gateway.errors import ANSWERS, INVALID_REQUEST
-from softprompt_gateway.openai.chat import ChatRequest, Message, TextPart
+from softprompt_gateway.openai.chat import ChatRequest, Message
 from softprompt_gateway.openai.completions import CompletionRequest
 from softprompt_gateway.openai.fields import GenerationFields, StreamOptions
+from softprompt_gateway.openai.parts import SoftPromptPart, TextPart
 from softprompt_gateway.openai.tokens import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
@@ -63,6 +64,7 @@ MODELS = pytest.mark.parametrize(
         AliasRequest,
         Message,
         TextPart,
+        SoftPromptPart,
         StreamOptions,
     ],
 )

@@ -209,7 +209,17 @@ async def test_a_missing_field_is_named(stack: Any, field: str) -> None:
     "model",
     [
         *("../etc/passwd", "%2e%2e", "a\x00b", "a\r\nb", "-x", "x" * 512, "🦜", "ACME/TINY-1", "Acme/tiny-1"),
-        *("loud@0", "loud@-1", "loud@x", "loud@99999999999", "loud@", "@1", "loud@1@2", "loud:task", "loud+loud"),
+        *(
+            "loud@0",
+            "loud@-1",
+            "loud@x",
+            "loud@99999999999",
+            "loud@",
+            "@1",
+            "loud@1@2",
+            "loud:task",
+            "loud+nobody",
+        ),
         *(
             "sha256:",
             "sha256:abc",

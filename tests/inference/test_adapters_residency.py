@@ -3,11 +3,11 @@
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from softprompt_api.errors import AdapterInUse, Unavailable
+from softprompt_api.errors import AdapterInUse, InvalidArgument, Unavailable
 from softprompt_api.formats import Lora, LoraModule, Rows
 from softprompt_inference.adapters import residency as residency_module
 from softprompt_inference.adapters.adapter import Adapter
@@ -91,16 +91,16 @@ async def make(edge: Edge) -> AsyncIterator[Callable[..., Residency]]:
 
 
 class User:
-    """A request that uses an adapter until it is told to end."""
+    """A request that uses adapters until it is told to end."""
 
-    def __init__(self, residency: Residency, digest: str) -> None:
+    def __init__(self, residency: Residency, *digests: str) -> None:
         self._end = asyncio.Event()
         self.got = asyncio.Event()
-        self.task = asyncio.create_task(self._run(residency, digest))
+        self.task = asyncio.create_task(self._run(residency, digests))
 
-    async def _run(self, residency: Residency, digest: str) -> None:
-        async with residency.use(digest) as held:
-            assert held.digest == digest
+    async def _run(self, residency: Residency, digests: Sequence[str]) -> None:
+        async with residency.use(*digests) as held:
+            assert [adapter.digest for adapter in held] == list(digests)
             self.got.set()
             await self._end.wait()
 
@@ -254,6 +254,183 @@ async def test_loras_wait_for_each_other_in_order_and_never_for_soft_prompts_nor
         assert edge.engine == {waiting, "soft b"}
     for last in ("soft b", "lora c"):
         await users[last].end()
+
+
+async def test_two_requests_that_each_need_two_adapters_never_wait_for_each_other(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    """Room for exactly two: whoever held one and waited for the other would wait for ever."""
+    residency = make(max_adapters=2)
+    pairs = ({"a", "b"}, {"c", "d"}, {"b", "c"})
+    crossing = []
+    for pair in pairs:
+        crossing.append(User(residency, *sorted(pair)))
+        await settle()
+    for user, engine in zip(crossing, pairs, strict=True):
+        await settle()
+        residency.check()
+        assert user.got.is_set()
+        assert edge.engine == engine
+        await user.end()
+    assert edge.commands[:6] == ["load a", "load b", "drop a", "drop b", "load c", "load d"]
+
+
+async def test_a_request_that_waits_holds_nothing_also_not_what_is_resident(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_adapters=2)
+    async with residency.use("a", "b"):
+        pass
+    holder = User(residency, "c")  # in the place of a
+    await settle()
+    waiting = []
+    for pair in (("b", "d"), ("a", "b")):
+        waiting.append(User(residency, *pair))
+        await settle()
+    other = User(residency, "b")
+    await settle()
+    residency.check()
+    assert [user.got.is_set() for user in (*waiting, other)] == [False, False, True]
+    await other.end()
+    await settle()
+    await holder.end()
+    await settle()
+    assert waiting[0].got.is_set()
+    assert edge.engine == {"b", "d"}
+    await waiting[0].end()
+    await settle()
+    assert edge.engine == {"a", "b"}
+    await waiting[1].end()
+
+
+async def test_a_soft_prompt_and_a_lora_are_taken_together_and_in_one_order_with_all_others(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_adapters=1, max_loras=1)
+    first = User(residency, "a", "lora x")
+    await settle()
+    crossing = [User(residency, "b", "lora x"), User(residency, "lora y", "a")]
+    later = [User(residency, "c"), User(residency, "lora z")]
+    await settle()
+    residency.check()
+    assert not any(user.got.is_set() for user in (*crossing, *later))
+    await first.end()
+    await settle()
+    assert edge.engine == {"b", "lora x"}
+    await crossing[0].end()
+    await settle()
+    residency.check()
+    assert crossing[1].got.is_set()
+    assert not any(user.got.is_set() for user in later)
+    await crossing[1].end()
+    await settle()
+    assert all(user.got.is_set() for user in later)
+    for user in later:
+        await user.end()
+
+
+async def test_who_waits_for_what_another_has_brought_in_need_not_wait_for_those_before_it(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    edge.num_rows = {"large": 9}
+    residency = make(max_adapters=2, max_rows=10)
+    holder = User(residency, "large")
+    await settle()
+    bringing, blocked, same = User(residency, "a", "b"), User(residency, "c", "d"), User(residency, "b")
+    await settle()
+    residency.check()
+    assert not any(user.got.is_set() for user in (bringing, blocked, same))
+    await holder.end()
+    await settle()
+    residency.check()
+    assert [user.got.is_set() for user in (bringing, blocked, same)] == [True, False, True]
+    await bringing.end()
+    await settle()
+    assert not blocked.got.is_set()  # b is in use
+    await same.end()
+    await settle()
+    assert blocked.got.is_set()
+    await blocked.end()
+
+
+async def test_idle_adapters_stay_as_long_as_their_leaving_would_not_help(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_adapters=3)
+    async with residency.use("idle"):
+        pass
+    holders = [User(residency, "a"), User(residency, "b")]
+    await settle()
+    waiting = User(residency, "c", "d")
+    await settle()
+    assert edge.engine == {"idle", "a", "b"}
+    async with residency.use("idle"):
+        residency.check()
+    await holders[0].end()
+    await settle()
+    assert edge.engine == {"b", "c", "d"}
+    for user in (holders[1], waiting):
+        await user.end()
+
+
+async def test_an_adapter_that_is_named_twice_takes_room_once(edge: Edge, make: Callable[..., Residency]) -> None:
+    residency = make(max_adapters=1)
+    user = User(residency, "a", "a")
+    await settle()
+    assert user.got.is_set()
+    assert edge.commands == ["load a"]
+    await user.end()
+
+
+@pytest.mark.parametrize(
+    ("digests", "message"),
+    [
+        (("a", "b", "c"), "needs 3 soft prompts with 3 virtual tokens at one time; there is room for 2 with 100"),
+        (("a", "large"), "needs 2 soft prompts with 101 virtual tokens at one time"),
+        (("a", "lora x", "lora y", "lora z"), "needs 3 LoRAs at one time; there is room for 2"),
+    ],
+)
+async def test_what_can_never_fit_together_is_refused_and_waits_for_nobody(
+    edge: Edge, make: Callable[..., Residency], digests: Sequence[str], message: str
+) -> None:
+    edge.num_rows = {"large": 100}
+    residency = make()
+    with pytest.raises(InvalidArgument, match=message) as refused:
+        async with residency.use(*digests):
+            pass
+    assert refused.value.field == "adapter"
+    residency.check()
+    assert edge.commands == []
+
+
+async def test_what_a_check_refuses_takes_no_room(edge: Edge, make: Callable[..., Residency]) -> None:
+    def refuse(adapters: Sequence[Adapter]) -> None:
+        assert [adapter.digest for adapter in adapters] == ["a", "b"]
+        raise InvalidArgument("they do not go together")
+
+    residency = make(max_adapters=1)
+    with pytest.raises(InvalidArgument, match="do not go together"):
+        async with residency.use("a", "b", check=refuse):
+            pass
+    residency.check()
+    assert edge.commands == []
+
+
+async def test_one_fetch_that_fails_fails_the_request_and_leaves_its_other_adapters_alone(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    edge.failures["bad"] = Unavailable("the registry is away")
+    residency = make()
+    good = User(residency, "good")
+    with pytest.raises(Unavailable):
+        async with residency.use("good", "bad"):
+            pass
+    await settle()
+    residency.check()
+    assert good.got.is_set()
+    await good.end()
+    async with residency.use("good", "bad"):
+        assert edge.engine == {"good", "bad"}
 
 
 async def test_a_failed_fetch_reaches_its_waiters_and_is_not_remembered(
@@ -428,21 +605,23 @@ async def test_a_storm_of_users_and_cancellations_keeps_every_invariant(
     residency = make(max_adapters=3, max_rows=7, max_loras=2, host_bytes=20)
     in_use: list[str] = []
 
-    async def user(digest: str) -> None:
+    async def user(*wanted: str) -> None:
         if draw.random() < 0.1:
-            edge.failures[digest] = Unavailable("the registry is away")
-        async with residency.use(digest):
-            in_use.append(digest)
+            edge.failures[wanted[0]] = Unavailable("the registry is away")
+        async with residency.use(*wanted):
+            in_use.extend(wanted)
             try:
                 for _ in range(draw.randrange(4)):
                     await asyncio.sleep(0)
-                    assert digest in edge.engine
+                    assert set(wanted) <= edge.engine
             finally:
-                in_use.remove(digest)
+                for digest in wanted:
+                    in_use.remove(digest)
 
     tasks: list[asyncio.Task[None]] = []
     for _ in range(300):
-        tasks.append(asyncio.create_task(user(draw.choice(digests))))
+        # At most 3 soft prompts and some too large together, which are refused.
+        tasks.append(asyncio.create_task(user(*draw.sample(digests, draw.choice([1, 1, 2, 3])))))
         if draw.random() < 0.3:
             draw.choice(tasks).cancel()
         if draw.random() < 0.7:
@@ -450,7 +629,9 @@ async def test_a_storm_of_users_and_cancellations_keeps_every_invariant(
         residency.check()
         assert set(in_use) <= edge.engine
     results = await asyncio.gather(*tasks, return_exceptions=True)
-    assert all(isinstance(result, Unavailable | asyncio.CancelledError | None) for result in results)
+    assert all(
+        isinstance(result, Unavailable | InvalidArgument | asyncio.CancelledError | None) for result in results
+    )
     await settle()
     residency.check()
     edge.failures.clear()

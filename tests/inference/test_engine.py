@@ -195,19 +195,25 @@ def test_with_room_for_all_exactly_what_nobody_has_computed_is_computed(fakes, d
             else:
                 prompt += [(part.digest, row) for row in range(LENGTHS[part.digest[-1]])]
                 ends.append(len(prompt))
-        root = (request.salt, request.lora)
-        beginnings = [(root, *prompt[:end]) for end in range(len(prompt) + 1)]
+        num_given = KEY_VALUE_LENGTHS.get(getattr(request.prompt[0], "digest", "")[-1:], 0)
+
+        def beginning(
+            positions: list[object], end: int, request=request, num_given=num_given
+        ) -> tuple[object, ...]:
+            # What an adapter gives is the same under every LoRA.
+            return (request.salt, request.lora if end > num_given else "", *positions[:end])
+
+        beginnings = [beginning(prompt, end) for end in range(len(prompt) + 1)]
         num_known = max((end for end, beginning in enumerate(beginnings) if beginning in known), default=0)
         num_known = min(num_known, len(prompt) - 1)
         before = runner.computed_positions
         engine.handle(request)
         outputs = fakes.drain(engine)[request.request_id]
         assert outputs[0].cached_tokens == num_known
-        num_given = KEY_VALUE_LENGTHS.get(getattr(request.prompt[0], "digest", "")[-1:], 0)
         num_computed = len(prompt) - max(num_known, num_given) + len(outputs) - 1
         assert runner.computed_positions - before == num_computed
-        computed = (root, *prompt, *ids(outputs)[:-1])
-        known |= {computed[: 1 + end] for end in (*range(page_size, len(computed), page_size), *ends)}
+        computed = [*prompt, *ids(outputs)[:-1]]
+        known |= {beginning(computed, end) for end in (*range(page_size, len(computed) + 1, page_size), *ends)}
 
 
 def test_preempted_requests_lose_nothing(fakes) -> None:
@@ -331,6 +337,49 @@ def test_loras_keep_requests_apart(fakes) -> None:
         assert ids(outputs) == fakes.solo(request, [adapter])
         assert outputs[0].cached_tokens >= cached
         assert (outputs[0].cached_tokens > 0) == (cached > 0)
+
+
+@pytest.mark.parametrize("length", [3, 4, 6, 8])
+def test_what_an_adapter_gives_is_shared_by_all_loras_and_what_follows_it_by_none(fakes, length: int) -> None:
+    runner = fakes.runner(num_pages=64)
+    engine = fakes.engine(runner)
+    adapters = [fakes.adapter("k", length, are_key_values=True), fakes.adapter("a", 3)]
+    for command in (*adapters, fakes.lora("x"), fakes.lora("y")):
+        engine.handle(command)
+    for number, lora in enumerate(["x", "y", "", "x"]):
+        runner.written_positions = 0
+        request = fakes.request(str(number), "k", "a", [1, 2], lora=lora, max_tokens=1)
+        engine.handle(request)
+        outputs = fakes.drain(engine)[str(number)]
+        assert ids(outputs) == fakes.solo(request, adapters)
+        assert runner.written_positions == (0 if number else length)
+        if number < 3:
+            assert outputs[0].cached_tokens == (length if number else 0)
+        else:
+            assert outputs[0].cached_tokens >= length + 3
+
+
+def test_soft_prompts_in_front_share_their_common_beginning_and_order_keeps_them_apart(fakes) -> None:
+    engine = fakes.engine(fakes.runner(num_pages=64))
+    adapters = [fakes.adapter("a", 3), fakes.adapter("b", 6)]
+    for adapter in adapters:
+        engine.handle(adapter)
+    for number, (parts, cached) in enumerate(
+        [
+            (("a", "b", [1]), 0),
+            (("a", [1], "b"), 3),
+            (("b", "a", [1]), 0),
+            (("a", "b", [2]), 9),
+            (("b", [1]), 6),
+            (([1], "a", [2], "b", [3]), 0),
+            (([1], "a", [2], "b", [4]), 11),
+        ]
+    ):
+        request = fakes.request(str(number), *parts)
+        engine.handle(request)
+        outputs = fakes.drain(engine)[str(number)]
+        assert ids(outputs) == fakes.solo(request, adapters)
+        assert outputs[0].cached_tokens == cached, parts
 
 
 def test_a_lora_in_use_is_dropped_after_its_last_request_and_its_slot_given_to_the_next(fakes) -> None:

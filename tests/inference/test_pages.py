@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from softprompt_inference.engine.keys import VirtualIds, page_key, partial_key, root_key
+from softprompt_inference.engine.keys import VirtualIds, page_key, partial_key, root_key, under_lora
 from softprompt_inference.engine.pages import PagePool
 
 
@@ -224,9 +224,9 @@ def test_keys_differ_between_salts() -> None:
     assert page_key(root_key("a"), [1, 2], virtual_ids) != page_key(root_key("b"), [1, 2], virtual_ids)
 
 
-def test_every_salt_and_lora_has_a_root_of_its_own() -> None:
-    roots = {root_key(salt, lora) for salt in ("", "a", "b") for lora in ("", "a", "b", "sha256:a")}
-    assert len(roots) == 12
+def test_every_salt_has_a_root_of_its_own_and_every_lora_one_under_each() -> None:
+    roots = {root_key(salt) for salt in ("", "a", "b")}
+    assert len(roots | {under_lora(root, lora) for root in roots for lora in ("a", "b", "sha256:a")}) == 12
 
 
 def test_virtual_ids_count_by_digest_and_row_not_by_number() -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 from softprompt_api.params import SamplingParams
-from softprompt_inference.engine.keys import VirtualIds, page_key, partial_key, root_key
+from softprompt_inference.engine.keys import VirtualIds, page_key, partial_key, root_key, under_lora
+from softprompt_inference.engine.lora import LoraSlots
 from softprompt_inference.engine.messages import AddRequest, Finish
 from softprompt_inference.engine.plan import Sampled
 from softprompt_inference.engine.prompt import make_sequence
@@ -13,11 +14,15 @@ from softprompt_inference.engine.sequence import Sequence, State
 def virtual_ids() -> VirtualIds:
     virtual_ids = VirtualIds(50)
     virtual_ids.assign("sha256:a", 3)
+    virtual_ids.assign("sha256:k", 5, are_key_values=True)
     return virtual_ids
 
 
 def sequence_of(request: AddRequest, virtual_ids: VirtualIds, *, max_model_len: int = 32) -> Sequence:
-    return make_sequence(request, virtual_ids=virtual_ids, max_model_len=max_model_len)
+    slots = LoraSlots(1)
+    if request.lora:
+        slots.assign(request.lora)
+    return make_sequence(request, virtual_ids=virtual_ids, max_model_len=max_model_len, lora_slots=slots)
 
 
 def test_parts_become_one_list_of_ids_in_their_order(fakes, virtual_ids) -> None:
@@ -102,6 +107,33 @@ def test_the_key_of_an_end_is_partial_inside_a_page(fakes, virtual_ids) -> None:
     assert sequence.end_key(2, 1) == partial_key(root_key(""), [50], virtual_ids)
     assert sequence.end_key(2, 2) == first
     assert sequence.end_key(2, 3) == partial_key(first, [52], virtual_ids)
+
+
+def test_a_lora_enters_the_chain_with_the_first_position_that_it_computes(fakes, virtual_ids) -> None:
+    def keys(lora: str, *parts: str | list[int]) -> list[bytes]:
+        sequence = sequence_of(fakes.request("0", *parts, lora=lora), virtual_ids)
+        return list(sequence.page_keys(2, 0, len(sequence.token_ids) // 2))
+
+    root = root_key("")
+    first = page_key(root, [53, 54], virtual_ids)
+    given = page_key(first, [55, 56], virtual_ids)
+    third = page_key(under_lora(given, "sha256:x"), [57, 7], virtual_ids)
+    with_given = keys("x", "k", [7, 8, 9])
+    assert with_given == [first, given, third, page_key(third, [8, 9], virtual_ids)]
+    assert keys("", "k", [7, 8, 9])[:2] == with_given[:2]
+    assert not set(keys("", "k", [7, 8, 9])[2:]) & set(with_given[2:])
+    assert keys("x", "a", [7])[0] == page_key(under_lora(root, "sha256:x"), [50, 51], virtual_ids)
+    assert not set(keys("x", "a", [7, 8, 9])) & set(keys("y", "a", [7, 8, 9]))
+
+
+@pytest.mark.parametrize(("end", "is_shared"), [(5, True), (6, False), (8, False)])
+@pytest.mark.parametrize("page_size", [2, 3, 4, 5, 16])
+def test_the_end_of_what_is_given_has_one_key_under_all_loras(
+    fakes, virtual_ids, page_size: int, end: int, is_shared: bool
+) -> None:
+    requests = [fakes.request("0", "k", "a", [7], lora=lora) for lora in ("", "x", "y")]
+    keys = {sequence_of(request, virtual_ids).end_key(page_size, end) for request in requests}
+    assert len(keys) == (1 if is_shared else 3)
 
 
 @pytest.mark.parametrize(

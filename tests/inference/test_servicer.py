@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.residency import Residency
 from softprompt_inference.adapters.source import AdapterSource
 from softprompt_inference.engine.client import EngineClient, OutputStream
+from softprompt_inference.engine.keys import VirtualIds
 from softprompt_inference.engine.messages import (
     Abort,
     AddRequest,
@@ -41,6 +43,7 @@ from softprompt_inference.engine.messages import (
     Stats,
     TextPart,
 )
+from softprompt_inference.engine.prompt import make_sequence
 from softprompt_inference.generation import Generator
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 from softprompt_inference.prompts import PromptEncoder
@@ -151,7 +154,7 @@ class World:
 
     def generate(self, **fields: Any) -> grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]:
         sampling = pb.SamplingParams(**{"max_tokens": 20} | fields.pop("sampling", {}))
-        if not {"text", "token_ids", "chat", "prompt"} & set(fields):
+        if not {"text", "token_ids", "chat", "parts", "prompt"} & set(fields):
             fields["text"] = "Hello there"
         fields.pop("prompt", None)
         return self.stub.Generate(pb.GenerateRequest(sampling=sampling, **fields))
@@ -170,7 +173,13 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-async def world(tokenizer: Tokenizer) -> AsyncIterator[World]:
+def max_adapters() -> int:
+    """Soft prompts that the engine has room for; tests override this by parametrising it."""
+    return 1
+
+
+@pytest.fixture
+async def world(tokenizer: Tokenizer, max_adapters: int) -> AsyncIterator[World]:
     engine = FakeEngine(
         ModelInfo(
             architecture="LlamaForCausalLM",
@@ -195,11 +204,14 @@ async def world(tokenizer: Tokenizer) -> AsyncIterator[World]:
         name="tweets", version=3, digest=DIGEST_A, num_virtual_tokens=10
     )
     source.versions[DIGEST_A] = source.versions["tweets"]
+    source.versions["notes"] = registry_pb2.AdapterVersion(
+        name="notes", version=1, digest=DIGEST_B, num_virtual_tokens=10
+    )
     residency = Residency(
         fetch=source.fetch,
         load=lambda adapter: engine.submit(adapter.load_command()),
         drop=lambda digest: engine.submit(DropAdapter(digest=digest)),
-        max_adapters=1,
+        max_adapters=max_adapters,
         max_rows=64,
         max_loras=1,
         host_cache=HostCache(0),
@@ -379,6 +391,176 @@ async def test_a_task_is_bound_with_its_digest(world: World) -> None:
         assert (error.reason, error.field) == ("INVALID_ARGUMENT", "adapter")
     tokens = await world.stub.Tokenize(pb.TokenizeRequest(text="Hello", adapter=f"{DIGEST_A}:0"))
     assert tokens.virtual_tokens == 10
+
+
+def parts(*pieces: str | list[int] | tuple[str]) -> pb.PromptParts:
+    """A prompt in parts: texts, ids, and soft prompts as tuples of their name."""
+    made = []
+    for piece in pieces:
+        if isinstance(piece, str):
+            made.append(pb.PromptPart(text=piece))
+        elif isinstance(piece, list):
+            made.append(pb.PromptPart(token_ids=pb.TokenIds(ids=piece)))
+        else:
+            made.append(pb.PromptPart(soft_prompt=piece[0]))
+    return pb.PromptParts(parts=made)
+
+
+LORA_MODULE = LoraModule(
+    name="q", rank=1, scale=0.5, in_features=2, out_features=1, a=bytes(8), b=bytes(4), dtype="float32"
+)
+DIGEST_C = "sha256:" + "c" * 64
+
+
+@pytest.mark.parametrize("max_adapters", [2])
+async def test_soft_prompts_and_a_lora_go_together_in_one_request(world: World) -> None:
+    world.source.contents[DIGEST_C] = Lora(modules=(LORA_MODULE,))
+    call = world.generate(adapter=f"notes+{DIGEST_C}+tweets@latest", sampling={"n": 2})
+    requests = await world.engine.wait_for(AddRequest, 2)
+    loads = [LoadAdapter, LoadLora, LoadAdapter]
+    assert [type(command) for command in world.engine.commands] == [*loads, AddRequest, AddRequest]
+    for request in requests:
+        assert request.prompt == [
+            SoftPromptPart(digest=DIGEST_B),
+            SoftPromptPart(digest=DIGEST_A),
+            TextPart(token_ids=ids(world.tokenizer, "Hello there")),
+        ]
+        assert request.lora == DIGEST_C
+        world.engine.put(request, 50, finish=Finish.LENGTH, cached_tokens=21)
+    events = [event async for event in call]
+    accepted, usage = events[0].accepted, events[-1].usage
+    assert [(one.name, one.version, one.digest) for one in accepted.adapters] == [
+        ("notes", 1, DIGEST_B),
+        ("", 0, DIGEST_C),
+        ("tweets", 3, DIGEST_A),
+    ]
+    assert (accepted.adapter_name, accepted.virtual_tokens) == ("notes", 20)
+    assert (usage.prompt_tokens, usage.virtual_tokens, usage.cached_tokens) == (2, 20, 1)
+
+
+@pytest.mark.parametrize("max_adapters", [2])
+async def test_soft_prompts_stand_anywhere_in_a_prompt(world: World) -> None:
+    call = world.generate(adapter="tweets", parts=parts("Hello", ("notes",), " there", [50, 51], (DIGEST_A,)))
+    [request] = await world.engine.wait_for(AddRequest)
+    hello, there = (ids(world.tokenizer, text) for text in ("Hello", " there"))
+    assert request.prompt == [
+        SoftPromptPart(digest=DIGEST_A),
+        TextPart(token_ids=hello),
+        SoftPromptPart(digest=DIGEST_B),
+        TextPart(token_ids=there),
+        TextPart(token_ids=[50, 51]),
+        SoftPromptPart(digest=DIGEST_A),
+    ]
+    # The first soft prompt, the first text and the second soft prompt.
+    world.engine.put(request, 50, finish=Finish.LENGTH, cached_tokens=20 + len(hello))
+    events = [event async for event in call]
+    assert list(events[0].accepted.prompt_token_ids) == [*hello, *there, 50, 51]
+    assert [one.digest for one in events[0].accepted.adapters] == [DIGEST_A, DIGEST_B]
+    usage = events[-1].usage
+    assert (usage.prompt_tokens, usage.virtual_tokens) == (len(hello) + len(there) + 2, 30)
+    assert usage.cached_tokens == len(hello)
+
+
+async def test_soft_prompts_stand_anywhere_in_a_conversation(world: World) -> None:
+    content = [
+        pb.ContentPart(text="Answer "),
+        pb.ContentPart(soft_prompt="tweets"),
+        pb.ContentPart(text="briefly"),
+    ]
+    messages = [pb.ChatMessage(role="user", parts=content), pb.ChatMessage(role="assistant", content="Yes?")]
+    chat = pb.ChatPrompt(messages=[*messages, messages[0]])
+    call = world.generate(chat=chat)
+    [request] = await world.engine.wait_for(AddRequest)
+    first, one, second, two, third = request.prompt
+    assert one == two == SoftPromptPart(digest=DIGEST_A)
+    texts = [world.tokenizer.decode(part.token_ids) for part in (first, second, third)]
+    assert texts[0].endswith("<|im_start|>user\nAnswer ")
+    assert texts[1].startswith("briefly<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>")
+    assert texts[2] == "briefly<|im_end|>\n<|im_start|>assistant\n"
+    call.cancel()
+    tokens = await world.stub.Tokenize(pb.TokenizeRequest(chat=chat, adapter="notes"))
+    assert tokens.virtual_tokens == 30
+    assert list(tokens.ids) == [*first.token_ids, *second.token_ids, *third.token_ids]
+
+
+async def test_penalties_see_the_text_of_all_parts_and_no_virtual_token(world: World) -> None:
+    call = world.generate(parts=parts([50], ("tweets",), [51]), sampling={"repetition_penalty": 1.5})
+    [request] = await world.engine.wait_for(AddRequest)
+    virtual_ids = VirtualIds(VOCAB_SIZE)
+    virtual_ids.assign(DIGEST_A, 10)
+    sequence = make_sequence(request, virtual_ids=virtual_ids, max_model_len=MAX_MODEL_LEN)
+    sample = sequence.chunk(12).sample
+    assert sample is not None
+    assert sample.prompt_ids == [50, 51]
+    call.cancel()
+
+
+@pytest.mark.parametrize(
+    ("fields", "field_name", "message"),
+    [
+        ({"adapter": f"{DIGEST_C}+{DIGEST_B}"}, "adapter", "are both LoRAs"),
+        ({"adapter": "tweets+given"}, "adapter", "given gives keys and values .* before tweets"),
+        ({"adapter": "given+given"}, "adapter", "both give keys and values"),
+        ({"parts": parts("x", ("given",))}, "prompt", "given gives keys and values"),
+        ({"parts": parts("x", (DIGEST_C,))}, "prompt", "is a LoRA"),
+        ({"parts": parts(("tweets",))}, "prompt", "the prompt is empty"),
+        ({"parts": pb.PromptParts()}, "prompt", "the prompt is empty"),
+        ({"parts": pb.PromptParts(parts=[pb.PromptPart()])}, "prompt", "neither text nor ids nor a soft prompt"),
+        ({"parts": parts("x", ("Not A Name",))}, "prompt", "not an adapter name"),
+        ({"parts": parts("x", ("tweets+tweets",))}, "prompt", "not an adapter name"),
+        ({"parts": parts("x", [VOCAB_SIZE])}, "prompt", "has id"),
+        ({"adapter": "tweets+"}, "adapter", "not an adapter name"),
+        ({"adapter": "+".join(["tweets"] * 17)}, "adapter", "has 17 adapters; at most 16"),
+        ({"adapter": "tweets+notes"}, "adapter", "needs 2 soft prompts .* there is room for 1"),
+        (
+            {
+                "chat": pb.ChatPrompt(
+                    messages=[pb.ChatMessage(role="user", content="x", parts=[pb.ContentPart(text="x")])]
+                )
+            },
+            "messages[0].parts",
+            "not both",
+        ),
+        (
+            {"chat": pb.ChatPrompt(messages=[pb.ChatMessage(role="user", parts=[pb.ContentPart()])])},
+            "messages[0].parts",
+            "neither text nor a soft prompt",
+        ),
+    ],
+)
+async def test_what_does_not_go_together_is_refused_by_field_and_takes_no_room(
+    world: World, fields: dict[str, Any], field_name: str, message: str
+) -> None:
+    given = Rows(data=bytes(80), dtype="float32", num_virtual_tokens=10, row_size=2, are_key_values=True)
+    digest = "sha256:" + "d" * 64
+    world.source.versions["given"] = registry_pb2.AdapterVersion(name="given", version=1, digest=digest)
+    world.source.contents = {
+        digest: given,
+        DIGEST_B: Lora(modules=(LORA_MODULE,)),
+        DIGEST_C: Lora(modules=(LORA_MODULE,)),
+    }
+    if fields.get("adapter") == "tweets+notes":
+        del world.source.contents[DIGEST_B]
+    error = await world.error(**fields)
+    assert isinstance(error, InvalidArgument)
+    assert (error.field, bool(re.search(message, error.message))) == (field_name, True), error.message
+    assert world.engine.commands == []
+
+
+async def test_the_virtual_tokens_of_all_count_against_the_context(world: World) -> None:
+    prompt = parts([50] * 61, ("tweets",), ("tweets",))
+    error = await world.error(parts=prompt)
+    assert isinstance(error, ContextLengthExceeded)
+    assert "61 tokens + 20 virtual tokens + max_tokens 20, the limit is 100" in error.message
+
+
+@pytest.mark.parametrize("rpc", ["Preload", "Evict"])
+async def test_adapters_are_brought_in_and_let_go_one_by_one(world: World, rpc: str) -> None:
+    message = {"Preload": pb.PreloadRequest, "Evict": pb.EvictRequest}[rpc]
+    for spelling in ("", "tweets+notes"):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await getattr(world.stub, rpc)(message(adapter=spelling))
+        assert from_rpc_error(caught.value).field == "adapter"
 
 
 @pytest.mark.parametrize("spelling", ["", "org/Base"])

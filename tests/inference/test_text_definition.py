@@ -94,7 +94,7 @@ def test_templates_are_rendered_as_transformers_renders_them(folder: Path, conti
     text = theirs.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=not continued, continue_final_message=continued
     )
-    ours = Tokenizer.load(folder).encode_chat(
+    [ours] = Tokenizer.load(folder).encode_chat(
         [ChatMessage(**message) for message in messages],
         add_generation_prompt=not continued,
         continue_final_message=continued,

@@ -9,10 +9,12 @@ from softprompt_api.names import (
     check_alias,
     check_name,
     choose_task,
+    join_model,
     parse_adapter,
     parse_model,
     parse_requested,
     shown,
+    split_model,
 )
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -112,15 +114,57 @@ def test_a_number_or_what_is_no_name_is_no_alias(alias):
 
 
 def test_a_model_is_the_base_or_an_adapter_of_it():
-    assert parse_model(BASE, base_model_id=BASE) is None
+    assert parse_model(BASE, base_model_id=BASE) == ()
     for spelling in ("tweets", f"{BASE}:tweets"):
-        assert parse_model(spelling, base_model_id=BASE) == AdapterRef(name="tweets")
-    assert parse_model(f"{BASE}:{DIGEST}", base_model_id=BASE) == AdapterRef(digest=DIGEST)
-    assert parse_model(f"{BASE}:tweets@prod", base_model_id=BASE) == AdapterRef(name="tweets", alias="prod")
+        assert parse_model(spelling, base_model_id=BASE) == (AdapterRef(name="tweets"),)
+    assert parse_model(f"{BASE}:{DIGEST}", base_model_id=BASE) == (AdapterRef(digest=DIGEST),)
+    assert parse_model(f"{BASE}:tweets@prod", base_model_id=BASE) == (AdapterRef(name="tweets", alias="prod"),)
     for spelling in (BASE.lower(), f"{BASE}:", f"{BASE}:{BASE}", "other/model:tweets", f"{BASE}:{BASE}:tweets"):
         with pytest.raises(InvalidArgument) as refused:
             parse_model(spelling, base_model_id=BASE)
         assert refused.value.field == "model"
+
+
+PARTS = {
+    "a": AdapterRef(name="a"),
+    "a@latest": AdapterRef(name="a"),
+    "b@3": AdapterRef(name="b", version=3),
+    "c@prod:2": AdapterRef(name="c", alias="prod", task=2),
+    "d:0": AdapterRef(name="d", task=0),
+    DIGEST: AdapterRef(digest=DIGEST),
+    f"{DIGEST}:7": AdapterRef(digest=DIGEST, task=7),
+}
+
+
+@given(st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=5))
+def test_plus_puts_any_spellings_together_in_their_order(spellings):
+    refs = tuple(PARTS[spelling] for spelling in spellings)
+    model = join_model(spellings)
+    assert model == "+".join(spellings)
+    for spelled in (model, f"{BASE}:{model}", join_model(map(str, refs))):
+        assert parse_model(spelled, base_model_id=BASE) == refs
+    assert split_model(model, base_model_id=BASE) == spellings
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "+", "a+", "+a", "a++b", "a+ b", "a +b", "a%2Bb", f"a+{BASE}", f"a+{BASE}:b", f"{BASE}+a",
+        f"{BASE}:a+{BASE}:b",         "a+B", "a+b@", "a+b:", "a+sha256:12", f"{DIGEST}+", "a+b\n", "a＋b",
+    ],
+)  # fmt: skip
+def test_what_puts_nothing_together_is_refused(spelling):
+    with pytest.raises(InvalidArgument) as refused:
+        parse_model(spelling, base_model_id=BASE)
+    assert refused.value.field == "model"
+    assert refused.value.message.isascii()
+
+
+def test_a_base_models_id_may_hold_a_plus():
+    base = "org/a+b"
+    assert parse_model(base, base_model_id=base) == ()
+    assert parse_model(f"{base}:x+y", base_model_id=base) == (AdapterRef(name="x"), AdapterRef(name="y"))
+    assert parse_model("a+b", base_model_id="a+b") == ()
 
 
 @pytest.mark.parametrize(
@@ -137,7 +181,7 @@ def test_a_model_is_the_base_or_an_adapter_of_it():
 def test_a_request_may_name_a_task(spelling, ref):
     assert parse_requested(spelling) == ref
     assert parse_requested(str(ref)) == ref
-    assert parse_model(f"{BASE}:{spelling}", base_model_id=BASE) == ref
+    assert parse_model(f"{BASE}:{spelling}", base_model_id=BASE) == (ref,)
     assert parse_adapter(str(ref.whole)) == ref.whole
 
 
@@ -189,6 +233,16 @@ def test_no_text_raises_anything_but_invalid_argument(text):
     except InvalidArgument:
         return
     assert ref.name or ref.digest
+
+
+@given(st.text(st.sampled_from("ab1@:+.-_/ ") | st.characters(), max_size=40))
+def test_no_model_raises_anything_but_invalid_argument_and_every_other_is_spelled_as_it_was_understood(text):
+    try:
+        refs = parse_model(text, base_model_id=BASE)
+    except InvalidArgument:
+        return
+    assert len(refs) == text.count("+") + 1
+    assert parse_model(join_model(map(str, refs)), base_model_id=BASE) == refs
 
 
 @given(st.text())

@@ -14,9 +14,8 @@ from softprompt_api.registry.v1.registry_pb2 import AdapterVersion, RegisterAdap
 from starlette.datastructures import Headers
 
 from softprompt_gateway.body import parse_object
-from softprompt_gateway.catalog import spelling_of
+from softprompt_gateway.catalog import kind_name, spelling_of
 from softprompt_gateway.errors import Refused
-from softprompt_gateway.openai.models import kind_name
 from softprompt_gateway.validation import RequestModel
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")

@@ -4,6 +4,7 @@ import orjson
 from starlette.responses import Response
 
 from softprompt_gateway.clients import InferenceClient
+from softprompt_gateway.errors import fields_spelled
 from softprompt_gateway.metrics import Metrics
 from softprompt_gateway.openai.generation import Generation
 from softprompt_gateway.openai.job import Job, usage_of
@@ -20,7 +21,8 @@ class Answering:
 
     async def answer(self, job: Job) -> Response:
         """The answer; errors before the first token are raised, so that they have their own status."""
-        generation = await Generation.start(self._inference, job.calls)
+        with fields_spelled(adapter="model"):
+            generation = await Generation.start(self._inference, job.calls)
         if job.stream:
             return EventStream(Streamed(job, generation, self._metrics), headers=job.target.headers())
         prompts = await generation.choices(job.choices_per_prompt)

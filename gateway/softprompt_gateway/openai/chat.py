@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
-from softprompt_api.errors import InvalidArgument, Unsupported
+from pydantic import Field, field_validator, model_validator
+from softprompt_api.errors import InvalidArgument
 from softprompt_api.inference.v1 import inference_pb2 as pb
-from softprompt_api.names import shown
 from softprompt_api.params import MAX_LOGPROBS
 
 from softprompt_gateway.openai.completions import check_choices
 from softprompt_gateway.openai.fields import Count, GenerationFields, refuse, sampling_message
 from softprompt_gateway.openai.generation import Choice, finish_reason, stop_reason
 from softprompt_gateway.openai.logprobs import chat_logprobs
+from softprompt_gateway.openai.parts import Content, Parts
 from softprompt_gateway.openai.style import Style
 from softprompt_gateway.resolve import Target
 from softprompt_gateway.session import Delta
@@ -20,31 +20,6 @@ from softprompt_gateway.validation import RequestModel
 
 _FIELD = "messages"
 _MAX_MESSAGES = 4096
-
-
-class TextPart(RequestModel):
-    """A piece of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-def _joined(value: object) -> object:
-    """Content as one text; parts of other types are refused by name. Anything else is left to the field's type."""
-    if not isinstance(value, list):
-        return value
-    texts: list[str] = []
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str):
-            raise InvalidArgument("each content part must be an object with a type", field=_FIELD)
-        if kind != "text":
-            raise Unsupported(f"content part of type {shown(kind)} is not supported; only 'text'", field=_FIELD)
-        texts.append(TextPart.checked(part).text)
-    return "\n".join(texts)
-
-
-Content = Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
 
 
 class Message(RequestModel):
@@ -68,6 +43,16 @@ class Message(RequestModel):
             refuse(f"{_FIELD}.{name}", getattr(self, name))
         return self
 
+    def proto(self, target: Target) -> pb.ChatMessage:
+        """The turn as the inference service takes it."""
+        content = self.content
+        message = pb.ChatMessage(role=self.role, name=self.name or "")
+        if isinstance(content, str):
+            message.content = content
+        else:
+            message.parts.extend(content.content(target.digests_inside))
+        return message
+
 
 class ChatFields(RequestModel):
     """A conversation and how the chat template treats it."""
@@ -89,16 +74,19 @@ class ChatFields(RequestModel):
             )
         return self
 
-    def chat_prompt(self) -> pb.ChatPrompt:
+    @property
+    def soft_prompts(self) -> list[str]:
+        """The adapters that stand inside messages."""
+        contents = [message.content for message in self.messages]
+        return [name for content in contents if isinstance(content, Parts) for name in content.names]
+
+    def chat_prompt(self, target: Target) -> pb.ChatPrompt:
         """The conversation as the inference service takes it."""
         opens = (
             not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
         )
         return pb.ChatPrompt(
-            messages=[
-                pb.ChatMessage(role=message.role, content=message.content, name=message.name or "")
-                for message in self.messages
-            ],
+            messages=[message.proto(target) for message in self.messages],
             add_generation_prompt=opens,
             continue_final_message=bool(self.continue_final_message),
         )
@@ -173,7 +161,7 @@ class ChatRequest(ChatFields, GenerationFields):
             pb.GenerateRequest(
                 request_id=request_id,
                 adapter=target.digest,
-                chat=self.chat_prompt(),
+                chat=self.chat_prompt(target),
                 sampling=sampling_message(params),
             )
         ]

@@ -1,6 +1,6 @@
 """`POST /v1/completions`: the request, and how its answers are spelled."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 from pydantic import Field, PlainValidator, WithJsonSchema, field_validator
 from softprompt_api.errors import InvalidArgument
@@ -10,23 +10,26 @@ from softprompt_api.params import MAX_LOGPROBS
 from softprompt_gateway.openai.fields import Count, GenerationFields, refuse, sampling_message
 from softprompt_gateway.openai.generation import Choice, finish_reason, stop_reason
 from softprompt_gateway.openai.logprobs import completion_logprobs
+from softprompt_gateway.openai.parts import PARTS_SCHEMA, Parts, parse_parts
 from softprompt_gateway.openai.style import Style
 from softprompt_gateway.resolve import Target
 from softprompt_gateway.session import Delta
 
-Prompt = str | list[int]
+Prompt = str | list[int] | Parts
 DEFAULT_MAX_TOKENS = 16
 _MAX_ID = 2**31 - 1
 
 
 def parse_prompts(value: object) -> list[Prompt]:
-    """One prompt or many, each a text or ids; raise InvalidArgument for anything else."""
+    """One prompt or many, each a text, ids or parts; raise InvalidArgument for anything else."""
     if isinstance(value, str):
         prompts: list[Prompt] = [value]
+    elif _are_parts(value):
+        prompts = [_parts(value)]
     elif isinstance(value, list) and value and all(isinstance(one, str) for one in value):
         prompts = value
     elif isinstance(value, list) and value and all(isinstance(one, list) for one in value):
-        prompts = [_ids(one) for one in value]
+        prompts = [_parts(one) if _are_parts(one) else _ids(one) for one in value]
     elif isinstance(value, list):
         prompts = [_ids(value)]
     else:
@@ -34,6 +37,26 @@ def parse_prompts(value: object) -> list[Prompt]:
     if not all(prompts):
         raise InvalidArgument("prompt must not be empty", field="prompt")
     return prompts
+
+
+def parse_prompt(value: object) -> str | Parts:
+    """One prompt, a text or parts, as `/tokenize` takes it."""
+    if isinstance(value, str):
+        return value
+    if _are_parts(value):
+        return _parts(value)
+    raise InvalidArgument("prompt must be a string or a list of parts", field="prompt")
+
+
+def _are_parts(value: object) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def _parts(value: list[dict[str, Any]]) -> Parts:
+    parts = parse_parts(value, field="prompt", between="")
+    if not parts.text:
+        raise InvalidArgument("prompt must have text beside its soft prompts", field="prompt")
+    return parts
 
 
 def _ids(value: list[Any]) -> list[int]:
@@ -49,6 +72,8 @@ _PROMPT_SCHEMA = {
         {"type": "array", "items": {"type": "string"}, "minItems": 1},
         {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
         {"type": "array", "items": {"type": "array", "items": {"type": "integer", "minimum": 0}}, "minItems": 1},
+        {**PARTS_SCHEMA},
+        {"type": "array", "items": {**PARTS_SCHEMA}, "minItems": 1},
     ]
 }
 
@@ -69,6 +94,11 @@ class CompletionRequest(GenerationFields):
     def _refuse_suffix(cls, value: object) -> None:
         refuse("suffix", value)
 
+    @property
+    def soft_prompts(self) -> list[str]:
+        """The adapters that stand inside prompts."""
+        return [name for prompt in self.prompt if isinstance(prompt, Parts) for name in prompt.names]
+
     def calls(self, target: Target, *, request_id: str, max_choices: int) -> list[pb.GenerateRequest]:
         """One Generate request per prompt."""
         if self.best_of is not None and (type(self.best_of) is not int or self.best_of != self.choices_per_prompt):
@@ -84,7 +114,7 @@ class CompletionRequest(GenerationFields):
             pb.GenerateRequest(
                 request_id=request_id,
                 adapter=target.digest,
-                **_prompt_field(prompt),
+                **as_prompt(prompt, target),
                 sampling=sampling,
                 add_special_tokens=self.add_special_tokens,
             )
@@ -92,7 +122,10 @@ class CompletionRequest(GenerationFields):
         ]
 
 
-def _prompt_field(prompt: Prompt) -> dict[str, Any]:
+def as_prompt(prompt: Prompt, target: Target) -> dict[str, Any]:
+    """The field of a request to the inference service that has the prompt."""
+    if isinstance(prompt, Parts):
+        return {"parts": prompt.prompt(target.digests_inside)}
     return {"text": prompt} if isinstance(prompt, str) else {"token_ids": pb.TokenIds(ids=prompt)}
 
 
@@ -109,7 +142,7 @@ def check_choices(num_prompts: int, choices_per_prompt: int, max_choices: int) -
 def check_ids(prompts: list[Prompt], vocab_size: int) -> None:
     """Raise InvalidArgument where a prompt has an id outside the vocabulary."""
     for prompt in prompts:
-        if not isinstance(prompt, str) and max(prompt) >= vocab_size:
+        if isinstance(prompt, list) and max(prompt) >= vocab_size:
             raise InvalidArgument(
                 f"prompt has token id {max(prompt)}, but the vocabulary ends at {vocab_size - 1}", field="prompt"
             )

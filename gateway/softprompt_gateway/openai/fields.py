@@ -4,6 +4,7 @@ import re
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
+from softprompt_api.composition import MAX_ADAPTERS
 from softprompt_api.errors import InvalidArgument, Unsupported
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.names import shown
@@ -19,6 +20,9 @@ _SAMPLING_FIELDS = (
 _TOKEN_ID = re.compile(r"[0-9]{1,10}\Z")
 Count = Annotated[int, Field(ge=1, le=MAX_TOKENS_LIMIT)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS_LIMIT)]
+# Room for as many digests as go together.
+Model = Annotated[str, Field(max_length=2048)]
+Adapters = Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=MAX_ADAPTERS)]
 
 
 def _as_list(value: object) -> object:
@@ -50,9 +54,8 @@ class StreamOptions(RequestModel):
 class GenerationFields(RequestModel):
     """Fields of every request that generates; null means the default."""
 
-    model: str = Field(
-        description="the base model's id, or an adapter: name, name@version or sha256:…", max_length=512
-    )
+    model: Model = Field(description="the base model's id, or adapters joined by '+': name, name@1 or sha256:…")
+    adapters: Adapters | None = Field(None, description="adapters, where model is the base model's id")
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

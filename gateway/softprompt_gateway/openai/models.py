@@ -1,20 +1,16 @@
 """`/v1/models`: the base model and every adapter, as model cards."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from softprompt_api.inference.v1.inference_pb2 import GetModelResponse
-from softprompt_api.names import with_task
-from softprompt_api.registry.v1.registry_pb2 import AdapterKind, AdapterVersion
+from softprompt_api.names import join_model, with_task
+from softprompt_api.registry.v1.registry_pb2 import AdapterVersion
 
-from softprompt_gateway.catalog import spelling_of
+from softprompt_gateway.catalog import kind_name, spelling_of
+from softprompt_gateway.resolve import Bound
 
 OWNER = "softprompt"
-
-
-def kind_name(kind: int) -> str:
-    """PEFT's name of a kind, for example "PROMPT_TUNING"."""
-    return AdapterKind.Name(AdapterKind.ValueType(kind)).removeprefix("ADAPTER_KIND_")
 
 
 def base_card(served: GetModelResponse) -> dict[str, Any]:
@@ -48,10 +44,28 @@ def adapter_card(
         "root": with_task(spelling_of(version), task),
         "parent": version.base_model.id or served.base_model.id,
         "max_model_len": served.max_model_len,
-        "adapter": {
-            "kind": kind_name(version.kind),
-            "version": version.version,
-            "digest": version.digest,
-            "num_virtual_tokens": version.num_virtual_tokens,
-        },
+        "adapter": _adapter(version),
+    }
+
+
+def composed_card(adapters: Sequence[Bound], served: GetModelResponse, *, id_: str) -> dict[str, Any]:
+    """Several adapters put together: its root is the exact versions, its parent the base model."""
+    return {
+        "id": id_,
+        "object": "model",
+        "created": max(bound.version.created_at.seconds for bound in adapters),
+        "owned_by": OWNER,
+        "root": join_model(bound.spelling for bound in adapters),
+        "parent": served.base_model.id,
+        "max_model_len": served.max_model_len,
+        "adapters": [{"name": bound.version.name, **_adapter(bound.version)} for bound in adapters],
+    }
+
+
+def _adapter(version: AdapterVersion) -> dict[str, Any]:
+    return {
+        "kind": kind_name(version.kind),
+        "version": version.version,
+        "digest": version.digest,
+        "num_virtual_tokens": version.num_virtual_tokens,
     }

@@ -17,7 +17,8 @@ from softprompt_gateway.openai.chat import ChatRequest, ChatStyle
 from softprompt_gateway.openai.completions import CompletionRequest, CompletionStyle
 from softprompt_gateway.openai.generation import all_of
 from softprompt_gateway.openai.job import Job
-from softprompt_gateway.openai.models import adapter_card, adapter_cards, base_card
+from softprompt_gateway.openai.models import adapter_card, adapter_cards, base_card, composed_card
+from softprompt_gateway.openai.parts import Parts
 from softprompt_gateway.openai.tokens import (
     DetokenizeRequest,
     TokenizeChatRequest,
@@ -80,7 +81,7 @@ class _Routes:
         return await unless_gone(request, self._complete(body, request.state.request_id))
 
     async def _complete(self, body: CompletionRequest, request_id: str) -> Response:
-        target = await self._resolver.resolve(body.model)
+        target = await self._resolver.resolve(body.model, adapters=body.adapters or (), inside=body.soft_prompts)
         calls = body.calls(target, request_id=request_id, max_choices=self._max_choices)
         echoes = (
             await all_of([self._text_of(prompt) for prompt in body.prompt]) if body.echo else [""] * len(calls)
@@ -97,7 +98,10 @@ class _Routes:
             )
         )
 
-    async def _text_of(self, prompt: str | list[int]) -> str:
+    async def _text_of(self, prompt: str | list[int] | Parts) -> str:
+        """What is echoed; where a soft prompt stands, nothing: virtual tokens have no text."""
+        if isinstance(prompt, Parts):
+            return prompt.text
         return prompt if isinstance(prompt, str) else await self._inference.detokenize(prompt)
 
     async def chat(self, request: Request) -> Response:
@@ -106,7 +110,9 @@ class _Routes:
         return await unless_gone(request, self._chat(body, request.state.request_id))
 
     async def _chat(self, body: ChatRequest, request_id: str) -> Response:
-        target = await self._resolver.resolve(body.model)
+        target = await self._resolver.resolve(
+            body.model, adapters=body.adapters or (), inside=body.soft_prompts, prompt_field="messages"
+        )
         return await self._answering.answer(
             Job(
                 target=target,
@@ -130,23 +136,32 @@ class _Routes:
     async def model(self, id_: str) -> dict[str, Any]:
         """Describe one model: the base model, or an adapter by name, name@version or digest."""
         target = await self._resolver.resolve(id_)
-        if target.adapter is None:
+        if not target.front:
             return base_card(target.served)
-        return adapter_card(target.adapter, target.served, task=target.task, id_=id_)
+        if len(target.front) > 1:
+            return composed_card(target.front, target.served, id_=id_)
+        [bound] = target.front
+        return adapter_card(bound.version, target.served, task=bound.task, id_=id_)
 
     async def tokenize(self, request: Request) -> dict[str, Any]:
         """Show the token ids of a text or a conversation."""
         body = parse_tokenize(await self._gateway.json(request))
-        digest = await self._digest_of(body.model)
-        answer = await unless_gone(request, self._inference.tokenize(body.call(digest)))
+        target = await self._resolver.resolve(
+            await self._model_of(body.model),
+            adapters=body.adapters or (),
+            inside=body.soft_prompts,
+            prompt_field=body.prompt_field,
+        )
+        answer = await unless_gone(request, self._inference.tokenize(body.call(target)))
         return tokenized(answer, with_strings=bool(body.return_token_strs))
 
     async def detokenize(self, request: Request) -> dict[str, Any]:
         """Turn token ids into text."""
         body = DetokenizeRequest.checked(await self._gateway.json(request))
-        await self._digest_of(body.model)
+        await self._resolver.resolve(await self._model_of(body.model))
         with fields_spelled(ids="tokens"):
             return {"prompt": await unless_gone(request, self._inference.detokenize(body.tokens))}
 
-    async def _digest_of(self, model: str | None) -> str:
-        return (await self._resolver.resolve(model)).digest if model is not None else ""
+    async def _model_of(self, model: str | None) -> str:
+        """The base model where none is named."""
+        return model if model is not None else (await self._resolver.served()).base_model.id

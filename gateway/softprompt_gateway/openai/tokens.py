@@ -1,30 +1,43 @@
 """`/tokenize` and `/detokenize`, in vLLM's shapes with virtual tokens counted."""
 
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.inference.v1 import inference_pb2 as pb
 
 from softprompt_gateway.openai.chat import ChatFields
-from softprompt_gateway.openai.fields import TokenId, refuse
+from softprompt_gateway.openai.completions import as_prompt, parse_prompt
+from softprompt_gateway.openai.fields import Adapters, Model, TokenId, refuse
+from softprompt_gateway.openai.parts import PARTS_SCHEMA, Parts
+from softprompt_gateway.resolve import Target
 from softprompt_gateway.validation import RequestModel
+
+_PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, {**PARTS_SCHEMA}]}
 
 
 class TokenizeCompletionRequest(RequestModel):
     """Body of `POST /tokenize` for a text."""
 
-    model: str | None = Field(None, description="default: the base model", max_length=512)
-    prompt: str
+    prompt_field: ClassVar[str] = "prompt"
+
+    model: Model | None = Field(None, description="default: the base model")
+    adapters: Adapters | None = Field(None, description="adapters, where model is the base model's id")
+    prompt: Annotated[str | Parts, PlainValidator(parse_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
     add_special_tokens: bool | None = Field(None, description="default true")
     return_token_strs: bool | None = None
 
-    def call(self, digest: str) -> pb.TokenizeRequest:
+    @property
+    def soft_prompts(self) -> list[str]:
+        """The adapters that stand inside the prompt."""
+        return self.prompt.names if isinstance(self.prompt, Parts) else []
+
+    def call(self, target: Target) -> pb.TokenizeRequest:
         """The request to the inference service."""
         return pb.TokenizeRequest(
-            text=self.prompt,
+            **as_prompt(self.prompt, target),
             add_special_tokens=self.add_special_tokens,
-            adapter=digest,
+            adapter=target.digest,
             return_token_strings=bool(self.return_token_strs),
         )
 
@@ -32,7 +45,10 @@ class TokenizeCompletionRequest(RequestModel):
 class TokenizeChatRequest(ChatFields):
     """Body of `POST /tokenize` for a conversation."""
 
-    model: str | None = Field(None, description="default: the base model", max_length=512)
+    prompt_field: ClassVar[str] = "messages"
+
+    model: Model | None = Field(None, description="default: the base model")
+    adapters: Adapters | None = Field(None, description="adapters, where model is the base model's id")
     add_special_tokens: Any = Field(None, description="only false: the chat template writes special tokens")
     return_token_strs: bool | None = None
 
@@ -41,10 +57,10 @@ class TokenizeChatRequest(ChatFields):
         refuse("add_special_tokens", self.add_special_tokens, because="is not supported in chat")
         return self
 
-    def call(self, digest: str) -> pb.TokenizeRequest:
+    def call(self, target: Target) -> pb.TokenizeRequest:
         """The request to the inference service."""
         return pb.TokenizeRequest(
-            chat=self.chat_prompt(), adapter=digest, return_token_strings=bool(self.return_token_strs)
+            chat=self.chat_prompt(target), adapter=target.digest, return_token_strings=bool(self.return_token_strs)
         )
 
 
@@ -69,5 +85,5 @@ def tokenized(answer: pb.TokenizeResponse, *, with_strings: bool) -> dict[str, A
 class DetokenizeRequest(RequestModel):
     """Body of `POST /detokenize`."""
 
-    model: str | None = Field(None, description="default: the base model", max_length=512)
+    model: Model | None = Field(None, description="default: the base model")
     tokens: list[TokenId]

@@ -4,21 +4,24 @@ asked for ──▶ fetching (one task per digest) ──▶ waiting for room �
                                                                                                 │ room needed
                                                                                                 ▼
                                                                                              dropped
+
+A request that needs several adapters gets all of them at once or waits for all of them, and holds none while it
+waits: two requests can never wait for each other.
 """
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Literal
 
-from softprompt_api.errors import AdapterInUse
+from softprompt_api.errors import AdapterInUse, InvalidArgument
 
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.host_cache import HostCache
-from softprompt_inference.adapters.room import Room, Waiter
+from softprompt_inference.adapters.room import Room
 
 _MAX_REMEMBERED = 4096
 
@@ -47,27 +50,52 @@ class _Usage:
     released_s: float | None = None
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class _Entry:
-    """An adapter that is being brought in (`adapter` is None) or is resident.
+    """An adapter that requests ask for, or that is resident.
 
     Attributes:
-        users: requests that use it or wait for it.
-        bringing: ends with the adapter resident.
+        fetched: the adapter, in host memory; a task where it has to be fetched.
+        num_asking: requests that use it, or wait for it or for another beside it.
+        num_using: requests that use it, and keep it resident.
+        waiters: requests in line for it.
     """
 
-    users: int = 0
-    adapter: Adapter | None = None
-    bringing: "asyncio.Task[Adapter]"
+    digest: str
+    fetched: "Adapter | asyncio.Task[Adapter]"
+    num_asking: int = 0
+    num_using: int = 0
+    is_resident: bool = False
+    waiters: "dict[_Waiter, None]" = field(default_factory=dict)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter; it must have been fetched."""
+        assert isinstance(self.fetched, Adapter)
+        return self.fetched
+
+    @property
+    def num_rows(self) -> int:
+        """Its virtual tokens."""
+        return self.adapter.num_virtual_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Waiter:
+    """A request in line, once for all rooms in which it has adapters; `turn` is done when it holds all of them."""
+
+    entries: Sequence[_Entry]
+    rooms: "Sequence[Room[_Waiter]]"
+    turn: "asyncio.Future[None]"
 
 
 class Residency:
     """Brings adapters in on demand and holds those in use; belongs to one event loop.
 
-    Requests for one digest share one fetch. When everything resident is in use, further adapters wait their turn
-    in order; requests for resident adapters never wait. Soft prompts and LoRAs have room of their own each, and
-    never wait for one another. A fetch that fails fails those who wait for it, and is tried anew by the next
-    request.
+    Requests for one digest share one fetch. When everything resident is in use, requests for further adapters wait
+    their turn; those whose adapters are all resident never wait. Soft prompts and LoRAs have room of their own: a
+    request is in the line of each that it needs, and has its turn when it is the first in all of them. A failed
+    fetch is the failure of those who wait for it, and is tried anew by the next request.
 
     Args:
         fetch: gets a verified adapter by digest; may raise.
@@ -93,30 +121,44 @@ class Residency:
         self._fetch = fetch
         self._load = load
         self._drop = drop
-        self._soft_prompts = Room(max_adapters=max_adapters, max_rows=max_rows)
-        self._loras = Room(max_adapters=max_loras)
+        self._soft_prompts = Room[_Waiter](sort="soft prompts", max_adapters=max_adapters, max_rows=max_rows)
+        self._loras = Room[_Waiter](sort="LoRAs", max_adapters=max_loras)
+        self._rooms = (self._soft_prompts, self._loras)
         self._host_cache = host_cache
         self._entries: dict[str, _Entry] = {}
-        self._leaving: set[asyncio.Task[Adapter]] = set()  # cancelled, and yet to give room back that they took
         self._usage: OrderedDict[str, _Usage] = OrderedDict()  # of adapters asked for lately, the last one last
 
     @asynccontextmanager
-    async def use(self, digest: str) -> AsyncIterator[Adapter]:
-        """Hold an adapter in the engine for the time of the context; waits until it is there."""
-        entry = self._acquire(digest)
+    async def use(
+        self, *digests: str, check: Callable[[Sequence[Adapter]], object] | None = None
+    ) -> AsyncIterator[Sequence[Adapter]]:
+        """Hold adapters in the engine for the time of the context; waits until all of them are there.
+
+        Args:
+            check: looks at them before they take room; what it raises ends the wait.
+
+        Raises InvalidArgument where they do not fit the device together, even alone.
+        """
+        entries = {digest: self._ask_for(digest) for digest in dict.fromkeys(digests)}
         try:
-            # The task is everybody's: one waiter's cancellation must not reach it.
-            adapter = await asyncio.shield(entry.bringing)
-            yield adapter
+            adapters = [await self._fetched(entries[digest]) for digest in digests]
+            if check is not None:
+                check(adapters)
+            await self._hold_in_turn(list(entries.values()))
+            try:
+                yield adapters
+            finally:
+                self._let_go(entries.values())
         finally:
-            self._release(digest, entry)
+            for entry in entries.values():
+                self._forget(entry)
 
     def resident(self) -> list[Resident]:
         """What is in memory, the most recently used first."""
         held = {adapter.digest: self._describe(adapter, "host", 0) for adapter in self._host_cache.adapters()}
         for digest, entry in self._entries.items():
-            if entry.adapter is not None:
-                held[digest] = self._describe(entry.adapter, "device", entry.users)
+            if entry.is_resident:
+                held[digest] = self._describe(entry.adapter, "device", entry.num_using)
         recency = {digest: place for place, digest in enumerate(self._usage)}
         return sorted(held.values(), key=lambda one: -recency.get(one.adapter.digest, -1))
 
@@ -127,131 +169,198 @@ class Residency:
             AdapterInUse: requests use it, or wait for it.
         """
         entry = self._entries.get(digest)
-        if entry is not None and (entry.users or entry.adapter is None):
+        if entry is not None and entry.num_asking:
             raise AdapterInUse("requests use the adapter; it can go when they have ended", field="adapter")
         was_on_host = self._host_cache.discard(digest)
-        if entry is None or entry.adapter is None:
+        if entry is None:
             return was_on_host
-        del self._room_of(entry.adapter).idle[digest]
-        self._drop_resident(digest)
+        self._drop_resident(entry)
         return True
 
     async def close(self) -> None:
         """Stop bringing adapters in."""
-        tasks = [entry.bringing for entry in self._entries.values() if not entry.bringing.done()]
+        tasks = [entry.fetched for entry in self._entries.values() if isinstance(entry.fetched, asyncio.Task)]
         for task in tasks:
             task.cancel()
+        for waiter in {waiter for room in self._rooms for waiter in room.line}:
+            self._leave_line(waiter)
+            waiter.turn.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def check(self) -> None:
-        """Assert that the counters agree with the entries."""
-        assert all(entry.users >= 0 for entry in self._entries.values())
-        num_granted = len(self._leaving) + sum(entry.adapter is None for entry in self._entries.values())
-        for room in (self._soft_prompts, self._loras):
-            held = [one for one in self._entries.values() if one.adapter and self._room_of(one.adapter) is room]
-            adapters = [entry.adapter for entry in held if entry.adapter]
-            num_rows = sum(adapter.num_virtual_tokens for adapter in adapters)
-            assert len(adapters) <= room.num_adapters <= len(adapters) + num_granted
-            assert num_rows <= room.num_rows
-            assert num_granted or (len(adapters), num_rows) == (room.num_adapters, room.num_rows)
-            assert set(room.idle) == {one.adapter.digest for one in held if one.adapter and not one.users}
+        """Assert that the counters agree with the entries, and that nobody waits who need not."""
+        for entry in self._entries.values():
+            assert 0 <= entry.num_using <= entry.num_asking
+            assert entry.is_resident or (entry.num_asking and not entry.num_using)
+        for room in self._rooms:
+            held = [one for one in self._entries.values() if one.is_resident and self._room_of(one) is room]
+            assert (len(held), sum(one.num_rows for one in held)) == (room.num_adapters, room.num_rows)
+            assert dict(room.idle) == {one.digest: one.num_rows for one in held if not one.num_using}
+            assert self._find_turn(room) is None, "there is room and somebody waits"
+            assert not any(_are_resident(waiter.entries) for waiter in room.line), "they wait for what is there"
             room.check()
         self._host_cache.check()
 
-    def _acquire(self, digest: str) -> _Entry:
+    def _ask_for(self, digest: str) -> _Entry:
         entry = self._entries.get(digest)
         if entry is None:
-            task = asyncio.create_task(self._bring(digest), name=f"bring {digest}")
-            # Its failure is the waiters'; when they have all gone, nobody is left to be told.
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
-            entry = self._entries[digest] = _Entry(bringing=task)
-        entry.users += 1
-        if entry.adapter is not None:
-            self._room_of(entry.adapter).idle.pop(digest, None)
+            entry = self._entries[digest] = _Entry(digest=digest, fetched=self._find(digest))
+        entry.num_asking += 1
         self._usage.setdefault(digest, _Usage()).hits += 1
         self._usage.move_to_end(digest)
         if len(self._usage) > _MAX_REMEMBERED:
             self._usage.popitem(last=False)
         return entry
 
-    def _release(self, digest: str, entry: _Entry) -> None:
-        entry.users -= 1
-        if usage := self._usage.get(digest):
-            usage.released_s = monotonic()
-        if entry.users or self._entries.get(digest) is not entry:
-            return
-        if entry.adapter is None:  # nobody waits for it any more
-            del self._entries[digest]
-            entry.bringing.cancel()
-            self._leaving.add(entry.bringing)
-            entry.bringing.add_done_callback(self._leaving.discard)
-            # Its turn is cancelled at once, and others may have waited behind it.
-            for room in (self._soft_prompts, self._loras):
-                self._give_turns(room)
-            return
-        room = self._room_of(entry.adapter)
-        room.idle[digest] = None
-        self._give_turns(room)
+    def _find(self, digest: str) -> "Adapter | asyncio.Task[Adapter]":
+        if adapter := self._host_cache.get(digest):
+            return adapter
+        task = asyncio.create_task(self._bring(digest), name=f"fetch {digest}")
+        # Its failure is told to who waits for it; when they have all gone, nobody is left to be told.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return task
 
     async def _bring(self, digest: str) -> Adapter:
         entry = self._entries[digest]
         try:
-            adapter = self._host_cache.get(digest)
-            if adapter is None:
-                adapter = await self._fetch(digest)
-                self._host_cache.put(adapter)
-            await self._load_in_turn(adapter)
+            adapter = await self._fetch(digest)
         except BaseException:
             if self._entries.get(digest) is entry:
                 del self._entries[digest]
             raise
-        entry.adapter = adapter
+        self._host_cache.put(adapter)
+        entry.fetched = adapter
         return adapter
 
-    async def _load_in_turn(self, adapter: Adapter) -> None:
-        """Have the engine take an adapter, once there is room and those that waited before had theirs."""
-        room = self._room_of(adapter)
-        assert adapter.num_virtual_tokens <= room.max_rows, "the source refuses such an adapter"
-        waiter = Waiter(num_rows=adapter.num_virtual_tokens)
-        room.waiters.append(waiter)
-        self._give_turns(room)
+    async def _fetched(self, entry: _Entry) -> Adapter:
+        # The task is everybody's: one waiter's cancellation must not reach it.
+        return entry.fetched if isinstance(entry.fetched, Adapter) else await asyncio.shield(entry.fetched)
+
+    def _forget(self, entry: _Entry) -> None:
+        """One request less asks for it."""
+        entry.num_asking -= 1
+        if usage := self._usage.get(entry.digest):
+            usage.released_s = monotonic()
+        if entry.num_asking or entry.is_resident or self._entries.get(entry.digest) is not entry:
+            return
+        del self._entries[entry.digest]
+        if isinstance(entry.fetched, asyncio.Task):
+            entry.fetched.cancel()
+
+    async def _hold_in_turn(self, entries: Sequence[_Entry]) -> None:
+        """Keep adapters in the engine, from when it has all of them, or it is their turn to come in together."""
+        if _are_resident(entries):
+            self._hold(entries)
+            return
+        waiter = self._line_up(entries)
+        self._give_turns()
         try:
-            await waiter.turn
-            self._load(adapter)
+            # Shielded: the turn is given or not, whatever becomes of who waits.
+            await asyncio.shield(waiter.turn)
         except BaseException:
-            if not waiter.turn.cancelled():  # its room was counted
-                room.give_back(waiter.num_rows)
-            self._give_turns(room)
+            if not waiter.turn.done():
+                self._leave_line(waiter)
+                self._give_turns()
+            elif not waiter.turn.cancelled() and waiter.turn.exception() is None:
+                self._let_go(entries)
             raise
 
-    def _give_turns(self, room: Room) -> None:
+    def _hold(self, entries: Iterable[_Entry]) -> None:
+        for entry in entries:
+            entry.num_using += 1
+            self._room_of(entry).idle.pop(entry.digest, None)
+
+    def _let_go(self, entries: Iterable[_Entry]) -> None:
+        for entry in entries:
+            entry.num_using -= 1
+            if not entry.num_using:
+                self._room_of(entry).idle[entry.digest] = entry.num_rows
+        self._give_turns()
+
+    def _line_up(self, entries: Sequence[_Entry]) -> _Waiter:
+        rooms = [room for room in self._rooms if any(self._room_of(entry) is room for entry in entries)]
+        for room in rooms:
+            needed = self._rows_in(room, entries)
+            if not room.could_hold(needed):
+                raise InvalidArgument(f"the request needs {room.refusal(needed)}", field="adapter")
+        waiter = _Waiter(entries=entries, rooms=rooms, turn=asyncio.get_running_loop().create_future())
+        for room in rooms:
+            room.line[waiter] = None
+        for entry in entries:
+            entry.waiters[waiter] = None
+        return waiter
+
+    def _leave_line(self, waiter: _Waiter) -> None:
+        for room in waiter.rooms:
+            del room.line[waiter]
+        for entry in waiter.entries:
+            del entry.waiters[waiter]
+
+    def _give_turns(self) -> None:
         """Let waiters in, in order, as far as there is room; idle adapters make room."""
-        while room.waiters:
-            waiter = room.waiters[0]
-            # Cancelling a task cancels the turn it awaits at once, and the task itself runs only later.
-            if not waiter.turn.cancelled():
-                if not self._make_room(room, waiter.num_rows):
-                    return
-                room.take(waiter.num_rows)
-                waiter.turn.set_result(None)
-            room.waiters.popleft()
+        while turns := [turn for room in self._rooms if (turn := self._find_turn(room))]:
+            waiter, leavers = turns[0]
+            for entry in leavers:
+                self._drop_resident(entry)
+            self._let_in(waiter)
 
-    def _make_room(self, room: Room, num_rows: int) -> bool:
-        while not room.fits(num_rows) and room.idle:
-            digest, _ = room.idle.popitem(last=False)
-            self._drop_resident(digest)
-        return room.fits(num_rows)
+    def _find_turn(self, room: Room[_Waiter]) -> tuple[_Waiter, list[_Entry]] | None:
+        """The first in line, where it can come in, and the idle adapters that must leave before."""
+        waiter = room.first
+        if waiter is None or any(other.first is not waiter for other in waiter.rooms):
+            return None
+        missing = [entry for entry in waiter.entries if not entry.is_resident]
+        wanted = {entry.digest for entry in waiter.entries}
+        leavers: list[_Entry] = []
+        for each in waiter.rooms:
+            digests = each.find_leavers(self._rows_in(each, missing), wanted)
+            if digests is None:
+                return None
+            leavers += [self._entries[digest] for digest in digests]
+        return waiter, leavers
 
-    def _drop_resident(self, digest: str) -> None:
-        adapter = self._entries.pop(digest).adapter
-        assert adapter is not None
-        self._room_of(adapter).give_back(adapter.num_virtual_tokens)
-        self._drop(digest)
+    def _let_in(self, waiter: _Waiter) -> None:
+        """Load what a waiter lacks; it holds what it waited for, and so does who now has all of theirs."""
+        missing = [entry for entry in waiter.entries if not entry.is_resident]
+        self._leave_line(waiter)
+        try:
+            for entry in missing:
+                self._load_into_room(entry)
+        except Exception as error:
+            waiter.turn.set_exception(error)
+        else:
+            self._hold(waiter.entries)
+            waiter.turn.set_result(None)
+        # These take no room, so they are before nobody.
+        for other in [one for entry in missing for one in entry.waiters if _are_resident(one.entries)]:
+            if not other.turn.done():
+                self._leave_line(other)
+                self._hold(other.entries)
+                other.turn.set_result(None)
 
-    def _room_of(self, adapter: Adapter) -> Room:
-        return self._loras if adapter.is_lora else self._soft_prompts
+    def _load_into_room(self, entry: _Entry) -> None:
+        self._load(entry.adapter)
+        entry.is_resident = True
+        self._room_of(entry).take(entry.digest, entry.num_rows)
+
+    def _drop_resident(self, entry: _Entry) -> None:
+        entry.is_resident = False
+        self._room_of(entry).give_back(entry.digest)
+        if not entry.num_asking:
+            del self._entries[entry.digest]
+        self._drop(entry.digest)
+
+    def _room_of(self, entry: _Entry) -> Room[_Waiter]:
+        return self._loras if entry.adapter.is_lora else self._soft_prompts
+
+    def _rows_in(self, room: Room[_Waiter], entries: Iterable[_Entry]) -> Mapping[str, int]:
+        return {entry.digest: entry.num_rows for entry in entries if self._room_of(entry) is room}
 
     def _describe(self, adapter: Adapter, tier: Literal["host", "device"], users: int) -> Resident:
         usage = self._usage.get(adapter.digest, _Usage())
         idle_s = 0.0 if users or usage.released_s is None else monotonic() - usage.released_s
         return Resident(adapter=adapter, tier=tier, idle_s=idle_s, hits=usage.hits, users=users)
+
+
+def _are_resident(entries: Iterable[_Entry]) -> bool:
+    return all(entry.is_resident for entry in entries)

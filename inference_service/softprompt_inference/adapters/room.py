@@ -1,53 +1,80 @@
 """Room on the device for adapters of one sort: how much is taken, who waits for some, and who could make some."""
 
-import asyncio
-from collections import OrderedDict, deque
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Waiter:
-    """An adapter that waits for room; `turn` is done once the room is counted as taken."""
-
-    num_rows: int
-    turn: "asyncio.Future[None]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+Waiter = TypeVar("Waiter")
 
 
 @dataclass(slots=True, kw_only=True)
-class Room:
+class Room(Generic[Waiter]):
     """A number of adapters, and of rows of all of them together.
 
     Attributes:
+        sort: what its adapters are, in words.
         max_adapters, max_rows: how much there is.
         num_adapters, num_rows: how much is taken.
-        idle: digests of adapters in it that nobody uses, the least recently used first.
-        waiters: in the order in which they came.
+        idle: adapters in it that nobody uses, the least recently used first, with their rows.
+        line: who waits, in the order in which they came.
     """
 
+    sort: str
     max_adapters: int
     max_rows: int = 0
     num_adapters: int = 0
     num_rows: int = 0
-    idle: OrderedDict[str, None] = field(default_factory=OrderedDict)
-    waiters: deque[Waiter] = field(default_factory=deque)
+    idle: OrderedDict[str, int] = field(default_factory=OrderedDict)
+    line: OrderedDict[Waiter, None] = field(default_factory=OrderedDict)
 
-    def fits(self, num_rows: int) -> bool:
-        """Whether there is room for one more adapter, of so many rows."""
-        return self.num_adapters < self.max_adapters and self.num_rows + num_rows <= self.max_rows
+    @property
+    def first(self) -> Waiter | None:
+        """Who came before all others that wait."""
+        return next(iter(self.line), None)
 
-    def take(self, num_rows: int) -> None:
-        """Count an adapter in."""
+    def could_hold(self, rows: Mapping[str, int]) -> bool:
+        """Whether it has room for these adapters, by their rows, when it holds nothing else."""
+        return len(rows) <= self.max_adapters and sum(rows.values()) <= self.max_rows
+
+    def refusal(self, rows: Mapping[str, int]) -> str:
+        """How many adapters are needed and how many there is room for, in words."""
+        with_rows, with_max = (
+            f" with {number} virtual tokens" if self.max_rows else ""
+            for number in (sum(rows.values()), self.max_rows)
+        )
+        return f"{len(rows)} {self.sort}{with_rows} at one time; there is room for {self.max_adapters}{with_max}"
+
+    def find_leavers(self, rows: Mapping[str, int], wanted: Collection[str]) -> list[str] | None:
+        """The idle adapters that must leave before these fit, by their rows; None: they would not fit even then.
+
+        Args:
+            wanted: adapters that must not leave.
+        """
+        num_adapters, num_rows = self.num_adapters + len(rows), self.num_rows + sum(rows.values())
+        leavers = []
+        candidates = (each for each in self.idle.items() if each[0] not in wanted)
+        while num_adapters > self.max_adapters or num_rows > self.max_rows:
+            leaver, num_rows_of_leaver = next(candidates, (None, 0))
+            if leaver is None:
+                return None
+            leavers.append(leaver)
+            num_adapters -= 1
+            num_rows -= num_rows_of_leaver
+        return leavers
+
+    def take(self, digest: str, num_rows: int) -> None:
+        """Count an adapter in, idle."""
         self.num_adapters += 1
         self.num_rows += num_rows
+        self.idle[digest] = num_rows
 
-    def give_back(self, num_rows: int) -> None:
-        """Count an adapter out."""
+    def give_back(self, digest: str) -> None:
+        """Count an idle adapter out."""
         self.num_adapters -= 1
-        self.num_rows -= num_rows
+        self.num_rows -= self.idle.pop(digest)
 
     def check(self) -> None:
-        """Assert that nobody waits who need not."""
-        assert 0 <= self.num_adapters <= self.max_adapters
-        assert 0 <= self.num_rows <= self.max_rows
-        waiting = [waiter for waiter in self.waiters if not waiter.turn.cancelled()]
-        assert not waiting or not (self.idle or self.fits(waiting[0].num_rows)), "there is room and somebody waits"
+        """Assert that it holds no more than it can."""
+        assert len(self.idle) <= self.num_adapters <= self.max_adapters
+        assert sum(self.idle.values()) <= self.num_rows <= self.max_rows

@@ -1,9 +1,10 @@
 """Identity of KV pages: which pages may stand in for which.
 
 KV of a position depends on every position up to it, so a page's key is a sha256 chain over the ids of all pages up
-to it. Virtual ids are local to one process and say nothing about content; (digest, row) takes their place. A LoRA
-changes the KV of every position, so the chain begins with its digest. The first rows of a page have a key of their
-own, a partial key: they are the same whatever follows them in the page.
+to it. Virtual ids are local to one process and say nothing about content; (digest, row) takes their place,
+wherever they stand. A LoRA changes the KV of every position that is computed, so its digest enters the chain
+before the first of them; what an adapter of keys and values gives is the same under every LoRA. The first rows of
+a page have a key of their own, a partial key: they are the same whatever follows them in the page.
 """
 
 import hashlib
@@ -73,12 +74,14 @@ class VirtualIds:
         return digest, virtual_id - ids.start
 
 
-def root_key(salt: str, lora: str = "") -> PageKey:
-    """What the first page of a sequence is chained to; requests with different salts or LoRAs share nothing."""
-    start = b"softprompt page chain 1\0"
-    if lora:
-        start = b"softprompt page chain 1 with a LoRA\0" + hashlib.sha256(lora.encode()).digest()
-    return hashlib.sha256(start + salt.encode("utf-8", "surrogatepass")).digest()
+def root_key(salt: str) -> PageKey:
+    """What the first page of a sequence is chained to; requests with different salts share nothing."""
+    return hashlib.sha256(b"softprompt page chain 1\0" + salt.encode("utf-8", "surrogatepass")).digest()
+
+
+def under_lora(parent: PageKey, lora: str) -> PageKey:
+    """What a page that follows the page `parent` is chained to where a LoRA computes it, or some of its rows."""
+    return hashlib.sha256(b"under a LoRA\0" + parent + hashlib.sha256(lora.encode()).digest()).digest()
 
 
 def page_key(parent: PageKey, token_ids: Sequence[int], virtual_ids: VirtualIds) -> PageKey:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from softprompt_inference.engine.keys import PageKey, VirtualIds, page_key, partial_key, root_key
+from softprompt_inference.engine.keys import PageKey, VirtualIds, page_key, partial_key, root_key, under_lora
 from softprompt_inference.engine.messages import AddRequest, Finish, Output
 from softprompt_inference.engine.plan import Chunk, PageWrite, Sample, Sampled, looks_back
 
@@ -120,7 +120,7 @@ class Sequence:
         self.num_cached: int | None = None
         self.looks_back = looks_back(params)
         self._virtual_ids = virtual_ids
-        self._keys: list[PageKey] = [root_key(request.salt, request.lora)]
+        self._keys: list[PageKey] = [root_key(request.salt)]
         self._partial_keys: dict[int, PageKey] = {}
         self._eos_ids = frozenset(() if params.ignore_eos else request.eos_token_ids)
         self._stop_ids = frozenset(params.stop_token_ids)
@@ -133,8 +133,16 @@ class Sequence:
         for page in range(start, stop):
             while len(keys) <= page + 1:
                 first = (len(keys) - 1) * page_size
-                keys.append(page_key(keys[-1], self.token_ids[first : first + page_size], self._virtual_ids))
+                end = first + page_size
+                parent = self._under_lora(keys[-1], first, end)
+                keys.append(page_key(parent, self.token_ids[first:end], self._virtual_ids))
             yield keys[page + 1]
+
+    def _under_lora(self, parent: PageKey, first: int, end: int) -> PageKey:
+        """`parent` with the LoRA, where it computes the first position of all among first … end − 1."""
+        if not self.request.lora or not first <= self.num_given < end:
+            return parent  # what it does not compute, or what is chained to what it has computed
+        return under_lora(parent, self.request.lora)
 
     def end_key(self, page_size: int, end: int) -> PageKey:
         """Key of the positions 0 … end − 1: that of the last page, or partial when they do not fill it."""
@@ -143,8 +151,9 @@ class Sequence:
             return next(self.page_keys(page_size, num_pages - 1, num_pages))
         if end not in self._partial_keys:
             parent = next(self.page_keys(page_size, num_pages - 1, num_pages)) if num_pages else self._keys[0]
-            token_ids = self.token_ids[end - num_rows : end]
-            self._partial_keys[end] = partial_key(parent, token_ids, self._virtual_ids)
+            first = end - num_rows
+            parent = self._under_lora(parent, first, end)
+            self._partial_keys[end] = partial_key(parent, self.token_ids[first:end], self._virtual_ids)
         return self._partial_keys[end]
 
     def find_prefix(self, page_size: int, is_known: Callable[[PageKey], bool]) -> Prefix:

@@ -2,6 +2,7 @@
 
 from softprompt_inference.text.chat import ChatMessage
 from softprompt_inference.text.detokenizer import OutputText
+from softprompt_inference.text.soft_prompts import Encoded, SoftPrompt
 from softprompt_inference.text.tokenizer import Tokenizer
 
-__all__ = ["ChatMessage", "OutputText", "Tokenizer"]
+__all__ = ["ChatMessage", "Encoded", "OutputText", "SoftPrompt", "Tokenizer"]

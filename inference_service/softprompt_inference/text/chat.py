@@ -8,6 +8,7 @@ from softprompt_api.errors import InvalidArgument, Unsupported
 from softprompt_api.names import shown
 
 from softprompt_inference.text.control import ControlTokens
+from softprompt_inference.text.soft_prompts import Encoded, Marks, SoftPrompt
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 2048
@@ -19,11 +20,29 @@ Render = Callable[[list[dict[str, str]], bool, bool], str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatMessage:
-    """One turn. `role` is one of ROLES; `name` is optional and given to the template."""
+    """One turn. `role` is one of ROLES; `name` is optional and given to the template.
+
+    `content` is a text, or texts and soft prompts in order.
+    """
 
     role: str
-    content: str
+    content: str | Sequence[str | SoftPrompt]
     name: str = ""
+
+    @property
+    def parts(self) -> Sequence[str | SoftPrompt]:
+        """Its content, part by part."""
+        return (self.content,) if isinstance(self.content, str) else self.content
+
+    @property
+    def text(self) -> str:
+        """The text of its content."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def num_soft_prompts(self) -> int:
+        """How many soft prompts stand in its content."""
+        return sum(isinstance(part, SoftPrompt) for part in self.parts)
 
 
 class ChatEncoder:
@@ -44,8 +63,11 @@ class ChatEncoder:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-    ) -> list[int]:
-        """Ids of a conversation; InvalidArgument names what the template or we cannot take."""
+    ) -> Encoded:
+        """Ids of a conversation, and soft prompts between them; InvalidArgument names what cannot be taken.
+
+        Text on the two sides of a soft prompt is encoded each on its own.
+        """
         check_messages(messages)
         if continue_final_message and add_generation_prompt:
             raise InvalidArgument(
@@ -57,24 +79,34 @@ class ChatEncoder:
                 "the model has no chat template, so it takes no messages; send the text as a prompt instead",
                 field="messages",
             )
-        shielded = [self._shielded(message) for message in messages]
+        marks = Marks()
+        shielded = [self._shielded(message, marks) for message in messages]
         try:
             rendered = self._render(shielded, add_generation_prompt, continue_final_message)
         except TemplateError as error:  # also what a template refuses by itself, such as roles out of order
             raise InvalidArgument(
-                f"the model's chat template refuses the messages: {str(error)[:200]}", field="messages"
+                f"the model's chat template refuses the messages{_reason(error)}", field="messages"
             ) from error
         except Exception as error:  # a template is foreign code, and can fail in any way over what it is given
             raise InvalidArgument(
                 "the model's chat template cannot render these messages; see the model's card for what it takes",
                 field="messages",
             ) from error
-        return self._control.encode(rendered)
+        return [self._control.encode(part) if isinstance(part, str) else part for part in marks.cut(rendered)]
 
-    def _shielded(self, message: ChatMessage) -> dict[str, str]:
+    def _shielded(self, message: ChatMessage, marks: Marks) -> dict[str, str]:
         role = "system" if message.role == "developer" else message.role
-        turn = {"role": role, "content": self._control.shield(message.content)}
+        content = "".join(
+            self._control.shield(part) if isinstance(part, str) else marks.mark(part) for part in message.parts
+        )
+        turn = {"role": role, "content": content}
         return {**turn, "name": self._control.shield(message.name)} if message.name else turn
+
+
+def _reason(error: TemplateError) -> str:
+    """The template's own words, unless they repeat marks: whoever knows those can write control tokens."""
+    words = str(error)
+    return "" if "\ue000" in words or "\ue001" in words else f": {words[:200]}"
 
 
 def check_messages(messages: Sequence[ChatMessage]) -> None:

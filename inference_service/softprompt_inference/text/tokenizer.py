@@ -12,6 +12,7 @@ from softprompt_inference.text.chat import ChatEncoder, ChatMessage, Render
 from softprompt_inference.text.control import ControlTokens
 from softprompt_inference.text.definition import TokenizerDefinition, read_definition
 from softprompt_inference.text.detokenizer import OutputText
+from softprompt_inference.text.soft_prompts import Encoded
 from softprompt_inference.text.vocabulary import Vocabulary
 
 
@@ -46,7 +47,7 @@ class Tokenizer:
             add_special_tokens: add what the tokenizer adds by itself, such as BOS.
             max_tokens: refuse a text that cannot fit in so many without encoding it (ContextLengthExceeded).
         """
-        self._check_size(len(text), max_tokens)
+        self.check_size(len(text), 0, max_tokens=max_tokens)
         _check_unicode(text, field="prompt")
         # Only the batch call releases the interpreter lock.
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
@@ -59,11 +60,15 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         max_tokens: int | None = None,
-    ) -> list[int]:
-        """Ids of a conversation, `max_tokens` as in `encode`. Special tokens in messages are plain text."""
-        self._check_size(sum(len(message.content) for message in messages), max_tokens)
+    ) -> Encoded:
+        """A conversation as ids, and soft prompts between them; `max_tokens` as in `encode`.
+
+        Special tokens in messages are plain text.
+        """
+        num_soft_prompts = sum(message.num_soft_prompts for message in messages)
+        self.check_size(sum(len(message.text) for message in messages), num_soft_prompts, max_tokens=max_tokens)
         for message in messages:
-            _check_unicode(message.content + message.name, field="messages")
+            _check_unicode(message.text + message.name, field="messages")
         return self._chat.encode(
             messages,
             add_generation_prompt=add_generation_prompt,
@@ -87,13 +92,15 @@ class Tokenizer:
         """Text of one token, replacement characters where it is not whole UTF-8."""
         return self._vocabulary.token_text(token_id)
 
-    def _check_size(self, num_characters: int, max_tokens: int | None) -> None:
+    def check_size(self, num_characters: int, num_soft_prompts: int, *, max_tokens: int | None) -> None:
+        """Raise ContextLengthExceeded where so much must have more tokens than that."""
         if max_tokens is None:
             return
-        least = -(-num_characters // self._vocabulary.max_token_characters)
+        least = -(-num_characters // self._vocabulary.max_token_characters) + num_soft_prompts
         if least > max_tokens:
+            soft_prompts = f" and {num_soft_prompts} soft prompts" if num_soft_prompts else ""
             raise ContextLengthExceeded(
-                f"the prompt has {num_characters} characters, which are at least {least} tokens; "
+                f"the prompt has {num_characters} characters{soft_prompts}, which are at least {least} tokens; "
                 f"the limit is {max_tokens}",
                 field="prompt",
             )

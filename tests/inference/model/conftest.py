@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -121,12 +121,17 @@ class Lora:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A prompt for an adapter (None: the base model), computed with a LoRA (None: without)."""
+    """A prompt for an adapter (None: the base model), computed with a LoRA (None: without).
+
+    Attributes:
+        parts: in place of adapter and prompt_ids, ids and adapters in order.
+    """
 
     adapter: Adapter | None
     prompt_ids: tuple[int, ...]
     max_tokens: int = 12
     lora: Lora | None = None
+    parts: tuple[tuple[int, ...] | Adapter, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,17 +157,21 @@ class Oracle:
     def __init__(self, model_path: Path) -> None:
         self._model_path = model_path
         self._models: dict[Path | None, PreTrainedModel | PeftModel] = {}
-        self._answers: dict[tuple[Path | None, int | None, Path | None, tuple[int, ...], int], Answer] = {}
+        self._answers: dict[tuple[object, ...], Answer] = {}
 
     def answer(self, request: Request) -> Answer:
         """Greedy by `generate`, then logprobs by one teacher-forced pass."""
         folder, lora = (each.folder if each else None for each in (request.adapter, request.lora))
         task = request.adapter.task if request.adapter else None
-        key = (folder, task, lora, request.prompt_ids, request.max_tokens)
+        parts = tuple((part.folder, part.task) if isinstance(part, Adapter) else part for part in request.parts)
+        key = (folder, task, lora, request.prompt_ids, request.max_tokens, parts)
         if key not in self._answers:
             with _warnings_of_peft_ignored():
-                if folder and lora:
-                    self._answers[key] = self._compute_both(self._model(lora), request)
+                if request.parts:
+                    self._answers[key] = self._compute_parts(self._model(lora), request)
+                elif folder and lora:
+                    parts_of_both = replace(request, parts=(request.adapter, request.prompt_ids))
+                    self._answers[key] = self._compute_parts(self._model(lora), parts_of_both)
                 else:
                     self._answers[key] = self._compute(self._model(folder or lora), request)
         return self._answers[key]
@@ -198,15 +207,19 @@ class Oracle:
         return self._judge(token_ids, logits)
 
     @torch.inference_mode()
-    def _compute_both(self, model: PeftModel, request: Request) -> Answer:
-        """PEFT computes a soft prompt or a LoRA: both, with rows put before the text by hand."""
-        assert request.adapter is not None
-        load = request.adapter.load
-        rows = torch.frombuffer(bytearray(load.rows), dtype=getattr(torch, load.dtype)).view(-1, load.row_size)
+    def _compute_parts(self, model: PreTrainedModel | PeftModel, request: Request) -> Answer:
+        """PEFT computes one adapter: several, with rows put among the text's by hand, in one pass for each token.
+
+        Keys and values stand in the cache before the pass, as PEFT puts them there.
+        """
+        first, *others = request.parts
+        given = first.load if isinstance(first, Adapter) and first.load.are_key_values else None
         token_ids: list[int] = []
         while True:
-            text = model.get_input_embeddings()(torch.tensor([*request.prompt_ids, *token_ids]))
-            logits = model(inputs_embeds=torch.cat([rows.to(text.dtype), text])[None], use_cache=False).logits[0]
+            parts = [*(others if given else request.parts), tuple(token_ids)]
+            embeddings = torch.cat([_embeddings(model, part) for part in parts if part])[None]
+            before = {"use_cache": False} if given is None else _before(model, given, embeddings.shape[1])
+            logits = model(inputs_embeds=embeddings, **before).logits[0]
             if len(token_ids) == request.max_tokens:
                 return self._judge(torch.tensor(token_ids), logits)
             token_ids.append(int(logits[-1].argmax()))
@@ -219,6 +232,35 @@ class Oracle:
             logprobs=logprobs.gather(1, token_ids[:, None]).flatten().tolist(),
             margins=(two[:, 0] - two[:, 1]).tolist(),
         )
+
+
+def _rows(load: LoadAdapter) -> Tensor:
+    """[num_virtual_tokens, row_size] float32."""
+    rows = torch.frombuffer(bytearray(load.rows), dtype=getattr(torch, load.dtype))
+    return rows.view(-1, load.row_size).to(torch.float32)
+
+
+def _embeddings(model: PreTrainedModel | PeftModel, part: tuple[int, ...] | Adapter) -> Tensor:
+    """[n, hidden]"""
+    if isinstance(part, Adapter):
+        return _rows(part.load)
+    return model.get_input_embeddings()(torch.tensor(part))
+
+
+def _before(model: PreTrainedModel | PeftModel, given: LoadAdapter, num_tokens: int) -> dict[str, object]:
+    """A fresh cache with keys and values at the positions before those of a pass."""
+    config, count = model.config, given.num_virtual_tokens
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    # [layers, 2, heads, n, head dimension]
+    layers = _rows(given).view(count, config.num_hidden_layers, 2, heads, -1).permute(1, 2, 3, 0, 4)
+    cache = transformers.DynamicCache()
+    for number, (keys, values) in enumerate(layers):
+        cache.update(keys[None], values[None], number)
+    return {
+        "past_key_values": cache,
+        "position_ids": torch.arange(count, count + num_tokens)[None],
+        "attention_mask": torch.ones(1, count + num_tokens, dtype=torch.long),
+    }
 
 
 @dataclass(slots=True)
@@ -377,10 +419,14 @@ class Lab:
     def submit(self, engine: Engine, requests: Sequence[Request]) -> None:
         """Load what they need and queue them as requests "0", "1" …"""
         for i, request in enumerate(requests):
-            prompt: list[TextPart | SoftPromptPart] = [TextPart(token_ids=list(request.prompt_ids))]
-            if request.adapter is not None:
-                engine.load_adapter(request.adapter.load)
-                prompt.insert(0, SoftPromptPart(digest=request.adapter.load.digest))
+            parts = request.parts or (request.adapter, request.prompt_ids)
+            prompt: list[TextPart | SoftPromptPart] = []
+            for part in parts:
+                if isinstance(part, Adapter):
+                    engine.load_adapter(part.load)
+                    prompt.append(SoftPromptPart(digest=part.load.digest))
+                elif part is not None:
+                    prompt.append(TextPart(token_ids=list(part)))
             lora = ""
             if request.lora is not None:
                 engine.load_lora(request.lora.load)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from softprompt_inference.engine import sequence as sequence_module
-from softprompt_inference.engine.keys import root_key
 from softprompt_inference.engine.messages import DropAdapter
 from softprompt_inference.model import runner as runner_module
 from softprompt_inference.model.errors import ModelSourceError
@@ -200,7 +199,7 @@ def test_swapped_loras_are_noticed(lab: Any, llama: Path) -> None:
 def test_pages_of_the_base_model_under_a_lora_are_noticed(
     lab: Any, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sequence_module, "root_key", lambda salt, _: root_key(salt))
+    monkeypatch.setattr(sequence_module, "under_lora", lambda key, _: key)
     [request] = lab.requests([None], length=40)
     engine = lab.engine(llama)
     lab.serve(engine, [request])

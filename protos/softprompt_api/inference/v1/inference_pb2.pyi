@@ -121,6 +121,92 @@ class TokenIds(_message.Message):
 Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
+class PromptPart(_message.Message):
+    """PromptPart is a piece of a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    SOFT_PROMPT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Text. Neighbouring texts are one text; those on the two sides of a soft prompt are encoded each on its own."""
+    soft_prompt: _builtins.str
+    """All virtual tokens of an adapter whose rows are embeddings, spelled as one adapter of GenerateRequest."""
+    @_builtins.property
+    def token_ids(self) -> Global___TokenIds:
+        """Ids, taken as they are."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        token_ids: Global___TokenIds | None = ...,
+        soft_prompt: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "soft_prompt", b"soft_prompt", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "soft_prompt", b"soft_prompt", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["text", "token_ids", "soft_prompt"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___PromptPart: _TypeAlias = PromptPart  # noqa: Y015
+
+@_typing.final
+class PromptParts(_message.Message):
+    """PromptParts is a prompt with soft prompts at any places of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PromptPart]:
+        """In order. At least one of them is text or ids, and not empty."""
+
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___PromptPart] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptParts: _TypeAlias = PromptParts  # noqa: Y015
+
+@_typing.final
+class ContentPart(_message.Message):
+    """ContentPart is a piece of what a turn says."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    SOFT_PROMPT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Text, as ChatMessage.content; nothing is put between neighbours."""
+    soft_prompt: _builtins.str
+    """As in PromptPart. To the chat template it is a character that is not white space."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        soft_prompt: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "soft_prompt", b"soft_prompt", "text", b"text"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["part", b"part", "soft_prompt", b"soft_prompt", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_part: _TypeAlias = _typing.Literal["text", "soft_prompt"]  # noqa: Y015
+    _WhichOneofArgType_part: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_part) -> _WhichOneofReturnType_part | None: ...
+
+Global___ContentPart: _TypeAlias = ContentPart  # noqa: Y015
+
+@_typing.final
 class ChatMessage(_message.Message):
     """ChatMessage is one turn of a conversation."""
 
@@ -129,22 +215,28 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     role: _builtins.str
     """"system", "developer" (read as "system"), "user", "assistant" or "tool"."""
     content: _builtins.str
     """The text of the turn. Special-token spellings inside it are encoded as plain text."""
     name: _builtins.str
     """Name of the participant; optional, given to the chat template."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContentPart]:
+        """What the turn says where soft prompts stand in it; content is empty then."""
+
     def __init__(
         self,
         *,
         role: _builtins.str = ...,
         content: _builtins.str = ...,
         name: _builtins.str = ...,
+        parts: _abc.Iterable[Global___ContentPart] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "name", b"name", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "name", b"name", "parts", b"parts", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -354,12 +446,16 @@ class GenerateRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """For logs and traces, at most 128 printable characters; never an identity. Empty: made up."""
     adapter: _builtins.str
-    """The adapter: "" (the base model), "name", "name@version" or "sha256:<64 hex>"."""
+    """The adapters: "" (the base model), "name", "name@version" or "sha256:<64 hex>", each with ":task" or without;
+    several are joined by "+". Soft prompts stand in front of the prompt in this order, one that gives keys and
+    values before all others. At most one is a LoRA. With those inside the prompt there are at most 16.
+    """
     text: _builtins.str
     """Text; the tokenizer's own special tokens (BOS) are added unless add_special_tokens is false."""
     add_special_tokens: _builtins.bool
@@ -373,6 +469,12 @@ class GenerateRequest(_message.Message):
         """A conversation."""
 
     @_builtins.property
+    def parts(self) -> Global___PromptParts:
+        """Text and ids with soft prompts between them. The tokenizer's special tokens are added before the first part
+        that is no soft prompt, where that is text.
+        """
+
+    @_builtins.property
     def sampling(self) -> Global___SamplingParams:
         """How to choose tokens."""
 
@@ -384,16 +486,17 @@ class GenerateRequest(_message.Message):
         text: _builtins.str = ...,
         token_ids: Global___TokenIds | None = ...,
         chat: Global___ChatPrompt | None = ...,
+        parts: Global___PromptParts | None = ...,
         sampling: Global___SamplingParams | None = ...,
         add_special_tokens: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "parts", b"parts", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "adapter", b"adapter", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "adapter", b"adapter", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "parts", b"parts", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
-    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
+    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "chat", "parts"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
@@ -663,17 +766,22 @@ class Accepted(_message.Message):
     ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     VIRTUAL_TOKENS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     adapter_name: _builtins.str
-    """Name of the adapter; empty for the base model."""
+    """Name of the first of the adapters; empty for the base model."""
     adapter_version: _builtins.int
-    """Version of the adapter; 0 for the base model, or when the request named a digest."""
+    """Version of the first of the adapters; 0 for the base model, or when the request named a digest."""
     adapter_digest: _builtins.str
-    """Digest of the adapter; empty for the base model."""
+    """Digest of the first of the adapters; empty for the base model."""
     virtual_tokens: _builtins.int
-    """How many virtual tokens stand in front of them."""
+    """How many virtual tokens stand in front of them and between them."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt's text ids, without virtual tokens."""
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___BoundAdapter]:
+        """All adapters: those in front in the request's order, then each further one that the prompt names."""
 
     def __init__(
         self,
@@ -683,14 +791,45 @@ class Accepted(_message.Message):
         adapter_digest: _builtins.str = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         virtual_tokens: _builtins.int = ...,
+        adapters: _abc.Iterable[Global___BoundAdapter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "adapter_name", b"adapter_name", "adapter_version", b"adapter_version", "prompt_token_ids", b"prompt_token_ids", "virtual_tokens", b"virtual_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "adapter_name", b"adapter_name", "adapter_version", b"adapter_version", "adapters", b"adapters", "prompt_token_ids", b"prompt_token_ids", "virtual_tokens", b"virtual_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Accepted: _TypeAlias = Accepted  # noqa: Y015
+
+@_typing.final
+class BoundAdapter(_message.Message):
+    """BoundAdapter is one adapter that a request is bound to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name; empty when the request named a digest."""
+    version: _builtins.int
+    """Its version; 0 when the request named a digest."""
+    digest: _builtins.str
+    """Its digest, with ":task" where it has tasks."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.int = ...,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BoundAdapter: _TypeAlias = BoundAdapter  # noqa: Y015
 
 @_typing.final
 class Delta(_message.Message):
@@ -850,7 +989,7 @@ class Usage(_message.Message):
     completion_tokens: _builtins.int
     """Tokens of all choices."""
     virtual_tokens: _builtins.int
-    """Virtual tokens in front of the prompt."""
+    """Virtual tokens in front of the prompt and inside it, of all adapters."""
     cached_tokens: _builtins.int
     """Text tokens of the prompt whose KV came from the prefix cache when its first choice began."""
     def __init__(
@@ -877,6 +1016,7 @@ class TokenizeRequest(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     RETURN_TOKEN_STRINGS_FIELD_NUMBER: _builtins.int
@@ -885,29 +1025,34 @@ class TokenizeRequest(_message.Message):
     add_special_tokens: _builtins.bool
     """Whether the tokenizer adds its special tokens to a text prompt; unset: true."""
     adapter: _builtins.str
-    """Adapter as in GenerateRequest; its virtual tokens are counted."""
+    """Adapters as in GenerateRequest; their virtual tokens are counted, and those inside the prompt."""
     return_token_strings: _builtins.bool
     """Whether to return each token's text too."""
     @_builtins.property
     def chat(self) -> Global___ChatPrompt:
         """A conversation."""
 
+    @_builtins.property
+    def parts(self) -> Global___PromptParts:
+        """As in GenerateRequest."""
+
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         chat: Global___ChatPrompt | None = ...,
+        parts: Global___PromptParts | None = ...,
         add_special_tokens: _builtins.bool | None = ...,
         adapter: _builtins.str = ...,
         return_token_strings: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "parts", b"parts", "prompt", b"prompt", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "adapter", b"adapter", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "prompt", b"prompt", "return_token_strings", b"return_token_strings", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "adapter", b"adapter", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "parts", b"parts", "prompt", b"prompt", "return_token_strings", b"return_token_strings", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
-    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "chat"]  # noqa: Y015
+    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "chat", "parts"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
@@ -929,10 +1074,10 @@ class TokenizeResponse(_message.Message):
     max_model_len: _builtins.int
     """Longest sequence the service accepts, virtual tokens included."""
     virtual_tokens: _builtins.int
-    """Virtual tokens the adapter puts in front."""
+    """Virtual tokens of all adapters, in front and inside."""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The ids."""
+        """The ids of the text, without virtual tokens."""
 
     @_builtins.property
     def token_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1267,7 +1412,7 @@ class PreloadRequest(_message.Message):
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """As in GenerateRequest."""
+    """One adapter, as in GenerateRequest."""
     def __init__(
         self,
         *,
@@ -1311,7 +1456,7 @@ class EvictRequest(_message.Message):
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """As in GenerateRequest; a digest needs no registry."""
+    """One adapter, as in GenerateRequest; a digest needs no registry."""
     def __init__(
         self,
         *,

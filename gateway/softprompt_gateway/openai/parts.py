@@ -1,0 +1,115 @@
+"""Prompts and messages in parts: texts, and soft prompts that stand between them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
+from softprompt_api.errors import InvalidArgument, Unsupported
+from softprompt_api.inference.v1 import inference_pb2 as pb
+from softprompt_api.names import shown
+
+from softprompt_gateway.validation import RequestModel
+
+
+class TextPart(RequestModel):
+    """A text among the parts of a prompt or a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class SoftPromptPart(RequestModel):
+    """All virtual tokens of an adapter, in this place."""
+
+    type: Literal["soft_prompt"]
+    name: str = Field(description="the adapter: name, name@version or sha256:…", max_length=512)
+
+
+Part = str | SoftPromptPart
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Texts and soft prompts in order; no text follows another."""
+
+    parts: Sequence[Part]
+
+    @property
+    def text(self) -> str:
+        """The texts alone, one behind the other: virtual tokens have none."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters of its soft prompts."""
+        return [part.name for part in self.parts if isinstance(part, SoftPromptPart)]
+
+    def prompt(self, digests: Mapping[str, str]) -> pb.PromptParts:
+        """As the inference service takes a prompt; `digests` of the adapters by name."""
+        return pb.PromptParts(
+            parts=[
+                pb.PromptPart(text=part)
+                if isinstance(part, str)
+                else pb.PromptPart(soft_prompt=digests[part.name])
+                for part in self.parts
+            ]
+        )
+
+    def content(self, digests: Mapping[str, str]) -> list[pb.ContentPart]:
+        """As the inference service takes what a message says; `digests` as in `prompt`."""
+        return [
+            pb.ContentPart(text=part) if isinstance(part, str) else pb.ContentPart(soft_prompt=digests[part.name])
+            for part in self.parts
+        ]
+
+
+def parse_parts(parts: Iterable[object], *, field: str, between: str) -> Parts:
+    """Parts of a request, checked; parts of other types are refused by name.
+
+    Args:
+        between: what stands between neighbouring texts, which become one.
+    """
+    checked = [_checked(part, field) for part in parts]
+    merged: list[Part] = []
+    for are_texts, group in groupby(checked, key=lambda part: isinstance(part, str)):
+        if are_texts:
+            merged.append(between.join(part for part in group if isinstance(part, str)))
+        else:
+            merged += group
+    return Parts(parts=merged)
+
+
+def _checked(part: object, field: str) -> Part:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part, dict) or not isinstance(kind, str):
+        raise InvalidArgument("each content part must be an object with a type", field=field)
+    if kind == "text":
+        return TextPart.checked(part).text
+    if kind == "soft_prompt":
+        return SoftPromptPart.checked(part)
+    raise Unsupported(
+        f"content part of type {shown(kind)} is not supported; only 'text' and 'soft_prompt'", field=field
+    )
+
+
+def _content(value: object) -> str | Parts:
+    """What a message says: a text, also where it came in parts, or parts with soft prompts."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise PydanticCustomError("string_type", "Input should be a string or a list of parts")
+    parts = parse_parts(value, field="messages", between="\n")
+    return parts if parts.names else parts.text
+
+
+PARTS_SCHEMA: Mapping[str, Any] = {
+    "type": "array",
+    "minItems": 1,
+    "items": {"anyOf": [TextPart.model_json_schema(), SoftPromptPart.model_json_schema()]},
+}
+Content = Annotated[
+    str | Parts, PlainValidator(_content), WithJsonSchema({"anyOf": [{"type": "string"}, {**PARTS_SCHEMA}]})
+]

@@ -1,0 +1,127 @@
+"""A prompt of an `LLM` with the adapters that it runs with."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from softprompt_api.composition import Part, Role, check_front, check_inside
+from softprompt_api.errors import InvalidArgument
+from softprompt_inference.engine.messages import SoftPromptPart, TextPart
+from softprompt_inference.prompts import text_ids_of
+from softprompt_inference.text import ChatMessage, Encoded, SoftPrompt
+
+from softprompt.requests import LoRARequest, PromptAdapterRequest
+
+Message = Mapping[str, object]
+# What one prompt may run with: nothing, a soft prompt, or several in front of it, in order.
+SoftPrompts = PromptAdapterRequest | Sequence[PromptAdapterRequest] | None
+
+
+class Places:
+    """The soft prompts inside one prompt, by the names under which they go through the tokenizer."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, PromptAdapterRequest] = {}
+
+    def place(self, request: PromptAdapterRequest) -> SoftPrompt:
+        """What stands for a request until the prompt is encoded."""
+        name = str(len(self.requests))
+        self.requests[name] = request
+        return SoftPrompt(adapter=name)
+
+    def message(self, message: Message) -> ChatMessage:
+        """A turn of a conversation: its content is a text, or a list of texts and soft prompts."""
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message) <= {
+            "role",
+            "content",
+            "name",
+        }:
+            raise InvalidArgument("each message must be {'role': …, 'content': …}", field="messages")
+        role, content, name = message["role"], message["content"], message.get("name", "")
+        parts = [content] if isinstance(content, str) else content
+        if not isinstance(role, str) or not isinstance(name, str) or not isinstance(parts, list | tuple):
+            raise InvalidArgument(
+                "a message's role and name must be strings, and its content a string or a list of parts",
+                field="messages",
+            )
+        return ChatMessage(role=role, name=name, content=self._content(parts))
+
+    def _content(self, parts: Sequence[object]) -> Sequence[str | SoftPrompt]:
+        content: list[str | SoftPrompt] = []
+        for part in parts:
+            if isinstance(part, PromptAdapterRequest):
+                content.append(self.place(part))
+            else:
+                # As over HTTP: neighbouring texts are lines.
+                line_break = "\n" if content and isinstance(content[-1], str) else ""
+                content.append(line_break + _text_of(part))
+        return content
+
+
+def _text_of(part: object) -> str:
+    if isinstance(part, Mapping) and set(part) == {"type", "text"} and part["type"] == "text":
+        part = part["text"]
+    if not isinstance(part, str):
+        raise InvalidArgument(
+            "a part of a message must be a string, {'type': 'text', 'text': …} or a PromptAdapterRequest",
+            field="messages",
+        )
+    return part
+
+
+def several(value: SoftPrompts) -> tuple[PromptAdapterRequest, ...]:
+    """The soft prompts in front of one prompt, in order."""
+    requests = (value,) if isinstance(value, PromptAdapterRequest) else tuple(value or ())
+    if not all(isinstance(request, PromptAdapterRequest) for request in requests):
+        raise InvalidArgument(
+            "prompt_adapter_request must be a PromptAdapterRequest, or a list that has one, several in a list, "
+            "or None for each prompt",
+            field="prompt_adapter_request",
+        )
+    return requests
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composed:
+    """A prompt with its adapters.
+
+    Attributes:
+        text: the prompt's text, without virtual tokens; None where it has token ids.
+        encoded: its ids, and soft prompts by their names in `inside`.
+        given: the soft prompts in front of it, as the caller gave them.
+        lora: what computes it.
+    """
+
+    text: str | None
+    encoded: Encoded
+    inside: Mapping[str, PromptAdapterRequest]
+    given: SoftPrompts
+    lora: LoRARequest | None
+
+    @property
+    def text_ids(self) -> list[int]:
+        """The ids of its text."""
+        return text_ids_of(self.encoded)
+
+    @property
+    def soft_prompts(self) -> list[PromptAdapterRequest]:
+        """Those in front, then those inside."""
+        return [*several(self.given), *self.inside.values()]
+
+    def parts(self, digests: Mapping[PromptAdapterRequest, str]) -> list[TextPart | SoftPromptPart]:
+        """The prompt as the engine takes it; `digests` of its soft prompts."""
+        parts: list[TextPart | SoftPromptPart] = [
+            SoftPromptPart(digest=digests[request]) for request in several(self.given)
+        ]
+        for part in self.encoded:
+            if isinstance(part, SoftPrompt):
+                parts.append(SoftPromptPart(digest=digests[self.inside[part.adapter]]))
+            else:
+                parts.append(TextPart(token_ids=part))
+        return parts
+
+    def check(self, role_of: Callable[[PromptAdapterRequest], Role]) -> None:
+        """Raise InvalidArgument where a soft prompt cannot stand where it does."""
+        front = [Part(name=repr(one.name), role=role_of(one)) for one in several(self.given)]
+        inside = [Part(name=repr(one.name), role=role_of(one)) for one in self.inside.values()]
+        check_front(front, field="prompt_adapter_request")
+        check_inside(inside, field="prompt")
