@@ -9,6 +9,7 @@ from softprompt_api.inference.v1.inference_pb2 import GetModelResponse
 from softprompt_api.names import choose_task, parse_model, shown, with_task
 from softprompt_api.registry.v1.registry_pb2 import AdapterVersion
 
+from softprompt_gateway.caller import Caller
 from softprompt_gateway.catalog import Catalog, spelling_of
 from softprompt_gateway.clients import InferenceClient, RegistryClient
 from softprompt_gateway.errors import ModelNotFound
@@ -23,14 +24,16 @@ class Target:
     Attributes:
         model: as the request spelled it.
         served: the base model and its limits.
-        adapter: the adapter version; None: the base model alone.
+        adapter: the adapter version, by its tenant's name for it; None: the base model alone.
         task: one of the adapter's tasks; None where it has none.
+        caller: who asked for it.
     """
 
     model: str
     served: GetModelResponse
     adapter: AdapterVersion | None
     task: int | None = None
+    caller: Caller
 
     @property
     def digest(self) -> str:
@@ -81,24 +84,26 @@ class Resolver:
             self._asking = None
         self._served_until_s = time.monotonic() + _MODEL_FRESH_S
 
-    async def resolve(self, model: str) -> Target:
-        """Find what `model` spells.
+    async def resolve(self, model: str, caller: Caller) -> Target:
+        """Find what `model` spells for a caller.
 
-        Raises ModelNotFound, with a near name, where there is no such model, and InvalidArgument for a task that
-        the adapter does not have.
+        Raises ModelNotFound, with a near name, where there is no such model or it is another tenant's,
+        PermissionDenied where the key may not use it, and InvalidArgument for a task that the adapter does not
+        have.
         """
         served = await self.served()
         base_id = served.base_model.id
         try:
-            ref = parse_model(model, base_model_id=base_id)
-        except errors.InvalidArgument:
-            raise self._not_found(model, base_id) from None
-        if ref is None:
-            return Target(model=model, served=served, adapter=None)
+            asked = parse_model(model, base_model_id=base_id)
+            if asked is None:
+                return Target(model=model, served=served, adapter=None, caller=caller)
+            ref = caller.own(asked)
+        except (errors.InvalidArgument, errors.AdapterNotFound):
+            raise self._not_found(model, base_id, caller) from None
         try:
             version = await self._registry.get_adapter(str(ref.whole))
         except errors.AdapterNotFound:
-            raise self._not_found(model, base_id) from None
+            raise self._not_found(model, base_id, caller) from None
         except (errors.Unavailable, errors.DeadlineExceeded):
             known = self._catalog.find(ref.whole)
             if known is None:
@@ -106,10 +111,11 @@ class Resolver:
             version = known
         else:
             self._catalog.learn(version)
-        task = choose_task(ref, version.num_tasks, field="model")
-        return Target(model=model, served=served, adapter=version, task=task)
+        caller.check_use(version.name)
+        task = choose_task(asked, version.num_tasks, field="model")
+        return Target(model=model, served=served, adapter=caller.told(version), task=task, caller=caller)
 
-    def _not_found(self, model: str, base_id: str) -> ModelNotFound:
-        near = self._catalog.near(model.removeprefix(f"{base_id}:"), base_id)
+    def _not_found(self, model: str, base_id: str, caller: Caller) -> ModelNotFound:
+        near = self._catalog.near(model.removeprefix(f"{base_id}:"), base_id, included=caller.may_use)
         hint = f"; did you mean {shown(near, 256)}?" if near else "; GET /v1/models lists what there is"
         return ModelNotFound(f"the model {shown(model)} does not exist{hint}")

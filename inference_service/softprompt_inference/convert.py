@@ -16,6 +16,7 @@ from softprompt_inference.prompts import ChatPrompt, IdsPrompt, Prompt, TextProm
 from softprompt_inference.text import ChatMessage, Tokenizer
 
 MAX_REQUEST_ID_CHARACTERS = 128
+MAX_CACHE_SALT_CHARACTERS = 512
 
 _OPTIONAL = (
     "max_tokens",
@@ -40,7 +41,14 @@ def to_call(request: pb.GenerateRequest) -> GenerateCall:
         raise InvalidArgument(
             f"request_id must be at most {MAX_REQUEST_ID_CHARACTERS} printable characters", field="request_id"
         )
-    return GenerateCall(prompt=to_prompt(request), params=to_params(request.sampling), adapter=request.adapter)
+    if len(request.cache_salt) > MAX_CACHE_SALT_CHARACTERS:
+        raise InvalidArgument(f"cache_salt has at most {MAX_CACHE_SALT_CHARACTERS} characters", field="cache_salt")
+    return GenerateCall(
+        prompt=to_prompt(request),
+        params=to_params(request.sampling),
+        adapter=request.adapter,
+        salt=request.cache_salt,
+    )
 
 
 def to_params(sampling: pb.SamplingParams) -> SamplingParams:

@@ -60,11 +60,17 @@ class EngineHandle(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateCall:
-    """A request, parsed. `adapter` is spelled as users spell it; "" is the base model."""
+    """A request, parsed.
+
+    Attributes:
+        adapter: as users spell it; "" is the base model.
+        salt: KV is shared only with requests that have the same.
+    """
 
     prompt: Prompt
     params: SamplingParams
     adapter: str = ""
+    salt: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +246,7 @@ class Generator:
                 choices = [
                     Choice(index, self._tokenizer.output_text(call.params)) for index in range(call.params.n)
                 ]
-                with self._submitted(call.params, token_ids, adapter) as streams:
+                with self._submitted(call, token_ids, adapter) as streams:
                     yield Generation(accepted, choices, streams)
 
     async def bind(self, spelling: str) -> BoundAdapter | None:
@@ -268,9 +274,10 @@ class Generator:
 
     @contextlib.contextmanager
     def _submitted(
-        self, params: SamplingParams, token_ids: list[int], adapter: Adapter | None
+        self, call: GenerateCall, token_ids: list[int], adapter: Adapter | None
     ) -> Iterator[list[OutputStream]]:
         """The outputs of each choice; the engine forgets what has not ended when the context does."""
+        params = call.params
         prompt: list[TextPart | SoftPromptPart] = [TextPart(token_ids=token_ids)]
         lora = ""
         if adapter is not None and adapter.is_lora:
@@ -288,6 +295,7 @@ class Generator:
                     params=params,
                     eos_token_ids=list(self._tokenizer.eos_token_ids),
                     seed=seed + index,
+                    salt=call.salt,
                     lora=lora,
                 )
                 self._engine.submit(request)

@@ -173,6 +173,7 @@ class ChatRequest(ChatFields, GenerationFields):
             pb.GenerateRequest(
                 request_id=request_id,
                 adapter=target.digest,
+                cache_salt=target.caller.salt(self.cache_salt),
                 chat=self.chat_prompt(),
                 sampling=sampling_message(params),
             )

@@ -84,6 +84,7 @@ class CompletionRequest(GenerationFields):
             pb.GenerateRequest(
                 request_id=request_id,
                 adapter=target.digest,
+                cache_salt=target.caller.salt(self.cache_salt),
                 **_prompt_field(prompt),
                 sampling=sampling,
                 add_special_tokens=self.add_special_tokens,
