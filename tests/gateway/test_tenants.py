@@ -117,6 +117,19 @@ def _named(value: Any, name: str) -> Any:
     return value.replace("{name}", name) if isinstance(value, str) else value
 
 
+async def test_every_route_that_takes_a_name_is_probed(stack: Any) -> None:
+    document = (await stack.http.get("/openapi.json")).json()
+    named = {
+        (method.upper(), path.replace("{id_}", "{name}").replace("{adapter}", "{name}").replace("{alias}", "prod"))
+        for path, operations in document["paths"].items()
+        for method, operation in operations.items()
+        if "{" in path or "requestBody" in operation
+    }
+    # What makes a name tells nothing of others': the first test here registers one name for each tenant.
+    makes = {("POST", "/v1/adapters"), ("POST", "/v1/adapters/{name}")}
+    assert named - makes == {(method, path) for method, path, _ in PROBES if "@" not in path}
+
+
 async def test_what_is_anothers_and_what_is_nobodys_are_answered_alike(tenants: Any) -> None:
     plain, acme, umbrella = tenants
     for tenant in (plain, acme):
