@@ -111,14 +111,14 @@ class Limiter:
                     await self._ask(lambda counters: counters.add(item, "tokens", key_id, meter.tokens))
 
     async def _check(self, unit: str, key_id: str, amount: int, *, cost: int = 0) -> dict[str, str]:
-        """Take from one of the limits; the headers that say what is left of it."""
+        """Take from one of the limits, or only look (0); the headers that say what is left of it."""
         item = RateLimitItemPerMinute(amount)
 
         async def take(counters: Counters) -> tuple[bool, _Window]:
-            fits = await counters.add(item, unit, key_id, cost) if cost else True
+            was_left = not cost or await counters.add(item, unit, key_id, cost)
             remaining, reset_s = await counters.left(item, unit, key_id)
-            fits = fits and (cost > 0 or remaining > 0)
-            return fits, _Window(unit=unit, item=item, remaining=remaining, reset_s=reset_s)
+            window = _Window(unit=unit, item=item, remaining=remaining, reset_s=reset_s)
+            return was_left if cost else remaining > 0, window
 
         fits, window = await self._ask(take)
         if not fits:

@@ -7,6 +7,7 @@ from google.protobuf.message import Message
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.params import SamplingParams
+from softprompt_api.tenants import check_tenant
 
 from softprompt_inference.adapters.residency import Resident
 from softprompt_inference.choice import Delta, Finished
@@ -48,6 +49,7 @@ def to_call(request: pb.GenerateRequest) -> GenerateCall:
         params=to_params(request.sampling),
         adapter=request.adapter,
         salt=request.cache_salt,
+        tenant=check_tenant(request.tenant) if request.tenant else "",
     )
 
 

@@ -65,12 +65,14 @@ class GenerateCall:
     Attributes:
         adapter: as users spell it; "" is the base model.
         salt: KV is shared only with requests that have the same.
+        tenant: whose it is; those of several that wait start in turn.
     """
 
     prompt: Prompt
     params: SamplingParams
     adapter: str = ""
     salt: str = ""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,6 +298,7 @@ class Generator:
                     eos_token_ids=list(self._tokenizer.eos_token_ids),
                     seed=seed + index,
                     salt=call.salt,
+                    tenant=call.tenant,
                     lora=lora,
                 )
                 self._engine.submit(request)

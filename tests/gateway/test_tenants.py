@@ -238,6 +238,7 @@ async def test_the_kv_of_tenants_is_kept_apart(stack: Any, tenants: Any) -> None
     assert len(salts) == len(set(salts)) == 6
     await acme.complete(stack.base)
     assert stack.inference.requests[-1].cache_salt == salts[2]
+    assert stack.inference.requests[-1].tenant == "acme"
 
 
 async def test_a_revoked_key_is_refused_by_every_gateway(

@@ -666,10 +666,11 @@ async def test_a_gateway_that_leaves_aborts_what_it_started(world: World) -> Non
     assert aborted.request_id == request.request_id
 
 
-async def test_a_requests_salt_reaches_each_of_its_choices(world: World) -> None:
-    call = world.generate(cache_salt="acme/", sampling={"n": 2})
+async def test_a_requests_salt_and_tenant_reach_each_of_its_choices(world: World) -> None:
+    call = world.generate(cache_salt="acme/", tenant="acme", sampling={"n": 2})
     requests = await world.engine.wait_for(AddRequest, 2)
-    assert [request.salt for request in requests] == ["acme/", "acme/"]
+    assert [(request.salt, request.tenant) for request in requests] == [("acme/", "acme")] * 2
     call.cancel()
-    error = await world.error(cache_salt="x" * 513)
-    assert (type(error), error.field) == (InvalidArgument, "cache_salt")
+    for name, value in (("cache_salt", "x" * 513), ("tenant", "A"), ("tenant", "x" * 64)):
+        error = await world.error(**{name: value})
+        assert (type(error), error.field) == (InvalidArgument, name)

@@ -174,6 +174,7 @@ class ChatRequest(ChatFields, GenerationFields):
                 request_id=request_id,
                 adapter=target.digest,
                 cache_salt=target.caller.salt(self.cache_salt),
+                tenant=target.caller.tenant,
                 chat=self.chat_prompt(),
                 sampling=sampling_message(params),
             )

@@ -85,6 +85,7 @@ class CompletionRequest(GenerationFields):
                 request_id=request_id,
                 adapter=target.digest,
                 cache_salt=target.caller.salt(self.cache_salt),
+                tenant=target.caller.tenant,
                 **_prompt_field(prompt),
                 sampling=sampling,
                 add_special_tokens=self.add_special_tokens,
