@@ -9,6 +9,7 @@ from softprompt_api.logs import configure_logs
 
 from softprompt_gateway.app import make_app
 from softprompt_gateway.clients import open_clients
+from softprompt_gateway.guard import refuse_without_keys
 from softprompt_gateway.server import GracefulServer, listen, uvicorn_config
 from softprompt_gateway.settings import Settings, SettingsError, read_settings
 
@@ -17,6 +18,7 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     """Serve on a bound socket until stopped."""
     clients = open_clients(settings)
     try:
+        await refuse_without_keys(settings, clients.registry)
         server = GracefulServer(uvicorn_config(make_app(settings, clients), settings))
         # What exists now lives as long as the process: the collector need not look at it again.
         gc.collect()
@@ -33,11 +35,18 @@ def main() -> int:
         settings = read_settings()
         listener = listen(settings.host, settings.port)
     except (SettingsError, OSError) as error:
-        print(f"softprompt gateway: {error}", file=sys.stderr)
-        return 1
+        return _fail(error)
     configure_logs(settings.log_format)
-    asyncio.run(serve(settings, listener))
+    try:
+        asyncio.run(serve(settings, listener))
+    except SettingsError as error:
+        return _fail(error)
     return 0
+
+
+def _fail(error: Exception) -> int:
+    print(f"softprompt gateway: {error}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

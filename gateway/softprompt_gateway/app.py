@@ -22,6 +22,7 @@ from softprompt_gateway.disconnect import stop
 from softprompt_gateway.documented import document
 from softprompt_gateway.errors import Refused, describe
 from softprompt_gateway.gateway import make_gateway
+from softprompt_gateway.guard import GuardedRoute
 from softprompt_gateway.health import health_router
 from softprompt_gateway.middleware import Edge
 from softprompt_gateway.openai.routes import REQUEST_MODELS as OPENAI_MODELS
@@ -38,9 +39,10 @@ def make_app(settings: Settings, clients: Clients) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        watching = asyncio.create_task(CatalogWatcher(gateway.catalog, clients.registry).run())
+        watching = asyncio.create_task(CatalogWatcher(gateway.catalog, gateway.keyring, clients.registry).run())
         yield
         await stop(watching)
+        await gateway.limiter.close()
 
     app = FastAPI(
         title="Softprompt",
@@ -57,6 +59,7 @@ def make_app(settings: Settings, clients: Clients) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_explainer(routers))
     app.add_exception_handler(RequestValidationError, _explain_parameter)
     app.add_middleware(Edge, metrics=gateway.metrics, max_requests=settings.max_requests)
+    assert all(isinstance(route, GuardedRoute) for router in routers for route in router.routes)
     for router in routers:
         app.include_router(router)
     document(app, [*OPENAI_MODELS, *ADAPTER_MODELS])

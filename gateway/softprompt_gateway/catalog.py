@@ -2,7 +2,8 @@
 
 import difflib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import islice
 
 from softprompt_api.names import LATEST, AdapterRef
 from softprompt_api.registry.v1.registry_pb2 import (
@@ -11,6 +12,7 @@ from softprompt_api.registry.v1.registry_pb2 import (
     AdapterVersion,
     WatchAdaptersResponse,
 )
+from softprompt_api.tenants import local_name, tenant_of
 
 _MAX_REMEMBERED = 4096
 
@@ -37,6 +39,10 @@ def _is_newer(version: AdapterVersion, known: AdapterVersion | None) -> bool:
     return known is None or known.name != version.name or known.revision <= version.revision
 
 
+def _any(_name: str) -> bool:
+    return True
+
+
 class Catalog:
     """The latest version of every name, and versions that were asked for lately.
 
@@ -46,7 +52,7 @@ class Catalog:
     def __init__(self) -> None:
         self.synced = False
         self._latest: dict[str, AdapterVersion] = {}
-        # By digest and by name@version, which mean one content for ever, and by name@alias.
+        # By tenant/digest and by name@version, which mean one content for ever, and by name@alias.
         self._remembered: OrderedDict[str, AdapterVersion] = OrderedDict()
 
     def replace(self, versions: Iterable[AdapterVersion]) -> None:
@@ -57,7 +63,8 @@ class Catalog:
     def learn(self, version: AdapterVersion) -> None:
         """Take one version that the registry told of, and what points to it."""
         aliases = [f"{version.name}@{alias}" for alias in version.aliases if alias != LATEST]
-        for key in (version.digest, spelling_of(version), *aliases):
+        digest = str(AdapterRef(digest=version.digest, owner=tenant_of(version.name)))
+        for key in (digest, spelling_of(version), *aliases):
             # Events arrive after answers: what was must not come back.
             if _is_newer(version, self._remembered.get(key)):
                 self._remembered[key] = version
@@ -106,16 +113,25 @@ class Catalog:
         if by_name is not None and by_name.version == ref.version:
             return by_name
         return self._remembered.get(str(ref)) or next(
-            (version for version in self._latest.values() if ref.digest and version.digest == ref.digest), None
+            (
+                version
+                for version in self._latest.values()
+                if ref.digest and (version.digest, tenant_of(version.name)) == (ref.digest, ref.owner)
+            ),
+            None,
         )
 
-    def versions(self) -> list[AdapterVersion]:
-        """The latest version of each name, in order of names."""
-        return [self._latest[name] for name in sorted(self._latest)]
+    def versions(self, included: Callable[[str], bool] = _any) -> list[AdapterVersion]:
+        """The latest version of each name that is included, in order of names."""
+        return [self._latest[name] for name in sorted(filter(included, self._latest))]
 
-    def near(self, spelling: str, *others: str) -> str:
-        """The name, among ours and the others, that looks most like a misspelled one; "" if none does."""
+    def near(self, spelling: str, *others: str, included: Callable[[str], bool] = _any) -> str:
+        """What looks most like a misspelled name: one of the included, as its tenant calls it, or of the others.
+
+        "" if none does.
+        """
         # Comparing is quadratic in length and linear in names: bounded for what strangers may send.
-        candidates = [*others, *list(self._latest)[:_MAX_REMEMBERED]]
+        names = islice(filter(included, self._latest), _MAX_REMEMBERED)
+        candidates = [*others, *map(local_name, names)]
         matches = difflib.get_close_matches(spelling[:128], candidates, n=1)
         return matches[0] if matches else ""

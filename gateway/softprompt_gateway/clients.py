@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from softprompt_api.errors import KeyNotFound
 from softprompt_api.inference.v1 import inference_pb2 as inference
 from softprompt_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from softprompt_api.registry.v1 import registry_pb2 as registry
-from softprompt_api.registry.v1.registry_pb2_grpc import RegistryServiceStub
+from softprompt_api.registry.v1.registry_pb2_grpc import KeyServiceStub, RegistryServiceStub
 from softprompt_api.rpc.channel import open_channel
 from softprompt_api.rpc.ending import Ending
 
@@ -48,6 +49,7 @@ class RegistryClient:
     def __init__(self, channel: grpc.aio.Channel, *, timeout_s: float, upload_timeout_s: float) -> None:
         self._channel = channel
         self._stub = RegistryServiceStub(channel)
+        self._keys = KeyServiceStub(channel)
         self._timeout_s = timeout_s
         self._upload_timeout_s = upload_timeout_s
         self._versions = Coalesced(self._get_adapter)
@@ -93,6 +95,18 @@ class RegistryClient:
         """Delete one version."""
         request = registry.DeleteVersionRequest(name=name, version=version)
         await _answer("registry", self._stub.DeleteVersion(request, timeout=self._timeout_s))
+
+    async def list_keys(self, request: registry.ListKeysRequest) -> registry.ListKeysResponse:
+        """One page of the API keys."""
+        return await _answer("registry", self._keys.ListKeys(request, timeout=self._timeout_s))
+
+    async def find_key(self, sha256: str) -> registry.ApiKey | None:
+        """The API key with this sha256; None when there is none."""
+        call = self._keys.GetKey(registry.GetKeyRequest(sha256=sha256), timeout=self._timeout_s)
+        try:
+            return (await _answer("registry", call)).api_key
+        except KeyNotFound:
+            return None
 
     async def watch(self, cursor: str) -> AsyncIterator[registry.WatchAdaptersResponse]:
         """Changes after the cursor, until the stream breaks with an error."""

@@ -43,7 +43,10 @@ def document(app: FastAPI, models: Sequence[type[BaseModel]]) -> None:
                 title=app.title, version=app.version, description=app.description, routes=app.routes
             )
             _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=_REF)
-            known = schema.setdefault("components", {}).setdefault("schemas", {})
+            components = schema.setdefault("components", {})
+            components["securitySchemes"] = {"api_key": {"type": "http", "scheme": "bearer"}}
+            schema["security"] = [{"api_key": []}, {}]  # or none, where none is asked for
+            known = components.setdefault("schemas", {})
             known.update(definitions.get("$defs", {}), Error=_ERROR_SCHEMA)
             error = {"application/json": {"schema": {"$ref": _REF.format(model="Error")}}}
             for operations in schema["paths"].values():

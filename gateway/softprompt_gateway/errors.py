@@ -4,6 +4,7 @@
 bodies, parameters) is a `Refused`.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,9 +48,13 @@ ANSWERS: Mapping[type[errors.SoftpromptError], Answer] = {
     errors.AdapterConflict: Answer(status=409, type=INVALID_REQUEST, code="adapter_conflict"),
     errors.AdapterInUse: Answer(status=409, type=INVALID_REQUEST, code="adapter_conflict"),
     errors.AliasMoved: Answer(status=409, type=INVALID_REQUEST, code="adapter_conflict"),
+    errors.Unauthenticated: Answer(status=401, type=INVALID_REQUEST, code="invalid_api_key"),
+    errors.PermissionDenied: Answer(status=403, type=INVALID_REQUEST, code="permission_denied"),
+    errors.KeyNotFound: Answer(status=404, type=INVALID_REQUEST, code="key_not_found"),
     errors.CursorExpired: Answer(status=410, type=INVALID_REQUEST, code="cursor_expired"),
     errors.BaseModelUnknown: Answer(status=503, type=SERVER_ERROR, code="base_model_unknown", retry_after_s=2),
     errors.Overloaded: Answer(status=503, type=SERVER_ERROR, code="overloaded", retry_after_s=1),
+    errors.RateLimited: Answer(status=429, type="rate_limit_error", code="rate_limit_exceeded", retry_after_s=1),
     errors.Unavailable: Answer(status=503, type=SERVER_ERROR, code="unavailable", retry_after_s=1),
     errors.DeadlineExceeded: Answer(status=504, type=SERVER_ERROR, code="deadline_exceeded"),
     errors.DataCorrupted: Answer(status=500, type=SERVER_ERROR, code="data_corrupted"),
@@ -85,7 +90,7 @@ class ErrorBody:
         """The HTTP response, with retry-after where trying again makes sense."""
         headers = dict(self.headers)
         if self.answer.retry_after_s is not None:
-            headers["retry-after"] = str(self.answer.retry_after_s)
+            headers.setdefault("retry-after", str(self.answer.retry_after_s))
         return Response(
             self.json(), status_code=self.answer.status, headers=headers, media_type="application/json"
         )
@@ -124,5 +129,20 @@ def describe(error: Exception) -> ErrorBody:
     if isinstance(error, Refused):
         return error.body
     if isinstance(error, errors.SoftpromptError) and not isinstance(error, errors.InternalError):
-        return ErrorBody(answer=ANSWERS[type(error)], message=error.message, param=error.field or None)
+        return ErrorBody(
+            answer=ANSWERS[type(error)],
+            message=error.message,
+            param=error.field or None,
+            headers=_headers_for(error),
+        )
     return ErrorBody(answer=ANSWERS[errors.InternalError], message=INTERNAL_MESSAGE)
+
+
+def _headers_for(error: errors.SoftpromptError) -> dict[str, str]:
+    """What an error tells clients in headers."""
+    if isinstance(error, errors.Unauthenticated):
+        return {"www-authenticate": "Bearer"}
+    if wait_ms := error.details.get("retry_after_ms"):
+        told = {name: value for name, value in error.details.items() if name.startswith("x-ratelimit-")}
+        return {"retry-after-ms": wait_ms, "retry-after": str(math.ceil(int(wait_ms) / 1000)), **told}
+    return {}

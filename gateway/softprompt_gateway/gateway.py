@@ -3,12 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
+from softprompt_api.access import Scope
 from starlette.requests import Request
 
 from softprompt_gateway.body import read_json
 from softprompt_gateway.catalog import Catalog
 from softprompt_gateway.clients import Clients
+from softprompt_gateway.guard import Guard, GuardedRoute, guarded
+from softprompt_gateway.keyring import Keyring
 from softprompt_gateway.metrics import Metrics
+from softprompt_gateway.rates import Limiter
 from softprompt_gateway.resolve import Resolver
 from softprompt_gateway.settings import Settings
 
@@ -20,8 +24,15 @@ class Gateway:
     settings: Settings
     clients: Clients
     catalog: Catalog
+    keyring: Keyring
+    guard: Guard
+    limiter: Limiter
     resolver: Resolver
     metrics: Metrics
+
+    def route(self, wanted: Scope | None, kind: type[GuardedRoute] = GuardedRoute) -> type[GuardedRoute]:
+        """The class of routes that need a scope; None: that are open to everybody."""
+        return guarded(self.guard, self.limiter, wanted, kind)
 
     async def json(self, request: Request) -> dict[str, Any]:
         """The request's JSON body, within the settings' limits."""
@@ -33,10 +44,14 @@ class Gateway:
 def make_gateway(settings: Settings, clients: Clients) -> Gateway:
     """Build the parts over connected clients."""
     catalog = Catalog()
+    keyring = Keyring(trust_s=settings.key_trust_s)
     return Gateway(
         settings=settings,
         clients=clients,
         catalog=catalog,
+        keyring=keyring,
+        guard=Guard(settings, clients.registry, keyring),
+        limiter=Limiter(settings.limits_redis_url, lease_s=settings.request_timeout_s + settings.upload_timeout_s),
         resolver=Resolver(clients.registry, clients.inference, catalog),
         metrics=Metrics(),
     )

@@ -5,6 +5,7 @@ from importlib.metadata import version
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
+from softprompt_api.access import Scope
 from softprompt_api.errors import SoftpromptError
 from starlette.responses import JSONResponse, Response
 
@@ -13,7 +14,7 @@ from softprompt_gateway.gateway import Gateway
 
 def health_router(gateway: Gateway) -> APIRouter:
     """Routes for orchestrators, monitors and people."""
-    router = APIRouter()
+    router = APIRouter(route_class=gateway.route(None))
     registry, inference = gateway.clients.registry, gateway.clients.inference
 
     @router.get("/health/live")
@@ -31,7 +32,6 @@ def health_router(gateway: Gateway) -> APIRouter:
         body = {"status": status, "inference": words[serves], "registry": words[knows]}
         return JSONResponse(body, status_code=503 if status == "unavailable" else 200)
 
-    @router.get("/metrics")
     async def metrics() -> Response:
         """Counters and gauges for Prometheus, the engine's included."""
         try:
@@ -45,4 +45,6 @@ def health_router(gateway: Gateway) -> APIRouter:
         """The version of this software."""
         return {"version": version("softprompt")}
 
+    # Of all tenants together: no tenant may see what others do.
+    router.add_api_route("/metrics", metrics, methods=["GET"], route_class_override=gateway.route(Scope.ADMIN))
     return router

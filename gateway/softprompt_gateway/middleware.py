@@ -11,6 +11,7 @@ import structlog
 from softprompt_api.errors import Overloaded
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from softprompt_gateway.caller import Caller
 from softprompt_gateway.errors import ClientGone, Refused, describe
 from softprompt_gateway.metrics import Metrics
 
@@ -76,6 +77,7 @@ class Edge:
         method = scope["method"]
         self._metrics.answered(route=route, method=method, status=answer.status, seconds=seconds)
         if route not in _QUIET_ROUTES:
+            caller = Caller.of_scope(scope)
             _log.info(
                 "request",
                 request_id=answer.request_id,
@@ -83,6 +85,7 @@ class Edge:
                 route=route,
                 status=answer.status,
                 seconds=round(seconds, 4),
+                **(caller.facts() if caller else {}),
             )
 
 

@@ -19,6 +19,7 @@ from softprompt_api.names import (
 )
 from softprompt_api.registry.v1.registry_pb2 import AdapterVersion
 
+from softprompt_gateway.caller import Caller
 from softprompt_gateway.catalog import Catalog, kind_name, spelling_of
 from softprompt_gateway.clients import InferenceClient, RegistryClient
 from softprompt_gateway.errors import ModelNotFound
@@ -53,10 +54,12 @@ class Target:
         served: the base model and its limits.
         front: the adapters of `model` or of `adapters`, in order; none: the base model alone.
         inside: the soft prompts inside the prompt, by their spelling there.
+        caller: who asked for it. The adapters have the names that it knows them by.
     """
 
     model: str
     served: GetModelResponse
+    caller: Caller
     front: Sequence[Bound] = ()
     inside: Mapping[str, Bound] = field(default_factory=dict)
 
@@ -134,39 +137,42 @@ class Resolver:
     async def resolve(
         self,
         model: str,
+        caller: Caller,
         *,
         adapters: Sequence[str] = (),
         inside: Sequence[str] = (),
         prompt_field: str = "prompt",
     ) -> Target:
-        """Find what a request names.
+        """Find what a request of a caller names.
 
         Args:
             adapters: the request's own list of what else `model` would join with '+'.
             inside: soft prompts inside the prompt.
             prompt_field: the request's field that names these.
 
-        Raises ModelNotFound, with a near name, where there is no such model or adapter, and InvalidArgument where
-        an adapter does not have the task, or adapters do not go together.
+        Raises ModelNotFound, with a near name, where there is no such model or adapter, or it is another tenant's;
+        PermissionDenied where the key may not use one; and InvalidArgument where an adapter does not have the
+        task, or adapters do not go together.
         """
         served = await self.served()
         base_id = served.base_model.id
-        front = self._parse_front(model, adapters, base_id)
-        inner = [self._parse(name, prompt_field) for name in dict.fromkeys(inside)]
+        front = self._parse_front(model, adapters, base_id, caller)
+        inner = [self._parse(name, prompt_field, "", caller) for name in dict.fromkeys(inside)]
         front_field = "adapters" if adapters else "model"
         check_number(len(front) + len(inner), field=front_field if front else prompt_field)
-        versions = await self._look_up([*front, *inner], model)
+        versions = await self._look_up([*front, *inner], model, caller)
         bound = {asked: _bind(asked, versions[asked.ref.whole]) for asked in (*front, *inner)}
         check_front([_part(asked, bound[asked]) for asked in front], field=front_field)
         check_inside([_part(asked, bound[asked]) for asked in inner], field=prompt_field)
         return Target(
             model=model,
             served=served,
+            caller=caller,
             front=[bound[asked] for asked in front],
             inside={asked.spelling: bound[asked] for asked in inner},
         )
 
-    def _parse_front(self, model: str, adapters: Sequence[str], base_id: str) -> list[_Asked]:
+    def _parse_front(self, model: str, adapters: Sequence[str], base_id: str, caller: Caller) -> list[_Asked]:
         named = split_model(model, base_model_id=base_id)
         if named and adapters:
             raise errors.InvalidArgument(
@@ -174,39 +180,43 @@ class Resolver:
                 field="adapters",
             )
         check_number(len(named), field="model")
-        return [self._parse(name, "model", model) for name in named] + [
-            self._parse(name, "adapters") for name in adapters
+        return [self._parse(name, "model", model, caller) for name in named] + [
+            self._parse(name, "adapters", "", caller) for name in adapters
         ]
 
-    def _parse(self, spelling: str, field: str, model: str = "") -> _Asked:
+    def _parse(self, spelling: str, field: str, model: str, caller: Caller) -> _Asked:
         try:
             return _Asked(spelling=spelling, field=field, ref=parse_requested(spelling, field=field))
         except errors.InvalidArgument:
-            raise self._not_found(spelling, field, model) from None
+            raise self._not_found(spelling, field, model, caller) from None
 
-    async def _look_up(self, every: Sequence[_Asked], model: str) -> dict[AdapterRef, AdapterVersion]:
+    async def _look_up(
+        self, every: Sequence[_Asked], model: str, caller: Caller
+    ) -> dict[AdapterRef, AdapterVersion]:
         """The versions that names stand for now, each asked for once: one request never has two of one name."""
         asked_of = {asked.ref.whole: asked for asked in reversed(every)}
-        versions = await asyncio.gather(*(self._version_of(asked, model) for asked in asked_of.values()))
+        versions = await asyncio.gather(*(self._version_of(each, model, caller) for each in asked_of.values()))
         return dict(zip(asked_of, versions, strict=True))
 
-    async def _version_of(self, asked: _Asked, model: str) -> AdapterVersion:
-        whole = asked.ref.whole
+    async def _version_of(self, asked: _Asked, model: str, caller: Caller) -> AdapterVersion:
         try:
+            whole = caller.own(asked.ref.whole)
             version = await self._registry.get_adapter(str(whole))
         except errors.AdapterNotFound:
-            raise self._not_found(asked.spelling, asked.field, model) from None
+            raise self._not_found(asked.spelling, asked.field, model, caller) from None
         except (errors.Unavailable, errors.DeadlineExceeded):
             known = self._catalog.find(whole)
             if known is None:
                 raise
-            return known
-        self._catalog.learn(version)
-        return version
+            version = known
+        else:
+            self._catalog.learn(version)
+        caller.check_use(version.name)
+        return caller.told(version)
 
-    def _not_found(self, spelling: str, field: str, model: str) -> ModelNotFound:
+    def _not_found(self, spelling: str, field: str, model: str, caller: Caller) -> ModelNotFound:
         assert self._served is not None
-        near = self._catalog.near(spelling, self._served.base_model.id)
+        near = self._catalog.near(spelling, self._served.base_model.id, included=caller.may_use)
         hint = f"; did you mean {shown(near, 256)}?" if near else "; GET /v1/models lists what there is"
         if field != "model":
             return ModelNotFound(f"the adapter {shown(spelling)} does not exist{hint}", param=field)

@@ -1,15 +1,16 @@
 """The gateway's settings, read once from the environment."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from softprompt_api.settings import SettingsError, read, refuse_unknown_variables
+from softprompt_api.settings import SettingsError, is_loopback, read, refuse_unknown_variables
 
 __all__ = ["Settings", "SettingsError", "read_settings"]
 
 ENV_PREFIX = "SOFTPROMPT_GATEWAY_"
 _MIB = 2**20
+_REDIS_URLS = ("redis://", "rediss://", "unix://")
 
 PositiveSeconds = Annotated[float, Field(gt=0, le=86_400)]
 
@@ -38,6 +39,15 @@ class Settings(BaseSettings):
     )
     log_format: Literal["auto", "json"] = Field(default="auto", validation_alias=_shared("log_format"))
 
+    require_keys: bool = Field(default=False, description="ask for an API key before the first was made")
+    insecure: bool = Field(default=False, description="ask for no API key, on any interface")
+    key_trust_s: Annotated[float, Field(ge=30, le=7 * 86_400)] = Field(
+        default=3600.0, description="to go on with known API keys while the registry is away"
+    )
+    limits_redis_url: str | None = Field(
+        default=None, description="where gateways count together for the limits of API keys; otherwise each alone"
+    )
+
     max_body_bytes: int = Field(default=4 * _MIB, ge=1024, le=7 * _MIB, description="largest JSON body")
     max_upload_bytes: int = Field(default=2048 * _MIB, ge=1024, description="largest tensor file of a raw upload")
     max_choices: int = Field(default=128, ge=1, le=4096, description="most n x prompts of one request")
@@ -52,6 +62,19 @@ class Settings(BaseSettings):
     request_timeout_s: PositiveSeconds = Field(default=1800.0, description="deadline of a generation")
     registry_timeout_s: PositiveSeconds = Field(default=5.0, description="deadline of a question to the registry")
     grace_s: float = Field(default=30.0, ge=0, le=3600, description="for running requests to end after SIGTERM")
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        if self.require_keys and self.insecure:
+            raise ValueError("require_keys and insecure exclude each other")
+        if self.limits_redis_url is not None and not self.limits_redis_url.startswith(_REDIS_URLS):
+            raise ValueError(f"limits_redis_url must begin with {', '.join(_REDIS_URLS)}")
+        return self
+
+    @property
+    def always_asks_for_keys(self) -> bool:
+        """Whether a key is asked for even where none was ever made: where others than this machine can ask."""
+        return not self.insecure and (self.require_keys or not is_loopback(self.host))
 
 
 def read_settings() -> Settings:

@@ -1,14 +1,15 @@
-"""Keep the catalogue in step with the registry: list once, then follow its changes, through outages."""
+"""Keep catalogue and keyring in step with the registry: list once, then follow its changes, through outages."""
 
 import asyncio
 import random
 
 import structlog
 from softprompt_api import errors
-from softprompt_api.registry.v1.registry_pb2 import AdapterVersion, ListAdaptersRequest
+from softprompt_api.registry.v1.registry_pb2 import AdapterVersion, ApiKey, ListAdaptersRequest, ListKeysRequest
 
 from softprompt_gateway.catalog import Catalog
 from softprompt_gateway.clients import RegistryClient
+from softprompt_gateway.keyring import Keyring
 
 _PAGE_SIZE = 1000
 _MIN_PAUSE_S = 0.1
@@ -17,10 +18,11 @@ _log = structlog.get_logger()
 
 
 class CatalogWatcher:
-    """Feeds a catalogue from the registry until cancelled."""
+    """Feeds a catalogue and a keyring from the registry until cancelled."""
 
-    def __init__(self, catalog: Catalog, registry: RegistryClient) -> None:
+    def __init__(self, catalog: Catalog, keyring: Keyring, registry: RegistryClient) -> None:
         self._catalog = catalog
+        self._keyring = keyring
         self._registry = registry
         self._cursor = ""
         self._pause_s = _MIN_PAUSE_S
@@ -40,10 +42,14 @@ class CatalogWatcher:
 
     async def _follow(self) -> None:
         if not self._cursor:
-            self._cursor = await self._list()
+            cursor = await self._list()
+            await self._list_keys()
+            self._cursor = cursor
         async for event in self._registry.watch(self._cursor):
             if self._pause_s > _MIN_PAUSE_S:
                 _log.info("registry watched", adapters=len(self._catalog.versions()))
+            self._keyring.apply(event)
+            self._keyring.hear()
             self._pause_s = _MIN_PAUSE_S
             if self._catalog.apply(event):
                 await self._ask_for_latest(event.adapter.name)
@@ -52,7 +58,7 @@ class CatalogWatcher:
     async def _list(self) -> str:
         """Replace the catalogue; the cursor is the first page's, so that no change after it is missed."""
         versions: list[AdapterVersion] = []
-        request, cursor = ListAdaptersRequest(page_size=_PAGE_SIZE), ""
+        request, cursor = ListAdaptersRequest(page_size=_PAGE_SIZE, all_tenants=True), ""
         while True:
             page = await self._registry.list_adapters(request)
             versions += page.adapters
@@ -60,7 +66,19 @@ class CatalogWatcher:
             if not page.next_page_token:
                 self._catalog.replace(versions)
                 return cursor
-            request = ListAdaptersRequest(page_size=_PAGE_SIZE, page_token=page.next_page_token)
+            request = ListAdaptersRequest(page_size=_PAGE_SIZE, page_token=page.next_page_token, all_tenants=True)
+
+    async def _list_keys(self) -> None:
+        """Replace the keyring; listed after the cursor was taken, so that no change is missed."""
+        keys: list[ApiKey] = []
+        request = ListKeysRequest(page_size=_PAGE_SIZE)
+        while True:
+            page = await self._registry.list_keys(request)
+            keys += page.api_keys
+            if not page.next_page_token:
+                self._keyring.replace(keys, ever_made=page.ever_made)
+                return
+            request = ListKeysRequest(page_size=_PAGE_SIZE, page_token=page.next_page_token)
 
     async def _ask_for_latest(self, name: str) -> None:
         try:

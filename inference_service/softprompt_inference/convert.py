@@ -7,6 +7,7 @@ from google.protobuf.message import Message
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.params import SamplingParams
+from softprompt_api.tenants import check_tenant
 
 from softprompt_inference.adapters.residency import Resident
 from softprompt_inference.choice import Delta, Finished
@@ -17,6 +18,7 @@ from softprompt_inference.prompts import ChatPrompt, IdsPrompt, PartsPrompt, Pro
 from softprompt_inference.text import ChatMessage, SoftPrompt, Tokenizer
 
 MAX_REQUEST_ID_CHARACTERS = 128
+MAX_CACHE_SALT_CHARACTERS = 512
 
 _OPTIONAL = (
     "max_tokens",
@@ -41,7 +43,15 @@ def to_call(request: pb.GenerateRequest) -> GenerateCall:
         raise InvalidArgument(
             f"request_id must be at most {MAX_REQUEST_ID_CHARACTERS} printable characters", field="request_id"
         )
-    return GenerateCall(prompt=to_prompt(request), params=to_params(request.sampling), adapter=request.adapter)
+    if len(request.cache_salt) > MAX_CACHE_SALT_CHARACTERS:
+        raise InvalidArgument(f"cache_salt has at most {MAX_CACHE_SALT_CHARACTERS} characters", field="cache_salt")
+    return GenerateCall(
+        prompt=to_prompt(request),
+        params=to_params(request.sampling),
+        adapter=request.adapter,
+        salt=request.cache_salt,
+        tenant=check_tenant(request.tenant) if request.tenant else "",
+    )
 
 
 def to_params(sampling: pb.SamplingParams) -> SamplingParams:

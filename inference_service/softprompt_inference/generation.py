@@ -54,11 +54,19 @@ class EngineHandle(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateCall:
-    """A request, parsed. `adapter` is spelled as users spell `model`; "" is the base model."""
+    """A request, parsed.
+
+    Attributes:
+        adapter: as users spell `model`; "" is the base model.
+        salt: KV is shared only with requests that have the same.
+        tenant: whose it is; those of several that wait start in turn.
+    """
 
     prompt: Prompt
     params: SamplingParams
     adapter: str = ""
+    salt: str = ""
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,7 +244,7 @@ class Generator:
                 choices = [
                     Choice(index, self._tokenizer.output_text(call.params)) for index in range(call.params.n)
                 ]
-                with self._submitted(call.params, composed) as streams:
+                with self._submitted(call, composed) as streams:
                     yield Generation(bound, composed, choices, streams)
 
     async def bind(self, spelling: str, inside: Sequence[str] = ()) -> Bound:
@@ -270,8 +278,9 @@ class Generator:
         return parse_model(spelling, base_model_id=self._base_model_id, field="adapter") if spelling else ()
 
     @contextlib.contextmanager
-    def _submitted(self, params: SamplingParams, composed: Composed) -> Iterator[list[OutputStream]]:
+    def _submitted(self, call: GenerateCall, composed: Composed) -> Iterator[list[OutputStream]]:
         """The outputs of each choice; the engine forgets what has not ended when the context does."""
+        params = call.params
         seed = secrets.randbits(62) if params.seed is None else params.seed
         request_number = next(self._numbers)
         with contextlib.ExitStack() as open_streams:
@@ -283,6 +292,8 @@ class Generator:
                     params=params,
                     eos_token_ids=list(self._tokenizer.eos_token_ids),
                     seed=seed + index,
+                    salt=call.salt,
+                    tenant=call.tenant,
                     lora=composed.lora,
                 )
                 self._engine.submit(request)

@@ -9,9 +9,13 @@
     ├── AdapterConflict        exists already with other content
     │   ├── AdapterInUse       pinned, or what an alias or a running request stands on
     │   └── AliasMoved         the alias points elsewhere than the caller thought
+    ├── Unauthenticated        no key, or none that is known
+    ├── PermissionDenied       the key does not allow it
+    ├── KeyNotFound
     ├── CursorExpired          a watch must begin anew
     ├── BaseModelUnknown       no base model to check an adapter against
     ├── Overloaded             try again later
+    ├── RateLimited            the key has used up what it may take for now
     ├── Unavailable            a service or the store is away, starting or stopping
     ├── DeadlineExceeded
     ├── DataCorrupted          stored bytes are not what was stored
@@ -90,6 +94,24 @@ class AliasMoved(AdapterConflict):
     reason = "ALIAS_MOVED"
 
 
+class Unauthenticated(SoftpromptError):
+    """There is no API key, or none that is known; the caller is not told more."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(SoftpromptError):
+    """The API key is known and does not allow this."""
+
+    reason = "PERMISSION_DENIED"
+
+
+class KeyNotFound(SoftpromptError):
+    """No API key has this id."""
+
+    reason = "KEY_NOT_FOUND"
+
+
 class CursorExpired(SoftpromptError):
     """The cursor of a watch is older than what is kept."""
 
@@ -106,6 +128,12 @@ class Overloaded(SoftpromptError):
     """Too much is queued; try again later."""
 
     reason = "OVERLOADED"
+
+
+class RateLimited(SoftpromptError):
+    """The API key has used up what it may take for now; `details` has `retry_after_ms`, and may have headers."""
+
+    reason = "RATE_LIMITED"
 
 
 class Unavailable(SoftpromptError):

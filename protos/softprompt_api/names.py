@@ -2,7 +2,7 @@
 
     model   = base-id | [base-id ":"] part {"+" part}
     part    = adapter [":" task]
-    adapter = name ["@" (number | alias)] | "sha256:" 64 hex digits
+    adapter = [tenant "/"] (name ["@" (number | alias)] | "sha256:" 64 hex digits)
 
 `name` alone means `name@latest`: the alias that every registration moves to its version. A task is a number from
 0, of an adapter that was trained for several. `+` puts adapters together in one request, as far as
@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from softprompt_api.errors import InvalidArgument
+from softprompt_api.tenants import DEFAULT_TENANT, check_tenant
 
 NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}\Z")
 DIGEST_PATTERN = re.compile(r"sha256:[0-9a-f]{64}\Z")
@@ -31,6 +32,10 @@ class AdapterRef:
     """One spelling of an adapter, parsed.
 
     It is a digest, or a name with a version or an alias (neither: `latest`); each with a task, or without.
+
+    Attributes:
+        name: the full name, with its tenant where that is not the default one.
+        owner: of a digest, the tenant whose version is meant; "": anybody's.
     """
 
     name: str = ""
@@ -38,6 +43,7 @@ class AdapterRef:
     alias: str = ""
     digest: str = ""
     task: int | None = None
+    owner: str = ""
 
     @property
     def is_latest(self) -> bool:
@@ -46,7 +52,8 @@ class AdapterRef:
 
     def __str__(self) -> str:
         pointer = self.alias if self.version is None else str(self.version)
-        return with_task((self.digest or self.name) + (f"@{pointer}" if pointer else ""), self.task)
+        owner = f"{self.owner}/" if self.owner else ""
+        return with_task(owner + (self.digest or self.name) + (f"@{pointer}" if pointer else ""), self.task)
 
     @property
     def whole(self) -> "AdapterRef":
@@ -67,6 +74,17 @@ def check_name(name: str, *, field: str = "name", base_model_id: str = "") -> st
     return name
 
 
+def check_full_name(name: str, *, field: str = "name", base_model_id: str = "") -> str:
+    """Return `name` if an adapter may have it across all tenants; raise InvalidArgument that says why not."""
+    tenant, slash, local = name.rpartition("/")
+    check_name(local, field=field)
+    if slash and check_tenant(tenant, field=field) == DEFAULT_TENANT:
+        raise InvalidArgument("names of the default tenant have no tenant before them", field=field)
+    if name == base_model_id.lower():
+        raise InvalidArgument(f"{shown(name)} is reserved; choose another adapter name", field=field)
+    return name
+
+
 def check_alias(alias: str, *, field: str = "alias") -> str:
     """Return `alias` if a version may have it; raise InvalidArgument that says what is allowed."""
     if not NAME_PATTERN.match(alias) or _NUMBER.match(alias):
@@ -79,13 +97,14 @@ def check_alias(alias: str, *, field: str = "alias") -> str:
 
 
 def parse_adapter(spelling: str, *, field: str = "adapter") -> AdapterRef:
-    """Parse `name`, `name@3`, `name@alias` or `sha256:…`; raise InvalidArgument otherwise."""
-    if spelling.startswith("sha256:"):
-        if not DIGEST_PATTERN.match(spelling):
+    """Parse `name`, `name@3`, `name@alias` or `sha256:…`, each with a tenant or without; else InvalidArgument."""
+    tenant, slash, local = spelling.rpartition("/")
+    if local.startswith("sha256:"):
+        if not DIGEST_PATTERN.match(local):
             raise InvalidArgument("a digest is 'sha256:' and 64 lower-case hex digits", field=field)
-        return AdapterRef(digest=spelling)
+        return AdapterRef(digest=local, owner=check_tenant(tenant, field=field) if slash else "")
     name, at, pointer = spelling.partition("@")
-    check_name(name, field=field)
+    check_full_name(name, field=field)
     if not at or pointer == LATEST:
         return AdapterRef(name=name)
     # isascii: str.isdigit alone accepts digits of every script.
@@ -99,7 +118,7 @@ def parse_adapter(spelling: str, *, field: str = "adapter") -> AdapterRef:
 def parse_requested(spelling: str, *, field: str = "adapter") -> AdapterRef:
     """Parse what `parse_adapter` does, with `:0` or another task behind it, or not."""
     adapter, colon, task = spelling.rpartition(":")
-    if not colon or adapter == "sha256":
+    if not colon or adapter.rpartition("/")[2] == "sha256":
         return parse_adapter(spelling, field=field)
     ref = parse_adapter(adapter, field=field)
     if not _TASK_PATTERN.match(task):

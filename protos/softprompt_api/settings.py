@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from ipaddress import ip_address
 from typing import TypeVar
 
 from pydantic import ValidationError
@@ -42,6 +43,14 @@ def read(settings: type[S], arguments: Sequence[str] | None = None, *, program: 
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name = ".".join(str(part) for part in first["loc"])
         raise SettingsError(f"{name}: {first['msg']}" if name else str(first["msg"])) from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an interface is reached from this machine alone."""
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_reach(address: str, *, allow_remote: bool, setting: str, permission: str) -> None:

@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from softprompt_api.errors import AliasMoved, InvalidArgument
 from softprompt_api.names import LATEST, AdapterRef, shown
+from softprompt_api.tenants import local_name
 
 from softprompt_registry import catalog, events, keys, pointers
 from softprompt_registry.catalog import AdapterVersion, EventType
@@ -87,7 +88,9 @@ class Amendments:
             await self._compare(pipe, name, alias, old.target(alias), expected)
             new = old.after(alias, version.id)
             if len(new.moved) > MAX_ALIASES:
-                raise InvalidArgument(f"{name} has {MAX_ALIASES} aliases, as many as are allowed", field="alias")
+                raise InvalidArgument(
+                    f"{local_name(name)} has {MAX_ALIASES} aliases, as many as are allowed", field="alias"
+                )
             begin(pipe, name)
             if alias in new.moved:
                 pipe.hset(keys.aliases(name), alias, str(version.id))
@@ -157,7 +160,7 @@ class Amendments:
             found = f"points to version {number}" if number else "does not exist"
             wanted = f"to point to version {expected}" if expected else "not to exist"
             raise AliasMoved(
-                f"the alias {alias} of {name} {found}, and was expected {wanted}",
+                f"the alias {alias} of {local_name(name)} {found}, and was expected {wanted}",
                 field="expected_version",
                 details={"version": str(number)},
             )

@@ -19,7 +19,8 @@ from softprompt_api.errors import (
     InvalidArgument,
     Overloaded,
 )
-from softprompt_api.names import AdapterRef, check_name, shown
+from softprompt_api.names import AdapterRef, check_full_name, shown
+from softprompt_api.tenants import DEFAULT_TENANT, local_name, tenant_of
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
@@ -102,6 +103,13 @@ class Registration:
     labels: Mapping[str, str]
     base_model_id: str
 
+    @property
+    def tenants_key(self) -> str:
+        """The idempotency key, apart from other tenants' that may be the same; "" where there is none."""
+        tenant = tenant_of(self.name)
+        is_own = not self.idempotency_key or tenant == DEFAULT_TENANT
+        return self.idempotency_key if is_own else f"{tenant}\n{self.idempotency_key}"
+
     def content(self) -> str:
         """sha256 (hex) over everything but the idempotency key."""
         parts = [self.name, self.config_json, self.size_bytes, self.sha256, dict(self.labels), self.base_model_id]
@@ -117,11 +125,13 @@ class EventType(StrEnum):
     ALIAS_SET = "alias_set"
     ALIAS_REMOVED = "alias_removed"
     UPDATED = "updated"
+    KEY_CREATED = "key_created"
+    KEY_REVOKED = "key_revoked"
 
 
 def check_registration(registration: Registration, *, max_size_bytes: int) -> None:
     """Raise InvalidArgument or AdapterInvalid for a header that cannot become a version."""
-    check_name(registration.name)
+    check_full_name(registration.name)
     if registration.size_bytes < 1:
         raise InvalidArgument(
             "tensors_size_bytes must be the size of the file, at least 1", field="tensors_size_bytes"
@@ -201,7 +211,7 @@ def choose_base_model(models: Sequence[BaseModel], wanted_id: str) -> BaseModel:
 def check_name_is_free_of_models(name: str, models: Iterable[BaseModel]) -> None:
     """Raise InvalidArgument when an adapter would be spelled like a base model."""
     for model in models:
-        check_name(name, base_model_id=model.id)
+        check_full_name(name, base_model_id=model.id)
 
 
 def warnings_for(config_json: str, base: BaseModel) -> list[str]:
@@ -223,7 +233,7 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
 
 def pinned(name: str, numbers: Sequence[int]) -> AdapterInUse:
     """The error for deleting pinned versions."""
-    spellings = ", ".join(f"{name}@{number}" for number in numbers)
+    spellings = ", ".join(f"{local_name(name)}@{number}" for number in numbers)
     verb = "is" if len(numbers) == 1 else "are"
     return AdapterInUse(f"{spellings} {verb} pinned; lift the pin first", field="adapter")
 
@@ -231,7 +241,9 @@ def pinned(name: str, numbers: Sequence[int]) -> AdapterInUse:
 def aliased(name: str, number: int, aliases: Sequence[str]) -> AdapterInUse:
     """The error for deleting a version that aliases point to."""
     which = f"the alias {aliases[0]} points" if len(aliases) == 1 else f"the aliases {', '.join(aliases)} point"
-    return AdapterInUse(f"{which} to {name}@{number}; move or remove first what points there", field="adapter")
+    return AdapterInUse(
+        f"{which} to {local_name(name)}@{number}; move or remove first what points there", field="adapter"
+    )
 
 
 def not_found(
@@ -242,21 +254,24 @@ def not_found(
     Args:
         latest: the name's latest version, when the name exists.
         aliases: the name's aliases.
-        near: the name the caller most likely meant; "" when none is near.
+        near: what the caller most likely meant, as its tenant calls it; "" when none is near.
+
+    Names are told as their tenant calls them.
     """
     if ref.digest:
         return AdapterNotFound(f"no adapter has the digest {ref.digest}", field="adapter")
+    name = local_name(ref.name)
     if latest is not None:
         lacks = f"alias {shown(ref.alias)}" if ref.alias else f"version {ref.version}"
         meant = nearest_name(ref.alias, aliases) or latest
         return AdapterNotFound(
-            f"{ref.name} has no {lacks}; its latest is {latest}",
+            f"{name} has no {lacks}; its latest is {latest}",
             field="adapter",
-            details={"did_you_mean": f"{ref.name}@{meant}"},
+            details={"did_you_mean": f"{name}@{meant}"},
         )
     if not near:
-        return AdapterNotFound(f"there is no adapter {shown(ref.name)}", field="adapter")
-    message = f"there is no adapter {shown(ref.name)}; did you mean {shown(near)}?"
+        return AdapterNotFound(f"there is no adapter {shown(name)}", field="adapter")
+    message = f"there is no adapter {shown(name)}; did you mean {shown(near)}?"
     return AdapterNotFound(message, field="adapter", details={"did_you_mean": near})
 
 
@@ -293,4 +308,4 @@ def _check(query: str, after: str) -> str:
 
 def too_many_writers(name: str) -> Overloaded:
     """The error when a name kept changing under every attempt to publish."""
-    return Overloaded(f"too many writers change {shown(name)} at this moment; try again")
+    return Overloaded(f"too many writers change {shown(local_name(name))} at this moment; try again")

@@ -1,9 +1,11 @@
 """Protocol messages to the registry's values, and back."""
 
 from google.protobuf.timestamp_pb2 import Timestamp
+from softprompt_api.access import scope_to
 from softprompt_api.registry.v1 import registry_pb2 as pb
 
 from softprompt_registry.amendments import VersionUpdate
+from softprompt_registry.api_keys import ApiKey, key_id
 from softprompt_registry.catalog import AdapterVersion, BaseModel, EventType, Registration
 from softprompt_registry.events import Event
 from softprompt_registry.watching import Change
@@ -15,6 +17,8 @@ _EVENT_TYPES = {
     EventType.ALIAS_SET: pb.ADAPTER_EVENT_TYPE_ALIAS_SET,
     EventType.ALIAS_REMOVED: pb.ADAPTER_EVENT_TYPE_ALIAS_REMOVED,
     EventType.UPDATED: pb.ADAPTER_EVENT_TYPE_UPDATED,
+    EventType.KEY_CREATED: pb.ADAPTER_EVENT_TYPE_KEY_CREATED,
+    EventType.KEY_REVOKED: pb.ADAPTER_EVENT_TYPE_KEY_REVOKED,
 }
 
 
@@ -99,16 +103,40 @@ def version_to(version: AdapterVersion) -> pb.AdapterVersion:
     )
 
 
+def key_to(key: ApiKey) -> pb.ApiKey:
+    """A key's message."""
+    message = pb.ApiKey(
+        id=key.id,
+        sha256=key.sha256,
+        tenant=key.tenant,
+        scopes=[scope_to(scope) for scope in key.scopes],
+        adapters=key.adapters,
+        limits=pb.KeyLimits(
+            requests_per_minute=key.limits.requests_per_minute,
+            tokens_per_minute=key.limits.tokens_per_minute,
+            parallel_requests=key.limits.parallel_requests,
+        ),
+        name=key.name,
+    )
+    message.created_at.FromDatetime(key.created_at)
+    if key.expires_at is not None:
+        message.expires_at.FromDatetime(key.expires_at)
+    return message
+
+
 def change_to(change: Change) -> pb.WatchAdaptersResponse:
     """What a watcher is told, as a message."""
-    if change.event is None:
+    event = change.event
+    if event is None:
         return pb.WatchAdaptersResponse(cursor=change.cursor, type=pb.ADAPTER_EVENT_TYPE_HEARTBEAT)
-    return pb.WatchAdaptersResponse(
-        cursor=change.cursor,
-        type=_EVENT_TYPES[change.event.type],
-        adapter=version_to(change.version) if change.version else _named(change.event),
-        alias=change.event.alias,
-    )
+    message = pb.WatchAdaptersResponse(cursor=change.cursor, type=_EVENT_TYPES[event.type], alias=event.alias)
+    if event.type is EventType.KEY_REVOKED:
+        message.key.CopyFrom(pb.ApiKey(id=key_id(event.name), sha256=event.name))
+    elif change.key is not None:
+        message.key.CopyFrom(key_to(change.key))
+    else:
+        message.adapter.CopyFrom(version_to(change.version) if change.version else _named(event))
+    return message
 
 
 def _named(event: Event) -> pb.AdapterVersion:

@@ -1,7 +1,7 @@
 """Every key in the store, in one place.
 
     sp:id                            counter of global ids
-    sp:names                         sorted set of names, for listing
+    sp:names                         sorted set of names, for listing; those of other tenants behind "~"
     sp:events                        stream of changes
     sp:base                          hash: base model id → fingerprint
     sp:{n:<name>}                    hash: next version number, revision; stays when the name is deleted
@@ -13,6 +13,9 @@
     sp:{blob:<sha256>}:c:<i>         chunk of a blob
     sp:{blob:<sha256>}:u:<upload>:<i>   chunk of an upload that is not published; expires
     sp:{i:<sha256 of key>}           idempotency key → what it made; expires
+    sp:k:<sha256 of key>             hash: one API key
+    sp:keys                          sorted set of the API keys' sha256, for listing
+    sp:keys:made                     how many API keys were ever made
 
 Hash tags keep what belongs together in one slot of a cluster. No key holds a client's text but checked names.
 """
@@ -23,6 +26,8 @@ IDS = "sp:id"
 NAMES = "sp:names"
 EVENTS = "sp:events"
 BASE_MODELS = "sp:base"
+API_KEYS = "sp:keys"
+NUM_KEYS_MADE = "sp:keys:made"
 PROBE = "sp:probe"
 
 
@@ -69,3 +74,18 @@ def staged(sha256: str, upload: str, index: int) -> str:
 def idempotency(key: str) -> str:
     """What an idempotency key made."""
     return f"sp:{{i:{hashlib.sha256(key.encode()).hexdigest()}}}"
+
+
+def api_key(sha256: str) -> str:
+    """One API key."""
+    return f"sp:k:{sha256}"
+
+
+def listed(full_name: str) -> str:
+    """A name, or the beginning of one, as it is sorted: the default tenant's first, then those of each other."""
+    return f"~{full_name}" if "/" in full_name else full_name
+
+
+def unlisted(member: str) -> str:
+    """The name that stands in the sorted set like this."""
+    return member.removeprefix("~")

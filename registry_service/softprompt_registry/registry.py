@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from redis.asyncio import Redis
 from softprompt_api.errors import AdapterNotFound, DataCorrupted, InvalidArgument
-from softprompt_api.names import LATEST, AdapterRef, check_alias, check_name, parse_adapter
+from softprompt_api.names import LATEST, AdapterRef, check_alias, check_full_name, parse_adapter
+from softprompt_api.tenants import tenant_of
 
 from softprompt_registry import catalog
 from softprompt_registry.amendments import Amendments, VersionUpdate
@@ -13,6 +14,7 @@ from softprompt_registry.blobs import BlobReader
 from softprompt_registry.catalog import AdapterVersion, BaseModel
 from softprompt_registry.changes import Changes
 from softprompt_registry.events import EventLog
+from softprompt_registry.key_store import KeyStore
 from softprompt_registry.pages import Page, read_page
 from softprompt_registry.store import Store
 from softprompt_registry.uploads import Piece, UploadLimits, Uploads
@@ -44,8 +46,11 @@ class Registry:
         self._changes = Changes(client, self._store)
         self._amendments = Amendments(client)
         self._events = EventLog(client, watch_client)
+        self.keys = KeyStore(client)
         self.uploads = Uploads(client, self._store, self._changes, limits)
-        self.watching = Watching(self._store, self._events, heartbeat_s=heartbeat_s, max_watchers=max_watchers)
+        self.watching = Watching(
+            self._store, self.keys, self._events, heartbeat_s=heartbeat_s, max_watchers=max_watchers
+        )
 
     async def get(self, spelling: str) -> AdapterVersion:
         """The version a spelling names; AdapterNotFound tells what may have been meant."""
@@ -55,16 +60,24 @@ class Registry:
             raise await self._not_found(ref)
         return version
 
-    async def list_adapters(self, *, size: int, token: str, prefix: str) -> Listing:
-        """One page of the names that begin with a prefix, each with its latest version."""
+    async def list_adapters(self, *, size: int, token: str, prefix: str, all_tenants: bool = False) -> Listing:
+        """One page of the names that begin with a prefix, each with its latest version.
+
+        They are of the tenant that the prefix begins with, or without one of the default tenant, or of all.
+        """
+        if (all_tenants and prefix) or "~" in prefix:
+            raise InvalidArgument(
+                "name_prefix must be the beginning of a name, and empty for all_tenants", field="name_prefix"
+            )
 
         async def fetch(after: str, limit: int) -> Sequence[tuple[str, AdapterVersion | None]]:
-            names = await self._store.names(prefix=prefix, after=after, limit=limit)
+            names = await self._store.names(prefix=prefix, after=after, limit=limit, all_tenants=all_tenants)
             return list(zip(names, await self._store.latest(names), strict=True))
 
         cursor = await self._events.position()
-        page = await read_page(fetch, query=f"adapters {prefix}", size=size, token=token)
-        return Listing(page=page, cursor=cursor, total=await self._store.count_names())
+        page = await read_page(fetch, query=f"adapters {'*' if all_tenants else prefix}", size=size, token=token)
+        total = await self._store.count_names(None if all_tenants else tenant_of(prefix))
+        return Listing(page=page, cursor=cursor, total=total)
 
     async def list_versions(self, name: str, *, size: int, token: str) -> Page:
         """One page of a name's versions, newest first."""
@@ -73,7 +86,7 @@ class Registry:
             found = await self._store.versions(name, below=int(after) if after else None, limit=limit)
             return [(str(number), version) for number, version in found]
 
-        check_name(name)
+        check_full_name(name)
         if await self._store.latest_number(name) is None:
             raise await self._not_found(AdapterRef(name=name))
         return await read_page(fetch, query=f"versions {name}", size=size, token=token)
@@ -82,7 +95,7 @@ class Registry:
         self, name: str, alias: str, number: int, *, expected: int | None
     ) -> AdapterVersion | None:
         """Make an alias of a name point to a version, or remove it (0); the version it points to now."""
-        check_name(name)
+        check_full_name(name)
         check_alias(alias)
         if number == 0:
             if alias == LATEST:
@@ -108,7 +121,7 @@ class Registry:
 
     async def delete_adapter(self, name: str) -> int:
         """Delete a name with all its versions; returns how many there were."""
-        check_name(name)
+        check_full_name(name)
         num_deleted = await self._changes.delete_adapter(name)
         if not num_deleted:
             raise await self._not_found(AdapterRef(name=name))
@@ -116,7 +129,7 @@ class Registry:
 
     async def delete_version(self, name: str, number: int) -> None:
         """Delete one version."""
-        ref = parse_adapter(f"{check_name(name)}@{number}", field="version")
+        ref = parse_adapter(f"{check_full_name(name)}@{number}", field="version")
         if not await self._changes.delete_version(name, number):
             raise await self._not_found(ref)
 

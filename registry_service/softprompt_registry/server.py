@@ -11,6 +11,7 @@ from softprompt_api.registry.v1 import registry_pb2, registry_pb2_grpc
 from softprompt_api.rpc.server import ServiceServer
 
 from softprompt_registry.connection import open_store, reply, store_errors
+from softprompt_registry.key_servicer import KeyServicer
 from softprompt_registry.registry import Registry
 from softprompt_registry.servicer import RegistryServicer
 from softprompt_registry.settings import Settings
@@ -45,11 +46,12 @@ class RegistryServer:
             heartbeat_s=settings.heartbeat_s,
             max_watchers=settings.max_watchers,
         )
-        service = registry_pb2.DESCRIPTOR.services_by_name["RegistryService"]
-        self._server = ServiceServer(settings.address, [service])
+        services = list(registry_pb2.DESCRIPTOR.services_by_name.values())
+        self._server = ServiceServer(settings.address, services)
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
             RegistryServicer(self._registry), self._server.server
         )
+        registry_pb2_grpc.add_KeyServiceServicer_to_server(KeyServicer(self._registry.keys), self._server.server)
         self._probing: asyncio.Task[None] | None = None
 
     @property

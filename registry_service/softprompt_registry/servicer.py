@@ -52,7 +52,10 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
         listing = await self._registry.list_adapters(
-            size=request.page_size, token=request.page_token, prefix=request.name_prefix
+            size=request.page_size,
+            token=request.page_token,
+            prefix=request.name_prefix,
+            all_tenants=request.all_tenants,
         )
         return pb.ListAdaptersResponse(
             adapters=[version_to(version) for version in listing.page.versions],

@@ -10,6 +10,7 @@ import structlog
 from redis.asyncio import Redis
 from softprompt_api.errors import AdapterConflict, DataCorrupted
 from softprompt_api.names import LATEST, AdapterRef
+from softprompt_api.tenants import full_name, local_name, tenant_of
 
 from softprompt_registry import keys, pointers
 from softprompt_registry.catalog import AdapterVersion, BaseModel
@@ -89,23 +90,33 @@ class Store:
         ]
 
     @reads
-    async def names(self, *, prefix: str, after: str, limit: int) -> list[str]:
-        """Names in order that begin with a prefix, behind the name `after` ("": from the first)."""
-        low = f"({after}" if after else f"[{prefix}"
-        high = f"[{prefix}\x7f" if prefix else "+"  # every character of a name sorts below DEL
+    async def names(self, *, prefix: str, after: str, limit: int, all_tenants: bool = False) -> list[str]:
+        """Names in order that begin with a prefix, behind the name `after` ("": from the first).
+
+        They are those of the tenant that the prefix begins with; without one, of the default tenant or of all.
+        """
+        low, high = ("-", "+") if all_tenants else _bounds(keys.listed(prefix))
+        if after:
+            low = f"({keys.listed(after)}"
         found = await reply(self._client.zrangebylex(keys.NAMES, low, high, start=0, num=limit))
-        return [name.decode() for name in found]
+        return [keys.unlisted(member.decode()) for member in found]
 
     @reads
-    async def count_names(self) -> int:
-        """How many names there are."""
-        return int(await reply(self._client.zcard(keys.NAMES)))
+    async def count_names(self, tenant: str | None = None) -> int:
+        """How many names a tenant has, or all have."""
+        low, high = ("-", "+") if tenant is None else _bounds(keys.listed(full_name(tenant, "")))
+        return int(await reply(self._client.zlexcount(keys.NAMES, low, high)))
 
     async def names_near(self, name: str) -> list[str]:
-        """A bounded number of names to compare a mistyped one with; those that begin alike come first."""
-        alike = await self.names(prefix=name[:1], after="", limit=_MAX_NAMES_COMPARED)
-        others = await self.names(prefix="", after="", limit=_MAX_NAMES_COMPARED - len(alike) or 1)
-        return list(dict.fromkeys([*alike, *others]))
+        """A bounded number of names to compare a mistyped one with, as its tenant calls its adapters.
+
+        Those that begin alike come first.
+        """
+        tenant, local = tenant_of(name), local_name(name)
+        alike = await self.names(prefix=full_name(tenant, local[:1]), after="", limit=_MAX_NAMES_COMPARED)
+        rest = _MAX_NAMES_COMPARED - len(alike) or 1
+        others = await self.names(prefix=full_name(tenant, ""), after="", limit=rest)
+        return list(dict.fromkeys(local_name(near) for near in (*alike, *others)))
 
     @reads
     async def made_by(self, key: str, content: str) -> AdapterVersion | None:
@@ -155,14 +166,22 @@ class Store:
     async def _locate(self, ref: AdapterRef) -> tuple[int, Pointers | None]:
         """The id of the version that a spelling names (0: none), and its name's pointers where they were read."""
         if ref.digest:
-            # All versions with one digest have the same tensors; the oldest is as good as any.
-            ids = await reply(self._client.zrange(keys.digest(ref.digest), 0, 0))
-            return int(ids[0]) if ids else 0, None
+            return await self._oldest(ref), None
         if ref.version is not None:
             ids = await reply(self._client.zrangebyscore(keys.versions(ref.name), ref.version, ref.version))
             return int(ids[0]) if ids else 0, None
         known = await self._pointers(ref.name)
         return known.target(ref.alias or LATEST), known
+
+    async def _oldest(self, ref: AdapterRef) -> int:
+        """The oldest version with a digest, of its owner where one is named; all have the same tensors."""
+        for version_id in await reply(self._client.zrange(keys.digest(ref.digest), 0, -1 if ref.owner else 0)):
+            if not ref.owner:
+                return int(version_id)
+            name = await reply(self._client.hget(keys.version(int(version_id)), "name"))
+            if name and tenant_of(name.decode()) == ref.owner:
+                return int(version_id)
+        return 0
 
     async def _load(self, version_id: int) -> AdapterVersion | None:
         fields = await reply(self._client.hgetall(keys.version(version_id)))
@@ -173,6 +192,12 @@ class Store:
         for version_id in version_ids:
             pipe.hgetall(keys.version(version_id))
         return [_readable(id_, fields) for id_, fields in zip(version_ids, await pipe.execute(), strict=True)]
+
+
+def _bounds(prefix: str) -> tuple[str, str]:
+    """The range of a sorted set's members that begin with a prefix; "": of all that no tenant stands before."""
+    # Every character of a name sorts below "~", and that below DEL.
+    return f"[{prefix}", f"[{prefix}\x7f" if prefix else "(~"
 
 
 def _readable(version_id: int, fields: Mapping[bytes, bytes]) -> AdapterVersion | None:

@@ -59,7 +59,7 @@ class Uploads:
         catalog.check_registration(registration, max_size_bytes=self._limits.max_size_bytes)
         content = registration.content()
         async with self._slot():
-            if made := await self._store.made_by(registration.idempotency_key, content):
+            if made := await self._store.made_by(registration.tenants_key, content):
                 return Registered(version=made, warnings=[])
             return await self._upload(registration, content, pieces)
 
@@ -92,7 +92,7 @@ class Uploads:
                 num_tasks=spec.num_tasks,
                 rank=verified.rank,
             )
-            version = await self._changes.publish(draft, staged, key=registration.idempotency_key, content=content)
+            version = await self._changes.publish(draft, staged, key=registration.tenants_key, content=content)
         finally:
             await _discard(staged)
         _log.info("registered", adapter=version.name, version=version.version, digest=version.digest)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from softprompt_api.errors import DataCorrupted, Overloaded, Unavailable
 
+from softprompt_registry.api_keys import ApiKey
 from softprompt_registry.catalog import AdapterVersion, EventType
 from softprompt_registry.events import Event, EventLog
+from softprompt_registry.key_store import KeyStore
 from softprompt_registry.store import Store
 
 _TOLD_WHOLE = (EventType.REGISTERED, EventType.ALIAS_SET, EventType.UPDATED)
@@ -21,18 +23,23 @@ class Change:
         cursor: watch from here to continue.
         event: what happened; None: nothing, the stream is alive.
         version: the whole version, for REGISTERED, ALIAS_SET and UPDATED.
+        key: the whole key, for KEY_CREATED.
     """
 
     cursor: str
     event: Event | None = None
     version: AdapterVersion | None = None
+    key: ApiKey | None = None
 
 
 class Watching:
     """Serve watchers, a bounded number of them."""
 
-    def __init__(self, store: Store, events: EventLog, *, heartbeat_s: float, max_watchers: int) -> None:
+    def __init__(
+        self, store: Store, keys: KeyStore, events: EventLog, *, heartbeat_s: float, max_watchers: int
+    ) -> None:
         self._store = store
+        self._keys = keys
         self._events = events
         self._heartbeat_s = heartbeat_s
         self._max_watchers = max_watchers
@@ -86,11 +93,16 @@ class Watching:
         return events
 
     async def _change(self, event: Event) -> Change | None:
-        if event.type not in _TOLD_WHOLE:
-            return Change(cursor=event.cursor, event=event)
+        """What to tell of an event; None: its subject was deleted since, and the event that says so follows."""
+        version, key = None, None
         try:
-            version = await self._store.find_id(event.id)
+            if event.type in _TOLD_WHOLE:
+                version = await self._store.find_id(event.id)
+            elif event.type is EventType.KEY_CREATED:
+                key = await self._keys.find(event.name)
+            else:
+                return Change(cursor=event.cursor, event=event)
         except DataCorrupted:  # whoever asks for it is told; watchers must get past it
             return None
-        # Deleted since: the event that says so follows.
-        return None if version is None else Change(cursor=event.cursor, event=event, version=version)
+        is_there = version is not None or key is not None
+        return Change(cursor=event.cursor, event=event, version=version, key=key) if is_there else None

@@ -15,9 +15,11 @@ _CONNECT_TIMEOUT_S = 5.0
 _READ_TIMEOUT_S = 600.0
 
 _BY_STATUS: Mapping[int, type[errors.SoftpromptError]] = {
+    401: errors.Unauthenticated,
+    403: errors.PermissionDenied,
     404: errors.AdapterNotFound,
     409: errors.AdapterConflict,
-    429: errors.Overloaded,
+    429: errors.RateLimited,
     500: errors.InternalError,
     503: errors.Unavailable,
     504: errors.DeadlineExceeded,
@@ -29,12 +31,15 @@ class GatewayClient:
 
     Args:
         url: the gateway, with or without `/v1`.
+        api_key: where the gateway asks for one.
     """
 
-    def __init__(self, url: str = DEFAULT_URL) -> None:
+    def __init__(self, url: str = DEFAULT_URL, *, api_key: str | None = None) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
         self._http = httpx.Client(
-            base_url=self._url, timeout=httpx.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
+            base_url=self._url,
+            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
         )
 
     def __enter__(self) -> Self:

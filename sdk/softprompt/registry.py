@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from google.protobuf.field_mask_pb2 import FieldMask
 from softprompt_api.errors import AdapterNotFound, InvalidArgument
-from softprompt_api.names import check_name, parse_adapter
+from softprompt_api.names import check_full_name, parse_adapter
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1.registry_pb2_grpc import RegistryServiceStub
 from softprompt_api.rpc.channel import open_blocking_channel
@@ -31,7 +31,8 @@ class AdapterInfo:
     """One version of an adapter as the registry keeps it.
 
     Attributes:
-        name, version: what requests call it; `name` alone means the latest version.
+        name, version: what requests call it; `name` alone means the latest version. A tenant other than
+            the default one has `tenant/` before its adapters' names.
         id: integer, unique over all names and times.
         digest: identity of the content.
         kind: by PEFT's name, for example "PROMPT_TUNING".
@@ -113,7 +114,7 @@ class RegistryClient:
 
         `progress` is told (bytes sent, bytes in all).
         """
-        check_name(name)
+        check_full_name(name)
         adapter = path if isinstance(path, LocalAdapter) else find_adapter(path)
         with self._translated():
             response = self._stub.RegisterAdapter(
@@ -138,11 +139,13 @@ class RegistryClient:
                 self._stub.GetAdapter(pb.GetAdapterRequest(adapter=adapter), timeout=_CALL_TIMEOUT_S).adapter
             )
 
-    def adapters(self, *, prefix: str = "") -> list[AdapterInfo]:
-        """The latest version of every name, in order of names."""
+    def adapters(self, *, prefix: str = "", all_tenants: bool = False) -> list[AdapterInfo]:
+        """The latest version of every name, in order of names: of the default tenant, or of all."""
         infos, token = [], ""
         while True:
-            request = pb.ListAdaptersRequest(page_size=_PAGE_SIZE, page_token=token, name_prefix=prefix)
+            request = pb.ListAdaptersRequest(
+                page_size=_PAGE_SIZE, page_token=token, name_prefix=prefix, all_tenants=all_tenants
+            )
             with self._translated():
                 page = self._stub.ListAdapters(request, timeout=_CALL_TIMEOUT_S)
             infos += [_info(version) for version in page.adapters]

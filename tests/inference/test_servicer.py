@@ -846,3 +846,13 @@ async def test_a_gateway_that_leaves_aborts_what_it_started(world: World) -> Non
     call.cancel()
     [aborted] = await world.engine.wait_for(Abort)
     assert aborted.request_id == request.request_id
+
+
+async def test_a_requests_salt_and_tenant_reach_each_of_its_choices(world: World) -> None:
+    call = world.generate(cache_salt="acme/", tenant="acme", sampling={"n": 2})
+    requests = await world.engine.wait_for(AddRequest, 2)
+    assert [(request.salt, request.tenant) for request in requests] == [("acme/", "acme")] * 2
+    call.cancel()
+    for name, value in (("cache_salt", "x" * 513), ("tenant", "A"), ("tenant", "x" * 64)):
+        error = await world.error(**{name: value})
+        assert (type(error), error.field) == (InvalidArgument, name)

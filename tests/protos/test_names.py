@@ -7,6 +7,7 @@ from softprompt_api.errors import InvalidArgument
 from softprompt_api.names import (
     AdapterRef,
     check_alias,
+    check_full_name,
     check_name,
     choose_task,
     join_model,
@@ -69,6 +70,11 @@ def test_the_base_models_id_is_no_name_in_any_case():
         ("tweets@1e5", AdapterRef(name="tweets", alias="1e5")),
         ("tweets@base", AdapterRef(name="tweets", alias="base")),
         ("tweets@" + "a" * 128, AdapterRef(name="tweets", alias="a" * 128)),
+        ("acme/tweets", AdapterRef(name="acme/tweets")),
+        ("acme/tweets@3", AdapterRef(name="acme/tweets", version=3)),
+        ("acme/tweets@prod", AdapterRef(name="acme/tweets", alias="prod")),
+        (f"acme/{DIGEST}", AdapterRef(digest=DIGEST, owner="acme")),
+        (f"default/{DIGEST}", AdapterRef(digest=DIGEST, owner="default")),
         (DIGEST, AdapterRef(digest=DIGEST)),
     ],
 )
@@ -86,6 +92,8 @@ def test_a_spelling_names_one_version(spelling, ref):
         "tweets@prod@1", "tweets@" + "a" * 129, "tweets@é", "tweets@a b", "tweets@a/b", "@prod", "tweets@a+b",
         "sha256:", DIGEST[:-1], DIGEST + "0", DIGEST.upper(), DIGEST.replace("a", "A"), DIGEST + "\n",
         "sha512:" + "0" * 64,
+        "default/tweets", "a/b/tweets", "/tweets", "acme/", "Acme/tweets", "acme/latest", f"/{DIGEST}",
+        f"Acme/{DIGEST}", f"a/b/{DIGEST}", f"acme/{DIGEST}0",
     ],
 )  # fmt: skip
 def test_what_is_no_spelling_is_refused(spelling):
@@ -113,13 +121,19 @@ def test_a_number_or_what_is_no_name_is_no_alias(alias):
     assert refused.value.message.isascii()
 
 
+def test_a_base_models_id_in_small_letters_is_no_name_of_a_tenants_adapter():
+    with pytest.raises(InvalidArgument, match="reserved"):
+        check_full_name(BASE.lower(), base_model_id=BASE)
+    assert check_full_name("acme/tweets", base_model_id=BASE) == "acme/tweets"
+
+
 def test_a_model_is_the_base_or_an_adapter_of_it():
     assert parse_model(BASE, base_model_id=BASE) == ()
     for spelling in ("tweets", f"{BASE}:tweets"):
         assert parse_model(spelling, base_model_id=BASE) == (AdapterRef(name="tweets"),)
     assert parse_model(f"{BASE}:{DIGEST}", base_model_id=BASE) == (AdapterRef(digest=DIGEST),)
     assert parse_model(f"{BASE}:tweets@prod", base_model_id=BASE) == (AdapterRef(name="tweets", alias="prod"),)
-    for spelling in (BASE.lower(), f"{BASE}:", f"{BASE}:{BASE}", "other/model:tweets", f"{BASE}:{BASE}:tweets"):
+    for spelling in (BASE.upper(), f"{BASE}:", f"{BASE}:{BASE}", "other/model:tweets", f"{BASE}:{BASE}:tweets"):
         with pytest.raises(InvalidArgument) as refused:
             parse_model(spelling, base_model_id=BASE)
         assert refused.value.field == "model"
@@ -176,6 +190,8 @@ def test_a_base_models_id_may_hold_a_plus():
         ("tweets@latest:1", AdapterRef(name="tweets", task=1)),
         (DIGEST, AdapterRef(digest=DIGEST)),
         (f"{DIGEST}:2", AdapterRef(digest=DIGEST, task=2)),
+        ("acme/tweets:1", AdapterRef(name="acme/tweets", task=1)),
+        (f"acme/{DIGEST}:2", AdapterRef(digest=DIGEST, owner="acme", task=2)),
     ],
 )
 def test_a_request_may_name_a_task(spelling, ref):

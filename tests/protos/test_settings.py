@@ -3,7 +3,7 @@
 import pytest
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from softprompt_api.settings import SettingsError, check_reach, read, refuse_unknown_variables
+from softprompt_api.settings import SettingsError, check_reach, is_loopback, read, refuse_unknown_variables
 
 
 class Some(BaseSettings):
@@ -51,3 +51,13 @@ def test_other_machines_must_be_meant(address: str) -> None:
     with pytest.raises(ValueError, match=r"address .* set allow_remote"):
         check_reach(address, allow_remote=False, setting="address", permission="allow_remote")
     check_reach(address, allow_remote=True, setting="address", permission="allow_remote")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "::1", "[::1]"])
+def test_loopback_is_reached_from_this_machine_alone(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "127.example.org", "localhost.example.org", ""])
+def test_other_interfaces_are_not_loopback(host: str) -> None:
+    assert not is_loopback(host)

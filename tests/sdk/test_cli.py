@@ -47,6 +47,14 @@ def softprompt(*arguments: str, **environment: str) -> subprocess.CompletedProce
         (["adapter", "rollback", "name", "--to", "0"], "Invalid value for '--to'"),
         (["adapter", "label", "name"], "give labels to set as KEY=VALUE, or --remove KEY"),
         (["adapter", "label", "name", "x"], "'x' is not KEY=VALUE"),
+        (
+            ["key", "create", "--scopes", "root"],
+            "'root' is not a list of infer, adapters:read, adapters:write, admin",
+        ),
+        (["key", "create", "--scopes", "infer,"], "--scopes: 'infer,' is not a list"),
+        (["key", "create", "--expires-in-days", "1e99"], "--expires-in-days: 1e+99 days are no time"),
+        (["key", "create", "--requests-per-minute", "-1"], "Invalid value for '--requests-per-minute'"),
+        (["key", "revoke"], "Missing argument"),
         (["complete", "--max-tokens", "0", "hello"], "Invalid value for '--max-tokens'"),
         (["complete"], "there is no prompt"),
         (["bench", "--num-prompts", "0"], "Invalid value for '--num-prompts'"),
@@ -80,6 +88,7 @@ def test_wrong_arguments_are_told_in_one_line(arguments: list[str], message: str
     ("arguments", "message"),
     [
         (["adapter", "ls", "--registry", "127.0.0.1:1"], "no registry answers at 127.0.0.1:1"),
+        (["key", "ls", "--registry", "127.0.0.1:1"], "no registry answers at 127.0.0.1:1"),
         (["complete", "hello", "--url", "http://127.0.0.1:1"], "no gateway answers at http://127.0.0.1:1"),
         (["bench", "--base-url", "http://127.0.0.1:1/v1"], "no server answers at http://127.0.0.1:1"),
     ],

@@ -49,6 +49,9 @@ def test_variables_that_run_reads_do_not_reach_the_services(monkeypatch: pytest.
                 "port": 3,
                 "registry_address": "127.0.0.1:1",
                 "inference_address": "127.0.0.1:2",
+                "require_keys": True,
+                "insecure": False,
+                "limits_redis_url": "redis://elsewhere",
             },
         ),
         (
@@ -88,6 +91,8 @@ def test_every_service_reads_what_it_is_given(
             "enable_prefix_caching": False,
             "share": False,
             "native_kernels": False,
+            "require_keys": True,
+            "redis_url": "redis://elsewhere",
         }
     )
     for name, value in environment(service, options, addresses()).items():

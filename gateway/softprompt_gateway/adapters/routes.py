@@ -8,18 +8,22 @@ An adapter is registered in one of two ways:
   (base64 of a JSON object), `x-adapter-base-model` and `idempotency-key`. Large files pass in chunks.
 """
 
+import re
 from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
+from softprompt_api.access import Scope
+from softprompt_api.audit import audited
 from softprompt_api.errors import InvalidArgument, SoftpromptError
-from softprompt_api.names import parse_adapter
+from softprompt_api.names import parse_adapter, shown
 from softprompt_api.registry.v1.registry_pb2 import (
     ListAdaptersRequest,
     ListVersionsRequest,
     RegisterAdapterResponse,
     SetAliasRequest,
 )
+from softprompt_api.tenants import full_name, local_name
 from starlette.requests import Request
 
 from softprompt_gateway.adapters.schema import (
@@ -31,12 +35,15 @@ from softprompt_gateway.adapters.schema import (
 )
 from softprompt_gateway.adapters.upload import register, whole
 from softprompt_gateway.body import body_chunks, check_encoding, content_length, discard
+from softprompt_gateway.caller import Caller
 from softprompt_gateway.disconnect import unless_gone
 from softprompt_gateway.documented import json_body
 from softprompt_gateway.errors import Refused, fields_spelled
 from softprompt_gateway.gateway import Gateway
 
 REQUEST_MODELS = (RegisterRequest, UpdateRequest, AliasRequest)
+# More than a name may hold would be taken for another tenant's.
+_PREFIX = re.compile(r"[a-z0-9._-]*\Z")
 PageSize = Annotated[int, Query(ge=1, le=1000, description="adapters in one page")]
 PageToken = Annotated[str, Query(max_length=1024, description="next_page_token of the page before")]
 Prefix = Annotated[str, Query(max_length=128, description="only names that start with this")]
@@ -61,19 +68,20 @@ _UPLOAD_DOCUMENTATION: dict[str, Any] = {
 
 def adapters_router(gateway: Gateway) -> APIRouter:
     """The routes, over one gateway's parts."""
-    router = APIRouter(prefix="/v1/adapters")
+    reads, writes = gateway.route(Scope.ADAPTERS_READ), gateway.route(Scope.ADAPTERS_WRITE)
+    router = APIRouter(prefix="/v1/adapters", route_class=writes)
     routes = _Routes(gateway)
-    router.add_api_route("", routes.list_, methods=["GET"])
+    router.add_api_route("", routes.list_, methods=["GET"], route_class_override=reads)
     router.add_api_route(
         "", routes.register, methods=["POST"], status_code=201, openapi_extra=json_body(RegisterRequest)
     )
-    router.add_api_route("/{adapter}", routes.show, methods=["GET"])
+    router.add_api_route("/{adapter}", routes.show, methods=["GET"], route_class_override=reads)
     router.add_api_route(
         "/{adapter}", routes.upload, methods=["POST"], status_code=201, openapi_extra=_UPLOAD_DOCUMENTATION
     )
     router.add_api_route("/{adapter}", routes.update, methods=["PATCH"], openapi_extra=json_body(UpdateRequest))
     router.add_api_route("/{adapter}", routes.delete, methods=["DELETE"])
-    router.add_api_route("/{adapter}/versions", routes.versions, methods=["GET"])
+    router.add_api_route("/{adapter}/versions", routes.versions, methods=["GET"], route_class_override=reads)
     alias = "/{adapter}/aliases/{alias}"
     router.add_api_route(alias, routes.set_alias, methods=["PUT"], openapi_extra=json_body(AliasRequest))
     router.add_api_route(alias, routes.remove_alias, methods=["DELETE"])
@@ -87,48 +95,59 @@ class _Routes:
         self._settings = gateway.settings
 
     async def list_(
-        self, page_size: PageSize = 100, page_token: PageToken = "", prefix: Prefix = ""
+        self, request: Request, page_size: PageSize = 100, page_token: PageToken = "", prefix: Prefix = ""
     ) -> dict[str, Any]:
         """List the latest version of every adapter, in order of names, in pages."""
+        caller = Caller.of(request)
+        if not _PREFIX.match(prefix):
+            raise InvalidArgument("prefix must be the beginning of an adapter's name", field="prefix")
         page = await self._registry.list_adapters(
-            ListAdaptersRequest(page_size=page_size, page_token=page_token, name_prefix=prefix)
+            ListAdaptersRequest(
+                page_size=page_size, page_token=page_token, name_prefix=full_name(caller.tenant, prefix)
+            )
         )
         return {
             "object": "list",
-            "data": [adapter_json(version) for version in page.adapters],
+            "data": [adapter_json(caller.told(version)) for version in page.adapters],
             "next_page_token": page.next_page_token or None,
             "total_size": page.total_size,
         }
 
-    async def show(self, adapter: str) -> dict[str, Any]:
+    async def show(self, request: Request, adapter: str) -> dict[str, Any]:
         """Describe one version: `name`, `name@3`, `name@alias` or a digest."""
-        spelling = str(parse_adapter(adapter))
-        return adapter_json(await self._registry.get_adapter(spelling), with_config=True)
+        caller = Caller.of(request)
+        version = await self._registry.get_adapter(str(caller.own(parse_adapter(adapter))))
+        caller.check_use(version.name)
+        return adapter_json(caller.told(version), with_config=True)
 
     async def versions(
-        self, adapter: str, page_size: PageSize = 100, page_token: PageToken = ""
+        self, request: Request, adapter: str, page_size: PageSize = 100, page_token: PageToken = ""
     ) -> dict[str, Any]:
         """List every version of one adapter, newest first, in pages."""
-        name = self._name(adapter)
+        caller = Caller.of(request)
         page = await self._registry.list_versions(
-            ListVersionsRequest(name=name, page_size=page_size, page_token=page_token)
+            ListVersionsRequest(name=self._name(caller, adapter), page_size=page_size, page_token=page_token)
         )
         return {
             "object": "list",
-            "data": [adapter_json(version) for version in page.versions],
+            "data": [adapter_json(caller.told(version)) for version in page.versions],
             "next_page_token": page.next_page_token or None,
         }
 
     async def register(self, request: Request) -> dict[str, Any]:
         """Register an adapter from JSON; the next request can use it."""
+        caller = Caller.of(request)
         body = RegisterRequest.checked(await self._gateway.json(request))
-        tensors = body.tensors()
-        with fields_spelled(base_model_id="base_model", tensors_sha256="sha256"):
-            answer = await unless_gone(request, register(self._registry, body.header(tensors), whole(tensors)))
-        return self._registered(answer)
+        with audited("adapter.register", adapter=shown(body.name), **caller.facts()):
+            name, tensors = caller.new_name(body.name), body.tensors()
+            with fields_spelled(base_model_id="base_model", tensors_sha256="sha256"):
+                header = body.header(name, tensors)
+                answer = await unless_gone(request, register(self._registry, header, whole(tensors)))
+        return self._registered(caller, answer)
 
     async def upload(self, request: Request, adapter: str) -> dict[str, Any]:
         """Register an adapter from its tensor file; the next request can use it."""
+        caller = Caller.of(request)
         check_encoding(request, "application/octet-stream")
         size_bytes = content_length(request)
         if size_bytes is None:
@@ -138,60 +157,73 @@ class _Routes:
         )
         async with aclosing(chunks):
             try:
-                header = upload_header(self._name(adapter), request.headers, size_bytes=size_bytes)
-                answer = await register(self._registry, header, chunks)
+                with audited("adapter.register", adapter=shown(adapter), **caller.facts()):
+                    name = self._name(caller, adapter)
+                    header = upload_header(name, request.headers, size_bytes=size_bytes)
+                    answer = await register(self._registry, header, chunks)
             except (SoftpromptError, Refused):
                 await discard(chunks)
                 raise
-        return self._registered(answer)
+        return self._registered(caller, answer)
 
     async def update(self, request: Request, adapter: str) -> dict[str, Any]:
         """Change the labels of one version, or pin it: `name@3`, or what `name` or `name@alias` stands for."""
-        spelling = str(parse_adapter(adapter))
+        caller, ref = Caller.of(request), parse_adapter(adapter)
         body = UpdateRequest.checked(await self._gateway.json(request))
-        version = await self._registry.update_adapter(body.call(spelling))
+        with audited("adapter.update", adapter=str(ref), **caller.facts()):
+            version = await self._registry.update_adapter(body.call(str(caller.own(ref))))
         self._gateway.catalog.learn(version)
-        return adapter_json(version)
+        return adapter_json(caller.told(version))
 
     async def set_alias(self, request: Request, adapter: str, alias: str) -> dict[str, Any]:
         """Make an alias of a name point to a version; `latest` too, which is a rollback."""
+        caller = Caller.of(request)
         body = AliasRequest.checked(await self._gateway.json(request))
-        version = await self._registry.set_alias(
-            SetAliasRequest(
-                name=self._name(adapter), alias=alias, version=body.version, expected_version=body.expected_version
+        with audited("alias.set", adapter=shown(adapter), alias=shown(alias), **caller.facts()) as facts:
+            facts["version"] = body.version
+            version = await self._registry.set_alias(
+                SetAliasRequest(
+                    name=self._name(caller, adapter),
+                    alias=alias,
+                    version=body.version,
+                    expected_version=body.expected_version,
+                )
             )
-        )
         self._gateway.catalog.learn(version)
-        return adapter_json(version)
+        return adapter_json(caller.told(version))
 
-    async def remove_alias(self, adapter: str, alias: str) -> dict[str, Any]:
+    async def remove_alias(self, request: Request, adapter: str, alias: str) -> dict[str, Any]:
         """Remove an alias of a name, not what it points to."""
-        name = self._name(adapter)
-        await self._registry.set_alias(SetAliasRequest(name=name, alias=alias))
+        caller = Caller.of(request)
+        with audited("alias.remove", adapter=shown(adapter), alias=shown(alias), **caller.facts()):
+            name = self._name(caller, adapter)
+            await self._registry.set_alias(SetAliasRequest(name=name, alias=alias))
         self._gateway.catalog.forget_alias(name, alias)
-        return {"object": "alias.deleted", "id": f"{name}@{alias}", "deleted": True}
+        return {"object": "alias.deleted", "id": f"{local_name(name)}@{alias}", "deleted": True}
 
-    async def delete(self, adapter: str) -> dict[str, Any]:
+    async def delete(self, request: Request, adapter: str) -> dict[str, Any]:
         """Delete `name` with all its versions, or only `name@3`."""
-        ref = parse_adapter(adapter)
-        if ref.digest or (ref.version is None and "@" in adapter):
+        caller, asked = Caller.of(request), parse_adapter(adapter)
+        if asked.digest or (asked.version is None and "@" in adapter):
             raise InvalidArgument("delete takes a name or name@number", field="adapter")
-        if ref.version is None:
-            deleted = await self._registry.delete_adapter(ref.name)
-        else:
-            await self._registry.delete_version(ref.name, ref.version)
-            deleted = 1
+        with audited("adapter.delete", adapter=str(asked), **caller.facts()):
+            ref = caller.own(asked)
+            if ref.version is None:
+                deleted = await self._registry.delete_adapter(ref.name)
+            else:
+                await self._registry.delete_version(ref.name, ref.version)
+                deleted = 1
         self._gateway.catalog.forget(ref.name, ref.version)
-        return {"object": "adapter.deleted", "id": str(ref), "deleted": True, "deleted_versions": deleted}
+        return {"object": "adapter.deleted", "id": str(asked), "deleted": True, "deleted_versions": deleted}
 
-    def _registered(self, answer: RegisterAdapterResponse) -> dict[str, Any]:
+    def _registered(self, caller: Caller, answer: RegisterAdapterResponse) -> dict[str, Any]:
         # The watch brings it too, a moment later; a listing right after this answer must have it.
         self._gateway.catalog.learn(answer.adapter)
-        return adapter_json(answer.adapter) | {"warnings": list(answer.warnings)}
+        return adapter_json(caller.told(answer.adapter)) | {"warnings": list(answer.warnings)}
 
     @staticmethod
-    def _name(adapter: str) -> str:
+    def _name(caller: Caller, adapter: str) -> str:
         ref = parse_adapter(adapter)
         if ref.digest or "@" in adapter:
             raise InvalidArgument("a plain adapter name is expected here, without a version", field="adapter")
-        return ref.name
+        return caller.own(ref).name

@@ -57,10 +57,10 @@ class RegisterRequest(RequestModel):
             raise AdapterInvalid("the tensors' sha256 is not the given one", field="sha256")
         return data
 
-    def header(self, tensors: bytes) -> RegisterAdapterHeader:
-        """The upload's header."""
+    def header(self, name: str, tensors: bytes) -> RegisterAdapterHeader:
+        """The upload's header; `name` is the full one."""
         return RegisterAdapterHeader(
-            name=self.name,
+            name=name,
             config_json=self.config if isinstance(self.config, str) else json.dumps(self.config),
             tensors_size_bytes=len(tensors),
             tensors_sha256=hashlib.sha256(tensors).hexdigest(),

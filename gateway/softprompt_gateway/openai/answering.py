@@ -25,7 +25,10 @@ class Answering:
             generation = await Generation.start(self._inference, job.calls)
         if job.stream:
             return EventStream(Streamed(job, generation, self._metrics), headers=job.target.headers())
-        prompts = await generation.choices(job.choices_per_prompt)
+        try:
+            prompts = await generation.choices(job.choices_per_prompt)
+        finally:
+            job.meter.tokens += generation.num_tokens
         self._metrics.used(generation.usage)
         choices = [
             job.style.choice(prompt * job.choices_per_prompt + n, generation.accepted[prompt], choice)

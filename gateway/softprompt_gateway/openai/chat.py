@@ -161,6 +161,8 @@ class ChatRequest(ChatFields, GenerationFields):
             pb.GenerateRequest(
                 request_id=request_id,
                 adapter=target.digest,
+                cache_salt=target.caller.salt(self.cache_salt),
+                tenant=target.caller.tenant,
                 chat=self.chat_prompt(target),
                 sampling=sampling_message(params),
             )

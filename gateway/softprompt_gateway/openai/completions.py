@@ -114,6 +114,8 @@ class CompletionRequest(GenerationFields):
             pb.GenerateRequest(
                 request_id=request_id,
                 adapter=target.digest,
+                cache_salt=target.caller.salt(self.cache_salt),
+                tenant=target.caller.tenant,
                 **as_prompt(prompt, target),
                 sampling=sampling,
                 add_special_tokens=self.add_special_tokens,

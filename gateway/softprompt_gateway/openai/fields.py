@@ -77,6 +77,10 @@ class GenerationFields(RequestModel):
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = Field(None, description="add the token ids of prompt and choices")
 
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        None, description="share KV only with requests that have the same"
+    )
+
     user: Any = Field(None, description="accepted, without effect")
     metadata: Any = Field(None, description="accepted, without effect")
     store: Any = Field(None, description="accepted, without effect")

@@ -64,6 +64,7 @@ class Generation:
         self.accepted = [pb.Accepted()] * num_prompts
         self.usage = pb.Usage()
         self.has_ended = False
+        self._num_generated = 0
 
     @classmethod
     async def start(cls, inference: InferenceClient, requests: Sequence[pb.GenerateRequest]) -> "Generation":
@@ -77,6 +78,11 @@ class Generation:
             generation.cancel()
             raise
         return generation
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompts, and of what was taken so far."""
+        return sum(len(one.prompt_token_ids) for one in self.accepted) + self._num_generated
 
     def cancel(self) -> None:
         """Abort what still runs."""
@@ -113,7 +119,10 @@ class Generation:
         arrived, self._early = self._early or self._calls.take(), []
         events: list[tuple[int, Delta | pb.Finished]] = []
         for prompt, event in arrived:
-            if isinstance(event, (Delta, pb.Finished)):
+            if isinstance(event, Delta):
+                self._num_generated += len(event.token_ids)
+                events.append((prompt, event))
+            elif isinstance(event, pb.Finished):
                 events.append((prompt, event))
             elif isinstance(event, pb.Usage):
                 self._add(event)

@@ -9,6 +9,7 @@ from typing import Any
 from softprompt_api.inference.v1 import inference_pb2 as pb
 
 from softprompt_gateway.openai.style import Style
+from softprompt_gateway.rates import Meter
 from softprompt_gateway.resolve import Target
 
 
@@ -20,6 +21,7 @@ class Job:
         calls: one Generate request per prompt.
         silent: whether only text counts: a delta without text may be left out of a stream, and deltas that
             arrived together may be told as one.
+        meter: counts the tokens.
     """
 
     target: Target
@@ -29,6 +31,7 @@ class Job:
     stream: bool
     include_usage: bool
     silent: bool
+    meter: Meter
 
     def identity(self, kind: str) -> dict[str, Any]:
         """What an answer begins with; `kind` is the style's `whole` or `chunk`."""

@@ -4,14 +4,16 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.routing import APIRoute
+from softprompt_api.access import Scope
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from softprompt_gateway.caller import Caller
 from softprompt_gateway.disconnect import unless_gone
 from softprompt_gateway.documented import json_body
 from softprompt_gateway.errors import fields_spelled
 from softprompt_gateway.gateway import Gateway
+from softprompt_gateway.guard import GuardedRoute
 from softprompt_gateway.openai.answering import Answering
 from softprompt_gateway.openai.chat import ChatRequest, ChatStyle
 from softprompt_gateway.openai.completions import CompletionRequest, CompletionStyle
@@ -26,6 +28,7 @@ from softprompt_gateway.openai.tokens import (
     parse_tokenize,
     tokenized,
 )
+from softprompt_gateway.rates import Meter
 
 REQUEST_MODELS = (
     CompletionRequest,
@@ -38,13 +41,15 @@ REQUEST_MODELS = (
 
 def openai_router(gateway: Gateway) -> APIRouter:
     """The routes, over one gateway's parts."""
-    router = APIRouter()
+    infers = gateway.route(Scope.INFER)
+    answers_itself = gateway.route(Scope.INFER, _PlainRoute)
+    router = APIRouter(route_class=infers)
     routes = _Routes(gateway)
     for path, handler, models, kind in (
-        ("/v1/completions", routes.complete, (CompletionRequest,), _PlainRoute),
-        ("/v1/chat/completions", routes.chat, (ChatRequest,), _PlainRoute),
-        ("/tokenize", routes.tokenize, (TokenizeCompletionRequest, TokenizeChatRequest), APIRoute),
-        ("/detokenize", routes.detokenize, (DetokenizeRequest,), APIRoute),
+        ("/v1/completions", routes.complete, (CompletionRequest,), answers_itself),
+        ("/v1/chat/completions", routes.chat, (ChatRequest,), answers_itself),
+        ("/tokenize", routes.tokenize, (TokenizeCompletionRequest, TokenizeChatRequest), infers),
+        ("/detokenize", routes.detokenize, (DetokenizeRequest,), infers),
     ):
         router.add_api_route(
             path,
@@ -59,7 +64,7 @@ def openai_router(gateway: Gateway) -> APIRouter:
     return router
 
 
-class _PlainRoute(APIRoute):
+class _PlainRoute(GuardedRoute):
     """A route whose handler takes the request and makes the response: FastAPI has nothing to work out."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -78,11 +83,13 @@ class _Routes:
     async def complete(self, request: Request) -> Response:
         """Complete one or more prompts."""
         body = CompletionRequest.checked(await self._gateway.json(request))
-        return await unless_gone(request, self._complete(body, request.state.request_id))
+        return await unless_gone(request, self._complete(body, request))
 
-    async def _complete(self, body: CompletionRequest, request_id: str) -> Response:
-        target = await self._resolver.resolve(body.model, adapters=body.adapters or (), inside=body.soft_prompts)
-        calls = body.calls(target, request_id=request_id, max_choices=self._max_choices)
+    async def _complete(self, body: CompletionRequest, request: Request) -> Response:
+        target = await self._resolver.resolve(
+            body.model, Caller.of(request), adapters=body.adapters or (), inside=body.soft_prompts
+        )
+        calls = body.calls(target, request_id=request.state.request_id, max_choices=self._max_choices)
         echoes = (
             await all_of([self._text_of(prompt) for prompt in body.prompt]) if body.echo else [""] * len(calls)
         )
@@ -95,6 +102,7 @@ class _Routes:
                 stream=bool(body.stream),
                 include_usage=body.include_usage,
                 silent=body.logprobs is None and not body.return_token_ids,
+                meter=Meter.of(request.scope),
             )
         )
 
@@ -107,35 +115,42 @@ class _Routes:
     async def chat(self, request: Request) -> Response:
         """Continue a conversation."""
         body = ChatRequest.checked(await self._gateway.json(request))
-        return await unless_gone(request, self._chat(body, request.state.request_id))
+        return await unless_gone(request, self._chat(body, request))
 
-    async def _chat(self, body: ChatRequest, request_id: str) -> Response:
+    async def _chat(self, body: ChatRequest, request: Request) -> Response:
         target = await self._resolver.resolve(
-            body.model, adapters=body.adapters or (), inside=body.soft_prompts, prompt_field="messages"
+            body.model,
+            Caller.of(request),
+            adapters=body.adapters or (),
+            inside=body.soft_prompts,
+            prompt_field="messages",
         )
         return await self._answering.answer(
             Job(
                 target=target,
-                calls=body.calls(target, request_id=request_id, max_choices=self._max_choices),
+                calls=body.calls(target, request_id=request.state.request_id, max_choices=self._max_choices),
                 choices_per_prompt=body.choices_per_prompt,
                 style=ChatStyle(body),
                 stream=bool(body.stream),
                 include_usage=body.include_usage,
                 silent=not body.logprobs and not body.return_token_ids,
+                meter=Meter.of(request.scope),
             )
         )
 
-    async def models(self) -> dict[str, Any]:
+    async def models(self, request: Request) -> dict[str, Any]:
         """List the base model and every adapter."""
-        served = await self._resolver.served()
+        caller, served = Caller.of(request), await self._resolver.served()
         adapters = [
-            card for version in self._gateway.catalog.versions() for card in adapter_cards(version, served)
+            card
+            for version in self._gateway.catalog.versions(caller.may_use)
+            for card in adapter_cards(caller.told(version), served)
         ]
         return {"object": "list", "data": [base_card(served), *adapters]}
 
-    async def model(self, id_: str) -> dict[str, Any]:
+    async def model(self, request: Request, id_: str) -> dict[str, Any]:
         """Describe one model: the base model, or an adapter by name, name@version or digest."""
-        target = await self._resolver.resolve(id_)
+        target = await self._resolver.resolve(id_, Caller.of(request))
         if not target.front:
             return base_card(target.served)
         if len(target.front) > 1:
@@ -148,6 +163,7 @@ class _Routes:
         body = parse_tokenize(await self._gateway.json(request))
         target = await self._resolver.resolve(
             await self._model_of(body.model),
+            Caller.of(request),
             adapters=body.adapters or (),
             inside=body.soft_prompts,
             prompt_field=body.prompt_field,
@@ -158,7 +174,7 @@ class _Routes:
     async def detokenize(self, request: Request) -> dict[str, Any]:
         """Turn token ids into text."""
         body = DetokenizeRequest.checked(await self._gateway.json(request))
-        await self._resolver.resolve(await self._model_of(body.model))
+        await self._resolver.resolve(await self._model_of(body.model), Caller.of(request))
         with fields_spelled(ids="tokens"):
             return {"prompt": await unless_gone(request, self._inference.detokenize(body.tokens))}
 

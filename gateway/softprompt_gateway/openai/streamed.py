@@ -51,8 +51,9 @@ class Streamed:
         return written
 
     def close(self) -> None:
-        """Abort what still runs."""
+        """Abort what still runs, and count what was generated."""
         self._generation.cancel()
+        self._job.meter.tokens += self._generation.num_tokens
 
     def _open(self) -> bytes:
         style, per_prompt = self._job.style, self._per_prompt

@@ -52,6 +52,7 @@ class _AddRequest:
     eos_token_ids: list[int]
     seed: int
     salt: str
+    tenant: str
     lora: str
 
 
@@ -115,6 +116,7 @@ def _to_wire(request: AddRequest) -> _AddRequest:
         eos_token_ids=request.eos_token_ids,
         seed=request.seed,
         salt=request.salt,
+        tenant=request.tenant,
         lora=request.lora,
     )
 
@@ -130,5 +132,6 @@ def _from_wire(request: _AddRequest) -> AddRequest:
         eos_token_ids=request.eos_token_ids,
         seed=request.seed,
         salt=request.salt,
+        tenant=request.tenant,
         lora=request.lora,
     )

@@ -36,6 +36,7 @@ class AddRequest:
         eos_token_ids: end the output unless `params.ignore_eos`.
         seed: the seed of this choice; the front draws one where the user gave none.
         salt: kept apart in the prefix cache from requests with another salt.
+        tenant: requests of several tenants that wait start in turn.
         lora: digest of the LoRA that computes it, soft prompts included; "": none.
     """
 
@@ -45,6 +46,7 @@ class AddRequest:
     eos_token_ids: list[int] = field(default_factory=list)
     seed: int = 0
     salt: str = ""
+    tenant: str = ""
     lora: str = ""
 
 

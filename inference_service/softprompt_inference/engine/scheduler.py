@@ -1,7 +1,7 @@
 """What each step computes: continuous batching over pages, ids and ints only.
 
 The rules, all of which `check` verifies:
-* Sequences run in order of arrival: every running one is older than every waiting one.
+* Sequences start in the order of their turns (`waiting`), and every running one is older than every waiting one.
 * A sequence starts when there are pages for all the ids it has; then it grows by one page at a time.
 * Out of pages, the youngest running sequence gives its pages back and waits at the front, keeping its output. Its
   full pages stay in the prefix cache as long as nobody needs the room, so that its return is cheap.
@@ -23,7 +23,6 @@ to be computed have keys, and the step writes behind them.
 """
 
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Iterable
 from itertools import pairwise
 
@@ -34,6 +33,7 @@ from softprompt_inference.engine.messages import Finish, Output, Stats
 from softprompt_inference.engine.pages import PagePool
 from softprompt_inference.engine.plan import Chunk, PageCopy, PageWrite, Sampled, StepPlan
 from softprompt_inference.engine.sequence import Prefix, Sequence, State
+from softprompt_inference.engine.waiting import WaitingLine
 
 
 class Scheduler:
@@ -78,7 +78,7 @@ class Scheduler:
         self._min_prompt_tokens = max_step_tokens if min_prompt_tokens is None else min_prompt_tokens
         self._enable_prefix_caching = enable_prefix_caching
         self._sequences: dict[str, Sequence] = {}
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = WaitingLine()
         self._running: list[Sequence] = []
         # One per chunk of the plan that is out, and of the one that follows it.
         self._planned: list[Sequence] = []
@@ -86,7 +86,6 @@ class Scheduler:
         self._copies: list[PageCopy] = []  # of the plan that is out
         self._writes: list[PageWrite] = []  # of the plan that is out
         self._coming: set[PageKey] = set()  # what the plan computes to its end: pages, and soft prompts
-        self._num_added = 0
         self._computed_prompt_tokens = 0
         self._cached_prompt_tokens = 0
         self._generated_tokens = 0
@@ -103,10 +102,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence that fits the context; its request id must be unused."""
         assert sequence.request.request_id not in self._sequences
-        sequence.arrival = self._num_added
-        self._num_added += 1
         self._sequences[sequence.request.request_id] = sequence
-        self._waiting.append(sequence)
+        self._waiting.add(sequence)
 
     def abort(self, request_id: str) -> None:
         """Forget a sequence in any state and free its pages; unknown ids are ignored."""
@@ -131,9 +128,9 @@ class Scheduler:
                 break
             budget -= self._take(sequence, budget, chunks)
         while budget > 0 and self._waiting and len(self._running) < self._max_running:
-            if not self._start(self._waiting[0]):
+            if not self._start(self._waiting.first):
                 break
-            sequence = self._waiting.popleft()
+            sequence = self._waiting.start()
             self._running.append(sequence)
             budget -= self._take(sequence, budget, chunks)
         return StepPlan(chunks=chunks, copies=self._copies, writes=self._writes)
@@ -178,10 +175,10 @@ class Scheduler:
         return StepPlan(chunks=[sequence.following_chunk() for sequence in sequences], follows=rows)
 
     def _could_start(self) -> bool:
-        """Whether the oldest waiting sequence has room now."""
+        """Whether the waiting sequence whose turn it is has room now."""
         if len(self._running) >= self._max_running:
             return False
-        pool, sequence = self._pool, self._waiting[0]
+        pool, sequence = self._pool, self._waiting.first
         num_hits = self._find_prefix(sequence).num_pages
         hits = pool.lookup(sequence.page_keys(pool.page_size, 0, num_hits))
         return self._has_room(pool.pages_for(len(sequence.token_ids)) - len(hits) + pool.num_idle(hits))
@@ -240,11 +237,11 @@ class Scheduler:
         self._running.remove(sequence)
         self._pool.release(sequence.page_ids)
         sequence.reset(State.WAITING)
-        self._waiting.appendleft(sequence)
+        self._waiting.put_back(sequence)
         self._preemptions += 1
 
     def _start(self, sequence: Sequence) -> bool:
-        """Give the oldest waiting sequence its pages, cached ones where possible; False when it must wait."""
+        """Give the first waiting sequence its pages, cached ones where possible; False when it must wait."""
         pool = self._pool
         prefix = self._find_prefix(sequence)
         if self._is_worth_waiting(sequence, prefix):
@@ -387,7 +384,8 @@ class Scheduler:
         self._pool.check([*(sequence.page_ids for sequence in self._sequences.values()), sources])
         assert self._planned or not sources, "a source is held longer than a step"
         in_order = [*self._running, *self._waiting]
-        assert all(older.arrival < younger.arrival for older, younger in pairwise(in_order))
+        assert all(older.turn <= younger.turn for older, younger in pairwise(in_order))
+        self._waiting.check()
         assert {id(sequence) for sequence in in_order} == {id(sequence) for sequence in self._sequences.values()}
         assert all(sequence.state is State.RUNNING for sequence in self._running)
         assert all(sequence.state is State.WAITING and not sequence.page_ids for sequence in self._waiting)

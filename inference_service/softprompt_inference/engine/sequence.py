@@ -41,7 +41,7 @@ class Sequence:
         prompt_length: positions of the prompt.
         text_ids: the prompt's ids without the virtual ones.
         output_ids: the ids generated so far.
-        arrival: place in the order of arrival, given by the scheduler.
+        turn: place in the order in which sequences start, given by the line that it waited in.
         adapters: digests whose virtual tokens are in the prompt, and that of its LoRA.
         lora_slot: of the LoRA that computes it, while it is unfinished; −1: none.
         soft_prompt_ends: positions behind the last virtual token of each soft prompt, in rising order.
@@ -65,7 +65,6 @@ class Sequence:
         "_stop_ids",
         "_virtual_ids",
         "adapters",
-        "arrival",
         "looks_back",
         "lora_slot",
         "num_cached",
@@ -83,6 +82,7 @@ class Sequence:
         "state",
         "text_ids",
         "token_ids",
+        "turn",
     )
 
     def __init__(
@@ -110,7 +110,7 @@ class Sequence:
         self.soft_prompt_ends = soft_prompt_ends
         self.prefix_len = prefix_len
         self.num_given = num_given
-        self.arrival = -1
+        self.turn = 0
         self.state = State.WAITING
         self.page_ids: list[int] = []
         self.source_page: int | None = None

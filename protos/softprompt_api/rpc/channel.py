@@ -9,13 +9,24 @@ MAX_MESSAGE_BYTES = 8 * 2**20
 CHUNK_BYTES = 2**20
 
 # Only UNAVAILABLE is retried, and only for calls that change nothing; gRPC never retries once an answer began.
-_RETRIED = [
-    {"service": "softprompt_api.registry.v1.RegistryService", "method": method}
-    for method in ("GetAdapter", "ListAdapters", "ListVersions", "ReadTensors", "ListBaseModels", "PutBaseModel")
-] + [
-    {"service": "softprompt_api.inference.v1.InferenceService", "method": method}
-    for method in ("Generate", "GenerateMany", "Tokenize", "Detokenize", "GetModel", "GetLoad", "ListResident")
-]
+_RETRIED = (
+    [
+        {"service": "softprompt_api.registry.v1.RegistryService", "method": method}
+        for method in (
+            "GetAdapter",
+            "ListAdapters",
+            "ListVersions",
+            "ReadTensors",
+            "ListBaseModels",
+            "PutBaseModel",
+        )
+    ]
+    + [{"service": "softprompt_api.registry.v1.KeyService", "method": method} for method in ("GetKey", "ListKeys")]
+    + [
+        {"service": "softprompt_api.inference.v1.InferenceService", "method": method}
+        for method in ("Generate", "GenerateMany", "Tokenize", "Detokenize", "GetModel", "GetLoad", "ListResident")
+    ]
+)
 _SERVICE_CONFIG = json.dumps(
     {
         "methodConfig": [

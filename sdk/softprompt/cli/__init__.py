@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import typer
 from softprompt_api.errors import SoftpromptError
 
-from softprompt.cli import adapters, amend, bench, doctor, resident, run, serve, talk
+from softprompt.cli import adapters, amend, bench, doctor, keys, resident, run, serve, talk
 from softprompt.cli.argv import repeat_flags
 from softprompt.cli.problems import Problem
 
@@ -42,6 +42,7 @@ for name, help_, command in (
 ):
     adapters.app.command(name, help=help_)(command)
 app.add_typer(adapters.app, name="adapter")
+app.add_typer(keys.app, name="key")
 app.command("complete", help="Complete a text with a running system.")(talk.complete)
 app.command("chat", help="Chat with a running system.")(talk.chat)
 app.command("bench", help="Measure a running OpenAI-compatible server under load.")(bench.bench)

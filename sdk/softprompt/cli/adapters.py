@@ -24,12 +24,14 @@ Registry = Annotated[
     typer.Option("--registry", envvar="SOFTPROMPT_REGISTRY_ADDRESS", help="host:port of the registry's gRPC"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
-Adapter = Annotated[str, typer.Argument(help="NAME, NAME@VERSION, NAME@ALIAS or sha256:DIGEST")]
+Adapter = Annotated[str, typer.Argument(help="[TENANT/]NAME, NAME@VERSION, NAME@ALIAS or sha256:DIGEST")]
 
 
 @app.command(help="Register a PEFT folder or a hub id under NAME; requests can use it at once.")
 def add(
-    name: Annotated[str, typer.Argument(help="what requests call it")],
+    name: Annotated[
+        str, typer.Argument(help="what requests call it, behind TENANT/ where it is not the default tenant's")
+    ],
     path: Annotated[str, typer.Argument(help="folder with adapter_config.json and adapter_model.safetensors")],
     label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="free text to keep with it")] = None,
     registry: Registry = DEFAULT_ADDRESS,
@@ -55,11 +57,11 @@ def add(
         typer.echo(f"{info.name}@{info.version} is ready: {info.size}, {info.digest}")
 
 
-@app.command(help="List the adapters, the latest version of each.")
+@app.command(help="List the adapters of all tenants, the latest version of each.")
 def ls(registry: Registry = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """List every name."""
     with RegistryClient(registry) as client:
-        adapters = client.adapters()
+        adapters = client.adapters(all_tenants=True)
     if as_json:
         print_json([info.as_dict() for info in adapters])
     elif not adapters:

@@ -5,7 +5,6 @@ import contextlib
 import difflib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,6 +38,10 @@ def bench(
     base_url: Annotated[
         str, typer.Option("--base-url", envvar="SOFTPROMPT_URL", help="the server, with or without /v1")
     ] = DEFAULT_URL,
+    api_key: Annotated[
+        str,
+        typer.Option("--api-key", envvar=["SOFTPROMPT_API_KEY", "OPENAI_API_KEY"], help="where one is asked for"),
+    ] = "",
     model: Annotated[
         str | None, typer.Option("--model", help="what requests ask for; default: the base model")
     ] = None,
@@ -80,7 +83,7 @@ def bench(
     _check_writable(save_result)
 
     async def measure() -> tuple[list[str], list[Outcome], float, float]:
-        async with Server(base_url, os.environ.get("OPENAI_API_KEY", "")) as server:
+        async with Server(base_url, api_key) as server:
             models = await _models(server, model, adapters)
             requests = make_workload(
                 num=num_prompts,

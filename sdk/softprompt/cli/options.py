@@ -41,6 +41,8 @@ class RunOptions(BaseModel):
     served_model_name: str | None = Field(default=None, min_length=1)
     host: str = Field(default="127.0.0.1", min_length=1)
     port: Port = 2242
+    require_keys: bool = False
+    insecure: bool = False
     registry_port: Port = 2243
     inference_port: Port = 2244
     data_dir: str = Field(default_factory=default_data_dir, min_length=1)

@@ -62,6 +62,14 @@ def run(
     ] = None,
     registry_port: Annotated[int | None, typer.Option(envvar="SOFTPROMPT_REGISTRY_PORT")] = None,
     inference_port: Annotated[int | None, typer.Option(envvar="SOFTPROMPT_INFERENCE_PORT")] = None,
+    require_keys: Annotated[
+        bool | None,
+        typer.Option(envvar="SOFTPROMPT_REQUIRE_KEYS", help="ask for an API key before the first was made"),
+    ] = None,
+    insecure: Annotated[
+        bool | None,
+        typer.Option(envvar="SOFTPROMPT_INSECURE", help="ask for no API key, also beyond this machine"),
+    ] = None,
     data_dir: Annotated[
         str | None,
         typer.Option(envvar="SOFTPROMPT_DATA_DIR", help="keeps adapters and logs; ~/.local/share/softprompt"),

@@ -85,10 +85,14 @@ def _inference(options: RunOptions, addresses: Addresses) -> dict[str, object]:
     }
 
 
-def _gateway(_options: RunOptions, addresses: Addresses) -> dict[str, object]:
+def _gateway(options: RunOptions, addresses: Addresses) -> dict[str, object]:
     return {
         "SOFTPROMPT_GATEWAY_HOST": addresses.gateway_host,
         "SOFTPROMPT_GATEWAY_PORT": addresses.gateway_port,
+        "SOFTPROMPT_GATEWAY_REQUIRE_KEYS": options.require_keys,
+        "SOFTPROMPT_GATEWAY_INSECURE": options.insecure,
+        # The embedded store is this system's alone, and so is its one gateway: it counts by itself.
+        "SOFTPROMPT_GATEWAY_LIMITS_REDIS_URL": options.redis_url,
         "SOFTPROMPT_GATEWAY_GRACE_S": GRACE_S / 2,
         "SOFTPROMPT_REGISTRY_ADDRESS": addresses.registry,
         "SOFTPROMPT_INFERENCE_ADDRESS": addresses.inference,

@@ -9,6 +9,9 @@ from softprompt.cli.problems import WrongUsage
 from softprompt.gateway import DEFAULT_URL, GatewayClient
 
 Url = Annotated[str, typer.Option("--url", envvar="SOFTPROMPT_URL", help="the gateway")]
+ApiKey = Annotated[
+    str | None, typer.Option("--api-key", envvar="SOFTPROMPT_API_KEY", help="where the gateway asks for one")
+]
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="an adapter's name; the base model when not given")
 ]
@@ -24,12 +27,13 @@ def complete(
     temperature: Temperature = 0.0,
     stop: Stop = None,
     url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
 ) -> None:
     """Print a completion as it is generated."""
     text = sys.stdin.read() if prompt is None else prompt
     if not text:
         raise WrongUsage("there is no prompt: give one as an argument or on standard input")
-    with GatewayClient(url) as gateway:
+    with GatewayClient(url, api_key=api_key) as gateway:
         name = model or gateway.base_model()
         limits = {"max_tokens": max_tokens, "temperature": temperature, "stop": stop or []}
         for piece in gateway.complete(text, model=name, **limits):
@@ -43,10 +47,11 @@ def chat(
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
 ) -> None:
     """Answer each line of standard input, remembering the conversation; end with Ctrl-D."""
     messages = [{"role": "system", "content": system}] if system else []
-    with GatewayClient(url) as gateway:
+    with GatewayClient(url, api_key=api_key) as gateway:
         name = model or gateway.base_model()
         while (line := _next_line(name)) is not None:
             if not line:

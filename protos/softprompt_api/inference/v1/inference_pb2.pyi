@@ -449,6 +449,8 @@ class GenerateRequest(_message.Message):
     PARTS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """For logs and traces, at most 128 printable characters; never an identity. Empty: made up."""
     adapter: _builtins.str
@@ -460,6 +462,10 @@ class GenerateRequest(_message.Message):
     """Text; the tokenizer's own special tokens (BOS) are added unless add_special_tokens is false."""
     add_special_tokens: _builtins.bool
     """Whether the tokenizer adds its special tokens to a text prompt; unset: true."""
+    cache_salt: _builtins.str
+    """KV is shared only between requests with the same salt: at most 512 characters."""
+    tenant: _builtins.str
+    """Whose request it is, by a tenant's name: those of several tenants that wait start in turn. Empty: nobody's."""
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Ids, taken as they are."""
@@ -489,10 +495,12 @@ class GenerateRequest(_message.Message):
         parts: Global___PromptParts | None = ...,
         sampling: Global___SamplingParams | None = ...,
         add_special_tokens: _builtins.bool | None = ...,
+        cache_salt: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "parts", b"parts", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "adapter", b"adapter", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "parts", b"parts", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "adapter", b"adapter", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "parts", b"parts", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015

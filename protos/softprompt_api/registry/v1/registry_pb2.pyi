@@ -87,6 +87,10 @@ class _AdapterEventTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Adap
     """An alias was removed."""
     ADAPTER_EVENT_TYPE_UPDATED: _AdapterEventType.ValueType  # 7
     """A version's labels or pin were changed."""
+    ADAPTER_EVENT_TYPE_KEY_CREATED: _AdapterEventType.ValueType  # 8
+    """An API key was made."""
+    ADAPTER_EVENT_TYPE_KEY_REVOKED: _AdapterEventType.ValueType  # 9
+    """An API key was revoked."""
 
 class AdapterEventType(_AdapterEventType, metaclass=_AdapterEventTypeEnumTypeWrapper):
     """AdapterEventType is what happened."""
@@ -107,7 +111,43 @@ ADAPTER_EVENT_TYPE_ALIAS_REMOVED: AdapterEventType.ValueType  # 6
 """An alias was removed."""
 ADAPTER_EVENT_TYPE_UPDATED: AdapterEventType.ValueType  # 7
 """A version's labels or pin were changed."""
+ADAPTER_EVENT_TYPE_KEY_CREATED: AdapterEventType.ValueType  # 8
+"""An API key was made."""
+ADAPTER_EVENT_TYPE_KEY_REVOKED: AdapterEventType.ValueType  # 9
+"""An API key was revoked."""
 Global___AdapterEventType: _TypeAlias = AdapterEventType  # noqa: Y015
+
+class _KeyScope:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KeyScopeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KeyScope.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KEY_SCOPE_UNSPECIFIED: _KeyScope.ValueType  # 0
+    """Not set; refused."""
+    KEY_SCOPE_INFER: _KeyScope.ValueType  # 1
+    """Generate and tokenise text, list models."""
+    KEY_SCOPE_ADAPTERS_READ: _KeyScope.ValueType  # 2
+    """List and show the tenant's adapters."""
+    KEY_SCOPE_ADAPTERS_WRITE: _KeyScope.ValueType  # 3
+    """Register, change and delete the tenant's adapters; includes ADAPTERS_READ."""
+    KEY_SCOPE_ADMIN: _KeyScope.ValueType  # 4
+    """Everything, the gateway's metrics included."""
+
+class KeyScope(_KeyScope, metaclass=_KeyScopeEnumTypeWrapper):
+    """KeyScope is something that a key allows."""
+
+KEY_SCOPE_UNSPECIFIED: KeyScope.ValueType  # 0
+"""Not set; refused."""
+KEY_SCOPE_INFER: KeyScope.ValueType  # 1
+"""Generate and tokenise text, list models."""
+KEY_SCOPE_ADAPTERS_READ: KeyScope.ValueType  # 2
+"""List and show the tenant's adapters."""
+KEY_SCOPE_ADAPTERS_WRITE: KeyScope.ValueType  # 3
+"""Register, change and delete the tenant's adapters; includes ADAPTERS_READ."""
+KEY_SCOPE_ADMIN: KeyScope.ValueType  # 4
+"""Everything, the gateway's metrics included."""
+Global___KeyScope: _TypeAlias = KeyScope  # noqa: Y015
 
 @_typing.final
 class BaseModel(_message.Message):
@@ -223,7 +263,7 @@ class AdapterVersion(_message.Message):
     PINNED_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Adapter name, ^[a-z0-9][a-z0-9._-]{0,127}$."""
+    """Adapter name, ^[a-z0-9][a-z0-9._-]{0,127}$, behind "tenant/" where it is not the default tenant's."""
     version: _builtins.int
     """Version number within the name, from 1, never reused."""
     id: _builtins.int
@@ -365,7 +405,9 @@ class RegisterAdapterHeader(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     BASE_MODEL_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Adapter name, ^[a-z0-9][a-z0-9._-]{0,127}$; not a reserved word and not the base model's id."""
+    """Adapter name, ^[a-z0-9][a-z0-9._-]{0,127}$, behind "tenant/" where it is not the default tenant's; not a reserved
+    word and not the base model's id.
+    """
     config_json: _builtins.str
     """The text of PEFT's adapter_config.json; at most 1 MiB."""
     tensors_size_bytes: _builtins.int
@@ -373,8 +415,8 @@ class RegisterAdapterHeader(_message.Message):
     tensors_sha256: _builtins.str
     """sha256 (hex) of adapter_model.safetensors; required."""
     idempotency_key: _builtins.str
-    """Chosen by the client, at most 128 printable characters: the same key with the same content answers with
-    the version it made the first time. The same key with other content: ALREADY_EXISTS. Empty: none.
+    """Chosen by the client, at most 128 printable characters, each tenant's own: the same key with the same content
+    answers with the version it made the first time. The same key with other content: ALREADY_EXISTS. Empty: none.
     """
     base_model_id: _builtins.str
     """Id of the base model the adapter is for. Empty: the only one the registry knows."""
@@ -465,7 +507,9 @@ class GetAdapterRequest(_message.Message):
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """"name" (its latest version), "name@3", "name@alias", or "sha256:<64 hex>"."""
+    """"name" (its latest version), "name@3", "name@alias", or "sha256:<64 hex>"; each behind "tenant/" for a tenant's own.
+    A bare digest stands for anybody's version, "default/sha256:<64 hex>" for one of the default tenant.
+    """
     def __init__(
         self,
         *,
@@ -512,22 +556,26 @@ class ListAdaptersRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     NAME_PREFIX_FIELD_NUMBER: _builtins.int
+    ALL_TENANTS_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """1 to 1000; 0: 100."""
     page_token: _builtins.str
     """From the page before; empty: the first page. INVALID_ARGUMENT: not a token of ours."""
     name_prefix: _builtins.str
-    """Only names that start with this; empty: all."""
+    """Only names that start with this: of the tenant whose "tenant/" it begins with, otherwise of the default tenant."""
+    all_tenants: _builtins.bool
+    """Whether to list all tenants' names; name_prefix must be empty."""
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         name_prefix: _builtins.str = ...,
+        all_tenants: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name_prefix", b"name_prefix", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_tenants", b"all_tenants", "name_prefix", b"name_prefix", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -548,7 +596,7 @@ class ListAdaptersResponse(_message.Message):
     cursor: _builtins.str
     """Position in the stream of changes taken before this page was read; watch from the first page's to miss nothing."""
     total_size: _builtins.int
-    """Number of names in the registry."""
+    """Number of the tenant's names, or of all."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterVersion]:
         """The latest version of each name, in order of names."""
@@ -946,6 +994,7 @@ class WatchAdaptersResponse(_message.Message):
     TYPE_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     ALIAS_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
     cursor: _builtins.str
     """Watch again from here to continue after this event."""
     type: Global___AdapterEventType.ValueType
@@ -958,6 +1007,10 @@ class WatchAdaptersResponse(_message.Message):
         ADAPTER_DELETED, ALIAS_REMOVED: the name.
         """
 
+    @_builtins.property
+    def key(self) -> Global___ApiKey:
+        """KEY_CREATED: the key. KEY_REVOKED: its id and sha256."""
+
     def __init__(
         self,
         *,
@@ -965,10 +1018,11 @@ class WatchAdaptersResponse(_message.Message):
         type: Global___AdapterEventType.ValueType = ...,
         adapter: Global___AdapterVersion | None = ...,
         alias: _builtins.str = ...,
+        key: Global___ApiKey | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "alias", b"alias", "cursor", b"cursor", "type", b"type"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "alias", b"alias", "cursor", b"cursor", "key", b"key", "type", b"type"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1055,3 +1109,318 @@ class ListBaseModelsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListBaseModelsResponse: _TypeAlias = ListBaseModelsResponse  # noqa: Y015
+
+@_typing.final
+class KeyLimits(_message.Message):
+    """KeyLimits bounds what one key may take; 0: no limit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    TOKENS_PER_MINUTE_FIELD_NUMBER: _builtins.int
+    PARALLEL_REQUESTS_FIELD_NUMBER: _builtins.int
+    requests_per_minute: _builtins.int
+    """Requests in a minute."""
+    tokens_per_minute: _builtins.int
+    """Tokens of prompts and outputs in a minute, without virtual tokens."""
+    parallel_requests: _builtins.int
+    """Requests at the same time."""
+    def __init__(
+        self,
+        *,
+        requests_per_minute: _builtins.int = ...,
+        tokens_per_minute: _builtins.int = ...,
+        parallel_requests: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parallel_requests", b"parallel_requests", "requests_per_minute", b"requests_per_minute", "tokens_per_minute", b"tokens_per_minute"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeyLimits: _TypeAlias = KeyLimits  # noqa: Y015
+
+@_typing.final
+class ApiKey(_message.Message):
+    """ApiKey is what is known of a key, which is everything but its text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    SCOPES_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """"key-" and the first 12 hex digits of its sha256."""
+    sha256: _builtins.str
+    """sha256 (hex) of its text."""
+    tenant: _builtins.str
+    """The tenant it belongs to, ^[a-z0-9][a-z0-9._-]{0,62}$."""
+    name: _builtins.str
+    """What people call it."""
+    @_builtins.property
+    def scopes(self) -> _containers.RepeatedScalarFieldContainer[Global___KeyScope.ValueType]:
+        """What it allows, each once."""
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The tenant's adapters that it may use, by name; empty: all. The base model is always allowed."""
+
+    @_builtins.property
+    def limits(self) -> Global___KeyLimits:
+        """What it may take."""
+
+    @_builtins.property
+    def created_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was made."""
+
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """When it ends; unset: never."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        sha256: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        scopes: _abc.Iterable[Global___KeyScope.ValueType] | None = ...,
+        adapters: _abc.Iterable[_builtins.str] | None = ...,
+        limits: Global___KeyLimits | None = ...,
+        created_at: _timestamp_pb2.Timestamp | None = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "expires_at", b"expires_at", "limits", b"limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "created_at", b"created_at", "expires_at", b"expires_at", "id", b"id", "limits", b"limits", "name", b"name", "scopes", b"scopes", "sha256", b"sha256", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApiKey: _TypeAlias = ApiKey  # noqa: Y015
+
+@_typing.final
+class CreateKeyRequest(_message.Message):
+    """CreateKeyRequest says what a key shall allow."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    SCOPES_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    EXPIRES_AT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """The tenant; empty: "default"."""
+    name: _builtins.str
+    """What people call it; at most 128 printable characters."""
+    @_builtins.property
+    def scopes(self) -> _containers.RepeatedScalarFieldContainer[Global___KeyScope.ValueType]:
+        """At least one."""
+
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in ApiKey; at most 256."""
+
+    @_builtins.property
+    def limits(self) -> Global___KeyLimits:
+        """As in ApiKey; unset: no limits."""
+
+    @_builtins.property
+    def expires_at(self) -> _timestamp_pb2.Timestamp:
+        """When it shall end, in the future; unset: never."""
+
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        scopes: _abc.Iterable[Global___KeyScope.ValueType] | None = ...,
+        adapters: _abc.Iterable[_builtins.str] | None = ...,
+        limits: Global___KeyLimits | None = ...,
+        expires_at: _timestamp_pb2.Timestamp | None = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expires_at", b"expires_at", "limits", b"limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "expires_at", b"expires_at", "limits", b"limits", "name", b"name", "scopes", b"scopes", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateKeyRequest: _TypeAlias = CreateKeyRequest  # noqa: Y015
+
+@_typing.final
+class CreateKeyResponse(_message.Message):
+    """CreateKeyResponse answers CreateKey, after the key is durable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    API_KEY_FIELD_NUMBER: _builtins.int
+    key: _builtins.str
+    """The text that clients send; told here only."""
+    @_builtins.property
+    def api_key(self) -> Global___ApiKey:
+        """What is kept of it."""
+
+    def __init__(
+        self,
+        *,
+        key: _builtins.str = ...,
+        api_key: Global___ApiKey | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key", "key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateKeyResponse: _TypeAlias = CreateKeyResponse  # noqa: Y015
+
+@_typing.final
+class GetKeyRequest(_message.Message):
+    """GetKeyRequest names a key by its content."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.str
+    """sha256 (hex) of its text."""
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetKeyRequest: _TypeAlias = GetKeyRequest  # noqa: Y015
+
+@_typing.final
+class GetKeyResponse(_message.Message):
+    """GetKeyResponse answers GetKey."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    API_KEY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def api_key(self) -> Global___ApiKey:
+        """The key."""
+
+    def __init__(
+        self,
+        *,
+        api_key: Global___ApiKey | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetKeyResponse: _TypeAlias = GetKeyResponse  # noqa: Y015
+
+@_typing.final
+class ListKeysRequest(_message.Message):
+    """ListKeysRequest asks for one page of keys."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """1 to 1000; 0: 100."""
+    page_token: _builtins.str
+    """From the page before; empty: the first page. INVALID_ARGUMENT: not a token of ours."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListKeysRequest: _TypeAlias = ListKeysRequest  # noqa: Y015
+
+@_typing.final
+class ListKeysResponse(_message.Message):
+    """ListKeysResponse answers ListKeys."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    API_KEYS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    EVER_MADE_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """For the next page; empty: this is the last."""
+    ever_made: _builtins.bool
+    """Whether a key was ever made: from then on gateways ask for keys, even where all of them are revoked."""
+    @_builtins.property
+    def api_keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___ApiKey]:
+        """The keys, in order of ids."""
+
+    def __init__(
+        self,
+        *,
+        api_keys: _abc.Iterable[Global___ApiKey] | None = ...,
+        next_page_token: _builtins.str = ...,
+        ever_made: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_keys", b"api_keys", "ever_made", b"ever_made", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListKeysResponse: _TypeAlias = ListKeysResponse  # noqa: Y015
+
+@_typing.final
+class RevokeKeyRequest(_message.Message):
+    """RevokeKeyRequest names the key to revoke."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The key's id."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeKeyRequest: _TypeAlias = RevokeKeyRequest  # noqa: Y015
+
+@_typing.final
+class RevokeKeyResponse(_message.Message):
+    """RevokeKeyResponse answers RevokeKey, after the revocation is durable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeKeyResponse: _TypeAlias = RevokeKeyResponse  # noqa: Y015

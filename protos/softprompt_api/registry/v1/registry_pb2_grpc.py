@@ -601,3 +601,215 @@ class RegistryService:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class KeyServiceStub:
+    """KeyService keeps the API keys that gateways ask their clients for. Whoever reaches it may make keys: like all of the
+    registry, it belongs on a loopback address or a private network. Changes are told on WatchAdapters.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.CreateKey = channel.unary_unary(
+                '/softprompt_api.registry.v1.KeyService/CreateKey',
+                request_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.CreateKeyRequest.SerializeToString,
+                response_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.CreateKeyResponse.FromString,
+                _registered_method=True)
+        self.GetKey = channel.unary_unary(
+                '/softprompt_api.registry.v1.KeyService/GetKey',
+                request_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.GetKeyRequest.SerializeToString,
+                response_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.GetKeyResponse.FromString,
+                _registered_method=True)
+        self.ListKeys = channel.unary_unary(
+                '/softprompt_api.registry.v1.KeyService/ListKeys',
+                request_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ListKeysRequest.SerializeToString,
+                response_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ListKeysResponse.FromString,
+                _registered_method=True)
+        self.RevokeKey = channel.unary_unary(
+                '/softprompt_api.registry.v1.KeyService/RevokeKey',
+                request_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.RevokeKeyRequest.SerializeToString,
+                response_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.RevokeKeyResponse.FromString,
+                _registered_method=True)
+
+
+class KeyServiceServicer:
+    """KeyService keeps the API keys that gateways ask their clients for. Whoever reaches it may make keys: like all of the
+    registry, it belongs on a loopback address or a private network. Changes are told on WatchAdapters.
+    """
+
+    def CreateKey(self, request, context):
+        """CreateKey makes a key. Its text is in the answer and nowhere else: only its sha256 is kept.
+        INVALID_ARGUMENT: a field is not acceptable.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetKey(self, request, context):
+        """GetKey finds the key with a sha256. NOT_FOUND: there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListKeys(self, request, context):
+        """ListKeys lists the keys that are not revoked, expired ones too, in order of ids, in pages.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeKey(self, request, context):
+        """RevokeKey deletes a key; gateways that watch refuse it at once. NOT_FOUND: no such key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_KeyServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'CreateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateKey,
+                    request_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.CreateKeyRequest.FromString,
+                    response_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.CreateKeyResponse.SerializeToString,
+            ),
+            'GetKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetKey,
+                    request_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.GetKeyRequest.FromString,
+                    response_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.GetKeyResponse.SerializeToString,
+            ),
+            'ListKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListKeys,
+                    request_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ListKeysRequest.FromString,
+                    response_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ListKeysResponse.SerializeToString,
+            ),
+            'RevokeKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeKey,
+                    request_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.RevokeKeyRequest.FromString,
+                    response_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.RevokeKeyResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'softprompt_api.registry.v1.KeyService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('softprompt_api.registry.v1.KeyService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class KeyService:
+    """KeyService keeps the API keys that gateways ask their clients for. Whoever reaches it may make keys: like all of the
+    registry, it belongs on a loopback address or a private network. Changes are told on WatchAdapters.
+    """
+
+    @staticmethod
+    def CreateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/softprompt_api.registry.v1.KeyService/CreateKey',
+            softprompt__api_dot_registry_dot_v1_dot_registry__pb2.CreateKeyRequest.SerializeToString,
+            softprompt__api_dot_registry_dot_v1_dot_registry__pb2.CreateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/softprompt_api.registry.v1.KeyService/GetKey',
+            softprompt__api_dot_registry_dot_v1_dot_registry__pb2.GetKeyRequest.SerializeToString,
+            softprompt__api_dot_registry_dot_v1_dot_registry__pb2.GetKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/softprompt_api.registry.v1.KeyService/ListKeys',
+            softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ListKeysRequest.SerializeToString,
+            softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ListKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/softprompt_api.registry.v1.KeyService/RevokeKey',
+            softprompt__api_dot_registry_dot_v1_dot_registry__pb2.RevokeKeyRequest.SerializeToString,
+            softprompt__api_dot_registry_dot_v1_dot_registry__pb2.RevokeKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

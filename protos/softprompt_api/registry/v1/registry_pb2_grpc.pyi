@@ -254,3 +254,82 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         """ListBaseModels lists the base models the registry knows."""
 
 def add_RegistryServiceServicer_to_server(servicer: RegistryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class KeyServiceStub:
+    """KeyService keeps the API keys that gateways ask their clients for. Whoever reaches it may make keys: like all of the
+    registry, it belongs on a loopback address or a private network. Changes are told on WatchAdapters.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> KeyServiceAsyncStub: ...
+    CreateKey: _grpc.UnaryUnaryMultiCallable[_registry_pb2.CreateKeyRequest, _registry_pb2.CreateKeyResponse]
+    """CreateKey makes a key. Its text is in the answer and nowhere else: only its sha256 is kept.
+    INVALID_ARGUMENT: a field is not acceptable.
+    """
+    GetKey: _grpc.UnaryUnaryMultiCallable[_registry_pb2.GetKeyRequest, _registry_pb2.GetKeyResponse]
+    """GetKey finds the key with a sha256. NOT_FOUND: there is none."""
+    ListKeys: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ListKeysRequest, _registry_pb2.ListKeysResponse]
+    """ListKeys lists the keys that are not revoked, expired ones too, in order of ids, in pages."""
+    RevokeKey: _grpc.UnaryUnaryMultiCallable[_registry_pb2.RevokeKeyRequest, _registry_pb2.RevokeKeyResponse]
+    """RevokeKey deletes a key; gateways that watch refuse it at once. NOT_FOUND: no such key."""
+
+@_typing.type_check_only
+class KeyServiceAsyncStub(KeyServiceStub):
+    """KeyService keeps the API keys that gateways ask their clients for. Whoever reaches it may make keys: like all of the
+    registry, it belongs on a loopback address or a private network. Changes are told on WatchAdapters.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    CreateKey: _aio.UnaryUnaryMultiCallable[_registry_pb2.CreateKeyRequest, _registry_pb2.CreateKeyResponse]  # type: ignore[assignment]
+    """CreateKey makes a key. Its text is in the answer and nowhere else: only its sha256 is kept.
+    INVALID_ARGUMENT: a field is not acceptable.
+    """
+    GetKey: _aio.UnaryUnaryMultiCallable[_registry_pb2.GetKeyRequest, _registry_pb2.GetKeyResponse]  # type: ignore[assignment]
+    """GetKey finds the key with a sha256. NOT_FOUND: there is none."""
+    ListKeys: _aio.UnaryUnaryMultiCallable[_registry_pb2.ListKeysRequest, _registry_pb2.ListKeysResponse]  # type: ignore[assignment]
+    """ListKeys lists the keys that are not revoked, expired ones too, in order of ids, in pages."""
+    RevokeKey: _aio.UnaryUnaryMultiCallable[_registry_pb2.RevokeKeyRequest, _registry_pb2.RevokeKeyResponse]  # type: ignore[assignment]
+    """RevokeKey deletes a key; gateways that watch refuse it at once. NOT_FOUND: no such key."""
+
+class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
+    """KeyService keeps the API keys that gateways ask their clients for. Whoever reaches it may make keys: like all of the
+    registry, it belongs on a loopback address or a private network. Changes are told on WatchAdapters.
+    """
+
+    @_abc_1.abstractmethod
+    def CreateKey(
+        self,
+        request: _registry_pb2.CreateKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.CreateKeyResponse, _abc.Awaitable[_registry_pb2.CreateKeyResponse]]:
+        """CreateKey makes a key. Its text is in the answer and nowhere else: only its sha256 is kept.
+        INVALID_ARGUMENT: a field is not acceptable.
+        """
+
+    @_abc_1.abstractmethod
+    def GetKey(
+        self,
+        request: _registry_pb2.GetKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.GetKeyResponse, _abc.Awaitable[_registry_pb2.GetKeyResponse]]:
+        """GetKey finds the key with a sha256. NOT_FOUND: there is none."""
+
+    @_abc_1.abstractmethod
+    def ListKeys(
+        self,
+        request: _registry_pb2.ListKeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.ListKeysResponse, _abc.Awaitable[_registry_pb2.ListKeysResponse]]:
+        """ListKeys lists the keys that are not revoked, expired ones too, in order of ids, in pages."""
+
+    @_abc_1.abstractmethod
+    def RevokeKey(
+        self,
+        request: _registry_pb2.RevokeKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.RevokeKeyResponse, _abc.Awaitable[_registry_pb2.RevokeKeyResponse]]:
+        """RevokeKey deletes a key; gateways that watch refuse it at once. NOT_FOUND: no such key."""
+
+def add_KeyServiceServicer_to_server(servicer: KeyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

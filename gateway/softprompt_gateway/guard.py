@@ -1,0 +1,143 @@
+"""Who may call which route: an API key in `Authorization: Bearer`, asked for by the route itself.
+
+A route's class says which scope it needs. There is no route without such a class: none is open by being forgotten.
+"""
+
+import asyncio
+import hmac
+import re
+import time
+from collections.abc import Mapping
+from typing import ClassVar, cast
+
+from fastapi.routing import APIRoute
+from softprompt_api.access import Scope, key_sha256, scope_from
+from softprompt_api.errors import SoftpromptError, Unauthenticated, Unavailable
+from softprompt_api.registry.v1.registry_pb2 import ApiKey, ListKeysRequest
+from starlette.datastructures import MutableHeaders
+from starlette.types import Message, Receive, Send
+from starlette.types import Scope as RequestScope
+
+from softprompt_gateway.caller import ANYBODY, Caller
+from softprompt_gateway.clients import RegistryClient
+from softprompt_gateway.errors import Refused
+from softprompt_gateway.keyring import Keyring
+from softprompt_gateway.rates import Limiter, Meter
+from softprompt_gateway.settings import Settings, SettingsError
+
+_BEARER = re.compile(rb"(?i:bearer) +([\x21-\x7e]{1,256})\Z")
+
+
+class Guard:
+    """Tells who calls.
+
+    A key is asked for once the registry has ever made one, at once with `require_keys` or beyond this machine, and
+    never with `insecure`. Keys that the registry told of are known without asking it. One that is not known is
+    asked for, since its first request may be faster than the news of it.
+    """
+
+    def __init__(self, settings: Settings, registry: RegistryClient, keyring: Keyring) -> None:
+        self._is_open = settings.insecure
+        self._always_asks = settings.always_asks_for_keys
+        self._timeout_s = settings.registry_timeout_s
+        self._registry = registry
+        self._keyring = keyring
+
+    async def caller(self, headers: list[tuple[bytes, bytes]]) -> Caller:
+        """Whoever sends these headers.
+
+        Unauthenticated: no key, or none that is known. Unavailable: keys cannot be checked.
+        """
+        if self._is_open:
+            return ANYBODY
+        sent = _bearer(headers) if self._always_asks else b""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                if not self._always_asks:
+                    if not await self._keyring.was_any_made():
+                        return ANYBODY
+                    sent = _bearer(headers)
+                await self._keyring.wait()
+        except TimeoutError:
+            raise Unavailable("API keys cannot be checked: the registry does not answer; try again") from None
+        return await self._known(sent.decode("ascii"))
+
+    async def _known(self, text: str) -> Caller:
+        sha256 = key_sha256(text)
+        key = self._keyring.find(sha256) or await self._registry.find_key(sha256)
+        # The lookup itself compares hashes, from which no timing leads back to a key.
+        if key is None or not hmac.compare_digest(key.sha256, sha256) or _has_expired(key):
+            raise Unauthenticated("this API key is not known, was revoked, or has expired")
+        scopes = frozenset(scope for value in key.scopes if (scope := scope_from(value)) is not None)
+        return Caller.with_key(key, scopes)
+
+
+def _has_expired(key: ApiKey) -> bool:
+    return key.HasField("expires_at") and key.expires_at.seconds <= time.time()
+
+
+def _bearer(headers: list[tuple[bytes, bytes]]) -> bytes:
+    """The key that was sent; Refused for two of them, Unauthenticated for none or an odd one."""
+    sent = [value for name, value in headers if name == b"authorization"]
+    if len(sent) > 1:
+        raise Refused("authorization stands twice in the headers", code="invalid_http")
+    if not sent:
+        raise Unauthenticated("an API key is needed: send it as `Authorization: Bearer …`")
+    match = _BEARER.match(sent[0])
+    if match is None:
+        raise Unauthenticated("the authorization header is not `Bearer` and an API key")
+    return match[1]
+
+
+async def refuse_without_keys(settings: Settings, registry: RegistryClient) -> None:
+    """Raise SettingsError where others than this machine can ask, and there is no key to ask them for.
+
+    Where the registry does not answer, nobody is let in before it does.
+    """
+    if settings.require_keys or not settings.always_asks_for_keys:
+        return
+    try:
+        page = await registry.list_keys(ListKeysRequest(page_size=1))
+    except SoftpromptError:
+        return
+    if not page.ever_made:
+        raise SettingsError(
+            f"{settings.host} is reachable from other machines, and there is no API key yet: make one with "
+            "`softprompt key create --scopes admin`, or set require_keys, or insecure to serve everybody"
+        )
+
+
+class GuardedRoute(APIRoute):
+    """A route that lets in who may call it; `guarded` makes one that does."""
+
+    guard: ClassVar[Guard]
+    limiter: ClassVar[Limiter]
+    wanted: ClassVar[Scope | None]
+
+    async def handle(self, scope: RequestScope, receive: Receive, send: Send) -> None:
+        """Answer a request whose path is this route's."""
+        if self.wanted is None:
+            await super().handle(scope, receive, send)
+            return
+        caller = await self.guard.caller(scope["headers"])
+        caller.enter(scope)
+        caller.check_scope(self.wanted)
+        async with self.limiter.admitted(caller, Meter.new(scope)) as headers:
+            await super().handle(scope, receive, _with(headers, send) if headers else send)
+
+
+def guarded(
+    guard: Guard, limiter: Limiter, wanted: Scope | None, kind: type[GuardedRoute] = GuardedRoute
+) -> type[GuardedRoute]:
+    """The class of routes that need a scope (None: they are open), over another class of routes."""
+    members = {"guard": guard, "limiter": limiter, "wanted": wanted}
+    return cast(type[GuardedRoute], type(kind.__name__, (kind,), members))
+
+
+def _with(headers: Mapping[str, str], send: Send) -> Send:
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(headers)
+        await send(message)
+
+    return send_with_headers
