@@ -1,7 +1,7 @@
 """Decoder layers of Llama's shape on CPUs: all but the attention in two calls, once the parts have been replaced.
 
-Between small products, most of a layer's time goes from one Python call to the next. A step with a LoRA, which
-changes the parts, goes the parts' way.
+Between small products, most of a layer's time goes from one Python call to the next. LoRA is computed within the
+products; where a part cannot do that, steps with a LoRA go the parts' way.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from softprompt_kernels.native.layer import DecoderLayer, LinearWeights, NormWei
 from torch import Generator, Tensor, nn
 
 from softprompt_inference.model.attention import AttentionCall, CallRecorder, attend
-from softprompt_inference.model.lora.context import LoraContext
+from softprompt_inference.model.lora.context import LoraContext, is_attached
 from softprompt_inference.model.swaps import norms, rotary
 from softprompt_inference.model.swaps.forward import swap_forward
 from softprompt_inference.model.swaps.gated import GatedMLP
@@ -71,13 +71,15 @@ def _norm(norm: norms.Norm) -> NormWeights:
 
 
 def _linear(part: Any) -> LinearWeights:
-    return LinearWeights(packed=part.packed, bias=part.bias, columns=part.out_features)
+    return LinearWeights(packed=part.packed, bias=part.bias, columns=part.out_features, loras=part.loras)
 
 
 def _make_forward(
     layer: Any, fused: DecoderLayer, call: AttentionCall, original: Callable[..., Tensor], lora: LoraContext
 ) -> Callable[..., Tensor]:
     attention, head_dim = layer.self_attn, call.q.shape[2]
+    qkv: Any = product_of([getattr(attention, name) for name in _PROJECTIONS])
+    parts = (qkv, attention.o_proj, layer.mlp.down)
     # `replace` would look at all fields anew in every layer of every step.
     like = partial(
         AttentionCall,
@@ -96,8 +98,9 @@ def _make_forward(
     ) -> Tensor:
         """hidden_states [1, T, hidden], cos and sin [1, T, D]; anything else goes the original's way."""
         plain = attention_mask is None and hidden_states.shape[0] == 1 and hidden_states.is_contiguous()
+        step = lora.step
         if (
-            lora.tiles is not None
+            (step is not None and any(map(is_attached, parts)))
             or not plain
             or position_embeddings is None
             or position_embeddings[0].shape[2] != head_dim
@@ -106,9 +109,9 @@ def _make_forward(
                 hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **others
             )
         hidden, (cos, sin) = hidden_states[0], position_embeddings
-        q, k, v = fused.before(hidden, cos[0], sin[0])
+        q, k, v = fused.before(hidden, cos[0], sin[0], step)
         attended = attend(attention, like(q=q, k=k, v=v))
-        return fused.after(attended.contiguous(), hidden)[None]
+        return fused.after(attended.contiguous(), hidden, step)[None]
 
     return forward
 
