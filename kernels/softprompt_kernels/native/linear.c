@@ -61,13 +61,9 @@ static inline void put(uint16_t *out, const uint16_t *addend, __m512 sums, int64
     _mm256_mask_storeu_epi16(out, mask, (__m256i)_mm512_cvtneps_pbh(sums));
 }
 
-// Row m of two panels: LoRA, bias, activation, what is added.
-static inline void finish(__m512 a, __m512 b, const Panels *w, int64_t m, uint16_t *out, const uint16_t *addend,
+// One row of two panels: bias, activation, what is added.
+static inline void finish(__m512 a, __m512 b, const Panels *w, uint16_t *out, const uint16_t *addend,
                           int64_t columns) {
-    if (w->lora) {
-        a = softprompt_lora_add(a, w->lora, w->row + m, w->panel);
-        b = softprompt_lora_add(b, w->lora, w->row + m, w->panel + 1);
-    }
     if (w->bias) {
         a = _mm512_add_ps(a, _mm512_loadu_ps(w->bias));
         b = _mm512_add_ps(b, _mm512_loadu_ps(w->bias + LANES));
@@ -80,15 +76,26 @@ static inline void finish(__m512 a, __m512 b, const Panels *w, int64_t m, uint16
     }
 }
 
+// Through memory of its own, so that sums without LoRA stay in registers.
+static inline __attribute__((always_inline)) void add_lora(int rows, __m512 sums[MAX_ROWS][PANELS], const Panels *w) {
+    float added[MAX_ROWS][PANELS][LANES];
+    for (int m = 0; m < rows; m++)
+        for (int v = 0; v < PANELS; v++) _mm512_storeu_ps(added[m][v], sums[m][v]);
+    softprompt_lora_add(added[0][0], w->lora, w->row, rows, w->panel);
+    for (int m = 0; m < rows; m++)
+        for (int v = 0; v < PANELS; v++) sums[m][v] = _mm512_loadu_ps(added[m][v]);
+}
+
 // `rows` is a number the compiler knows, so the sums stay in registers.
 static inline __attribute__((always_inline)) void tile(int rows, const uint16_t *x, int64_t x_row, const Panels *w,
                                                        uint16_t *out, const uint16_t *addend, int64_t out_row,
                                                        int64_t columns) {
     __m512 sums[MAX_ROWS][PANELS];
     multiply(rows, sums, x, x_row, w->weights, w->pairs * 2 * LANES, w->pairs, w->next);
+    if (w->lora) add_lora(rows, sums, w);
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++)
-        finish(sums[m][0], sums[m][1], w, m, out + m * out_row, addend ? addend + m * out_row : 0, columns);
+        finish(sums[m][0], sums[m][1], w, out + m * out_row, addend ? addend + m * out_row : 0, columns);
 }
 
 static void some_rows(int64_t rows, const uint16_t *x, int64_t x_row, const Panels *w, uint16_t *out,
@@ -110,8 +117,9 @@ static void amx_rows(int64_t rows, const uint16_t *x, int64_t x_row, const Panel
                      const uint16_t *addend, int64_t out_row, int64_t columns) {
     float sums[AMX_ROWS][2 * LANES];
     amx_multiply(rows, sums[0], 2 * LANES, x, x_row, w->weights, w->pairs * 2 * LANES, w->pairs, w->next);
+    if (w->lora) softprompt_lora_add(sums[0], w->lora, w->row, rows, w->panel);
     for (int64_t m = 0; m < rows; m++)
-        finish(_mm512_loadu_ps(sums[m]), _mm512_loadu_ps(sums[m] + LANES), w, m, out + m * out_row,
+        finish(_mm512_loadu_ps(sums[m]), _mm512_loadu_ps(sums[m] + LANES), w, out + m * out_row,
                addend ? addend + m * out_row : 0, columns);
 }
 

@@ -5,6 +5,7 @@
 #ifdef __AVX512BF16__
 
 #include "amx.h"
+#include "tile.h"
 
 #include <stdlib.h>
 
@@ -126,20 +127,47 @@ void softprompt_lora_shrink(const LoraRows *lora, const LoraStep *step, const ui
     if (shaped) amx_release();
 }
 
-__m512 softprompt_lora_add(__m512 sums, const LoraRows *lora, int64_t row, int64_t panel) {
-    const LoraTable *table = lora->table;
-    const int32_t slot = lora->slots[row], slice = table->slices[panel];
-    if (slot < 0 || slice < 0) return sums;
-    const int64_t at = slot * table->num_slices + slice, pairs = (table->ranks[at] + 1) / 2;
-    const uint16_t *h = lora->h + (row * table->num_slices + slice) * table->max_rank;
-    const uint16_t *b = table->b[at] + table->places[panel] * pairs * 2 * LANES;
-    // The next group of columns begins so much further on.
-    const int64_t ahead = table->stride * pairs * 2 * LANES;
+// Adds b @ h to the sums of rows with the same LoRA in one panel. `rows` is a number the compiler knows, so they stay in
+// registers meanwhile.
+static inline __attribute__((always_inline)) void expand(int rows, float *sums, const uint16_t *h, int64_t h_row,
+                                                         const uint16_t *b, int64_t pairs) {
+    __m512 wide[MAX_ROWS];
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++) wide[m] = _mm512_loadu_ps(sums + m * PANELS * LANES);
     for (int64_t k = 0; k < pairs; k++) {
-        _mm_prefetch((const char *)(b + ahead + k * 2 * LANES), _MM_HINT_T0);
-        sums = dot_pair(sums, h + 2 * k, b + k * 2 * LANES);
+#pragma GCC unroll 12
+        for (int m = 0; m < rows; m++) wide[m] = dot_pair(wide[m], h + m * h_row + 2 * k, b + k * 2 * LANES);
     }
-    return sums;
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++) _mm512_storeu_ps(sums + m * PANELS * LANES, wide[m]);
+}
+
+static void add_panel(float *sums, const LoraRows *lora, int64_t first, int64_t count, int64_t panel) {
+    const LoraTable *table = lora->table;
+    const int64_t slice = table->slices[panel], h_row = table->num_slices * table->max_rank;
+    for (int64_t i = 0, n; slice >= 0 && i < count; i += n) {
+        const int32_t *slots = lora->slots + first + i;
+        for (n = 1; i + n < count && n < MAX_ROWS && slots[n] == slots[0]; n++) {}
+        const int64_t at = slots[0] * table->num_slices + slice;
+        if (slots[0] < 0 || !table->ranks[at]) continue;
+        const int64_t pairs = (table->ranks[at] + 1) / 2;
+        const uint16_t *h = lora->h + (first + i) * h_row + slice * table->max_rank;
+        const uint16_t *b = table->b[at] + table->places[panel] * pairs * 2 * LANES;
+        float *to = sums + i * PANELS * LANES;
+        // The next group of columns.
+        for (int64_t k = 0; k < pairs; k++)
+            _mm_prefetch((const char *)(b + (table->stride * pairs + k) * 2 * LANES), _MM_HINT_T0);
+        switch (n) {
+#define CASE(rows) \
+    case rows: expand(rows, to, h, h_row, b, pairs); break;
+            FOR_ROWS(CASE)
+#undef CASE
+        }
+    }
+}
+
+void softprompt_lora_add(float *sums, const LoraRows *lora, int64_t first, int64_t count, int64_t panel) {
+    for (int v = 0; v < PANELS; v++) add_panel(sums + v * LANES, lora, first, count, panel + v);
 }
 
 #endif
