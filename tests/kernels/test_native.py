@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from softprompt_kernels import native
 from softprompt_kernels.kv_write import kv_write
+from softprompt_kernels.lora_expand import lora_expand
+from softprompt_kernels.lora_shrink import lora_shrink
+from softprompt_kernels.lora_tiles import LoraTiles
 from softprompt_kernels.native import library
 from softprompt_kernels.paged_attention import plan_paged_attention, reference
 from softprompt_kernels.rmsnorm import add_rms_norm, rms_norm
@@ -14,7 +18,7 @@ from softprompt_kernels.rope import rope
 from softprompt_kernels.sample import sample
 from softprompt_kernels.testing import AWKWARD_SIZES, assert_close, poisoned
 
-from tests.kernels import test_rmsnorm, test_rope
+from tests.kernels import test_lora_expand, test_lora_shrink, test_rmsnorm, test_rope
 from tests.kernels.test_paged_attention import MIXED, OPTIONS, Case, make_case, plain_answer, run_reference
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -224,6 +228,97 @@ def test_norms_and_rotation_on_several_threads_answer_as_on_one(native_kernels: 
         torch.set_num_threads(threads)
     for one, two in zip(*answers, strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("popularity", test_lora_shrink.POPULARITIES)
+@pytest.mark.parametrize(("num_tokens", "size"), [(1, 3), (17, 48), (65, 100)])
+def test_tokens_meet_the_first_matrix_of_their_lora(
+    native_kernels: None,
+    num_tokens: int,
+    size: int,
+    popularity: str,
+    dtype: torch.dtype,
+    popular_slots: Callable[[str, int], list[int]],
+    make_tiles: Callable[..., LoraTiles],
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    slots = popular_slots(popularity, num_tokens)
+    merged = torch.randn(num_tokens, size + 9, generator=generator).to(dtype)
+    x, tiles = merged[:, 5 : 5 + size], make_tiles(slots, 16, "cpu")
+    a, scales, ranks = test_lora_shrink.weights(size, torch.float32, generator)
+    assert native.supports_lora(x, a)
+    h = lora_shrink(x, a, scales, ranks, tiles)
+    test_lora_shrink.check(h, x, a, scales, slots, tiles.order.tolist())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("popularity", test_lora_shrink.POPULARITIES)
+@pytest.mark.parametrize("starts", [(0, 1), (0, 48, 64, 73), (0, 100, 130, 131)])
+def test_tokens_get_what_the_second_matrix_of_their_lora_adds(
+    native_kernels: None,
+    starts: tuple[int, ...],
+    popularity: str,
+    dtype: torch.dtype,
+    popular_slots: Callable[[str, int], list[int]],
+    make_tiles: Callable[..., LoraTiles],
+) -> None:
+    slots = popular_slots(popularity, 33)
+    tiles = make_tiles(slots, 16, "cpu")
+    out, h, b = test_lora_expand.inputs(starts, slots, tiles.order.tolist(), torch.float32)
+    merged = torch.randn(33, starts[-1] + 7).to(dtype)
+    written = merged[:, 3 : 3 + starts[-1]]
+    written.copy_(out)
+    around, before = merged[:, :3].clone(), written.clone()
+    ranks = torch.tensor(test_lora_expand.RANKS, dtype=torch.int32)[:, : len(starts) - 1].contiguous()
+    lora_expand(written, h, b, ranks, torch.tensor(starts, dtype=torch.int32), tiles)
+    assert_close(written, test_lora_expand.plain_answer(before, h, b, starts, slots, tiles.order.tolist()))
+    assert torch.equal(merged[:, :3], around)
+    others = [token for token, slot in enumerate(slots) if slot < 0]
+    assert torch.equal(written[others], before[others])
+
+
+@pytest.mark.parametrize("max_rank", [5, 24])
+def test_loras_whose_rows_do_not_fill_registers(
+    native_kernels: None, max_rank: int, make_tiles: Callable[..., LoraTiles]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, a = torch.randn(3, 20, generator=generator), torch.randn(1, 1, max_rank, 20, generator=generator)
+    b, tiles = torch.randn(1, 37, max_rank, generator=generator), make_tiles([0, -1, 0], 16, "cpu")
+    scales, ranks = torch.full((1, 1), 0.5), torch.full((1, 1), max_rank, dtype=torch.int32)
+    out = torch.zeros(3, 37)
+    h = lora_shrink(x, a, scales, ranks, tiles)
+    lora_expand(out, h, b, ranks, torch.tensor([0, 37], dtype=torch.int32), tiles)
+    expected = (x.double() @ a[0, 0].double().T * 0.5) @ b[0].double().T
+    expected[1] = 0
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_token_gets_the_same_of_its_lora_in_any_batch_and_on_any_threads(
+    native_kernels: None, make_tiles: Callable[..., LoraTiles]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    slots = [(token % 6) - 1 for token in range(64)]
+    x = torch.randn(64, 300, generator=generator)
+    a, scales, ranks = test_lora_shrink.weights(300, torch.float32, generator)
+    b = torch.randn(6, 90, 64, generator=generator)
+    starts = torch.tensor([0, 70, 90], dtype=torch.int32)
+
+    def compute(first: int, last: int) -> torch.Tensor:
+        out, tiles = torch.zeros(last - first, 90), make_tiles(slots[first:last], 64, "cpu")
+        lora_expand(out, lora_shrink(x[first:last], a, scales, ranks, tiles), b, ranks, starts, tiles)
+        return out
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        together = compute(0, 64)
+        torch.set_num_threads(2)
+        assert torch.equal(compute(0, 64), together)
+    finally:
+        torch.set_num_threads(threads)
+    for first, last in ((0, 1), (5, 30), (63, 64)):
+        assert torch.equal(compute(first, last), together[first:last])
 
 
 def test_a_library_is_compiled_once(

@@ -31,6 +31,13 @@ def test_what_is_larger_than_a_region_has_one_of_its_own(monkeypatch: pytest.Mon
         assert torch.equal(copy, torch.full((size,), size % 251, dtype=torch.uint8))
 
 
+def test_small_regions_may_be_asked_for() -> None:
+    pages = HugePages(4096)
+    first, second = (pages.copy(torch.zeros(3000, dtype=torch.uint8)) for _ in range(2))
+    assert first.untyped_storage().nbytes() == second.untyped_storage().nbytes() == 4096
+    assert first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr()
+
+
 def test_a_region_goes_with_the_last_tensor_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     regions: list[weakref.ref[mmap.mmap]] = []
     make = mmap.mmap

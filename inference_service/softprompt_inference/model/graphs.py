@@ -3,6 +3,8 @@
 A graph replays fixed kernels over fixed memory. So there is one for each of a few batch sizes (buckets), captured
 over buffers that every step fills anew; a step takes the next larger bucket and pads it. A padding row computes
 token 0 at position 0, writes its key and value to a scratch page that no sequence holds, and sees only that.
+
+Steps with a LoRA have graphs of their own, in which every linear looks for it in the step's tiles.
 """
 
 import warnings
@@ -11,13 +13,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from softprompt_kernels.lora_tiles import LoraTiles
 from torch import Tensor
 
 from softprompt_inference.engine.plan import Chunk
 from softprompt_inference.model.attention import StepBatch
+from softprompt_inference.model.lora.context import TileBuffers
 
-# Token ids [n] int64, positions [n] int64 and the step's geometry → logits [n, vocabulary].
-Compute = Callable[[Tensor, Tensor, StepBatch], Tensor]
+# Token ids [n] int64, positions [n] int64, the step's geometry and its LoRAs' tiles → logits [n, vocabulary].
+Compute = Callable[[Tensor, Tensor, StepBatch, LoraTiles | None], Tensor]
 # Takes what a replay shall do, and may run it; returns the replay.
 Capture = Callable[[Callable[[], None]], Callable[[], object]]
 
@@ -75,6 +79,7 @@ class DecodeGraphs:
         max_pages: most pages of one sequence.
         page_size: positions in one page.
         scratch_page: a page that no sequence holds.
+        max_loras: most LoRAs of one step; 0: steps with LoRAs are not captured.
         device: where `compute` wants its inputs.
         capture: makes a replay; `CudaCapture` on a GPU.
     """
@@ -87,6 +92,7 @@ class DecodeGraphs:
         max_pages: int,
         page_size: int,
         scratch_page: int,
+        max_loras: int = 0,
         device: torch.device,
         capture: Capture,
     ) -> None:
@@ -108,20 +114,33 @@ class DecodeGraphs:
         self._host_table = torch.full(table_shape, scratch_page, dtype=torch.int32).numpy()
         self._rows: list[list[int]] = [[scratch_page] for _ in range(max_sequences)]
 
+        self._tiles = TileBuffers(max_sequences, max_loras, device) if max_loras else None
+
         self._buckets = decode_buckets(max_sequences)
         self._fill([], max_sequences)
-        self._logits = torch.empty_like(self._compute_logits(max_sequences))
+        self._logits = torch.empty_like(self._compute_logits(max_sequences, with_lora=False))
         if on_cuda:
             torch.cuda.empty_cache()  # memory cannot be taken back from the cache while a graph is captured
-        self._replays = {size: capture(partial(self._compute, size)) for size in reversed(self._buckets)}
+        self._replays = {
+            (size, with_lora): capture(partial(self._compute, size, with_lora=with_lora))
+            for with_lora in ((True, False) if max_loras else (False,))  # the first takes the most memory
+            for size in reversed(self._buckets)
+        }
 
     @property
     def max_sequences(self) -> int:
         """The most sequences of one step."""
         return self._buckets[-1]
 
+    @property
+    def takes_loras(self) -> bool:
+        """Whether steps with LoRAs were captured."""
+        return self._tiles is not None
+
     def run(self, chunks: Sequence[Chunk], token_ids: Tensor | None = None) -> Tensor:
         """Compute one token of each of 1 … max_sequences sequences, none of them a virtual token.
+
+        With a LoRA only where `takes_loras`.
 
         Args:
             token_ids: [n] int64, on the device: computed in place of those that the chunks hold.
@@ -129,17 +148,18 @@ class DecodeGraphs:
         Returns the logits of all of them, [n, vocabulary], in memory that the next run writes again.
         """
         size = self._buckets[bisect_left(self._buckets, len(chunks))]
-        self._fill(chunks, size)
+        with_lora = any(chunk.lora >= 0 for chunk in chunks)
+        self._fill(chunks, size, with_lora=with_lora)
         if token_ids is not None:
             self._inputs[0, : len(chunks)].copy_(token_ids)
-        self._replays[size]()
+        self._replays[size, with_lora]()
         return self._logits[: len(chunks)]
 
-    def _compute(self, size: int) -> None:
+    def _compute(self, size: int, *, with_lora: bool) -> None:
         """What is captured. The logits of all buckets share one buffer: memory of the pool is used again."""
-        self._logits[:size].copy_(self._compute_logits(size))
+        self._logits[:size].copy_(self._compute_logits(size, with_lora=with_lora))
 
-    def _compute_logits(self, size: int) -> Tensor:
+    def _compute_logits(self, size: int, *, with_lora: bool) -> Tensor:
         token_ids, positions, slots, context_lens = self._inputs[:, :size]
         self._context_lens[:size].copy_(context_lens)
         batch = StepBatch(
@@ -149,9 +169,10 @@ class DecodeGraphs:
             context_lens=self._context_lens[:size],
             page_size=self._page_size,
         )
-        return self._model(token_ids, positions, batch)
+        tiles = self._tiles.view(size) if with_lora and self._tiles is not None else None
+        return self._model(token_ids, positions, batch, tiles)
 
-    def _fill(self, chunks: Sequence[Chunk], size: int) -> None:
+    def _fill(self, chunks: Sequence[Chunk], size: int, *, with_lora: bool = False) -> None:
         """Bring the step and its padding into the static buffers."""
         if self._copied is not None:
             self._copied.synchronize()  # the last step's copies have left the staging memory
@@ -166,6 +187,8 @@ class DecodeGraphs:
         inputs[:, count:size] = [[0], [0], [self._scratch_page * page_size], [1]]
         self._inputs.copy_(self._staged_inputs, non_blocking=True)
         self._fill_page_table(rows + [[self._scratch_page]] * (size - count))
+        if with_lora and self._tiles is not None:
+            self._tiles.fill([chunk.lora for chunk in chunks])
         if self._copied is not None:
             self._copied.record()
 

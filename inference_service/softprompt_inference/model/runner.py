@@ -10,6 +10,7 @@ from softprompt_api.errors import InvalidArgument
 from softprompt_api.params import SamplingParams
 from softprompt_kernels import native
 from softprompt_kernels.embed_gather import embed_gather
+from softprompt_kernels.lora_tiles import LoraTiles
 from torch import Tensor
 
 from softprompt_inference.engine.config import EngineConfig
@@ -29,7 +30,7 @@ from softprompt_inference.model.graphs import Capture, CudaCapture, DecodeGraphs
 from softprompt_inference.model.kv_pages import KVPages
 from softprompt_inference.model.loader import LoadedModel, load_model
 from softprompt_inference.model.lora.context import build_tiles
-from softprompt_inference.model.lora.loras import Loras
+from softprompt_inference.model.lora.loras import Loras, plan_fixed_bytes
 from softprompt_inference.model.rows import KeyValueRows, VirtualRows
 from softprompt_inference.model.sampler import Choices
 from softprompt_inference.model.transfer import upload
@@ -38,9 +39,16 @@ _log = logging.getLogger(__name__)
 
 
 class ModelRunner:
-    """A loaded model with its KV pages, and the rows and LoRAs of resident adapters; the engine's `Runner`."""
+    """A loaded model with its KV pages, and the rows and LoRAs of resident adapters; the engine's `Runner`.
 
-    def __init__(self, loaded: LoadedModel, *, page_size: int, max_loras: int) -> None:
+    Args:
+        fixed_lora_rank: the highest rank of a LoRA, for which all slots get their memory at once; None: each takes
+            what it needs.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, *, page_size: int, max_loras: int, fixed_lora_rank: int | None = None
+    ) -> None:
         self.loaded = loaded
         self.info: ModelInfo
         self._page_size = page_size
@@ -56,7 +64,20 @@ class ModelRunner:
             loaded.dtype,
             is_pinned=loaded.device.type == "cuda",
         )
-        self._loras = Loras(loaded.model, loaded.linears, loaded.lora, max_loras=max_loras, device=loaded.device)
+        self._max_loras = max_loras
+        self._loras = Loras(
+            loaded.model,
+            loaded.linears,
+            loaded.lora,
+            max_loras=max_loras,
+            device=loaded.device,
+            fixed_rank=fixed_lora_rank,
+        )
+
+    @property
+    def lora_bytes(self) -> int:
+        """Memory of the LoRAs on the device, and of slots that have theirs already."""
+        return self._loras.num_bytes
 
     def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
         """Make ids first_id … first_id + num_virtual_tokens − 1 stand for the adapter's rows."""
@@ -100,6 +121,7 @@ class ModelRunner:
             max_pages=-(-max_model_len // self._page_size),
             page_size=self._page_size,
             scratch_page=self._num_pages,
+            max_loras=self._max_loras,
             device=self.loaded.device,
             capture=capture,
         )
@@ -139,7 +161,7 @@ class ModelRunner:
 
         token_ids: [n] int64, in place of those of the chunks, which have one each
         """
-        if self._decodes is not None and self._are_decodes(chunks, self._decodes.max_sequences):
+        if self._decodes is not None and self._are_decodes(chunks, self._decodes):
             logits = self._decodes.run(chunks, token_ids)
             wanted = [i for i, chunk in enumerate(chunks) if chunk.sample is not None]
             return logits if len(wanted) == len(chunks) else logits[self._to_device(wanted)]
@@ -170,20 +192,27 @@ class ModelRunner:
             self._context.batch = None
             self.loaded.lora.tiles = None
 
-    def _are_decodes(self, chunks: Sequence[Chunk], max_sequences: int) -> bool:
+    def _are_decodes(self, chunks: Sequence[Chunk], decodes: DecodeGraphs) -> bool:
         vocab_size = self.loaded.vocab_size
-        return len(chunks) <= max_sequences and all(
-            len(chunk.token_ids) == 1 and chunk.token_ids[0] < vocab_size and chunk.lora < 0 for chunk in chunks
+        return len(chunks) <= decodes.max_sequences and all(
+            len(chunk.token_ids) == 1
+            and chunk.token_ids[0] < vocab_size
+            and (chunk.lora < 0 or decodes.takes_loras)
+            for chunk in chunks
         )
 
-    def _compute_decodes(self, token_ids: Tensor, positions: Tensor, batch: StepBatch) -> Tensor:
+    def _compute_decodes(
+        self, token_ids: Tensor, positions: Tensor, batch: StepBatch, tiles: LoraTiles | None
+    ) -> Tensor:
         """One text token for each sequence; logits of all: [n, vocabulary]. Never waits for the device."""
         self._context.batch = batch
+        self.loaded.lora.tiles = tiles
         try:
             rows = torch.arange(len(token_ids), device=token_ids.device)
             return self.loaded.logits(self.loaded.embedding(token_ids), positions, rows)
         finally:
             self._context.batch = None
+            self.loaded.lora.tiles = None
 
     def _embed(self, token_ids: list[int]) -> Tensor:
         """Text through the model's own embedding (some scale there), adapter rows as they are: [T, hidden]."""
@@ -220,7 +249,12 @@ def load_runner(config: EngineConfig, report: Callable[[str], None]) -> ModelRun
     if config.native_cache_dir is not None and device.type == "cpu":
         _use_native_kernels(Path(config.native_cache_dir), report)
     loaded = load_model(config, report)
-    runner = ModelRunner(loaded, page_size=config.page_size, max_loras=config.max_loras)
+    runner = ModelRunner(
+        loaded,
+        page_size=config.page_size,
+        max_loras=config.max_loras,
+        fixed_lora_rank=_reserve_loras(config, loaded, budget, report),
+    )
     report("warming up")
     step_bytes = _warm_up(runner, config)
     bytes_per_page = page_bytes(loaded.layers, page_size=config.page_size, dtype=loaded.dtype)
@@ -229,8 +263,9 @@ def load_runner(config: EngineConfig, report: Callable[[str], None]) -> ModelRun
         kv_cache_bytes = hardware.plan_kv_cache_bytes(device, budget) - step_bytes
     num_pages = kv_cache_bytes // bytes_per_page
     if num_pages < 1:
+        beside = f", beside {runner.lora_bytes} for LoRAs" if runner.lora_bytes else ""
         raise InvalidArgument(
-            f"one KV page takes {bytes_per_page} bytes, but kv_cache_bytes is {kv_cache_bytes}",
+            f"one KV page takes {bytes_per_page} bytes, but kv_cache_bytes is {kv_cache_bytes}{beside}",
             field="kv_cache_bytes",
         )
     max_model_len = _plan_max_model_len(config, loaded, num_pages)
@@ -258,6 +293,23 @@ def load_runner(config: EngineConfig, report: Callable[[str], None]) -> ModelRun
         no_key_values=loaded.no_key_values,
     )
     return runner
+
+
+def _reserve_loras(
+    config: EngineConfig, loaded: LoadedModel, budget: hardware.GpuBudget | None, report: Callable[[str], None]
+) -> int | None:
+    """The rank that all slots get memory for at once, on a GPU: what is left is planned for KV pages, and captured
+    decodes find the weights where they were."""
+    if loaded.device.type != "cuda":
+        return None
+    num_bytes = plan_fixed_bytes(
+        loaded.linears,
+        max_loras=config.max_loras,
+        max_rank=config.max_lora_rank,
+        free_bytes=hardware.plan_kv_cache_bytes(loaded.device, budget),
+    )
+    report(f"reserving {num_bytes / 2**20:.0f} MiB for {config.max_loras} LoRAs of rank {config.max_lora_rank}")
+    return config.max_lora_rank
 
 
 def _use_native_kernels(cache_dir: Path, report: Callable[[str], None]) -> None:
@@ -331,4 +383,5 @@ def _warm_up(runner: ModelRunner, config: EngineConfig) -> int:
         # Logits that someone edits are copied, and drawn from by another variant of the kernel.
         chunks[0] = replace(chunks[0], sample=replace(sample, banned_ids=(0,)))
         runner.run(StepPlan(chunks=chunks))
+        runner.run(StepPlan(chunks=[replace(chunk, lora=0) for chunk in chunks]))
     return torch.cuda.max_memory_allocated(device) - before_bytes if on_cuda else 0

@@ -18,6 +18,7 @@ tiles                      see `lora_tiles`
 import torch
 from torch import Tensor
 
+from softprompt_kernels import native
 from softprompt_kernels.lora_expand.reference import lora_expand as _reference
 from softprompt_kernels.lora_tiles import LoraTiles
 
@@ -36,6 +37,8 @@ def lora_expand(out: Tensor, h: Tensor, b: Tensor, ranks: Tensor, starts: Tensor
         from softprompt_kernels.lora_expand.kernel import lora_expand as _kernel
 
         _kernel(out, h, b, ranks, starts, tiles)
+    elif native.supports_lora(out, b):
+        native.lora_expand(out, h, b, ranks, starts, tiles)
     else:
         _reference(out, h, b, ranks, starts, tiles)
 

@@ -1,4 +1,4 @@
-"""`lora_expand` in plain torch: the CPU path, and what the Triton kernel is held to."""
+"""`lora_expand` in plain torch: the path of CPUs without native kernels, and what the others are held to."""
 
 from itertools import pairwise
 

@@ -21,6 +21,7 @@ h       [n, S, R]          like a, contiguous; sums in float32, rounded once; va
 import torch
 from torch import Tensor
 
+from softprompt_kernels import native
 from softprompt_kernels.lora_shrink.reference import lora_shrink as _reference
 from softprompt_kernels.lora_tiles import LoraTiles
 
@@ -39,6 +40,8 @@ def lora_shrink(x: Tensor, a: Tensor, scales: Tensor, ranks: Tensor, tiles: Lora
         from softprompt_kernels.lora_shrink.kernel import lora_shrink as _kernel
 
         return _kernel(x, a, scales, ranks, tiles)
+    if native.supports_lora(x, a):
+        return native.lora_shrink(x, a, scales, ranks, tiles)
     return _reference(x, a, scales, ranks, tiles)
 
 

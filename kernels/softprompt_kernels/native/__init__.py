@@ -12,18 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softprompt_kernels.lora_tiles import LoraTiles
 from softprompt_kernels.native.library import CannotCompile
 from softprompt_kernels.native.library import load as _load
+from softprompt_kernels.native.lora import LoraStep, PackedLoras
 from softprompt_kernels.native.memory import HugePages
+from softprompt_kernels.native.panels import PANEL, pack_panels
 
 __all__ = [
     "CannotCompile",
+    "LoraStep",
+    "PackedLoras",
     "argmax",
     "is_loaded",
     "kv_write",
     "linear",
     "load",
     "loaded",
+    "lora_expand",
+    "lora_shrink",
     "pack_bias",
     "pack_gated",
     "pack_gated_bias",
@@ -37,6 +44,7 @@ __all__ = [
     "supports",
     "supports_chunks",
     "supports_linear",
+    "supports_lora",
     "supports_rows",
     "unload",
 ]
@@ -44,8 +52,6 @@ __all__ = [
 MAX_HEAD_DIM = 256
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"identity": 0, "silu": 1, "gelu_tanh": 2}
-# Columns of weights that are computed together.
-_PANEL = 16
 _library: ctypes.CDLL | None = None
 _weights = HugePages()
 
@@ -76,13 +82,13 @@ def load(cache_dir: Path) -> None:
     library.softprompt_rope.argtypes = [*[c_void_p] * 6, *[c_int64] * 7, *[c_int] * 6]
     library.softprompt_rope.restype = None
     library.softprompt_has_linear.restype = c_int
-    library.softprompt_linear.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 3]
-    library.softprompt_linear.restype = None
+    library.softprompt_linear.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 2, *[c_void_p] * 2, c_int]
+    library.softprompt_linear.restype = c_int
     library.softprompt_paged_chunk.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 5, c_float, c_int]
     library.softprompt_paged_chunk.restype = c_int
-    library.softprompt_layer_before.argtypes = [*[c_void_p] * 8, *[c_int64] * 3, c_int, c_int]
+    library.softprompt_layer_before.argtypes = [*[c_void_p] * 8, *[c_int64] * 3, c_int, c_void_p, c_int]
     library.softprompt_layer_before.restype = c_int
-    library.softprompt_layer_after.argtypes = [*[c_void_p] * 7, c_int64, c_int]
+    library.softprompt_layer_after.argtypes = [*[c_void_p] * 7, c_int64, c_void_p, c_int]
     library.softprompt_layer_after.restype = c_int
     library.softprompt_layers.argtypes = [
         *[c_void_p] * 3,
@@ -90,11 +96,16 @@ def load(cache_dir: Path) -> None:
         *[c_void_p] * 6,
         *[c_int64] * 3,
         c_int,
+        c_void_p,
         c_int,
     ]
     library.softprompt_layers.restype = c_int
     library.softprompt_argmax.argtypes = [c_void_p, c_void_p, *[c_int64] * 3, c_int, c_int]
     library.softprompt_argmax.restype = None
+    library.softprompt_lora_shrink_rows.argtypes = [*[c_void_p] * 7, *[c_int64] * 6, c_int, c_int]
+    library.softprompt_lora_shrink_rows.restype = c_int
+    library.softprompt_lora_expand_rows.argtypes = [*[c_void_p] * 7, *[c_int64] * 5, c_int, c_int]
+    library.softprompt_lora_expand_rows.restype = None
     _library = library
 
 
@@ -194,7 +205,7 @@ def paged_decode(
 
 def prefix_room(rows: int, num_heads: int, dim: int) -> Tensor:
     """Where `paged_prefix` writes, for so many rows of queries: sums, top scores and totals, in float32."""
-    return torch.empty(rows, num_heads, dim + _PANEL)
+    return torch.empty(rows, num_heads, dim + PANEL)
 
 
 def paged_prefix(
@@ -380,6 +391,54 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return q_out, k_out
 
 
+def supports_lora(x: Tensor, weights: Tensor) -> bool:
+    """Whether kernels are loaded for LoRAs of these weights, which x is multiplied with or added to."""
+    return supports_rows(x) and weights.dtype == torch.float32
+
+
+def lora_shrink(x: Tensor, a: Tensor, scales: Tensor, ranks: Tensor, tiles: LoraTiles) -> Tensor:
+    """Arguments as in `softprompt_kernels.lora_shrink`, a in float32. A token has the same values in any batch."""
+    assert _library is not None
+    h = torch.empty((len(tiles.order), *a.shape[1:3]), dtype=torch.float32)
+    failed = _library.softprompt_lora_shrink_rows(
+        h.data_ptr(),
+        x.data_ptr(),
+        a.data_ptr(),
+        scales.data_ptr(),
+        ranks.data_ptr(),
+        tiles.order.data_ptr(),
+        tiles.tiles.data_ptr(),
+        len(tiles.tiles),
+        *h.shape,
+        x.shape[1],
+        x.stride(0),
+        DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("LoRA found no memory for a row")
+    return h
+
+
+def lora_expand(out: Tensor, h: Tensor, b: Tensor, ranks: Tensor, starts: Tensor, tiles: LoraTiles) -> None:
+    """Arguments as in `softprompt_kernels.lora_expand`, h and b in float32. Each token by itself, as above."""
+    assert _library is not None
+    _library.softprompt_lora_expand_rows(
+        out.data_ptr(),
+        h.data_ptr(),
+        b.data_ptr(),
+        ranks.data_ptr(),
+        starts.data_ptr(),
+        tiles.order.data_ptr(),
+        tiles.tiles.data_ptr(),
+        len(tiles.tiles),
+        *h.shape,
+        out.stride(0),
+        DTYPES[out.dtype],
+        torch.get_num_threads(),
+    )
+
+
 def supports_linear(weight: Tensor) -> bool:
     """Whether kernels are loaded, and this processor has the instructions, for such weights [out, in]."""
     if _library is None or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
@@ -389,31 +448,22 @@ def supports_linear(weight: Tensor) -> bool:
 
 def pack_linear(weight: Tensor) -> Tensor:
     """Weights [out, in] as `linear` reads them: [panels, in / 2, 16, 2], padded with zeros to pairs of panels."""
-    return _weights.copy(_panels(weight))
+    return _weights.copy(pack_panels(weight, together=2))
 
 
 def pack_gated(gate: Tensor, up: Tensor) -> Tensor:
     """Both weights [out, in] as `linear` reads them when `gated`: their panels take turns."""
-    panels = -(-len(gate) // _PANEL)
-    return _weights.copy(torch.stack([_panels(gate)[:panels], _panels(up)[:panels]], 1).flatten(0, 1))
-
-
-def _panels(weight: Tensor) -> Tensor:
-    columns, size = weight.shape
-    panels = -(-columns // (2 * _PANEL)) * 2
-    padded = weight.new_zeros(panels * _PANEL, size)
-    padded[:columns] = weight
-    return padded.view(panels, _PANEL, size // 2, 2).transpose(1, 2)
+    return _weights.copy(torch.stack([pack_panels(gate), pack_panels(up)], 1).flatten(0, 1))
 
 
 def pack_bias(bias: Tensor) -> Tensor:
     """A bias [out] beside `pack_linear`'s weights: [panels * 16] float32."""
-    return F.pad(bias.float(), (0, -len(bias) % (2 * _PANEL)))
+    return F.pad(bias.float(), (0, -len(bias) % (2 * PANEL)))
 
 
 def pack_gated_bias(gate: Tensor, up: Tensor) -> Tensor:
     """Both biases [out] beside `pack_gated`'s weights: [panels * 16] float32."""
-    both = [F.pad(bias.float(), (0, -len(bias) % _PANEL)).view(-1, _PANEL) for bias in (gate, up)]
+    both = [F.pad(bias.float(), (0, -len(bias) % PANEL)).view(-1, PANEL) for bias in (gate, up)]
     return torch.stack(both, 1).flatten()
 
 
@@ -425,10 +475,13 @@ def linear(
     columns: int,
     activation: str = "identity",
     gated: bool = False,
+    loras: PackedLoras | None = None,
+    step: LoraStep | None = None,
 ) -> Tensor:
     """act(x @ weight.T + bias), or, gated, act(x @ gate.T) * (x @ up.T): [..., columns] bfloat16.
 
-    Sums are made in float32, and each row's in the same order however many there are.
+    Sums are made in float32, and each row's in the same order however many there are. With `loras`, those that the
+    step's rows use change weight, or gate and up.
 
     x       [..., in]               bfloat16
     packed  by `pack_linear`, or by `pack_gated`
@@ -439,7 +492,7 @@ def linear(
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
-    _library.softprompt_linear(
+    failed = _library.softprompt_linear(
         out.data_ptr(),
         rows.data_ptr(),
         packed.data_ptr(),
@@ -451,6 +504,10 @@ def linear(
         packed.shape[1],
         ACTIVATIONS[activation],
         gated,
+        None if loras is None else loras.address,
+        None if step is None else step.address,
         torch.get_num_threads(),
     )
+    if failed:
+        raise MemoryError("a product found no memory for LoRA")
     return out

@@ -13,6 +13,7 @@ typedef struct {
     const void *weights;  // packed, see linear.c
     const float *bias;    // or NULL
     int64_t columns, size;
+    const LoraTable *loras;
 } Linear;
 
 typedef struct {
@@ -41,19 +42,20 @@ static int norm(void *out, const void *x, const Norm *n, int64_t rows, int64_t s
                                n->unit_offset, n->eps, num_threads);
 }
 
-static void product(void *out, const void *x, const Linear *l, const void *addend, int64_t rows, int activation,
-                    int gated, int num_threads) {
-    softprompt_linear(out, x, l->weights, l->bias, addend, rows, l->size, l->columns, l->size / 2, activation, gated,
-                      num_threads);
+static int product(void *out, const void *x, const Linear *l, const void *addend, int64_t rows, int activation,
+                   int gated, const LoraStep *step, int num_threads) {
+    return softprompt_linear(out, x, l->weights, l->bias, addend, rows, l->size, l->columns, l->size / 2, activation,
+                             gated, l->loras, step, num_threads);
 }
 
 // From hidden [rows, hidden]: norm, q/k/v in qkv [rows, heads + 2 * kv heads, dim], q [rows, heads, dim] and
-// k [rows, kv heads, dim] rotated; the values stay in qkv. Returns 0, or 1 where memory for a row was refused.
+// k [rows, kv heads, dim] rotated; the values stay in qkv. `step` may be NULL: then no row has a LoRA. Returns 0, or 1
+// where memory for a row was refused.
 int softprompt_layer_before(const Layer *layer, void *q, void *k, void *qkv, void *normed, const void *hidden,
                             const void *cosines, const void *sines, int64_t rows, int64_t cos_stride,
-                            int64_t sin_stride, int table_dtype, int num_threads) {
+                            int64_t sin_stride, int table_dtype, const LoraStep *step, int num_threads) {
     if (norm(normed, hidden, &layer->before, rows, layer->qkv.size, num_threads)) return 1;
-    product(qkv, normed, &layer->qkv, 0, rows, 0, 0, num_threads);
+    if (product(qkv, normed, &layer->qkv, 0, rows, 0, 0, step, num_threads)) return 1;
     const uint16_t *keys = (const uint16_t *)qkv + layer->num_heads * layer->head_dim;
     softprompt_rope(q, k, qkv, keys, cosines, sines, rows, layer->qkv.columns, layer->head_dim, layer->qkv.columns,
                     layer->head_dim, cos_stride, sin_stride, layer->num_heads, layer->num_kv_heads, layer->head_dim,
@@ -64,12 +66,11 @@ int softprompt_layer_before(const Layer *layer, void *q, void *k, void *qkv, voi
 // out = sum + mlp(norm(sum)), sum = hidden + attended @ out.T; attended [rows, heads * dim], the rest [rows, hidden]
 // but for the gate's product [rows, intermediate]. Returns as above.
 int softprompt_layer_after(const Layer *layer, void *out, void *sum, void *normed, void *gated, const void *attended,
-                           const void *hidden, int64_t rows, int num_threads) {
-    product(sum, attended, &layer->out, hidden, rows, 0, 0, num_threads);
-    if (norm(normed, sum, &layer->between, rows, layer->out.columns, num_threads)) return 1;
-    product(gated, normed, &layer->gated, 0, rows, layer->activation, 1, num_threads);
-    product(out, gated, &layer->down, sum, rows, 0, 0, num_threads);
-    return 0;
+                           const void *hidden, int64_t rows, const LoraStep *step, int num_threads) {
+    return product(sum, attended, &layer->out, hidden, rows, 0, 0, step, num_threads) ||
+           norm(normed, sum, &layer->between, rows, layer->out.columns, num_threads) ||
+           product(gated, normed, &layer->gated, 0, rows, layer->activation, 1, step, num_threads) ||
+           product(out, gated, &layer->down, sum, rows, 0, 0, step, num_threads);
 }
 
 // Writes the new keys and values into their pages, and attends to all of each sequence's.
@@ -106,7 +107,7 @@ static int attend(const Layer *layer, const Step *step, void *out, const uint16_
 int softprompt_layers(const Layer *layers, void *const *keys, void *const *values, int64_t num_layers,
                       const Step *step, void *out, uint16_t *scratch, const void *hidden, const void *cosines,
                       const void *sines, int64_t rows, int64_t cos_stride, int64_t sin_stride, int table_dtype,
-                      int num_threads) {
+                      const LoraStep *loras, int num_threads) {
     const int64_t width = layers->out.columns, q_width = (int64_t)layers->num_heads * layers->head_dim;
     uint16_t *q = scratch, *attended = q + rows * q_width, *qkv = attended + rows * q_width;
     uint16_t *k = qkv + rows * layers->qkv.columns, *normed = k + rows * layers->num_kv_heads * layers->head_dim;
@@ -116,10 +117,10 @@ int softprompt_layers(const Layer *layers, void *const *keys, void *const *value
         // A layer may write where it read: by then it needs the sum alone.
         void *to = i + 1 < num_layers ? between : out;
         if (softprompt_layer_before(layer, q, k, qkv, normed, hidden, cosines, sines, rows, cos_stride, sin_stride,
-                                    table_dtype, num_threads))
+                                    table_dtype, loras, num_threads))
             return 1;
         if (attend(layer, step, attended, q, keys[i], values[i], k, qkv, rows, num_threads)) return 1;
-        if (softprompt_layer_after(layer, to, sum, normed, gated, attended, hidden, rows, num_threads)) return 1;
+        if (softprompt_layer_after(layer, to, sum, normed, gated, attended, hidden, rows, loras, num_threads)) return 1;
         hidden = between;
     }
     return 0;

@@ -17,7 +17,13 @@ class _Norm(ctypes.Structure):
 
 
 class _Linear(ctypes.Structure):
-    _fields_ = [("weights", c_void_p), ("bias", c_void_p), ("columns", c_int64), ("size", c_int64)]
+    _fields_ = [
+        ("weights", c_void_p),
+        ("bias", c_void_p),
+        ("columns", c_int64),
+        ("size", c_int64),
+        ("loras", c_void_p),
+    ]
 
 
 class _Layer(ctypes.Structure):
@@ -58,11 +64,13 @@ class LinearWeights:
 
     Attributes:
         columns: of its result.
+        loras: that may change it.
     """
 
     packed: Tensor
     bias: Tensor | None
     columns: int
+    loras: native.PackedLoras
 
 
 class DecoderLayer:
@@ -111,11 +119,14 @@ class DecoderLayer:
         """Heads, key heads, head dimension, columns of the products for all three, of the gate's, hidden size."""
         return (*self._heads, *self._columns, self._layer.out.columns)
 
-    def before(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def before(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, step: native.LoraStep | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, D], and keys and values [T, Hkv, D], of hidden states.
 
         hidden    [T, hidden] bfloat16   contiguous
         cos, sin  [T, D]                 dense rows
+        step                             which LoRAs the tokens use; None: none
         """
         rows = len(hidden)
         num_heads, num_kv_heads, dim = self._heads
@@ -136,17 +147,18 @@ class DecoderLayer:
             cos.stride(0),
             sin.stride(0),
             native.DTYPES[cos.dtype],
+            None if step is None else step.address,
             torch.get_num_threads(),
         )
         if failed:
             raise MemoryError("a norm found no memory for a row")
         return q, k, qkv[:, -num_kv_heads * dim :].view(rows, num_kv_heads, dim)
 
-    def after(self, attended: Tensor, hidden: Tensor) -> Tensor:
+    def after(self, attended: Tensor, hidden: Tensor, step: native.LoraStep | None = None) -> Tensor:
         """The layer's answer [T, hidden].
 
-        attended  [T, H, D]     contiguous
-        hidden    [T, hidden]   as given to `before`
+        attended      [T, H, D]     contiguous
+        hidden, step  [T, hidden]   as given to `before`
         """
         rows = len(hidden)
         out, total, normed = (torch.empty_like(hidden) for _ in range(3))
@@ -160,6 +172,7 @@ class DecoderLayer:
             attended.data_ptr(),
             hidden.data_ptr(),
             rows,
+            None if step is None else step.address,
             torch.get_num_threads(),
         )
         if failed:
@@ -195,6 +208,7 @@ class DecoderLayers:
         page_table: Tensor,
         context_lens: Tensor,
         plan: Plan,
+        loras: native.LoraStep | None = None,
     ) -> Tensor:
         """The last layer's answer [T, hidden]; keys and values are written.
 
@@ -202,6 +216,7 @@ class DecoderLayers:
         cos, sin  [T, D]                 dense rows
         pages                            keys and values of each layer, which `native.supports`
         plan                             of `paged_attention`, without groups
+        loras                            which LoRAs the tokens use; None: none
 
         The others as in `paged_attention` and `kv_write`.
         """
@@ -247,6 +262,7 @@ class DecoderLayers:
             cos.stride(0),
             sin.stride(0),
             native.DTYPES[cos.dtype],
+            None if loras is None else loras.address,
             torch.get_num_threads(),
         )
         if failed:
@@ -260,4 +276,4 @@ def _pointers(tensors: Sequence[Tensor]) -> "ctypes.Array[c_void_p]":
 
 def _linear(part: LinearWeights) -> _Linear:
     bias = None if part.bias is None else part.bias.data_ptr()
-    return _Linear(part.packed.data_ptr(), bias, part.columns, 2 * part.packed.shape[1])
+    return _Linear(part.packed.data_ptr(), bias, part.columns, 2 * part.packed.shape[1], part.loras.address)

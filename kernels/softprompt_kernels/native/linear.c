@@ -11,14 +11,19 @@
 
 int softprompt_has_linear(void) { return 0; }
 
-void softprompt_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
-                       int64_t rows, int64_t x_row, int64_t columns, int64_t pairs, int activation, int gated,
-                       int num_threads) {}
+int softprompt_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
+                      int64_t rows, int64_t x_row, int64_t columns, int64_t pairs, int activation, int gated,
+                      const LoraTable *table, const LoraStep *step, int num_threads) {
+    return 0;
+}
 
 #else
 
 #include "amx.h"
+#include "lora.h"
 #include "tile.h"
+
+#include <stdlib.h>
 
 enum { IDENTITY = 0, SILU = 1, GELU_TANH = 2 };
 
@@ -30,6 +35,8 @@ typedef struct {
     int64_t pairs;            // K / 2
     const uint16_t *next;     // is fetched into the cache meanwhile; or NULL
     int activation, gated;
+    const LoraRows *lora;  // or NULL
+    int64_t row, panel;    // the first row, and of these panels the first, as LoRA counts them
 } Panels;
 
 // SiLU is x * sigmoid(x); GELU by tanh is x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3).
@@ -69,12 +76,23 @@ static inline void finish(__m512 a, __m512 b, const Panels *w, uint16_t *out, co
     }
 }
 
+// Through memory of its own, so that sums without LoRA stay in registers.
+static inline __attribute__((always_inline)) void add_lora(int rows, __m512 sums[MAX_ROWS][PANELS], const Panels *w) {
+    float added[MAX_ROWS][PANELS][LANES];
+    for (int m = 0; m < rows; m++)
+        for (int v = 0; v < PANELS; v++) _mm512_storeu_ps(added[m][v], sums[m][v]);
+    softprompt_lora_add(added[0][0], w->lora, w->row, rows, w->panel);
+    for (int m = 0; m < rows; m++)
+        for (int v = 0; v < PANELS; v++) sums[m][v] = _mm512_loadu_ps(added[m][v]);
+}
+
 // `rows` is a number the compiler knows, so the sums stay in registers.
 static inline __attribute__((always_inline)) void tile(int rows, const uint16_t *x, int64_t x_row, const Panels *w,
                                                        uint16_t *out, const uint16_t *addend, int64_t out_row,
                                                        int64_t columns) {
     __m512 sums[MAX_ROWS][PANELS];
     multiply(rows, sums, x, x_row, w->weights, w->pairs * 2 * LANES, w->pairs, w->next);
+    if (w->lora) add_lora(rows, sums, w);
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++)
         finish(sums[m][0], sums[m][1], w, out + m * out_row, addend ? addend + m * out_row : 0, columns);
@@ -99,6 +117,7 @@ static void amx_rows(int64_t rows, const uint16_t *x, int64_t x_row, const Panel
                      const uint16_t *addend, int64_t out_row, int64_t columns) {
     float sums[AMX_ROWS][2 * LANES];
     amx_multiply(rows, sums[0], 2 * LANES, x, x_row, w->weights, w->pairs * 2 * LANES, w->pairs, w->next);
+    if (w->lora) softprompt_lora_add(sums[0], w->lora, w->row, rows, w->panel);
     for (int64_t m = 0; m < rows; m++)
         finish(_mm512_loadu_ps(sums[m]), _mm512_loadu_ps(sums[m] + LANES), w, out + m * out_row,
                addend ? addend + m * out_row : 0, columns);
@@ -106,20 +125,24 @@ static void amx_rows(int64_t rows, const uint16_t *x, int64_t x_row, const Panel
 
 // out [rows, columns] = act(x [rows, K] @ w.T + bias) + addend (like out, or NULL); gated: act(x @ gate.T + bias) *
 // (x @ up.T + bias), where gate's and up's panels take turns. The weights' columns, and the bias in float32, are padded
-// to pairs of panels.
-void softprompt_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
-                       int64_t rows, int64_t x_row, int64_t columns, int64_t pairs, int activation, int gated,
-                       int num_threads) {
+// to pairs of panels. `table` and `step`: LoRA, or NULL.
+int softprompt_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
+                      int64_t rows, int64_t x_row, int64_t columns, int64_t pairs, int activation, int gated,
+                      const LoraTable *table, const LoraStep *step, int num_threads) {
+    LoraRows lora;
+    if (softprompt_lora_begin(&lora, table, step, rows)) return 1;
     const int64_t width = gated ? LANES : PANELS * LANES, both = pairs * 2 * LANES * PANELS;
     const int amx = has_amx && pairs % AMX_PAIRS == 0, most = amx ? AMX_ROWS : MAX_ROWS;
     const int64_t groups = (columns + width - 1) / width, blocks = (rows + most - 1) / most;
     const int64_t work = rows * groups * both;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1 && work > PARALLEL_WORK)
     {
+        if (lora.h) softprompt_lora_shrink(&lora, step, x, x_row, pairs);
         int64_t shaped = 0;
 #pragma omp for schedule(static)
         for (int64_t group = 0; group < groups; group++) {
-            Panels w = {.pairs = pairs, .activation = activation, .gated = gated};
+            Panels w = {.pairs = pairs, .activation = activation, .gated = gated, .panel = group * PANELS};
+            w.lora = lora.h ? &lora : 0;
             w.weights = (const uint16_t *)weights + group * both;
             w.bias = bias ? bias + group * PANELS * LANES : 0;
             for (int64_t block = 0; block < blocks; block++) {
@@ -128,6 +151,7 @@ void softprompt_linear(void *out, const void *x, const void *weights, const floa
                 const int64_t place = start * columns + group * width, rest = columns - group * width;
                 uint16_t *to = (uint16_t *)out + place;
                 const uint16_t *plus = addend ? (const uint16_t *)addend + place : 0;
+                w.row = start;
                 // The last pass over a group fetches the next one.
                 w.next = block == blocks - 1 && group + 1 < groups ? w.weights + both : 0;
                 if (amx) {
@@ -140,6 +164,8 @@ void softprompt_linear(void *out, const void *x, const void *weights, const floa
         }
         if (shaped) amx_release();
     }
+    free(lora.slots);
+    return 0;
 }
 
 #endif

@@ -16,9 +16,14 @@ _ALIGNMENT = 64
 
 
 class HugePages:
-    """Gives out parts of large regions. A region is given back when the last tensor in it is gone."""
+    """Gives out parts of large regions. A region is given back when the last tensor in it is gone.
 
-    def __init__(self) -> None:
+    Args:
+        region_bytes: of each; None: many.
+    """
+
+    def __init__(self, region_bytes: int | None = None) -> None:
+        self._region_bytes = region_bytes
         self._left = torch.empty(0, dtype=torch.uint8)
 
     def copy(self, tensor: Tensor) -> Tensor:
@@ -26,7 +31,7 @@ class HugePages:
         size = tensor.numel() * tensor.element_size()
         taken = math.ceil(size / _ALIGNMENT) * _ALIGNMENT
         if taken > len(self._left):
-            self._left = _map(max(taken, _REGION_BYTES))
+            self._left = _map(max(taken, self._region_bytes or _REGION_BYTES))
         place, self._left = self._left[:size], self._left[taken:]
         return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 

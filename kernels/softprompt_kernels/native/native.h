@@ -44,8 +44,29 @@ int softprompt_has_linear(void);
 // Whether this process may use the tiles of AMX.
 int softprompt_has_amx(void);
 
-void softprompt_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
-                       int64_t rows, int64_t x_row, int64_t columns, int64_t pairs, int activation, int gated,
-                       int num_threads);
+// The LoRAs of one product, by slot; for what a slot does not change, ranks are 0. A product may compute several linears:
+// its slices. All of it in bfloat16, laid out as weights are.
+typedef struct {
+    const uint16_t *const *a;  // [slots][slices], each [rank / LANES][K / 2][LANES][2]
+    const uint16_t *const *b;  // [slots][slices], each [panels of the slice][rank / 2][LANES][2]
+    const int32_t *ranks;      // [slots][slices]
+    const float *scales;       // [slots][slices]
+    const int32_t *slices;     // of the product's panels; -1: padding
+    const int32_t *places;     // of the product's panels, among those of their slices
+    int32_t num_slices, stride;  // from one group of panels to the next, so many places
+    int32_t max_rank;            // a multiple of LANES; 0: no slot changes the product
+} LoraTable;
+
+// Which slots the rows of a step use: rows order[first] and the `count - 1` behind it use one slot.
+typedef struct {
+    const int64_t *order;
+    const int32_t *tiles;  // [num_tiles][3]: slot, first, count
+    int64_t num_tiles;
+} LoraStep;
+
+// Returns 0, or 1 where memory for LoRA was refused.
+int softprompt_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
+                      int64_t rows, int64_t x_row, int64_t columns, int64_t pairs, int activation, int gated,
+                      const LoraTable *table, const LoraStep *step, int num_threads);
 
 #endif

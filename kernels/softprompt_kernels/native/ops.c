@@ -611,3 +611,92 @@ void softprompt_argmax(int64_t *columns, const void *x, int64_t n, int64_t size,
         columns[row] = at;
     }
 }
+
+// `size` elements of x times each of `count` rows of a, which lie `a_row` elements apart: lane j is row j's sum. What is
+// behind the last element may be anything.
+static inline vec dots(const float *x, const float *a, int64_t a_row, int64_t count, int64_t size) {
+    vec products[LANES], rest, part;
+    const int64_t whole = size / LANES * LANES, left = size - whole;
+    int_vec kept;
+    load_padded(&rest, x, whole, (int)left, 1, FLOAT32);
+    for (int lane = 0; lane < LANES; lane++) kept[lane] = lane < left ? ~0u : 0;
+    for (int64_t j = 0; j < LANES; j += 4) {
+        vec sums[4] = {{0}, {0}, {0}, {0}};
+        const float *rows[4];
+        for (int i = 0; i < 4; i++) rows[i] = a + (j + i < count ? j + i : count - 1) * a_row;
+        if (j < count) {
+            for (int64_t k = 0; k < whole; k += LANES) {
+                const vec values = load_vector(x, k, FLOAT32);
+                for (int i = 0; i < 4; i++) sums[i] += values * load_vector(rows[i], k, FLOAT32);
+            }
+            for (int i = 0; i < 4 && left; i++) {
+                if (whole + LANES <= a_row)
+                    part = (vec)((int_vec)load_vector(rows[i], whole, FLOAT32) & kept);
+                else
+                    load_padded(&part, rows[i], whole, (int)left, 1, FLOAT32);
+                sums[i] += rest * part;
+            }
+        }
+        memcpy(products + j, sums, sizeof sums);
+    }
+    return sum_lanes(products);
+}
+
+// The slot of a place in the tiles' order; -1 where no tile has it.
+static inline int64_t slot_at(const int32_t *tiles, int64_t num_tiles, int64_t place) {
+    for (int64_t i = 0; i < num_tiles; i++)
+        if (place >= tiles[3 * i + 1] && place < tiles[3 * i + 1] + tiles[3 * i + 2]) return tiles[3 * i];
+    return -1;
+}
+
+// h[place, s, :r] = scales[slot, s] * (x[order[place]] @ a[slot, s, :r].T), r = ranks[slot, s]; h [places, slices,
+// max_rank], a [slots, slices, max_rank, size]. Returns 0, or 1 where memory for a row was refused.
+int softprompt_lora_shrink_rows(float *h, const void *x, const float *a, const float *scales, const int32_t *ranks,
+                                const int64_t *order, const int32_t *tiles, int64_t num_tiles, int64_t places,
+                                int64_t slices, int64_t max_rank, int64_t size, int64_t x_row, int dtype,
+                                int num_threads) {
+    int failed = 0;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && places * slices * size * LANES > PARALLEL_WORK)
+    {
+        float *row = malloc((size_t)size * sizeof(float));
+        if (!row) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < places * slices; task++) {
+            const int64_t place = task / slices, slice = task % slices, slot = slot_at(tiles, num_tiles, place);
+            const int64_t at = slot * slices + slice, rank = slot < 0 ? 0 : ranks[at];
+            if (!row || !rank) continue;
+            load(row, x, order[place] * x_row, (int)size, dtype);
+            for (int64_t r = 0; r < rank; r += LANES) {
+                const int64_t count = rank - r < LANES ? rank - r : LANES;
+                const vec sums = dots(row, a + (at * max_rank + r) * size, size, count, size) * scales[at];
+                memcpy(h + task * max_rank + r, &sums, (size_t)count * sizeof(float));
+            }
+        }
+        free(row);
+    }
+    return failed;
+}
+
+// out[order[place], columns of s] += h[place, s, :r] @ b[slot, columns of s, :r].T; b [slots, width, max_rank].
+void softprompt_lora_expand_rows(void *out, const float *h, const float *b, const int32_t *ranks, const int32_t *starts,
+                                 const int64_t *order, const int32_t *tiles, int64_t num_tiles, int64_t places,
+                                 int64_t slices, int64_t max_rank, int64_t out_row, int dtype, int num_threads) {
+    const int64_t width = starts[slices];
+#pragma omp parallel for schedule(static) num_threads(num_threads) \
+    if (num_threads > 1 && places * width * LANES > PARALLEL_WORK)
+    for (int64_t task = 0; task < places * slices; task++) {
+        const int64_t place = task / slices, slice = task % slices, slot = slot_at(tiles, num_tiles, place);
+        const int64_t rank = slot < 0 ? 0 : ranks[slot * slices + slice];
+        for (int64_t column = starts[slice]; rank && column < starts[slice + 1]; column += LANES) {
+            const int64_t left = starts[slice + 1] - column, count = left < LANES ? left : LANES;
+            const int64_t to = order[place] * out_row + column;
+            vec sums = dots(h + task * max_rank, b + (slot * width + column) * max_rank, max_rank, count, rank), held;
+            load((float *)&held, out, to, (int)count, dtype);
+            held += sums;
+            store(out, to, (float *)&held, (int)count, dtype);
+        }
+    }
+}

@@ -15,7 +15,11 @@ from softprompt_inference.engine.plan import Chunk, Sample, StepPlan
 from softprompt_inference.model.attention import CallRecorder, StepBatch, attach, build_step_batch, detach
 from softprompt_inference.model.graphs import DecodeGraphs, decode_buckets
 from softprompt_inference.model.loader import LoadedModel
+from softprompt_inference.model.lora import weights as lora_weights
+from softprompt_inference.model.lora.context import build_tiles
+from softprompt_inference.model.lora.loras import Loras
 from softprompt_inference.model.runner import ModelRunner
+from softprompt_kernels.lora_tiles import LoraTiles
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -39,8 +43,10 @@ class Model:
 
     def __init__(self) -> None:
         self.calls: list[tuple[Tensor, Tensor, StepBatch]] = []
+        self.tiles: list[LoraTiles | None] = []
 
-    def __call__(self, token_ids: Tensor, positions: Tensor, batch: StepBatch) -> Tensor:
+    def __call__(self, token_ids: Tensor, positions: Tensor, batch: StepBatch, tiles: LoraTiles | None) -> Tensor:
+        self.tiles.append(tiles)
         copies = [tensor.clone() for tensor in (batch.slots, batch.page_table, batch.query_start)]
         noted = StepBatch(
             slots=copies[0],
@@ -53,13 +59,14 @@ class Model:
         return (token_ids * 1000 + positions)[:, None].float().expand(-1, VOCAB_SIZE)
 
 
-def make_graphs(model: Model, *, max_sequences: int = 20, max_pages: int = 5) -> DecodeGraphs:
+def make_graphs(model: Model, *, max_sequences: int = 20, max_pages: int = 5, max_loras: int = 0) -> DecodeGraphs:
     graphs = DecodeGraphs(
         model,
         max_sequences=max_sequences,
         max_pages=max_pages,
         page_size=PAGE_SIZE,
         scratch_page=SCRATCH,
+        max_loras=max_loras,
         device=CPU,
         capture=eager,
     )
@@ -207,18 +214,92 @@ def test_what_is_no_plain_decode_is_not_replayed(lab: Any, llama: Path) -> None:
     decode = chunk(5, 0, [0])
     runner.load_lora(0, lab.lora(llama).load)
     prompt = Chunk(token_ids=[5, 6], start=0, page_ids=[1], sample=decode.sample)
-    with_lora = replace(decode, lora=0)
     for chunks in (
         [chunk(1000, 0, [0])],
-        [with_lora],
         [prompt],
         [decode, prompt],
         [chunk(5, 0, [i]) for i in range(3)],
     ):
         assert len(runner.run(StepPlan(chunks=chunks))) == len(chunks)
     assert replays == []
-    assert len(runner.run(StepPlan(chunks=[decode]))) == 1
-    assert len(replays) == 1
+    for plain in (decode, replace(decode, lora=0)):
+        assert len(runner.run(StepPlan(chunks=[plain]))) == 1
+    assert len(replays) == 2
+
+
+@pytest.mark.parametrize("max_loras", [1, 3, 16])
+def test_tiles_of_a_step_lie_in_buffers_that_stay_where_they_are(max_loras: int) -> None:
+    generator, model = random.Random(0), Model()
+    graphs = make_graphs(model, max_loras=max_loras)
+    addresses: dict[int, tuple[int, int]] = {}
+    for _ in range(100):
+        slots = [generator.randrange(-1, max_loras) for _ in range(generator.randrange(1, 21))]
+        graphs.run([replace(chunk(5, 0, [i]), lora=slot) for i, slot in enumerate(slots)])
+        tiles, size = model.tiles[-1], len(model.calls[-1][0])
+        expected = build_tiles(slots, CPU)
+        if expected is None:
+            assert tiles is None
+            continue
+        assert tiles is not None
+        assert tiles.max_tokens == 16
+        assert len(tiles.order) == size
+        seen: dict[int, int] = {}
+        for slot, first, count in tiles.tiles.tolist():
+            assert count <= tiles.max_tokens
+            seen |= dict.fromkeys(tiles.order[first : first + count].tolist(), slot)
+        assert seen == {token: slot for token, slot in enumerate(slots) if slot >= 0}
+        address = tiles.order.data_ptr(), tiles.tiles.data_ptr()
+        assert addresses.setdefault(size, address) == address
+
+
+def test_sizes_with_and_without_loras_are_captured_largest_first() -> None:
+    model, captured = Model(), []
+
+    def capture(compute: Callable[[], None]) -> Callable[[], None]:
+        compute()
+        captured.append((len(model.calls[-1][0]), model.tiles[-1] is not None))
+        return compute
+
+    DecodeGraphs(
+        model,
+        max_sequences=5,
+        max_pages=2,
+        page_size=4,
+        scratch_page=3,
+        max_loras=2,
+        device=CPU,
+        capture=capture,
+    )
+    assert captured == [(size, with_lora) for with_lora in (True, False) for size in (5, 4, 2, 1)]
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
+def test_replayed_decodes_with_loras_equal_peft(lab: Any, name: str, look_ahead: bool) -> None:
+    path = lab.model(name)
+    used = [lab.lora(path, seed=seed, rank=rank) for seed, rank in enumerate((1, 8, 16))]
+    soft = lab.adapter(path, "prompt_tuning", 20)
+    requests = [
+        replace(request, lora=lora)
+        for request, lora in zip(
+            lab.requests([None, soft] * 4, max_tokens=20), [*used, None, used[0], None, *used[:2]], strict=True
+        )
+    ]
+    engine, replays = make_engine(lab, path, look_ahead=look_ahead)
+    outputs = lab.serve(engine, requests)
+    lab.compare(path, requests, outputs).assert_equal()
+    assert set(replays) >= {1, 7}
+
+
+def test_a_replay_with_the_tiles_of_another_step_is_noticed(
+    lab: Any, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [
+        replace(request, lora=lab.lora(llama, seed=seed)) for seed, request in enumerate(lab.requests([None] * 3))
+    ]
+    engine, _ = make_engine(lab, llama)
+    monkeypatch.setattr("softprompt_inference.model.graphs.TileBuffers.fill", lambda *_: None)
+    assert lab.compare(llama, requests, lab.serve(engine, requests)).problems
 
 
 def test_only_rows_with_a_sample_are_answered(lab: Any, llama: Path) -> None:
@@ -283,6 +364,32 @@ def test_no_architecture_waits_for_the_device_in_a_decode(lab: Any, name: str) -
         loaded.logits(embeddings, torch.tensor([7, 2, 0]), torch.arange(3))
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
         torch.ones(1).item()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "phi3"])
+def test_no_linear_waits_for_the_device_in_a_decode_with_loras(
+    lab: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two operations for each product, whatever the slots hold: what is captured serves LoRAs that come later."""
+    loaded = lab.runner(lab.model(name), dtype="float32").loaded
+    loras = Loras(loaded.model, loaded.linears, loaded.lora, max_loras=2, device=CPU, fixed_rank=8)
+    for layer in loaded.layers:
+        detach(layer.module)
+        attach(layer.module, CallRecorder())
+    calls: list[str] = []
+
+    def shrink(x: Tensor, a: Tensor, scales: Tensor, ranks: Tensor, tiles: LoraTiles) -> Tensor:
+        calls.append("shrink")
+        return a.new_zeros(len(tiles.order), *a.shape[1:3])
+
+    # In the place of the CPU's, which do wait.
+    monkeypatch.setattr(lora_weights, "lora_shrink", shrink)
+    monkeypatch.setattr(lora_weights, "lora_expand", lambda *_: calls.append("expand"))
+    loaded.lora.tiles = build_tiles([1, -1, 0], CPU)
+    with torch.inference_mode(), NoWaiting():
+        embeddings = loaded.embedding(torch.tensor([3, 4, 5]))
+        loaded.logits(embeddings, torch.tensor([7, 2, 0]), torch.arange(3))
+    assert calls == ["shrink", "expand"] * len(loras.products)
 
 
 REAL_SHAPES = {

@@ -22,7 +22,11 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Product:
-    """A module that computes one linear, or several that read the same input, side by side in this order."""
+    """A module that computes one linear, or several that read the same input.
+
+    Attributes:
+        linears: side by side in this order, or gate and up of a `NativeGate`.
+    """
 
     module: nn.Module
     linears: tuple[Linear, ...]

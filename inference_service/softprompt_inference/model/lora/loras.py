@@ -1,15 +1,35 @@
 """All LoRAs on the device: slots filled from what the engine was sent, and checked against the model."""
 
+from collections.abc import Sequence
+
 import torch
-from softprompt_api.errors import AdapterInvalid
+from softprompt_api.errors import AdapterInvalid, InvalidArgument
+from softprompt_kernels.native.memory import HugePages
 from torch import nn
 
 from softprompt_inference.engine.messages import LoadLora, LoraModule
 from softprompt_inference.model.hardware import DTYPES
 from softprompt_inference.model.lora.context import LoraContext
 from softprompt_inference.model.lora.linears import Linear, find_products
-from softprompt_inference.model.lora.weights import ProductWeights
+from softprompt_inference.model.lora.weights import ProductWeights, make_packed
 from softprompt_inference.model.transfer import upload_bytes
+
+# Some huge pages: what a LoRA leaves of its last region is lost while it is there.
+_REGION_BYTES = 4 * 2**20
+
+
+def plan_fixed_bytes(linears: Sequence[Linear], *, max_loras: int, max_rank: int, free_bytes: int) -> int:
+    """Memory of all slots, where they get theirs at once. Raises InvalidArgument when there is less."""
+    values = sum((linear.in_features + linear.out_features) * linear.dtype.itemsize for linear in linears)
+    slot_bytes = values * max_rank
+    if max_loras * slot_bytes > free_bytes:
+        raise InvalidArgument(
+            f"{max_loras} LoRAs of rank {max_rank} take {max_loras * slot_bytes / 2**30:.2f} GiB "
+            f"({slot_bytes / 2**20:.0f} MiB each), but the weights leave {max(free_bytes, 0) / 2**30:.2f} GiB for "
+            "them and for KV pages; lower max_loras or max_lora_rank",
+            field="max_loras",
+        )
+    return max_loras * slot_bytes
 
 
 class Loras:
@@ -23,6 +43,8 @@ class Loras:
         linears: of the model as it was loaded.
         context: of the steps.
         max_loras: slots are 0 … max_loras − 1.
+        fixed_rank: the highest there will be, for which all slots get their memory at once and for good; None:
+            each takes what it needs while it is filled.
     """
 
     def __init__(
@@ -33,16 +55,27 @@ class Loras:
         *,
         max_loras: int,
         device: torch.device,
+        fixed_rank: int | None = None,
     ) -> None:
         self._model = model
         self._device = device
         self.products = find_products(model, linears)
-        self._weights = [ProductWeights(product, context, max_loras, device) for product in self.products]
+        memory = [HugePages(_REGION_BYTES) for _ in range(max_loras)]
+        self._weights = [
+            make_packed(product, context, max_loras, memory)
+            or ProductWeights(product, context, max_loras, device, fixed_rank)
+            for product in self.products
+        ]
         self._places = {
             linear.name: (linear, weights, index)
             for product, weights in zip(self.products, self._weights, strict=True)
             for index, linear in enumerate(product.linears)
         }
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all slots."""
+        return sum(weights.num_bytes for weights in self._weights)
 
     def load(self, slot: int, lora: LoadLora) -> None:
         """Fill an empty slot; whatever is raised leaves it empty.

@@ -1,6 +1,7 @@
 """Gated MLPs on CPUs: act(gate(x)) * up(x) without a pass of its own.
 
-A LoRA changes gate(x) and up(x) themselves: a step that has one for them computes both, and then their gate.
+A LoRA changes gate(x) and up(x) themselves. Our kernels add it within their pass; with oneDNN's products, a step
+that has one for them computes both, and then their gate.
 """
 
 from functools import partial
@@ -31,24 +32,26 @@ class GatedMLP(nn.Module):
     def __init__(self, mlp: nn.Module, lora: LoraContext) -> None:
         super().__init__()
         self.product = _gate(mlp.gate_proj, mlp.up_proj, mlp.act_fn)  # type: ignore[arg-type]
-        self.apart = _Apart(self.product)
+        self.apart = _Apart(self.product) if isinstance(self.product, PackedGate) else None
         self.down = pack(mlp.down_proj.weight, mlp.down_proj.bias)  # type: ignore[arg-type,union-attr]
         self._activation, *_ = _ACTIVATIONS[type(mlp.act_fn)]
         self._lora = lora
 
     def locate(self, attribute: str) -> tuple[nn.Module, int]:
         """The module that computes the linear that had this name, and its place among those it computes."""
-        return {"gate_proj": (self.apart, 0), "up_proj": (self.apart, 1), "down_proj": (self.down, 0)}[attribute]
+        gates = self.apart or self.product
+        return {"gate_proj": (gates, 0), "up_proj": (gates, 1), "down_proj": (self.down, 0)}[attribute]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., hidden] → [..., hidden]"""
-        if self._lora.tiles is not None and is_attached(self.apart):
+        if self._lora.tiles is not None and self.apart is not None and is_attached(self.apart):
             return self.forward_apart(x)
         out: Tensor = self.down(self.product(x))
         return out
 
     def forward_apart(self, x: Tensor) -> Tensor:
-        """The same in two passes."""
+        """The same in two passes, where there is a module for it."""
+        assert self.apart is not None
         gate, up = self.apart(x).chunk(2, -1)
         out: Tensor = self.down(act_mul(gate, up, self._activation))
         return out
@@ -57,7 +60,7 @@ class GatedMLP(nn.Module):
 class _Apart(nn.Module):
     """gate(x) beside up(x), over the weights of a fused product."""
 
-    def __init__(self, product: "NativeGate | PackedGate") -> None:
+    def __init__(self, product: "PackedGate") -> None:
         super().__init__()
         self._compute = product.forward_apart
 
@@ -108,8 +111,9 @@ def _swap(place: Place, lora: LoraContext) -> Swap:
 
     def run(generator: Generator) -> Tensor:
         mlp, x = place.current, random_input(generator, weight.shape[1], weight)
-        # Both ways to compute it are held to the original.
-        return torch.cat([mlp(x), mlp.forward_apart(x) if isinstance(mlp, GatedMLP) else mlp(x)])
+        # Both ways to compute it, where there are two, are held to the original.
+        has_two = isinstance(mlp, GatedMLP) and mlp.apart is not None
+        return torch.cat([mlp(x), mlp.forward_apart(x) if has_two else mlp(x)])  # type: ignore[operator]
 
     return Swap(
         name=place.name,

@@ -1,10 +1,11 @@
 """Decoder layers of Llama's shape on CPUs: all but the attention in two calls, once the parts have been replaced.
 
-Between small products, most of a layer's time goes from one Python call to the next. A step with a LoRA, which
-changes the parts, goes the parts' way. Where layers follow each other, `stacks` makes one call of them all.
+Between small products, most of a layer's time goes from one Python call to the next. LoRA is computed within the
+products; where a part cannot do that, steps with a LoRA go the parts' way. Where layers follow each other, one call
+computes them all: see `stacks`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from softprompt_kernels.native.layer import DecoderLayer, LinearWeights, NormWei
 from torch import Generator, Tensor, nn
 
 from softprompt_inference.model.attention import AttentionCall, CallRecorder, attend
-from softprompt_inference.model.lora.context import LoraContext
+from softprompt_inference.model.lora.context import LoraContext, is_attached
 from softprompt_inference.model.swaps import norms, rotary
 from softprompt_inference.model.swaps.forward import swap_forward
 from softprompt_inference.model.swaps.gated import GatedMLP
@@ -73,7 +74,7 @@ def _norm(norm: norms.Norm) -> NormWeights:
 
 
 def _linear(part: Any) -> LinearWeights:
-    return LinearWeights(packed=part.packed, bias=part.bias, columns=part.out_features)
+    return LinearWeights(packed=part.packed, bias=part.bias, columns=part.out_features, loras=part.loras)
 
 
 class FusedForward:
@@ -82,6 +83,7 @@ class FusedForward:
     Attributes:
         attention: the layer's module that calls for attention.
         call: how it does so.
+        lora: of the steps to come.
         norm_weight: [hidden], of the norm between attention and MLP.
     """
 
@@ -98,7 +100,12 @@ class FusedForward:
         self.call = call
         self.norm_weight: Tensor = layer.post_attention_layernorm.weight
         self._original = original
-        self._lora = lora
+        self.lora = lora
+        self._products: Sequence[Any] = (
+            product_of([getattr(layer.self_attn, name) for name in _PROJECTIONS]),
+            layer.self_attn.o_proj,
+            layer.mlp.down,
+        )
         # `replace` would look at all fields anew in every layer of every step.
         self._like = partial(
             AttentionCall,
@@ -109,6 +116,11 @@ class FusedForward:
             unsupported=call.unsupported,
         )
 
+    @property
+    def takes_loras(self) -> bool:
+        """Whether the LoRAs of the step, if there are any, can be computed within the products."""
+        return self.lora.step is None or not any(map(is_attached, self._products))
+
     def fits(
         self,
         hidden_states: Tensor,
@@ -117,7 +129,7 @@ class FusedForward:
     ) -> bool:
         """Whether a call with these arguments is one for the fused layer."""
         return (
-            self._lora.tiles is None
+            self.takes_loras
             and attention_mask is None
             and hidden_states.shape[0] == 1
             and hidden_states.is_contiguous()
@@ -137,10 +149,10 @@ class FusedForward:
             return self._original(
                 hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **others
             )
-        hidden, (cos, sin) = hidden_states[0], position_embeddings
-        q, k, v = self.decoder.before(hidden, cos[0], sin[0])
+        hidden, (cos, sin), step = hidden_states[0], position_embeddings, self.lora.step
+        q, k, v = self.decoder.before(hidden, cos[0], sin[0], step)
         attended = attend(self.attention, self._like(q=q, k=k, v=v))
-        return self.decoder.after(attended.contiguous(), hidden)[None]
+        return self.decoder.after(attended.contiguous(), hidden, step)[None]
 
 
 def fused_forward(layer: nn.Module) -> FusedForward | None:

@@ -7,6 +7,8 @@ import torch
 from softprompt_kernels import native
 from torch import Tensor, nn
 
+from softprompt_inference.model.lora.context import LoraContext
+
 _ops = torch.ops.mkldnn
 
 
@@ -31,17 +33,25 @@ def pack(weight: Tensor, bias: Tensor | None) -> nn.Module:
 
 
 class NativeLinear(nn.Module):
-    """`nn.Linear` over weights that our kernels have packed. Each row's result is the same in any batch."""
+    """`nn.Linear` over weights that our kernels have packed. Each row's result is the same in any batch.
+
+    Attributes:
+        loras: that may change it, in the steps of `lora`.
+    """
+
+    lora: LoraContext | None = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
+        self.loras = native.PackedLoras()
         self.out_features, self.in_features = weight.shape
         self.packed = native.pack_linear(weight.detach())
         self.bias = None if bias is None else native.pack_bias(bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]"""
-        return native.linear(x, self.packed, self.bias, columns=self.out_features)
+        step = None if self.lora is None else self.lora.step
+        return native.linear(x, self.packed, self.bias, columns=self.out_features, loras=self.loras, step=step)
 
 
 class NativeGate(nn.Module):
@@ -50,10 +60,16 @@ class NativeGate(nn.Module):
     Args:
         gate, up: linears of one shape, of which both or none have a bias.
         activation: one of `native.ACTIVATIONS`.
+
+    Attributes:
+        loras: that may change gate and up, in the steps of `lora`.
     """
+
+    lora: LoraContext | None = None
 
     def __init__(self, gate: nn.Linear, up: nn.Linear, activation: str) -> None:
         super().__init__()
+        self.loras = native.PackedLoras()
         self.out_features = gate.out_features
         self.activation = activation
         self.packed = native.pack_gated(gate.weight.detach(), up.weight.detach())
@@ -62,15 +78,15 @@ class NativeGate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out]"""
         return native.linear(
-            x, self.packed, self.bias, columns=self.out_features, activation=self.activation, gated=True
+            x,
+            self.packed,
+            self.bias,
+            columns=self.out_features,
+            activation=self.activation,
+            gated=True,
+            loras=self.loras,
+            step=None if self.lora is None else self.lora.step,
         )
-
-    def forward_apart(self, x: Tensor) -> Tensor:
-        """gate(x) beside up(x), without the activation: x [..., in] → [..., 2 * out]"""
-        panels = len(self.packed) // 2
-        y = native.linear(x, self.packed, self.bias, columns=self.packed.shape[0] * self.packed.shape[2])
-        both = y.view(*x.shape[:-1], panels, 2, -1).transpose(-3, -2).flatten(-2)
-        return both[..., : self.out_features].flatten(-2)
 
 
 class PackedLinear(nn.Module):

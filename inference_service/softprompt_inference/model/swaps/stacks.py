@@ -1,7 +1,8 @@
 """Stacks of decoder layers on CPUs: fused layers that follow each other in one call, their attention included.
 
 The first layer of a stack answers for all of them, and the others hand on what they are given. A step for which
-that cannot be (with a LoRA, or with attention that torch computes) goes through the layers one by one.
+that cannot be (with attention that torch computes, or with a LoRA that a part cannot take) goes through the layers
+one by one.
 """
 
 from collections.abc import Callable, Sequence
@@ -105,6 +106,7 @@ class _Stack:
         self._answer = None
         forward = self._forwards[0]
         fits = forward.fits(hidden_states, attention_mask, position_embeddings)
+        fits = fits and all(each.takes_loras for each in self._forwards)
         step = paged_step(self._attentions, forward.call.sliding_window) if fits else None
         if step is None or position_embeddings is None:
             return forward(
@@ -120,6 +122,7 @@ class _Stack:
             page_table=step.batch.page_table,
             context_lens=step.batch.context_lens,
             plan=step.plan,
+            loras=forward.lora.step,
         )
         self._answer = answer[None]
         return self._answer

@@ -1,6 +1,15 @@
+from itertools import chain
+
 import pytest
 import torch
-from softprompt_inference.model.lora.context import attach, build_tiles, detach, is_attached
+from softprompt_inference.model.lora.context import (
+    LoraContext,
+    TileBuffers,
+    attach,
+    build_tiles,
+    detach,
+    is_attached,
+)
 from torch import nn
 
 CPU = torch.device("cpu")
@@ -27,6 +36,28 @@ def test_on_a_gpu_tiles_are_as_large_as_a_program_takes(num_tokens: int, count: 
     assert tiles is not None
     assert len(tiles.tiles) == count
     assert int(tiles.tiles[:, 2].max()) <= tiles.max_tokens
+
+
+def test_kernels_for_cpus_find_the_tiles_of_a_step_that_has_some() -> None:
+    context = LoraContext()
+    assert context.step is None
+    context.tiles = build_tiles([1, -1], CPU)
+    assert context.step is not None
+    context.tiles = build_tiles([-1, -1], CPU)
+    assert context.step is None
+
+
+def test_buffers_hold_as_many_tiles_as_any_step_needs() -> None:
+    buffers = TileBuffers(40, 3, CPU)
+    assert len(buffers.view(40).tiles) == 5
+    assert len(buffers.view(2).tiles) == 2
+    for slots in ([0] * 17 + [1] * 17 + [2] * 6, [0, 1, 2], [-1, -1, 2], [0] * 40):
+        buffers.fill(slots)
+        tiles = buffers.view(len(slots))
+        filled = [tile for tile in tiles.tiles.tolist() if tile[2]]
+        tokens = [tiles.order[first : first + count].tolist() for _, first, count in filled]
+        assert sorted(chain(*tokens)) == [token for token, slot in enumerate(slots) if slot >= 0]
+        assert all(slots[token] == tile[0] for tile, own in zip(filled, tokens, strict=True) for token in own)
 
 
 def test_what_is_attached_answers_and_leaves_no_trace() -> None:

@@ -3,13 +3,13 @@ from typing import Any
 
 import pytest
 import torch
-from softprompt_api.errors import AdapterInvalid
+from softprompt_api.errors import AdapterInvalid, InvalidArgument
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import LoadLora, LoraModule
 from softprompt_inference.model.attention import CallRecorder, attach, detach
 from softprompt_inference.model.loader import LoadedModel, load_model
 from softprompt_inference.model.lora.context import build_tiles, is_attached
-from softprompt_inference.model.lora.loras import Loras
+from softprompt_inference.model.lora.loras import Loras, plan_fixed_bytes
 from softprompt_inference.model.lora.weights import ProductWeights
 from softprompt_inference.model.swaps.verify import relative_error
 from softprompt_kernels import native
@@ -95,6 +95,35 @@ def test_in_bfloat16_a_lora_is_as_exact_as_the_model(
         for slots in ([-1] * 9, [1] * 9)
     )
     assert with_lora < max(1.5 * without, 0.02)
+
+
+def test_slots_of_a_fixed_rank_have_their_memory_at_once_and_for_good(lab: Any) -> None:
+    loaded, growing = load(lab), load(lab)
+    fixed = Loras(loaded.model, loaded.linears, loaded.lora, max_loras=3, device=CPU, fixed_rank=14)
+    weights: list[Any] = fixed._weights
+    addresses = [(each._a.data_ptr(), each._b.data_ptr()) for each in weights]
+    planned = plan_fixed_bytes(loaded.linears, max_loras=3, max_rank=14, free_bytes=2**30)
+    assert fixed.num_bytes == planned
+    grown, x = make_loras(growing), torch.randn(1, 5, loaded.hidden_size)
+    for slot in (2, 0, 2):
+        for loras, model in ((fixed, loaded), (grown, growing)):
+            loras.load(slot, lora(model, seed=slot))
+        assert relative_error(logits(loaded, x, [slot] * 5), logits(growing, x, [slot] * 5)) < 1e-5
+        for loras in (fixed, grown):
+            loras.drop(slot)
+        assert [(each._a.data_ptr(), each._b.data_ptr()) for each in weights] == addresses
+    assert relative_error(logits(loaded, x, [2] * 5), logits(growing, x, [2] * 5)) < 1e-5
+
+
+def test_slots_that_do_not_fit_are_refused_with_the_figures(lab: Any) -> None:
+    linears = load(lab).linears
+    values = sum(linear.in_features + linear.out_features for linear in linears)
+    assert plan_fixed_bytes(linears, max_loras=5, max_rank=7, free_bytes=5 * 7 * 4 * values) == 5 * 7 * 4 * values
+    with pytest.raises(InvalidArgument, match=r"1024 LoRAs of rank 1024 take .* GiB .*leave 0.50 GiB") as caught:
+        plan_fixed_bytes(linears, max_loras=1024, max_rank=1024, free_bytes=2**29)
+    assert caught.value.field == "max_loras"
+    with pytest.raises(InvalidArgument, match=r"leave 0.00 GiB"):
+        plan_fixed_bytes(linears, max_loras=1, max_rank=1, free_bytes=-(2**30))
 
 
 def test_a_module_that_the_model_lacks_is_named(lab: Any) -> None:

@@ -39,18 +39,11 @@ def test_an_mlp_answers_as_before(activation: str, bias: bool, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("with_kernels", [False, True])
 def test_gate_and_up_apart_are_what_the_linears_were(
-    lab: Any, dtype: torch.dtype, bias: bool, with_kernels: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "_library", None)
-    if with_kernels:
-        try:
-            native.load(lab.folder / "kernels")
-        except native.CannotCompile as error:
-            pytest.skip(str(error))
     torch.manual_seed(0)
-    # An intermediate size that fills no whole panel of packed weights.
     config = LlamaConfig(hidden_size=32, intermediate_size=41, mlp_bias=bias)
     original = LlamaMLP(config).to(dtype)
     if not can_pack(original.up_proj.weight):

@@ -5,8 +5,11 @@ from typing import Any
 import pytest
 import torch
 from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.messages import LoadLora, LoraModule
 from softprompt_inference.model.attention import CallRecorder, attach, detach
 from softprompt_inference.model.loader import LoadedModel, load_model
+from softprompt_inference.model.lora.context import build_tiles
+from softprompt_inference.model.lora.loras import Loras
 from softprompt_inference.model.swaps import layers, stacks
 from softprompt_inference.model.swaps.verify import relative_error, verify
 from softprompt_kernels import native
@@ -83,14 +86,105 @@ def test_a_token_has_the_same_answer_in_any_batch(lab: Any) -> None:
             )
 
 
+def _lora(loaded: LoadedModel, seed: int) -> LoadLora:
+    """Random weights in bfloat16 for every linear, of rank 5."""
+    generator = torch.Generator().manual_seed(seed)
+    modules = []
+    for linear in loaded.linears:
+        shapes = ((5, linear.in_features), (linear.out_features, 5))
+        a, b = (
+            (torch.randn(*shape, generator=generator) * shape[1] ** -0.5).bfloat16().view(torch.uint8).numpy()
+            for shape in shapes
+        )
+        modules.append(LoraModule(name=linear.name, rank=5, scale=0.5, a=a.tobytes(), b=b.tobytes()))
+    return LoadLora(digest=f"sha256:{seed}", modules=modules, dtype="bfloat16")
+
+
+def _load_loras(loaded: LoadedModel) -> Loras:
+    loras = Loras(loaded.model, loaded.linears, loaded.lora, max_loras=4, device=torch.device("cpu"))
+    for slot in (0, 2):
+        loras.load(slot, _lora(loaded, slot))
+    return loras
+
+
+def _logits_with(loaded: LoadedModel, x: torch.Tensor, slots: list[int]) -> torch.Tensor:
+    loaded.lora.tiles = build_tiles(slots, torch.device("cpu"))
+    try:
+        return _logits(loaded, x)
+    finally:
+        loaded.lora.tiles = None
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 13, 40])
+def test_a_model_with_loras_answers_as_without_fused_layers(
+    lab: Any, num_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(lab, "llama")
+    _load_loras(loaded)
+    x = torch.randn(1, num_tokens, loaded.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    slots = [2, 0, -1, 2, 1] * 8
+    plain, replaced = _logits(loaded, x), _logits_with(loaded, x, slots[:num_tokens])
+    assert relative_error(replaced, plain) > 0.1
+    calls: list[object] = []
+    monkeypatch.setattr(layers.DecoderLayer, "before", lambda *_: calls.append(None))
+    for layer in fused(loaded):
+        del layer.__dict__["forward"]
+    assert relative_error(replaced, _logits_with(loaded, x, slots[:num_tokens])) < 1e-2
+    assert calls == []
+
+
+def test_a_token_has_the_same_answer_beside_any_loras(lab: Any) -> None:
+    loaded = load(lab, "llama")
+    _load_loras(loaded)
+    decoder = _decoder(fused(loaded)[0])
+    x = torch.randn(30, loaded.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cos, sin = torch.randn(2, 30, loaded.layers[0].head_dim, generator=torch.Generator().manual_seed(1)).bfloat16()
+    slots = [2, 0, 0, -1, 2, 1] * 5
+
+    def step(start: int, stop: int) -> native.LoraStep | None:
+        tiles = build_tiles(slots[start:stop], torch.device("cpu"))
+        return None if tiles is None else native.LoraStep(tiles)
+
+    with torch.inference_mode():
+        whole = decoder.before(x, cos, sin, step(0, 30))
+        after = decoder.after(whole[0], x, step(0, 30))
+        for start, stop in ((0, 1), (7, 20), (27, 28), (29, 30)):
+            own = x[start:stop].clone()
+            some = decoder.before(own, cos[start:stop], sin[start:stop], step(start, stop))
+            for part, all_of_it in zip(some, whole, strict=True):
+                assert torch.equal(part, all_of_it[start:stop])
+            assert torch.equal(decoder.after(some[0], own, step(start, stop)), after[start:stop])
+
+
+def test_parts_that_cannot_add_a_lora_go_one_by_one_in_steps_that_have_one(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    slots, calls = [2, 0, -1] * 3, []
+    loaded = load(lab, "llama")
+    _load_loras(loaded)
+    expected = _logits_with(loaded, x, slots)
+    monkeypatch.setattr(native.PackedLoras, "can_hold", lambda _: False)
+    loaded = load(lab, "llama")
+    loras = _load_loras(loaded)
+    before = layers.DecoderLayer.before
+    monkeypatch.setattr(layers.DecoderLayer, "before", lambda *args: calls.append(None) or before(*args))
+    assert relative_error(_logits_with(loaded, x, slots), expected) < 2e-2
+    assert calls == []
+    for slot in (0, 2):
+        loras.drop(slot)
+    _logits_with(loaded, x, slots)
+    assert len(calls) == len(loaded.layers)
+
+
 def test_a_layer_that_computes_something_else_is_undone(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(lab, "llama")
     for layer in fused(loaded):
         del layer.__dict__["forward"]
     before = layers.DecoderLayer.before
 
-    def wrong(self: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
-        q, k, v = before(self, hidden, cos, sin)
+    def wrong(self: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: Any) -> Any:
+        q, k, v = before(self, hidden, cos, sin, step)
         return q, k, v + 1
 
     monkeypatch.setattr(layers.norms, "is_fused", lambda _: True)

@@ -1,0 +1,173 @@
+// LoRA within products over packed weights, see lora.h.
+
+#include "lora.h"
+
+#ifdef __AVX512BF16__
+
+#include "amx.h"
+#include "tile.h"
+
+#include <stdlib.h>
+
+int softprompt_lora_begin(LoraRows *lora, const LoraTable *table, const LoraStep *step, int64_t rows) {
+    *lora = (LoraRows){.table = table};
+    if (!table || !step || !table->max_rank) return 0;
+    int changes = 0;
+    for (int64_t i = 0; i < step->num_tiles; i++)
+        for (int64_t slice = 0; slice < table->num_slices; slice++)
+            changes |= step->tiles[3 * i + 2] && table->ranks[step->tiles[3 * i] * table->num_slices + slice];
+    if (!changes) return 0;
+    const size_t values = (size_t)rows * table->num_slices * table->max_rank;
+    lora->slots = malloc((size_t)rows * sizeof *lora->slots + values * sizeof *lora->h);
+    if (!lora->slots) return 1;
+    lora->h = (uint16_t *)(lora->slots + rows);
+    for (int64_t row = 0; row < rows; row++) lora->slots[row] = -1;
+    for (int64_t i = 0; i < step->num_tiles; i++) {
+        const int32_t *tile = step->tiles + 3 * i;
+        for (int32_t place = tile[1]; place < tile[1] + tile[2]; place++) lora->slots[step->order[place]] = tile[0];
+    }
+    return 0;
+}
+
+static inline __m512 dot_pair(__m512 sums, const uint16_t *pair, const uint16_t *panel) {
+    int32_t both;
+    __builtin_memcpy(&both, pair, sizeof both);
+    return _mm512_dpbf16_ps(sums, (__m512bh)_mm512_set1_epi32(both), (__m512bh)_mm512_loadu_si512(panel));
+}
+
+// One row times a panel. Four sums, as each waits for its last addition.
+static inline __m512 shrink_row(const uint16_t *x, const uint16_t *panel, int64_t pairs) {
+    __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    int64_t k = 0;
+    for (; k + 4 <= pairs; k += 4)
+        for (int i = 0; i < 4; i++) sums[i] = dot_pair(sums[i], x + 2 * (k + i), panel + (k + i) * 2 * LANES);
+    for (; k < pairs; k++) sums[0] = dot_pair(sums[0], x + 2 * k, panel + k * 2 * LANES);
+    return _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
+}
+
+// Up to AMX_ROWS rows times a panel, in two sums for the same reason.
+static void shrink_tiles(int64_t rows, float sums[2][AMX_ROWS][LANES], const uint16_t *x, int64_t x_row,
+                         const uint16_t *panel, int64_t pairs) {
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+    const int both = rows > AMX_TILE_ROWS;
+    const uint16_t *lower = both ? x + AMX_TILE_ROWS * x_row : x;
+    const size_t stride = (size_t)x_row * sizeof *x, width = LANES * sizeof(float);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < pairs; k += 2 * AMX_PAIRS) {
+        _tile_loadd(6, panel + k * 2 * LANES, 64);
+        _tile_loadd(4, x + 2 * k, stride);
+        _tile_dpbf16ps(0, 4, 6);
+        if (both) {
+            _tile_loadd(5, lower + 2 * k, stride);
+            _tile_dpbf16ps(2, 5, 6);
+        }
+        const int64_t next = k + AMX_PAIRS;
+        if (next == pairs) break;
+        _tile_loadd(7, panel + next * 2 * LANES, 64);
+        _tile_loadd(4, x + 2 * next, stride);
+        _tile_dpbf16ps(1, 4, 7);
+        if (both) {
+            _tile_loadd(5, lower + 2 * next, stride);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums[0], width);
+    _tile_stored(1, sums[1], width);
+    if (both) {
+        _tile_stored(2, sums[0] + AMX_TILE_ROWS, width);
+        _tile_stored(3, sums[1] + AMX_TILE_ROWS, width);
+    }
+#endif
+}
+
+static inline void put(uint16_t *h, __m512 sums, float scale) {
+    sums = _mm512_mul_ps(sums, _mm512_set1_ps(scale));
+    _mm256_storeu_si256((__m256i *)h, (__m256i)_mm512_cvtneps_pbh(sums));
+}
+
+// How many of the rows follow one another in the batch, `most` at most.
+static inline int64_t run_length(const int64_t *rows, int64_t count, int64_t most) {
+    int64_t n = 1;
+    while (n < count && n < most && rows[n] == rows[0] + n) n++;
+    return n;
+}
+
+void softprompt_lora_shrink(const LoraRows *lora, const LoraStep *step, const uint16_t *x, int64_t x_row,
+                            int64_t pairs) {
+    const LoraTable *table = lora->table;
+    const int64_t slices = table->num_slices, panels = table->max_rank / LANES, h_row = slices * table->max_rank;
+    const int amx = softprompt_has_amx() && pairs % AMX_PAIRS == 0;
+    int64_t shaped = 0;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < step->num_tiles * slices * panels; task++) {
+        const int32_t *tile = step->tiles + task / (slices * panels) * 3;
+        const int64_t slice = task / panels % slices, panel = task % panels, at = tile[0] * slices + slice;
+        if (panel * LANES >= table->ranks[at]) continue;
+        const uint16_t *a = table->a[at] + panel * pairs * 2 * LANES;
+        const int64_t *rows = step->order + tile[1];
+        for (int64_t i = 0, count; i < tile[2]; i += count) {
+            uint16_t *h = lora->h + rows[i] * h_row + slice * table->max_rank + panel * LANES;
+            const uint16_t *from = x + rows[i] * x_row;
+            count = run_length(rows + i, tile[2] - i, amx ? AMX_ROWS : 1);
+            if (amx) {
+                float sums[2][AMX_ROWS][LANES];
+                if (count != shaped) amx_shape(shaped = count);
+                shrink_tiles(count, sums, from, x_row, a, pairs);
+                for (int64_t m = 0; m < count; m++)
+                    put(h + m * h_row, _mm512_add_ps(_mm512_loadu_ps(sums[0][m]), _mm512_loadu_ps(sums[1][m])),
+                        table->scales[at]);
+            } else {
+                put(h, shrink_row(from, a, pairs), table->scales[at]);
+            }
+        }
+    }
+    if (shaped) amx_release();
+}
+
+// Adds b @ h to the sums of rows with the same LoRA in one panel. `rows` is a number the compiler knows, so they stay in
+// registers meanwhile.
+static inline __attribute__((always_inline)) void expand(int rows, float *sums, const uint16_t *h, int64_t h_row,
+                                                         const uint16_t *b, int64_t pairs) {
+    __m512 wide[MAX_ROWS];
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++) wide[m] = _mm512_loadu_ps(sums + m * PANELS * LANES);
+    for (int64_t k = 0; k < pairs; k++) {
+#pragma GCC unroll 12
+        for (int m = 0; m < rows; m++) wide[m] = dot_pair(wide[m], h + m * h_row + 2 * k, b + k * 2 * LANES);
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++) _mm512_storeu_ps(sums + m * PANELS * LANES, wide[m]);
+}
+
+static void add_panel(float *sums, const LoraRows *lora, int64_t first, int64_t count, int64_t panel) {
+    const LoraTable *table = lora->table;
+    const int64_t slice = table->slices[panel], h_row = table->num_slices * table->max_rank;
+    for (int64_t i = 0, n; slice >= 0 && i < count; i += n) {
+        const int32_t *slots = lora->slots + first + i;
+        for (n = 1; i + n < count && n < MAX_ROWS && slots[n] == slots[0]; n++) {}
+        const int64_t at = slots[0] * table->num_slices + slice;
+        if (slots[0] < 0 || !table->ranks[at]) continue;
+        const int64_t pairs = (table->ranks[at] + 1) / 2;
+        const uint16_t *h = lora->h + (first + i) * h_row + slice * table->max_rank;
+        const uint16_t *b = table->b[at] + table->places[panel] * pairs * 2 * LANES;
+        float *to = sums + i * PANELS * LANES;
+        // The next group of columns.
+        for (int64_t k = 0; k < pairs; k++)
+            _mm_prefetch((const char *)(b + (table->stride * pairs + k) * 2 * LANES), _MM_HINT_T0);
+        switch (n) {
+#define CASE(rows) \
+    case rows: expand(rows, to, h, h_row, b, pairs); break;
+            FOR_ROWS(CASE)
+#undef CASE
+        }
+    }
+}
+
+void softprompt_lora_add(float *sums, const LoraRows *lora, int64_t first, int64_t count, int64_t panel) {
+    for (int v = 0; v < PANELS; v++) add_panel(sums + v * LANES, lora, first, count, panel + v);
+}
+
+#endif

@@ -1,0 +1,28 @@
+// LoRA within products over packed weights: for linear.c.
+//
+// h = scale * (a @ x) of every token is made before the product; b @ h joins its sums before they are rounded.
+// Both are made for each token by itself, so its answer is the same in every batch.
+
+#ifndef SOFTPROMPT_LORA_H
+#define SOFTPROMPT_LORA_H
+
+#include "native.h"
+
+// The tokens of one product. Without a LoRA among them that changes it, h is NULL.
+typedef struct {
+    const LoraTable *table;
+    int32_t *slots;  // of each row; -1: none
+    uint16_t *h;     // [rows][slices][max_rank] bfloat16
+} LoraRows;
+
+// Returns 0, or 1 where memory was refused. Table and step may be NULL: no token has a LoRA. `slots` is to be freed.
+int softprompt_lora_begin(LoraRows *lora, const LoraTable *table, const LoraStep *step, int64_t rows);
+
+// Makes h. To be called by all threads of a team; it is there for all of them when they return.
+void softprompt_lora_shrink(const LoraRows *lora, const LoraStep *step, const uint16_t *x, int64_t x_row,
+                            int64_t pairs);
+
+// Adds to the sums of so many rows in two panels, [count][2 * LANES], what their LoRAs add.
+void softprompt_lora_add(float *sums, const LoraRows *lora, int64_t first, int64_t count, int64_t panel);
+
+#endif

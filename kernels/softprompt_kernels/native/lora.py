@@ -1,0 +1,113 @@
+"""LoRA within products over packed weights: it is summed with them, and rounded once with the result."""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from softprompt_kernels.lora_tiles import LoraTiles
+from softprompt_kernels.native.memory import HugePages
+from softprompt_kernels.native.panels import PANEL, pack_panels
+
+# Panels that a product computes together.
+_GROUP = 2
+_ARRAYS = ("a", "b", "ranks", "scales", "slices", "places")
+
+
+class _Table(ctypes.Structure):
+    _fields_ = [
+        *[(name, c_void_p) for name in _ARRAYS],
+        *[(name, c_int32) for name in ("num_slices", "stride", "max_rank")],
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [("order", c_void_p), ("tiles", c_void_p), ("num_tiles", c_int64)]
+
+
+class LoraStep:
+    """The tiles of one step, on a CPU, where the kernels find them.
+
+    Attributes:
+        address: of the structure that they read.
+    """
+
+    def __init__(self, tiles: LoraTiles) -> None:
+        self._tiles = tiles  # the structure has addresses only
+        self._step = _Step(tiles.order.data_ptr(), tiles.tiles.data_ptr(), len(tiles.tiles))
+        self.address = ctypes.addressof(self._step)
+
+
+class PackedLoras:
+    """The LoRAs of one product by slot, where its kernel finds them; none before `prepare`.
+
+    Attributes:
+        address: of the structure that it reads.
+    """
+
+    def __init__(self) -> None:
+        self._table = _Table()
+        self.address = ctypes.addressof(self._table)
+
+    @staticmethod
+    def can_hold(widths: Sequence[int]) -> bool:
+        """Whether linears of these widths, one beside the other, each begin with a panel."""
+        return all(width % PANEL == 0 for width in widths[:-1])
+
+    def prepare(self, widths: Sequence[int], *, gated: bool, num_slots: int, memory: Sequence[HugePages]) -> None:
+        """Make room for LoRAs.
+
+        Args:
+            widths: columns of each linear that the product computes, one beside the other as `can_hold` allows,
+                or, gated, panel by panel in turn.
+            memory: for each slot.
+        """
+        self._memory = memory
+        self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        shape = (num_slots, len(widths))
+        self._a, self._b = torch.zeros(2, *shape, dtype=torch.int64)  # addresses
+        self._ranks = torch.zeros(shape, dtype=torch.int32)
+        self._scales = torch.zeros(shape, dtype=torch.float32)
+        self._panels = torch.tensor(_lay_out(widths, gated=gated), dtype=torch.int32).T.contiguous()
+        slices, places = self._panels
+        tables = (self._a, self._b, self._ranks, self._scales, slices, places)
+        for name, table in zip(_ARRAYS, tables, strict=True):
+            setattr(self._table, name, table.data_ptr())
+        self._table.num_slices = len(widths)
+        self._table.stride = 1 if gated else _GROUP
+        self._note_max_rank()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the weights."""
+        return sum(tensor.nbytes for held in self._held.values() for tensor in held)
+
+    def put(self, slot: int, index: int, a: Tensor, b: Tensor, scale: float) -> None:
+        """Give an empty slot weights for the linear at `index`: a [rank, in], b [out, rank]. Kept in bfloat16."""
+        copy = self._memory[slot].copy
+        held = copy(pack_panels(a.bfloat16())), copy(pack_panels(b.bfloat16()))
+        self._held[slot, index] = held
+        self._a[slot, index], self._b[slot, index] = (tensor.data_ptr() for tensor in held)
+        self._scales[slot, index] = scale
+        self._ranks[slot, index] = len(a)
+        self._note_max_rank()
+
+    def drop(self, slot: int) -> None:
+        """Empty a slot."""
+        self._ranks[slot] = 0
+        self._held = {key: held for key, held in self._held.items() if key[0] != slot}
+        self._note_max_rank()
+
+    def _note_max_rank(self) -> None:
+        self._table.max_rank = -(-int(self._ranks.max()) // PANEL) * PANEL
+
+
+def _lay_out(widths: Sequence[int], *, gated: bool) -> list[tuple[int, int]]:
+    """The linear that each panel of a product belongs to, and its place among the linear's; (−1, 0): padding."""
+    counts = [-(-width // PANEL) for width in widths]
+    panels = [(index, place) for index, count in enumerate(counts) for place in range(count)]
+    if gated:
+        panels.sort(key=lambda panel: (panel[1], panel[0]))
+    return panels + [(-1, 0)] * (-len(panels) % _GROUP)
