@@ -1,10 +1,10 @@
 """Watch: every change after a cursor, heartbeats in between, until the client leaves or the registry stops."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from softprompt_api.errors import DataCorrupted, Overloaded, Unavailable
+from softprompt_api.errors import Overloaded, Unavailable
 
 from softprompt_registry.catalog import AdapterVersion, EventType
 from softprompt_registry.events import Event, EventLog
@@ -61,11 +61,11 @@ class Watching:
             yield Change(cursor=cursor)
             while True:
                 events = await self._next(cursor)
-                for event in events:
-                    if change := await self._change(event):
-                        yield change
-                    cursor = event.cursor
-                if not events:
+                for change in await self._tell(events):
+                    yield change
+                if events:
+                    cursor = events[-1].cursor
+                else:
                     yield Change(cursor=cursor)
         finally:
             self._num_watchers -= 1
@@ -85,12 +85,14 @@ class Watching:
             await self._events.check(cursor)
         return events
 
-    async def _change(self, event: Event) -> Change | None:
-        if event.type not in _TOLD_WHOLE:
-            return Change(cursor=event.cursor, event=event)
-        try:
-            version = await self._store.find_id(event.id)
-        except DataCorrupted:  # whoever asks for it is told; watchers must get past it
-            return None
-        # Deleted since: the event that says so follows.
-        return None if version is None else Change(cursor=event.cursor, event=event, version=version)
+    async def _tell(self, events: Sequence[Event]) -> list[Change]:
+        """What is said of events; the versions of all of them are asked for at once."""
+        told_whole = [event for event in events if event.type in _TOLD_WHOLE]
+        found = await self._store.find_ids([event.id for event in told_whole]) if told_whole else []
+        versions = {event.cursor: version for event, version in zip(told_whole, found, strict=True)}
+        return [
+            Change(cursor=event.cursor, event=event, version=versions.get(event.cursor))
+            for event in events
+            # Without what was deleted since, which a later event says, and what cannot be read.
+            if versions.get(event.cursor, event)
+        ]
