@@ -1,14 +1,18 @@
 """The adapters that this gateway has heard of: for listings, near names, and while the registry is away."""
 
 import difflib
+from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 from softprompt_api.names import LATEST, AdapterRef
 from softprompt_api.registry.v1.registry_pb2 import AdapterEventType, AdapterVersion, WatchAdaptersResponse
 
 _MAX_REMEMBERED = 4096
+_MAX_COMPARED = 512
 
+# A version without its config and its labels, serialised: some 300 bytes, where a parsed message takes thousands.
+Packed = bytes
 
 _TOLD_WHOLE = (
     AdapterEventType.ADAPTER_EVENT_TYPE_REGISTERED,
@@ -22,8 +26,25 @@ def spelling_of(version: AdapterVersion) -> str:
     return f"{version.name}@{version.version}"
 
 
-def _is_newer(version: AdapterVersion, known: AdapterVersion | None) -> bool:
+def pack(version: AdapterVersion) -> Packed:
+    """What listings and requests need of a version."""
+    kept = AdapterVersion()
+    kept.CopyFrom(version)
+    kept.ClearField("config_json")
+    kept.ClearField("labels")
+    if version.HasField("base_model"):
+        kept.ClearField("base_model")
+        kept.base_model.id = version.base_model.id
+    return kept.SerializeToString()
+
+
+def _unpack(packed: Packed | None) -> AdapterVersion | None:
+    return None if packed is None else AdapterVersion.FromString(packed)
+
+
+def _is_newer(version: AdapterVersion, packed: Packed | None) -> bool:
     """Whether nothing later is known under the same key; revisions of different names do not compare."""
+    known = _unpack(packed)
     return known is None or known.name != version.name or known.revision <= version.revision
 
 
@@ -35,27 +56,37 @@ class Catalog:
 
     def __init__(self) -> None:
         self.synced = False
-        self._latest: dict[str, AdapterVersion] = {}
+        self._latest: dict[str, Packed] = {}
+        self._names: list[str] = []  # of `_latest`, in order
         # By digest and by name@version, which mean one content for ever, and by name@alias.
-        self._remembered: OrderedDict[str, AdapterVersion] = OrderedDict()
+        self._remembered: OrderedDict[str, Packed] = OrderedDict()
 
-    def replace(self, versions: Iterable[AdapterVersion]) -> None:
-        """Take the registry's whole list."""
-        self._latest = {version.name: version for version in versions}
+    def __len__(self) -> int:
+        return len(self._latest)
+
+    def replace(self, latest: dict[str, Packed]) -> None:
+        """Take the registry's whole list: each name's latest version."""
+        self._latest = latest
+        self._names = sorted(latest)
         self.synced = True
 
     def learn(self, version: AdapterVersion) -> None:
         """Take one version that the registry told of, and what points to it."""
+        packed = pack(version)
         aliases = [f"{version.name}@{alias}" for alias in version.aliases if alias != LATEST]
         for key in (version.digest, spelling_of(version), *aliases):
+            known = self._remembered.get(key)
             # Events arrive after answers: what was must not come back.
-            if _is_newer(version, self._remembered.get(key)):
-                self._remembered[key] = version
+            if known != packed and _is_newer(version, known):
+                self._remembered[key] = packed
             self._remembered.move_to_end(key)
         while len(self._remembered) > _MAX_REMEMBERED:
             self._remembered.popitem(last=False)
-        if LATEST in version.aliases and _is_newer(version, self._latest.get(version.name)):
-            self._latest[version.name] = version
+        known = self._latest.get(version.name)
+        if LATEST in version.aliases and known != packed and _is_newer(version, known):
+            if known is None:
+                insort(self._names, version.name)
+            self._latest[version.name] = packed
 
     def forget_alias(self, name: str, alias: str) -> None:
         """Drop an alias that points nowhere."""
@@ -63,17 +94,16 @@ class Catalog:
 
     def forget(self, name: str, version: int | None = None) -> bool:
         """Drop a deleted name, or one version of it; return whether the name's latest is now unknown."""
-        gone = [
-            key
-            for key, known in self._remembered.items()
-            if known.name == name and version in (None, known.version)
-        ]
-        for key in gone:
-            del self._remembered[key]
-        latest = self._latest.get(name)
+        text = name.encode()
+        for key in [key for key, packed in self._remembered.items() if text in packed]:
+            known = AdapterVersion.FromString(self._remembered[key])
+            if known.name == name and version in (None, known.version):
+                del self._remembered[key]
+        latest = _unpack(self._latest.get(name))
         if latest is None or version not in (None, latest.version):
             return False
         del self._latest[name]
+        del self._names[bisect_left(self._names, name)]
         return version is not None
 
     def apply(self, event: WatchAdaptersResponse) -> bool:
@@ -89,23 +119,34 @@ class Catalog:
         return False
 
     def find(self, ref: AdapterRef) -> AdapterVersion | None:
-        """The version a spelling stood for when last heard of."""
+        """The version a spelling stood for when last heard of, without its config and labels."""
+        latest = _unpack(self._latest.get(ref.name))
         if ref.is_latest:
-            return self._latest.get(ref.name)
-        by_name = self._latest.get(ref.name)
-        if by_name is not None and by_name.version == ref.version:
-            return by_name
-        return self._remembered.get(str(ref)) or next(
-            (version for version in self._latest.values() if ref.digest and version.digest == ref.digest), None
-        )
+            return latest
+        if latest is not None and latest.version == ref.version:
+            return latest
+        return _unpack(self._remembered.get(str(ref))) or self._with_digest(ref.digest)
 
-    def versions(self) -> list[AdapterVersion]:
-        """The latest version of each name, in order of names."""
-        return [self._latest[name] for name in sorted(self._latest)]
+    def _with_digest(self, digest: str) -> AdapterVersion | None:
+        if not digest:
+            return None
+        # Looked for among the bytes first: parsing all of a large catalogue takes long.
+        text = digest.encode()
+        candidates = (AdapterVersion.FromString(packed) for packed in self._latest.values() if text in packed)
+        return next((version for version in candidates if version.digest == digest), None)
+
+    def versions(self) -> Iterator[AdapterVersion]:
+        """The latest version of each name, in order of names; changes meanwhile are seen, or not."""
+        for name in list(self._names):
+            if packed := self._latest.get(name):
+                yield AdapterVersion.FromString(packed)
 
     def near(self, spelling: str, *others: str) -> str:
         """The name, among ours and the others, that looks most like a misspelled one; "" if none does."""
-        # Comparing is quadratic in length and linear in names: bounded for what strangers may send.
-        candidates = [*others, *list(self._latest)[:_MAX_REMEMBERED]]
-        matches = difflib.get_close_matches(spelling[:128], candidates, n=1)
+        spelling = spelling[:128]
+        # Comparing is quadratic in length and linear in names: bounded for what strangers may send. Most words are
+        # misspelled behind their first letters, and then they stand close to the right one.
+        place = bisect_left(self._names, spelling)
+        neighbours = self._names[max(0, place - _MAX_COMPARED // 2) : place + _MAX_COMPARED // 2]
+        matches = difflib.get_close_matches(spelling, [*others, *neighbours], n=1)
         return matches[0] if matches else ""

@@ -38,5 +38,5 @@ def make_gateway(settings: Settings, clients: Clients) -> Gateway:
         clients=clients,
         catalog=catalog,
         resolver=Resolver(clients.registry, clients.inference, catalog),
-        metrics=Metrics(),
+        metrics=Metrics(catalog.__len__),
     )

@@ -1,6 +1,9 @@
 """`/v1/models`: the base model and every adapter, as model cards."""
 
-from collections.abc import Iterator
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from itertools import islice
 from typing import Any
 
 from softprompt_api.inference.v1.inference_pb2 import GetModelResponse
@@ -10,6 +13,7 @@ from softprompt_api.registry.v1.registry_pb2 import AdapterKind, AdapterVersion
 from softprompt_gateway.catalog import spelling_of
 
 OWNER = "softprompt"
+_CARDS_AT_ONCE = 100
 
 
 def kind_name(kind: int) -> str:
@@ -55,3 +59,13 @@ def adapter_card(
             "num_virtual_tokens": version.num_virtual_tokens,
         },
     }
+
+
+async def listing(cards: Iterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """The JSON of a list of cards, in pieces: all of a hundred thousand at once would keep others waiting."""
+    start = b'{"object":"list","data":['
+    while batch := list(islice(cards, _CARDS_AT_ONCE)):
+        yield start + ",".join(json.dumps(card, separators=(",", ":")) for card in batch).encode()
+        start = b","
+        await asyncio.sleep(0)
+    yield b"]}"

@@ -1,12 +1,13 @@
 """Routes under /v1 that OpenAI's clients call, and vLLM's /tokenize and /detokenize."""
 
 from collections.abc import Callable, Coroutine
+from itertools import chain
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from softprompt_gateway.disconnect import unless_gone
 from softprompt_gateway.documented import json_body
@@ -17,7 +18,7 @@ from softprompt_gateway.openai.chat import ChatRequest, ChatStyle
 from softprompt_gateway.openai.completions import CompletionRequest, CompletionStyle
 from softprompt_gateway.openai.generation import all_of
 from softprompt_gateway.openai.job import Job
-from softprompt_gateway.openai.models import adapter_card, adapter_cards, base_card
+from softprompt_gateway.openai.models import adapter_card, adapter_cards, base_card, listing
 from softprompt_gateway.openai.tokens import (
     DetokenizeRequest,
     TokenizeChatRequest,
@@ -119,13 +120,13 @@ class _Routes:
             )
         )
 
-    async def models(self) -> dict[str, Any]:
+    async def models(self) -> Response:
         """List the base model and every adapter."""
         served = await self._resolver.served()
-        adapters = [
+        adapters = (
             card for version in self._gateway.catalog.versions() for card in adapter_cards(version, served)
-        ]
-        return {"object": "list", "data": [base_card(served), *adapters]}
+        )
+        return StreamingResponse(listing(chain([base_card(served)], adapters)), media_type="application/json")
 
     async def model(self, id_: str) -> dict[str, Any]:
         """Describe one model: the base model, or an adapter by name, name@version or digest."""

@@ -7,10 +7,11 @@ asked for ──▶ fetching (one task per digest) ──▶ waiting for room �
 """
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import chain
 from time import monotonic
 from typing import Literal
 
@@ -20,7 +21,7 @@ from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.room import Room, Waiter
 
-_MAX_REMEMBERED = 4096
+_MAX_REMEMBERED = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,20 @@ class Resident:
     idle_s: float
     hits: int
     users: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tier:
+    """What one tier holds. An adapter on the device may be in host memory too, and counts in both.
+
+    Attributes:
+        hits: requests that found their adapter in it, and in no faster one.
+    """
+
+    name: Literal["host", "device"]
+    num_adapters: int
+    size_bytes: int
+    hits: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -99,6 +114,8 @@ class Residency:
         self._entries: dict[str, _Entry] = {}
         self._leaving: set[asyncio.Task[Adapter]] = set()  # cancelled, and yet to give room back that they took
         self._usage: OrderedDict[str, _Usage] = OrderedDict()  # of adapters asked for lately, the last one last
+        self._hits: Counter[str] = Counter()  # requests by where their adapter was
+        self._device_bytes = 0
 
     @asynccontextmanager
     async def use(self, digest: str) -> AsyncIterator[Adapter]:
@@ -111,14 +128,43 @@ class Residency:
         finally:
             self._release(digest, entry)
 
-    def resident(self) -> list[Resident]:
-        """What is in memory, the most recently used first."""
-        held = {adapter.digest: self._describe(adapter, "host", 0) for adapter in self._host_cache.adapters()}
-        for digest, entry in self._entries.items():
-            if entry.adapter is not None:
-                held[digest] = self._describe(entry.adapter, "device", entry.users)
-        recency = {digest: place for place, digest in enumerate(self._usage)}
-        return sorted(held.values(), key=lambda one: -recency.get(one.adapter.digest, -1))
+    def resident(self, limit: int | None = None) -> list[Resident]:
+        """What is in memory, the most recently used first; no more than `limit`."""
+        found: dict[str, Resident] = {}
+        for digest in chain(reversed(self._usage), self._entries, self._host_cache.digests()):
+            if len(found) == limit:
+                break
+            if digest not in found and (held := self._find(digest)):
+                found[digest] = held
+        return list(found.values())
+
+    @property
+    def num_resident(self) -> int:
+        """How many adapters are in memory."""
+        on_device = [digest for digest, entry in self._entries.items() if entry.adapter is not None]
+        return len(self._host_cache) + sum(digest not in self._host_cache for digest in on_device)
+
+    def tiers(self) -> list[Tier]:
+        """What each tier holds, the fastest first."""
+        rooms = (self._soft_prompts, self._loras)
+        device = Tier(
+            name="device",
+            num_adapters=sum(room.num_adapters for room in rooms),
+            size_bytes=self._device_bytes,
+            hits=self._hits["device"],
+        )
+        host = Tier(
+            name="host",
+            num_adapters=len(self._host_cache),
+            size_bytes=self._host_cache.size_bytes,
+            hits=self._hits["host"],
+        )
+        return [device, host]
+
+    @property
+    def misses(self) -> int:
+        """Requests whose adapter was in no tier."""
+        return self._hits["registry"]
 
     def evict(self, digest: str) -> bool:
         """Let an adapter go from all memory; False when it is not there.
@@ -156,10 +202,14 @@ class Residency:
             assert num_granted or (len(adapters), num_rows) == (room.num_adapters, room.num_rows)
             assert set(room.idle) == {one.adapter.digest for one in held if one.adapter and not one.users}
             room.check()
+        on_device = [entry.adapter.size_bytes for entry in self._entries.values() if entry.adapter]
+        assert self._device_bytes == sum(on_device)
         self._host_cache.check()
 
     def _acquire(self, digest: str) -> _Entry:
         entry = self._entries.get(digest)
+        on_device = entry is not None and entry.adapter is not None
+        self._hits["device" if on_device else "host" if digest in self._host_cache else "registry"] += 1
         if entry is None:
             task = asyncio.create_task(self._bring(digest), name=f"bring {digest}")
             # Its failure is the waiters'; when they have all gone, nobody is left to be told.
@@ -206,6 +256,7 @@ class Residency:
                 del self._entries[digest]
             raise
         entry.adapter = adapter
+        self._device_bytes += adapter.size_bytes
         return adapter
 
     async def _load_in_turn(self, adapter: Adapter) -> None:
@@ -245,11 +296,20 @@ class Residency:
     def _drop_resident(self, digest: str) -> None:
         adapter = self._entries.pop(digest).adapter
         assert adapter is not None
+        self._device_bytes -= adapter.size_bytes
         self._room_of(adapter).give_back(adapter.num_virtual_tokens)
         self._drop(digest)
 
     def _room_of(self, adapter: Adapter) -> Room:
         return self._loras if adapter.is_lora else self._soft_prompts
+
+    def _find(self, digest: str) -> Resident | None:
+        """An adapter that is in memory."""
+        entry = self._entries.get(digest)
+        if entry is not None and entry.adapter is not None:
+            return self._describe(entry.adapter, "device", entry.users)
+        adapter = self._host_cache.peek(digest)
+        return self._describe(adapter, "host", 0) if adapter else None
 
     def _describe(self, adapter: Adapter, tier: Literal["host", "device"], users: int) -> Resident:
         usage = self._usage.get(adapter.digest, _Usage())
