@@ -104,21 +104,21 @@ async def test_a_registration_of_one_chunk_writes_twice(client, make_adapter, re
     assert not {"rename", "persist", "unlink", "exists"} & used.keys()
 
 
-async def test_a_page_of_a_thousand_is_read_in_few_turns(client, make_adapter, redis):
-    await fill(client, make_adapter, range(MANY))
-    used = await commands(redis, lambda: client.stub.ListAdapters(pb.ListAdaptersRequest(page_size=MANY)))
-    assert used["zrangebylex"] <= 20
-    assert used["hget"] == MANY
+async def test_a_large_page_is_read_in_few_turns(client, make_adapter, redis):
+    await fill(client, make_adapter, range(200))
+    used = await commands(redis, lambda: client.stub.ListAdapters(pb.ListAdaptersRequest(page_size=200)))
+    assert used["zrangebylex"] <= 6
+    assert used["hget"] == 200
 
 
 async def test_a_watcher_that_catches_up_asks_for_many_changes_at_once(client, make_adapter, redis):
     start = (await client.stub.ListAdapters(pb.ListAdaptersRequest())).cursor
-    await fill(client, make_adapter, range(300))
+    await fill(client, make_adapter, range(200))
 
     async def catch_up() -> None:
         call = client.stub.WatchAdapters(pb.WatchAdaptersRequest(cursor=start), timeout=20)
         seen = 0
-        while seen < 300:
+        while seen < 200:
             seen += (await call.read()).type == pb.ADAPTER_EVENT_TYPE_REGISTERED
         call.cancel()
 
