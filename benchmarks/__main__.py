@@ -9,7 +9,15 @@ from pathlib import Path
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 
 from benchmarks.bench import PEERS, Bench
-from benchmarks.cases import b1_one_adapter, b2_many_adapters, b3_long_prompts, b7_gateway, b9_start
+from benchmarks.cases import (
+    b1_one_adapter,
+    b2_many_adapters,
+    b3_long_prompts,
+    b6_cold_start,
+    b7_gateway,
+    b8_scale,
+    b9_start,
+)
 from benchmarks.conditions import read_conditions
 from benchmarks.progress import Progress
 from benchmarks.results import Results
@@ -17,7 +25,16 @@ from benchmarks.sizes import FULL, QUICK, SIZES, TINY
 from benchmarks.table import render, render_checks
 
 CASES = {
-    module.CASE: module for module in (b1_one_adapter, b2_many_adapters, b3_long_prompts, b7_gateway, b9_start)
+    module.CASE: module
+    for module in (
+        b1_one_adapter,
+        b2_many_adapters,
+        b3_long_prompts,
+        b6_cold_start,
+        b7_gateway,
+        b8_scale,
+        b9_start,
+    )
 }
 _NUM_THREADS = 2
 # Above it, others use the processors: figures say little then.

@@ -38,9 +38,18 @@ DECODE_SHARE = {
 DECODE_OVER_TRANSFORMERS = {32: Goal(must=4.0), 256: Goal(must=8.0)}
 # B5: with a soft prompt of its own in each sequence, over the base model.
 SOFT_OVER_BASE = Goal(must=0.97)
+# B6: what a soft prompt's first request waits longer than one of the base model with as many more tokens; how long
+# a LoRA's waits; and what loading does to the gaps between tokens that others see.
+COLD_SOFT_PROMPT_MS = Goal(must=5.0, at_most=True)
+COLD_LORA_MS = Goal(must=350.0, at_most=True)
+GAPS_WHILE_LOADING = Goal(must=1.10, at_most=True)
 # B7: over HTTP against the engine API.
 GATEWAY_THROUGHPUT = Goal(must=0.93)
 GATEWAY_CPU_US = Goal(must=60.0, at_most=True)
 GATEWAY_FIRST_TOKEN_MS = Goal(must=3.0, at_most=True)
+# B8: traffic over many adapters against one; requests that find theirs on the device; a name to its version.
+MANY_REGISTERED_OVER_ONE = Goal(must=0.90)
+RESIDENT_HITS = Goal(must=0.95)
+RESOLVE_MS = Goal(must=2.0, at_most=True)
 # B9
 START_S = Goal(must=12.0, at_most=True)

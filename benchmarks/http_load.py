@@ -48,13 +48,49 @@ def stream_all(port: int, model: str, requests: Sequence[Request], *, with_ids: 
     return asyncio.run(gather())
 
 
-async def _stream(port: int, request: bytes) -> Stream:
+def stream_each(port: int, requests: Sequence[tuple[str, Request]], *, at_once: int) -> list[Stream]:
+    """Each request to a model of its own, at most so many at a time. Errors as in `stream_one`."""
+
+    async def gather() -> list[Stream]:
+        places = asyncio.Semaphore(at_once)
+
+        async def stream(model: str, request: Request) -> Stream:
+            async with places:
+                return await _stream(port, _http(port, model, request, False))
+
+        async with asyncio.timeout(_TIMEOUT_S):
+            return await asyncio.gather(*(stream(model, request) for model, request in requests))
+
+    return asyncio.run(gather())
+
+
+def stream_tokens(port: int, model: str, requests: Sequence[Request]) -> list[list[float]]:
+    """When the tokens of each stream came, by time.monotonic(); all run at once. Errors as in `stream_one`."""
+
+    async def gather() -> list[list[float]]:
+        times: list[list[float]] = [[] for _ in requests]
+        async with asyncio.timeout(_TIMEOUT_S):
+            await asyncio.gather(
+                *(
+                    _stream(port, _http(port, model, request, True), seen)
+                    for request, seen in zip(requests, times, strict=True)
+                )
+            )
+        return times
+
+    return asyncio.run(gather())
+
+
+async def _stream(port: int, request: bytes, seen: list[float] | None = None) -> Stream:
+    """One answer; `seen` gets the time of each piece that has a token in it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(request)
         data, first_at = b"", 0.0
         while piece := await reader.read(_READ_BYTES):
             data += piece
+            if seen is not None and _TOKEN.search(piece):
+                seen.append(time.monotonic())
             if not first_at and _TOKEN.search(data):
                 first_at = time.monotonic()
     finally:

@@ -70,6 +70,15 @@ def read_embedding_rows(folder: Path, token_ids: list[int]) -> np.ndarray:
     return np.stack(rows)
 
 
+def read_linears(folder: Path) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of the linears of a model's layers, by their dotted paths, where their names say so."""
+    return {
+        name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
+        for name, tensor in _tensors(folder)
+        if name.endswith("_proj.weight")
+    }
+
+
 def _tensors(folder: Path) -> Iterator[tuple[str, _Tensor]]:
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:

@@ -16,6 +16,9 @@ class Size:
         batch_sizes: of padded batches, of which the fastest is kept.
         single_requests: sent one by one, for the time to the first token.
         streams: open at the same time over HTTP.
+        cold_starts: adapters that are used for the first time, of each kind; `loads` of each while others stream.
+        registered: soft prompts in the registry of B8; `asked` of them have traffic: `asked_requests` in a turn.
+        resolves: names and digests that are looked up.
     """
 
     name: str
@@ -33,6 +36,12 @@ class Size:
     single_requests: int
     streams: int
     num_starts: int
+    cold_starts: int
+    loads: int
+    registered: int
+    asked: int
+    asked_requests: int
+    resolves: int
 
 
 FULL = Size(
@@ -51,6 +60,12 @@ FULL = Size(
     single_requests=15,
     streams=32,
     num_starts=3,
+    cold_starts=15,
+    loads=30,
+    registered=100_000,
+    asked=10_000,
+    asked_requests=192,
+    resolves=2_000,
 )
 # One repeat of everything within ten minutes on two cores.
 QUICK = Size(
@@ -69,6 +84,12 @@ QUICK = Size(
     single_requests=5,
     streams=16,
     num_starts=1,
+    cold_starts=7,
+    loads=15,
+    registered=2_000,
+    asked=200,
+    asked_requests=64,
+    resolves=500,
 )
 # Runs every line and measures nothing worth knowing.
 TINY = Size(
@@ -87,5 +108,11 @@ TINY = Size(
     single_requests=2,
     streams=3,
     num_starts=1,
+    cold_starts=2,
+    loads=2,
+    registered=30,
+    asked=6,
+    asked_requests=6,
+    resolves=10,
 )
 SIZES = {size.name: size for size in (FULL, QUICK, TINY)}

@@ -23,6 +23,14 @@ _STOP_TIMEOUT_S = 60.0
 _POLL_S = 0.02
 _READY = "Ctrl-C stops everything"
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+# What a word of each service's command line ends with.
+_SERVICES = {
+    "store": ("valkey-server", "redis-server"),
+    "registry": ("softprompt_registry",),
+    "engine": ("softprompt_inference.engine", "benchmarks.stub.engine"),
+    "front": ("softprompt_inference", "benchmarks.stub.inference"),
+    "gateway": ("softprompt_gateway",),
+}
 
 
 class System:
@@ -34,6 +42,11 @@ class System:
         adapters: name to PEFT folder, registered at the start.
         folder: for data and output of this one system.
         env: its whole environment.
+        flags: further words for `softprompt run`.
+
+    Attributes:
+        port: of the HTTP API.
+        registry, inference: host:port of the services' gRPC.
 
     Raises SideFailed when it does not get ready.
     """
@@ -46,8 +59,11 @@ class System:
         folder: Path,
         env: Mapping[str, str],
         module: str = "softprompt.cli",
+        flags: Sequence[str] = (),
     ) -> None:
-        self.port, registry_port, inference_port = _free_ports(3)
+        self.port, registry_port, inference_port = free_ports(3)
+        self.registry = f"127.0.0.1:{registry_port}"
+        self.inference = f"127.0.0.1:{inference_port}"
         folder.mkdir(parents=True)
         self._output = folder / "output"
         pairs = [f"{name}={path}" for name, path in adapters.items()]
@@ -58,7 +74,7 @@ class System:
             "--inference-port": str(inference_port),
             "--served-model-name": "base",
         }
-        words = [word for option in options.items() for word in option]
+        words = [*flags, *(word for option in options.items() for word in option)]
         if pairs:
             words += ["--prompt-adapters", *pairs]
         self.started_s = time.monotonic()
@@ -114,6 +130,15 @@ class System:
             raise SideFailed(f"of {', '.join(modules)} there are {len(pids)} processes")
         return sum(_cpu_ticks(pid) for pid in pids) / _TICKS_PER_S
 
+    def memory_bytes(self) -> dict[str, int]:
+        """Resident memory of each service, libraries included, by its name."""
+        found = {}
+        for pid, words in self._processes().items():
+            name = next((name for name, marks in _SERVICES.items() if _has(words, marks)), None)
+            if name is not None:
+                found[name] = _resident_bytes(pid)
+        return found
+
     def stop(self) -> None:
         """Ctrl-C, and wait for the end."""
         if self._process.poll() is None:
@@ -151,6 +176,19 @@ def _cpu_ticks(pid: int) -> int:
     return int(fields[11]) + int(fields[12]) if fields else 0
 
 
+def _has(words: Sequence[str], marks: tuple[str, ...]) -> bool:
+    # A store writes more into its title, behind its name.
+    return any(word.split(" ")[0].endswith(marks) for word in words)
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def _command(pid: int) -> list[str]:
     try:
         return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8").rstrip("\0").split("\0")
@@ -158,7 +196,7 @@ def _command(pid: int) -> list[str]:
         return []
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on, all different."""
     with ExitStack() as stack:
         listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
 
+from softprompt_gateway.adapters.resident import resident_router
 from softprompt_gateway.adapters.routes import REQUEST_MODELS as ADAPTER_MODELS
 from softprompt_gateway.adapters.routes import adapters_router
 from softprompt_gateway.clients import Clients
@@ -55,7 +56,7 @@ def make_app(settings: Settings, clients: Clients) -> FastAPI:
     )
     app.add_exception_handler(SoftpromptError, _explain)
     app.add_exception_handler(Refused, _explain)
-    routers = (openai_router(gateway), adapters_router(gateway), health_router(gateway))
+    routers = (openai_router(gateway), adapters_router(gateway), resident_router(gateway), health_router(gateway))
     app.add_exception_handler(HTTPException, _http_explainer(routers))
     app.add_exception_handler(RequestValidationError, _explain_parameter)
     app.add_middleware(Edge, metrics=gateway.metrics, max_requests=settings.max_requests)

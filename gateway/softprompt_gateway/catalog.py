@@ -1,9 +1,9 @@
 """The adapters that this gateway has heard of: for listings, near names, and while the registry is away."""
 
 import difflib
+from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Callable, Iterator
 
 from softprompt_api.names import LATEST, AdapterRef
 from softprompt_api.registry.v1.registry_pb2 import (
@@ -12,10 +12,13 @@ from softprompt_api.registry.v1.registry_pb2 import (
     AdapterVersion,
     WatchAdaptersResponse,
 )
-from softprompt_api.tenants import local_name, tenant_of
+from softprompt_api.tenants import DEFAULT_TENANT, local_name, tenant_of
 
 _MAX_REMEMBERED = 4096
+_MAX_COMPARED = 512
 
+# A version without its config and its labels, serialised: some 300 bytes, where a parsed message takes thousands.
+Packed = bytes
 
 _TOLD_WHOLE = (
     AdapterEventType.ADAPTER_EVENT_TYPE_REGISTERED,
@@ -34,8 +37,30 @@ def kind_name(kind: int) -> str:
     return AdapterKind.Name(AdapterKind.ValueType(kind)).removeprefix("ADAPTER_KIND_")
 
 
-def _is_newer(version: AdapterVersion, known: AdapterVersion | None) -> bool:
+def pack(version: AdapterVersion) -> Packed:
+    """What listings and requests need of a version."""
+    kept = AdapterVersion()
+    kept.CopyFrom(version)
+    kept.ClearField("config_json")
+    kept.ClearField("labels")
+    if version.HasField("base_model"):
+        kept.ClearField("base_model")
+        kept.base_model.id = version.base_model.id
+    return kept.SerializeToString()
+
+
+def _unpack(packed: Packed | None) -> AdapterVersion | None:
+    return None if packed is None else AdapterVersion.FromString(packed)
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Where a full name stands in the order of names: beside its tenant's others."""
+    return tenant_of(name), local_name(name)
+
+
+def _is_newer(version: AdapterVersion, packed: Packed | None) -> bool:
     """Whether nothing later is known under the same key; revisions of different names do not compare."""
+    known = _unpack(packed)
     return known is None or known.name != version.name or known.revision <= version.revision
 
 
@@ -51,28 +76,38 @@ class Catalog:
 
     def __init__(self) -> None:
         self.synced = False
-        self._latest: dict[str, AdapterVersion] = {}
+        self._latest: dict[str, Packed] = {}
+        self._names: list[str] = []  # of `_latest`, in order
         # By tenant/digest and by name@version, which mean one content for ever, and by name@alias.
-        self._remembered: OrderedDict[str, AdapterVersion] = OrderedDict()
+        self._remembered: OrderedDict[str, Packed] = OrderedDict()
 
-    def replace(self, versions: Iterable[AdapterVersion]) -> None:
-        """Take the registry's whole list."""
-        self._latest = {version.name: version for version in versions}
+    def __len__(self) -> int:
+        return len(self._latest)
+
+    def replace(self, latest: dict[str, Packed]) -> None:
+        """Take the registry's whole list: each name's latest version."""
+        self._latest = latest
+        self._names = sorted(latest, key=_place)
         self.synced = True
 
     def learn(self, version: AdapterVersion) -> None:
         """Take one version that the registry told of, and what points to it."""
+        packed = pack(version)
         aliases = [f"{version.name}@{alias}" for alias in version.aliases if alias != LATEST]
         digest = str(AdapterRef(digest=version.digest, owner=tenant_of(version.name)))
         for key in (digest, spelling_of(version), *aliases):
+            known = self._remembered.get(key)
             # Events arrive after answers: what was must not come back.
-            if _is_newer(version, self._remembered.get(key)):
-                self._remembered[key] = version
+            if known != packed and _is_newer(version, known):
+                self._remembered[key] = packed
             self._remembered.move_to_end(key)
         while len(self._remembered) > _MAX_REMEMBERED:
             self._remembered.popitem(last=False)
-        if LATEST in version.aliases and _is_newer(version, self._latest.get(version.name)):
-            self._latest[version.name] = version
+        known = self._latest.get(version.name)
+        if LATEST in version.aliases and known != packed and _is_newer(version, known):
+            if known is None:
+                insort(self._names, version.name, key=_place)
+            self._latest[version.name] = packed
 
     def forget_alias(self, name: str, alias: str) -> None:
         """Drop an alias that points nowhere."""
@@ -80,17 +115,16 @@ class Catalog:
 
     def forget(self, name: str, version: int | None = None) -> bool:
         """Drop a deleted name, or one version of it; return whether the name's latest is now unknown."""
-        gone = [
-            key
-            for key, known in self._remembered.items()
-            if known.name == name and version in (None, known.version)
-        ]
-        for key in gone:
-            del self._remembered[key]
-        latest = self._latest.get(name)
+        text = name.encode()
+        for key in [key for key, packed in self._remembered.items() if text in packed]:
+            known = AdapterVersion.FromString(self._remembered[key])
+            if known.name == name and version in (None, known.version):
+                del self._remembered[key]
+        latest = _unpack(self._latest.get(name))
         if latest is None or version not in (None, latest.version):
             return False
         del self._latest[name]
+        del self._names[bisect_left(self._names, _place(name), key=_place)]
         return version is not None
 
     def apply(self, event: WatchAdaptersResponse) -> bool:
@@ -106,32 +140,47 @@ class Catalog:
         return False
 
     def find(self, ref: AdapterRef) -> AdapterVersion | None:
-        """The version a spelling stood for when last heard of."""
+        """The version a spelling stood for when last heard of, without its config and labels."""
+        latest = _unpack(self._latest.get(ref.name))
         if ref.is_latest:
-            return self._latest.get(ref.name)
-        by_name = self._latest.get(ref.name)
-        if by_name is not None and by_name.version == ref.version:
-            return by_name
-        return self._remembered.get(str(ref)) or next(
-            (
-                version
-                for version in self._latest.values()
-                if ref.digest and (version.digest, tenant_of(version.name)) == (ref.digest, ref.owner)
-            ),
-            None,
+            return latest
+        if latest is not None and latest.version == ref.version:
+            return latest
+        return _unpack(self._remembered.get(str(ref))) or self._with_digest(ref)
+
+    def _with_digest(self, ref: AdapterRef) -> AdapterVersion | None:
+        if not ref.digest:
+            return None
+        # Looked for among the bytes first: parsing all of a large catalogue takes long.
+        text = ref.digest.encode()
+        candidates = (AdapterVersion.FromString(packed) for packed in self._latest.values() if text in packed)
+        wanted = ref.digest, ref.owner
+        return next(
+            (version for version in candidates if (version.digest, tenant_of(version.name)) == wanted), None
         )
 
-    def versions(self, included: Callable[[str], bool] = _any) -> list[AdapterVersion]:
-        """The latest version of each name that is included, in order of names."""
-        return [self._latest[name] for name in sorted(filter(included, self._latest))]
+    def versions(self, included: Callable[[str], bool] = _any) -> Iterator[AdapterVersion]:
+        """The latest version of each included name, in order; changes meanwhile are seen, or not."""
+        for name in filter(included, list(self._names)):
+            if packed := self._latest.get(name):
+                yield AdapterVersion.FromString(packed)
 
-    def near(self, spelling: str, *others: str, included: Callable[[str], bool] = _any) -> str:
-        """What looks most like a misspelled name: one of the included, as its tenant calls it, or of the others.
+    def near(
+        self,
+        spelling: str,
+        *others: str,
+        tenant: str = DEFAULT_TENANT,
+        included: Callable[[str], bool] = _any,
+    ) -> str:
+        """What looks most like a misspelled name: one of the tenant's that is included, or one of the others.
 
-        "" if none does.
+        It is as the tenant calls it; "" if none is alike.
         """
-        # Comparing is quadratic in length and linear in names: bounded for what strangers may send.
-        names = islice(filter(included, self._latest), _MAX_REMEMBERED)
-        candidates = [*others, *map(local_name, names)]
-        matches = difflib.get_close_matches(spelling[:128], candidates, n=1)
+        spelling = spelling[:128]
+        # Comparing is quadratic in length and linear in names: bounded for what strangers may send. Most words are
+        # misspelled behind their first letters, and then they stand close to the right one.
+        place = bisect_left(self._names, (tenant, spelling), key=_place)
+        neighbours = self._names[max(0, place - _MAX_COMPARED // 2) : place + _MAX_COMPARED // 2]
+        own = [local_name(name) for name in neighbours if tenant_of(name) == tenant and included(name)]
+        matches = difflib.get_close_matches(spelling, [*others, *own], n=1)
         return matches[0] if matches else ""

@@ -181,6 +181,11 @@ class InferenceClient:
         """What is running now."""
         return await _answer("inference", self._stub.GetLoad(inference.GetLoadRequest(), timeout=_QUICK_TIMEOUT_S))
 
+    async def resident(self, limit: int) -> inference.ListResidentResponse:
+        """The adapters in memory, most recently used first."""
+        request = inference.ListResidentRequest(limit=limit)
+        return await _answer("inference", self._stub.ListResident(request, timeout=self._timeout_s))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clients:

@@ -53,5 +53,5 @@ def make_gateway(settings: Settings, clients: Clients) -> Gateway:
         guard=Guard(settings, clients.registry, keyring),
         limiter=Limiter(settings.limits_redis_url, lease_s=settings.request_timeout_s + settings.upload_timeout_s),
         resolver=Resolver(clients.registry, clients.inference, catalog),
-        metrics=Metrics(),
+        metrics=Metrics(catalog.__len__),
     )

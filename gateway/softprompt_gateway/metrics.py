@@ -1,11 +1,11 @@
 """What the gateway counts, and the engine's load as the inference service tells it, for Prometheus."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from softprompt_api.inference.v1.inference_pb2 import GetLoadResponse, Usage
+from softprompt_api.inference.v1.inference_pb2 import GetLoadResponse, ResidentTier, Usage
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
 # Labels take values from closed sets only: a client can invent methods and paths without end.
@@ -27,7 +27,7 @@ _COUNTERS = {
 
 
 class _EngineLoad(Collector):
-    """The last load the inference service told; None: it did not answer."""
+    """The last load the inference service told, its adapters' too; None: it did not answer."""
 
     def __init__(self) -> None:
         self.latest: GetLoadResponse | None = None
@@ -43,12 +43,40 @@ class _EngineLoad(Collector):
             yield GaugeMetricFamily(f"softprompt_engine_{name}", text, value=getattr(load, name))
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"softprompt_engine_{name}", text, value=getattr(load, name))
+        yield from _adapter_tiers(load)
+
+
+def _adapter_tiers(load: GetLoadResponse) -> Iterable[Metric]:
+    prefix, labels = "softprompt_inference_adapter", ["tier"]
+    held = GaugeMetricFamily(f"{prefix}s", "Adapters in memory; one may be in both tiers", labels=labels)
+    size = GaugeMetricFamily(f"{prefix}_bytes", "Bytes of adapters in memory", labels=labels)
+    hits = CounterMetricFamily(
+        f"{prefix}_hits",
+        "Requests by the fastest tier that had their adapter; registry: none had it",
+        labels=labels,
+    )
+    for tier in load.adapter_tiers:
+        name = tier_name(tier.tier)
+        held.add_metric([name], tier.num_adapters)
+        size.add_metric([name], tier.size_bytes)
+        hits.add_metric([name], tier.hits)
+    hits.add_metric(["registry"], load.adapter_misses)
+    return held, size, hits
+
+
+def tier_name(tier: int) -> str:
+    """ "device" or "host"."""
+    return ResidentTier.Name(ResidentTier.ValueType(tier)).removeprefix("RESIDENT_TIER_").lower()
 
 
 class Metrics:
-    """The metrics of one app, in a registry of its own."""
+    """The metrics of one app, in a registry of its own.
 
-    def __init__(self) -> None:
+    Args:
+        count_known: how many adapters the gateway has heard of.
+    """
+
+    def __init__(self, count_known: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "softprompt_gateway_requests",
@@ -69,6 +97,8 @@ class Metrics:
         self._tokens = Counter(
             "softprompt_gateway_tokens", "Tokens of finished generations", ["kind"], registry=self.registry
         )
+        known = Gauge("softprompt_gateway_known_adapters", "Names that /v1/models lists", registry=self.registry)
+        known.set_function(count_known)
         self._engine = _EngineLoad()
         self.registry.register(self._engine)
 

@@ -216,7 +216,9 @@ class Resolver:
 
     def _not_found(self, spelling: str, field: str, model: str, caller: Caller) -> ModelNotFound:
         assert self._served is not None
-        near = self._catalog.near(spelling, self._served.base_model.id, included=caller.may_use)
+        near = self._catalog.near(
+            spelling, self._served.base_model.id, tenant=caller.tenant, included=caller.may_use
+        )
         hint = f"; did you mean {shown(near, 256)}?" if near else "; GET /v1/models lists what there is"
         if field != "model":
             return ModelNotFound(f"the adapter {shown(spelling)} does not exist{hint}", param=field)

@@ -5,9 +5,9 @@ import random
 
 import structlog
 from softprompt_api import errors
-from softprompt_api.registry.v1.registry_pb2 import AdapterVersion, ApiKey, ListAdaptersRequest, ListKeysRequest
+from softprompt_api.registry.v1.registry_pb2 import ApiKey, ListAdaptersRequest, ListKeysRequest
 
-from softprompt_gateway.catalog import Catalog
+from softprompt_gateway.catalog import Catalog, Packed, pack
 from softprompt_gateway.clients import RegistryClient
 from softprompt_gateway.keyring import Keyring
 
@@ -47,7 +47,7 @@ class CatalogWatcher:
             self._cursor = cursor
         async for event in self._registry.watch(self._cursor):
             if self._pause_s > _MIN_PAUSE_S:
-                _log.info("registry watched", adapters=len(self._catalog.versions()))
+                _log.info("registry watched", adapters=len(self._catalog))
             self._keyring.apply(event)
             self._keyring.hear()
             self._pause_s = _MIN_PAUSE_S
@@ -57,14 +57,15 @@ class CatalogWatcher:
 
     async def _list(self) -> str:
         """Replace the catalogue; the cursor is the first page's, so that no change after it is missed."""
-        versions: list[AdapterVersion] = []
+        latest: dict[str, Packed] = {}
         request, cursor = ListAdaptersRequest(page_size=_PAGE_SIZE, all_tenants=True), ""
         while True:
             page = await self._registry.list_adapters(request)
-            versions += page.adapters
+            # Packed page by page: whole messages would take much more than the catalogue itself.
+            latest.update((version.name, pack(version)) for version in page.adapters)
             cursor = cursor or page.cursor
             if not page.next_page_token:
-                self._catalog.replace(versions)
+                self._catalog.replace(latest)
                 return cursor
             request = ListAdaptersRequest(page_size=_PAGE_SIZE, page_token=page.next_page_token, all_tenants=True)
 

@@ -9,7 +9,7 @@ from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.params import SamplingParams
 from softprompt_api.tenants import check_tenant
 
-from softprompt_inference.adapters.residency import Resident
+from softprompt_inference.adapters.residency import Resident, Tier
 from softprompt_inference.choice import Delta, Finished
 from softprompt_inference.composed import BoundAdapter
 from softprompt_inference.engine.messages import Finish, Logprobs
@@ -135,17 +135,27 @@ def _or_true(message: Message, field: str) -> bool:
     return bool(getattr(message, field)) if message.HasField(field) else True
 
 
+_TIERS = {"host": pb.RESIDENT_TIER_HOST, "device": pb.RESIDENT_TIER_DEVICE}
+
+
 def to_resident(resident: Resident) -> pb.ResidentAdapter:
     """An adapter in memory."""
     return pb.ResidentAdapter(
         digest=resident.adapter.digest,
         adapter=resident.adapter.spelling,
-        tier={"host": pb.RESIDENT_TIER_HOST, "device": pb.RESIDENT_TIER_DEVICE}[resident.tier],
+        tier=_TIERS[resident.tier],
         size_bytes=resident.adapter.size_bytes,
         num_virtual_tokens=resident.adapter.num_virtual_tokens,
         idle_s=resident.idle_s,
         hits=resident.hits,
         in_use=resident.users,
+    )
+
+
+def to_tier(tier: Tier) -> pb.AdapterTier:
+    """What a tier of adapters holds."""
+    return pb.AdapterTier(
+        tier=_TIERS[tier.name], num_adapters=tier.num_adapters, size_bytes=tier.size_bytes, hits=tier.hits
     )
 
 

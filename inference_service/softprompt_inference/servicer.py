@@ -17,13 +17,15 @@ from softprompt_api.inference.v1 import inference_pb2_grpc as pb_grpc
 from softprompt_api.registry.v1 import registry_pb2
 
 from softprompt_inference.adapters.residency import Residency
-from softprompt_inference.convert import to_call, to_prompt, to_resident, to_response, write_response
+from softprompt_inference.convert import to_call, to_prompt, to_resident, to_response, to_tier, write_response
 from softprompt_inference.generation import EngineHandle, Event, GenerateCall, Generation, Generator, Usage
 from softprompt_inference.prompts import PromptEncoder, text_ids_of
 from softprompt_inference.session import Session
 from softprompt_inference.text import Tokenizer
 
 _log = structlog.get_logger()
+_LISTED = 1000
+_MAX_LISTED = 10_000
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -133,10 +135,18 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             cached_prompt_tokens=stats.cached_prompt_tokens,
             generated_tokens=stats.generated_tokens,
             preemptions=stats.preemptions,
+            adapter_tiers=map(to_tier, front.residency.tiers()),
+            adapter_misses=front.residency.misses,
         )
 
     async def ListResident(self, request: pb.ListResidentRequest, context: Context) -> pb.ListResidentResponse:
-        return pb.ListResidentResponse(adapters=map(to_resident, self._ready().residency.resident()))
+        residency = self._ready().residency
+        if not 0 <= request.limit <= _MAX_LISTED:
+            raise InvalidArgument(f"limit must be 1 to {_MAX_LISTED}, or 0 for {_LISTED}", field="limit")
+        return pb.ListResidentResponse(
+            adapters=map(to_resident, residency.resident(request.limit or _LISTED)),
+            total_size=residency.num_resident,
+        )
 
     async def Preload(self, request: pb.PreloadRequest, context: Context) -> pb.PreloadResponse:
         front = self._ready()

@@ -44,6 +44,7 @@ class StagedBlob:
     """One upload's chunks in the store: invisible, and gone after a while unless they are published.
 
     Bytes are regrouped into chunks of one size, whatever the sizes they arrive in; at most one chunk is in memory.
+    The last one stays there until the publication itself writes it: most soft prompts are one chunk, one write.
     """
 
     def __init__(self, client: Redis, sha256: str, *, ttl_s: int) -> None:
@@ -57,7 +58,7 @@ class StagedBlob:
 
     @property
     def keys(self) -> list[str]:
-        """The staged chunks' keys, in order."""
+        """The staged chunks' keys, in order; without the last chunk's, which is not staged."""
         count = len(self._digests) // _DIGEST_BYTES
         return [keys.staged(self._sha256, self._upload, index) for index in range(count)]
 
@@ -65,15 +66,9 @@ class StagedBlob:
         """Take the next bytes."""
         self._size_bytes += len(data)
         self._buffer += data
-        while len(self._buffer) >= CHUNK_BYTES:
+        while len(self._buffer) > CHUNK_BYTES:
             await self._put(bytes(self._buffer[:CHUNK_BYTES]))
             del self._buffer[:CHUNK_BYTES]
-
-    async def close(self) -> None:
-        """Write what is left."""
-        if self._buffer:
-            await self._put(bytes(self._buffer))
-            self._buffer.clear()
 
     @writes
     async def discard(self) -> None:
@@ -81,21 +76,25 @@ class StagedBlob:
         if staged := self.keys:
             await self._client.unlink(*staged)
 
-    def publish(self, transaction: Pipeline, *, num_versions: int) -> None:
-        """Queue the commands that make the staged chunks the blob, used by so many versions.
+    def publish(self, transaction: Pipeline) -> None:
+        """Queue the commands that make the chunks the blob, used by one more version.
 
         Chunks that are there already are replaced by the same, freshly verified, bytes.
         """
-        for index, staged in enumerate(self.keys):
-            transaction.rename(staged, keys.chunk(self._sha256, index))
+        staged = self.keys
+        for index, key in enumerate(staged):
+            transaction.rename(key, keys.chunk(self._sha256, index))
             transaction.persist(keys.chunk(self._sha256, index))
+        last = bytes(self._buffer)
+        transaction.set(keys.chunk(self._sha256, len(staged)), last)
         facts: dict[Any, Any] = {
             "sha256": self._sha256,
             "size_bytes": self._size_bytes,
-            "chunk_digests": bytes(self._digests),
-            "num_versions": num_versions,
+            "chunk_digests": bytes(self._digests) + hashlib.sha256(last).digest(),
         }
         transaction.hset(keys.blob(self._sha256), mapping=facts)
+        # Counted by the store, not read before: publications of equal contents need not wait for one another.
+        transaction.hincrby(keys.blob(self._sha256), "num_versions", 1)
 
     @writes
     async def _put(self, chunk: bytes) -> None:
@@ -137,13 +136,15 @@ class BlobReader:
             InvalidArgument: the offset lies beyond the file.
             DataCorrupted: a chunk is not what was stored; no byte of it is given out.
         """
-        info = await self._info(sha256)
+        first = max(0, offset) // CHUNK_BYTES
+        info, chunk = await self._info_and_chunk(sha256, first)
         if info is None:
             raise _deleted()
         if not 0 <= offset <= info.size_bytes:
             raise InvalidArgument(f"offset must be 0 to {info.size_bytes}, the file's size", field="offset")
-        for index in range(offset // CHUNK_BYTES, info.num_chunks):
-            chunk = await self._chunk(sha256, index)
+        for index in range(first, info.num_chunks):
+            if index > first:
+                chunk = await self._chunk(sha256, index)
             if chunk is None and await self._info(sha256) is None:
                 raise _deleted()
             if chunk is None or hashlib.sha256(chunk).digest() != info.digest_of(index):
@@ -151,6 +152,15 @@ class BlobReader:
             skipped = max(0, offset - index * CHUNK_BYTES)
             if skipped < len(chunk):
                 yield index * CHUNK_BYTES + skipped, chunk[skipped:]
+
+    @reads
+    async def _info_and_chunk(self, sha256: str, index: int) -> tuple[BlobInfo | None, bytes | None]:
+        """A blob's facts and one of its chunks, in one turn: most blobs have no other."""
+        pipe = self._client.pipeline(transaction=False)
+        pipe.hgetall(keys.blob(sha256))
+        pipe.get(keys.chunk(sha256, index))
+        fields, chunk = await pipe.execute()
+        return decode_blob(fields, sha256=sha256), chunk
 
     @reads
     async def _info(self, sha256: str) -> BlobInfo | None:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -71,20 +71,22 @@ class Changes:
     async def _publish(
         self, draft: Draft, staged: StagedBlob, *, version_id: int, key: str, content: str
     ) -> AdapterVersion:
-        blob = keys.blob(draft.tensors_sha256)
-        watched = [blob, *staged.keys, *([keys.idempotency(key)] if key else [])]
-
         async def attempt(pipe: Pipeline) -> AdapterVersion:
-            await pipe.watch(*watched)
             if made := await self._store.made_by(key, content):
                 return made
-            if await reply(pipe.exists(*staged.keys)) != len(staged.keys):
+            if staged.keys and await reply(pipe.exists(*staged.keys)) != len(staged.keys):
                 raise Unavailable("the upload took too long and expired; register again")
-            number = int(await reply(pipe.hget(keys.name(draft.name), "next")) or 1)
-            num_users = int(await reply(pipe.hget(blob, "num_versions")) or 0)
-            version = AdapterVersion(**_fields(draft), version=number, id=version_id, created_at=datetime.now(UTC))
-            old = await pointers.read_watched(pipe, draft.name)
-            new = replace(old, highest=version_id).after(LATEST, version_id)
+            found, revision = await reply(pipe.hmget(keys.name(draft.name), "next", "revision"))
+            number = int(found or 1)
+            version = AdapterVersion(
+                **_fields(draft),
+                version=number,
+                id=version_id,
+                created_at=datetime.now(UTC),
+                # No alias but this one can point to a version that did not exist.
+                aliases=(LATEST,),
+                revision=int(revision or 0) + 1,
+            )
             begin(pipe, draft.name)
             pipe.hset(keys.version(version_id), mapping=encode_version(version))
             pipe.hset(keys.name(draft.name), "next", str(number + 1))
@@ -92,14 +94,15 @@ class Changes:
             pipe.zadd(keys.versions(draft.name), {str(version_id): number})
             pipe.zadd(keys.NAMES, {keys.listed(draft.name): 0})
             pipe.zadd(keys.digest(draft.digest), {str(version_id): version_id})
-            staged.publish(pipe, num_versions=num_users + 1)
+            staged.publish(pipe)
             events.append(pipe, EventType.REGISTERED, name=draft.name, id_=version_id, version=number)
             if key:
                 pipe.set(keys.idempotency(key), f"{content}:{version_id}", ex=IDEMPOTENCY_TTL_S)
             await pipe.execute()
-            return new.describe(version)
+            return version
 
-        return await transact(self._client, draft.name, attempt)
+        also = [*staged.keys, *([keys.idempotency(key)] if key else [])]
+        return await transact(self._client, draft.name, attempt, also=also)
 
     @writes
     async def delete_adapter(self, name: str) -> int:

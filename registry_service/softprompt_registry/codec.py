@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from softprompt_api.errors import DataCorrupted
@@ -66,6 +67,7 @@ def encode_base_model(model: BaseModel) -> str:
     return json.dumps(asdict(model), sort_keys=True)
 
 
+@lru_cache(maxsize=64)  # nearly every version has the same few
 def decode_base_model(text: str | bytes) -> BaseModel:
     """A base model from its JSON."""
     return BaseModel(**json.loads(text))

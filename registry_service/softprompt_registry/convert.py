@@ -1,5 +1,7 @@
 """Protocol messages to the registry's values, and back."""
 
+from functools import lru_cache
+
 from google.protobuf.timestamp_pb2 import Timestamp
 from softprompt_api.access import scope_to
 from softprompt_api.registry.v1 import registry_pb2 as pb
@@ -58,8 +60,9 @@ def base_model_from(message: pb.BaseModel) -> BaseModel:
     )
 
 
+@lru_cache(maxsize=64)
 def base_model_to(model: BaseModel) -> pb.BaseModel:
-    """A fingerprint's message."""
+    """A fingerprint's message, to be read only."""
     return pb.BaseModel(
         id=model.id,
         architecture=model.architecture,

@@ -8,7 +8,9 @@ from softprompt_registry.catalog import AdapterVersion
 
 # A config may have 1 MiB, and a message must stay well below its limit.
 MAX_PAGE_BYTES = 2 * 2**20
-_BATCH = 16
+# Few at first, for what is read at once may be large; more where it turns out to be small.
+_FIRST_BATCH = 16
+_LARGEST_BATCH = 64
 
 # Items after a position, at most so many: each item's own position, and its version unless it was deleted.
 Fetch = Callable[[str, int], Awaitable[Sequence[tuple[str, AdapterVersion | None]]]]
@@ -27,9 +29,9 @@ async def read_page(fetch: Fetch, *, query: str, size: int, token: str) -> Page:
     size = catalog.page_size(size)
     after = catalog.page_start(token, query)
     versions: list[AdapterVersion] = []
-    num_bytes = 0
+    num_bytes, batch = 0, _FIRST_BATCH
     while len(versions) < size and num_bytes < MAX_PAGE_BYTES:
-        items = await fetch(after, min(_BATCH, size - len(versions)))
+        items = await fetch(after, min(batch, size - len(versions)))
         if not items:
             return Page(versions=versions, next_token="")
         for position, version in items:
@@ -39,5 +41,7 @@ async def read_page(fetch: Fetch, *, query: str, size: int, token: str) -> Page:
                 num_bytes += len(version.config_json)
             if num_bytes >= MAX_PAGE_BYTES:
                 break
+        if num_bytes < MAX_PAGE_BYTES // 8:
+            batch = min(2 * batch, _LARGEST_BATCH)
     is_last = not await fetch(after, 1)
     return Page(versions=versions, next_token="" if is_last else catalog.page_token(query, after))

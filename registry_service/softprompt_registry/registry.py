@@ -136,14 +136,14 @@ class Registry:
     async def read(self, digest: str, *, offset: int) -> AsyncIterator[tuple[AdapterVersion, Piece]]:
         """A version's tensor file from an offset, piece by piece; every piece was compared with its sha256."""
         ref = parse_adapter(digest, field="digest")
-        version = await self._store.find(ref)
-        if version is None or not ref.digest:
+        version = await self._store.find_content(ref) if ref.digest else None
+        if version is None:
             raise catalog.not_found(ref)
         try:
             async for start, data in self._blobs.read(version.tensors_sha256, offset=offset):
                 yield version, Piece(offset=start, data=data)
         except AdapterNotFound:
-            if await self._store.find(ref) is None:
+            if await self._store.find_content(ref) is None:
                 raise
             raise DataCorrupted("the stored tensors are missing; register the adapter again") from None
 

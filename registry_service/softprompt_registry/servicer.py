@@ -88,9 +88,13 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
     async def ReadTensors(
         self, request: pb.ReadTensorsRequest, context: Context
     ) -> AsyncIterator[pb.ReadTensorsResponse]:
+        is_first = True
         async for version, piece in self._registry.read(request.digest, offset=request.offset):
             chunk = pb.Chunk(offset=piece.offset, data=piece.data)
-            yield pb.ReadTensorsResponse(chunk=chunk, size_bytes=version.size_bytes)
+            yield pb.ReadTensorsResponse(
+                chunk=chunk, size_bytes=version.size_bytes, adapter=version_to(version) if is_first else None
+            )
+            is_first = False
 
     async def WatchAdapters(
         self, request: pb.WatchAdaptersRequest, context: Context

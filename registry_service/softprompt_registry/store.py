@@ -32,21 +32,30 @@ class Store:
     @reads
     async def find(self, ref: AdapterRef) -> AdapterVersion | None:
         """The version a spelling names; None when there is none."""
-        # A version may be deleted after its id was found; the name may have another latest version by then.
-        for _ in range(_MAX_LOOKUPS):
-            version_id, known = await self._locate(ref)
-            if not version_id:
-                return None
-            if version := await self._load(version_id):
-                _check_belongs(version, ref)
-                return (known or await self._pointers(version.name)).describe(version)
-        return None
+        version, known = await self._find(ref)
+        return (known or await self._pointers(version.name)).describe(version) if version else None
+
+    @reads
+    async def find_content(self, ref: AdapterRef) -> AdapterVersion | None:
+        """The version a spelling names, without what points to it; None when there is none."""
+        version, _ = await self._find(ref)
+        return version
 
     @reads
     async def find_id(self, version_id: int) -> AdapterVersion | None:
         """The version with a global id; None when there is none."""
         version = await self._load(version_id)
         return (await self._pointers(version.name)).describe(version) if version else None
+
+    @reads
+    async def find_ids(self, version_ids: Sequence[int]) -> list[AdapterVersion | None]:
+        """The versions with these global ids, in their order; None for one that was deleted or cannot be read."""
+        versions = await self._load_readable(version_ids)
+        names = dict.fromkeys(version.name for version in versions if version)
+        known = {name: _readable_pointers(name, replies) for name, replies in await self._ask_pointers([*names])}
+        return [
+            one.describe(version) if version and (one := known[version.name]) else None for version in versions
+        ]
 
     @reads
     async def pointers(self, name: str) -> Pointers:
@@ -150,6 +159,18 @@ class Store:
         """All known base models, in order of ids."""
         stored = await reply(self._client.hgetall(keys.BASE_MODELS))
         return sorted((decode_base_model(text) for text in stored.values()), key=lambda model: model.id)
+
+    async def _find(self, ref: AdapterRef) -> tuple[AdapterVersion | None, Pointers | None]:
+        """The version that a spelling names, and its name's pointers where they were read."""
+        # A version may be deleted after its id was found; the name may have another latest version by then.
+        for _ in range(_MAX_LOOKUPS):
+            version_id, known = await self._locate(ref)
+            if not version_id:
+                break
+            if version := await self._load(version_id):
+                _check_belongs(version, ref)
+                return version, known
+        return None, None
 
     async def _pointers(self, name: str) -> Pointers:
         [(_, replies)] = await self._ask_pointers([name])

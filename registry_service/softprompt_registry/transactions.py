@@ -6,7 +6,7 @@ that lost a race begins anew.
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import redis.exceptions
@@ -21,15 +21,17 @@ _MAX_ATTEMPTS = 200
 _MAX_JITTER_S = 0.02
 
 
-async def transact(client: Redis, name: str, attempt: Callable[[Pipeline], Awaitable[T]]) -> T:
-    """What `attempt` returns, once nobody changed the name between what it read and what it wrote.
+async def transact(
+    client: Redis, name: str, attempt: Callable[[Pipeline], Awaitable[T]], *, also: Sequence[str] = ()
+) -> T:
+    """What `attempt` returns, once nobody changed the name, or the keys `also`, between its reads and its writes.
 
-    It is handed a pipeline that watches the name, and may watch more.
+    It is handed a pipeline that watches them, and may watch more.
     """
     async with client.pipeline(transaction=True) as pipe:
         for _ in range(_MAX_ATTEMPTS):
             try:
-                await pipe.watch(keys.name(name))
+                await pipe.watch(keys.name(name), *also)
                 return await attempt(pipe)
             except redis.exceptions.WatchError:
                 await asyncio.sleep(random.uniform(0, _MAX_JITTER_S))

@@ -76,7 +76,6 @@ class Uploads:
         try:
             await _receive(pieces, verifier, staged)
             verified = verifier.finish()
-            await staged.close()
             draft = Draft(
                 name=registration.name,
                 digest=verified.digest,

@@ -1,7 +1,7 @@
 """Watch: every change after a cursor, heartbeats in between, until the client leaves or the registry stops."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from softprompt_api.errors import DataCorrupted, Overloaded, Unavailable
@@ -68,11 +68,11 @@ class Watching:
             yield Change(cursor=cursor)
             while True:
                 events = await self._next(cursor)
-                for event in events:
-                    if change := await self._change(event):
-                        yield change
-                    cursor = event.cursor
-                if not events:
+                for change in await self._tell(events):
+                    yield change
+                if events:
+                    cursor = events[-1].cursor
+                else:
                     yield Change(cursor=cursor)
         finally:
             self._num_watchers -= 1
@@ -92,17 +92,24 @@ class Watching:
             await self._events.check(cursor)
         return events
 
-    async def _change(self, event: Event) -> Change | None:
-        """What to tell of an event; None: its subject was deleted since, and the event that says so follows."""
-        version, key = None, None
+    async def _tell(self, events: Sequence[Event]) -> list[Change]:
+        """What is said of events; the versions of all of them are asked for at once."""
+        told_whole = [event for event in events if event.type in _TOLD_WHOLE]
+        found = await self._store.find_ids([event.id for event in told_whole]) if told_whole else []
+        versions = {event.cursor: version for event, version in zip(told_whole, found, strict=True)}
+        keys = {event.cursor: await self._key(event) for event in events if event.type is EventType.KEY_CREATED}
+        subjects = {**versions, **keys}
+        return [
+            Change(
+                cursor=event.cursor, event=event, version=versions.get(event.cursor), key=keys.get(event.cursor)
+            )
+            for event in events
+            # Without what was deleted since, which a later event says, and what cannot be read.
+            if subjects.get(event.cursor, event)
+        ]
+
+    async def _key(self, event: Event) -> ApiKey | None:
         try:
-            if event.type in _TOLD_WHOLE:
-                version = await self._store.find_id(event.id)
-            elif event.type is EventType.KEY_CREATED:
-                key = await self._keys.find(event.name)
-            else:
-                return Change(cursor=event.cursor, event=event)
+            return await self._keys.find(event.name)
         except DataCorrupted:  # whoever asks for it is told; watchers must get past it
             return None
-        is_there = version is not None or key is not None
-        return Change(cursor=event.cursor, event=event, version=version, key=key) if is_there else None

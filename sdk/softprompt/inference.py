@@ -68,11 +68,11 @@ class InferenceClient:
         """Close the connection."""
         self._channel.close()
 
-    def resident(self) -> list[ResidentInfo]:
-        """The adapters in memory, most recently used first."""
+    def resident(self, limit: int = 1000) -> tuple[list[ResidentInfo], int]:
+        """The adapters in memory, most recently used first, at most `limit`; and how many there are."""
         with translated("inference service", self._address):
-            answer = self._stub.ListResident(pb.ListResidentRequest(), timeout=_CALL_TIMEOUT_S)
-        return [
+            answer = self._stub.ListResident(pb.ListResidentRequest(limit=limit), timeout=_CALL_TIMEOUT_S)
+        adapters = [
             ResidentInfo(
                 adapter=one.adapter,
                 digest=one.digest,
@@ -85,6 +85,7 @@ class InferenceClient:
             )
             for one in answer.adapters
         ]
+        return adapters, answer.total_size
 
     def preload(self, adapter: str) -> str:
         """Bring an adapter to the device; its digest."""

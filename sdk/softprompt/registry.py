@@ -153,6 +153,12 @@ class RegistryClient:
             if not token:
                 return infos
 
+    def first_adapters(self, count: int) -> tuple[list[AdapterInfo], int]:
+        """The latest version of the first so many names, at most 1,000; and how many names there are."""
+        with self._translated():
+            page = self._stub.ListAdapters(pb.ListAdaptersRequest(page_size=count), timeout=_CALL_TIMEOUT_S)
+        return [_info(version) for version in page.adapters], page.total_size
+
     def versions(self, name: str) -> list[AdapterInfo]:
         """Every version of a name, newest first."""
         infos, token = [], ""

@@ -24,3 +24,7 @@ def test_a_full_run_measures_all_that_is_demanded() -> None:
     assert set(goals.ONE_ADAPTER) == set(PEERS)
     assert {*goals.MANY_OVER_ONE, *goals.MANY_OVER_PEFT} <= set(FULL.adapter_counts)
     assert {*goals.FIRST_TOKEN_GROWTH, *goals.LONG_OVER_PEFT, *goals.SHARING} <= set(FULL.virtual_tokens)
+
+
+def test_a_full_run_is_of_the_scale_that_is_promised() -> None:
+    assert (FULL.registered, FULL.asked) == (100_000, 10_000)

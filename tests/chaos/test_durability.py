@@ -1,12 +1,17 @@
-"""What was acknowledged survives kill -9 of the registry and of the store, at any moment and on any disk."""
+"""What was acknowledged survives kill -9 of every process, the store's too, at any moment and on any disk."""
 
 import asyncio
+import base64
+import hashlib
 import random
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
+import httpx
 import pytest
 from softprompt_api.errors import AdapterNotFound, SoftpromptError, Unavailable
+from softprompt_api.registry.v1 import registry_pb2 as pb
 
 T = TypeVar("T")
 
@@ -98,7 +103,7 @@ class Writer:
         wrong += [f"{self.name}@{number} was not acknowledged" for number in sorted(found.keys() - self.versions)]
         for number in self.versions.keys() & found.keys():
             made, made_of = self.versions[number]
-            for field in ("id", "digest", "tensors_sha256", "config_json", "created_at"):
+            for field in self._client.tells:
                 if getattr(found[number], field) != getattr(made, field):
                     wrong.append(f"{self.name}@{number} has another {field}")
             if await client.read(made.digest) != made_of.tensors:
@@ -121,6 +126,7 @@ async def write_and_kill(
 ) -> None:
     """Kill a victim at a random moment, so many times, while writers write over a disk that is `sync_s` slow."""
     stop, turns = asyncio.Event(), asyncio.Queue()
+    order: list[Any] = []  # of the next victims: each dies as often as any other
     writing = [asyncio.create_task(writer.run(stop, turns)) for writer in writers]
     try:
         for _ in range(kills):
@@ -132,7 +138,8 @@ async def write_and_kill(
                     await turns.get()
             # Anywhere between two acknowledgements.
             await asyncio.sleep(rng.uniform(0, _PAUSE_S))
-            victim = rng.choice(victims)
+            order = order or rng.sample(victims, len(victims))
+            victim = order.pop()
             victim.kill()
             store.sync_takes(0)
             await asyncio.to_thread(victim.start)
@@ -179,6 +186,101 @@ async def test_what_was_acknowledged_survives_kill_9(
     writers = [Writer(number, client, adapter, random.Random(rng.random())) for number in range(3)]
     await write_and_kill(writers, [store, registry], store, rng, kills=kills, acks_between=(1, 12), sync_s=sync_s)
     assert await verify(writers, client, look_into(store)) == []
+    assert sum(writer.num_acknowledged for writer in writers) >= kills
+    assert sum(writer.num_repeated for writer in writers), "no kill hit a change; the test proves nothing"
+
+
+class HttpClient:
+    """The changes that writers make, over HTTP; a gateway that is away is Unavailable, as all that is away."""
+
+    tells = ("id", "digest", "tensors_sha256", "config_json")
+
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        self._http = http
+
+    async def register(self, name: str, adapter: Any, *, idempotency_key: str) -> pb.AdapterVersion:
+        headers = {
+            "content-type": "application/octet-stream",
+            "x-adapter-config": base64.b64encode(adapter.config_json.encode()).decode(),
+            "x-adapter-sha256": hashlib.sha256(adapter.tensors).hexdigest(),
+            "idempotency-key": idempotency_key,
+        }
+        made = await self._ask("POST", f"/v1/adapters/{name}", content=adapter.tensors, headers=headers)
+        return pb.AdapterVersion(
+            name=made["name"],
+            version=made["version"],
+            id=made["id"],
+            digest=made["digest"],
+            tensors_sha256=made["sha256"],
+            config_json=adapter.config_json,
+        )
+
+    async def set_alias(self, name: str, alias: str, version: int) -> None:
+        path = f"/v1/adapters/{name}/aliases/{alias}"
+        await (self._ask("PUT", path, json={"version": version}) if version else self._ask("DELETE", path))
+
+    async def delete(self, name: str, version: int) -> None:
+        await self._ask("DELETE", f"/v1/adapters/{name}@{version}")
+
+    async def use(self, model: str) -> httpx.Response:
+        """One token from an adapter."""
+        body = {"model": model, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
+        return await self._http.post("/v1/completions", json=body)
+
+    async def _ask(self, method: str, path: str, **content: Any) -> Any:
+        try:
+            response = await self._http.request(method, path, **content)
+        except httpx.TransportError as error:
+            raise Unavailable("the gateway is away") from error
+        if response.status_code in (503, 504):
+            raise Unavailable(response.text)
+        if response.status_code == 404:
+            raise AdapterNotFound(response.text)
+        if response.is_error:
+            raise SoftpromptError(f"{method} {path}: {response.status_code} {response.text}")
+        return response.json()
+
+
+async def unusable(writers: list[Writer], client: HttpClient) -> list[str]:
+    """Versions that were acknowledged and cannot be used over HTTP."""
+    wrong = []
+    for writer in writers:
+        for number, (made, _) in writer.versions.items():
+            answer = await client.use(f"{writer.name}@{number}")
+            used = answer.headers.get("x-softprompt-adapter"), answer.headers.get("x-softprompt-adapter-digest")
+            if answer.status_code != 200 or used != (f"{writer.name}@{number}", made.digest):
+                wrong.append(f"{writer.name}@{number} answers {answer.status_code} {used} {answer.text[:200]}")
+    return wrong
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(200, marks=pytest.mark.chaos)])
+async def test_what_was_acknowledged_survives_the_death_of_every_process_and_is_used_over_http(
+    make_store: Any,
+    make_registry: Any,
+    make_inference: Any,
+    make_gateway: Any,
+    connect: Any,
+    look_into: Any,
+    adapter: Any,
+    kills: int,
+) -> None:
+    rng = random.Random(kills)
+    store = make_store()
+    registry = make_registry(store)
+    inference = make_inference(registry)
+    gateway = make_gateway(registry, inference)
+    client = connect(registry.address)
+    fitting = partial(adapter, hidden_size=64)
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=60) as http:
+        over_http = HttpClient(http)
+        writers = [
+            Writer(number, over_http if number else client, fitting, random.Random(rng.random()))
+            for number in range(3)
+        ]
+        victims = [store, registry, inference, gateway]
+        await write_and_kill(writers, victims, store, rng, kills=kills, acks_between=(1, 12))
+        assert await verify(writers, client, look_into(store)) == []
+        assert await unusable(writers, over_http) == []
     assert sum(writer.num_acknowledged for writer in writers) >= kills
     assert sum(writer.num_repeated for writer in writers), "no kill hit a change; the test proves nothing"
 

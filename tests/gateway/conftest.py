@@ -202,7 +202,29 @@ class FakeInference(InferenceServiceServicer):
         return pb.GetModelResponse(base_model=model, max_model_len=512, ready_unix_s=1_700_000_000)
 
     async def GetLoad(self, request: Any, context: Any) -> pb.GetLoadResponse:
-        return pb.GetLoadResponse(running=self.running, num_pages=64, generated_tokens=7)
+        tiers = [
+            pb.AdapterTier(tier=pb.RESIDENT_TIER_DEVICE, num_adapters=2, size_bytes=400, hits=9),
+            pb.AdapterTier(tier=pb.RESIDENT_TIER_HOST, num_adapters=3, size_bytes=600, hits=5),
+        ]
+        return pb.GetLoadResponse(
+            running=self.running, num_pages=64, generated_tokens=7, adapter_tiers=tiers, adapter_misses=4
+        )
+
+    async def ListResident(self, request: Any, context: Any) -> pb.ListResidentResponse:
+        adapters = [
+            pb.ResidentAdapter(
+                digest=f"sha256:{number:064x}",
+                adapter=f"loud@{number}",
+                tier=pb.RESIDENT_TIER_DEVICE if number == 1 else pb.RESIDENT_TIER_HOST,
+                size_bytes=200,
+                num_virtual_tokens=5,
+                idle_s=1.23456,
+                hits=7,
+                in_use=number % 2,
+            )
+            for number in (1, 2, 3)
+        ]
+        return pb.ListResidentResponse(adapters=adapters[: request.limit], total_size=len(adapters))
 
 
 class _Generating:

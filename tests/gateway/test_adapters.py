@@ -341,3 +341,22 @@ async def test_without_a_registry_nothing_is_registered(stack: Any) -> None:
     assert (await stack.post("/v1/adapters", **_body())).status_code == 503
     upload = await stack.http.post("/v1/adapters/loud", content=TENSORS, headers=_upload_headers())
     assert upload.status_code == 503
+
+
+async def test_what_is_in_memory_is_listed_with_its_tier_and_use(stack: Any) -> None:
+    answer = (await stack.http.get("/v1/resident_adapters?limit=2")).json()
+    assert answer["total_size"] == 3
+    assert [one["model"] for one in answer["data"]] == ["loud@1", "loud@2"]
+    assert answer["data"][0] == {
+        "object": "resident_adapter",
+        "model": "loud@1",
+        "digest": f"sha256:{1:064x}",
+        "tier": "device",
+        "size_bytes": 200,
+        "num_virtual_tokens": 5,
+        "idle_s": 1.235,
+        "hits": 7,
+        "in_use": 1,
+    }
+    assert len((await stack.http.get("/v1/resident_adapters")).json()["data"]) == 3
+    assert (await stack.http.get("/v1/resident_adapters?limit=0")).status_code == 400

@@ -1,12 +1,13 @@
 """The catalogue's rules, and how the watcher keeps it in step."""
 
+import hashlib
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from softprompt_api.names import AdapterRef, parse_adapter
 from softprompt_api.registry.v1 import registry_pb2 as reg
-from softprompt_gateway.catalog import Catalog
+from softprompt_gateway.catalog import Catalog, pack
 
 
 def _version(name: str, number: int, *, revision: int = 0, aliases: Any = ("latest",)) -> reg.AdapterVersion:
@@ -14,6 +15,10 @@ def _version(name: str, number: int, *, revision: int = 0, aliases: Any = ("late
     return reg.AdapterVersion(
         name=name, version=number, digest=digest, revision=revision or number, aliases=aliases
     )
+
+
+def _list(catalog: Catalog, *versions: reg.AdapterVersion) -> None:
+    catalog.replace({version.name: pack(version) for version in versions})
 
 
 def _event(kind: Any, version: reg.AdapterVersion, alias: str = "") -> reg.WatchAdaptersResponse:
@@ -35,7 +40,7 @@ def test_a_registered_version_is_found_by_every_spelling() -> None:
 def test_a_listed_version_is_found_by_every_spelling() -> None:
     catalog, version = Catalog(), _version("a", 1)
     assert not catalog.synced
-    catalog.replace([version])
+    _list(catalog, version)
     assert catalog.synced
     for spelling in ("a", "a@1", version.digest):
         assert _found(catalog, spelling) == version
@@ -117,12 +122,12 @@ def test_a_deleted_name_is_gone_in_every_spelling() -> None:
 def test_a_heartbeat_changes_nothing() -> None:
     catalog = Catalog()
     assert not catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_HEARTBEAT, reg.AdapterVersion()))
-    assert catalog.versions() == []
+    assert len(catalog) == 0
 
 
 def test_names_are_in_order() -> None:
     catalog = Catalog()
-    catalog.replace([_version("b", 1), _version("a", 1)])
+    _list(catalog, _version("b", 1), _version("a", 1))
     assert [version.name for version in catalog.versions()] == ["a", "b"]
 
 
@@ -137,10 +142,39 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_near_names_are_suggested() -> None:
     catalog = Catalog()
-    catalog.replace([_version("tweet_adapter", 1), _version("sms_spam", 1)])
+    _list(catalog, _version("tweet_adapter", 1), _version("sms_spam", 1))
     assert catalog.near("tweet_adaptor") == "tweet_adapter"
     assert catalog.near("zzz") == ""
     assert catalog.near("x" * 1_000_000) == ""
+
+
+def test_names_stay_in_order_as_they_come_and_go() -> None:
+    catalog = Catalog()
+    for name in "dbca":
+        catalog.learn(_version(name, 1))
+    catalog.forget("b")
+    catalog.learn(_version("d", 2))
+    assert [version.name for version in catalog.versions()] == ["a", "c", "d"]
+    assert len(catalog) == 3
+
+
+def test_a_version_is_kept_without_what_nobody_asks_the_catalogue_for() -> None:
+    catalog, version = Catalog(), _version("a", 1)
+    version.base_model.id, version.base_model.architecture = "acme/tiny-1", "x" * 1000
+    version.config_json, version.labels["note"] = "x" * 1_000_000, "y" * 256
+    assert len(pack(version)) < 400
+    catalog.learn(version)
+    found = _found(catalog, "a")
+    assert found is not None
+    assert (found.digest, found.base_model.id, found.config_json) == (version.digest, "acme/tiny-1", "")
+    assert version.config_json  # what was learned from is left as it was
+
+
+def test_a_near_name_is_found_among_many() -> None:
+    catalog = Catalog()
+    names = [hashlib.sha256(bytes([*divmod(number, 256)])).hexdigest()[:12] for number in range(5_000)]
+    _list(catalog, *(_version(name, 1) for name in names))
+    assert catalog.near(names[4321][:-1] + "z") == names[4321]
 
 
 async def test_the_watcher_catches_up_after_an_outage(stack: Any) -> None:
@@ -182,5 +216,13 @@ def test_a_near_name_is_one_of_the_tenants_as_it_calls_it() -> None:
     catalog = Catalog()
     for name in ("acme/tweet_adapter", "tweet_adapters"):
         catalog.learn(_version(name, 1))
-    assert catalog.near("tweet_adaptor", included=lambda name: name.startswith("acme/")) == "tweet_adapter"
-    assert catalog.near("tweet_adaptor", included=lambda name: name.startswith("umbrella/")) == ""
+    assert catalog.near("tweet_adaptor") == "tweet_adapters"
+    assert catalog.near("tweet_adaptor", tenant="acme") == "tweet_adapter"
+    assert catalog.near("tweet_adaptor", tenant="umbrella") == ""
+    assert catalog.near("tweet_adaptor", tenant="acme", included=lambda name: name != "acme/tweet_adapter") == ""
+
+
+def test_names_of_other_tenants_do_not_stand_between_near_ones() -> None:
+    catalog = Catalog()
+    _list(catalog, _version("acme0", 1), *(_version(f"acme/{number:04}", 1) for number in range(1_000)))
+    assert catalog.near("acme-") == "acme0"

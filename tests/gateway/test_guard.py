@@ -29,6 +29,7 @@ WANTED = {
     "GET /v1/adapters/{adapter}/versions": Scope.ADAPTERS_READ,
     "PUT /v1/adapters/{adapter}/aliases/{alias}": Scope.ADAPTERS_WRITE,
     "DELETE /v1/adapters/{adapter}/aliases/{alias}": Scope.ADAPTERS_WRITE,
+    "GET /v1/resident_adapters": Scope.ADMIN,
     "GET /metrics": Scope.ADMIN,
 }
 # What a key with one scope may call, of what is not open.

@@ -47,6 +47,13 @@ async def test_metrics_count_requests_tokens_and_the_engines_load(stack: Any) ->
         "softprompt_engine_up 1.0",
         "softprompt_engine_num_pages 64.0",
         "softprompt_engine_generated_tokens_total 7.0",
+        'softprompt_inference_adapters{tier="device"} 2.0',
+        'softprompt_inference_adapters{tier="host"} 3.0',
+        'softprompt_inference_adapter_bytes{tier="host"} 600.0',
+        'softprompt_inference_adapter_hits_total{tier="device"} 9.0',
+        'softprompt_inference_adapter_hits_total{tier="host"} 5.0',
+        'softprompt_inference_adapter_hits_total{tier="registry"} 4.0',
+        "softprompt_gateway_known_adapters 0.0",
     ):
         assert line in text
     assert 'method="other"' in text

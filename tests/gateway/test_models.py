@@ -1,10 +1,13 @@
 """GET /v1/models: the base model and what the registry has, followed as it changes."""
 
+import asyncio
+import json
 from typing import Any
 
 import openai
 import pytest
 from softprompt_api import errors
+from softprompt_gateway.openai.models import listing
 
 
 async def test_the_base_model_is_its_own_root(stack: Any) -> None:
@@ -148,3 +151,21 @@ async def test_the_base_model_is_remembered_while_the_inference_service_restarts
     await stack.listed()
     stack.inference.model_error = errors.Unavailable("starting")
     assert await stack.listed() == ["acme/tiny-1"]
+
+
+async def test_a_long_list_leaves_others_their_turns() -> None:
+    cards = [{"id": f"a{number}"} for number in range(1000)]
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(others())
+    pieces = [piece async for piece in listing(iter(cards))]
+    task.cancel()
+    assert json.loads(b"".join(pieces)) == {"object": "list", "data": cards}
+    assert len(pieces) > 10
+    assert turns >= len(pieces) - 1

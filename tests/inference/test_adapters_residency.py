@@ -561,6 +561,57 @@ async def test_what_is_in_memory_is_listed_with_its_use(
         assert [(one.adapter.digest, one.tier) for one in residency.resident()] == [("a", "device"), ("b", "host")]
 
 
+async def test_each_tier_tells_what_it_holds_and_how_often_it_was_enough(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    edge.num_rows = {"a": 3, "b": 5}
+    residency = make(max_adapters=1)
+    for digest in "aaba":  # from the registry, on the device, from the registry, in host memory
+        async with residency.use(digest):
+            residency.check()
+    [device, host] = residency.tiers()
+    assert (device.name, device.num_adapters, device.size_bytes, device.hits) == ("device", 1, 12, 1)
+    assert (host.name, host.num_adapters, host.size_bytes, host.hits) == ("host", 2, 32, 1)
+    assert residency.misses == 2
+    assert residency.num_resident == 2
+    assert [one.adapter.digest for one in residency.resident(1)] == ["a"]
+    residency.evict("a")
+    assert (residency.tiers()[0].size_bytes, residency.num_resident) == (0, 1)
+
+
+async def test_memory_is_bounded_however_many_adapters_are_asked_for(
+    edge: Edge, make: Callable[..., Residency], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency_module, "_MAX_REMEMBERED", 50)
+    residency = make(max_adapters=3, max_rows=3, host_bytes=40)
+    for number in range(1000):
+        async with residency.use(str(number)):
+            assert len(edge.engine) <= 3
+    residency.check()
+    [device, host] = residency.tiers()
+    assert (device.num_adapters, host.num_adapters, host.size_bytes) == (3, 10, 40)
+    assert residency.num_resident == len(residency.resident()) == 10
+    assert len(residency._usage) == 50
+
+
+async def test_many_more_adapters_than_places_wait_their_turn_and_all_end(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_adapters=2, host_bytes=0)
+    served: list[str] = []
+
+    async def request(digest: str) -> None:
+        async with residency.use(digest):
+            assert digest in edge.engine
+            await asyncio.sleep(0)
+            served.append(digest)
+
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        for number in range(300):
+            group.create_task(request(str(number % 100)))
+    assert sorted(served) == sorted(str(number % 100) for number in range(300))
+
+
 async def test_an_evicted_adapter_is_gone_from_all_memory_and_comes_back(
     edge: Edge, make: Callable[..., Residency]
 ) -> None:

@@ -83,13 +83,16 @@ class FakeRegistry(registry_pb2_grpc.RegistryServiceServicer):
         self, request: pb.ReadTensorsRequest, context: Context
     ) -> AsyncIterator[pb.ReadTensorsResponse]:
         self.offsets.append(request.offset)
+        if request.digest not in self.versions:
+            raise AdapterNotFound(f"no adapter has the digest {request.digest}")
         data = self.files[request.digest]
         num_chunks = self.cuts.pop(0) if self.cuts else None
         for number, start in enumerate(range(request.offset, len(data), CHUNK_BYTES)):
             if number == num_chunks:
                 raise Unavailable("the store is away")
             chunk = pb.Chunk(offset=start + self.shift, data=data[start : start + CHUNK_BYTES])
-            yield pb.ReadTensorsResponse(chunk=chunk, size_bytes=len(data))
+            adapter = self.versions[request.digest] if number == 0 else None
+            yield pb.ReadTensorsResponse(chunk=chunk, size_bytes=len(data), adapter=adapter)
 
     def add(self, name: str, rows: np.ndarray[Any, Any]) -> pb.AdapterVersion:
         """Register rows as PEFT would save them."""
@@ -218,6 +221,11 @@ async def test_an_interrupted_transfer_goes_on_where_it_stopped(
     adapter = await source.fetch(version.digest)
     assert rows_of(adapter).data == rows.tobytes()
     assert registry.offsets == [0, 200, 300, 400]
+
+
+async def test_an_unknown_digest_is_not_found(source: AdapterSource) -> None:
+    with pytest.raises(AdapterNotFound):
+        await source.fetch("sha256:" + "0" * 64)
 
 
 async def test_a_transfer_that_never_moves_on_ends(
@@ -434,7 +442,7 @@ async def test_a_lora_above_the_rank_or_the_size_that_is_served_is_refused(
     registry.offsets.clear()
     with pytest.raises(AdapterInvalid, match=r"at most 1024 are served \(max_lora_bytes\)"):
         await AdapterSource(stub, BASE_MODEL, max_lora_bytes=1024).fetch(lora.digest)
-    assert registry.offsets == []
+    assert registry.offsets == [0]  # the transfer ended with its first piece, and was not tried again
 
 
 def test_matrices_of_several_dtypes_go_to_the_engine_as_float32() -> None:

@@ -80,6 +80,15 @@ async def test_tensors_are_read_back_whole_and_from_any_offset(client, make_adap
         assert refused.value.field == "offset"
 
 
+async def test_the_first_piece_of_a_file_tells_what_it_is_of(client, make_adapter, content):
+    adapter = make_adapter(num_virtual_tokens=20_000)
+    made = await client.register("big", adapter)
+    responses = [one async for one in client.stub.ReadTensors(pb.ReadTensorsRequest(digest=made.digest))]
+    assert len(responses) == 3
+    assert responses[0].adapter == content(made)
+    assert not any(one.HasField("adapter") for one in responses[1:])
+
+
 async def test_a_chunk_may_have_any_size(client, make_adapter):
     adapter = make_adapter()
     digests = {(await client.register("tiny", adapter.but(chunk_bytes=size))).digest for size in (1, 7, 8, 4096)}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import redis
@@ -67,6 +68,19 @@ def test_a_store_that_outlived_its_system_is_ended_before_a_new_one_starts(
     assert children[0].end(0) == 0
     with redis.Redis.from_url(store.url) as client:
         assert client.get("key") == b"value"
+
+
+def test_a_store_that_has_much_to_load_is_waited_for(
+    data_dir: Path, children: list[Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a server with many gigabytes of adapters answers, for longer than any other start may take.
+    answers = iter([None, *["-LOADING Valkey is loading the dataset in memory"] * 5, "+PONG"])
+    seconds = iter(range(0, 10_000, 20))
+    monkeypatch.setattr(embedded, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(embedded, "ask", lambda _path, _command: next(answers))
+    children.append(store_in(data_dir).start())
+    assert list(answers) == []
+    assert next(seconds) > embedded.START_TIMEOUT_S
 
 
 def test_a_data_folder_serves_one_system_at_a_time(data_dir: Path) -> None:

@@ -1,6 +1,9 @@
 """`/v1/models`: the base model and every adapter, as model cards."""
 
-from collections.abc import Iterator, Sequence
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from softprompt_api.inference.v1.inference_pb2 import GetModelResponse
@@ -11,6 +14,7 @@ from softprompt_gateway.catalog import kind_name, spelling_of
 from softprompt_gateway.resolve import Bound
 
 OWNER = "softprompt"
+_CARDS_AT_ONCE = 100
 
 
 def base_card(served: GetModelResponse) -> dict[str, Any]:
@@ -69,3 +73,13 @@ def _adapter(version: AdapterVersion) -> dict[str, Any]:
         "digest": version.digest,
         "num_virtual_tokens": version.num_virtual_tokens,
     }
+
+
+async def listing(cards: Iterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """The JSON of a list of cards, in pieces: all of a hundred thousand at once would keep others waiting."""
+    start = b'{"object":"list","data":['
+    while batch := list(islice(cards, _CARDS_AT_ONCE)):
+        yield start + ",".join(json.dumps(card, separators=(",", ":")) for card in batch).encode()
+        start = b","
+        await asyncio.sleep(0)
+    yield b"]}"

@@ -1,12 +1,13 @@
 """Routes under /v1 that OpenAI's clients call, and vLLM's /tokenize and /detokenize."""
 
 from collections.abc import Callable, Coroutine
+from itertools import chain
 from typing import Any
 
 from fastapi import APIRouter
 from softprompt_api.access import Scope
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from softprompt_gateway.caller import Caller
 from softprompt_gateway.disconnect import unless_gone
@@ -19,7 +20,7 @@ from softprompt_gateway.openai.chat import ChatRequest, ChatStyle
 from softprompt_gateway.openai.completions import CompletionRequest, CompletionStyle
 from softprompt_gateway.openai.generation import all_of
 from softprompt_gateway.openai.job import Job
-from softprompt_gateway.openai.models import adapter_card, adapter_cards, base_card, composed_card
+from softprompt_gateway.openai.models import adapter_card, adapter_cards, base_card, composed_card, listing
 from softprompt_gateway.openai.parts import Parts
 from softprompt_gateway.openai.tokens import (
     DetokenizeRequest,
@@ -138,15 +139,15 @@ class _Routes:
             )
         )
 
-    async def models(self, request: Request) -> dict[str, Any]:
+    async def models(self, request: Request) -> Response:
         """List the base model and every adapter."""
         caller, served = Caller.of(request), await self._resolver.served()
-        adapters = [
+        adapters = (
             card
             for version in self._gateway.catalog.versions(caller.may_use)
             for card in adapter_cards(caller.told(version), served)
-        ]
-        return {"object": "list", "data": [base_card(served), *adapters]}
+        )
+        return StreamingResponse(listing(chain([base_card(served)], adapters)), media_type="application/json")
 
     async def model(self, request: Request, id_: str) -> dict[str, Any]:
         """Describe one model: the base model, or an adapter by name, name@version or digest."""

@@ -1,6 +1,7 @@
 """Parsed adapters in host memory, the least recently used of them forgotten first."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from softprompt_inference.adapters.adapter import Adapter
 
@@ -21,6 +22,16 @@ class HostCache:
     def size_bytes(self) -> int:
         """Bytes held."""
         return self._size_bytes
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._adapters
+
+    def peek(self, digest: str) -> Adapter | None:
+        """The adapter, without counting it as used; None when it is not held."""
+        return self._adapters.get(digest)
 
     def get(self, digest: str) -> Adapter | None:
         """The adapter, now the most recently used; None when it is not held."""
@@ -46,9 +57,9 @@ class HostCache:
             self._size_bytes -= adapter.size_bytes
         return adapter is not None
 
-    def adapters(self) -> list[Adapter]:
-        """What is held, the least recently used first."""
-        return list(self._adapters.values())
+    def digests(self) -> Iterator[str]:
+        """Of what is held, the most recently used first."""
+        return reversed(self._adapters)
 
     def check(self) -> None:
         """Assert that the counters agree with what is held."""

@@ -10,10 +10,11 @@ waits: two requests can never wait for each other.
 """
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from time import monotonic
 from typing import Literal
 
@@ -23,7 +24,7 @@ from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.room import Room
 
-_MAX_REMEMBERED = 4096
+_MAX_REMEMBERED = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,20 @@ class Resident:
     idle_s: float
     hits: int
     users: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tier:
+    """What one tier holds. An adapter on the device may be in host memory too, and counts in both.
+
+    Attributes:
+        hits: requests that found their adapter in it, and in no faster one.
+    """
+
+    name: Literal["host", "device"]
+    num_adapters: int
+    size_bytes: int
+    hits: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,6 +88,13 @@ class _Entry:
         """The adapter; it must have been fetched."""
         assert isinstance(self.fetched, Adapter)
         return self.fetched
+
+    @property
+    def tier(self) -> Literal["device", "host", "registry"]:
+        """The fastest one that holds it."""
+        if self.is_resident:
+            return "device"
+        return "host" if isinstance(self.fetched, Adapter) else "registry"
 
     @property
     def num_rows(self) -> int:
@@ -127,6 +149,8 @@ class Residency:
         self._host_cache = host_cache
         self._entries: dict[str, _Entry] = {}
         self._usage: OrderedDict[str, _Usage] = OrderedDict()  # of adapters asked for lately, the last one last
+        self._hits: Counter[str] = Counter()  # requests by where their adapter was
+        self._device_bytes = 0
 
     @asynccontextmanager
     async def use(
@@ -153,14 +177,42 @@ class Residency:
             for entry in entries.values():
                 self._forget(entry)
 
-    def resident(self) -> list[Resident]:
-        """What is in memory, the most recently used first."""
-        held = {adapter.digest: self._describe(adapter, "host", 0) for adapter in self._host_cache.adapters()}
-        for digest, entry in self._entries.items():
-            if entry.is_resident:
-                held[digest] = self._describe(entry.adapter, "device", entry.num_using)
-        recency = {digest: place for place, digest in enumerate(self._usage)}
-        return sorted(held.values(), key=lambda one: -recency.get(one.adapter.digest, -1))
+    def resident(self, limit: int | None = None) -> list[Resident]:
+        """What is in memory, the most recently used first; no more than `limit`."""
+        held: dict[str, Resident] = {}
+        for digest in chain(reversed(self._usage), self._entries, self._host_cache.digests()):
+            if len(held) == limit:
+                break
+            if digest not in held and (resident := self._find_resident(digest)):
+                held[digest] = resident
+        return list(held.values())
+
+    @property
+    def num_resident(self) -> int:
+        """How many adapters are in memory."""
+        on_device = [digest for digest, entry in self._entries.items() if entry.is_resident]
+        return len(self._host_cache) + sum(digest not in self._host_cache for digest in on_device)
+
+    def tiers(self) -> list[Tier]:
+        """What each tier holds, the fastest first."""
+        device = Tier(
+            name="device",
+            num_adapters=sum(room.num_adapters for room in self._rooms),
+            size_bytes=self._device_bytes,
+            hits=self._hits["device"],
+        )
+        host = Tier(
+            name="host",
+            num_adapters=len(self._host_cache),
+            size_bytes=self._host_cache.size_bytes,
+            hits=self._hits["host"],
+        )
+        return [device, host]
+
+    @property
+    def misses(self) -> int:
+        """Requests whose adapter was in no tier."""
+        return self._hits["registry"]
 
     def evict(self, digest: str) -> bool:
         """Let an adapter go from all memory; False when it is not there.
@@ -199,12 +251,15 @@ class Residency:
             assert self._find_turn(room) is None, "there is room and somebody waits"
             assert not any(_are_resident(waiter.entries) for waiter in room.line), "they wait for what is there"
             room.check()
+        on_device = [entry.adapter.size_bytes for entry in self._entries.values() if entry.is_resident]
+        assert self._device_bytes == sum(on_device)
         self._host_cache.check()
 
     def _ask_for(self, digest: str) -> _Entry:
         entry = self._entries.get(digest)
         if entry is None:
             entry = self._entries[digest] = _Entry(digest=digest, fetched=self._find(digest))
+        self._hits[entry.tier] += 1
         entry.num_asking += 1
         self._usage.setdefault(digest, _Usage()).hits += 1
         self._usage.move_to_end(digest)
@@ -341,10 +396,12 @@ class Residency:
     def _load_into_room(self, entry: _Entry) -> None:
         self._load(entry.adapter)
         entry.is_resident = True
+        self._device_bytes += entry.adapter.size_bytes
         self._room_of(entry).take(entry.digest, entry.num_rows)
 
     def _drop_resident(self, entry: _Entry) -> None:
         entry.is_resident = False
+        self._device_bytes -= entry.adapter.size_bytes
         self._room_of(entry).give_back(entry.digest)
         if not entry.num_asking:
             del self._entries[entry.digest]
@@ -355,6 +412,14 @@ class Residency:
 
     def _rows_in(self, room: Room[_Waiter], entries: Iterable[_Entry]) -> Mapping[str, int]:
         return {entry.digest: entry.num_rows for entry in entries if self._room_of(entry) is room}
+
+    def _find_resident(self, digest: str) -> Resident | None:
+        """An adapter that is in memory."""
+        entry = self._entries.get(digest)
+        if entry is not None and entry.is_resident:
+            return self._describe(entry.adapter, "device", entry.num_using)
+        adapter = self._host_cache.peek(digest)
+        return self._describe(adapter, "host", 0) if adapter else None
 
     def _describe(self, adapter: Adapter, tier: Literal["host", "device"], users: int) -> Resident:
         usage = self._usage.get(adapter.digest, _Usage())

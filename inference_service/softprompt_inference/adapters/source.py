@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import grpc
@@ -15,7 +16,7 @@ from softprompt_api.formats import (
     ModelShape,
     parse_config,
 )
-from softprompt_api.names import choose_task, parse_requested, with_task
+from softprompt_api.names import AdapterRef, choose_task, parse_requested, with_task
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc as pb_grpc
 from softprompt_api.rpc.status import from_rpc_error
@@ -70,8 +71,55 @@ class AdapterSource:
         InvalidArgument: it has no such task. AdapterInvalid: it does not fit the model. DataCorrupted: what came
         is not what was registered.
         """
-        ref = parse_requested(spelling)
-        version = await self.resolve(str(ref.whole))
+        transfer = _Transfer(ref=parse_requested(spelling))
+        try:
+            async with asyncio.timeout(FETCH_TIMEOUT_S):
+                wanted = await self._read(transfer)
+        except TimeoutError as error:
+            raise Unavailable("the registry is too slow to deliver the adapter; try again later") from error
+        adapter = await asyncio.to_thread(wanted.read, transfer.data, spelling, self._base_model.dtype)
+        _log.info("adapter fetched", adapter=wanted.version.name, version=wanted.version.version, digest=spelling)
+        return adapter
+
+    async def _read(self, transfer: "_Transfer") -> "_Wanted":
+        """Read the tensor file, resumed where the link was cut."""
+        num_interruptions = 0
+        while True:
+            had_bytes = len(transfer.data)
+            try:
+                await self._read_on(transfer)
+            except grpc.aio.AioRpcError as error:
+                num_interruptions = 1 if len(transfer.data) > had_bytes else num_interruptions + 1
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or num_interruptions > len(RESUME_DELAYS_S):
+                    raise _translated(error) from error
+                received_bytes = len(transfer.data)
+                _log.warning(
+                    "adapter transfer interrupted", digest=transfer.ref.digest, received_bytes=received_bytes
+                )
+                await asyncio.sleep(RESUME_DELAYS_S[num_interruptions - 1])
+            else:
+                if transfer.wanted is None:
+                    raise DataCorrupted("the registry sent nothing of the adapter")
+                return transfer.wanted
+
+    async def _read_on(self, transfer: "_Transfer") -> None:
+        data = transfer.data
+        request = pb.ReadTensorsRequest(digest=transfer.ref.digest, offset=len(data))
+        call = self._stub.ReadTensors(request, timeout=FETCH_TIMEOUT_S)
+        try:
+            async for response in call:
+                message = _readable(response)
+                if transfer.wanted is None:
+                    transfer.wanted = self._check(transfer.ref, message.adapter)
+                chunk = message.chunk
+                if chunk.offset != len(data) or len(data) + len(chunk.data) > transfer.wanted.version.size_bytes:
+                    raise DataCorrupted("the registry sent other bytes of the adapter than were asked for")
+                data += chunk.data
+        finally:
+            call.cancel()
+
+    def _check(self, ref: AdapterRef, version: pb.AdapterVersion) -> "_Wanted":
+        """What is to come, before most of it has: nothing is taken in for a file that cannot be it."""
         if version.digest != ref.digest:
             raise DataCorrupted("the registry answered with another version than it was asked for")
         spec = parse_config(version.config_json)
@@ -81,26 +129,9 @@ class AdapterSource:
             spec, size_bytes=version.size_bytes, sha256=version.tensors_sha256, model=shape_of(self._base_model)
         )
         self._check_size(version, spec)
-        try:
-            async with asyncio.timeout(FETCH_TIMEOUT_S):
-                data = await self._read(version)
-        except TimeoutError as error:
-            raise Unavailable("the registry is too slow to deliver the adapter; try again later") from error
-        await asyncio.to_thread(_verify, version, verifier, data)
-        adapter = await asyncio.to_thread(
-            Adapter.read,
-            spelling,
-            spec,
-            data,
-            task=task,
-            dtype=self._base_model.dtype,
-            spelling=with_task(f"{version.name}@{version.version}", ref.task),
-        )
-        _log.info("adapter fetched", adapter=version.name, version=version.version, digest=spelling)
-        return adapter
+        return _Wanted(ref=ref, version=version, spec=spec, task=task, verifier=verifier)
 
     def _check_size(self, version: pb.AdapterVersion, spec: AdapterSpec) -> None:
-        """Nothing is allocated for a file that cannot be one of these."""
         num_values = spec.max_values()
         if num_values is None:  # the config of a LoRA does not say
             if version.size_bytes > self._max_lora_bytes:
@@ -116,30 +147,36 @@ class AdapterSource:
                 f"the registry gives the adapter {version.size_bytes} bytes; its config allows {most}"
             )
 
-    async def _read(self, version: pb.AdapterVersion) -> bytes:
-        """The tensor file, resumed where the link was cut."""
-        data = bytearray()
-        num_interruptions = 0
-        while True:
-            had_bytes = len(data)
-            try:
-                await self._read_on(version, data)
-            except grpc.aio.AioRpcError as error:
-                num_interruptions = 1 if len(data) > had_bytes else num_interruptions + 1
-                if error.code() is not grpc.StatusCode.UNAVAILABLE or num_interruptions > len(RESUME_DELAYS_S):
-                    raise _translated(error) from error
-                _log.warning("adapter transfer interrupted", digest=version.digest, received_bytes=len(data))
-                await asyncio.sleep(RESUME_DELAYS_S[num_interruptions - 1])
-            else:
-                return bytes(data)
 
-    async def _read_on(self, version: pb.AdapterVersion, data: bytearray) -> None:
-        request = pb.ReadTensorsRequest(digest=version.digest, offset=len(data))
-        async for response in self._stub.ReadTensors(request, timeout=FETCH_TIMEOUT_S):
-            chunk = _readable(response).chunk
-            if chunk.offset != len(data) or len(data) + len(chunk.data) > version.size_bytes:
-                raise DataCorrupted("the registry sent other bytes of the adapter than were asked for")
-            data += chunk.data
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wanted:
+    """What an adapter's file must turn out to be."""
+
+    ref: AdapterRef
+    version: pb.AdapterVersion
+    spec: AdapterSpec
+    task: int | None
+    verifier: AdapterVerifier
+
+    def read(self, data: bytearray, digest: str, dtype: str) -> Adapter:
+        """What the whole file holds, verified; once only."""
+        version = self.version
+        if hashlib.sha256(data).hexdigest() != version.tensors_sha256:
+            raise DataCorrupted("the adapter's bytes are not those that were registered")
+        self.verifier.feed(data)
+        if self.verifier.finish().digest != version.digest:
+            raise DataCorrupted("the adapter's digest is not that of its config and bytes")
+        spelling = with_task(f"{version.name}@{version.version}", self.ref.task)
+        return Adapter.read(digest, self.spec, bytes(data), task=self.task, dtype=dtype, spelling=spelling)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Transfer:
+    """A tensor file on its way; `wanted` is known from its first message on."""
+
+    ref: AdapterRef
+    wanted: _Wanted | None = None
+    data: bytearray = field(default_factory=bytearray)
 
 
 def _readable(message: T | None) -> T:
@@ -177,14 +214,6 @@ def check_fits(version: pb.AdapterVersion, base_model: pb.BaseModel) -> None:
     if made_for.tokenizer_sha256 not in ("", base_model.tokenizer_sha256):
         # Of equal shape it may be an update that changes nothing; so this is said and not refused.
         _log.warning("adapter was registered under another tokenizer", adapter=version.name, digest=version.digest)
-
-
-def _verify(version: pb.AdapterVersion, verifier: AdapterVerifier, data: bytes) -> None:
-    if hashlib.sha256(data).hexdigest() != version.tensors_sha256:
-        raise DataCorrupted("the adapter's bytes are not those that were registered")
-    verifier.feed(data)
-    if verifier.finish().digest != version.digest:
-        raise DataCorrupted("the adapter's digest is not that of its config and bytes")
 
 
 def _translated(error: grpc.aio.AioRpcError) -> SoftpromptError:

@@ -19,6 +19,8 @@ from softprompt.cli.services import Addresses
 from softprompt.registry import AdapterInfo, RegistryClient
 
 _MAX_ADAPTERS = 12
+# The demo adapter is looked for among so many.
+_MAX_ASKED = 100
 _MIB = 2**20
 _DEMO = "tweet_adapter"
 _DEMO_PROMPT = (
@@ -31,11 +33,11 @@ def show(console: Console, options: RunOptions, addresses: Addresses, logs: Path
     """Print the start panel, with facts asked from the running services."""
     model = get_model(addresses.inference)
     with RegistryClient(addresses.registry) as registry:
-        adapters = registry.adapters()
+        adapters, total = registry.first_adapters(_MAX_ASKED)
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
-    for name, value in _facts(options, addresses, logs, model, adapters):
+    for name, value in _facts(options, addresses, logs, model, adapter_list(adapters, total)):
         facts.add_row(name, Text(value))
     console.print(Panel(facts, title="Softprompt is serving", title_align="left", expand=False))
     # Outside the frame, so that it can be copied.
@@ -72,7 +74,7 @@ def _quoted(body: Mapping[str, object]) -> str:
 
 
 def _facts(
-    options: RunOptions, addresses: Addresses, logs: Path, model: pb.GetModelResponse, adapters: list[AdapterInfo]
+    options: RunOptions, addresses: Addresses, logs: Path, model: pb.GetModelResponse, adapters: str
 ) -> list[tuple[str, str]]:
     base, memory = model.base_model, model.memory
     return [
@@ -84,7 +86,7 @@ def _facts(
             f"{memory.num_pages} pages of {memory.page_size} positions",
         ),
         ("context", f"{model.max_model_len} positions, at most {model.max_virtual_tokens} of them virtual tokens"),
-        ("adapters", _adapter_list(adapters)),
+        ("adapters", adapters),
         ("OpenAI API", f"{addresses.gateway_url}/v1   (documentation: {addresses.gateway_url}/docs)"),
         ("gRPC", f"registry {addresses.registry}, inference {addresses.inference}"),
         ("store", addresses.redis_url if options.redis_url is None else "as given by --redis-url"),
@@ -92,9 +94,10 @@ def _facts(
     ]
 
 
-def _adapter_list(adapters: list[AdapterInfo]) -> str:
+def adapter_list(adapters: list[AdapterInfo], total: int) -> str:
+    """The first adapters by name, and how many more there are."""
     if not adapters:
         return "none yet: softprompt adapter add NAME PATH"
-    shown = ", ".join(f"{info.name}@{info.version}" for info in adapters[:_MAX_ADAPTERS])
-    more = len(adapters) - _MAX_ADAPTERS
-    return f"{shown} and {more} more" if more > 0 else shown
+    shown = [f"{info.name}@{info.version}" for info in adapters[:_MAX_ADAPTERS]]
+    more = total - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")

@@ -19,7 +19,7 @@ Inference = Annotated[
 def ps(inference: Inference = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """List what is in memory, most recently used first."""
     with InferenceClient(inference) as client:
-        adapters = client.resident()
+        adapters, total = client.resident()
     if as_json:
         print_json([info.as_dict() for info in adapters])
         return
@@ -34,6 +34,8 @@ def ps(inference: Inference = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
         size = f"{info.size_bytes / 1024:,.1f} KiB"
         table.add_row(info.adapter, info.tier, size, idle, str(info.hits), str(info.in_use), info.digest[:19])
     console().print(table)
+    if total > len(adapters):
+        typer.echo(f"and {total - len(adapters):,} more")
 
 
 def preload(adapter: Adapter, inference: Inference = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:

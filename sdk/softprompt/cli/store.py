@@ -107,7 +107,9 @@ class EmbeddedStore:
         self._end_orphan()
         child = Child("store", self._command(), log=self._log)
         deadline = time.monotonic() + START_TIMEOUT_S
-        while ask(self._socket, "PING") != "+PONG":
+        while (answer := ask(self._socket, "PING")) != "+PONG":
+            if answer and answer.startswith("-LOADING"):  # many adapters take long, and it is at it
+                deadline = time.monotonic() + START_TIMEOUT_S
             if child.exit_code() is not None or time.monotonic() > deadline:
                 child.end(0)
                 raise Problem(f"the store ({self._server}) did not start", detail=child.log_tail())

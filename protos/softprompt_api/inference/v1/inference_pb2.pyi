@@ -1282,6 +1282,8 @@ class GetLoadResponse(_message.Message):
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    ADAPTER_TIERS_FIELD_NUMBER: _builtins.int
+    ADAPTER_MISSES_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Sequences in the running batch."""
     waiting: _builtins.int
@@ -1300,6 +1302,12 @@ class GetLoadResponse(_message.Message):
     """Tokens generated."""
     preemptions: _builtins.int
     """Times a sequence lost its pages to an older one."""
+    adapter_misses: _builtins.int
+    """Requests whose adapter was in no tier, and came from the registry."""
+    @_builtins.property
+    def adapter_tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterTier]:
+        """What each tier of adapters holds and gave, the fastest first."""
+
     def __init__(
         self,
         *,
@@ -1312,14 +1320,50 @@ class GetLoadResponse(_message.Message):
         cached_prompt_tokens: _builtins.int = ...,
         generated_tokens: _builtins.int = ...,
         preemptions: _builtins.int = ...,
+        adapter_tiers: _abc.Iterable[Global___AdapterTier] | None = ...,
+        adapter_misses: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_prompt_tokens", b"cached_prompt_tokens", "computed_prompt_tokens", b"computed_prompt_tokens", "generated_tokens", b"generated_tokens", "num_pages", b"num_pages", "preemptions", b"preemptions", "resident_adapters", b"resident_adapters", "running", b"running", "used_pages", b"used_pages", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_misses", b"adapter_misses", "adapter_tiers", b"adapter_tiers", "cached_prompt_tokens", b"cached_prompt_tokens", "computed_prompt_tokens", b"computed_prompt_tokens", "generated_tokens", b"generated_tokens", "num_pages", b"num_pages", "preemptions", b"preemptions", "resident_adapters", b"resident_adapters", "running", b"running", "used_pages", b"used_pages", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetLoadResponse: _TypeAlias = GetLoadResponse  # noqa: Y015
+
+@_typing.final
+class AdapterTier(_message.Message):
+    """AdapterTier is a memory in which adapters are held, and how often it was enough."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIER_FIELD_NUMBER: _builtins.int
+    NUM_ADAPTERS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
+    tier: Global___ResidentTier.ValueType
+    """Which."""
+    num_adapters: _builtins.int
+    """How many adapters it holds; one on the device may be in host memory too, and counts in both."""
+    size_bytes: _builtins.int
+    """Bytes of their rows and matrices, as they are stored."""
+    hits: _builtins.int
+    """Requests that found their adapter here, and in no faster tier."""
+    def __init__(
+        self,
+        *,
+        tier: Global___ResidentTier.ValueType = ...,
+        num_adapters: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        hits: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hits", b"hits", "num_adapters", b"num_adapters", "size_bytes", b"size_bytes", "tier", b"tier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterTier: _TypeAlias = AdapterTier  # noqa: Y015
 
 @_typing.final
 class ResidentAdapter(_message.Message):
@@ -1377,12 +1421,17 @@ class ListResidentRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    LIMIT_FIELD_NUMBER: _builtins.int
+    limit: _builtins.int
+    """How many adapters at most, 1 to 10000; 0: 1000. INVALID_ARGUMENT: anything else."""
     def __init__(
         self,
+        *,
+        limit: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1395,6 +1444,9 @@ class ListResidentResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTERS_FIELD_NUMBER: _builtins.int
+    TOTAL_SIZE_FIELD_NUMBER: _builtins.int
+    total_size: _builtins.int
+    """How many are in memory."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentAdapter]:
         """The adapters, most recently used first."""
@@ -1403,10 +1455,11 @@ class ListResidentResponse(_message.Message):
         self,
         *,
         adapters: _abc.Iterable[Global___ResidentAdapter] | None = ...,
+        total_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "total_size", b"total_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

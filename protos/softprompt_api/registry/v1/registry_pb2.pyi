@@ -942,21 +942,27 @@ class ReadTensorsResponse(_message.Message):
 
     CHUNK_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     size_bytes: _builtins.int
     """Size of the whole file."""
     @_builtins.property
     def chunk(self) -> Global___Chunk:
         """The piece; at most 1 MiB."""
 
+    @_builtins.property
+    def adapter(self) -> Global___AdapterVersion:
+        """In the first message alone: a version that has the digest, without aliases and revision."""
+
     def __init__(
         self,
         *,
         chunk: Global___Chunk | None = ...,
         size_bytes: _builtins.int = ...,
+        adapter: Global___AdapterVersion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "chunk", b"chunk"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "chunk", b"chunk", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,46 @@
+"""`GET /v1/resident_adapters`: which adapters are in the inference service's memory, and how they are used."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from softprompt_api.access import Scope
+from softprompt_api.inference.v1.inference_pb2 import ResidentAdapter
+from softprompt_api.tenants import local_name
+from starlette.requests import Request
+
+from softprompt_gateway.caller import Caller
+from softprompt_gateway.gateway import Gateway
+from softprompt_gateway.metrics import tier_name
+
+# As many as the inference service lists; tenants see those of them that are theirs.
+_MAX_LISTED = 10_000
+Limit = Annotated[int, Query(ge=1, le=_MAX_LISTED, description="most adapters to list")]
+
+
+def resident_router(gateway: Gateway) -> APIRouter:
+    """The route, over one gateway's parts."""
+    router = APIRouter(route_class=gateway.route(Scope.ADMIN))
+
+    @router.get("/v1/resident_adapters")
+    async def list_resident(request: Request, limit: Limit = 1000) -> dict[str, Any]:
+        """List the adapters in memory, the most recently used first."""
+        caller = Caller.of(request)
+        answer = await gateway.clients.inference.resident(_MAX_LISTED)
+        own = [one for one in answer.adapters if caller.may_use(one.adapter.partition("@")[0])]
+        return {"object": "list", "data": [_resident_json(one) for one in own[:limit]], "total_size": len(own)}
+
+    return router
+
+
+def _resident_json(one: ResidentAdapter) -> dict[str, Any]:
+    return {
+        "object": "resident_adapter",
+        "model": local_name(one.adapter),
+        "digest": one.digest,
+        "tier": tier_name(one.tier),
+        "size_bytes": one.size_bytes,
+        "num_virtual_tokens": one.num_virtual_tokens,
+        "idle_s": round(one.idle_s, 3),
+        "hits": one.hits,
+        "in_use": one.in_use,
+    }
