@@ -41,6 +41,7 @@ def make_app(settings: Settings, clients: Clients) -> FastAPI:
         watching = asyncio.create_task(CatalogWatcher(gateway.catalog, clients.registry).run())
         yield
         await stop(watching)
+        await gateway.probing.close()
 
     app = FastAPI(
         title="Softprompt",

@@ -5,6 +5,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from softprompt_gateway.adapters.probing import Probing
 from softprompt_gateway.body import read_json
 from softprompt_gateway.catalog import Catalog
 from softprompt_gateway.clients import Clients
@@ -21,6 +22,7 @@ class Gateway:
     clients: Clients
     catalog: Catalog
     resolver: Resolver
+    probing: Probing
     metrics: Metrics
 
     async def json(self, request: Request) -> dict[str, Any]:
@@ -38,5 +40,6 @@ def make_gateway(settings: Settings, clients: Clients) -> Gateway:
         clients=clients,
         catalog=catalog,
         resolver=Resolver(clients.registry, clients.inference, catalog),
+        probing=Probing(clients.inference, catalog),
         metrics=Metrics(),
     )

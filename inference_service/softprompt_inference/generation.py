@@ -28,6 +28,7 @@ from softprompt_inference.engine.messages import (
     AddRequest,
     Command,
     ModelInfo,
+    Nearest,
     Output,
     SoftPromptPart,
     Stats,
@@ -56,6 +57,7 @@ class EngineHandle(Protocol):
 
     def submit(self, command: Command) -> None: ...
     def outputs(self, request_id: str) -> OutputStream: ...
+    async def find_nearest(self, digest: str, top_k: int) -> Nearest: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,13 +1,14 @@
-"""What admins move without touching a version's content: aliases, labels, pins."""
+"""What is kept beside a version's content and may change: aliases, labels, pins, and what was measured of it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
-from softprompt_api.errors import AliasMoved, InvalidArgument
+from softprompt_api.errors import AdapterConflict, AliasMoved, InvalidArgument
 from softprompt_api.names import LATEST, AdapterRef, shown
+from softprompt_api.quality import Probe
 
 from softprompt_registry import catalog, events, keys, pointers
 from softprompt_registry.catalog import AdapterVersion, EventType
@@ -61,7 +62,7 @@ class VersionUpdate:
 
 
 class Amendments:
-    """Move aliases, change labels and pins."""
+    """Move aliases, change labels and pins, keep probes."""
 
     def __init__(self, client: Redis) -> None:
         self._client = client
@@ -124,6 +125,29 @@ class Amendments:
     @writes
     async def update(self, ref: AdapterRef, update: VersionUpdate) -> AdapterVersion | None:
         """Change labels and pin of the version that a name stands for; None when there is none."""
+        return await self._amend(ref, update.applied_to)
+
+    @writes
+    async def record_probe(self, ref: AdapterRef, digest: str, probe: Probe) -> AdapterVersion | None:
+        """Keep a measurement with the version that a name stands for; None when there is none.
+
+        Raises:
+            AdapterConflict: the version has another digest than what was measured.
+        """
+
+        def measured(version: AdapterVersion) -> AdapterVersion:
+            if version.digest != digest:
+                raise AdapterConflict(
+                    f"{version.name}@{version.version} has another digest than what was measured", field="digest"
+                )
+            return replace(version, probe=probe)
+
+        return await self._amend(ref, measured)
+
+    async def _amend(
+        self, ref: AdapterRef, change: Callable[[AdapterVersion], AdapterVersion]
+    ) -> AdapterVersion | None:
+        """Change what is kept beside the content of the version that a name stands for."""
 
         async def attempt(pipe: Pipeline) -> AdapterVersion | None:
             old = await pointers.read_watched(pipe, ref.name)
@@ -134,7 +158,7 @@ class Amendments:
             version = await self._version(pipe, version_id)
             if version is None:
                 return None
-            updated = update.applied_to(version)
+            updated = change(version)
             if updated == version:
                 return old.describe(version)
             begin(pipe, ref.name)

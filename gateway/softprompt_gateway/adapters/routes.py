@@ -1,8 +1,9 @@
 """`/v1/adapters`: what admins do with adapters over HTTP.
 
-An adapter is registered in one of two ways:
+An adapter is registered in one of three ways:
 
 * `POST /v1/adapters` with JSON: name, config, tensors_base64;
+* `POST /v1/adapters` with JSON: name, source, where the registry's settings allow that it reads files itself;
 * `POST /v1/adapters/{name}` with the tensor file itself as `application/octet-stream`, its size as content-length,
   `x-adapter-config: <base64 of adapter_config.json>` and `x-adapter-sha256: <hex>`; optional `x-adapter-labels`
   (base64 of a JSON object), `x-adapter-base-model` and `idempotency-key`. Large files pass in chunks.
@@ -13,8 +14,9 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from softprompt_api.errors import InvalidArgument, SoftpromptError
-from softprompt_api.names import parse_adapter
+from softprompt_api.names import parse_adapter, parse_requested
 from softprompt_api.registry.v1.registry_pb2 import (
+    ImportAdapterResponse,
     ListAdaptersRequest,
     ListVersionsRequest,
     RegisterAdapterResponse,
@@ -24,9 +26,11 @@ from starlette.requests import Request
 
 from softprompt_gateway.adapters.schema import (
     AliasRequest,
+    ImportRequest,
     RegisterRequest,
     UpdateRequest,
     adapter_json,
+    nearest_json,
     upload_header,
 )
 from softprompt_gateway.adapters.upload import register, whole
@@ -36,9 +40,10 @@ from softprompt_gateway.documented import json_body
 from softprompt_gateway.errors import Refused, fields_spelled
 from softprompt_gateway.gateway import Gateway
 
-REQUEST_MODELS = (RegisterRequest, UpdateRequest, AliasRequest)
+REQUEST_MODELS = (RegisterRequest, ImportRequest, UpdateRequest, AliasRequest)
 PageSize = Annotated[int, Query(ge=1, le=1000, description="adapters in one page")]
 PageToken = Annotated[str, Query(max_length=1024, description="next_page_token of the page before")]
+TopK = Annotated[int, Query(ge=1, le=20, description="tokens for each virtual token")]
 Prefix = Annotated[str, Query(max_length=128, description="only names that start with this")]
 
 _UPLOAD_DOCUMENTATION: dict[str, Any] = {
@@ -65,7 +70,11 @@ def adapters_router(gateway: Gateway) -> APIRouter:
     routes = _Routes(gateway)
     router.add_api_route("", routes.list_, methods=["GET"])
     router.add_api_route(
-        "", routes.register, methods=["POST"], status_code=201, openapi_extra=json_body(RegisterRequest)
+        "",
+        routes.register,
+        methods=["POST"],
+        status_code=201,
+        openapi_extra=json_body(RegisterRequest, ImportRequest),
     )
     router.add_api_route("/{adapter}", routes.show, methods=["GET"])
     router.add_api_route(
@@ -74,6 +83,8 @@ def adapters_router(gateway: Gateway) -> APIRouter:
     router.add_api_route("/{adapter}", routes.update, methods=["PATCH"], openapi_extra=json_body(UpdateRequest))
     router.add_api_route("/{adapter}", routes.delete, methods=["DELETE"])
     router.add_api_route("/{adapter}/versions", routes.versions, methods=["GET"])
+    router.add_api_route("/{adapter}/probe", routes.probe, methods=["POST"])
+    router.add_api_route("/{adapter}/nearest-tokens", routes.nearest_tokens, methods=["GET"])
     alias = "/{adapter}/aliases/{alias}"
     router.add_api_route(alias, routes.set_alias, methods=["PUT"], openapi_extra=json_body(AliasRequest))
     router.add_api_route(alias, routes.remove_alias, methods=["DELETE"])
@@ -84,6 +95,7 @@ class _Routes:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._registry = gateway.clients.registry
+        self._inference = gateway.clients.inference
         self._settings = gateway.settings
 
     async def list_(
@@ -120,11 +132,19 @@ class _Routes:
         }
 
     async def register(self, request: Request) -> dict[str, Any]:
-        """Register an adapter from JSON; the next request can use it."""
-        body = RegisterRequest.checked(await self._gateway.json(request))
+        """Register an adapter from JSON, or from a source that the registry reads; the next request can use it."""
+        values = await self._gateway.json(request)
+        if "source" in values:
+            return await self._import(request, ImportRequest.checked(values))
+        body = RegisterRequest.checked(values)
         tensors = body.tensors()
         with fields_spelled(base_model_id="base_model", tensors_sha256="sha256"):
             answer = await unless_gone(request, register(self._registry, body.header(tensors), whole(tensors)))
+        return self._registered(answer)
+
+    async def _import(self, request: Request, body: ImportRequest) -> dict[str, Any]:
+        with fields_spelled(base_model_id="base_model"):
+            answer = await unless_gone(request, self._registry.import_adapter(body.call()))
         return self._registered(answer)
 
     async def upload(self, request: Request, adapter: str) -> dict[str, Any]:
@@ -144,6 +164,18 @@ class _Routes:
                 await discard(chunks)
                 raise
         return self._registered(answer)
+
+    async def probe(self, request: Request, adapter: str) -> dict[str, Any]:
+        """Measure what a version does to the next token of a few fixed prompts, and keep the result with it."""
+        spelling = str(parse_requested(adapter))
+        version = await unless_gone(request, self._inference.probe_adapter(spelling))
+        self._gateway.catalog.learn(version)
+        return adapter_json(version)
+
+    async def nearest_tokens(self, request: Request, adapter: str, top_k: TopK = 5) -> dict[str, Any]:
+        """List the tokens of the vocabulary that are nearest to each virtual token."""
+        spelling = str(parse_requested(adapter))
+        return nearest_json(await unless_gone(request, self._inference.nearest_tokens(spelling, top_k)))
 
     async def update(self, request: Request, adapter: str) -> dict[str, Any]:
         """Change the labels of one version, or pin it: `name@3`, or what `name` or `name@alias` stands for."""
@@ -184,9 +216,10 @@ class _Routes:
         self._gateway.catalog.forget(ref.name, ref.version)
         return {"object": "adapter.deleted", "id": str(ref), "deleted": True, "deleted_versions": deleted}
 
-    def _registered(self, answer: RegisterAdapterResponse) -> dict[str, Any]:
+    def _registered(self, answer: RegisterAdapterResponse | ImportAdapterResponse) -> dict[str, Any]:
         # The watch brings it too, a moment later; a listing right after this answer must have it.
         self._gateway.catalog.learn(answer.adapter)
+        self._gateway.probing.want(answer.adapter)
         return adapter_json(answer.adapter) | {"warnings": list(answer.warnings)}
 
     @staticmethod

@@ -17,6 +17,7 @@ from softprompt_inference.engine.messages import (
     Abort,
     AddRequest,
     DropAdapter,
+    FindNearest,
     LoadAdapter,
     LoadLora,
     ModelInfo,
@@ -53,6 +54,7 @@ class _AddRequest:
     seed: int
     salt: str
     lora: str
+    all_logprobs: bool
 
 
 Message = (
@@ -62,6 +64,7 @@ Message = (
     | LoadAdapter
     | LoadLora
     | DropAdapter
+    | FindNearest
     | Progress
     | StartupFailed
     | ModelInfo
@@ -75,6 +78,7 @@ _KINDS: dict[str, type[Any]] = {
     "load": LoadAdapter,
     "load-lora": LoadLora,
     "drop": DropAdapter,
+    "nearest": FindNearest,
     "progress": Progress,
     "failed": StartupFailed,
     "info": ModelInfo,
@@ -116,6 +120,7 @@ def _to_wire(request: AddRequest) -> _AddRequest:
         seed=request.seed,
         salt=request.salt,
         lora=request.lora,
+        all_logprobs=request.all_logprobs,
     )
 
 
@@ -131,4 +136,5 @@ def _from_wire(request: _AddRequest) -> AddRequest:
         seed=request.seed,
         salt=request.salt,
         lora=request.lora,
+        all_logprobs=request.all_logprobs,
     )

@@ -14,7 +14,16 @@ _RETRIED = [
     for method in ("GetAdapter", "ListAdapters", "ListVersions", "ReadTensors", "ListBaseModels", "PutBaseModel")
 ] + [
     {"service": "softprompt_api.inference.v1.InferenceService", "method": method}
-    for method in ("Generate", "GenerateMany", "Tokenize", "Detokenize", "GetModel", "GetLoad", "ListResident")
+    for method in (
+        "Generate",
+        "GenerateMany",
+        "Tokenize",
+        "Detokenize",
+        "GetModel",
+        "GetLoad",
+        "ListResident",
+        "NearestTokens",
+    )
 ]
 _SERVICE_CONFIG = json.dumps(
     {
