@@ -94,6 +94,7 @@ class Amendments:
                 pipe.hset(keys.aliases(name), alias, str(version.id))
             else:
                 pipe.hdel(keys.aliases(name), alias)
+            pointers.seal(pipe, name, new)
             events.append(pipe, EventType.ALIAS_SET, name=name, id_=version.id, version=number, alias=alias)
             await pipe.execute()
             return new.describe(version)
@@ -110,12 +111,14 @@ class Amendments:
         assert alias != LATEST
 
         async def attempt(pipe: Pipeline) -> bool:
-            target = (await pointers.read_watched(pipe, name)).target(alias)
+            old = await pointers.read_watched(pipe, name)
+            target = old.target(alias)
             if not target:
                 return False
             await self._compare(pipe, name, alias, target, expected)
             begin(pipe, name)
             pipe.hdel(keys.aliases(name), alias)
+            pointers.seal(pipe, name, old.after(alias, 0))
             events.append(pipe, EventType.ALIAS_REMOVED, name=name, alias=alias)
             await pipe.execute()
             return True
@@ -161,11 +164,13 @@ class Amendments:
             updated = change(version)
             if updated == version:
                 return old.describe(version)
+            new = replace(old, revision=old.revision + 1)
             begin(pipe, ref.name)
+            pointers.seal(pipe, ref.name, new)
             pipe.hset(keys.version(version_id), mapping=encode_version(updated))
             events.append(pipe, EventType.UPDATED, name=ref.name, id_=version_id, version=version.version)
             await pipe.execute()
-            return replace(old, revision=old.revision + 1).describe(updated)
+            return new.describe(updated)
 
         return await transact(self._client, ref.name, attempt)
 
