@@ -20,8 +20,8 @@ PROMPTS = (
     "Review: I loved every minute of it.\nSentiment:",
 )
 # By serving dtype: how far a log-probability may be from PEFT's in float32 by rounding alone. Below float32 the
-# whole model is rounded, and a smaller error would not be noticed: over the default model in bfloat16, rounding moved
-# one of 192 by 0.30. float16 has 8 times its precision.
+# whole model is rounded, and a smaller error would not be noticed: over the default model in bfloat16, rounding
+# moved one of 192 by 0.30. float16 has 8 times its precision.
 TOLERANCES: Mapping[str, float] = {"float32": 1e-4, "float16": 0.0625, "bfloat16": 0.5}
 
 
