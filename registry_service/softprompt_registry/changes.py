@@ -80,15 +80,16 @@ class Changes:
                 return made
             if await reply(pipe.exists(*staged.keys)) != len(staged.keys):
                 raise Unavailable("the upload took too long and expired; register again")
-            number = int(await reply(pipe.hget(keys.name(draft.name), "next")) or 1)
+            old = await pointers.read_watched(pipe, draft.name)
+            number = old.next
             num_users = int(await reply(pipe.hget(blob, "num_versions")) or 0)
             version = AdapterVersion(**_fields(draft), version=number, id=version_id, created_at=datetime.now(UTC))
-            old = await pointers.read_watched(pipe, draft.name)
-            new = replace(old, highest=version_id).after(LATEST, version_id)
+            new = replace(old, highest=version_id, next=number + 1).after(LATEST, version_id)
             begin(pipe, draft.name)
             pipe.hset(keys.version(version_id), mapping=encode_version(version))
             pipe.hset(keys.name(draft.name), "next", str(number + 1))
             pipe.hdel(keys.aliases(draft.name), LATEST)
+            pointers.seal(pipe, draft.name, new)
             pipe.zadd(keys.versions(draft.name), {str(version_id): number})
             pipe.zadd(keys.NAMES, {keys.listed(draft.name): 0})
             pipe.zadd(keys.digest(draft.digest), {str(version_id): version_id})
@@ -116,6 +117,7 @@ class Changes:
                 begin(pipe, name)
                 self._remove(pipe, name, doomed, blobs)
                 pipe.unlink(keys.aliases(name))
+                pointers.unseal(pipe, name)
                 pipe.zrem(keys.NAMES, keys.listed(name))
                 events.append(pipe, EventType.ADAPTER_DELETED, name=name)
                 await pipe.execute()
@@ -134,23 +136,32 @@ class Changes:
         async def attempt(pipe: Pipeline) -> bool:
             doomed = await self._doomed(pipe, name, low=number, high=number)
             if doomed:
-                aliases = (await pointers.read_watched(pipe, name)).aliases_of(doomed[0].id)
+                old = await pointers.read_watched(pipe, name)
+                aliases = old.aliases_of(doomed[0].id)
                 if free := [alias for alias in aliases if alias != LATEST]:
                     raise catalog.aliased(name, number, free)
-                is_last = await reply(pipe.zcard(keys.versions(name))) == 1
+                highest = await self._highest_but(pipe, name, doomed[0].id)
                 blobs = await self._blobs(pipe, doomed)
                 begin(pipe, name)
                 self._remove(pipe, name, doomed, blobs)
                 if LATEST in aliases:
                     pipe.hdel(keys.aliases(name), LATEST)
+                kept = {alias: target for alias, target in old.moved.items() if target != doomed[0].id}
+                new = replace(old, highest=highest, moved=kept, revision=old.revision + 1)
+                pointers.seal(pipe, name, new)
                 events.append(pipe, EventType.VERSION_DELETED, name=name, version=number, digest=doomed[0].digest)
-                if is_last:
+                if not highest:
                     pipe.zrem(keys.NAMES, keys.listed(name))
                     events.append(pipe, EventType.ADAPTER_DELETED, name=name)
                 await pipe.execute()
             return bool(doomed)
 
         return await transact(self._client, name, attempt)
+
+    async def _highest_but(self, pipe: Pipeline, name: str, version_id: int) -> int:
+        """The version with the highest number but for one; 0: there is none."""
+        highest = await reply(pipe.zrange(keys.versions(name), 0, 1, desc=True))
+        return next((int(found) for found in highest if int(found) != version_id), 0)
 
     async def _doomed(self, pipe: Pipeline, name: str, *, low: float | str, high: float | str) -> list[_Doomed]:
         """The versions with these numbers; AdapterInUse where one is pinned."""

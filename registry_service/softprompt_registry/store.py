@@ -39,7 +39,7 @@ class Store:
                 return None
             if version := await self._load(version_id):
                 _check_belongs(version, ref)
-                return (known or await self._pointers(version.name)).describe(version)
+                return await self._described(version, known, whatever_its_name=bool(ref.digest))
         return None
 
     @reads
@@ -154,6 +154,15 @@ class Store:
     async def _pointers(self, name: str) -> Pointers:
         [(_, replies)] = await self._ask_pointers([name])
         return pointers.decode(replies)
+
+    async def _described(
+        self, version: AdapterVersion, known: Pointers | None, *, whatever_its_name: bool
+    ) -> AdapterVersion:
+        """A version with what points to it; without, where that is damaged and only its content counts."""
+        if known is None:
+            [(name, replies)] = await self._ask_pointers([version.name])
+            known = _readable_pointers(name, replies) if whatever_its_name else pointers.decode(replies)
+        return known.describe(version) if known else version
 
     async def _ask_pointers(self, names: Sequence[str]) -> list[tuple[str, Sequence[Any]]]:
         # In a transaction: what points where, and which version is the highest, must be of one moment.

@@ -32,6 +32,8 @@ async def transact(client: Redis, name: str, attempt: Callable[[Pipeline], Await
                 await pipe.watch(keys.name(name))
                 return await attempt(pipe)
             except redis.exceptions.WatchError:
+                # A connection that has seen a change fails every transaction.
+                await pipe.reset()  # type: ignore[no-untyped-call]
                 await asyncio.sleep(random.uniform(0, _MAX_JITTER_S))
     raise catalog.too_many_writers(name)
 

@@ -1,8 +1,8 @@
 """Decoder layers of Llama's shape on CPUs: all but the attention in two calls, once the parts have been replaced.
 
 Between small products, most of a layer's time goes from one Python call to the next. LoRA is computed within the
-products; where a part cannot do that, steps with a LoRA go the parts' way. Where layers follow each other, one call
-computes them all: see `stacks`.
+products; where a part cannot do that, steps with a LoRA go the parts' way. Where layers follow each other, one
+call computes them all: see `stacks`.
 """
 
 from collections.abc import Callable, Sequence
