@@ -1,10 +1,16 @@
-"""A tiny model with a real tokenizer, and adapters that PEFT wrote for it."""
+"""A tiny model with a real tokenizer, adapters that PEFT wrote for it, and a hub on this machine."""
 
+import contextlib
+import hashlib
+import json
 import os
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -84,3 +90,116 @@ def make_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         return folder
 
     return make
+
+
+class Hub:
+    """The hub's protocol on a port of this machine, as far as downloads of public repositories need it.
+
+    Attributes:
+        url: for HF_ENDPOINT.
+        files: repository → file name → content.
+        asked: every path that was asked for, in order.
+    """
+
+    COMMIT = "c0ffee" + "0" * 34
+
+    def __init__(self) -> None:
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.asked: list[str] = []
+        self.told_bytes: dict[str, int] = {}  # what content-length says of a file, where it lies
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.cdn_url = f"http://localhost:{self._server.server_address[1]}/cdn"  # another host
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def put(self, repository: str, folder: Path) -> None:
+        """Publish every file of a folder."""
+        self.files[repository] = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                hub.asked.append(self.path)
+                status, headers, body = hub._answer(self.path)
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command == "GET":
+                    with contextlib.suppress(ConnectionError):  # whoever had enough leaves
+                        self.wfile.write(body)
+
+            do_HEAD = do_GET  # noqa: N815
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+        return Handler
+
+    def _answer(self, target: str) -> tuple[int, dict[str, str], bytes]:
+        parts = unquote(urlsplit(target).path).strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            return self._listed("/".join(parts[2:4]), parts[4:])
+        if parts[0] == "cdn":
+            return self._sent(*parts[1:3], parts[3])
+        if len(parts) < 5 or parts[2] != "resolve" or parts[3] not in ("main", "v1", self.COMMIT):
+            return self._absent()
+        repository, name = "/".join(parts[:2]), parts[4]
+        if name not in self.files.get(repository, {}):
+            return self._absent()
+        commit = {"X-Repo-Commit": self.COMMIT, "ETag": f'"{self._oid(repository, name)}"'}
+        if name.endswith(".safetensors"):  # large files live elsewhere
+            size = str(len(self.files[repository][name]))
+            headers = {**commit, "X-Linked-Size": size, "X-Linked-ETag": commit["ETag"], "content-length": "0"}
+            return 302, {**headers, "location": f"{self.cdn_url}/{repository}/{name}"}, b""
+        status, headers, body = self._sent(*parts[:2], name)
+        return status, {**headers, **commit}, body
+
+    def _oid(self, repository: str, name: str) -> str:
+        return hashlib.sha256(self.files[repository][name]).hexdigest()
+
+    def _sent(self, owner: str, repository: str, name: str) -> tuple[int, dict[str, str], bytes]:
+        body = self.files[f"{owner}/{repository}"][name]
+        return 200, {"content-length": str(self.told_bytes.get(name, len(body)))}, body
+
+    def _listed(self, repository: str, rest: list[str]) -> tuple[int, dict[str, str], bytes]:
+        if repository not in self.files:
+            return self._absent()
+        names = sorted(self.files[repository])
+        shape: object = {"id": repository, "sha": self.COMMIT, "siblings": [{"rfilename": name} for name in names]}
+        if rest[:1] == ["tree"]:
+            shape = [
+                {
+                    "type": "file",
+                    "path": name,
+                    "size": len(self.files[repository][name]),
+                    "oid": self._oid(repository, name)[:40],
+                }
+                for name in names
+            ]
+        body = json.dumps(shape).encode()
+        return 200, {"content-length": str(len(body)), "content-type": "application/json"}, body
+
+    def _absent(self) -> tuple[int, dict[str, str], bytes]:
+        return 404, {"content-length": "0", "X-Error-Code": "RepoNotFound"}, b""
+
+
+@pytest.fixture(scope="session")
+def open_hub() -> type[Hub]:
+    """Open a hub with nothing in it; whoever does closes it."""
+    return Hub
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A hub of the test's own, with nothing in it."""
+    with contextlib.closing(Hub()) as hub:
+        yield hub

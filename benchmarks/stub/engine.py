@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from softprompt_api.errors import Unsupported
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import LoadAdapter, LoadLora, ModelInfo
-from softprompt_inference.engine.plan import Pending, Runner, Sampled, StepPlan
+from softprompt_inference.engine.plan import Pending, Runner, Sampled, Search, StepPlan
 from softprompt_inference.engine.process import end_with_parent, serve
 
 from benchmarks.model_files import read_shape
@@ -65,6 +66,10 @@ class FixedStepRunner:
 
     def drop_rows(self, first_id: int) -> None:
         """Take no notice."""
+
+    def find_nearest(self, first_id: int, top_k: int) -> Search:  # noqa: ARG002
+        """There is no vocabulary to search."""
+        raise Unsupported("this engine computes nothing")
 
     def load_lora(self, slot: int, lora: LoadLora) -> None:
         """Take no notice."""

@@ -43,6 +43,7 @@ def make_app(settings: Settings, clients: Clients) -> FastAPI:
         watching = asyncio.create_task(CatalogWatcher(gateway.catalog, gateway.keyring, clients.registry).run())
         yield
         await stop(watching)
+        await gateway.probing.close()
         await gateway.limiter.close()
 
     app = FastAPI(

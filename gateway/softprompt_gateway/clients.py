@@ -85,6 +85,10 @@ class RegistryClient:
         answer = await _answer("registry", self._stub.UpdateAdapter(request, timeout=self._timeout_s))
         return answer.adapter
 
+    async def import_adapter(self, request: registry.ImportAdapterRequest) -> registry.ImportAdapterResponse:
+        """Register an adapter whose files the registry reads itself."""
+        return await _answer("registry", self._stub.ImportAdapter(request, timeout=self._upload_timeout_s))
+
     async def delete_adapter(self, name: str) -> int:
         """Delete a name; how many versions it had."""
         request = registry.DeleteAdapterRequest(name=name)
@@ -170,6 +174,17 @@ class InferenceClient:
         request = inference.DetokenizeRequest(ids=token_ids)
         answer = await _answer("inference", self._stub.Detokenize(request, timeout=self._timeout_s))
         return answer.text
+
+    async def probe_adapter(self, spelling: str) -> registry.AdapterVersion:
+        """Measure a version; the version with what was measured."""
+        request = inference.ProbeAdapterRequest(adapter=spelling)
+        answer = await _answer("inference", self._stub.ProbeAdapter(request, timeout=self._timeout_s))
+        return answer.adapter
+
+    async def nearest_tokens(self, spelling: str, top_k: int) -> inference.NearestTokensResponse:
+        """The tokens nearest to each virtual token of an adapter."""
+        request = inference.NearestTokensRequest(adapter=spelling, top_k=top_k)
+        return await _answer("inference", self._stub.NearestTokens(request, timeout=self._timeout_s))
 
     async def model(self) -> inference.GetModelResponse:
         """What is served."""

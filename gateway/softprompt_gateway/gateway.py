@@ -6,6 +6,7 @@ from typing import Any
 from softprompt_api.access import Scope
 from starlette.requests import Request
 
+from softprompt_gateway.adapters.probing import Probing
 from softprompt_gateway.body import read_json
 from softprompt_gateway.catalog import Catalog
 from softprompt_gateway.clients import Clients
@@ -28,6 +29,7 @@ class Gateway:
     guard: Guard
     limiter: Limiter
     resolver: Resolver
+    probing: Probing
     metrics: Metrics
 
     def route(self, wanted: Scope | None, kind: type[GuardedRoute] = GuardedRoute) -> type[GuardedRoute]:
@@ -53,5 +55,6 @@ def make_gateway(settings: Settings, clients: Clients) -> Gateway:
         guard=Guard(settings, clients.registry, keyring),
         limiter=Limiter(settings.limits_redis_url, lease_s=settings.request_timeout_s + settings.upload_timeout_s),
         resolver=Resolver(clients.registry, clients.inference, catalog),
+        probing=Probing(clients.inference, catalog),
         metrics=Metrics(catalog.__len__),
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from softprompt_api.errors import InternalError, SoftpromptError
 from softprompt_api.rpc.status import BY_REASON
 
-from softprompt_inference.engine.messages import Finish, Logprobs, Output
+from softprompt_inference.engine.messages import Finish, Logprobs, Nearest, Output
 from softprompt_inference.text import OutputText
 
 
@@ -57,7 +57,7 @@ class Choice:
         finished: Finished | None = None
         for output in outputs:
             if output.finish is Finish.ERROR:
-                raise _error(output)
+                raise error_of(output)
             assert output.token_id is not None, "only an error comes without a token"
             self.cached_tokens += output.cached_tokens or 0
             token_ids.append(output.token_id)
@@ -83,6 +83,7 @@ class Choice:
         return Finished(index=self._index, reason=output.finish, stop_token_id=output.stop_token_id)
 
 
-def _error(output: Output) -> SoftpromptError:
-    leaf = BY_REASON.get(output.error_reason, InternalError)
-    return leaf(output.error_message or "the engine failed on this request")
+def error_of(answer: Output | Nearest) -> SoftpromptError:
+    """The error that the engine answered with."""
+    leaf = BY_REASON.get(answer.error_reason, InternalError)
+    return leaf(answer.error_message or "the engine failed on this request")

@@ -12,13 +12,15 @@ from softprompt_api.tenants import check_tenant
 from softprompt_inference.adapters.residency import Resident, Tier
 from softprompt_inference.choice import Delta, Finished
 from softprompt_inference.composed import BoundAdapter
-from softprompt_inference.engine.messages import Finish, Logprobs
+from softprompt_inference.engine.messages import Finish, Logprobs, Nearest
 from softprompt_inference.generation import Accepted, Event, GenerateCall, Usage
 from softprompt_inference.prompts import ChatPrompt, IdsPrompt, PartsPrompt, Prompt, TextPrompt
 from softprompt_inference.text import ChatMessage, SoftPrompt, Tokenizer
 
 MAX_REQUEST_ID_CHARACTERS = 128
 MAX_CACHE_SALT_CHARACTERS = 512
+DEFAULT_NEAREST = 5
+MAX_NEAREST = 20
 
 _OPTIONAL = (
     "max_tokens",
@@ -156,6 +158,32 @@ def to_tier(tier: Tier) -> pb.AdapterTier:
     """What a tier of adapters holds."""
     return pb.AdapterTier(
         tier=_TIERS[tier.name], num_adapters=tier.num_adapters, size_bytes=tier.size_bytes, hits=tier.hits
+    )
+
+
+def to_top_k(request: pb.NearestTokensRequest) -> int:
+    """How many tokens are wanted for each virtual token."""
+    if not 0 <= request.top_k <= MAX_NEAREST:
+        raise InvalidArgument(f"top_k must be 1 to {MAX_NEAREST}", field="top_k")
+    return request.top_k or DEFAULT_NEAREST
+
+
+def to_nearest(bound: BoundAdapter, found: Nearest, tokenizer: Tokenizer) -> pb.NearestTokensResponse:
+    """The tokens nearest to each virtual token of an adapter."""
+    return pb.NearestTokensResponse(
+        adapter_name=bound.name,
+        adapter_version=bound.version,
+        adapter_digest=bound.digest,
+        virtual_tokens=[
+            pb.VirtualToken(
+                norm=row.norm,
+                nearest=[
+                    pb.NearToken(token_id=token_id, cosine=cosine, token=tokenizer.token_text(token_id))
+                    for token_id, cosine in row.tokens
+                ],
+            )
+            for row in found.rows
+        ],
     )
 
 

@@ -26,7 +26,7 @@ from softprompt_inference.adapters.residency import Residency
 from softprompt_inference.adapters.source import AdapterSource
 from softprompt_inference.choice import Choice, Delta, Finished
 from softprompt_inference.composed import Bound, BoundAdapter, Composed, check_context, compose
-from softprompt_inference.engine.messages import AddRequest, Command, ModelInfo, Output, Stats
+from softprompt_inference.engine.messages import AddRequest, Command, ModelInfo, Nearest, Output, Stats
 from softprompt_inference.prompts import Prompt, PromptEncoder, soft_prompts_in, text_ids_of
 from softprompt_inference.text import Encoded, SoftPrompt, Tokenizer
 
@@ -50,6 +50,7 @@ class EngineHandle(Protocol):
 
     def submit(self, command: Command) -> None: ...
     def outputs(self, request_id: str) -> OutputStream: ...
+    async def find_nearest(self, digest: str, top_k: int) -> Nearest: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

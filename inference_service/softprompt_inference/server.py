@@ -17,12 +17,14 @@ from softprompt_api.errors import Unavailable
 from softprompt_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from softprompt_api.registry.v1 import registry_pb2, registry_pb2_grpc
 from softprompt_api.rpc.channel import open_channel
+from softprompt_api.rpc.quality import norms_to
 from softprompt_api.rpc.server import ServiceServer
 
 from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.residency import Residency
 from softprompt_inference.adapters.source import AdapterSource
 from softprompt_inference.announce import Announcer
+from softprompt_inference.effect import EffectProbe
 from softprompt_inference.engine.client import EngineClient
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import DropAdapter, ModelInfo
@@ -188,6 +190,7 @@ class InferenceServer:
             prompts=prompts,
             generator=generator,
             residency=self._residency,
+            effects=EffectProbe(engine, prompts, self._residency, source, base_model),
             base_model=base_model,
             ready_unix_s=int(time.time()),
         )
@@ -210,4 +213,5 @@ def make_base_model(
         dtype=info.dtype,
         no_key_values=info.no_key_values,
         max_lora_rank=max_lora_rank,
+        vocabulary_norms=norms_to(info.vocabulary_norms),
     )

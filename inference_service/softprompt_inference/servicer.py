@@ -17,7 +17,19 @@ from softprompt_api.inference.v1 import inference_pb2_grpc as pb_grpc
 from softprompt_api.registry.v1 import registry_pb2
 
 from softprompt_inference.adapters.residency import Residency
-from softprompt_inference.convert import to_call, to_prompt, to_resident, to_response, to_tier, write_response
+from softprompt_inference.choice import error_of
+from softprompt_inference.composed import BoundAdapter
+from softprompt_inference.convert import (
+    to_call,
+    to_nearest,
+    to_prompt,
+    to_resident,
+    to_response,
+    to_tier,
+    to_top_k,
+    write_response,
+)
+from softprompt_inference.effect import EffectProbe
 from softprompt_inference.generation import EngineHandle, Event, GenerateCall, Generation, Generator, Usage
 from softprompt_inference.prompts import PromptEncoder, text_ids_of
 from softprompt_inference.session import Session
@@ -39,6 +51,7 @@ class Front:
     prompts: PromptEncoder
     generator: Generator
     residency: Residency
+    effects: EffectProbe
     base_model: registry_pb2.BaseModel
     ready_unix_s: int
 
@@ -150,16 +163,29 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     async def Preload(self, request: pb.PreloadRequest, context: Context) -> pb.PreloadResponse:
         front = self._ready()
-        digest = await _digest(front, request.adapter)
+        digest = (await _bound(front, request.adapter)).digest
         async with front.residency.use(digest):
             return pb.PreloadResponse(digest=digest)
 
     async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictResponse:
         front = self._ready()
-        digest = await _digest(front, request.adapter)
+        digest = (await _bound(front, request.adapter)).digest
         if not front.residency.evict(digest):
             raise AdapterNotFound("the adapter is not in memory", field="adapter")
         return pb.EvictResponse(digest=digest)
+
+    async def ProbeAdapter(self, request: pb.ProbeAdapterRequest, context: Context) -> pb.ProbeAdapterResponse:
+        return pb.ProbeAdapterResponse(adapter=await self._ready().effects.probe(request.adapter))
+
+    async def NearestTokens(self, request: pb.NearestTokensRequest, context: Context) -> pb.NearestTokensResponse:
+        front = self._ready()
+        top_k = to_top_k(request)
+        bound = await _bound(front, request.adapter)
+        async with front.residency.use(bound.digest):
+            found = await front.engine.find_nearest(bound.digest, top_k)
+        if found.error_reason:
+            raise error_of(found)
+        return to_nearest(bound, found, front.tokenizer)
 
     def _ready(self) -> Front:
         if self._front is None:
@@ -167,11 +193,11 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         return self._front
 
 
-async def _digest(front: Front, spelling: str) -> str:
+async def _bound(front: Front, spelling: str) -> BoundAdapter:
     bound = await front.generator.bind(spelling)
     if len(bound.front) != 1:
         raise InvalidArgument("one adapter is expected here, not the base model or several", field="adapter")
-    return bound.front[0].digest
+    return bound.front[0]
 
 
 def _log_request(request_id: str, call: GenerateCall, usage: Usage, seconds: float) -> None:

@@ -1,13 +1,14 @@
-"""What admins move without touching a version's content: aliases, labels, pins."""
+"""What is kept beside a version's content and may change: aliases, labels, pins, and what was measured of it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
-from softprompt_api.errors import AliasMoved, InvalidArgument
+from softprompt_api.errors import AdapterConflict, AliasMoved, InvalidArgument
 from softprompt_api.names import LATEST, AdapterRef, shown
+from softprompt_api.quality import Probe
 from softprompt_api.tenants import local_name
 
 from softprompt_registry import catalog, events, keys, pointers
@@ -62,7 +63,7 @@ class VersionUpdate:
 
 
 class Amendments:
-    """Move aliases, change labels and pins."""
+    """Move aliases, change labels and pins, keep probes."""
 
     def __init__(self, client: Redis) -> None:
         self._client = client
@@ -96,6 +97,7 @@ class Amendments:
                 pipe.hset(keys.aliases(name), alias, str(version.id))
             else:
                 pipe.hdel(keys.aliases(name), alias)
+            pointers.seal(pipe, name, new)
             events.append(pipe, EventType.ALIAS_SET, name=name, id_=version.id, version=number, alias=alias)
             await pipe.execute()
             return new.describe(version)
@@ -112,12 +114,14 @@ class Amendments:
         assert alias != LATEST
 
         async def attempt(pipe: Pipeline) -> bool:
-            target = (await pointers.read_watched(pipe, name)).target(alias)
+            old = await pointers.read_watched(pipe, name)
+            target = old.target(alias)
             if not target:
                 return False
             await self._compare(pipe, name, alias, target, expected)
             begin(pipe, name)
             pipe.hdel(keys.aliases(name), alias)
+            pointers.seal(pipe, name, old.after(alias, 0))
             events.append(pipe, EventType.ALIAS_REMOVED, name=name, alias=alias)
             await pipe.execute()
             return True
@@ -127,6 +131,29 @@ class Amendments:
     @writes
     async def update(self, ref: AdapterRef, update: VersionUpdate) -> AdapterVersion | None:
         """Change labels and pin of the version that a name stands for; None when there is none."""
+        return await self._amend(ref, update.applied_to)
+
+    @writes
+    async def record_probe(self, ref: AdapterRef, digest: str, probe: Probe) -> AdapterVersion | None:
+        """Keep a measurement with the version that a name stands for; None when there is none.
+
+        Raises:
+            AdapterConflict: the version has another digest than what was measured.
+        """
+
+        def measured(version: AdapterVersion) -> AdapterVersion:
+            if version.digest != digest:
+                raise AdapterConflict(
+                    f"{version.name}@{version.version} has another digest than what was measured", field="digest"
+                )
+            return replace(version, probe=probe)
+
+        return await self._amend(ref, measured)
+
+    async def _amend(
+        self, ref: AdapterRef, change: Callable[[AdapterVersion], AdapterVersion]
+    ) -> AdapterVersion | None:
+        """Change what is kept beside the content of the version that a name stands for."""
 
         async def attempt(pipe: Pipeline) -> AdapterVersion | None:
             old = await pointers.read_watched(pipe, ref.name)
@@ -137,14 +164,16 @@ class Amendments:
             version = await self._version(pipe, version_id)
             if version is None:
                 return None
-            updated = update.applied_to(version)
+            updated = change(version)
             if updated == version:
                 return old.describe(version)
+            new = replace(old, revision=old.revision + 1)
             begin(pipe, ref.name)
+            pointers.seal(pipe, ref.name, new)
             pipe.hset(keys.version(version_id), mapping=encode_version(updated))
             events.append(pipe, EventType.UPDATED, name=ref.name, id_=version_id, version=version.version)
             await pipe.execute()
-            return replace(old, revision=old.revision + 1).describe(updated)
+            return new.describe(updated)
 
         return await transact(self._client, ref.name, attempt)
 

@@ -5,6 +5,7 @@ import binascii
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from softprompt_api.errors import (
     Overloaded,
 )
 from softprompt_api.names import AdapterRef, check_full_name, shown
+from softprompt_api.quality import MAX_PROBED_TASKS, Norms, Probe, norm_warning
 from softprompt_api.tenants import DEFAULT_TENANT, local_name, tenant_of
 
 DEFAULT_PAGE_SIZE = 100
@@ -52,6 +54,7 @@ class BaseModel:
     dtype: str
     no_key_values: str = ""
     max_lora_rank: int = 0
+    vocabulary_norms: Norms | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +74,8 @@ class Draft:
     labels: Mapping[str, str]
     num_tasks: int = 0
     rank: int = 0
+    row_norms: Norms | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +84,7 @@ class AdapterVersion(Draft):
 
     Attributes:
         pinned: whether it is kept from deletion; can change, as labels can.
+        probe: what was measured of it last; None: nothing yet.
         aliases: what pointed to it when it was read, in order.
         revision: of its name, when it was read.
     """
@@ -87,6 +93,7 @@ class AdapterVersion(Draft):
     id: int
     created_at: datetime
     pinned: bool = False
+    probe: Probe | None = None
     aliases: tuple[str, ...] = ()
     revision: int = 0
 
@@ -182,11 +189,37 @@ def check_base_model(model: BaseModel) -> None:
             f"base_model.no_key_values has at most {MAX_REASON_CHARACTERS} characters",
             field="base_model.no_key_values",
         )
+    if model.vocabulary_norms is not None and not _are_lengths(model.vocabulary_norms):
+        raise InvalidArgument(
+            "base_model.vocabulary_norms must be finite, rising and above 0", field="base_model.vocabulary_norms"
+        )
     if model.dtype and model.dtype not in SERVING_DTYPES:
         raise InvalidArgument(
             f"base_model.dtype is {shown(model.dtype)}; known are {', '.join(SERVING_DTYPES)}",
             field="base_model.dtype",
         )
+
+
+def _are_lengths(norms: Norms) -> bool:
+    return 0 <= norms.low <= norms.median <= norms.high < math.inf and norms.high > 0
+
+
+def check_probe(probe: Probe) -> None:
+    """Raise InvalidArgument for numbers that no measurement gives."""
+    if not 1 <= len(probe.effects) <= MAX_PROBED_TASKS:
+        raise InvalidArgument(f"a probe has 1 to {MAX_PROBED_TASKS} effects", field="probe.effects")
+    if len(probe.base_model_id) > MAX_BASE_MODEL_ID_CHARACTERS or probe.dtype not in SERVING_DTYPES:
+        raise InvalidArgument("a probe names the model and the dtype that it was made with", field="probe")
+    for effect in probe.effects:
+        # Rounding may put a mean a little above the highest.
+        are_divergences = 0 <= effect.mean_kl <= 1.001 * effect.max_kl < math.inf
+        if (
+            not are_divergences
+            or (effect.task or 0) < 0
+            or not 0 <= effect.num_flips <= effect.num_prompts
+            or effect.num_prompts < 1
+        ):
+            raise InvalidArgument("the numbers of an effect contradict each other", field="probe.effects")
 
 
 def choose_base_model(models: Sequence[BaseModel], wanted_id: str) -> BaseModel:
@@ -214,15 +247,20 @@ def check_name_is_free_of_models(name: str, models: Iterable[BaseModel]) -> None
         check_full_name(name, base_model_id=model.id)
 
 
-def warnings_for(config_json: str, base: BaseModel) -> list[str]:
+def warnings_for(config_json: str, base: BaseModel, row_norms: Norms | None = None) -> tuple[str, ...]:
     """What a person should know of a registration that was accepted."""
+    found = (_trained_on_another(config_json, base), norm_warning(row_norms, base.vocabulary_norms))
+    return tuple(filter(None, found))
+
+
+def _trained_on_another(config_json: str, base: BaseModel) -> str:
     trained_on = json.loads(config_json).get("base_model_name_or_path")
     if not isinstance(trained_on, str) or not trained_on:
-        return []
+        return ""
     last_part = trained_on.rstrip("/").rpartition("/")[2]
     if last_part.lower() == base.id.rpartition("/")[2].lower():
-        return []
-    return [f"the config says it was trained on {shown(trained_on)}; it was checked against {shown(base.id)}"]
+        return ""
+    return f"the config says it was trained on {shown(trained_on)}; it was checked against {shown(base.id)}"
 
 
 def nearest_name(name: str, names: Iterable[str]) -> str:

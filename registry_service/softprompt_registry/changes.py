@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -76,21 +76,15 @@ class Changes:
                 return made
             if staged.keys and await reply(pipe.exists(*staged.keys)) != len(staged.keys):
                 raise Unavailable("the upload took too long and expired; register again")
-            found, revision = await reply(pipe.hmget(keys.name(draft.name), "next", "revision"))
-            number = int(found or 1)
-            version = AdapterVersion(
-                **_fields(draft),
-                version=number,
-                id=version_id,
-                created_at=datetime.now(UTC),
-                # No alias but this one can point to a version that did not exist.
-                aliases=(LATEST,),
-                revision=int(revision or 0) + 1,
-            )
+            old = await pointers.read_watched(pipe, draft.name)
+            number = old.next
+            version = AdapterVersion(**_fields(draft), version=number, id=version_id, created_at=datetime.now(UTC))
+            new = replace(old, highest=version_id, next=number + 1).after(LATEST, version_id)
             begin(pipe, draft.name)
             pipe.hset(keys.version(version_id), mapping=encode_version(version))
             pipe.hset(keys.name(draft.name), "next", str(number + 1))
             pipe.hdel(keys.aliases(draft.name), LATEST)
+            pointers.seal(pipe, draft.name, new)
             pipe.zadd(keys.versions(draft.name), {str(version_id): number})
             pipe.zadd(keys.NAMES, {keys.listed(draft.name): 0})
             pipe.zadd(keys.digest(draft.digest), {str(version_id): version_id})
@@ -99,7 +93,7 @@ class Changes:
             if key:
                 pipe.set(keys.idempotency(key), f"{content}:{version_id}", ex=IDEMPOTENCY_TTL_S)
             await pipe.execute()
-            return version
+            return new.describe(version)
 
         also = [*staged.keys, *([keys.idempotency(key)] if key else [])]
         return await transact(self._client, draft.name, attempt, also=also)
@@ -119,6 +113,7 @@ class Changes:
                 begin(pipe, name)
                 self._remove(pipe, name, doomed, blobs)
                 pipe.unlink(keys.aliases(name))
+                pointers.unseal(pipe, name)
                 pipe.zrem(keys.NAMES, keys.listed(name))
                 events.append(pipe, EventType.ADAPTER_DELETED, name=name)
                 await pipe.execute()
@@ -137,23 +132,32 @@ class Changes:
         async def attempt(pipe: Pipeline) -> bool:
             doomed = await self._doomed(pipe, name, low=number, high=number)
             if doomed:
-                aliases = (await pointers.read_watched(pipe, name)).aliases_of(doomed[0].id)
+                old = await pointers.read_watched(pipe, name)
+                aliases = old.aliases_of(doomed[0].id)
                 if free := [alias for alias in aliases if alias != LATEST]:
                     raise catalog.aliased(name, number, free)
-                is_last = await reply(pipe.zcard(keys.versions(name))) == 1
+                highest = await self._highest_but(pipe, name, doomed[0].id)
                 blobs = await self._blobs(pipe, doomed)
                 begin(pipe, name)
                 self._remove(pipe, name, doomed, blobs)
                 if LATEST in aliases:
                     pipe.hdel(keys.aliases(name), LATEST)
+                kept = {alias: target for alias, target in old.moved.items() if target != doomed[0].id}
+                new = replace(old, highest=highest, moved=kept, revision=old.revision + 1)
+                pointers.seal(pipe, name, new)
                 events.append(pipe, EventType.VERSION_DELETED, name=name, version=number, digest=doomed[0].digest)
-                if is_last:
+                if not highest:
                     pipe.zrem(keys.NAMES, keys.listed(name))
                     events.append(pipe, EventType.ADAPTER_DELETED, name=name)
                 await pipe.execute()
             return bool(doomed)
 
         return await transact(self._client, name, attempt)
+
+    async def _highest_but(self, pipe: Pipeline, name: str, version_id: int) -> int:
+        """The version with the highest number but for one; 0: there is none."""
+        highest = await reply(pipe.zrange(keys.versions(name), 0, 1, desc=True))
+        return next((int(found) for found in highest if int(found) != version_id), 0)
 
     async def _doomed(self, pipe: Pipeline, name: str, *, low: float | str, high: float | str) -> list[_Doomed]:
         """The versions with these numbers; AdapterInUse where one is pinned."""

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from softprompt_api.errors import DataCorrupted
+from softprompt_api.quality import Effect, Norms, Probe
 
 from softprompt_registry.catalog import AdapterVersion, BaseModel
 
@@ -27,6 +28,9 @@ def encode_version(version: AdapterVersion) -> Mapping[Any, Any]:
     fields = {name: str(getattr(version, name)) for name in (*_INTEGERS, *_LATER_INTEGERS, *_TEXTS)}
     fields["base_model"] = encode_base_model(version.base_model)
     fields["labels"] = json.dumps(dict(version.labels), sort_keys=True)
+    fields["row_norms"] = _encode_norms(version.row_norms)
+    fields["warnings"] = json.dumps(version.warnings)
+    fields["probe"] = _encode_probe(version.probe)
     fields["pinned"] = str(int(version.pinned))
     fields["created_at"] = version.created_at.isoformat()
     return {**fields, "sha256": _sha256(fields)}
@@ -48,6 +52,9 @@ def decode_version(fields: Mapping[bytes, bytes], *, version_id: int) -> Adapter
             **numbers,
             base_model=decode_base_model(texts["base_model"]),
             labels=json.loads(texts["labels"]),
+            row_norms=_decode_norms(texts.get("row_norms", "null")),
+            warnings=tuple(json.loads(texts.get("warnings", "[]"))),
+            probe=_decode_probe(texts.get("probe", "null")),
             pinned=bool(int(texts.get("pinned", "0"))),
             created_at=datetime.fromisoformat(texts["created_at"]),
         )
@@ -62,6 +69,31 @@ def _sha256(fields: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
+def _encode_norms(norms: Norms | None) -> str:
+    return json.dumps(asdict(norms) if norms else None, sort_keys=True)
+
+
+def _decode_norms(text: str) -> Norms | None:
+    values = json.loads(text)
+    return Norms(**values) if values else None
+
+
+def _encode_probe(probe: Probe | None) -> str:
+    if probe is None:
+        return "null"
+    assert probe.probed_at is not None
+    return json.dumps({**asdict(probe), "probed_at": probe.probed_at.isoformat()}, sort_keys=True)
+
+
+def _decode_probe(text: str) -> Probe | None:
+    values = json.loads(text)
+    if values is None:
+        return None
+    effects = tuple(Effect(**effect) for effect in values.pop("effects"))
+    probed_at = datetime.fromisoformat(values.pop("probed_at"))
+    return Probe(**values, effects=effects, probed_at=probed_at)
+
+
 def encode_base_model(model: BaseModel) -> str:
     """A base model as JSON."""
     return json.dumps(asdict(model), sort_keys=True)
@@ -70,4 +102,6 @@ def encode_base_model(model: BaseModel) -> str:
 @lru_cache(maxsize=64)  # nearly every version has the same few
 def decode_base_model(text: str | bytes) -> BaseModel:
     """A base model from its JSON."""
-    return BaseModel(**json.loads(text))
+    values = json.loads(text)
+    norms = values.pop("vocabulary_norms", None)
+    return BaseModel(**values, vocabulary_norms=Norms(**norms) if norms else None)

@@ -5,11 +5,13 @@ from functools import lru_cache
 from google.protobuf.timestamp_pb2 import Timestamp
 from softprompt_api.access import scope_to
 from softprompt_api.registry.v1 import registry_pb2 as pb
+from softprompt_api.rpc.quality import norms_from, norms_to, probe_to
 
 from softprompt_registry.amendments import VersionUpdate
 from softprompt_registry.api_keys import ApiKey, key_id
 from softprompt_registry.catalog import AdapterVersion, BaseModel, EventType, Registration
 from softprompt_registry.events import Event
+from softprompt_registry.imports import ImportOrder
 from softprompt_registry.watching import Change
 
 _EVENT_TYPES = {
@@ -37,6 +39,17 @@ def registration_from(header: pb.RegisterAdapterHeader) -> Registration:
     )
 
 
+def import_from(request: pb.ImportAdapterRequest) -> ImportOrder:
+    """What a client wants imported."""
+    return ImportOrder(
+        name=request.name,
+        source=request.source,
+        idempotency_key=request.idempotency_key,
+        labels=dict(request.labels),
+        base_model_id=request.base_model_id,
+    )
+
+
 def update_from(request: pb.UpdateAdapterRequest) -> VersionUpdate:
     """What a client wants changed."""
     return VersionUpdate.of(request.update_mask.paths, labels=dict(request.labels), pinned=request.pinned)
@@ -57,6 +70,7 @@ def base_model_from(message: pb.BaseModel) -> BaseModel:
         dtype=message.dtype,
         no_key_values=message.no_key_values,
         max_lora_rank=message.max_lora_rank,
+        vocabulary_norms=norms_from(message),
     )
 
 
@@ -76,6 +90,7 @@ def base_model_to(model: BaseModel) -> pb.BaseModel:
         dtype=model.dtype,
         no_key_values=model.no_key_values,
         max_lora_rank=model.max_lora_rank,
+        vocabulary_norms=norms_to(model.vocabulary_norms),
     )
 
 
@@ -100,6 +115,9 @@ def version_to(version: AdapterVersion) -> pb.AdapterVersion:
         labels=version.labels,
         num_tasks=version.num_tasks,
         rank=version.rank,
+        row_norms=norms_to(version.row_norms),
+        warnings=version.warnings,
+        probe=probe_to(version.probe),
         aliases=version.aliases,
         pinned=version.pinned,
         revision=version.revision,

@@ -4,7 +4,7 @@
     sp:names                         sorted set of names, for listing; those of other tenants behind "~"
     sp:events                        stream of changes
     sp:base                          hash: base model id → fingerprint
-    sp:{n:<name>}                    hash: next version number, revision; stays when the name is deleted
+    sp:{n:<name>}                    hash: next version number, revision, sha256 of what points; outlives the name
     sp:{n:<name>}:a                  hash: alias → version id; `latest` only where it is not the highest version
     sp:{n:<name>}:v                  sorted set: version id by version number
     sp:{v:<id>}                      hash: one version

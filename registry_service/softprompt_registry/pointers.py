@@ -2,12 +2,18 @@
 
 `latest` is stored only while it was moved off the highest version: a registration, or the deletion of the version
 it points to, forgets it, and the highest version is the latest again.
+
+Beside them lies the sha256 of them all: what was changed by anything but a writer of ours is found out, and costs
+its own name alone.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import redis.exceptions
 from redis.asyncio.client import Pipeline
 from softprompt_api.errors import DataCorrupted
 from softprompt_api.names import LATEST
@@ -27,11 +33,13 @@ class Pointers:
         highest: the version with the highest number.
         moved: aliases and what they point to; `latest` only where it is not the highest.
         revision: grows with every change to the name.
+        next: the number of its next version.
     """
 
     highest: int
     moved: Mapping[str, int]
     revision: int
+    next: int = 1
 
     def target(self, alias: str) -> int:
         """The version that an alias points to."""
@@ -55,30 +63,61 @@ class Pointers:
 
 def ask(pipe: Pipeline, name: str) -> None:
     """Queue the commands that read a name's pointers."""
-    pipe.hget(keys.name(name), "revision")
+    pipe.hmget(keys.name(name), "revision", "next", "sha256")
     pipe.hgetall(keys.aliases(name))
     pipe.zrange(keys.versions(name), 0, 0, desc=True)
 
 
 def decode(replies: Sequence[Any]) -> Pointers:
     """The pointers in the replies to what `ask` queued."""
-    revision, moved, highest = replies
+    (revision, number, sha256), moved, highest = replies
     try:
-        return Pointers(
+        pointers = Pointers(
             highest=int(highest[0]) if highest else 0,
             moved={alias.decode(): int(version_id) for alias, version_id in moved.items()},
             revision=int(revision or 0),
+            next=int(number or 1),
         )
     except ValueError as error:
-        raise DataCorrupted("the stored aliases of a name cannot be read") from error
+        raise _damaged() from error
+    # Names that nobody has changed since earlier versions of this software have none.
+    if sha256 is not None and sha256 != _sha256(pointers).encode():
+        raise _damaged()
+    return pointers
+
+
+def seal(pipe: Pipeline, name: str, pointers: Pointers) -> None:
+    """Queue the sha256 of a name's pointers as they are after the transaction."""
+    pipe.hset(keys.name(name), "sha256", _sha256(pointers))
+
+
+def unseal(pipe: Pipeline, name: str) -> None:
+    """Queue the end of a name's pointers: nothing is left of them to be damaged."""
+    pipe.hdel(keys.name(name), "sha256")
+
+
+def _sha256(pointers: Pointers) -> str:
+    parts = [pointers.highest, sorted(pointers.moved.items()), pointers.revision, pointers.next]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _damaged() -> DataCorrupted:
+    return DataCorrupted("what is stored of this name's aliases is damaged; delete the name, and register it anew")
 
 
 async def read_watched(pipe: Pipeline, name: str) -> Pointers:
     """A name's pointers inside a transaction that watches the name."""
-    return decode(
-        [
-            await reply(pipe.hget(keys.name(name), "revision")),
-            await reply(pipe.hgetall(keys.aliases(name))),
-            await reply(pipe.zrange(keys.versions(name), 0, 0, desc=True)),
-        ]
-    )
+    counters = await _counters(pipe, name)
+    moved = await reply(pipe.hgetall(keys.aliases(name)))
+    highest = await reply(pipe.zrange(keys.versions(name), 0, 0, desc=True))
+    try:
+        return decode([counters, moved, highest])
+    except DataCorrupted:
+        # They were read one after the other: where a writer came between, the transaction begins anew.
+        if await _counters(pipe, name) != counters:
+            raise redis.exceptions.WatchError from None
+        raise
+
+
+async def _counters(pipe: Pipeline, name: str) -> Any:
+    return await reply(pipe.hmget(keys.name(name), "revision", "next", "sha256"))

@@ -1,11 +1,14 @@
 """What the registry does, in words of its own: the servicer puts them on the wire."""
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
 
 from redis.asyncio import Redis
 from softprompt_api.errors import AdapterNotFound, DataCorrupted, InvalidArgument
 from softprompt_api.names import LATEST, AdapterRef, check_alias, check_full_name, parse_adapter
+from softprompt_api.quality import Probe
 from softprompt_api.tenants import tenant_of
 
 from softprompt_registry import catalog
@@ -14,8 +17,10 @@ from softprompt_registry.blobs import BlobReader
 from softprompt_registry.catalog import AdapterVersion, BaseModel
 from softprompt_registry.changes import Changes
 from softprompt_registry.events import EventLog
+from softprompt_registry.imports import Imports
 from softprompt_registry.key_store import KeyStore
 from softprompt_registry.pages import Page, read_page
+from softprompt_registry.sources import Folders, Hub
 from softprompt_registry.store import Store
 from softprompt_registry.uploads import Piece, UploadLimits, Uploads
 from softprompt_registry.watching import Watching
@@ -36,10 +41,20 @@ class Registry:
     Args:
         client: the store, for short commands.
         watch_client: the same store, for commands that wait up to `heartbeat_s`.
+        import_root: folders below it may be imported; None: none may.
+        allow_hub_imports: whether repositories of the hub may be imported.
     """
 
     def __init__(
-        self, client: Redis, watch_client: Redis, *, limits: UploadLimits, heartbeat_s: float, max_watchers: int
+        self,
+        client: Redis,
+        watch_client: Redis,
+        *,
+        limits: UploadLimits,
+        heartbeat_s: float,
+        max_watchers: int,
+        import_root: Path | None = None,
+        allow_hub_imports: bool = False,
     ) -> None:
         self._store = Store(client)
         self._blobs = BlobReader(client)
@@ -48,6 +63,12 @@ class Registry:
         self._events = EventLog(client, watch_client)
         self.keys = KeyStore(client)
         self.uploads = Uploads(client, self._store, self._changes, limits)
+        self.imports = Imports(
+            self.uploads,
+            Folders(import_root, max_size_bytes=limits.max_size_bytes),
+            Hub(is_allowed=allow_hub_imports, max_size_bytes=limits.max_size_bytes),
+            timeout_s=limits.timeout_s,
+        )
         self.watching = Watching(
             self._store, self.keys, self._events, heartbeat_s=heartbeat_s, max_watchers=max_watchers
         )
@@ -115,6 +136,17 @@ class Registry:
         if ref.digest:
             raise InvalidArgument("several versions may have this digest; say name@version", field="adapter")
         version = await self._amendments.update(ref, update)
+        if version is None:
+            raise await self._not_found(ref)
+        return version
+
+    async def record_probe(self, spelling: str, digest: str, probe: Probe) -> AdapterVersion:
+        """Keep what was measured of a digest with the version that a spelling, which is no digest, stands for."""
+        ref = parse_adapter(spelling)
+        if ref.digest:
+            raise InvalidArgument("several versions may have this digest; say name@version", field="adapter")
+        catalog.check_probe(probe)
+        version = await self._amendments.record_probe(ref, digest, replace(probe, probed_at=datetime.now(UTC)))
         if version is None:
             raise await self._not_found(ref)
         return version

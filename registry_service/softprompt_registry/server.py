@@ -45,6 +45,8 @@ class RegistryServer:
             ),
             heartbeat_s=settings.heartbeat_s,
             max_watchers=settings.max_watchers,
+            import_root=settings.allow_file_imports,
+            allow_hub_imports=settings.allow_hub_imports,
         )
         services = list(registry_pb2.DESCRIPTOR.services_by_name.values())
         self._server = ServiceServer(settings.address, services)

@@ -12,11 +12,13 @@ import grpc
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc
+from softprompt_api.rpc.quality import probe_from
 
 from softprompt_registry.convert import (
     base_model_from,
     base_model_to,
     change_to,
+    import_from,
     registration_from,
     update_from,
     version_to,
@@ -44,8 +46,8 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
             first = await anext(requests, pb.RegisterAdapterRequest())
             if first.WhichOneof("part") != "header":
                 raise InvalidArgument("the first message of an upload must be its header", field="header")
-            registered = await self._registry.uploads.register(registration_from(first.header), _pieces(requests))
-        return pb.RegisterAdapterResponse(adapter=version_to(registered.version), warnings=registered.warnings)
+            version = await self._registry.uploads.register(registration_from(first.header), _pieces(requests))
+        return pb.RegisterAdapterResponse(adapter=version_to(version), warnings=version.warnings)
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
         return pb.GetAdapterResponse(adapter=version_to(await self._registry.get(request.adapter)))
@@ -111,6 +113,15 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
     ) -> pb.ListBaseModelsResponse:
         models = await self._registry.base_models()
         return pb.ListBaseModelsResponse(base_models=[base_model_to(model) for model in models])
+
+    async def RecordProbe(self, request: pb.RecordProbeRequest, context: Context) -> pb.RecordProbeResponse:
+        request.probe.ClearField("probed_at")
+        version = await self._registry.record_probe(request.adapter, request.digest, probe_from(request.probe))
+        return pb.RecordProbeResponse(adapter=version_to(version))
+
+    async def ImportAdapter(self, request: pb.ImportAdapterRequest, context: Context) -> pb.ImportAdapterResponse:
+        version = await self._registry.imports.run(import_from(request))
+        return pb.ImportAdapterResponse(adapter=version_to(version), warnings=version.warnings)
 
 
 @asynccontextmanager

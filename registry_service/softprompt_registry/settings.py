@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, DirectoryPath, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from softprompt_api.settings import SettingsError, check_reach, read, refuse_unknown_variables
 
@@ -36,6 +36,10 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("log_format", "log-format", "SOFTPROMPT_LOG_FORMAT"),
     )
 
+    allow_file_imports: DirectoryPath | None = Field(
+        None, description="root of the folders of this machine that may be imported"
+    )
+    allow_hub_imports: bool = Field(False, description="import public repositories of the hub")
     max_upload_bytes: int = Field(2 * _GIB, ge=1024, description="largest tensor file")
     max_uploads: int = Field(64, ge=1, le=4096, description="uploads at the same time")
     max_watchers: int = Field(256, ge=1, le=4096, description="watchers at the same time")

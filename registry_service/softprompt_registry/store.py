@@ -33,7 +33,9 @@ class Store:
     async def find(self, ref: AdapterRef) -> AdapterVersion | None:
         """The version a spelling names; None when there is none."""
         version, known = await self._find(ref)
-        return (known or await self._pointers(version.name)).describe(version) if version else None
+        if version is None:
+            return None
+        return await self._described(version, known, whatever_its_name=bool(ref.digest))
 
     @reads
     async def find_content(self, ref: AdapterRef) -> AdapterVersion | None:
@@ -175,6 +177,15 @@ class Store:
     async def _pointers(self, name: str) -> Pointers:
         [(_, replies)] = await self._ask_pointers([name])
         return pointers.decode(replies)
+
+    async def _described(
+        self, version: AdapterVersion, known: Pointers | None, *, whatever_its_name: bool
+    ) -> AdapterVersion:
+        """A version with what points to it; without, where that is damaged and only its content counts."""
+        if known is None:
+            [(name, replies)] = await self._ask_pointers([version.name])
+            known = _readable_pointers(name, replies) if whatever_its_name else pointers.decode(replies)
+        return known.describe(version) if known else version
 
     async def _ask_pointers(self, names: Sequence[str]) -> list[tuple[str, Sequence[Any]]]:
         # In a transaction: what points where, and which version is the highest, must be of one moment.

@@ -34,6 +34,8 @@ async def transact(
                 await pipe.watch(keys.name(name), *also)
                 return await attempt(pipe)
             except redis.exceptions.WatchError:
+                # A connection that has seen a change fails every transaction.
+                await pipe.reset()  # type: ignore[no-untyped-call]
                 await asyncio.sleep(random.uniform(0, _MAX_JITTER_S))
     raise catalog.too_many_writers(name)
 

@@ -36,14 +36,6 @@ class Piece:
     data: bytes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Registered:
-    """The version that a registration made, and what a person should know of it."""
-
-    version: AdapterVersion
-    warnings: list[str]
-
-
 class Uploads:
     """Take uploads."""
 
@@ -54,16 +46,18 @@ class Uploads:
         self._limits = limits
         self._num_running = 0
 
-    async def register(self, registration: Registration, pieces: AsyncIterator[Piece]) -> Registered:
+    async def register(self, registration: Registration, pieces: AsyncIterator[Piece]) -> AdapterVersion:
         """Make the next version of a name from a header and the pieces of its tensor file."""
         catalog.check_registration(registration, max_size_bytes=self._limits.max_size_bytes)
         content = registration.content()
         async with self._slot():
             if made := await self._store.made_by(registration.tenants_key, content):
-                return Registered(version=made, warnings=[])
+                return made
             return await self._upload(registration, content, pieces)
 
-    async def _upload(self, registration: Registration, content: str, pieces: AsyncIterator[Piece]) -> Registered:
+    async def _upload(
+        self, registration: Registration, content: str, pieces: AsyncIterator[Piece]
+    ) -> AdapterVersion:
         spec = parse_config(registration.config_json)
         models = await self._store.base_models()
         base = catalog.choose_base_model(models, registration.base_model_id)
@@ -90,12 +84,14 @@ class Uploads:
                 labels=dict(registration.labels),
                 num_tasks=spec.num_tasks,
                 rank=verified.rank,
+                row_norms=verified.row_norms,
+                warnings=catalog.warnings_for(registration.config_json, base, verified.row_norms),
             )
             version = await self._changes.publish(draft, staged, key=registration.tenants_key, content=content)
         finally:
             await _discard(staged)
         _log.info("registered", adapter=version.name, version=version.version, digest=version.digest)
-        return Registered(version=version, warnings=catalog.warnings_for(registration.config_json, base))
+        return version
 
     @asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from softprompt_api.errors import AdapterInvalid, Unavailable
 from softprompt_api.formats import (
@@ -18,9 +19,11 @@ from softprompt_api.formats import (
     parse_config,
     read_folder,
 )
+from softprompt_api.names import shown
 
 _CHUNK_BYTES = 2**20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_SOURCE = re.compile(rf"hf://(?P<id>{_HUB_ID.pattern})(@(?P<revision>[A-Za-z0-9][\w./-]*))?")
 _HUB_TIMEOUT_S = 10.0
 
 
@@ -43,7 +46,10 @@ class LocalAdapter:
 
 
 def find_adapter(path: str | Path) -> LocalAdapter:
-    """The adapter in a folder, or of a hub id; AdapterInvalid or Unavailable say what is wrong with it."""
+    """The adapter in a folder, or of `owner/name` or `hf://owner/name@revision` on the hub.
+
+    AdapterInvalid or Unavailable say what is wrong with it.
+    """
     files = read_folder(_folder(str(path)))
     spec = parse_config(files.config_json)
     size_bytes, digest = 0, hashlib.sha256()
@@ -73,13 +79,20 @@ def chunks(path: Path) -> Iterator[bytes]:
 
 
 def _folder(path: str) -> Path:
+    if path.startswith("hf://"):
+        match = _HUB_SOURCE.fullmatch(path)
+        if match is None:
+            raise AdapterInvalid(f"{shown(path)} is not hf://owner/name or hf://owner/name@revision", field="path")
+        return _download(match["id"], match["revision"])
+    if path.startswith("file://"):
+        return Path(unquote(urlsplit(path).path))
     folder = Path(path).expanduser()
     if folder.exists() or not _HUB_ID.fullmatch(path):
         return folder
     return _download(path)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, revision: str | None = None) -> Path:
     """The local snapshot of a hub id, with nothing in it but the adapter's two files."""
     try:
         from huggingface_hub import snapshot_download
@@ -90,7 +103,12 @@ def _download(hub_id: str) -> Path:
         ) from error
     try:
         return Path(
-            snapshot_download(hub_id, allow_patterns=[CONFIG_FILE, TENSORS_FILE], etag_timeout=_HUB_TIMEOUT_S)
+            snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=[CONFIG_FILE, TENSORS_FILE],
+                etag_timeout=_HUB_TIMEOUT_S,
+            )
         )
     except Exception as error:  # whatever the hub client or its transport raises ends in one plain answer
         why = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -1,4 +1,4 @@
-"""The inference service from Python: which adapters are in memory."""
+"""The inference service from Python: which adapters are in memory, and what they do."""
 
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -9,6 +9,7 @@ from softprompt_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from softprompt_api.rpc.channel import open_blocking_channel
 
 from softprompt.calls import translated
+from softprompt.registry import AdapterInfo, info_of
 
 DEFAULT_ADDRESS = "127.0.0.1:2244"
 _CALL_TIMEOUT_S = 20.0
@@ -40,6 +41,23 @@ class ResidentInfo:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VirtualToken:
+    """One virtual token of an adapter: its norm, and the tokens that are nearest to it, nearest first."""
+
+    norm: float
+    nearest: tuple["NearToken", ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NearToken:
+    """A token of the vocabulary, and the cosine of the angle between its embedding and a virtual token's."""
+
+    token_id: int
+    token: str
+    cosine: float
 
 
 class InferenceClient:
@@ -96,3 +114,35 @@ class InferenceClient:
         """Let an adapter that no request uses go from memory; its digest."""
         with translated("inference service", self._address):
             return self._stub.Evict(pb.EvictRequest(adapter=adapter), timeout=_CALL_TIMEOUT_S).digest
+
+    def probe(self, adapter: str) -> AdapterInfo:
+        """Measure what an adapter does to the next token of a few fixed prompts; the registry keeps the result."""
+        with translated("inference service", self._address):
+            answer = self._stub.ProbeAdapter(pb.ProbeAdapterRequest(adapter=adapter), timeout=_LOAD_TIMEOUT_S)
+        return info_of(answer.adapter)
+
+    def nearest(self, adapter: str, *, top_k: int = 5) -> list[VirtualToken]:
+        """The tokens of the vocabulary that are nearest to each virtual token of an adapter."""
+        request = pb.NearestTokensRequest(adapter=adapter, top_k=top_k)
+        with translated("inference service", self._address):
+            answer = self._stub.NearestTokens(request, timeout=_LOAD_TIMEOUT_S)
+        return [
+            VirtualToken(
+                norm=virtual.norm,
+                nearest=tuple(
+                    NearToken(token_id=near.token_id, token=near.token, cosine=near.cosine)
+                    for near in virtual.nearest
+                ),
+            )
+            for virtual in answer.virtual_tokens
+        ]
+
+    def model(self) -> pb.GetModelResponse:
+        """What is served."""
+        with translated("inference service", self._address):
+            return self._stub.GetModel(pb.GetModelRequest(), timeout=_CALL_TIMEOUT_S)
+
+    def generate(self, request: pb.GenerateRequest) -> list[pb.GenerateResponse]:
+        """Every event of a generation, once it has ended."""
+        with translated("inference service", self._address):
+            return list(self._stub.Generate(request, timeout=_LOAD_TIMEOUT_S))

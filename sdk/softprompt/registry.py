@@ -11,9 +11,11 @@ from typing import Any, Self
 from google.protobuf.field_mask_pb2 import FieldMask
 from softprompt_api.errors import AdapterNotFound, InvalidArgument
 from softprompt_api.names import check_full_name, parse_adapter
+from softprompt_api.quality import Norms, Probe
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1.registry_pb2_grpc import RegistryServiceStub
 from softprompt_api.rpc.channel import open_blocking_channel
+from softprompt_api.rpc.quality import norms_from, probe_of, warnings_of
 
 from softprompt.adapter_files import LocalAdapter, chunks, find_adapter
 from softprompt.calls import translated
@@ -47,6 +49,10 @@ class AdapterInfo:
         labels: free text, given at registration or later.
         aliases: what points to it, in order; `latest` among them.
         pinned: whether it is kept from deletion.
+        row_norms: of its virtual tokens' rows; None for kinds without such rows.
+        vocabulary_norms: of the base model's embeddings, to compare with; None where not told.
+        probe: what was measured of it last; None: nothing yet.
+        warnings: what a person should know of it.
     """
 
     name: str
@@ -65,10 +71,20 @@ class AdapterInfo:
     labels: dict[str, str]
     aliases: tuple[str, ...]
     pinned: bool
+    row_norms: Norms | None
+    vocabulary_norms: Norms | None
+    probe: Probe | None
+    warnings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**asdict(self), "aliases": list(self.aliases)}
+        values = {**asdict(self), "aliases": list(self.aliases), "warnings": list(self.warnings)}
+        if self.probe is not None and self.probe.probed_at is not None:
+            values["probe"] |= {
+                "effects": list(values["probe"]["effects"]),
+                "probed_at": self.probe.probed_at.isoformat(timespec="seconds"),
+            }
+        return values
 
     @property
     def size(self) -> str:
@@ -120,7 +136,7 @@ class RegistryClient:
             response = self._stub.RegisterAdapter(
                 _upload(name, adapter, labels or {}, progress), timeout=_UPLOAD_TIMEOUT_S
             )
-        return _info(response.adapter), list(response.warnings)
+        return info_of(response.adapter), list(response.warnings)
 
     def ensure(self, name: str, path: str | Path | LocalAdapter) -> tuple[AdapterInfo, bool]:
         """Make `name` stand for this content; True when that needed a new version."""
@@ -133,11 +149,32 @@ class RegistryClient:
 
     def get(self, adapter: str) -> AdapterInfo:
         """One version: `name`, `name@3`, `name@alias` or `sha256:…`."""
+        return info_of(self.version(adapter))
+
+    def version(self, adapter: str) -> pb.AdapterVersion:
+        """One version, as the registry tells it: spelled as in `get`."""
         parse_adapter(adapter)
         with self._translated():
-            return _info(
-                self._stub.GetAdapter(pb.GetAdapterRequest(adapter=adapter), timeout=_CALL_TIMEOUT_S).adapter
-            )
+            return self._stub.GetAdapter(pb.GetAdapterRequest(adapter=adapter), timeout=_CALL_TIMEOUT_S).adapter
+
+    def read(self, digest: str) -> Iterator[bytes]:
+        """The tensor file of a version, in pieces; whoever takes them checks them."""
+        with self._translated():
+            for answer in self._stub.ReadTensors(pb.ReadTensorsRequest(digest=digest), timeout=_UPLOAD_TIMEOUT_S):
+                yield answer.chunk.data
+
+    def import_from(
+        self, name: str, source: str, *, labels: Mapping[str, str] | None = None
+    ) -> tuple[AdapterInfo, list[str]]:
+        """Have the registry read an adapter from a source that its settings allow; as `add` otherwise.
+
+        Args:
+            source: `hf://owner/name`, `hf://owner/name@revision`, or `file:///folder` on the registry's machine.
+        """
+        request = pb.ImportAdapterRequest(name=check_full_name(name), source=source, labels=labels or {})
+        with self._translated():
+            response = self._stub.ImportAdapter(request, timeout=_UPLOAD_TIMEOUT_S)
+        return info_of(response.adapter), list(response.warnings)
 
     def adapters(self, *, prefix: str = "", all_tenants: bool = False) -> list[AdapterInfo]:
         """The latest version of every name, in order of names: of the default tenant, or of all."""
@@ -148,7 +185,7 @@ class RegistryClient:
             )
             with self._translated():
                 page = self._stub.ListAdapters(request, timeout=_CALL_TIMEOUT_S)
-            infos += [_info(version) for version in page.adapters]
+            infos += [info_of(version) for version in page.adapters]
             token = page.next_page_token
             if not token:
                 return infos
@@ -157,7 +194,7 @@ class RegistryClient:
         """The latest version of the first so many names, at most 1,000; and how many names there are."""
         with self._translated():
             page = self._stub.ListAdapters(pb.ListAdaptersRequest(page_size=count), timeout=_CALL_TIMEOUT_S)
-        return [_info(version) for version in page.adapters], page.total_size
+        return [info_of(version) for version in page.adapters], page.total_size
 
     def versions(self, name: str) -> list[AdapterInfo]:
         """Every version of a name, newest first."""
@@ -166,7 +203,7 @@ class RegistryClient:
             request = pb.ListVersionsRequest(name=name, page_size=_PAGE_SIZE, page_token=token)
             with self._translated():
                 page = self._stub.ListVersions(request, timeout=_CALL_TIMEOUT_S)
-            infos += [_info(version) for version in page.versions]
+            infos += [info_of(version) for version in page.versions]
             token = page.next_page_token
             if not token:
                 return infos
@@ -178,7 +215,7 @@ class RegistryClient:
         """
         request = pb.SetAliasRequest(name=name, alias=alias, version=version, expected_version=expected)
         with self._translated():
-            return _info(self._stub.SetAlias(request, timeout=_CALL_TIMEOUT_S).adapter)
+            return info_of(self._stub.SetAlias(request, timeout=_CALL_TIMEOUT_S).adapter)
 
     def remove_alias(self, name: str, alias: str, *, expected: int | None = None) -> None:
         """Remove an alias, not what it points to."""
@@ -200,7 +237,7 @@ class RegistryClient:
             ),
         )
         with self._translated():
-            return _info(self._stub.UpdateAdapter(request, timeout=_CALL_TIMEOUT_S).adapter)
+            return info_of(self._stub.UpdateAdapter(request, timeout=_CALL_TIMEOUT_S).adapter)
 
     def remove(self, adapter: str) -> int:
         """Delete a name with all its versions, or `name@3` alone; how many versions went."""
@@ -211,7 +248,7 @@ class RegistryClient:
             )
         with self._translated():
             if ref.digest:
-                info = _info(self._stub.GetAdapter(pb.GetAdapterRequest(adapter=adapter)).adapter)
+                info = info_of(self._stub.GetAdapter(pb.GetAdapterRequest(adapter=adapter)).adapter)
                 ref = parse_adapter(f"{info.name}@{info.version}")
             if ref.version is None:
                 request = pb.DeleteAdapterRequest(name=ref.name)
@@ -245,7 +282,8 @@ def _upload(
             progress(offset, adapter.size_bytes)
 
 
-def _info(version: pb.AdapterVersion) -> AdapterInfo:
+def info_of(version: pb.AdapterVersion) -> AdapterInfo:
+    """A version, from its message."""
     return AdapterInfo(
         name=version.name,
         version=version.version,
@@ -263,4 +301,8 @@ def _info(version: pb.AdapterVersion) -> AdapterInfo:
         labels=dict(version.labels),
         aliases=tuple(version.aliases),
         pinned=version.pinned,
+        row_norms=norms_from(version),
+        vocabulary_norms=norms_from(version.base_model),
+        probe=probe_of(version),
+        warnings=tuple(warnings_of(version)),
     )

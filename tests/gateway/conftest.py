@@ -80,6 +80,8 @@ class FakeInference(InferenceServiceServicer):
         self.changed = asyncio.Condition()
         self.released = asyncio.Event()
         self.model_error: Exception | None = None
+        self.probed: list[str] = []
+        self.probe_error: Exception | None = None
 
     async def until(self, predicate: Any) -> None:
         """Wait until something holds of this fake."""
@@ -200,6 +202,25 @@ class FakeInference(InferenceServiceServicer):
             raise self.model_error
         model = reg.BaseModel(id=BASE, architecture="TinyForCausalLM", hidden_size=8, vocab_size=256)
         return pb.GetModelResponse(base_model=model, max_model_len=512, ready_unix_s=1_700_000_000)
+
+    async def ProbeAdapter(self, request: Any, context: Any) -> pb.ProbeAdapterResponse:
+        self.probed.append(request.adapter)
+        await self._change()
+        if self.probe_error is not None:
+            raise self.probe_error
+        return pb.ProbeAdapterResponse(adapter=await self.registry.record(request.adapter))
+
+    async def NearestTokens(self, request: Any, context: Any) -> pb.NearestTokensResponse:
+        found = await self.registry.GetAdapter(reg.GetAdapterRequest(adapter=request.adapter), context)
+        near = [
+            pb.NearToken(token_id=65 + rank, cosine=0.5, token=chr(65 + rank)) for rank in range(request.top_k)
+        ]
+        return pb.NearestTokensResponse(
+            adapter_name=found.adapter.name,
+            adapter_version=found.adapter.version,
+            adapter_digest=found.adapter.digest,
+            virtual_tokens=[pb.VirtualToken(norm=2.0, nearest=near)] * found.adapter.num_virtual_tokens,
+        )
 
     async def GetLoad(self, request: Any, context: Any) -> pb.GetLoadResponse:
         tiers = [
@@ -387,6 +408,7 @@ class FakeRegistry(RegistryServiceServicer):
         self.changed = asyncio.Condition()
         self.alias_requests: list[reg.SetAliasRequest] = []
         self.updates: list[reg.UpdateAdapterRequest] = []
+        self.imports: list[reg.ImportAdapterRequest] = []
         self.uploads: list[list[int]] = []
         self.headers: list[reg.RegisterAdapterHeader] = []
         self.cut_uploads = 0
@@ -521,6 +543,23 @@ class FakeRegistry(RegistryServiceServicer):
         version.labels.update(request.labels)
         await self._tell(reg.ADAPTER_EVENT_TYPE_UPDATED, self._seen(version))
         return reg.UpdateAdapterResponse(adapter=self._seen(version))
+
+    async def ImportAdapter(self, request: Any, context: Any) -> reg.ImportAdapterResponse:
+        self._check()
+        self.imports.append(request)
+        if not request.source.startswith("file:"):
+            raise errors.Unsupported("start the registry with --allow-hub-imports", field="source")
+        return reg.ImportAdapterResponse(adapter=await self.add(request.name), warnings=["small"])
+
+    async def record(self, spelling: str) -> reg.AdapterVersion:
+        """Keep a probe with a version, as the inference service would have it kept."""
+        found = (await self.GetAdapter(reg.GetAdapterRequest(adapter=spelling), None)).adapter
+        version = self.versions[found.name][found.version]
+        effect = reg.Effect(mean_kl=0.5, max_kl=1.0, num_flips=2, num_prompts=8)
+        probe = reg.Probe(effects=[effect], base_model_id=BASE, dtype="float32", probed_at=Timestamp(seconds=5))
+        version.probe.CopyFrom(probe)
+        await self._tell(reg.ADAPTER_EVENT_TYPE_UPDATED, self._seen(version))
+        return self._seen(version)
 
     async def ListAdapters(self, request: Any, context: Any) -> reg.ListAdaptersResponse:
         self.check()

@@ -10,7 +10,7 @@ import pytest
 import softprompt_gateway
 from pydantic import AliasChoices, BaseModel
 from pydantic_settings import BaseSettings
-from softprompt_gateway.adapters.schema import AliasRequest, RegisterRequest, UpdateRequest
+from softprompt_gateway.adapters.schema import AliasRequest, ImportRequest, RegisterRequest, UpdateRequest
 from softprompt_gateway.errors import ANSWERS, INVALID_REQUEST
 from softprompt_gateway.openai.chat import ChatRequest, Message
 from softprompt_gateway.openai.completions import CompletionRequest
@@ -60,6 +60,7 @@ MODELS = pytest.mark.parametrize(
         TokenizeChatRequest,
         DetokenizeRequest,
         RegisterRequest,
+        ImportRequest,
         UpdateRequest,
         AliasRequest,
         Message,

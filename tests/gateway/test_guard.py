@@ -27,6 +27,8 @@ WANTED = {
     "PATCH /v1/adapters/{adapter}": Scope.ADAPTERS_WRITE,
     "DELETE /v1/adapters/{adapter}": Scope.ADAPTERS_WRITE,
     "GET /v1/adapters/{adapter}/versions": Scope.ADAPTERS_READ,
+    "POST /v1/adapters/{adapter}/probe": Scope.ADAPTERS_WRITE,
+    "GET /v1/adapters/{adapter}/nearest-tokens": Scope.ADAPTERS_READ,
     "PUT /v1/adapters/{adapter}/aliases/{alias}": Scope.ADAPTERS_WRITE,
     "DELETE /v1/adapters/{adapter}/aliases/{alias}": Scope.ADAPTERS_WRITE,
     "GET /v1/resident_adapters": Scope.ADMIN,

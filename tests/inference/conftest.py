@@ -15,6 +15,7 @@ from softprompt_inference.engine.messages import (
     Logprobs,
     LoraModule,
     ModelInfo,
+    NearRow,
     Output,
     SoftPromptPart,
     TextPart,
@@ -53,6 +54,22 @@ class FakePending:
 
 
 @dataclass
+class FakeSearch:
+    """Answers with what it was asked for, at its third piece."""
+
+    first_id: int
+    top_k: int
+    num_pieces: int = 0
+    error: Exception | None = None
+
+    def advance(self) -> list[NearRow] | None:
+        if self.error:
+            raise self.error
+        self.num_pieces += 1
+        return [NearRow(norm=1.0, tokens=[(self.first_id, 0.5)] * self.top_k)] if self.num_pieces == 3 else None
+
+
+@dataclass
 class FakeRunner:
     """Keeps pages as the real one does, and computes tokens from the pages alone.
 
@@ -72,6 +89,7 @@ class FakeRunner:
     dropped: list[int] = field(default_factory=list)
     loras: dict[int, str] = field(default_factory=dict)  # digests, by slot
     load_error: Exception | None = None
+    searches: list[FakeSearch] = field(default_factory=list)
     copied_positions: int = 0
     written_positions: int = 0
     _given: set[int] = field(default_factory=set)  # first ids of adapters of keys and values
@@ -114,6 +132,12 @@ class FakeRunner:
 
     def drop_lora(self, slot: int) -> None:
         del self.loras[slot]
+
+    def find_nearest(self, first_id: int, top_k: int) -> FakeSearch:
+        if self.load_error:
+            raise self.load_error
+        self.searches.append(FakeSearch(first_id=first_id, top_k=top_k))
+        return self.searches[-1]
 
     def launch(self, plan: StepPlan) -> FakePending:
         plan = self._with_tokens(plan)

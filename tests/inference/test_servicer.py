@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
+import struct
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,14 +20,17 @@ from softprompt_api.errors import ContextLengthExceeded, InvalidArgument, Overlo
 from softprompt_api.formats import Content, Lora, LoraModule, Rows
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.inference.v1 import inference_pb2_grpc
+from softprompt_api.quality import Probe
 from softprompt_api.registry.v1 import registry_pb2
 from softprompt_api.rpc.channel import open_channel
+from softprompt_api.rpc.quality import probe_to
 from softprompt_api.rpc.server import ServiceServer
 from softprompt_api.rpc.status import from_rpc_error
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.residency import Residency
 from softprompt_inference.adapters.source import AdapterSource
+from softprompt_inference.effect import PROMPTS, EffectProbe
 from softprompt_inference.engine.client import EngineClient, OutputStream
 from softprompt_inference.engine.keys import VirtualIds
 from softprompt_inference.engine.messages import (
@@ -38,6 +43,8 @@ from softprompt_inference.engine.messages import (
     LoadLora,
     Logprobs,
     ModelInfo,
+    Nearest,
+    NearRow,
     Output,
     SoftPromptPart,
     Stats,
@@ -66,6 +73,8 @@ class FakeEngine:
     commands: list[Command] = field(default_factory=list)
     streams: dict[str, OutputStream] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    searches: list[tuple[str, int]] = field(default_factory=list)
+    nearest: Nearest = field(default_factory=lambda: Nearest(search_id=1))
 
     def submit(self, command: Command) -> None:
         self.commands.append(command)
@@ -76,6 +85,10 @@ class FakeEngine:
 
     def outputs(self, request_id: str) -> OutputStream:
         return self.streams[request_id]
+
+    async def find_nearest(self, digest: str, top_k: int) -> Nearest:
+        self.searches.append((digest, top_k))
+        return self.nearest
 
     def _forget(self, request_id: str, *, abort: bool) -> None:
         if self.streams.pop(request_id, None) is not None and abort:
@@ -129,6 +142,10 @@ class FakeSource:
         if self.is_away:
             raise Unavailable("the adapter registry cannot be reached")
         return self.versions[spelling]
+
+    async def record(self, version: registry_pb2.AdapterVersion, probe: Probe) -> registry_pb2.AdapterVersion:
+        version.probe.CopyFrom(probe_to(probe))
+        return version
 
     async def fetch(self, digest: str) -> Adapter:
         self.fetching.set()
@@ -238,6 +255,7 @@ async def world(tokenizer: Tokenizer, max_adapters: int) -> AsyncIterator[World]
                 prompts=prompts,
                 generator=generator,
                 residency=residency,
+                effects=EffectProbe(engine, prompts, residency, cast(AdapterSource, source), base_model),
                 base_model=base_model,
                 ready_unix_s=1,
             )
@@ -857,3 +875,71 @@ async def test_a_requests_salt_and_tenant_reach_each_of_its_choices(world: World
     for name, value in (("cache_salt", "x" * 513), ("tenant", "A"), ("tenant", "x" * 64)):
         error = await world.error(**{name: value})
         assert (type(error), error.field) == (InvalidArgument, name)
+
+
+async def test_the_tokens_nearest_to_each_virtual_token_are_told(world: World) -> None:
+    world.engine.nearest = Nearest(
+        search_id=1,
+        rows=[NearRow(norm=2.5, tokens=[(28, 0.5), (29, 0.25)]), NearRow(norm=1.0, tokens=[(30, -0.5)])],
+    )
+    answer = await world.stub.NearestTokens(pb.NearestTokensRequest(adapter="tweets", top_k=2))
+    assert (answer.adapter_name, answer.adapter_version, answer.adapter_digest) == ("tweets", 3, DIGEST_A)
+    assert [virtual.norm for virtual in answer.virtual_tokens] == [2.5, 1.0]
+    [first, second] = answer.virtual_tokens[0].nearest
+    assert (first.token_id, first.cosine, first.token) == (28, 0.5, world.tokenizer.token_text(28))
+    assert second.token_id == 29
+    assert world.engine.searches == [(DIGEST_A, 2)]
+    assert world.engine.of(LoadAdapter), "it was not brought in"
+
+
+async def test_five_tokens_are_told_where_no_number_is_named(world: World) -> None:
+    await world.stub.NearestTokens(pb.NearestTokensRequest(adapter=DIGEST_A))
+    assert world.engine.searches == [(DIGEST_A, 5)]
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (pb.NearestTokensRequest(adapter="tweets", top_k=21), "top_k"),
+        (pb.NearestTokensRequest(adapter="tweets", top_k=-1), "top_k"),
+        (pb.NearestTokensRequest(adapter="org/Base"), "adapter"),
+    ],
+)
+async def test_what_cannot_be_searched_for_is_refused_by_field(
+    world: World, request_: pb.NearestTokensRequest, field: str
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await world.stub.NearestTokens(request_)
+    error = from_rpc_error(caught.value)
+    assert (type(error), error.field) == (InvalidArgument, field)
+
+
+async def test_what_the_engine_refuses_to_search_is_told(world: World) -> None:
+    world.engine.nearest = Nearest(search_id=1, error_reason="INVALID_ARGUMENT", error_message="these are keys")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await world.stub.NearestTokens(pb.NearestTokensRequest(adapter="tweets"))
+    assert from_rpc_error(caught.value).message == "these are keys"
+
+
+async def test_a_probe_compares_prompts_with_an_adapter_and_without(world: World) -> None:
+    call = world.stub.ProbeAdapter(pb.ProbeAdapterRequest(adapter="tweets"))
+    likely, unlikely = (struct.pack("<2f", *map(math.log, shares)) for shares in ((0.75, 0.25), (0.25, 0.75)))
+    for number in range(2 * len(PROMPTS)):
+        request = (await world.engine.wait_for(AddRequest, number + 1))[-1]
+        has_adapter = any(isinstance(part, SoftPromptPart) for part in request.prompt)
+        assert has_adapter == (number >= len(PROMPTS))
+        every = unlikely if has_adapter else likely
+        world.engine.put(request, 1, finish=Finish.LENGTH, logprobs=Logprobs(chosen=0.0, top=[], every=every))
+    probed = (await call).adapter
+    [effect] = probed.probe.effects
+    assert (probed.name, probed.version) == ("tweets", 3)
+    assert (effect.num_flips, effect.num_prompts) == (len(PROMPTS), len(PROMPTS))
+    assert effect.mean_kl == pytest.approx(0.5 * math.log(3), abs=1e-6)
+
+
+async def test_a_probe_whose_caller_leaves_is_aborted_and_lets_the_adapter_go(world: World) -> None:
+    call = world.stub.ProbeAdapter(pb.ProbeAdapterRequest(adapter="tweets"))
+    [request] = await world.engine.wait_for(AddRequest)
+    call.cancel()
+    [aborted] = await world.engine.wait_for(Abort)
+    assert aborted.request_id == request.request_id

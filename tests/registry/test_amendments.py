@@ -3,7 +3,14 @@
 import asyncio
 
 import pytest
-from softprompt_api.errors import AdapterConflict, AdapterInUse, AdapterNotFound, AliasMoved, InvalidArgument
+from softprompt_api.errors import (
+    AdapterConflict,
+    AdapterInUse,
+    AdapterNotFound,
+    AliasMoved,
+    DataCorrupted,
+    InvalidArgument,
+)
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_registry.amendments import MAX_ALIASES
 
@@ -293,3 +300,95 @@ async def test_an_alias_and_a_deletion_that_race_leave_no_alias_that_points_nowh
         else:
             with pytest.raises(AdapterNotFound):
                 await client.get("tweets@prod")
+
+
+def flipped(value: bytes, bit: int) -> bytes:
+    changed = bytearray(value)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+async def damages(redis, name):
+    """Every way to flip one bit of what a name's pointers are: (what to do, how to undo it)."""
+    for key in (f"sp:{{n:{name}}}", f"sp:{{n:{name}}}:a"):
+        for field, value in (await redis.hgetall(key)).items():
+            for bit in range(0, 8 * len(value), 37 if field == b"sha256" else 1):
+                yield (
+                    redis.hset(key, field, flipped(value, bit)),
+                    lambda k=key, f=field, v=value: redis.hset(k, f, v),
+                )
+    versions = f"sp:{{n:{name}}}:v"
+    for member, number in await redis.zrange(versions, 0, -1, withscores=True):
+        for other in (number + 8, -number):
+            yield (
+                redis.zadd(versions, {member: other}),
+                lambda m=member, n=number: redis.zadd(versions, {m: n}),
+            )
+
+
+async def test_a_flipped_bit_in_what_points_to_versions_is_found_out_and_costs_its_name_alone(
+    client, three, make_adapter, redis
+):
+    shared = await client.register("sms", make_adapter(2))  # the same content as the third version
+    assert shared.digest == three[2].digest
+    await client.set_alias("tweets", "prod", 2)
+    whole = [await client.get(spelling) for spelling in ("tweets", "tweets@prod")]
+    num_found_out = num_damages = 0
+    async for damage, undo in damages(redis, "tweets"):
+        await damage
+        num_damages += 1
+        for spelling, version in zip(("tweets", "tweets@prod"), whole, strict=True):
+            try:
+                assert await client.get(spelling) == version, "damage was served"
+            except (DataCorrupted, AdapterNotFound):
+                num_found_out += 1
+        assert (await client.get("sms")).digest == shared.digest
+        assert await client.read(shared.digest) == make_adapter(2).tensors
+        assert "sms" in await client.names()
+        await undo()
+    # A number may be spelled in two ways, and the order of older versions points to none.
+    assert num_found_out > 2 * 0.9 * num_damages
+    assert [await client.get(spelling) for spelling in ("tweets", "tweets@prod")] == whole
+
+
+async def test_a_name_whose_aliases_are_damaged_can_be_deleted_and_made_anew(client, three, make_adapter, redis):
+    await client.set_alias("tweets", "prod", 2)
+    await redis.hset("sp:{n:tweets}:a", "prod", "999")
+    for change in (
+        client.set_alias("tweets", "beta", 1),
+        client.register("tweets", make_adapter(5)),
+        client.update("tweets@1", "pinned", pinned=True),
+    ):
+        with pytest.raises(DataCorrupted, match="delete the name"):
+            await change
+    await client.delete("tweets")
+    made = await client.register("tweets", make_adapter(5))
+    assert (made.version, list(made.aliases)) == (4, ["latest"])
+    assert await client.get("tweets") == made
+
+
+async def test_every_change_leaves_pointers_that_are_whole(client, three, make_adapter):
+    await client.set_alias("tweets", "prod", 2)
+    await client.set_alias("tweets", "beta", 2)
+    await client.set_alias("tweets", "beta", 0)
+    await client.update("tweets@2", "labels.a", labels={"a": "b"})
+    await client.set_alias("tweets", "latest", 1)
+    await client.delete("tweets", 3)  # the highest
+    await client.delete("tweets", 1)  # what latest was moved to
+    assert (await client.get("tweets")).version == 2
+    await client.set_alias("tweets", "prod", 0)
+    await client.delete("tweets", 2)
+    assert (await client.register("tweets", make_adapter(7))).version == 4
+    await client.delete("tweets")
+    assert (await client.register("tweets", make_adapter(8))).version == 5
+
+
+async def test_a_name_from_before_its_pointers_had_a_sha256_is_read_and_sealed_by_its_next_change(
+    client, three, redis
+):
+    await redis.hdel("sp:{n:tweets}", "sha256")
+    assert (await client.get("tweets")).version == 3
+    await client.set_alias("tweets", "prod", 2)
+    await redis.hset("sp:{n:tweets}:a", "prod", str(three[0].id))
+    with pytest.raises(DataCorrupted):
+        await client.get("tweets@prod")

@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 
 import pytest
 from softprompt_api.errors import DataCorrupted
+from softprompt_api.quality import Effect, Norms, Probe
 from softprompt_registry.catalog import AdapterVersion, BaseModel
 from softprompt_registry.codec import decode_version, encode_version
 
@@ -31,8 +32,17 @@ VERSION = AdapterVersion(
         tokenizer_sha256="",
         max_virtual_tokens=0,
         dtype="float32",
+        vocabulary_norms=Norms(low=1.0, median=1.5, high=2.0),
     ),
     labels={"team": "x"},
+    row_norms=Norms(low=0.5, median=1.25, high=2.0),
+    warnings=("trained on another", "é"),
+    probe=Probe(
+        effects=(Effect(task=1, mean_kl=0.25, max_kl=0.5, num_flips=1, num_prompts=8),),
+        base_model_id="org/Tiny",
+        dtype="float32",
+        probed_at=datetime(2026, 2, 3, tzinfo=UTC),
+    ),
     pinned=True,
     created_at=datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC),
 )
@@ -45,7 +55,7 @@ def record(version: AdapterVersion = VERSION) -> dict[bytes, bytes]:
 
 def test_a_version_comes_back_from_its_record():
     assert decode_version(record(), version_id=7) == VERSION
-    unpinned = replace(VERSION, pinned=False, labels={})
+    unpinned = replace(VERSION, pinned=False, labels={}, probe=None, warnings=(), row_norms=None)
     assert decode_version(record(unpinned), version_id=7) == unpinned
 
 
@@ -73,6 +83,8 @@ def test_a_record_of_another_version_is_refused():
 
 
 def test_a_record_from_before_records_had_a_sha256_is_read():
-    old = record(replace(VERSION, pinned=False))
-    del old[b"sha256"], old[b"pinned"]
-    assert decode_version(old, version_id=7) == replace(VERSION, pinned=False)
+    bare = replace(VERSION, pinned=False, row_norms=None, warnings=(), probe=None)
+    old = record(bare)
+    for field in (b"sha256", b"pinned", b"row_norms", b"warnings", b"probe"):
+        del old[field]
+    assert decode_version(old, version_id=7) == bare

@@ -1,5 +1,8 @@
 """An adapter named by folder or hub id is found and checked on this machine."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,3 +66,35 @@ def test_a_path_that_is_no_hub_id_is_never_asked_of_the_hub(path: str, monkeypat
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(AdapterInvalid, match="there is no folder"):
         find_adapter(path)
+
+
+def test_a_hub_source_is_fetched_at_its_revision_over_a_real_socket(
+    hub: Any, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    folder = make_adapter(52, 4)
+    hub.put("somebody/tweets", folder)
+    hub.files["somebody/tweets"]["adapter_model.bin"] = b"\x80never fetched"
+    code = "import sys; from softprompt.adapter_files import find_adapter; print(find_adapter(sys.argv[1]).digest)"
+    for source in ("hf://somebody/tweets", "hf://somebody/tweets@v1", "somebody/tweets"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, source],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            cwd=tmp_path,
+            env={**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / source.replace("/", "-"))},
+        )
+        assert done.stdout.strip() == find_adapter(folder).digest, done.stderr
+    assert any("v1" in path for path in hub.asked)
+    assert not [path for path in hub.asked if path.endswith((".bin", ".md"))]
+
+
+@pytest.mark.parametrize("path", ["hf://", "hf://tweets", "hf://a/b/c", "hf://a/b@", "hf://a/b@../x y"])
+def test_what_is_no_hub_source_is_refused(path: str) -> None:
+    with pytest.raises(AdapterInvalid, match="is not hf://owner/name"):
+        find_adapter(path)
+
+
+def test_a_file_url_is_its_folder(folder: Path) -> None:
+    assert find_adapter(f"file://{folder}").digest == find_adapter(folder).digest

@@ -44,6 +44,8 @@ def softprompt(*arguments: str, **environment: str) -> subprocess.CompletedProce
         (["adapter", "alias", "name", "prod"], "give the VERSION that the alias shall point to, or --remove"),
         (["adapter", "alias", "name", "prod", "1", "--remove"], "give the VERSION"),
         (["adapter", "alias", "name", "prod", "0"], "Invalid value for 'version'"),
+        (["adapter", "nearest", "name", "--top-k", "21"], "Invalid value for '--top-k'"),
+        (["adapter", "verify", "name", "--prompt", ""], "--prompt: a prompt must not be empty"),
         (["adapter", "rollback", "name", "--to", "0"], "Invalid value for '--to'"),
         (["adapter", "label", "name"], "give labels to set as KEY=VALUE, or --remove KEY"),
         (["adapter", "label", "name", "x"], "'x' is not KEY=VALUE"),
@@ -89,6 +91,9 @@ def test_wrong_arguments_are_told_in_one_line(arguments: list[str], message: str
     [
         (["adapter", "ls", "--registry", "127.0.0.1:1"], "no registry answers at 127.0.0.1:1"),
         (["key", "ls", "--registry", "127.0.0.1:1"], "no registry answers at 127.0.0.1:1"),
+        (["adapter", "probe", "a", "--inference", "127.0.0.1:1"], "no inference service answers at 127.0.0.1:1"),
+        (["adapter", "nearest", "a", "--inference", "127.0.0.1:1"], "no inference service answers at 127.0.0.1:1"),
+        (["adapter", "verify", "a", "--registry", "127.0.0.1:1"], "no registry answers at 127.0.0.1:1"),
         (["complete", "hello", "--url", "http://127.0.0.1:1"], "no gateway answers at http://127.0.0.1:1"),
         (["bench", "--base-url", "http://127.0.0.1:1/v1"], "no server answers at http://127.0.0.1:1"),
     ],
@@ -111,3 +116,14 @@ def test_help_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "--prompt-adapters" in done.stdout
+
+
+def test_verify_without_peft_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['peft'] = None\n"
+        "from softprompt.cli import main\nmain(['adapter', 'verify', 'name', '--registry', '127.0.0.1:1'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "peft is not installed: pip install 'softprompt[inference,train]'" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,8 +1,9 @@
 """`/v1/adapters`: what admins do with adapters over HTTP.
 
-An adapter is registered in one of two ways:
+An adapter is registered in one of three ways:
 
 * `POST /v1/adapters` with JSON: name, config, tensors_base64;
+* `POST /v1/adapters` with JSON: name, source, where the registry's settings allow that it reads files itself;
 * `POST /v1/adapters/{name}` with the tensor file itself as `application/octet-stream`, its size as content-length,
   `x-adapter-config: <base64 of adapter_config.json>` and `x-adapter-sha256: <hex>`; optional `x-adapter-labels`
   (base64 of a JSON object), `x-adapter-base-model` and `idempotency-key`. Large files pass in chunks.
@@ -16,8 +17,10 @@ from fastapi import APIRouter, Query
 from softprompt_api.access import Scope
 from softprompt_api.audit import audited
 from softprompt_api.errors import InvalidArgument, SoftpromptError
-from softprompt_api.names import parse_adapter, shown
+from softprompt_api.names import AdapterRef, parse_adapter, parse_requested, shown, with_task
 from softprompt_api.registry.v1.registry_pb2 import (
+    AdapterVersion,
+    ImportAdapterResponse,
     ListAdaptersRequest,
     ListVersionsRequest,
     RegisterAdapterResponse,
@@ -28,24 +31,28 @@ from starlette.requests import Request
 
 from softprompt_gateway.adapters.schema import (
     AliasRequest,
+    ImportRequest,
     RegisterRequest,
     UpdateRequest,
     adapter_json,
+    nearest_json,
     upload_header,
 )
 from softprompt_gateway.adapters.upload import register, whole
 from softprompt_gateway.body import body_chunks, check_encoding, content_length, discard
 from softprompt_gateway.caller import Caller
+from softprompt_gateway.catalog import spelling_of
 from softprompt_gateway.disconnect import unless_gone
 from softprompt_gateway.documented import json_body
 from softprompt_gateway.errors import Refused, fields_spelled
 from softprompt_gateway.gateway import Gateway
 
-REQUEST_MODELS = (RegisterRequest, UpdateRequest, AliasRequest)
+REQUEST_MODELS = (RegisterRequest, ImportRequest, UpdateRequest, AliasRequest)
 # More than a name may hold would be taken for another tenant's.
 _PREFIX = re.compile(r"[a-z0-9._-]*\Z")
 PageSize = Annotated[int, Query(ge=1, le=1000, description="adapters in one page")]
 PageToken = Annotated[str, Query(max_length=1024, description="next_page_token of the page before")]
+TopK = Annotated[int, Query(ge=1, le=20, description="tokens for each virtual token")]
 Prefix = Annotated[str, Query(max_length=128, description="only names that start with this")]
 
 _UPLOAD_DOCUMENTATION: dict[str, Any] = {
@@ -73,7 +80,11 @@ def adapters_router(gateway: Gateway) -> APIRouter:
     routes = _Routes(gateway)
     router.add_api_route("", routes.list_, methods=["GET"], route_class_override=reads)
     router.add_api_route(
-        "", routes.register, methods=["POST"], status_code=201, openapi_extra=json_body(RegisterRequest)
+        "",
+        routes.register,
+        methods=["POST"],
+        status_code=201,
+        openapi_extra=json_body(RegisterRequest, ImportRequest),
     )
     router.add_api_route("/{adapter}", routes.show, methods=["GET"], route_class_override=reads)
     router.add_api_route(
@@ -82,6 +93,10 @@ def adapters_router(gateway: Gateway) -> APIRouter:
     router.add_api_route("/{adapter}", routes.update, methods=["PATCH"], openapi_extra=json_body(UpdateRequest))
     router.add_api_route("/{adapter}", routes.delete, methods=["DELETE"])
     router.add_api_route("/{adapter}/versions", routes.versions, methods=["GET"], route_class_override=reads)
+    router.add_api_route("/{adapter}/probe", routes.probe, methods=["POST"])
+    router.add_api_route(
+        "/{adapter}/nearest-tokens", routes.nearest_tokens, methods=["GET"], route_class_override=reads
+    )
     alias = "/{adapter}/aliases/{alias}"
     router.add_api_route(alias, routes.set_alias, methods=["PUT"], openapi_extra=json_body(AliasRequest))
     router.add_api_route(alias, routes.remove_alias, methods=["DELETE"])
@@ -92,6 +107,7 @@ class _Routes:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._registry = gateway.clients.registry
+        self._inference = gateway.clients.inference
         self._settings = gateway.settings
 
     async def list_(
@@ -116,8 +132,7 @@ class _Routes:
     async def show(self, request: Request, adapter: str) -> dict[str, Any]:
         """Describe one version: `name`, `name@3`, `name@alias` or a digest."""
         caller = Caller.of(request)
-        version = await self._registry.get_adapter(str(caller.own(parse_adapter(adapter))))
-        caller.check_use(version.name)
+        version = await self._version(caller, parse_adapter(adapter))
         return adapter_json(caller.told(version), with_config=True)
 
     async def versions(
@@ -135,14 +150,23 @@ class _Routes:
         }
 
     async def register(self, request: Request) -> dict[str, Any]:
-        """Register an adapter from JSON; the next request can use it."""
-        caller = Caller.of(request)
-        body = RegisterRequest.checked(await self._gateway.json(request))
+        """Register an adapter from JSON, or from a source that the registry reads; the next request can use it."""
+        caller, values = Caller.of(request), await self._gateway.json(request)
+        if "source" in values:
+            return await self._import(request, caller, ImportRequest.checked(values))
+        body = RegisterRequest.checked(values)
         with audited("adapter.register", adapter=shown(body.name), **caller.facts()):
             name, tensors = caller.new_name(body.name), body.tensors()
             with fields_spelled(base_model_id="base_model", tensors_sha256="sha256"):
                 header = body.header(name, tensors)
                 answer = await unless_gone(request, register(self._registry, header, whole(tensors)))
+        return self._registered(caller, answer)
+
+    async def _import(self, request: Request, caller: Caller, body: ImportRequest) -> dict[str, Any]:
+        with audited("adapter.import", adapter=shown(body.name), source=shown(body.source), **caller.facts()):
+            call = body.call(caller.new_name(body.name))
+            with fields_spelled(base_model_id="base_model"):
+                answer = await unless_gone(request, self._registry.import_adapter(call))
         return self._registered(caller, answer)
 
     async def upload(self, request: Request, adapter: str) -> dict[str, Any]:
@@ -165,6 +189,23 @@ class _Routes:
                 await discard(chunks)
                 raise
         return self._registered(caller, answer)
+
+    async def probe(self, request: Request, adapter: str) -> dict[str, Any]:
+        """Measure what a version does to the next token of a few fixed prompts, and keep the result with it."""
+        caller, ref = Caller.of(request), parse_adapter(adapter)
+        with audited("adapter.probe", adapter=str(ref), **caller.facts()):
+            spelling = spelling_of(await self._version(caller, ref))
+            version = await unless_gone(request, self._inference.probe_adapter(spelling))
+        self._gateway.catalog.learn(version)
+        return adapter_json(caller.told(version))
+
+    async def nearest_tokens(self, request: Request, adapter: str, top_k: TopK = 5) -> dict[str, Any]:
+        """List the tokens of the vocabulary that are nearest to each virtual token."""
+        caller, ref = Caller.of(request), parse_requested(adapter)
+        version = await self._version(caller, ref.whole)
+        spelling = with_task(spelling_of(version), ref.task)
+        answer = await unless_gone(request, self._inference.nearest_tokens(spelling, top_k))
+        return nearest_json(caller.told(version), answer)
 
     async def update(self, request: Request, adapter: str) -> dict[str, Any]:
         """Change the labels of one version, or pin it: `name@3`, or what `name` or `name@alias` stands for."""
@@ -216,10 +257,19 @@ class _Routes:
         self._gateway.catalog.forget(ref.name, ref.version)
         return {"object": "adapter.deleted", "id": str(asked), "deleted": True, "deleted_versions": deleted}
 
-    def _registered(self, caller: Caller, answer: RegisterAdapterResponse) -> dict[str, Any]:
+    def _registered(
+        self, caller: Caller, answer: RegisterAdapterResponse | ImportAdapterResponse
+    ) -> dict[str, Any]:
         # The watch brings it too, a moment later; a listing right after this answer must have it.
         self._gateway.catalog.learn(answer.adapter)
+        self._gateway.probing.want(answer.adapter)
         return adapter_json(caller.told(answer.adapter)) | {"warnings": list(answer.warnings)}
+
+    async def _version(self, caller: Caller, ref: AdapterRef) -> AdapterVersion:
+        """The version of the caller's that a spelling stands for."""
+        version = await self._registry.get_adapter(str(caller.own(ref)))
+        caller.check_use(version.name)
+        return version
 
     @staticmethod
     def _name(caller: Caller, adapter: str) -> str:

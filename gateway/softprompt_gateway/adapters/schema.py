@@ -5,12 +5,21 @@ import binascii
 import hashlib
 import json
 import re
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from google.protobuf.field_mask_pb2 import FieldMask
 from pydantic import Field, field_validator
 from softprompt_api.errors import AdapterInvalid, InvalidArgument
-from softprompt_api.registry.v1.registry_pb2 import AdapterVersion, RegisterAdapterHeader, UpdateAdapterRequest
+from softprompt_api.inference.v1.inference_pb2 import NearestTokensResponse
+from softprompt_api.quality import Norms, Probe
+from softprompt_api.registry.v1.registry_pb2 import (
+    AdapterVersion,
+    ImportAdapterRequest,
+    RegisterAdapterHeader,
+    UpdateAdapterRequest,
+)
+from softprompt_api.rpc.quality import norms_from, probe_of, warnings_of
 from starlette.datastructures import Headers
 
 from softprompt_gateway.body import parse_object
@@ -64,6 +73,32 @@ class RegisterRequest(RequestModel):
             config_json=self.config if isinstance(self.config, str) else json.dumps(self.config),
             tensors_size_bytes=len(tensors),
             tensors_sha256=hashlib.sha256(tensors).hexdigest(),
+            idempotency_key=self.idempotency_key or "",
+            labels=self.labels or {},
+            base_model_id=self.base_model or "",
+        )
+
+
+class ImportRequest(RequestModel):
+    """Body of `POST /v1/adapters` with `source`: an adapter whose files the registry reads itself."""
+
+    name: str = Field(max_length=128)
+    source: str = Field(
+        max_length=2048, description="hf://owner/name, hf://owner/name@revision or file:///folder, where allowed"
+    )
+    labels: Labels | None = None
+    idempotency_key: Annotated[str, Field(max_length=128)] | None = Field(
+        None, description="the same key with the same content answers with the same version"
+    )
+    base_model: Annotated[str, Field(max_length=512)] | None = Field(
+        None, description="id of the base model the adapter is for; default: the one that is served"
+    )
+
+    def call(self, name: str) -> ImportAdapterRequest:
+        """The registry's request; `name` is the full one."""
+        return ImportAdapterRequest(
+            name=name,
+            source=self.source,
             idempotency_key=self.idempotency_key or "",
             labels=self.labels or {},
             base_model_id=self.base_model or "",
@@ -166,6 +201,10 @@ def adapter_json(version: AdapterVersion, *, with_config: bool = False) -> dict[
         "size_bytes": version.size_bytes,
         "sha256": version.tensors_sha256,
         "base_model": version.base_model.id or None,
+        "row_norms": _norms_json(norms_from(version)),
+        "vocabulary_norms": _norms_json(norms_from(version.base_model)),
+        "probe": _probe_json(probe_of(version)),
+        "warnings": warnings_of(version),
         "created_at": version.created_at.seconds,
         "labels": dict(version.labels),
         "pinned": version.pinned,
@@ -174,3 +213,38 @@ def adapter_json(version: AdapterVersion, *, with_config: bool = False) -> dict[
     if with_config:
         shape["config_json"] = version.config_json
     return shape
+
+
+def _norms_json(norms: Norms | None) -> dict[str, float] | None:
+    return asdict(norms) if norms else None
+
+
+def _probe_json(probe: Probe | None) -> dict[str, Any] | None:
+    if probe is None:
+        return None
+    return {
+        "base_model": probe.base_model_id,
+        "dtype": probe.dtype,
+        "probed_at": int(probe.probed_at.timestamp()) if probe.probed_at else None,
+        "effects": [asdict(effect) for effect in probe.effects],
+    }
+
+
+def nearest_json(version: AdapterVersion, answer: NearestTokensResponse) -> dict[str, Any]:
+    """The tokens nearest to each virtual token of a version, as the admin routes show them."""
+    return {
+        "object": "adapter.nearest_tokens",
+        "model": spelling_of(version),
+        "digest": answer.adapter_digest,
+        "data": [
+            {
+                "index": index,
+                "norm": virtual.norm,
+                "tokens": [
+                    {"token_id": near.token_id, "token": near.token, "cosine": near.cosine}
+                    for near in virtual.nearest
+                ],
+            }
+            for index, virtual in enumerate(answer.virtual_tokens)
+        ],
+    }

@@ -17,8 +17,10 @@ from softprompt_api.formats import (
     parse_config,
 )
 from softprompt_api.names import AdapterRef, choose_task, parse_requested, with_task
+from softprompt_api.quality import Probe
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc as pb_grpc
+from softprompt_api.rpc.quality import probe_to
 from softprompt_api.rpc.status import from_rpc_error
 
 from softprompt_inference.adapters.adapter import Adapter
@@ -61,6 +63,17 @@ class AdapterSource:
         """
         try:
             answer = await self._stub.GetAdapter(pb.GetAdapterRequest(adapter=spelling), timeout=RESOLVE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise _translated(error) from error
+        return _readable(answer).adapter
+
+    async def record(self, version: pb.AdapterVersion, probe: Probe) -> pb.AdapterVersion:
+        """Have the registry keep what was measured of a version; the version as it is then."""
+        request = pb.RecordProbeRequest(
+            adapter=f"{version.name}@{version.version}", digest=version.digest, probe=probe_to(probe)
+        )
+        try:
+            answer = await self._stub.RecordProbe(request, timeout=RESOLVE_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise _translated(error) from error
         return _readable(answer).adapter

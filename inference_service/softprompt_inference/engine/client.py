@@ -16,8 +16,10 @@ from softprompt_inference.engine.messages import (
     Abort,
     AddRequest,
     Command,
+    FindNearest,
     Finish,
     ModelInfo,
+    Nearest,
     Output,
     Stats,
     StepResult,
@@ -105,6 +107,8 @@ class EngineClient:
         self._process = process
         self._report = report
         self._streams: dict[str, OutputStream] = {}
+        self._searches: dict[int, asyncio.Future[Nearest]] = {}
+        self._num_searches = 0
         self._living: asyncio.Task[None] | None = None
         self._is_stopping = False
         self.stats = Stats()
@@ -177,6 +181,18 @@ class EngineClient:
         """The outputs of a submitted request; KeyError when it is not open."""
         return self._streams[request_id]
 
+    async def find_nearest(self, digest: str, top_k: int) -> Nearest:
+        """The tokens nearest to each row of an adapter, which must stay resident until the answer."""
+        self._num_searches += 1
+        search_id = self._num_searches
+        self.submit(FindNearest(search_id=search_id, digest=digest, top_k=top_k))
+        answer: asyncio.Future[Nearest] = asyncio.get_running_loop().create_future()
+        self._searches[search_id] = answer
+        try:
+            return await answer
+        finally:
+            del self._searches[search_id]
+
     async def stop(self) -> None:
         """End the engine; open requests get an error. Harmless when it has ended."""
         self._is_stopping = True
@@ -235,9 +251,16 @@ class EngineClient:
             stream = self._streams.get(output.request_id)
             if stream is not None:
                 stream._put(output)
+        for found in result.found:
+            search = self._searches.get(found.search_id)
+            if search is not None and not search.done():
+                search.set_result(found)
 
     def _end(self, reason: str) -> None:
         self.dead.set_result(reason)
+        for search in self._searches.values():
+            if not search.done():
+                search.set_exception(Unavailable("the engine has ended; try again"))
         for request_id, stream in list(self._streams.items()):
             if not stream._has_ended:
                 stream._put(

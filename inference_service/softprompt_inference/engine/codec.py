@@ -17,6 +17,7 @@ from softprompt_inference.engine.messages import (
     Abort,
     AddRequest,
     DropAdapter,
+    FindNearest,
     LoadAdapter,
     LoadLora,
     ModelInfo,
@@ -54,6 +55,7 @@ class _AddRequest:
     salt: str
     tenant: str
     lora: str
+    all_logprobs: bool
 
 
 Message = (
@@ -63,6 +65,7 @@ Message = (
     | LoadAdapter
     | LoadLora
     | DropAdapter
+    | FindNearest
     | Progress
     | StartupFailed
     | ModelInfo
@@ -76,6 +79,7 @@ _KINDS: dict[str, type[Any]] = {
     "load": LoadAdapter,
     "load-lora": LoadLora,
     "drop": DropAdapter,
+    "nearest": FindNearest,
     "progress": Progress,
     "failed": StartupFailed,
     "info": ModelInfo,
@@ -118,6 +122,7 @@ def _to_wire(request: AddRequest) -> _AddRequest:
         salt=request.salt,
         tenant=request.tenant,
         lora=request.lora,
+        all_logprobs=request.all_logprobs,
     )
 
 
@@ -134,4 +139,5 @@ def _from_wire(request: _AddRequest) -> AddRequest:
         salt=request.salt,
         tenant=request.tenant,
         lora=request.lora,
+        all_logprobs=request.all_logprobs,
     )

@@ -6,11 +6,12 @@ and no exception leaves `handle` or `step` but EngineBroken.
 
 import itertools
 import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from softprompt_api.errors import AdapterInvalid, InternalError, InvalidArgument, SoftpromptError
+from softprompt_api.errors import AdapterInvalid, AdapterNotFound, InternalError, InvalidArgument, SoftpromptError
 
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.keys import VirtualIds
@@ -20,13 +21,15 @@ from softprompt_inference.engine.messages import (
     AddRequest,
     Command,
     DropAdapter,
+    FindNearest,
     LoadAdapter,
     LoadLora,
+    Nearest,
     Output,
     SoftPromptPart,
     StepResult,
 )
-from softprompt_inference.engine.plan import Pending, Runner, StepPlan
+from softprompt_inference.engine.plan import Pending, Runner, Search, StepPlan
 from softprompt_inference.engine.prompt import make_sequence
 from softprompt_inference.engine.scheduler import Scheduler, failure
 from softprompt_inference.engine.sequence import Sequence
@@ -69,6 +72,8 @@ class Engine:
         # How to make the error anew: a raised one would keep its frames, and with them the adapter's rows.
         self._load_errors: dict[str, Callable[[], SoftpromptError]] = {}
         self._dropping: set[str] = set()
+        self._searches: deque[tuple[int, Search]] = deque()
+        self._found: list[Nearest] = []
         self._refused: list[Output] = []
         self._failed_steps = 0
         self._looks_ahead = config.looks_ahead(info.device)
@@ -89,7 +94,8 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self._scheduler.has_work or bool(self._refused) or self._launched is not None
+        has_answers = bool(self._refused or self._searches or self._found)
+        return self._scheduler.has_work or has_answers or self._launched is not None
 
     def handle(self, command: Command) -> None:
         """Carry out one command; what cannot be done becomes an output of the request concerned."""
@@ -104,6 +110,8 @@ class Engine:
                 self.load_lora(command)
             case DropAdapter(digest=digest):
                 self.drop_adapter(digest)
+            case FindNearest():
+                self.find_nearest(command)
 
     def add(self, request: AddRequest) -> None:
         """Queue a request; a refusal is an output of the next step."""
@@ -223,6 +231,50 @@ class Engine:
             else:
                 self._runner.drop_rows(self._virtual_ids.retire(digest).start)
 
+    def find_nearest(self, command: FindNearest) -> None:
+        """Queue a search; it is answered, or refused, by a later step."""
+        try:
+            search = self._runner.find_nearest(self._find_embeddings(command.digest), command.top_k)
+        except SoftpromptError as error:
+            self._found.append(_not_found(command.search_id, error))
+        except Exception:
+            _log.exception("a search for nearest tokens could not begin")
+            broken = InternalError("the model failed before computing this request")
+            self._found.append(_not_found(command.search_id, broken))
+        else:
+            self._searches.append((command.search_id, search))
+
+    def _find_embeddings(self, digest: str) -> int:
+        """First virtual id of an adapter whose rows are embeddings."""
+        if error := self.load_error(digest):
+            raise error
+        if digest in self._lora_slots or self._virtual_ids.are_key_values(digest):
+            raise InvalidArgument(
+                "only virtual tokens that are embeddings are near tokens; a LoRA has none, and those of "
+                "PREFIX_TUNING and CARTRIDGE are keys and values",
+                field="adapter",
+            )
+        if digest not in self._virtual_ids:
+            raise AdapterNotFound(f"adapter {digest} is not loaded", field="adapter")
+        return self._virtual_ids.ids(digest).start
+
+    def _search(self) -> None:
+        """Compute one piece of the oldest search."""
+        if not self._searches:
+            return
+        search_id, search = self._searches[0]
+        try:
+            rows = search.advance()
+        except Exception:
+            _log.exception("a search for nearest tokens failed")
+            error = InternalError("the model failed while computing this request")
+            self._found.append(_not_found(search_id, error))
+        else:
+            if rows is None:
+                return
+            self._found.append(Nearest(search_id=search_id, rows=rows))
+        self._searches.popleft()
+
     def step(self) -> StepResult:
         """Compute one step for everybody, and begin the one behind it where that is possible.
 
@@ -230,10 +282,13 @@ class Engine:
         """
         outputs, self._refused = self._refused, []
         outputs += self._compute()
+        self._search()
+        found, self._found = self._found, []
         if self._dropping:
             self._drop_unused()
         resident_adapters = len(self._virtual_ids) + len(self._lora_slots)
-        return StepResult(outputs=outputs, stats=self._scheduler.stats(resident_adapters=resident_adapters))
+        stats = self._scheduler.stats(resident_adapters=resident_adapters)
+        return StepResult(outputs=outputs, stats=stats, found=found)
 
     def _compute(self) -> list[Output]:
         step, self._launched = self._launched, None
@@ -263,3 +318,10 @@ class Engine:
         self._scheduler.check()
         self._lora_slots.check()
         assert all(digest in self._virtual_ids or digest in self._lora_slots for digest in self._dropping)
+
+
+def _not_found(search_id: int, error: SoftpromptError) -> Nearest:
+    """The answer to a search that could not be made."""
+    return Nearest(
+        search_id=search_id, error_reason=error.reason, error_message=error.message, error_field=error.field
+    )

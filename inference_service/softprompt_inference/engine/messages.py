@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from softprompt_api.params import SamplingParams
+from softprompt_api.quality import Norms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class AddRequest:
         salt: kept apart in the prefix cache from requests with another salt.
         tenant: requests of several tenants that wait start in turn.
         lora: digest of the LoRA that computes it, soft prompts included; "": none.
+        all_logprobs: with `params.logprobs`, give those of the whole vocabulary too.
     """
 
     request_id: str
@@ -48,6 +50,7 @@ class AddRequest:
     salt: str = ""
     tenant: str = ""
     lora: str = ""
+    all_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +119,24 @@ class DropAdapter:
     digest: str
 
 
-Command = AddRequest | Abort | LoadAdapter | LoadLora | DropAdapter
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindNearest:
+    """Find the vocabulary's tokens whose embeddings are nearest to an adapter's rows; the answer is a Nearest.
+
+    It is computed piece by piece, one beside each step, so that nobody's tokens wait for it.
+
+    Attributes:
+        search_id: unique among the unfinished; made by the front.
+        digest: of a resident adapter that stays loaded until the answer.
+        top_k: tokens for each row, at least 1.
+    """
+
+    search_id: int
+    digest: str
+    top_k: int
+
+
+Command = AddRequest | Abort | LoadAdapter | LoadLora | DropAdapter | FindNearest
 
 
 class Finish(StrEnum):
@@ -134,10 +154,12 @@ class Logprobs:
     Attributes:
         chosen: the chosen token's.
         top: (token id, logprob) of the most likely tokens, most likely first.
+        every: those of all ids in order, float32, little endian; empty unless the request asked for them.
     """
 
     chosen: float
     top: list[tuple[int, float]]
+    every: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,11 +202,31 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NearRow:
+    """One row of an adapter: its norm, and (token id, cosine) of the nearest tokens, nearest first."""
+
+    norm: float
+    tokens: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nearest:
+    """The answer to a FindNearest: a NearRow for each row, or an error as in Output."""
+
+    search_id: int
+    rows: list[NearRow] = field(default_factory=list)
+    error_reason: str = ""
+    error_message: str = ""
+    error_field: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """One message per step."""
 
     outputs: Sequence[Output]
     stats: Stats
+    found: list[Nearest] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +235,7 @@ class ModelInfo:
 
     Attributes:
         no_key_values: why it cannot take keys and values from adapters; "": it can.
+        vocabulary_norms: 1st percentile, median and 99th of the norms of token embeddings; None: not measured.
     """
 
     architecture: str
@@ -210,3 +253,4 @@ class ModelInfo:
     num_pages: int
     page_size: int
     no_key_values: str = ""
+    vocabulary_norms: Norms | None = None

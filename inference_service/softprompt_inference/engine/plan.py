@@ -6,7 +6,7 @@ from typing import Protocol
 
 from softprompt_api.params import SamplingParams
 
-from softprompt_inference.engine.messages import LoadAdapter, LoadLora, Logprobs, ModelInfo
+from softprompt_inference.engine.messages import LoadAdapter, LoadLora, Logprobs, ModelInfo, NearRow
 
 
 def looks_back(params: SamplingParams) -> bool:
@@ -26,6 +26,7 @@ class Sample:
         output_ids: the tokens generated so far; live, not to be kept. In a step that follows another they lack the
             newest, and nobody in it `looks_back`.
         banned_ids: ids that may not be chosen now (ends before `min_tokens`).
+        all_logprobs: with `params.logprobs`, give those of the whole vocabulary too.
     """
 
     params: SamplingParams
@@ -34,6 +35,7 @@ class Sample:
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
     banned_ids: Sequence[int] = ()
+    all_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +120,13 @@ class Pending(Protocol):
         """Wait for its tokens: one Sampled per chunk that has a sample, in order. To be called once."""
 
 
+class Search(Protocol):
+    """A search for the tokens of the vocabulary that are nearest to some rows, computed piece by piece."""
+
+    def advance(self) -> list[NearRow] | None:
+        """Compute the next piece; the answer once it is the last, and None before."""
+
+
 class Runner(Protocol):
     """What the engine needs of the model; the real one is `softprompt_inference.model.runner.ModelRunner`.
 
@@ -135,6 +144,9 @@ class Runner(Protocol):
 
     def drop_rows(self, first_id: int) -> None:
         """Forget the rows that were loaded at first_id."""
+
+    def find_nearest(self, first_id: int, top_k: int) -> Search:
+        """Begin to search for the tokens nearest to the embeddings that were loaded at first_id."""
 
     def load_lora(self, slot: int, lora: LoadLora) -> None:
         """Make an empty slot, 0 … max_loras − 1, stand for a LoRA; whatever is raised leaves it empty.

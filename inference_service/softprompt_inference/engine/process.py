@@ -24,7 +24,14 @@ from softprompt_inference.engine.codec import (
 )
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import Engine
-from softprompt_inference.engine.messages import Abort, AddRequest, DropAdapter, LoadAdapter, LoadLora
+from softprompt_inference.engine.messages import (
+    Abort,
+    AddRequest,
+    DropAdapter,
+    FindNearest,
+    LoadAdapter,
+    LoadLora,
+)
 from softprompt_inference.engine.plan import Runner
 
 _log = logging.getLogger(__name__)
@@ -128,7 +135,7 @@ def _start(connection: Connection, load: Load) -> Engine | None:
 def _run(connection: Connection, engine: Engine) -> None:
     while True:
         for command in connection.receive(wait=not engine.has_work):
-            assert isinstance(command, AddRequest | Abort | LoadAdapter | LoadLora | DropAdapter)
+            assert isinstance(command, AddRequest | Abort | LoadAdapter | LoadLora | DropAdapter | FindNearest)
             engine.handle(command)
         connection.send(engine.step())
 

@@ -226,6 +226,7 @@ class Sequence:
             prompt_ids=self.text_ids,
             output_ids=self.output_ids,
             banned_ids=self._banned_ids if num_outputs < params.min_tokens else (),
+            all_logprobs=self.request.all_logprobs,
         )
 
     def reset(self, state: State) -> None:

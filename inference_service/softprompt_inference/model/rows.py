@@ -43,6 +43,11 @@ class VirtualRows:
         """Index into `rows` of each id."""
         return [self._row_of[virtual_id] for virtual_id in virtual_ids]
 
+    def rows_at(self, first_id: int) -> Tensor:
+        """A copy of the rows that were loaded at first_id: [n, hidden]."""
+        places = self.find(range(first_id, first_id + self._num_rows_at[first_id]))
+        return self.rows[upload(places, torch.int64, self.rows.device)]
+
     def _decode(self, adapter: LoadAdapter) -> Tensor:
         """[num_virtual_tokens, hidden] in the model's dtype."""
         shape = (adapter.num_virtual_tokens, adapter.row_size)

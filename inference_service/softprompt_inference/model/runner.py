@@ -25,6 +25,7 @@ from softprompt_inference.model.attention import (
     page_bytes,
     page_slots,
 )
+from softprompt_inference.model.embeddings import NearestTokens, vocabulary_norms
 from softprompt_inference.model.errors import one_line
 from softprompt_inference.model.graphs import Capture, CudaCapture, DecodeGraphs
 from softprompt_inference.model.kv_pages import KVPages
@@ -86,6 +87,11 @@ class ModelRunner:
     def drop_rows(self, first_id: int) -> None:
         """Forget the rows that were loaded at first_id."""
         (self._key_values if first_id in self._key_values else self._rows).drop(first_id)
+
+    def find_nearest(self, first_id: int, top_k: int) -> NearestTokens:
+        """Begin to search for the tokens nearest to the embeddings that were loaded at first_id."""
+        rows = self._rows.rows_at(first_id)
+        return NearestTokens(self.loaded.embedding, self.loaded.vocab_size, rows, top_k)
 
     def load_lora(self, slot: int, lora: LoadLora) -> None:
         """Make an empty slot stand for a LoRA. Raises AdapterInvalid when it does not fit the model."""
@@ -291,6 +297,7 @@ def load_runner(config: EngineConfig, report: Callable[[str], None]) -> ModelRun
         num_pages=num_pages,
         page_size=config.page_size,
         no_key_values=loaded.no_key_values,
+        vocabulary_norms=vocabulary_norms(loaded.embedding, loaded.vocab_size, loaded.device),
     )
     return runner
 

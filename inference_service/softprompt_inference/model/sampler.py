@@ -57,12 +57,16 @@ class _Wanted:
     rows    n                of the batch
     chosen  [n]
     values, ids  [n, most alternatives]
+    full_rows  m             those of them that ask for all
+    every   [m, vocabulary]
     """
 
     rows: list[int]
     chosen: Tensor
     values: Tensor
     ids: Tensor
+    full_rows: list[int]
+    every: Tensor | None
 
 
 class Choices:
@@ -78,6 +82,8 @@ class Choices:
         self._wanted = wanted
         tensors = [tokens] if wanted is None else [tokens, wanted.chosen, wanted.values, wanted.ids]
         self._download = Download(*tensors) if samples else None
+        every = None if wanted is None else wanted.every
+        self._every = None if every is None else Download(every)
 
     @torch.inference_mode()
     def result(self) -> list[Sampled]:
@@ -97,10 +103,13 @@ class Choices:
         """By row, for the rows that ask."""
         if self._wanted is None:
             return {}
+        rows_bytes = self._every.rows_bytes() if self._every else []
+        every = dict(zip(self._wanted.full_rows, rows_bytes, strict=True))
         found = {}
         for i, chosen, values, ids in zip(self._wanted.rows, *lists, strict=True):
             count = self._params[i].logprobs
-            found[i] = Logprobs(chosen=chosen, top=list(zip(ids[:count], values[:count], strict=True)))
+            top = list(zip(ids[:count], values[:count], strict=True))
+            found[i] = Logprobs(chosen=chosen, top=top, every=every.get(i, b""))
         return found
 
 
@@ -166,4 +175,6 @@ def _logprobs(raw: Tensor, tokens: Tensor, samples: Sequence[Sample]) -> _Wanted
     logprobs = torch.log_softmax(_select(raw, rows).float(), dim=-1)
     chosen = logprobs.gather(-1, _select(tokens, rows)[:, None].clamp(0, vocab_size - 1)).flatten()
     values, ids = logprobs.topk(min(max(counts.values()), vocab_size), dim=-1)
-    return _Wanted(rows=rows, chosen=chosen, values=values, ids=ids)
+    full_rows = [i for i in rows if samples[i].all_logprobs]
+    every = _select(logprobs, [rows.index(i) for i in full_rows]) if full_rows else None
+    return _Wanted(rows=rows, chosen=chosen, values=values, ids=ids, full_rows=full_rows, every=every)

@@ -35,9 +35,17 @@ class Download:
 
     def lists(self) -> list[list[Any]]:
         """Wait for them; each as `tolist` gives it."""
+        self._wait()
+        return [copy.tolist() for copy in self._copies]
+
+    def rows_bytes(self) -> list[bytes]:
+        """Wait for them; the raw values of each row of the first."""
+        self._wait()
+        return [row.contiguous().numpy().tobytes() for row in self._copies[0]]
+
+    def _wait(self) -> None:
         if self._arrived is not None:
             self._arrived.synchronize()
-        return [copy.tolist() for copy in self._copies]
 
 
 def _to_pinned(tensor: Tensor) -> Tensor:

@@ -37,6 +37,10 @@ class EmbeddingSpec(AdapterSpec):
         """See AdapterSpec."""
         return {TENSOR: (self.num_virtual_tokens, self.hidden_size)}
 
+    def embeddings(self) -> str:
+        """See AdapterSpec."""
+        return TENSOR
+
     def read(self, tensors: Mapping[str, RawTensor], *, task: int | None, dtype: str) -> Content:  # noqa: ARG002
         """See AdapterSpec."""
         tensor = tensors[TENSOR]

@@ -92,6 +92,10 @@ class AdapterSpec(ABC):
         """Values that its tensors have together; None where the config does not say."""
         return sum(math.prod(shape) for shape in self.expected_tensors({}).values())
 
+    def embeddings(self) -> str:
+        """Name of the tensor whose rows are served in place of token embeddings; "" for kinds without one."""
+        return ""
+
     def max_rank(self, found: Mapping[str, TensorInfo]) -> int:  # noqa: ARG002
         """The highest rank among its matrices; 0 for kinds without ranks to serve."""
         return 0

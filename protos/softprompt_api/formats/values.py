@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from softprompt_api.formats.norms import RowNorms
 from softprompt_api.formats.safetensors_header import ITEM_BYTES, TensorInfo, tensor_invalid
 
 # safetensors dtype to the name used everywhere else.
@@ -21,14 +22,16 @@ class ValueScan:
     Args:
         info: the tensor, of dtype F32, F16 or BF16.
         serving_dtype: "float32", "float16", "bfloat16", or "" when not known.
+        norms: sums up its rows; None: they are not wanted.
 
     Attributes:
         missing_bytes: those of the tensor that were not fed yet.
     """
 
-    def __init__(self, info: TensorInfo, serving_dtype: str) -> None:
+    def __init__(self, info: TensorInfo, serving_dtype: str, norms: RowNorms | None = None) -> None:
         self._info = info
         self._dtype = serving_dtype or "float32"
+        self._norms = norms
         self._rest = b""
         self._num_seen = 0
         self._largest = 0.0
@@ -67,6 +70,8 @@ class ValueScan:
             self._refuse(values, magnitudes)
         self._largest = max(self._largest, largest)
         self._num_seen += len(values)
+        if self._norms is not None:
+            self._norms.add(values)
 
     def _refuse(self, values: np.ndarray, magnitudes: np.ndarray) -> None:
         # float64 holds every limit; negated, so that NaN counts as too large.

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from softprompt_api.errors import AdapterInvalid
 from softprompt_api.formats import safetensors_header as safetensors
 from softprompt_api.formats.content import Content
+from softprompt_api.formats.norms import RowNorms
 from softprompt_api.formats.safetensors_header import TensorInfo, tensor_invalid
 from softprompt_api.formats.spec import AdapterSpec, ModelShape, RawTensor
 from softprompt_api.formats.values import FLOAT_DTYPES, ValueScan
 from softprompt_api.names import shown
+from softprompt_api.quality import Norms
 
 _PIECE_BYTES = 2**20
 
@@ -25,6 +27,7 @@ class VerifiedAdapter:
         rank: the highest of a LoRA; 0 for other kinds.
         size_bytes: size of the file.
         sha256: hex, of the file.
+        row_norms: of the rows that stand for token embeddings; None for kinds without such rows.
     """
 
     digest: str
@@ -32,6 +35,7 @@ class VerifiedAdapter:
     rank: int
     size_bytes: int
     sha256: str
+    row_norms: Norms | None = None
 
 
 def adapter_digest(spec: AdapterSpec, sha256: str) -> str:
@@ -67,6 +71,7 @@ class AdapterVerifier:
         self._length_known = False
         self._tensors: dict[str, TensorInfo] | None = None
         self._scans: deque[ValueScan] = deque()
+        self._norms: RowNorms | None = None
 
     def feed(self, chunk: bytes | bytearray | memoryview) -> None:
         """Take the file's next bytes."""
@@ -101,6 +106,7 @@ class AdapterVerifier:
             rank=self._spec.max_rank(self._tensors),
             size_bytes=self._size_bytes,
             sha256=sha256,
+            row_norms=self._norms.norms() if self._norms else None,
         )
 
     def _take(self, piece: memoryview) -> None:
@@ -133,7 +139,10 @@ class AdapterVerifier:
             raise AdapterInvalid(
                 f"the adapter has rank {rank}; at most {self._model.max_lora_rank} is served", field="config.r"
             )
-        self._scans.extend(ValueScan(info, self._model.dtype) for info in self._tensors.values())
+        for name, info in self._tensors.items():
+            norms = RowNorms(*info.shape) if name == self._spec.embeddings() else None
+            self._scans.append(ValueScan(info, self._model.dtype, norms))
+            self._norms = norms or self._norms
         self._head.clear()
 
 

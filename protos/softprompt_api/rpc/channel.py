@@ -24,7 +24,16 @@ _RETRIED = (
     + [{"service": "softprompt_api.registry.v1.KeyService", "method": method} for method in ("GetKey", "ListKeys")]
     + [
         {"service": "softprompt_api.inference.v1.InferenceService", "method": method}
-        for method in ("Generate", "GenerateMany", "Tokenize", "Detokenize", "GetModel", "GetLoad", "ListResident")
+        for method in (
+            "Generate",
+            "GenerateMany",
+            "Tokenize",
+            "Detokenize",
+            "GetModel",
+            "GetLoad",
+            "ListResident",
+            "NearestTokens",
+        )
     ]
 )
 _SERVICE_CONFIG = json.dumps(

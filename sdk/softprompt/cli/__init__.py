@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import typer
 from softprompt_api.errors import SoftpromptError
 
-from softprompt.cli import adapters, amend, bench, doctor, keys, resident, run, serve, talk
+from softprompt.cli import adapters, amend, bench, doctor, keys, quality, resident, run, serve, talk
 from softprompt.cli.argv import repeat_flags
 from softprompt.cli.problems import Problem
 
@@ -39,6 +39,13 @@ for name, help_, command in (
     ("ps", "List the adapters in the inference service's memory.", resident.ps),
     ("preload", "Bring an adapter to the device before its first request.", resident.preload),
     ("evict", "Let an adapter that no request uses go from memory.", resident.evict),
+    ("probe", "Measure what an adapter changes after a few prompts, and keep it with the version.", quality.probe),
+    ("nearest", "List the tokens of the vocabulary that are nearest to each virtual token.", quality.nearest),
+    (
+        "verify",
+        "Compare what is served with PEFT, replayed here in float32: exit 0 where they are equal, 1 otherwise.",
+        quality.verify,
+    ),
 ):
     adapters.app.command(name, help=help_)(command)
 app.add_typer(adapters.app, name="adapter")

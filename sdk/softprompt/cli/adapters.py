@@ -7,8 +7,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
+from softprompt_api.errors import SoftpromptError
 
 from softprompt.cli.problems import WrongUsage
+from softprompt.inference import DEFAULT_ADDRESS as INFERENCE_ADDRESS
+from softprompt.inference import InferenceClient
 from softprompt.registry import DEFAULT_ADDRESS, AdapterInfo, RegistryClient
 
 _MAX_LINE = 1000
@@ -23,18 +26,35 @@ Registry = Annotated[
     str,
     typer.Option("--registry", envvar="SOFTPROMPT_REGISTRY_ADDRESS", help="host:port of the registry's gRPC"),
 ]
+Inference = Annotated[
+    str,
+    typer.Option(
+        "--inference", envvar="SOFTPROMPT_INFERENCE_ADDRESS", help="host:port of the inference service's gRPC"
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Adapter = Annotated[str, typer.Argument(help="[TENANT/]NAME, NAME@VERSION, NAME@ALIAS or sha256:DIGEST")]
 
 
-@app.command(help="Register a PEFT folder or a hub id under NAME; requests can use it at once.")
+@app.command(
+    help="Register a PEFT folder or a hub id under NAME; requests can use it at once. Its effect is measured then."
+)
 def add(
     name: Annotated[
         str, typer.Argument(help="what requests call it, behind TENANT/ where it is not the default tenant's")
     ],
-    path: Annotated[str, typer.Argument(help="folder with adapter_config.json and adapter_model.safetensors")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="folder with adapter_config.json and adapter_model.safetensors, or hf://OWNER/NAME[@REVISION]"
+        ),
+    ],
     label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="free text to keep with it")] = None,
+    probe: Annotated[
+        bool, typer.Option(help="measure its effect on a few fixed prompts, where an inference service answers")
+    ] = True,
     registry: Registry = DEFAULT_ADDRESS,
+    inference: Inference = INFERENCE_ADDRESS,
     as_json: AsJson = False,
 ) -> None:
     """Upload one adapter; an existing name gets a new version."""
@@ -49,12 +69,27 @@ def add(
         info, warnings = client.add(
             name, path, labels=labels, progress=lambda sent, total: bar.update(task, completed=sent, total=total)
         )
+    if not as_json:
+        typer.echo(f"{info.name}@{info.version} is ready: {info.size}, {info.digest}")
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
+    if probe:
+        info = _probe(inference, info)
     if as_json:
         print_json(info.as_dict())
-    else:
-        typer.echo(f"{info.name}@{info.version} is ready: {info.size}, {info.digest}")
+
+
+def _probe(inference: str, info: AdapterInfo) -> AdapterInfo:
+    """The version with its effect, told where it has none; without where nobody can measure it."""
+    try:
+        with InferenceClient(inference) as client:
+            probed = client.probe(f"{info.name}@{info.version}")
+    except SoftpromptError as error:
+        typer.echo(f"its effect was not measured: {error.message}", err=True)
+        return info
+    for warning in probed.probe.warnings if probed.probe else ():
+        typer.echo(f"warning: {warning}", err=True)
+    return probed
 
 
 @app.command(help="List the adapters of all tenants, the latest version of each.")
@@ -80,11 +115,26 @@ def show(adapter: Adapter, registry: Registry = DEFAULT_ADDRESS, as_json: AsJson
         print_json({**info.as_dict(), "versions": [version.version for version in versions]})
         return
     facts = Table.grid(padding=(0, 2))
-    for name, value in info.as_dict().items():
+    for name, value in _facts(info).items():
         facts.add_row(name.replace("_", " "), json.dumps(value) if isinstance(value, dict | list) else str(value))
     console().print(facts, highlight=False, markup=False)
     if len(versions) > 1:
         console().print(_table(versions))
+
+
+def _facts(info: AdapterInfo) -> dict[str, Any]:
+    """What there is to tell of a version; numbers that belong together as a sentence."""
+    effects = [
+        ("" if effect.task is None else f"task {effect.task}: ") + str(effect)
+        for effect in (info.probe.effects if info.probe else ())
+    ]
+    return {
+        **info.as_dict(),
+        "row_norms": info.row_norms or "not known",
+        "vocabulary_norms": info.vocabulary_norms or "not known",
+        "probe": "; ".join(effects) or "not measured yet; see softprompt adapter probe",
+        "warnings": "; ".join(info.warnings) or "none",
+    }
 
 
 @app.command(

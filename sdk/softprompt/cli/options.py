@@ -64,6 +64,8 @@ class RunOptions(BaseModel):
     lora_modules: dict[str, str] = Field(default_factory=dict)
     max_loras: int | None = Field(default=None, ge=1, le=1024)
     max_lora_rank: int | None = Field(default=None, ge=1, le=1024)
+    allow_file_imports: str | None = Field(default=None, min_length=1)
+    allow_hub_imports: bool = False
 
     @property
     def adapters(self) -> dict[str, str]:

@@ -1,19 +1,10 @@
 """`softprompt adapter` `ps`, `preload`, `evict`: which adapters are in the inference service's memory."""
 
-from typing import Annotated
-
 import typer
 from rich.table import Table
 
-from softprompt.cli.adapters import Adapter, AsJson, console, print_json
+from softprompt.cli.adapters import Adapter, AsJson, Inference, console, print_json
 from softprompt.inference import DEFAULT_ADDRESS, InferenceClient
-
-Inference = Annotated[
-    str,
-    typer.Option(
-        "--inference", envvar="SOFTPROMPT_INFERENCE_ADDRESS", help="host:port of the inference service's gRPC"
-    ),
-]
 
 
 def ps(inference: Inference = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:

@@ -53,6 +53,16 @@ def run(
     max_lora_rank: Annotated[
         int | None, typer.Option(envvar="SOFTPROMPT_MAX_LORA_RANK", help="highest rank of a LoRA")
     ] = None,
+    allow_file_imports: Annotated[
+        str | None,
+        typer.Option(envvar="SOFTPROMPT_ALLOW_FILE_IMPORTS", help="POST /v1/adapters may import folders below it"),
+    ] = None,
+    allow_hub_imports: Annotated[
+        bool | None,
+        typer.Option(
+            envvar="SOFTPROMPT_ALLOW_HUB_IMPORTS", help="POST /v1/adapters may import repositories of the hub"
+        ),
+    ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(envvar="SOFTPROMPT_SERVED_MODEL_NAME", help="what requests call the base model")
     ] = None,

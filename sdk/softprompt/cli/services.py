@@ -54,10 +54,12 @@ def environment(service: str, options: RunOptions, addresses: Addresses) -> dict
     return {"SOFTPROMPT_LOG_FORMAT": "json", **inherited, **given}
 
 
-def _registry(_options: RunOptions, addresses: Addresses) -> dict[str, object]:
+def _registry(options: RunOptions, addresses: Addresses) -> dict[str, object]:
     return {
         "SOFTPROMPT_REGISTRY_ADDRESS": addresses.registry,
         "SOFTPROMPT_REGISTRY_REDIS_URL": addresses.redis_url,
+        "SOFTPROMPT_REGISTRY_ALLOW_FILE_IMPORTS": options.allow_file_imports,
+        "SOFTPROMPT_REGISTRY_ALLOW_HUB_IMPORTS": options.allow_hub_imports,
         "SOFTPROMPT_REGISTRY_GRACE_S": GRACE_S / 2,
     }
 

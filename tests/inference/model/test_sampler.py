@@ -1,6 +1,7 @@
 import math
 import warnings
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -280,3 +281,25 @@ def test_the_device_has_the_tokens_that_are_told_but_for_those_missing() -> None
 
 def test_what_is_not_finite_is_noticed_where_it_is_banned() -> None:
     assert one([0.0, math.nan, 1.0], ask(banned_ids=(1,))).error == sampler.NOT_FINITE
+
+
+def test_whole_distributions_are_given_to_rows_that_ask_for_them_alone() -> None:
+    logits = torch.randn(5, 37, generator=torch.Generator().manual_seed(1))
+    samples = [ask(), ask(logprobs=0), ask(logprobs=2), ask(logprobs=0), ask()]
+    samples[2], samples[3] = (replace(samples[i], all_logprobs=True) for i in (2, 3))
+    results = sample(logits, samples)
+    assert [bool(result.logprobs and result.logprobs.every) for result in results] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
+    for i in (2, 3):
+        logprobs = results[i].logprobs
+        assert logprobs is not None
+        whole = torch.frombuffer(bytearray(logprobs.every), dtype=torch.float32)
+        torch.testing.assert_close(whole, torch.log_softmax(logits[i], dim=-1))
+        assert logprobs.chosen == whole[results[i].token_id]
+    assert results[2].logprobs is not None
+    assert len(results[2].logprobs.top) == 2

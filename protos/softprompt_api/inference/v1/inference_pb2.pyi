@@ -1552,3 +1552,169 @@ class EvictResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EvictResponse: _TypeAlias = EvictResponse  # noqa: Y015
+
+@_typing.final
+class ProbeAdapterRequest(_message.Message):
+    """ProbeAdapterRequest names an adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """"name", "name@version", "name@alias" or "sha256:<64 hex>"; without a task."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeAdapterRequest: _TypeAlias = ProbeAdapterRequest  # noqa: Y015
+
+@_typing.final
+class ProbeAdapterResponse(_message.Message):
+    """ProbeAdapterResponse answers ProbeAdapter, once the registry has recorded the result."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> _registry_pb2.AdapterVersion:
+        """The version, with its new probe."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _registry_pb2.AdapterVersion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeAdapterResponse: _TypeAlias = ProbeAdapterResponse  # noqa: Y015
+
+@_typing.final
+class NearestTokensRequest(_message.Message):
+    """NearestTokensRequest names an adapter of an embedding kind."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """As in GenerateRequest."""
+    top_k: _builtins.int
+    """How many tokens for each virtual token: 1 to 20; 0: 5."""
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        top_k: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "top_k", b"top_k"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NearestTokensRequest: _TypeAlias = NearestTokensRequest  # noqa: Y015
+
+@_typing.final
+class NearestTokensResponse(_message.Message):
+    """NearestTokensResponse answers NearestTokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_NAME_FIELD_NUMBER: _builtins.int
+    ADAPTER_VERSION_FIELD_NUMBER: _builtins.int
+    ADAPTER_DIGEST_FIELD_NUMBER: _builtins.int
+    VIRTUAL_TOKENS_FIELD_NUMBER: _builtins.int
+    adapter_name: _builtins.str
+    """Name of the adapter; empty when the request named a digest."""
+    adapter_version: _builtins.int
+    """Version of the adapter; 0 when the request named a digest."""
+    adapter_digest: _builtins.str
+    """Its digest, with its task where it has several."""
+    @_builtins.property
+    def virtual_tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___VirtualToken]:
+        """One for each virtual token, in order."""
+
+    def __init__(
+        self,
+        *,
+        adapter_name: _builtins.str = ...,
+        adapter_version: _builtins.int = ...,
+        adapter_digest: _builtins.str = ...,
+        virtual_tokens: _abc.Iterable[Global___VirtualToken] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_digest", b"adapter_digest", "adapter_name", b"adapter_name", "adapter_version", b"adapter_version", "virtual_tokens", b"virtual_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NearestTokensResponse: _TypeAlias = NearestTokensResponse  # noqa: Y015
+
+@_typing.final
+class VirtualToken(_message.Message):
+    """VirtualToken is one virtual token of an adapter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NORM_FIELD_NUMBER: _builtins.int
+    NEAREST_FIELD_NUMBER: _builtins.int
+    norm: _builtins.float
+    """Euclidean norm of its row, in the dtype that is served."""
+    @_builtins.property
+    def nearest(self) -> _containers.RepeatedCompositeFieldContainer[Global___NearToken]:
+        """The tokens that are nearest to it, nearest first."""
+
+    def __init__(
+        self,
+        *,
+        norm: _builtins.float = ...,
+        nearest: _abc.Iterable[Global___NearToken] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nearest", b"nearest", "norm", b"norm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VirtualToken: _TypeAlias = VirtualToken  # noqa: Y015
+
+@_typing.final
+class NearToken(_message.Message):
+    """NearToken is a token of the vocabulary that is near a virtual token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    COSINE_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """Token id."""
+    cosine: _builtins.float
+    """Cosine of the angle between the two embeddings, -1 to 1."""
+    token: _builtins.str
+    """The token's own text, replacement characters where it is not whole UTF-8."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        cosine: _builtins.float = ...,
+        token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cosine", b"cosine", "token", b"token", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NearToken: _TypeAlias = NearToken  # noqa: Y015

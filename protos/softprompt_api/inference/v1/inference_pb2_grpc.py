@@ -82,6 +82,16 @@ class InferenceServiceStub:
                 request_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.EvictRequest.SerializeToString,
                 response_deserializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.EvictResponse.FromString,
                 _registered_method=True)
+        self.ProbeAdapter = channel.unary_unary(
+                '/softprompt_api.inference.v1.InferenceService/ProbeAdapter',
+                request_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.ProbeAdapterRequest.SerializeToString,
+                response_deserializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.ProbeAdapterResponse.FromString,
+                _registered_method=True)
+        self.NearestTokens = channel.unary_unary(
+                '/softprompt_api.inference.v1.InferenceService/NearestTokens',
+                request_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.NearestTokensRequest.SerializeToString,
+                response_deserializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.NearestTokensResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
@@ -163,6 +173,24 @@ class InferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ProbeAdapter(self, request, context):
+        """ProbeAdapter measures what an adapter does: the distributions of the next token after a few fixed prompts, with it
+        and without. The registry keeps the result with the version. Prompts run one at a time in the common batch.
+        NOT_FOUND: no such adapter. INVALID_ARGUMENT: it does not fit the model, or a task was named: all are measured.
+        UNAVAILABLE: the registry is away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def NearestTokens(self, request, context):
+        """NearestTokens finds, for each virtual token, the tokens of the vocabulary whose embeddings point in the most
+        similar direction. NOT_FOUND: no such adapter. INVALID_ARGUMENT: its virtual tokens are not embeddings.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -210,6 +238,16 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Evict,
                     request_deserializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.EvictRequest.FromString,
                     response_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.EvictResponse.SerializeToString,
+            ),
+            'ProbeAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProbeAdapter,
+                    request_deserializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.ProbeAdapterRequest.FromString,
+                    response_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.ProbeAdapterResponse.SerializeToString,
+            ),
+            'NearestTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.NearestTokens,
+                    request_deserializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.NearestTokensRequest.FromString,
+                    response_serializer=softprompt__api_dot_inference_dot_v1_dot_inference__pb2.NearestTokensResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -458,6 +496,60 @@ class InferenceService:
             '/softprompt_api.inference.v1.InferenceService/Evict',
             softprompt__api_dot_inference_dot_v1_dot_inference__pb2.EvictRequest.SerializeToString,
             softprompt__api_dot_inference_dot_v1_dot_inference__pb2.EvictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProbeAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/softprompt_api.inference.v1.InferenceService/ProbeAdapter',
+            softprompt__api_dot_inference_dot_v1_dot_inference__pb2.ProbeAdapterRequest.SerializeToString,
+            softprompt__api_dot_inference_dot_v1_dot_inference__pb2.ProbeAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def NearestTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/softprompt_api.inference.v1.InferenceService/NearestTokens',
+            softprompt__api_dot_inference_dot_v1_dot_inference__pb2.NearestTokensRequest.SerializeToString,
+            softprompt__api_dot_inference_dot_v1_dot_inference__pb2.NearestTokensResponse.FromString,
             options,
             channel_credentials,
             insecure,

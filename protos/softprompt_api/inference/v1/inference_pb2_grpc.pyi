@@ -68,6 +68,16 @@ class InferenceServiceStub:
     """Evict lets an adapter go from memory; the next request brings it back. NOT_FOUND: it is not in memory.
     FAILED_PRECONDITION: requests use it.
     """
+    ProbeAdapter: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ProbeAdapterRequest, _inference_pb2.ProbeAdapterResponse]
+    """ProbeAdapter measures what an adapter does: the distributions of the next token after a few fixed prompts, with it
+    and without. The registry keeps the result with the version. Prompts run one at a time in the common batch.
+    NOT_FOUND: no such adapter. INVALID_ARGUMENT: it does not fit the model, or a task was named: all are measured.
+    UNAVAILABLE: the registry is away.
+    """
+    NearestTokens: _grpc.UnaryUnaryMultiCallable[_inference_pb2.NearestTokensRequest, _inference_pb2.NearestTokensResponse]
+    """NearestTokens finds, for each virtual token, the tokens of the vocabulary whose embeddings point in the most
+    similar direction. NOT_FOUND: no such adapter. INVALID_ARGUMENT: its virtual tokens are not embeddings.
+    """
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
@@ -108,6 +118,16 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     Evict: _aio.UnaryUnaryMultiCallable[_inference_pb2.EvictRequest, _inference_pb2.EvictResponse]  # type: ignore[assignment]
     """Evict lets an adapter go from memory; the next request brings it back. NOT_FOUND: it is not in memory.
     FAILED_PRECONDITION: requests use it.
+    """
+    ProbeAdapter: _aio.UnaryUnaryMultiCallable[_inference_pb2.ProbeAdapterRequest, _inference_pb2.ProbeAdapterResponse]  # type: ignore[assignment]
+    """ProbeAdapter measures what an adapter does: the distributions of the next token after a few fixed prompts, with it
+    and without. The registry keeps the result with the version. Prompts run one at a time in the common batch.
+    NOT_FOUND: no such adapter. INVALID_ARGUMENT: it does not fit the model, or a task was named: all are measured.
+    UNAVAILABLE: the registry is away.
+    """
+    NearestTokens: _aio.UnaryUnaryMultiCallable[_inference_pb2.NearestTokensRequest, _inference_pb2.NearestTokensResponse]  # type: ignore[assignment]
+    """NearestTokens finds, for each virtual token, the tokens of the vocabulary whose embeddings point in the most
+    similar direction. NOT_FOUND: no such adapter. INVALID_ARGUMENT: its virtual tokens are not embeddings.
     """
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -200,6 +220,28 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_inference_pb2.EvictResponse, _abc.Awaitable[_inference_pb2.EvictResponse]]:
         """Evict lets an adapter go from memory; the next request brings it back. NOT_FOUND: it is not in memory.
         FAILED_PRECONDITION: requests use it.
+        """
+
+    @_abc_1.abstractmethod
+    def ProbeAdapter(
+        self,
+        request: _inference_pb2.ProbeAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.ProbeAdapterResponse, _abc.Awaitable[_inference_pb2.ProbeAdapterResponse]]:
+        """ProbeAdapter measures what an adapter does: the distributions of the next token after a few fixed prompts, with it
+        and without. The registry keeps the result with the version. Prompts run one at a time in the common batch.
+        NOT_FOUND: no such adapter. INVALID_ARGUMENT: it does not fit the model, or a task was named: all are measured.
+        UNAVAILABLE: the registry is away.
+        """
+
+    @_abc_1.abstractmethod
+    def NearestTokens(
+        self,
+        request: _inference_pb2.NearestTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.NearestTokensResponse, _abc.Awaitable[_inference_pb2.NearestTokensResponse]]:
+        """NearestTokens finds, for each virtual token, the tokens of the vocabulary whose embeddings point in the most
+        similar direction. NOT_FOUND: no such adapter. INVALID_ARGUMENT: its virtual tokens are not embeddings.
         """
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -86,7 +86,7 @@ class _AdapterEventTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Adap
     ADAPTER_EVENT_TYPE_ALIAS_REMOVED: _AdapterEventType.ValueType  # 6
     """An alias was removed."""
     ADAPTER_EVENT_TYPE_UPDATED: _AdapterEventType.ValueType  # 7
-    """A version's labels or pin were changed."""
+    """A version's labels or pin were changed, or a probe was recorded."""
     ADAPTER_EVENT_TYPE_KEY_CREATED: _AdapterEventType.ValueType  # 8
     """An API key was made."""
     ADAPTER_EVENT_TYPE_KEY_REVOKED: _AdapterEventType.ValueType  # 9
@@ -110,7 +110,7 @@ ADAPTER_EVENT_TYPE_ALIAS_SET: AdapterEventType.ValueType  # 5
 ADAPTER_EVENT_TYPE_ALIAS_REMOVED: AdapterEventType.ValueType  # 6
 """An alias was removed."""
 ADAPTER_EVENT_TYPE_UPDATED: AdapterEventType.ValueType  # 7
-"""A version's labels or pin were changed."""
+"""A version's labels or pin were changed, or a probe was recorded."""
 ADAPTER_EVENT_TYPE_KEY_CREATED: AdapterEventType.ValueType  # 8
 """An API key was made."""
 ADAPTER_EVENT_TYPE_KEY_REVOKED: AdapterEventType.ValueType  # 9
@@ -167,6 +167,7 @@ class BaseModel(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     NO_KEY_VALUES_FIELD_NUMBER: _builtins.int
     MAX_LORA_RANK_FIELD_NUMBER: _builtins.int
+    VOCABULARY_NORMS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Public id, for example "HuggingFaceTB/SmolLM2-135M-Instruct"."""
     architecture: _builtins.str
@@ -193,6 +194,12 @@ class BaseModel(_message.Message):
     """
     max_lora_rank: _builtins.int
     """Highest rank of a LoRA that the service accepts; 0: 64."""
+    @_builtins.property
+    def vocabulary_norms(self) -> Global___Norms:
+        """Euclidean norms of the vocabulary's embeddings, as the first layer gets them: 1st percentile, median and 99th.
+        Unset: not told; virtual tokens are not compared with them.
+        """
+
     def __init__(
         self,
         *,
@@ -208,14 +215,125 @@ class BaseModel(_message.Message):
         dtype: _builtins.str = ...,
         no_key_values: _builtins.str = ...,
         max_lora_rank: _builtins.int = ...,
+        vocabulary_norms: Global___Norms | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["vocabulary_norms", b"vocabulary_norms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "head_dim", b"head_dim", "hidden_size", b"hidden_size", "id", b"id", "max_lora_rank", b"max_lora_rank", "max_virtual_tokens", b"max_virtual_tokens", "no_key_values", b"no_key_values", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "tokenizer_sha256", b"tokenizer_sha256", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "head_dim", b"head_dim", "hidden_size", b"hidden_size", "id", b"id", "max_lora_rank", b"max_lora_rank", "max_virtual_tokens", b"max_virtual_tokens", "no_key_values", b"no_key_values", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "tokenizer_sha256", b"tokenizer_sha256", "vocab_size", b"vocab_size", "vocabulary_norms", b"vocabulary_norms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BaseModel: _TypeAlias = BaseModel  # noqa: Y015
+
+@_typing.final
+class Norms(_message.Message):
+    """Norms tells of the Euclidean norms of many vectors."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOW_FIELD_NUMBER: _builtins.int
+    MEDIAN_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    low: _builtins.float
+    """The lowest, or a low percentile; from 0."""
+    median: _builtins.float
+    """The median."""
+    high: _builtins.float
+    """The highest, or a high percentile."""
+    def __init__(
+        self,
+        *,
+        low: _builtins.float = ...,
+        median: _builtins.float = ...,
+        high: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["high", b"high", "low", b"low", "median", b"median"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Norms: _TypeAlias = Norms  # noqa: Y015
+
+@_typing.final
+class Effect(_message.Message):
+    """Effect is how much an adapter changes the model's next token after a few fixed prompts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: _builtins.int
+    MEAN_KL_FIELD_NUMBER: _builtins.int
+    MAX_KL_FIELD_NUMBER: _builtins.int
+    NUM_FLIPS_FIELD_NUMBER: _builtins.int
+    NUM_PROMPTS_FIELD_NUMBER: _builtins.int
+    task: _builtins.int
+    """Which task of an adapter that has tasks; unset: it has none."""
+    mean_kl: _builtins.float
+    """Kullback-Leibler divergence of the distributions of the next token, with the adapter from without, in nats: the
+    mean over the prompts. At least 0.
+    """
+    max_kl: _builtins.float
+    """The same, the highest of the prompts."""
+    num_flips: _builtins.int
+    """After how many prompts the likeliest token is another."""
+    num_prompts: _builtins.int
+    """How many prompts there were, at least 1."""
+    def __init__(
+        self,
+        *,
+        task: _builtins.int | None = ...,
+        mean_kl: _builtins.float = ...,
+        max_kl: _builtins.float = ...,
+        num_flips: _builtins.int = ...,
+        num_prompts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_task", b"_task", "task", b"task"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_task", b"_task", "max_kl", b"max_kl", "mean_kl", b"mean_kl", "num_flips", b"num_flips", "num_prompts", b"num_prompts", "task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__task: _TypeAlias = _typing.Literal["task"]  # noqa: Y015
+    _WhichOneofArgType__task: _TypeAlias = _typing.Literal["_task", b"_task"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__task) -> _WhichOneofReturnType__task | None: ...
+
+Global___Effect: _TypeAlias = Effect  # noqa: Y015
+
+@_typing.final
+class Probe(_message.Message):
+    """Probe is what an inference service has measured of a version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EFFECTS_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_ID_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    PROBED_AT_FIELD_NUMBER: _builtins.int
+    base_model_id: _builtins.str
+    """Id of the base model that it was measured with."""
+    dtype: _builtins.str
+    """dtype that the model was served in, as in BaseModel."""
+    @_builtins.property
+    def effects(self) -> _containers.RepeatedCompositeFieldContainer[Global___Effect]:
+        """The effect of the adapter, or of each of its first 16 tasks, in order."""
+
+    @_builtins.property
+    def probed_at(self) -> _timestamp_pb2.Timestamp:
+        """When the registry recorded it."""
+
+    def __init__(
+        self,
+        *,
+        effects: _abc.Iterable[Global___Effect] | None = ...,
+        base_model_id: _builtins.str = ...,
+        dtype: _builtins.str = ...,
+        probed_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["probed_at", b"probed_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model_id", b"base_model_id", "dtype", b"dtype", "effects", b"effects", "probed_at", b"probed_at"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Probe: _TypeAlias = Probe  # noqa: Y015
 
 @_typing.final
 class AdapterVersion(_message.Message):
@@ -259,6 +377,9 @@ class AdapterVersion(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     NUM_TASKS_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
+    ROW_NORMS_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
     ALIASES_FIELD_NUMBER: _builtins.int
     PINNED_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
@@ -305,6 +426,20 @@ class AdapterVersion(_message.Message):
         """Free labels, given at registration or later."""
 
     @_builtins.property
+    def row_norms(self) -> Global___Norms:
+        """Norms of the rows that stand for virtual tokens: the lowest, the median and the highest. Unset for kinds whose
+        tensors are not such rows (tasks, keys and values, LoRA), and for versions from before these were kept.
+        """
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the registry noticed and accepted when it registered the version."""
+
+    @_builtins.property
+    def probe(self) -> Global___Probe:
+        """What was measured of it last; unset: nothing yet."""
+
+    @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The aliases that pointed to it when this was read, in order; "latest" is one of them."""
 
@@ -327,13 +462,16 @@ class AdapterVersion(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         num_tasks: _builtins.int = ...,
         rank: _builtins.int = ...,
+        row_norms: Global___Norms | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+        probe: Global___Probe | None = ...,
         aliases: _abc.Iterable[_builtins.str] | None = ...,
         pinned: _builtins.bool = ...,
         revision: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "created_at", b"created_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "created_at", b"created_at", "probe", b"probe", "row_norms", b"row_norms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_model", b"base_model", "config_json", b"config_json", "created_at", b"created_at", "digest", b"digest", "dtype", b"dtype", "hidden_size", b"hidden_size", "id", b"id", "kind", b"kind", "labels", b"labels", "name", b"name", "num_tasks", b"num_tasks", "num_virtual_tokens", b"num_virtual_tokens", "pinned", b"pinned", "rank", b"rank", "revision", b"revision", "size_bytes", b"size_bytes", "tensors_sha256", b"tensors_sha256", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_model", b"base_model", "config_json", b"config_json", "created_at", b"created_at", "digest", b"digest", "dtype", b"dtype", "hidden_size", b"hidden_size", "id", b"id", "kind", b"kind", "labels", b"labels", "name", b"name", "num_tasks", b"num_tasks", "num_virtual_tokens", b"num_virtual_tokens", "pinned", b"pinned", "probe", b"probe", "rank", b"rank", "revision", b"revision", "row_norms", b"row_norms", "size_bytes", b"size_bytes", "tensors_sha256", b"tensors_sha256", "version", b"version", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -483,7 +621,7 @@ class RegisterAdapterResponse(_message.Message):
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What the registry noticed and accepted."""
+        """What the registry noticed and accepted; the same as the version's."""
 
     def __init__(
         self,
@@ -1115,6 +1253,155 @@ class ListBaseModelsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListBaseModelsResponse: _TypeAlias = ListBaseModelsResponse  # noqa: Y015
+
+@_typing.final
+class RecordProbeRequest(_message.Message):
+    """RecordProbeRequest tells what was measured."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """Which version: "name@3"; "name" and "name@alias" mean the version they stand for at that moment."""
+    digest: _builtins.str
+    """"sha256:" + 64 hex digits: the content that was measured. The version must have it."""
+    @_builtins.property
+    def probe(self) -> Global___Probe:
+        """The measurement; `probed_at` is ignored."""
+
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        probe: Global___Probe | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["probe", b"probe"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "digest", b"digest", "probe", b"probe"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordProbeRequest: _TypeAlias = RecordProbeRequest  # noqa: Y015
+
+@_typing.final
+class RecordProbeResponse(_message.Message):
+    """RecordProbeResponse answers RecordProbe, after the change is durable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___AdapterVersion:
+        """The version as it is now."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___AdapterVersion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordProbeResponse: _TypeAlias = RecordProbeResponse  # noqa: Y015
+
+@_typing.final
+class ImportAdapterRequest(_message.Message):
+    """ImportAdapterRequest says where an adapter's files are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Adapter name, as in RegisterAdapterHeader."""
+    source: _builtins.str
+    """"hf://owner/name" or "hf://owner/name@revision": a public repository of the hub; needs --allow-hub-imports.
+    "file:///folder": a folder on the registry's machine; needs --allow-file-imports and must lie below that root.
+    adapter_config.json and adapter_model.safetensors are read there, and nothing else.
+    """
+    idempotency_key: _builtins.str
+    """As in RegisterAdapterHeader."""
+    base_model_id: _builtins.str
+    """As in RegisterAdapterHeader."""
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """As in RegisterAdapterHeader."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        source: _builtins.str = ...,
+        idempotency_key: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        base_model_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model_id", b"base_model_id", "idempotency_key", b"idempotency_key", "labels", b"labels", "name", b"name", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportAdapterRequest: _TypeAlias = ImportAdapterRequest  # noqa: Y015
+
+@_typing.final
+class ImportAdapterResponse(_message.Message):
+    """ImportAdapterResponse answers ImportAdapter, after the version is durable."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def adapter(self) -> Global___AdapterVersion:
+        """The version that was made, or that the idempotency key had made."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the registry noticed and accepted; the same as the version's."""
+
+    def __init__(
+        self,
+        *,
+        adapter: Global___AdapterVersion | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImportAdapterResponse: _TypeAlias = ImportAdapterResponse  # noqa: Y015
 
 @_typing.final
 class KeyLimits(_message.Message):

@@ -97,6 +97,16 @@ class RegistryServiceStub:
                 request_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ListBaseModelsRequest.SerializeToString,
                 response_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ListBaseModelsResponse.FromString,
                 _registered_method=True)
+        self.RecordProbe = channel.unary_unary(
+                '/softprompt_api.registry.v1.RegistryService/RecordProbe',
+                request_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.RecordProbeRequest.SerializeToString,
+                response_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.RecordProbeResponse.FromString,
+                _registered_method=True)
+        self.ImportAdapter = channel.unary_unary(
+                '/softprompt_api.registry.v1.RegistryService/ImportAdapter',
+                request_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ImportAdapterRequest.SerializeToString,
+                response_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ImportAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class RegistryServiceServicer:
@@ -201,6 +211,24 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecordProbe(self, request, context):
+        """RecordProbe keeps what an inference service has measured of a version, in place of an earlier measurement.
+        NOT_FOUND: no such version. ALREADY_EXISTS: the version has another digest than the one that was measured.
+        INVALID_ARGUMENT: numbers that no measurement gives.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportAdapter(self, request, context):
+        """ImportAdapter registers an adapter whose two files the registry reads itself, as RegisterAdapter would.
+        INVALID_ARGUMENT: the source is not spelled as one, or imports from there are not allowed (the reason is
+        UNSUPPORTED then, and the message names the flag), or the files are not acceptable. UNAVAILABLE: the hub is away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -263,6 +291,16 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.ListBaseModels,
                     request_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ListBaseModelsRequest.FromString,
                     response_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ListBaseModelsResponse.SerializeToString,
+            ),
+            'RecordProbe': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordProbe,
+                    request_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.RecordProbeRequest.FromString,
+                    response_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.RecordProbeResponse.SerializeToString,
+            ),
+            'ImportAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.ImportAdapter,
+                    request_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ImportAdapterRequest.FromString,
+                    response_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ImportAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -592,6 +630,60 @@ class RegistryService:
             '/softprompt_api.registry.v1.RegistryService/ListBaseModels',
             softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ListBaseModelsRequest.SerializeToString,
             softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ListBaseModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordProbe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/softprompt_api.registry.v1.RegistryService/RecordProbe',
+            softprompt__api_dot_registry_dot_v1_dot_registry__pb2.RecordProbeRequest.SerializeToString,
+            softprompt__api_dot_registry_dot_v1_dot_registry__pb2.RecordProbeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/softprompt_api.registry.v1.RegistryService/ImportAdapter',
+            softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ImportAdapterRequest.SerializeToString,
+            softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ImportAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -79,6 +79,16 @@ class RegistryServiceStub:
     """PutBaseModel tells the registry of a base model that is being served. Adapters are checked against it."""
     ListBaseModels: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ListBaseModelsRequest, _registry_pb2.ListBaseModelsResponse]
     """ListBaseModels lists the base models the registry knows."""
+    RecordProbe: _grpc.UnaryUnaryMultiCallable[_registry_pb2.RecordProbeRequest, _registry_pb2.RecordProbeResponse]
+    """RecordProbe keeps what an inference service has measured of a version, in place of an earlier measurement.
+    NOT_FOUND: no such version. ALREADY_EXISTS: the version has another digest than the one that was measured.
+    INVALID_ARGUMENT: numbers that no measurement gives.
+    """
+    ImportAdapter: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ImportAdapterRequest, _registry_pb2.ImportAdapterResponse]
+    """ImportAdapter registers an adapter whose two files the registry reads itself, as RegisterAdapter would.
+    INVALID_ARGUMENT: the source is not spelled as one, or imports from there are not allowed (the reason is
+    UNSUPPORTED then, and the message names the flag), or the files are not acceptable. UNAVAILABLE: the hub is away.
+    """
 
 @_typing.type_check_only
 class RegistryServiceAsyncStub(RegistryServiceStub):
@@ -131,6 +141,16 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     """PutBaseModel tells the registry of a base model that is being served. Adapters are checked against it."""
     ListBaseModels: _aio.UnaryUnaryMultiCallable[_registry_pb2.ListBaseModelsRequest, _registry_pb2.ListBaseModelsResponse]  # type: ignore[assignment]
     """ListBaseModels lists the base models the registry knows."""
+    RecordProbe: _aio.UnaryUnaryMultiCallable[_registry_pb2.RecordProbeRequest, _registry_pb2.RecordProbeResponse]  # type: ignore[assignment]
+    """RecordProbe keeps what an inference service has measured of a version, in place of an earlier measurement.
+    NOT_FOUND: no such version. ALREADY_EXISTS: the version has another digest than the one that was measured.
+    INVALID_ARGUMENT: numbers that no measurement gives.
+    """
+    ImportAdapter: _aio.UnaryUnaryMultiCallable[_registry_pb2.ImportAdapterRequest, _registry_pb2.ImportAdapterResponse]  # type: ignore[assignment]
+    """ImportAdapter registers an adapter whose two files the registry reads itself, as RegisterAdapter would.
+    INVALID_ARGUMENT: the source is not spelled as one, or imports from there are not allowed (the reason is
+    UNSUPPORTED then, and the message names the flag), or the files are not acceptable. UNAVAILABLE: the hub is away.
+    """
 
 class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
     """RegistryService stores adapters and tells everybody who asks which versions exist.
@@ -252,6 +272,28 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.ListBaseModelsResponse, _abc.Awaitable[_registry_pb2.ListBaseModelsResponse]]:
         """ListBaseModels lists the base models the registry knows."""
+
+    @_abc_1.abstractmethod
+    def RecordProbe(
+        self,
+        request: _registry_pb2.RecordProbeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.RecordProbeResponse, _abc.Awaitable[_registry_pb2.RecordProbeResponse]]:
+        """RecordProbe keeps what an inference service has measured of a version, in place of an earlier measurement.
+        NOT_FOUND: no such version. ALREADY_EXISTS: the version has another digest than the one that was measured.
+        INVALID_ARGUMENT: numbers that no measurement gives.
+        """
+
+    @_abc_1.abstractmethod
+    def ImportAdapter(
+        self,
+        request: _registry_pb2.ImportAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_pb2.ImportAdapterResponse, _abc.Awaitable[_registry_pb2.ImportAdapterResponse]]:
+        """ImportAdapter registers an adapter whose two files the registry reads itself, as RegisterAdapter would.
+        INVALID_ARGUMENT: the source is not spelled as one, or imports from there are not allowed (the reason is
+        UNSUPPORTED then, and the message names the flag), or the files are not acceptable. UNAVAILABLE: the hub is away.
+        """
 
 def add_RegistryServiceServicer_to_server(servicer: RegistryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
