@@ -1,6 +1,7 @@
 """A generation from its request to its last event.
 
-    admit → encode the prompt → bind an adapter version and bring it in → check the context → Accepted
+    admit → encode the prompt → compile the grammar → bind an adapter version and bring it in → check the context
+          → Accepted
           → one engine request per choice → Delta … Finished → Usage
 
 It runs for the time of a context: leaving it aborts what is unfinished and lets the adapter go. Its events are
@@ -19,6 +20,8 @@ from typing import Protocol
 from softprompt_api.errors import ContextLengthExceeded, InvalidArgument, Overloaded
 from softprompt_api.names import AdapterRef, choose_task, parse_model, with_task
 from softprompt_api.params import SamplingParams
+from softprompt_api.structured import FIELD as STRUCTURED
+from softprompt_api.structured import StructuredOutputsParams
 
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.residency import Residency
@@ -33,11 +36,13 @@ from softprompt_inference.engine.messages import (
     Stats,
     TextPart,
 )
+from softprompt_inference.grammar import GrammarCompiler
 from softprompt_inference.prompts import Prompt, PromptEncoder
 from softprompt_inference.text import Tokenizer
 
 # What gathers while a reader is slow must not outgrow a message: with all logprobs a token takes about 1 kB.
 _MAX_DELTA_TOKENS = 512
+_GRAMMAR_TIMEOUT_S = 10.0
 
 
 class OutputStream(Protocol):
@@ -199,6 +204,7 @@ class Generator:
         prompts: encodes prompts.
         source: resolves adapters.
         residency: holds adapters in the engine.
+        grammars: says which grammars are none, before the engine compiles them.
         base_model_id: a spelling of the base model, beside "".
         max_open_choices: most choices that run or wait; more are Overloaded.
     """
@@ -211,6 +217,7 @@ class Generator:
         prompts: PromptEncoder,
         source: AdapterSource,
         residency: Residency,
+        grammars: GrammarCompiler,
         base_model_id: str,
         max_open_choices: int,
     ) -> None:
@@ -219,6 +226,7 @@ class Generator:
         self._prompts = prompts
         self._source = source
         self._residency = residency
+        self._grammars = grammars
         self._base_model_id = base_model_id
         self._max_open_choices = max_open_choices
         self._num_open_choices = 0
@@ -232,6 +240,7 @@ class Generator:
             token_ids = await self._prompts.encode(call.prompt)
             if not token_ids:
                 raise InvalidArgument("the prompt is empty: it has no tokens", field="prompt")
+            await self._check_grammar(call.params.structured_outputs)
             bound = await self.bind(call.adapter)
             async with self._resident(bound) as adapter:
                 virtual_tokens = adapter.num_virtual_tokens if adapter else 0
@@ -242,6 +251,21 @@ class Generator:
                 ]
                 with self._submitted(call.params, token_ids, adapter) as streams:
                     yield Generation(accepted, choices, streams)
+
+    async def _check_grammar(self, wanted: StructuredOutputsParams | None) -> None:
+        if wanted is None:
+            return
+        compiling = self._grammars.start(wanted)
+        try:
+            async with asyncio.timeout(_GRAMMAR_TIMEOUT_S):
+                await asyncio.wrap_future(compiling)
+        except TimeoutError:
+            if compiling.cancelled():
+                raise Overloaded("too many grammars wait to be compiled; try again later") from None
+            raise InvalidArgument(
+                f"the grammar takes more than {_GRAMMAR_TIMEOUT_S:g} s to compile; make it simpler",
+                field=STRUCTURED,
+            ) from None
 
     async def bind(self, spelling: str) -> BoundAdapter | None:
         """The version that a spelling stands for now; None for the base model."""

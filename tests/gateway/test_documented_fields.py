@@ -16,6 +16,7 @@ from softprompt_gateway.openai.chat import ChatRequest, Message, TextPart
 from softprompt_gateway.openai.completions import CompletionRequest
 from softprompt_gateway.openai.fields import GenerationFields, StreamOptions
 from softprompt_gateway.openai.tokens import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
+from softprompt_gateway.openai.tools import Function, Tool
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 SHARED = "GenerationFields"
@@ -64,6 +65,8 @@ MODELS = pytest.mark.parametrize(
         Message,
         TextPart,
         StreamOptions,
+        Tool,
+        Function,
     ],
 )
 

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import structlog
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
+from softprompt_api.structured import FIELD as STRUCTURED
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -15,9 +17,11 @@ from softprompt_gateway.gateway import Gateway
 from softprompt_gateway.openai.answering import Answering
 from softprompt_gateway.openai.chat import ChatRequest, ChatStyle
 from softprompt_gateway.openai.completions import CompletionRequest, CompletionStyle
+from softprompt_gateway.openai.fields import GenerationFields
 from softprompt_gateway.openai.generation import all_of
 from softprompt_gateway.openai.job import Job
 from softprompt_gateway.openai.models import adapter_card, adapter_cards, base_card
+from softprompt_gateway.openai.structured import OLD_NAMES
 from softprompt_gateway.openai.tokens import (
     DetokenizeRequest,
     TokenizeChatRequest,
@@ -25,6 +29,9 @@ from softprompt_gateway.openai.tokens import (
     parse_tokenize,
     tokenized,
 )
+from softprompt_gateway.openai.tool_style import ToolStyle
+
+_log = structlog.get_logger()
 
 REQUEST_MODELS = (
     CompletionRequest,
@@ -80,22 +87,23 @@ class _Routes:
         return await unless_gone(request, self._complete(body, request.state.request_id))
 
     async def _complete(self, body: CompletionRequest, request_id: str) -> Response:
+        _warn_of_old_names(body, request_id)
         target = await self._resolver.resolve(body.model)
         calls = body.calls(target, request_id=request_id, max_choices=self._max_choices)
         echoes = (
             await all_of([self._text_of(prompt) for prompt in body.prompt]) if body.echo else [""] * len(calls)
         )
-        return await self._answering.answer(
-            Job(
-                target=target,
-                calls=calls,
-                choices_per_prompt=body.choices_per_prompt,
-                style=CompletionStyle(body, echoes),
-                stream=bool(body.stream),
-                include_usage=body.include_usage,
-                silent=body.logprobs is None and not body.return_token_ids,
-            )
+        job = Job(
+            target=target,
+            calls=calls,
+            choices_per_prompt=body.choices_per_prompt,
+            style=CompletionStyle(body, echoes),
+            stream=bool(body.stream),
+            include_usage=body.include_usage,
+            silent=body.logprobs is None and not body.return_token_ids,
         )
+        with fields_spelled(**{STRUCTURED: body.form_field}):
+            return await self._answering.answer(job)
 
     async def _text_of(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else await self._inference.detokenize(prompt)
@@ -106,18 +114,19 @@ class _Routes:
         return await unless_gone(request, self._chat(body, request.state.request_id))
 
     async def _chat(self, body: ChatRequest, request_id: str) -> Response:
+        _warn_of_old_names(body, request_id)
         target = await self._resolver.resolve(body.model)
-        return await self._answering.answer(
-            Job(
-                target=target,
-                calls=body.calls(target, request_id=request_id, max_choices=self._max_choices),
-                choices_per_prompt=body.choices_per_prompt,
-                style=ChatStyle(body),
-                stream=bool(body.stream),
-                include_usage=body.include_usage,
-                silent=not body.logprobs and not body.return_token_ids,
-            )
+        job = Job(
+            target=target,
+            calls=body.calls(target, request_id=request_id, max_choices=self._max_choices),
+            choices_per_prompt=body.choices_per_prompt,
+            style=ToolStyle(body) if body.callable else ChatStyle(body),
+            stream=bool(body.stream),
+            include_usage=body.include_usage,
+            silent=not body.logprobs and not body.return_token_ids and not body.callable,
         )
+        with fields_spelled(**{STRUCTURED: body.form_field}):
+            return await self._answering.answer(job)
 
     async def models(self) -> dict[str, Any]:
         """List the base model and every adapter."""
@@ -150,3 +159,9 @@ class _Routes:
 
     async def _digest_of(self, model: str | None) -> str:
         return (await self._resolver.resolve(model)).digest if model is not None else ""
+
+
+def _warn_of_old_names(body: GenerationFields, request_id: str) -> None:
+    for name, member in OLD_NAMES.items():
+        if getattr(body, name) is not None:
+            _log.warning("old field name", field=name, instead=f"{STRUCTURED}.{member}", request_id=request_id)

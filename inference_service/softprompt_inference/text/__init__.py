@@ -3,5 +3,6 @@
 from softprompt_inference.text.chat import ChatMessage
 from softprompt_inference.text.detokenizer import OutputText
 from softprompt_inference.text.tokenizer import Tokenizer
+from softprompt_inference.text.tools import ToolCall
 
-__all__ = ["ChatMessage", "OutputText", "Tokenizer"]
+__all__ = ["ChatMessage", "OutputText", "Tokenizer", "ToolCall"]
