@@ -71,6 +71,13 @@ async def test_the_service_is_told_of_the_functions(stack: Any) -> None:
     assert not asked(stack).sampling.HasField("grammar")
 
 
+async def test_numbers_of_any_size_in_a_schema_pass(stack: Any) -> None:
+    tool = function(parameters={"type": "object", "properties": {"a": {"maximum": 2**70, "default": None}}})
+    assert (await stack.chat("x", tools=[tool], tool_choice="required")).status_code == 200
+    assert json.loads(asked(stack).chat.tools[0]) == tool
+    assert str(2**70) in asked(stack).sampling.grammar.lark
+
+
 async def test_calls_and_results_can_be_sent_back(stack: Any, sdk: openai.AsyncOpenAI) -> None:
     messages: Any = [{"role": "user", "content": CALL}]
     first = await sdk.chat.completions.create(model=stack.base, messages=messages, tools=[WEATHER])

@@ -13,7 +13,6 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-import orjson
 from pydantic import Field, field_validator
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.names import shown
@@ -105,7 +104,8 @@ def check_tools(tools: Sequence[Tool]) -> None:
 
 def tool_text(tool: Tool) -> str:
     """The tool as JSON, as the model is told of it."""
-    return orjson.dumps(tool.model_dump(exclude_none=True, exclude={"function": {"strict"}})).decode()
+    shape = tool.model_dump(exclude_none=True, exclude={"function": {"strict"}})
+    return json.dumps(shape, ensure_ascii=False)
 
 
 def callable_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> Sequence[Tool]:
