@@ -5,13 +5,15 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 from softprompt_api.errors import Unsupported
+from softprompt_api.structured import StructuredOutputsParams
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import LoadAdapter, LoadLora, ModelInfo
-from softprompt_inference.engine.plan import Pending, Runner, Sampled, Search, StepPlan
+from softprompt_inference.engine.plan import Matcher, Pending, Runner, Sampled, Search, StepPlan
 from softprompt_inference.engine.process import end_with_parent, serve
 
 from benchmarks.model_files import read_shape
@@ -76,6 +78,10 @@ class FixedStepRunner:
 
     def drop_lora(self, slot: int) -> None:
         """Take no notice."""
+
+    def compile(self, wanted: StructuredOutputsParams) -> Future[Matcher]:
+        """Refuse: no token here is text that could follow a grammar."""
+        raise Unsupported(f"{wanted.spelled[0]} is not supported by a model that computes nothing")
 
 
 def _load(config: EngineConfig, _report: Callable[[str], None]) -> Runner:

@@ -7,6 +7,8 @@ from google.protobuf.message import Message
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.params import SamplingParams
+from softprompt_api.structured import FIELD as STRUCTURED
+from softprompt_api.structured import StructuredOutputsParams
 from softprompt_api.tenants import check_tenant
 
 from softprompt_inference.adapters.residency import Resident, Tier
@@ -15,7 +17,7 @@ from softprompt_inference.composed import BoundAdapter
 from softprompt_inference.engine.messages import Finish, Logprobs, Nearest
 from softprompt_inference.generation import Accepted, Event, GenerateCall, Usage
 from softprompt_inference.prompts import ChatPrompt, IdsPrompt, PartsPrompt, Prompt, TextPrompt
-from softprompt_inference.text import ChatMessage, SoftPrompt, Tokenizer
+from softprompt_inference.text import ChatMessage, SoftPrompt, Tokenizer, ToolCall
 
 MAX_REQUEST_ID_CHARACTERS = 128
 MAX_CACHE_SALT_CHARACTERS = 512
@@ -35,6 +37,7 @@ _OPTIONAL = (
     "logprobs",
     "skip_special_tokens",
 )
+_KINDS = {"json_schema": "json", "regex": "regex", "lark": "grammar"}
 _REASONS = {Finish.STOP: pb.FINISH_REASON_STOP, Finish.LENGTH: pb.FINISH_REASON_LENGTH}
 
 
@@ -67,7 +70,20 @@ def to_params(sampling: pb.SamplingParams) -> SamplingParams:
         logit_bias=dict(sampling.logit_bias),
         n=sampling.n or 1,
         include_stop_str_in_output=sampling.include_stop_str_in_output,
+        structured_outputs=_to_structured(sampling.grammar) if sampling.HasField("grammar") else None,
     )
+
+
+def _to_structured(grammar: pb.Grammar) -> StructuredOutputsParams:
+    match grammar.WhichOneof("kind"):
+        case "choice":
+            return StructuredOutputsParams(choice=tuple(grammar.choice.texts))
+        case "json_object":
+            return StructuredOutputsParams(json_object=grammar.json_object)
+        case None:
+            raise InvalidArgument("a grammar needs a kind", field=STRUCTURED)
+        case kind:
+            return StructuredOutputsParams(**{_KINDS[kind]: getattr(grammar, kind)})
 
 
 def _given(sampling: Message) -> dict[str, Any]:
@@ -94,9 +110,18 @@ def to_prompt(request: pb.GenerateRequest | pb.TokenizeRequest) -> Prompt:
 def _to_chat(chat: pb.ChatPrompt) -> ChatPrompt:
     return ChatPrompt(
         messages=[
-            ChatMessage(role=message.role, content=_to_content(message, number), name=message.name)
+            ChatMessage(
+                role=message.role,
+                content=_to_content(message, number),
+                name=message.name,
+                tool_calls=tuple(
+                    ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in message.tool_calls
+                ),
+                tool_call_id=message.tool_call_id,
+            )
             for number, message in enumerate(chat.messages)
         ],
+        tools=tuple(chat.tools),
         add_generation_prompt=_or_true(chat, "add_generation_prompt"),
         continue_final_message=chat.continue_final_message,
     )

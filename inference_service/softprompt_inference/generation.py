@@ -1,6 +1,7 @@
 """A generation from its request to its last event.
 
-    admit → encode the prompt → bind versions of its adapters, put all together and bring them in → Accepted
+    admit → encode the prompt → compile the grammar
+          → bind versions of its adapters, put all together and bring them in → Accepted
           → one engine request per choice → Delta … Finished → Usage
 
 It runs for the time of a context: leaving it aborts what is unfinished and lets the adapter go. Its events are
@@ -20,6 +21,8 @@ from softprompt_api.composition import check_number
 from softprompt_api.errors import InvalidArgument, Overloaded
 from softprompt_api.names import AdapterRef, choose_task, parse_model, parse_requested, with_task
 from softprompt_api.params import SamplingParams
+from softprompt_api.structured import FIELD as STRUCTURED
+from softprompt_api.structured import StructuredOutputsParams
 
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.residency import Residency
@@ -27,11 +30,13 @@ from softprompt_inference.adapters.source import AdapterSource
 from softprompt_inference.choice import Choice, Delta, Finished
 from softprompt_inference.composed import Bound, BoundAdapter, Composed, check_context, compose
 from softprompt_inference.engine.messages import AddRequest, Command, ModelInfo, Nearest, Output, Stats
+from softprompt_inference.grammar import GrammarCompiler
 from softprompt_inference.prompts import Prompt, PromptEncoder, soft_prompts_in, text_ids_of
 from softprompt_inference.text import Encoded, SoftPrompt, Tokenizer
 
 # What gathers while a reader is slow must not outgrow a message: with all logprobs a token takes about 1 kB.
 _MAX_DELTA_TOKENS = 512
+_GRAMMAR_TIMEOUT_S = 10.0
 
 
 class OutputStream(Protocol):
@@ -197,6 +202,7 @@ class Generator:
         prompts: encodes prompts.
         source: resolves adapters.
         residency: holds adapters in the engine.
+        grammars: says which grammars are none, before the engine compiles them.
         base_model_id: a spelling of the base model, beside "".
         max_open_choices: most choices that run or wait; more are Overloaded.
     """
@@ -209,6 +215,7 @@ class Generator:
         prompts: PromptEncoder,
         source: AdapterSource,
         residency: Residency,
+        grammars: GrammarCompiler,
         base_model_id: str,
         max_open_choices: int,
     ) -> None:
@@ -217,6 +224,7 @@ class Generator:
         self._prompts = prompts
         self._source = source
         self._residency = residency
+        self._grammars = grammars
         self._base_model_id = base_model_id
         self._max_open_choices = max_open_choices
         self._num_open_choices = 0
@@ -230,6 +238,7 @@ class Generator:
             prompt = await self._prompts.encode(call.prompt)
             if not text_ids_of(prompt):
                 raise InvalidArgument("the prompt is empty: it has no tokens", field="prompt")
+            await self._check_grammar(call.params.structured_outputs)
             bound = await self.bind(call.adapter, soft_prompts_in(prompt))
             digests = [adapter.digest for adapter in bound.every]
 
@@ -247,6 +256,21 @@ class Generator:
                 ]
                 with self._submitted(call, composed) as streams:
                     yield Generation(bound, composed, choices, streams)
+
+    async def _check_grammar(self, wanted: StructuredOutputsParams | None) -> None:
+        if wanted is None:
+            return
+        compiling = self._grammars.start(wanted)
+        try:
+            async with asyncio.timeout(_GRAMMAR_TIMEOUT_S):
+                await asyncio.wrap_future(compiling)
+        except TimeoutError:
+            if compiling.cancelled():
+                raise Overloaded("too many grammars wait to be compiled; try again later") from None
+            raise InvalidArgument(
+                f"the grammar takes more than {_GRAMMAR_TIMEOUT_S:g} s to compile; make it simpler",
+                field=STRUCTURED,
+            ) from None
 
     async def bind(self, spelling: str, inside: Sequence[str] = ()) -> Bound:
         """The versions that spellings stand for now: of what is in front of a prompt, and of what is inside."""

@@ -42,9 +42,10 @@ class PartsPrompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatPrompt:
-    """A conversation for the model's chat template."""
+    """A conversation for the model's chat template; `tools` is JSON of functions that may be called."""
 
     messages: Sequence[ChatMessage]
+    tools: Sequence[str] = ()
     add_generation_prompt: bool = True
     continue_final_message: bool = False
 
@@ -113,6 +114,7 @@ class PromptEncoder:
                 call = partial(
                     self._tokenizer.encode_chat,
                     messages,
+                    tools=prompt.tools,
                     add_generation_prompt=prompt.add_generation_prompt,
                     continue_final_message=prompt.continue_final_message,
                     max_tokens=self._max_tokens,

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -29,11 +30,13 @@ from softprompt_inference.engine.client import EngineClient
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import DropAdapter, ModelInfo
 from softprompt_inference.generation import Generator
+from softprompt_inference.grammar import GrammarCompiler
 from softprompt_inference.model.source import resolve_model
 from softprompt_inference.prompts import PromptEncoder
 from softprompt_inference.servicer import Front, InferenceServicer
 from softprompt_inference.settings import Settings
 from softprompt_inference.text import Tokenizer
+from softprompt_inference.text.definition import read_definition
 
 # Encoding a prompt takes milliseconds; more threads would only take processors from the engine.
 _ENCODING_THREADS = 2
@@ -59,6 +62,7 @@ class InferenceServer:
         self._channel: grpc.aio.Channel | None = None
         self._engine: EngineClient | None = None
         self._residency: Residency | None = None
+        self._grammars: GrammarCompiler | None = None
         self._announcing: asyncio.Task[None] | None = None
 
     @property
@@ -84,7 +88,7 @@ class InferenceServer:
         self._channel = open_channel(settings.registry_address)
         stub: registry_pb2_grpc.RegistryServiceAsyncStub = registry_pb2_grpc.RegistryServiceStub(self._channel)
         source = AdapterSource(stub, base_model, max_lora_bytes=settings.max_lora_bytes)
-        self._servicer.open(self._make_front(engine, tokenizer, base_model, source))
+        self._servicer.open(self._make_front(engine, tokenizer, base_model, source, folder))
         await self._announce(Announcer(stub, base_model))
         await self._server.set_serving(True)
         _log.info("inference ready", port=self.port, model=base_model.id, device=engine.info.device)
@@ -113,6 +117,8 @@ class InferenceServer:
         if self._channel is not None:
             await self._channel.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
+        if self._grammars is not None:
+            self._grammars.close()
         _log.info("inference stopped")
 
     async def __aenter__(self) -> Self:
@@ -153,6 +159,7 @@ class InferenceServer:
         tokenizer: Tokenizer,
         base_model: registry_pb2.BaseModel,
         source: AdapterSource,
+        folder: Path,
     ) -> Front:
         settings = self._settings
 
@@ -169,6 +176,7 @@ class InferenceServer:
             max_loras=settings.max_loras,
             host_cache=HostCache(settings.adapter_cache_bytes),
         )
+        self._grammars = GrammarCompiler(partial(read_definition, folder), vocab_size=engine.info.vocab_size)
         prompts = PromptEncoder(
             tokenizer,
             vocab_size=engine.info.vocab_size,
@@ -181,6 +189,7 @@ class InferenceServer:
             prompts=prompts,
             source=source,
             residency=self._residency,
+            grammars=self._grammars,
             base_model_id=base_model.id,
             max_open_choices=settings.max_num_sequences + settings.max_queued_requests,
         )

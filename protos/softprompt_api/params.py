@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from softprompt_api.errors import InvalidArgument
+from softprompt_api.structured import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -37,6 +38,8 @@ class SamplingParams:
         n: completions of the same prompt.
         include_stop_str_in_output: keep a stop string in the text.
         skip_special_tokens: leave special tokens out of the text.
+        structured_outputs: what the output must be; None: anything. It ends when it is complete, whatever
+            `min_tokens` and `ignore_eos` say.
     """
 
     max_tokens: int | None = 16
@@ -57,6 +60,7 @@ class SamplingParams:
     n: int = 1
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -83,6 +87,10 @@ class SamplingParams:
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgument(f"{name} must be true or false", field=name)
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise InvalidArgument(
+                "structured_outputs must be a StructuredOutputsParams", field="structured_outputs"
+            )
         self._check_stops()
         self._check_logit_bias()
 

@@ -12,6 +12,7 @@ Importing this package does not import torch; using `LLM` does.
 from typing import TYPE_CHECKING, Any
 
 from softprompt_api.params import SamplingParams
+from softprompt_api.structured import StructuredOutputsParams
 
 from softprompt.errors import MissingExtra, SoftpromptError
 from softprompt.outputs import CompletionOutput, Logprob, RequestOutput
@@ -35,6 +36,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "SoftpromptError",
+    "StructuredOutputsParams",
 ]
 
 # Imported when first used: the one needs torch, the others take a while to import.

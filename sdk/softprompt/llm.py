@@ -109,7 +109,9 @@ class LLM:
             share=share,
         )
         self._tokenizer = Tokenizer.load(folder)
-        self._engine = Engine(load_runner(config, _log.info), config)
+        runner = load_runner(config, _log.info)
+        self._engine = Engine(runner, config)
+        self._compile = runner.compile
         self._adapters = ResidentAdapters(self._engine, max_prompt_adapters)
         self._loras = ResidentAdapters(self._engine, max_loras, max_lora_rank=max_lora_rank)
         self._max_loras = max_loras
@@ -286,6 +288,8 @@ class LLM:
         if request.lora:
             slots.assign(request.lora)
         make_sequence(request, virtual_ids=ids, lora_slots=slots, max_model_len=self.info.max_model_len)
+        if request.params.structured_outputs is not None:
+            self._compile(request.params.structured_outputs).result()
 
 
 def _conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> Sequence[Sequence[Message]]:

@@ -97,8 +97,9 @@ class FakeInference(InferenceServiceServicer):
     async def Generate(self, request: Any, context: Any) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Repeat the prompt, unless it is a command.
 
-        "refuse REASON" fails at once, "break REASON" after one token; "crash" is a defect; "stall" hangs after one
-        token, "silence" before it is accepted, "wait" until `released`; "flood" never ends.
+        "refuse REASON" and "refuse-grammar" fail at once, "break REASON" after one token; "crash" is a defect;
+        "stall" hangs after one token, "silence" before it is accepted, "wait" until `released`; "flood" never
+        ends.
         """
         self.requests.append(request)
         await self._change(running=1)
@@ -117,6 +118,8 @@ class FakeInference(InferenceServiceServicer):
         command, _, reason = text.partition(" ")
         if command == "refuse":
             raise FAILURES[reason]("refused as asked", field="prompt")
+        if command == "refuse-grammar":
+            raise errors.InvalidArgument("no such grammar", field="structured_outputs")
         if command == "crash":
             raise RuntimeError("secret in /etc/passwd")
         if command == "silence":

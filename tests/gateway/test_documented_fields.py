@@ -17,6 +17,7 @@ from softprompt_gateway.openai.completions import CompletionRequest
 from softprompt_gateway.openai.fields import GenerationFields, StreamOptions
 from softprompt_gateway.openai.parts import SoftPromptPart, TextPart
 from softprompt_gateway.openai.tokens import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
+from softprompt_gateway.openai.tools import Function, Tool
 
 PAGE = Path(__file__).parents[2] / "docs" / "api.md"
 SHARED = "GenerationFields"
@@ -67,6 +68,8 @@ MODELS = pytest.mark.parametrize(
         TextPart,
         SoftPromptPart,
         StreamOptions,
+        Tool,
+        Function,
     ],
 )
 

@@ -2,10 +2,12 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 import pytest
 from softprompt_api.params import SamplingParams
+from softprompt_api.structured import StructuredOutputsParams
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import Engine
 from softprompt_inference.engine.messages import (
@@ -20,7 +22,7 @@ from softprompt_inference.engine.messages import (
     SoftPromptPart,
     TextPart,
 )
-from softprompt_inference.engine.plan import Chunk, PageWrite, Sample, Sampled, StepPlan, looks_back
+from softprompt_inference.engine.plan import Chunk, Matcher, PageWrite, Sample, Sampled, StepPlan, looks_back
 
 VOCAB_SIZE = 50
 HIDDEN_SIZE = 4
@@ -38,6 +40,10 @@ def _choose(cells: Sequence[tuple[int, bytes]], sample: Sample) -> int:
     output_ids = list(sample.output_ids) if looks_back(sample.params) else None
     seen = (list(cells), sample.seed, sample.index, list(sample.prompt_ids), output_ids)
     token_id = int.from_bytes(_hash(seen)[:4], "little") % VOCAB_SIZE
+    if sample.matcher is not None:
+        mask = sample.matcher.allowed(sample.banned_ids)
+        allowed = [i for i in range(VOCAB_SIZE) if mask[i >> 3] >> (i & 7) & 1]
+        return allowed[token_id % len(allowed)] if allowed else -1
     while token_id in sample.banned_ids:
         token_id = (token_id + 1) % VOCAB_SIZE
     return token_id
@@ -88,6 +94,8 @@ class FakeRunner:
     rows: dict[int, bytes] = field(default_factory=dict)
     dropped: list[int] = field(default_factory=list)
     loras: dict[int, str] = field(default_factory=dict)  # digests, by slot
+    matchers: list[Future[Matcher]] = field(default_factory=list)  # for the next requests with a grammar
+    compiled: list[StructuredOutputsParams] = field(default_factory=list)
     load_error: Exception | None = None
     searches: list[FakeSearch] = field(default_factory=list)
     copied_positions: int = 0
@@ -138,6 +146,11 @@ class FakeRunner:
             raise self.load_error
         self.searches.append(FakeSearch(first_id=first_id, top_k=top_k))
         return self.searches[-1]
+
+    def compile(self, wanted: StructuredOutputsParams) -> Future[Matcher]:
+        """The next of `matchers`."""
+        self.compiled.append(wanted)
+        return self.matchers.pop(0)
 
     def launch(self, plan: StepPlan) -> FakePending:
         plan = self._with_tokens(plan)

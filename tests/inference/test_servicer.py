@@ -11,6 +11,7 @@ import struct
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from softprompt_api.rpc.channel import open_channel
 from softprompt_api.rpc.quality import probe_to
 from softprompt_api.rpc.server import ServiceServer
 from softprompt_api.rpc.status import from_rpc_error
+from softprompt_api.structured import StructuredOutputsParams
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.residency import Residency
@@ -52,10 +54,12 @@ from softprompt_inference.engine.messages import (
 )
 from softprompt_inference.engine.prompt import make_sequence
 from softprompt_inference.generation import Generator
+from softprompt_inference.grammar import GrammarCompiler
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 from softprompt_inference.prompts import PromptEncoder
 from softprompt_inference.servicer import Front, InferenceServicer
 from softprompt_inference.text import Tokenizer
+from softprompt_inference.text.definition import read_definition
 
 VOCAB_SIZE = 49152
 MAX_MODEL_LEN = 100
@@ -189,6 +193,15 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(resolve_model(DEFAULT_MODEL))
 
 
+@pytest.fixture(scope="module")
+def grammars() -> GrammarCompiler:
+    """Ready: reading the tokenizer takes a while."""
+    folder = resolve_model(DEFAULT_MODEL)
+    compiler = GrammarCompiler(partial(read_definition, folder), vocab_size=VOCAB_SIZE)
+    compiler.compile(StructuredOutputsParams(regex="ready"))
+    return compiler
+
+
 @pytest.fixture
 def max_adapters() -> int:
     """Soft prompts that the engine has room for; tests override this by parametrising it."""
@@ -196,7 +209,7 @@ def max_adapters() -> int:
 
 
 @pytest.fixture
-async def world(tokenizer: Tokenizer, max_adapters: int) -> AsyncIterator[World]:
+async def world(tokenizer: Tokenizer, grammars: GrammarCompiler, max_adapters: int) -> AsyncIterator[World]:
     engine = FakeEngine(
         ModelInfo(
             architecture="LlamaForCausalLM",
@@ -244,6 +257,7 @@ async def world(tokenizer: Tokenizer, max_adapters: int) -> AsyncIterator[World]
             prompts=prompts,
             source=cast(AdapterSource, source),
             residency=residency,
+            grammars=grammars,
             base_model_id="org/Base",
             max_open_choices=MAX_OPEN_CHOICES,
         )
@@ -315,6 +329,62 @@ async def test_a_lora_computes_its_requests_and_puts_nothing_before_the_prompt(w
     events = [event async for event in call]
     assert (events[0].accepted.adapter_name, events[0].accepted.adapter_version) == ("tweets", 3)
     assert events[-1].usage.virtual_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("grammar", "wanted"),
+    [
+        (pb.Grammar(json_schema='{"type": "object"}'), {"json": '{"type": "object"}'}),
+        (pb.Grammar(regex="a+"), {"regex": "a+"}),
+        (pb.Grammar(choice=pb.Choices(texts=["a", "b"])), {"choice": ("a", "b")}),
+        (pb.Grammar(lark="start: /a/"), {"grammar": "start: /a/"}),
+        (pb.Grammar(json_object=True), {"json_object": True}),
+    ],
+)
+async def test_a_grammar_reaches_the_engine(world: World, grammar: pb.Grammar, wanted: dict[str, Any]) -> None:
+    call = world.generate(sampling={"grammar": grammar, "n": 2})
+    requests = await world.engine.wait_for(AddRequest, 2)
+    assert {request.params.structured_outputs for request in requests} == {StructuredOutputsParams(**wanted)}
+    call.cancel()
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        pb.Grammar(),
+        pb.Grammar(json_object=False),
+        pb.Grammar(choice=pb.Choices()),
+        pb.Grammar(regex="(["),
+        pb.Grammar(json_schema="5"),
+        pb.Grammar(json_schema='{"type": "robot"}'),
+        pb.Grammar(lark="nothing"),
+        pb.Grammar(lark="x" * 200_000),
+    ],
+)
+async def test_what_is_no_grammar_is_refused_before_anything_is_accepted(
+    world: World, grammar: pb.Grammar
+) -> None:
+    error = await world.error(sampling={"grammar": grammar})
+    assert isinstance(error, InvalidArgument)
+    assert error.field == "structured_outputs"
+    assert not world.engine.of(AddRequest)
+
+
+async def test_tools_calls_and_results_are_in_the_prompt(world: World) -> None:
+    call = pb.ToolCall(id="1", name="f", arguments='{"a": 1}')
+    chat = pb.ChatPrompt(
+        messages=[
+            pb.ChatMessage(role="user", content="x"),
+            pb.ChatMessage(role="assistant", tool_calls=[call]),
+            pb.ChatMessage(role="tool", content="y", tool_call_id="1"),
+        ],
+        tools=['{"type": "function", "function": {"name": "f"}}'],
+    )
+    ids = (await world.stub.Tokenize(pb.TokenizeRequest(chat=chat))).ids
+    text = world.tokenizer.decode(ids)
+    assert '<tools>\n{"type": "function", "function": {"name": "f"}}\n</tools>' in text
+    assert '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>' in text
+    assert "<tool_response>\ny\n</tool_response>" in text
 
 
 async def test_without_a_seed_each_request_draws_its_own(world: World) -> None:

@@ -167,7 +167,7 @@ def _characters() -> Backend:
     return backend
 
 
-def _with_template(template: str) -> Tokenizer:
+def _with_template(template: str, *, knows_tools: bool = False) -> Tokenizer:
     from transformers import PreTrainedTokenizerFast
 
     pieces = ["<s>", "[UNK]", ":", "x", "<think>", "<", "s", ">"]
@@ -176,8 +176,8 @@ def _with_template(template: str) -> Tokenizer:
     backend.add_tokens(["<think>"])
     whole = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
 
-    def render(messages: list[dict[str, str]], add_generation_prompt: bool, continue_final_message: bool) -> str:
-        text: str = whole.apply_chat_template(messages, tokenize=False)
+    def render(messages: Any, add_generation_prompt: bool, continue_final_message: bool, tools: Any) -> str:
+        text: str = whole.apply_chat_template(messages, tools=tools, tokenize=False)
         return text
 
-    return Tokenizer(backend, render, [0])
+    return Tokenizer(backend, render, [0], knows_tools=knows_tools)

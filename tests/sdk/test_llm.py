@@ -1,5 +1,6 @@
 """`LLM`: prompts, adapters and the base model in one batch, in this process."""
 
+import json
 import shutil
 import warnings
 from collections.abc import Callable
@@ -8,7 +9,14 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load_file, save_file
-from softprompt import LLM, LoRARequest, PromptAdapterRequest, RequestOutput, SamplingParams
+from softprompt import (
+    LLM,
+    LoRARequest,
+    PromptAdapterRequest,
+    RequestOutput,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from softprompt_api.errors import AdapterInvalid, ContextLengthExceeded, InvalidArgument
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -435,3 +443,23 @@ def test_a_share_of_the_gpu_is_no_percentage(tiny_model: Path) -> None:
     with pytest.raises(InvalidArgument, match="above 0 and at most 1") as caught:
         make_llm(tiny_model, gpu_memory_utilization=90)
     assert caught.value.field == "gpu_memory_utilization"
+
+
+def test_an_output_is_what_its_form_says(llm: LLM) -> None:
+    form = StructuredOutputsParams(
+        json={"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 3}
+    )
+    params = SamplingParams(temperature=1.5, max_tokens=200, n=3, structured_outputs=form)
+    free = llm.generate(["Hello"], GREEDY)
+    outputs = llm.generate(["Count:", "Hello"], [params, GREEDY])
+    for one in outputs[0].outputs:
+        if one.finish_reason == "stop":
+            assert 2 <= len(json.loads(one.text)) <= 3
+    assert ids(outputs[1:]) == ids(free)
+
+
+def test_a_form_that_is_none_is_refused_before_anything_runs(llm: LLM) -> None:
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="(["))
+    with pytest.raises(InvalidArgument, match=r"prompts\[1\]: regex cannot be followed") as caught:
+        llm.generate(["Hello", "Hello"], [GREEDY, params])
+    assert caught.value.field == "structured_outputs"

@@ -1,6 +1,7 @@
 """`POST /v1/chat/completions`: the request, and how its answers are spelled."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -8,12 +9,25 @@ from softprompt_api.errors import InvalidArgument
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.params import MAX_LOGPROBS
 
+from softprompt_gateway.errors import Refused
 from softprompt_gateway.openai.completions import check_choices
 from softprompt_gateway.openai.fields import Count, GenerationFields, refuse, sampling_message
 from softprompt_gateway.openai.generation import Choice, finish_reason, stop_reason
 from softprompt_gateway.openai.logprobs import chat_logprobs
 from softprompt_gateway.openai.parts import Content, Parts
+from softprompt_gateway.openai.structured import ResponseFormat
 from softprompt_gateway.openai.style import Style
+from softprompt_gateway.openai.tools import (
+    MAX_TOOLS,
+    NamedTool,
+    Tool,
+    ToolChoice,
+    Tools,
+    callable_tools,
+    check_tools,
+    grammar_of,
+    tool_text,
+)
 from softprompt_gateway.resolve import Target
 from softprompt_gateway.session import Delta
 from softprompt_gateway.validation import RequestModel
@@ -22,35 +36,65 @@ _FIELD = "messages"
 _MAX_MESSAGES = 4096
 
 
+class CalledFunction(RequestModel):
+    """The function of a call."""
+
+    name: Annotated[str, Field(max_length=64)]
+    arguments: str
+
+
+class CalledTool(RequestModel):
+    """A call that an assistant made."""
+
+    id: Annotated[str, Field(max_length=256)]
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class Message(RequestModel):
     """One turn. What an answer's own message holds may be sent back as it came."""
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: Content
+    content: Content | None = Field(None, description="needed, but beside tool_calls")
     name: Annotated[str, Field(max_length=64)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = Field(
-        None, description="accepted, without effect"
+        None, description="which call a tool answers; handed to the chat template"
+    )
+    tool_calls: Annotated[list[CalledTool], Field(max_length=MAX_TOOLS)] | None = Field(
+        None, description="calls that an assistant made"
     )
     refusal: Any = Field(None, description="accepted where empty")
     annotations: Any = Field(None, description="accepted where empty")
     audio: Any = Field(None, description="accepted where empty")
     function_call: Any = Field(None, description="not supported")
-    tool_calls: Any = Field(None, description="not supported")
 
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> "Message":
-        for name in ("refusal", "annotations", "audio", "function_call", "tool_calls"):
+        for name in ("refusal", "annotations", "audio", "function_call"):
             refuse(f"{_FIELD}.{name}", getattr(self, name))
+        if self.role != "assistant":
+            refuse(f"{_FIELD}.tool_calls", self.tool_calls, because="are an assistant's")
+        if self.content is None and not self.tool_calls:
+            name = f"{_FIELD}.content"
+            raise Refused(f"{name} is required", code="missing_required_parameter", param=name)
         return self
 
     def proto(self, target: Target) -> pb.ChatMessage:
         """The turn as the inference service takes it."""
+        message = pb.ChatMessage(
+            role=self.role,
+            name=self.name or "",
+            tool_call_id=self.tool_call_id or "",
+            tool_calls=[
+                pb.ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
+                for call in self.tool_calls or ()
+            ],
+        )
         content = self.content
-        message = pb.ChatMessage(role=self.role, name=self.name or "")
-        if isinstance(content, str):
-            message.content = content
-        else:
+        if isinstance(content, Parts):
             message.parts.extend(content.content(target.digests_inside))
+        else:
+            message.content = content or ""
         return message
 
 
@@ -99,10 +143,12 @@ class ChatRequest(ChatFields, GenerationFields):
     max_tokens: Count | None = Field(None, description="older name of max_completion_tokens")
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: Any = Field(None, description='only {"type": "text"}')
-    tools: Any = Field(None, description="not supported")
-    tool_choice: Any = Field(None, description='only "none"')
-    parallel_tool_calls: Any = Field(None, description="accepted, without effect while tools are not supported")
+    response_format: ResponseFormat | None = Field(None, description="text, json_object or json_schema")
+    tools: Tools | None = Field(None, description="functions that may be called")
+    tool_choice: ToolChoice | None = Field(
+        None, description='"auto" (default with tools), "none", "required", or the function that must be called'
+    )
+    parallel_tool_calls: bool | None = Field(None, description="whether several calls may come; default true")
     functions: Any = Field(None, description="not supported")
     function_call: Any = Field(None, description='only "none"')
     modalities: Any = Field(None, description='only ["text"]')
@@ -112,24 +158,15 @@ class ChatRequest(ChatFields, GenerationFields):
     web_search_options: Any = Field(None, description="not supported")
     add_special_tokens: Any = Field(None, description="only false: the chat template writes special tokens")
 
-    @field_validator("tools", "functions", "audio", "prediction", "reasoning_effort", "web_search_options")
+    @field_validator("functions", "audio", "prediction", "reasoning_effort", "web_search_options")
     @classmethod
     def _refuse(cls, value: object, info: Any) -> None:
         refuse(info.field_name, value)
 
-    @field_validator("tool_choice", "function_call")
+    @field_validator("function_call")
     @classmethod
     def _only_none(cls, value: object, info: Any) -> None:
         refuse(info.field_name, None if value == "none" else value, because="other than 'none' is not supported")
-
-    @field_validator("response_format")
-    @classmethod
-    def _only_text(cls, value: object) -> None:
-        refuse(
-            "response_format",
-            None if value == {"type": "text"} else value,
-            because="other than text is not supported",
-        )
 
     @field_validator("modalities")
     @classmethod
@@ -148,7 +185,25 @@ class ChatRequest(ChatFields, GenerationFields):
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise InvalidArgument("max_tokens and max_completion_tokens differ; give one", field="max_tokens")
+        check_tools(self.tools or ())
         return self
+
+    @cached_property
+    def callable(self) -> Sequence[Tool]:
+        """The tools that may be called."""
+        return callable_tools(self.tools or (), self.tool_choice)
+
+    def wanted(self) -> dict[str, dict[str, Any] | None]:
+        """What each field wants the output to be; see `form_of`."""
+        wanted = super().wanted()
+        wanted["response_format"] = self.response_format.wanted() if self.response_format else None
+        if not self.callable:
+            return wanted
+        for name, value in wanted.items():
+            refuse(name, value, because='together with tools is not supported, but with tool_choice "none"')
+        is_parallel = self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedTool)
+        grammar = grammar_of(self.callable, self.tool_choice, parallel=is_parallel)
+        return {"tools": None if grammar is None else {"grammar": grammar}}
 
     def calls(self, target: Target, *, request_id: str, max_choices: int) -> list[pb.GenerateRequest]:
         """The one Generate request."""
@@ -163,10 +218,16 @@ class ChatRequest(ChatFields, GenerationFields):
                 adapter=target.digest,
                 cache_salt=target.caller.salt(self.cache_salt),
                 tenant=target.caller.tenant,
-                chat=self.chat_prompt(target),
+                chat=self._prompt_with_tools(target),
                 sampling=sampling_message(params),
             )
         ]
+
+    def _prompt_with_tools(self, target: Target) -> pb.ChatPrompt:
+        prompt = self.chat_prompt(target)
+        if self.callable:  # those that may not be called now are told all the same: calls before were of them
+            prompt.tools.extend(map(tool_text, self.tools or ()))
+        return prompt
 
 
 class ChatStyle(Style):
@@ -184,9 +245,15 @@ class ChatStyle(Style):
         """The role."""
         return self._chunk(index, {"role": "assistant", "content": ""})
 
-    def delta(self, index: int, delta: Delta) -> dict[str, Any]:
+    def delta(self, index: int, delta: Delta) -> dict[str, Any] | None:
         """New content."""
-        shape = self._chunk(index, {"content": delta.text})
+        return self._with_extras(self._chunk(index, {"content": delta.text}), delta)
+
+    @property
+    def _has_extras(self) -> bool:
+        return self._with_logprobs or self._with_ids
+
+    def _with_extras(self, shape: dict[str, Any], delta: Delta) -> dict[str, Any]:
         if self._with_logprobs:
             shape["logprobs"] = chat_logprobs(delta.logprobs)
         if self._with_ids:
@@ -212,7 +279,7 @@ class ChatStyle(Style):
         return {"prompt_token_ids": list(accepted[0].prompt_token_ids)} if self._with_ids else {}
 
     @staticmethod
-    def _chunk(index: int, delta: dict[str, str]) -> dict[str, Any]:
+    def _chunk(index: int, delta: dict[str, Any]) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 

@@ -1,5 +1,7 @@
 """The chunks of one stream as server-sent events, spelled as dicts once and as bytes from then on."""
 
+from typing import Any
+
 import orjson
 from softprompt_api.inference.v1 import inference_pb2 as pb
 
@@ -35,9 +37,10 @@ class Chunks:
         """The next event of a choice."""
         if isinstance(event, pb.Finished):
             self._write_joined()
-            self._write(orjson.dumps(self._style.end(index, event)))
+            self._write(self._style.held(index))
+            self._write(self._style.end(index, event))
         elif not self._joins_text:
-            self._write(orjson.dumps(self._style.delta(index, event)))
+            self._write(self._style.delta(index, event))
         elif text := event.text:
             if self._joined and self._joined_index != index:
                 self._write_joined()
@@ -57,8 +60,9 @@ class Chunks:
             self._written += (before, orjson.dumps("".join(self._joined)), behind)
             self._joined.clear()
 
-    def _write(self, choice: bytes) -> None:
-        self._written += (self._head, choice, self._tail)
+    def _write(self, choice: dict[str, Any] | None) -> None:
+        if choice is not None:
+            self._written += (self._head, orjson.dumps(choice), self._tail)
 
     def _template(self, index: int) -> tuple[bytes, bytes]:
         """What stands before and behind the text of a choice's delta."""

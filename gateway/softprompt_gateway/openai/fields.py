@@ -1,6 +1,7 @@
 """What completions and chat requests share: sampling fields, and fields that are accepted or refused by name."""
 
 import re
+from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -9,7 +10,9 @@ from softprompt_api.errors import InvalidArgument, Unsupported
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.names import shown
 from softprompt_api.params import MAX_LOGIT_BIAS, MAX_N, MAX_TOKENS_LIMIT, SamplingParams
+from softprompt_api.structured import FIELD as STRUCTURED
 
+from softprompt_gateway.openai.structured import OLD_NAMES, Form, check_members, form_of, grammar_message
 from softprompt_gateway.validation import RequestModel
 
 _SAMPLING_FIELDS = (
@@ -76,6 +79,13 @@ class GenerationFields(RequestModel):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = Field(None, description="add the token ids of prompt and choices")
+    structured_outputs: dict[str, Any] | None = Field(
+        None, description="what the output must be: one of json, regex, choice, grammar, json_object"
+    )
+    guided_json: Any = Field(None, description="older name of structured_outputs.json")
+    guided_regex: Any = Field(None, description="older name of structured_outputs.regex")
+    guided_choice: Any = Field(None, description="older name of structured_outputs.choice")
+    guided_grammar: Any = Field(None, description="older name of structured_outputs.grammar")
 
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         None, description="share KV only with requests that have the same"
@@ -106,12 +116,35 @@ class GenerationFields(RequestModel):
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    def wanted(self) -> dict[str, dict[str, Any] | None]:
+        """What each field wants the output to be; see `form_of`."""
+        old = {name: getattr(self, name) for name in OLD_NAMES}
+        return {
+            STRUCTURED: check_members(self.structured_outputs),
+            **{name: None if value is None else {OLD_NAMES[name]: value} for name, value in old.items()},
+        }
+
+    @cached_property
+    def form(self) -> Form | None:
+        """What the output must be; None: anything."""
+        return form_of(self.wanted())
+
+    @property
+    def form_field(self) -> str:
+        """The field that says what the output must be."""
+        return self.form.field if self.form else STRUCTURED
+
     def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """The checked parameters, the same that every service checks."""
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         bias = {int(key): value for key, value in (self.logit_bias or {}).items()}
         return SamplingParams(
-            **given, n=self.choices_per_prompt, logit_bias=bias, max_tokens=max_tokens, logprobs=logprobs
+            **given,
+            n=self.choices_per_prompt,
+            logit_bias=bias,
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            structured_outputs=self.form.params if self.form else None,
         )
 
 
@@ -136,4 +169,5 @@ def sampling_message(params: SamplingParams) -> pb.SamplingParams:
         n=params.n,
         include_stop_str_in_output=params.include_stop_str_in_output,
         skip_special_tokens=params.skip_special_tokens,
+        grammar=grammar_message(params.structured_outputs),
     )

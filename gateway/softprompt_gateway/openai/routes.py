@@ -4,8 +4,10 @@ from collections.abc import Callable, Coroutine
 from itertools import chain
 from typing import Any
 
+import structlog
 from fastapi import APIRouter
 from softprompt_api.access import Scope
+from softprompt_api.structured import FIELD as STRUCTURED
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -18,10 +20,12 @@ from softprompt_gateway.guard import GuardedRoute
 from softprompt_gateway.openai.answering import Answering
 from softprompt_gateway.openai.chat import ChatRequest, ChatStyle
 from softprompt_gateway.openai.completions import CompletionRequest, CompletionStyle
+from softprompt_gateway.openai.fields import GenerationFields
 from softprompt_gateway.openai.generation import all_of
 from softprompt_gateway.openai.job import Job
 from softprompt_gateway.openai.models import adapter_card, adapter_cards, base_card, composed_card, listing
 from softprompt_gateway.openai.parts import Parts
+from softprompt_gateway.openai.structured import OLD_NAMES
 from softprompt_gateway.openai.tokens import (
     DetokenizeRequest,
     TokenizeChatRequest,
@@ -29,7 +33,10 @@ from softprompt_gateway.openai.tokens import (
     parse_tokenize,
     tokenized,
 )
+from softprompt_gateway.openai.tool_style import ToolStyle
 from softprompt_gateway.rates import Meter
+
+_log = structlog.get_logger()
 
 REQUEST_MODELS = (
     CompletionRequest,
@@ -87,25 +94,27 @@ class _Routes:
         return await unless_gone(request, self._complete(body, request))
 
     async def _complete(self, body: CompletionRequest, request: Request) -> Response:
+        request_id: str = request.state.request_id
+        _warn_of_old_names(body, request_id)
         target = await self._resolver.resolve(
             body.model, Caller.of(request), adapters=body.adapters or (), inside=body.soft_prompts
         )
-        calls = body.calls(target, request_id=request.state.request_id, max_choices=self._max_choices)
+        calls = body.calls(target, request_id=request_id, max_choices=self._max_choices)
         echoes = (
             await all_of([self._text_of(prompt) for prompt in body.prompt]) if body.echo else [""] * len(calls)
         )
-        return await self._answering.answer(
-            Job(
-                target=target,
-                calls=calls,
-                choices_per_prompt=body.choices_per_prompt,
-                style=CompletionStyle(body, echoes),
-                stream=bool(body.stream),
-                include_usage=body.include_usage,
-                silent=body.logprobs is None and not body.return_token_ids,
-                meter=Meter.of(request.scope),
-            )
+        job = Job(
+            target=target,
+            calls=calls,
+            choices_per_prompt=body.choices_per_prompt,
+            style=CompletionStyle(body, echoes),
+            stream=bool(body.stream),
+            include_usage=body.include_usage,
+            silent=body.logprobs is None and not body.return_token_ids,
+            meter=Meter.of(request.scope),
         )
+        with fields_spelled(**{STRUCTURED: body.form_field}):
+            return await self._answering.answer(job)
 
     async def _text_of(self, prompt: str | list[int] | Parts) -> str:
         """What is echoed; where a soft prompt stands, nothing: virtual tokens have no text."""
@@ -119,6 +128,8 @@ class _Routes:
         return await unless_gone(request, self._chat(body, request))
 
     async def _chat(self, body: ChatRequest, request: Request) -> Response:
+        request_id: str = request.state.request_id
+        _warn_of_old_names(body, request_id)
         target = await self._resolver.resolve(
             body.model,
             Caller.of(request),
@@ -126,18 +137,18 @@ class _Routes:
             inside=body.soft_prompts,
             prompt_field="messages",
         )
-        return await self._answering.answer(
-            Job(
-                target=target,
-                calls=body.calls(target, request_id=request.state.request_id, max_choices=self._max_choices),
-                choices_per_prompt=body.choices_per_prompt,
-                style=ChatStyle(body),
-                stream=bool(body.stream),
-                include_usage=body.include_usage,
-                silent=not body.logprobs and not body.return_token_ids,
-                meter=Meter.of(request.scope),
-            )
+        job = Job(
+            target=target,
+            calls=body.calls(target, request_id=request_id, max_choices=self._max_choices),
+            choices_per_prompt=body.choices_per_prompt,
+            style=ToolStyle(body) if body.callable else ChatStyle(body),
+            stream=bool(body.stream),
+            include_usage=body.include_usage,
+            silent=not body.logprobs and not body.return_token_ids and not body.callable,
+            meter=Meter.of(request.scope),
         )
+        with fields_spelled(**{STRUCTURED: body.form_field}):
+            return await self._answering.answer(job)
 
     async def models(self, request: Request) -> Response:
         """List the base model and every adapter."""
@@ -182,3 +193,9 @@ class _Routes:
     async def _model_of(self, model: str | None) -> str:
         """The base model where none is named."""
         return model if model is not None else (await self._resolver.served()).base_model.id
+
+
+def _warn_of_old_names(body: GenerationFields, request_id: str) -> None:
+    for name, member in OLD_NAMES.items():
+        if getattr(body, name) is not None:
+            _log.warning("old field name", field=name, instead=f"{STRUCTURED}.{member}", request_id=request_id)

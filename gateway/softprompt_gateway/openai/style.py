@@ -22,8 +22,12 @@ class Style(ABC):
         """The first chunk of a choice, before its text."""
 
     @abstractmethod
-    def delta(self, index: int, delta: Delta) -> dict[str, Any]:
-        """New text of a choice."""
+    def delta(self, index: int, delta: Delta) -> dict[str, Any] | None:
+        """New text of a choice; None where nothing is to be said of it yet."""
+
+    def held(self, index: int) -> dict[str, Any] | None:  # noqa: ARG002
+        """What `delta` has not said, before the last chunk of a choice."""
+        return None
 
     @abstractmethod
     def end(self, index: int, finished: pb.Finished) -> dict[str, Any]:

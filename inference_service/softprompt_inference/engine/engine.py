@@ -1,7 +1,7 @@
 """The engine: commands in, one step at a time out.
 
-What it does is a function of the order of its commands and steps. Nothing that one request holds can end another,
-and no exception leaves `handle` or `step` but EngineBroken.
+What it does is a function of the order of its commands and steps, and of when a grammar was compiled. Nothing that
+one request holds can end another, and no exception leaves `handle` or `step` but EngineBroken.
 """
 
 import itertools
@@ -13,6 +13,7 @@ from functools import partial
 
 from softprompt_api.errors import AdapterInvalid, AdapterNotFound, InternalError, InvalidArgument, SoftpromptError
 
+from softprompt_inference.engine.compiling import Compiling
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.keys import VirtualIds
 from softprompt_inference.engine.lora import ITEM_BYTES, LoraSlots, check_lora
@@ -38,6 +39,8 @@ _log = logging.getLogger(__name__)
 
 # A device that fails this often in a row will not recover within the process.
 MAX_FAILED_STEPS = 3
+# An engine with nothing else to do looks for commands this often while a grammar is compiled.
+_COMPILING_WAIT_S = 0.01
 
 
 class EngineBroken(Exception):
@@ -79,6 +82,7 @@ class Engine:
         self._looks_ahead = config.looks_ahead(info.device)
         self._shares = config.share
         self._own_salts = itertools.count()
+        self._compiling = Compiling()
         self._launched: _Launched | None = None  # ahead of the step whose outputs were last returned
         self._scheduler = Scheduler(
             num_pages=info.num_pages,
@@ -94,6 +98,10 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
+        return self._has_steps or bool(self._compiling)
+
+    @property
+    def _has_steps(self) -> bool:
         has_answers = bool(self._refused or self._searches or self._found)
         return self._scheduler.has_work or has_answers or self._launched is not None
 
@@ -115,15 +123,20 @@ class Engine:
 
     def add(self, request: AddRequest) -> None:
         """Queue a request; a refusal is an output of the next step."""
+        wanted = request.params.structured_outputs
         try:
             sequence = self._make_sequence(request)
+            matcher = None if wanted is None else self._runner.compile(wanted)
         except SoftpromptError as error:
             self._refused.append(failure(request.request_id, error))
-        else:
+            return
+        if matcher is None:
             self._scheduler.add(sequence)
+        else:
+            self._compiling.add(sequence, matcher)
 
     def _make_sequence(self, request: AddRequest) -> Sequence:
-        if request.request_id in self._scheduler:
+        if request.request_id in self._scheduler or request.request_id in self._compiling:
             raise InvalidArgument(f"request id {request.request_id} is in use", field="request_id")
         soft_prompts = [part.digest for part in request.prompt if isinstance(part, SoftPromptPart)]
         for digest in (*soft_prompts, request.lora):
@@ -141,6 +154,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Forget a request; its pages are free at once, also those that a launched step will write to."""
+        self._compiling.remove(request_id)
         self._scheduler.abort(request_id)
 
     def load_adapter(self, adapter: LoadAdapter) -> None:
@@ -224,12 +238,15 @@ class Engine:
             self._drop_unused()
 
     def _drop_unused(self) -> None:
-        for digest in [digest for digest in self._dropping if not self._scheduler.uses(digest)]:
+        for digest in [digest for digest in self._dropping if not self._uses(digest)]:
             self._dropping.remove(digest)
             if digest in self._lora_slots:
                 self._runner.drop_lora(self._lora_slots.retire(digest))
             else:
                 self._runner.drop_rows(self._virtual_ids.retire(digest).start)
+
+    def _uses(self, digest: str) -> bool:
+        return self._scheduler.uses(digest) or self._compiling.uses(digest)
 
     def find_nearest(self, command: FindNearest) -> None:
         """Queue a search; it is answered, or refused, by a later step."""
@@ -280,6 +297,8 @@ class Engine:
 
         Raises EngineBroken when the model has failed MAX_FAILED_STEPS times in a row.
         """
+        if self._compiling:
+            self._queue_compiled()
         outputs, self._refused = self._refused, []
         outputs += self._compute()
         self._search()
@@ -289,6 +308,19 @@ class Engine:
         resident_adapters = len(self._virtual_ids) + len(self._lora_slots)
         stats = self._scheduler.stats(resident_adapters=resident_adapters)
         return StepResult(outputs=outputs, stats=stats, found=found)
+
+    def _queue_compiled(self) -> None:
+        for sequence, matcher in self._compiling.take(wait_s=0.0 if self._has_steps else _COMPILING_WAIT_S):
+            request_id = sequence.request.request_id
+            try:
+                sequence.matcher = matcher.result()
+            except SoftpromptError as error:
+                self._refused.append(failure(request_id, error))
+            except Exception:
+                _log.exception("the grammar of request %s could not be compiled", request_id)
+                self._refused.append(failure(request_id, InternalError("the grammar could not be compiled")))
+            else:
+                self._scheduler.add(sequence)
 
     def _compute(self) -> list[Output]:
         step, self._launched = self._launched, None

@@ -1,10 +1,12 @@
 """What the scheduler asks of the model runner for one step, and what comes back: ids and ints, no torch."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
 from softprompt_api.params import SamplingParams
+from softprompt_api.structured import StructuredOutputsParams
 
 from softprompt_inference.engine.messages import LoadAdapter, LoadLora, Logprobs, ModelInfo, NearRow
 
@@ -12,6 +14,25 @@ from softprompt_inference.engine.messages import LoadAdapter, LoadLora, Logprobs
 def looks_back(params: SamplingParams) -> bool:
     """Whether the choice of a token depends on the tokens before it by more than the model's logits: penalties."""
     return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+class Matcher(Protocol):
+    """How far one output is in its grammar.
+
+    Attributes:
+        error: why it cannot go on; "" while it can.
+    """
+
+    error: str
+
+    def allowed(self, banned_ids: Sequence[int]) -> bytes:
+        """Whether each token may come next: bit i % 8 of byte i // 8, in whole words of 32 bits.
+
+        Banned tokens may not, unless nothing else may. None may where there is an error.
+        """
+
+    def accept(self, token_id: int) -> None:
+        """Go on by this token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +48,7 @@ class Sample:
             newest, and nobody in it `looks_back`.
         banned_ids: ids that may not be chosen now (ends before `min_tokens`).
         all_logprobs: with `params.logprobs`, give those of the whole vocabulary too.
+        matcher: knows the ids that may; None: all. Live: it is asked when the step is launched.
     """
 
     params: SamplingParams
@@ -36,6 +58,7 @@ class Sample:
     output_ids: Sequence[int]
     banned_ids: Sequence[int] = ()
     all_logprobs: bool = False
+    matcher: Matcher | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,3 +179,9 @@ class Runner(Protocol):
 
     def drop_lora(self, slot: int) -> None:
         """Empty the slot."""
+
+    def compile(self, wanted: StructuredOutputsParams) -> Future[Matcher]:
+        """Start to make a matcher at its beginning; it is made by another thread.
+
+        Its errors: InvalidArgument for a grammar that is none or too large, Unsupported where the model has none.
+        """

@@ -26,7 +26,8 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from itertools import pairwise
 
-from softprompt_api.errors import InternalError, SoftpromptError
+from softprompt_api.errors import InternalError, InvalidArgument, SoftpromptError
+from softprompt_api.structured import FIELD as STRUCTURED
 
 from softprompt_inference.engine.keys import PageKey
 from softprompt_inference.engine.messages import Finish, Output, Stats
@@ -311,9 +312,8 @@ class Scheduler:
             token = next(tokens) if chunk.sample is not None else None
             if sequence.state is not State.RUNNING:
                 continue
-            if token is not None and (token.error or not 0 <= token.token_id < self._vocab_size):
-                reason = token.error or f"the model chose id {token.token_id}, outside its vocabulary"
-                outputs.append(self._fail(sequence, InternalError(reason)))
+            if token is not None and (error := self._error_of(sequence, token)):
+                outputs.append(self._fail(sequence, error))
                 continue
             self._advance(sequence, len(chunk.token_ids))
             if token is not None:
@@ -323,6 +323,15 @@ class Scheduler:
                 if output.finish is not None:
                     self._finish(sequence)
         return outputs
+
+    def _error_of(self, sequence: Sequence, token: Sampled) -> SoftpromptError | None:
+        if sequence.matcher is not None and sequence.matcher.error:
+            return InvalidArgument(sequence.matcher.error, field=STRUCTURED)
+        if token.error:
+            return InternalError(token.error)
+        if not 0 <= token.token_id < self._vocab_size:
+            return InternalError(f"the model chose id {token.token_id}, outside its vocabulary")
+        return None
 
     def fail_planned(self, error: SoftpromptError) -> list[Output]:
         """End every sequence of the plans that are out, one of which could not be computed."""

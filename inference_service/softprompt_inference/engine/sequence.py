@@ -6,7 +6,7 @@ from enum import Enum
 
 from softprompt_inference.engine.keys import PageKey, VirtualIds, page_key, partial_key, root_key, under_lora
 from softprompt_inference.engine.messages import AddRequest, Finish, Output
-from softprompt_inference.engine.plan import Chunk, PageWrite, Sample, Sampled, looks_back
+from softprompt_inference.engine.plan import Chunk, Matcher, PageWrite, Sample, Sampled, looks_back
 
 
 class State(Enum):
@@ -54,11 +54,13 @@ class Sequence:
         num_computed: positions whose KV is in the pages; the newest token's never is.
         num_cached: prompt positions that came from the prefix cache when it first ran; None before that.
         looks_back: a token cannot be chosen before the host knows the one before it.
+        matcher: knows what may come next, from the time when the sequence is queued; None: it has no grammar.
     """
 
     __slots__ = (
         "_banned_ids",
         "_eos_ids",
+        "_ignored_ids",
         "_keys",
         "_max_outputs",
         "_partial_keys",
@@ -67,6 +69,7 @@ class Sequence:
         "adapters",
         "looks_back",
         "lora_slot",
+        "matcher",
         "num_cached",
         "num_computed",
         "num_ends_registered",
@@ -118,11 +121,15 @@ class Sequence:
         self.num_registered = 0
         self.num_ends_registered = 0
         self.num_cached: int | None = None
-        self.looks_back = looks_back(params)
+        has_grammar = params.structured_outputs is not None
+        self.looks_back = has_grammar or looks_back(params)
+        self.matcher: Matcher | None = None
         self._virtual_ids = virtual_ids
         self._keys: list[PageKey] = [root_key(request.salt)]
         self._partial_keys: dict[int, PageKey] = {}
-        self._eos_ids = frozenset(() if params.ignore_eos else request.eos_token_ids)
+        # With a grammar, an end is chosen only where the grammar allows it, or nothing else.
+        self._eos_ids = frozenset(() if params.ignore_eos and not has_grammar else request.eos_token_ids)
+        self._ignored_ids = tuple(sorted(self._eos_ids)) if params.ignore_eos else ()
         self._stop_ids = frozenset(params.stop_token_ids)
         self._banned_ids = tuple(sorted(self._eos_ids | self._stop_ids))
         self._max_outputs = max_outputs
@@ -225,8 +232,9 @@ class Sequence:
             index=num_outputs,
             prompt_ids=self.text_ids,
             output_ids=self.output_ids,
-            banned_ids=self._banned_ids if num_outputs < params.min_tokens else (),
+            banned_ids=self._banned_ids if num_outputs < params.min_tokens else self._ignored_ids,
             all_logprobs=self.request.all_logprobs,
+            matcher=self.matcher,
         )
 
     def reset(self, state: State) -> None:
@@ -243,6 +251,8 @@ class Sequence:
         token_id = sampled.token_id
         self.token_ids.append(token_id)
         self.output_ids.append(token_id)
+        if self.matcher is not None:
+            self.matcher.accept(token_id)
         num_outputs = len(self.output_ids)
         finish: Finish | None = None
         stop_token_id: int | None = None

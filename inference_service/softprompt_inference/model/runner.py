@@ -2,12 +2,15 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.params import SamplingParams
+from softprompt_api.structured import StructuredOutputsParams
 from softprompt_kernels import native
 from softprompt_kernels.embed_gather import embed_gather
 from softprompt_kernels.lora_tiles import LoraTiles
@@ -15,7 +18,8 @@ from torch import Tensor
 
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import LoadAdapter, LoadLora, ModelInfo
-from softprompt_inference.engine.plan import Chunk, PageWrite, Sample, Sampled, StepPlan
+from softprompt_inference.engine.plan import Chunk, Matcher, PageWrite, Sample, Sampled, StepPlan
+from softprompt_inference.grammar import GrammarCompiler
 from softprompt_inference.model import hardware, sampler
 from softprompt_inference.model.attention import (
     StepBatch,
@@ -35,6 +39,7 @@ from softprompt_inference.model.lora.loras import Loras, plan_fixed_bytes
 from softprompt_inference.model.rows import KeyValueRows, VirtualRows
 from softprompt_inference.model.sampler import Choices
 from softprompt_inference.model.transfer import upload
+from softprompt_inference.text.definition import read_definition
 
 _log = logging.getLogger(__name__)
 
@@ -43,16 +48,24 @@ class ModelRunner:
     """A loaded model with its KV pages, and the rows and LoRAs of resident adapters; the engine's `Runner`.
 
     Args:
+        grammars: compiles the grammars that outputs must follow.
         fixed_lora_rank: the highest rank of a LoRA, for which all slots get their memory at once; None: each takes
             what it needs.
     """
 
     def __init__(
-        self, loaded: LoadedModel, *, page_size: int, max_loras: int, fixed_lora_rank: int | None = None
+        self,
+        loaded: LoadedModel,
+        *,
+        page_size: int,
+        max_loras: int,
+        grammars: GrammarCompiler,
+        fixed_lora_rank: int | None = None,
     ) -> None:
         self.loaded = loaded
         self.info: ModelInfo
         self._page_size = page_size
+        self._grammars = grammars
         self._context = StepContext()
         self._pages: KVPages | None = None
         self._num_pages = 0
@@ -100,6 +113,10 @@ class ModelRunner:
     def drop_lora(self, slot: int) -> None:
         """Empty the slot."""
         self._loras.drop(slot)
+
+    def compile(self, wanted: StructuredOutputsParams) -> Future[Matcher]:
+        """Start to make a matcher at its beginning, in another thread."""
+        return self._grammars.start(wanted)
 
     def allocate_pages(self, num_pages: int) -> None:
         """Give the model that many empty KV pages, in place of those it had and of what was captured over them."""
@@ -259,6 +276,7 @@ def load_runner(config: EngineConfig, report: Callable[[str], None]) -> ModelRun
         loaded,
         page_size=config.page_size,
         max_loras=config.max_loras,
+        grammars=GrammarCompiler(partial(read_definition, Path(config.model_path)), vocab_size=loaded.vocab_size),
         fixed_lora_rank=_reserve_loras(config, loaded, budget, report),
     )
     report("warming up")
@@ -361,6 +379,20 @@ def _plan_max_model_len(config: EngineConfig, loaded: LoadedModel, num_pages: in
     return wanted
 
 
+class _AnyToken:
+    """A grammar without rules."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._mask = b"\xff" * (4 * -(-vocab_size // 32))
+        self.error = ""
+
+    def allowed(self, banned_ids: Sequence[int]) -> bytes:  # noqa: ARG002
+        return self._mask
+
+    def accept(self, token_id: int) -> None:
+        pass
+
+
 def _warm_up(runner: ModelRunner, config: EngineConfig) -> int:
     """Run the largest step; returns the device memory it took beside weights and pages (0 on a CPU)."""
     device = runner.loaded.device
@@ -387,8 +419,15 @@ def _warm_up(runner: ModelRunner, config: EngineConfig) -> int:
         before_bytes = torch.cuda.memory_allocated(device)
     runner.run(StepPlan(chunks=chunks))
     if on_cuda:
-        # Logits that someone edits are copied, and drawn from by another variant of the kernel.
-        chunks[0] = replace(chunks[0], sample=replace(sample, banned_ids=(0,)))
-        runner.run(StepPlan(chunks=chunks))
+        # Logits that someone edits are copied, and drawn from by another variant of the kernel; another are those
+        # of which a grammar allows some.
+        any_token = _AnyToken(runner.loaded.vocab_size)
+        for edited in (
+            replace(sample, banned_ids=(0,)),
+            replace(sample, matcher=any_token),
+            replace(sample, matcher=any_token, params=SamplingParams(logit_bias={0: 1.0})),
+        ):
+            chunks[0] = replace(chunks[0], sample=edited)
+            runner.run(StepPlan(chunks=chunks))
         runner.run(StepPlan(chunks=[replace(chunk, lora=0) for chunk in chunks]))
     return torch.cuda.max_memory_allocated(device) - before_bytes if on_cuda else 0

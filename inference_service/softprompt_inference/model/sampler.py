@@ -2,7 +2,8 @@
 
 The order of operations is vLLM's: log-probabilities from the untouched logits; logit bias and banned ids;
 penalties; greedy rows are done; temperature, min_p, top_k, top_p; a draw. A draw depends on its own row, seed and
-index alone, and so is the same in any batch.
+index alone, and so is the same in any batch. A row with a grammar is drawn from the
+tokens that this allows, whatever else is said of them.
 
 A choice has two halves. `launch` tells the device what to do and, but for penalties, waits for nothing; the
 tokens stay there, for the next step to read. `Choices.result` waits for them.
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from softprompt_inference.engine.messages import Logprobs
 from softprompt_inference.engine.plan import Sample, Sampled, looks_back
-from softprompt_inference.model.transfer import Download, upload
+from softprompt_inference.model.transfer import Download, upload, upload_bytes
 
 NOT_FINITE = "the model's logits are not finite"
 # Below this, dividing by the temperature would overflow: the row is greedy.
@@ -39,14 +40,15 @@ def sample(logits: Tensor, samples: Sequence[Sample]) -> list[Sampled]:
 
 def launch(logits: Tensor, samples: Sequence[Sample]) -> "Choices":
     """The first half of `sample`; what the device is told to do next may write to the logits' memory."""
+    edited, allowed = logits, _allowed(samples, logits)
     if any(_is_edited(s) for s in samples):
         edited = logits.to(torch.float32, copy=True)
         for row, s in zip(edited, samples, strict=True):
             _edit(row, s)
+    tokens = _choose(edited, samples, allowed)
+    if edited is not logits or allowed is not None:
         # A ban may hide what is not finite.
-        tokens = torch.where(logits.amax(-1).isfinite(), _choose(edited, samples), NO_TOKEN)
-    else:
-        tokens = _choose(logits, samples)
+        tokens = torch.where(logits.amax(-1).isfinite(), tokens, NO_TOKEN)
     return Choices(samples, tokens, _logprobs(logits, tokens, samples))
 
 
@@ -114,7 +116,11 @@ class Choices:
 
 
 def _is_edited(s: Sample) -> bool:
-    return bool(s.banned_ids or s.params.logit_bias) or looks_back(s.params)
+    return _is_banned(s) or bool(s.params.logit_bias) or looks_back(s.params)
+
+
+def _is_banned(s: Sample) -> bool:
+    return bool(s.banned_ids) and s.matcher is None  # which leaves banned ids out by itself
 
 
 def _edit(row: Tensor, s: Sample) -> None:
@@ -122,7 +128,7 @@ def _edit(row: Tensor, s: Sample) -> None:
     p = s.params
     if p.logit_bias:
         row[_ids(p.logit_bias.keys(), row)] += upload(list(p.logit_bias.values()), torch.float32, row.device)
-    if s.banned_ids:
+    if _is_banned(s):
         row.index_fill_(0, _ids(s.banned_ids, row), -math.inf)
     if p.repetition_penalty != 1.0:
         seen = _ids({*s.prompt_ids, *s.output_ids}, row)
@@ -142,7 +148,18 @@ def _select(rows: Tensor, indices: list[int]) -> Tensor:
     return rows if len(indices) == len(rows) else rows[_ids(indices, rows)]
 
 
-def _choose(logits: Tensor, samples: Sequence[Sample]) -> Tensor:
+def _allowed(samples: Sequence[Sample], logits: Tensor) -> Tensor | None:
+    """[n, ceil(V / 32)] int32, one bit for each token; None where nobody has a grammar."""
+    if all(s.matcher is None for s in samples):
+        return None
+    shape = (len(samples), -(-logits.shape[1] // 32))
+    every_token = b"\xff" * (4 * shape[1])
+    # The device computes the logits meanwhile.
+    masks = [every_token if s.matcher is None else s.matcher.allowed(s.banned_ids) for s in samples]
+    return upload_bytes(b"".join(masks), shape, torch.int32, logits.device)
+
+
+def _choose(logits: Tensor, samples: Sequence[Sample], allowed: Tensor | None) -> Tensor:
     """[n] int64"""
     params = [s.params for s in samples]
     drawn = [p.temperature >= _LEAST_TEMPERATURE for p in params]
@@ -157,7 +174,9 @@ def _choose(logits: Tensor, samples: Sequence[Sample]) -> Tensor:
         logits.device,
     )
     top_k = upload([p.top_k for p in params], torch.int64, logits.device)
-    return draw(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, points=points)
+    return draw(
+        logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, points=points, allowed=allowed
+    )
 
 
 def uniform(seed: int, index: int) -> float:

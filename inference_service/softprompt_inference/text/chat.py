@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jinja2 import TemplateError
 from softprompt_api.errors import InvalidArgument, Unsupported
@@ -9,18 +10,19 @@ from softprompt_api.names import shown
 
 from softprompt_inference.text.control import ControlTokens
 from softprompt_inference.text.soft_prompts import Encoded, Marks, SoftPrompt
+from softprompt_inference.text.tools import ToolCall, Turn, in_words, map_texts, parse_call, parse_tool
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 2048
 MAX_NAME_CHARACTERS = 128
 
-# messages, add_generation_prompt, continue_final_message → the rendered conversation
-Render = Callable[[list[dict[str, str]], bool, bool], str]
+# messages, add_generation_prompt, continue_final_message, tools → the rendered conversation
+Render = Callable[[list[Turn], bool, bool, list[dict[str, Any]] | None], str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatMessage:
-    """One turn. `role` is one of ROLES; `name` is optional and given to the template.
+    """One turn. `role` is one of ROLES; `name` and `tool_call_id` are optional and given to the template.
 
     `content` is a text, or texts and soft prompts in order.
     """
@@ -28,6 +30,8 @@ class ChatMessage:
     role: str
     content: str | Sequence[str | SoftPrompt]
     name: str = ""
+    tool_calls: Sequence[ToolCall] = ()
+    tool_call_id: str = ""
 
     @property
     def parts(self) -> Sequence[str | SoftPrompt]:
@@ -51,16 +55,19 @@ class ChatEncoder:
     Args:
         render: the sandboxed chat template; None: the model has none.
         control: tells the template's control tokens from the messages' text.
+        knows_tools: whether the template tells of functions that may be called.
     """
 
-    def __init__(self, render: Render | None, control: ControlTokens) -> None:
+    def __init__(self, render: Render | None, control: ControlTokens, *, knows_tools: bool = False) -> None:
         self._render = render
         self._control = control
+        self._knows_tools = knows_tools
 
     def encode(
         self,
         messages: Sequence[ChatMessage],
         *,
+        tools: Sequence[str] = (),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> Encoded:
@@ -80,9 +87,12 @@ class ChatEncoder:
                 field="messages",
             )
         marks = Marks()
-        shielded = [self._shielded(message, marks) for message in messages]
+        turns = [self._shielded(message, marks) for message in messages]
+        told: list[dict[str, Any]] = [map_texts(parse_tool(tool), self._control.shield) for tool in tools]
+        if not self._knows_tools and (told or any("tool_calls" in turn for turn in turns)):
+            turns, told = in_words(turns, told), []
         try:
-            rendered = self._render(shielded, add_generation_prompt, continue_final_message)
+            rendered = self._render(turns, add_generation_prompt, continue_final_message, told or None)
         except TemplateError as error:  # also what a template refuses by itself, such as roles out of order
             raise InvalidArgument(
                 f"the model's chat template refuses the messages{_reason(error)}", field="messages"
@@ -94,13 +104,18 @@ class ChatEncoder:
             ) from error
         return [self._control.encode(part) if isinstance(part, str) else part for part in marks.cut(rendered)]
 
-    def _shielded(self, message: ChatMessage, marks: Marks) -> dict[str, str]:
+    def _shielded(self, message: ChatMessage, marks: Marks) -> Turn:
+        shield = self._control.shield
         role = "system" if message.role == "developer" else message.role
-        content = "".join(
-            self._control.shield(part) if isinstance(part, str) else marks.mark(part) for part in message.parts
-        )
-        turn = {"role": role, "content": content}
-        return {**turn, "name": self._control.shield(message.name)} if message.name else turn
+        parts = [shield(part) if isinstance(part, str) else marks.mark(part) for part in message.parts]
+        turn: Turn = {"role": role, "content": "".join(parts)}
+        if message.name:
+            turn["name"] = shield(message.name)
+        if message.tool_call_id:
+            turn["tool_call_id"] = shield(message.tool_call_id)
+        if message.tool_calls:
+            turn["tool_calls"] = [map_texts(parse_call(call), shield) for call in message.tool_calls]
+        return turn
 
 
 def _reason(error: TemplateError) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from softprompt_api.errors import ContextLengthExceeded, InvalidArgument
 from softprompt_api.params import SamplingParams
@@ -13,6 +14,7 @@ from softprompt_inference.text.control import ControlTokens
 from softprompt_inference.text.definition import TokenizerDefinition, read_definition
 from softprompt_inference.text.detokenizer import OutputText
 from softprompt_inference.text.soft_prompts import Encoded
+from softprompt_inference.text.tools import Turn, are_told_by
 from softprompt_inference.text.vocabulary import Vocabulary
 
 
@@ -24,13 +26,20 @@ class Tokenizer:
         eos_token_ids: every id that ends a sequence, sorted.
     """
 
-    def __init__(self, backend: Backend, render: Render | None, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        render: Render | None,
+        eos_token_ids: Sequence[int],
+        *,
+        knows_tools: bool = False,
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         serialized = backend.to_str()
         self._backend = backend
         self._vocabulary = Vocabulary(backend, serialized)
-        self._chat = ChatEncoder(render, ControlTokens(serialized))
+        self._chat = ChatEncoder(render, ControlTokens(serialized), knows_tools=knows_tools)
         self.sha256 = hashlib.sha256(serialized.encode()).hexdigest()
         self.eos_token_ids = tuple(sorted(set(eos_token_ids)))
 
@@ -38,7 +47,12 @@ class Tokenizer:
     def load(cls, folder: Path | str) -> "Tokenizer":
         """The tokenizer of a local model folder; Unsupported where it has none that can be used."""
         definition = read_definition(Path(folder))
-        return cls(Backend.from_str(definition.serialized), _renderer(definition), definition.eos_token_ids)
+        return cls(
+            Backend.from_str(definition.serialized),
+            _renderer(definition),
+            definition.eos_token_ids,
+            knows_tools=are_told_by(definition.chat_template or ""),
+        )
 
     def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
         """Ids of a text. Special tokens spelled in it are special.
@@ -57,20 +71,26 @@ class Tokenizer:
         self,
         messages: Sequence[ChatMessage],
         *,
+        tools: Sequence[str] = (),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         max_tokens: int | None = None,
     ) -> Encoded:
         """A conversation as ids, and soft prompts between them; `max_tokens` as in `encode`.
 
-        Special tokens in messages are plain text.
+        Special tokens in messages and tools are plain text.
+
+        Args:
+            tools: JSON of the functions that may be called.
         """
+        num_characters = sum(len(message.text) for message in messages) + sum(map(len, tools))
         num_soft_prompts = sum(message.num_soft_prompts for message in messages)
-        self.check_size(sum(len(message.text) for message in messages), num_soft_prompts, max_tokens=max_tokens)
+        self.check_size(num_characters, num_soft_prompts, max_tokens=max_tokens)
         for message in messages:
             _check_unicode(message.text + message.name, field="messages")
         return self._chat.encode(
             messages,
+            tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
@@ -114,9 +134,15 @@ def _renderer(definition: TokenizerDefinition) -> Render | None:
     # Most of a second to import, and nothing else here needs it: a service can listen before.
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    def render(messages: list[dict[str, str]], add_generation_prompt: bool, continue_final_message: bool) -> str:
+    def render(
+        messages: list[Turn],
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        tools: list[dict[str, Any]] | None,
+    ) -> str:
         rendered, _ = render_jinja_template(
             [messages],
+            tools=tools,
             chat_template=template,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,

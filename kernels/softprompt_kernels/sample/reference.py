@@ -23,14 +23,23 @@ def sample(
     """Arguments as in `softprompt_kernels.sample`."""
     x = logits.float()
     if allowed is not None:
-        bits = allowed[..., None] >> torch.arange(32, dtype=torch.int32, device=x.device) & 1
-        x = x.masked_fill(bits.flatten(1)[:, : x.shape[1]] == 0, -math.inf)
+        x = _keep_allowed(x, allowed)
     top, tokens = x.max(-1)  # a NaN or +inf anywhere in a row shows in its maximum
     is_drawn = temperature > 0
     if is_drawn.any():
         columns = (values[is_drawn] for values in (temperature, top_k, top_p, min_p, points))
         tokens[is_drawn] = _draw(_select(x, is_drawn), *columns)
     return torch.where(top.isfinite(), tokens, NO_TOKEN)
+
+
+def _keep_allowed(x: Tensor, allowed: Tensor) -> Tensor:
+    """−inf where a token may not be chosen; of a copy. Mostly few rows have such tokens, and unpacking is slow."""
+    is_limited = (allowed != -1).any(-1)
+    bits = allowed[is_limited][..., None] >> torch.arange(32, dtype=torch.int32, device=x.device) & 1
+    is_banned = bits.flatten(1)[:, : x.shape[1]] == 0
+    kept = x.clone()
+    kept[is_limited] = x[is_limited].masked_fill(is_banned, -math.inf)
+    return kept
 
 
 def _select(rows: Tensor, wanted: Tensor) -> Tensor:

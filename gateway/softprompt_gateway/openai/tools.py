@@ -1,0 +1,154 @@
+"""Tools of a chat request: the functions, which of them may or must be called, and the grammar of calls.
+
+A call is written as `<tool_call>\n{"name": "f", "arguments": {…}}\n</tool_call>`; the inference service tells the
+model so. Where a call must come, or must follow its schema, a grammar sees to it:
+
+* a function that is required or named: calls and nothing else, each with the schema of its function;
+* otherwise, where a function is strict or only one call may come: any text, in which calls of strict functions
+  follow their schemas, and calls of others have an object as arguments.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+from softprompt_api.errors import InvalidArgument
+from softprompt_api.names import shown
+from softprompt_api.structured import JSON_WHITESPACE, MAX_GRAMMAR_CHARACTERS, check_object
+
+from softprompt_gateway.validation import RequestModel
+
+CALL_START, CALL_END = "<tool_call>", "</tool_call>"
+MAX_TOOLS = 128
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+# For the compiler of the grammar, in the schema that it compiles.
+_OPTIONS = {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
+
+
+def check_name(value: str) -> str:
+    """The name of a function."""
+    if not _NAME.match(value):
+        raise InvalidArgument(
+            f"a function's name must have 1 to 64 letters, digits, _ or -; {shown(value)} has not", field="tools"
+        )
+    return value
+
+
+class Function(RequestModel):
+    """A function that may be called."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(
+        None, description="JSON Schema of its arguments; default: any object"
+    )
+    strict: bool | None = Field(None, description="a call follows the schema even where none must come")
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        return check_name(value)
+
+    @field_validator("parameters")
+    @classmethod
+    def _check_parameters(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            check_object(value, what="the parameters of a function", field="tools")
+            if "x-guidance" in value:
+                raise InvalidArgument("x-guidance in the parameters of a function is not supported", field="tools")
+            if value.get("type", "object") != "object":
+                raise InvalidArgument('the parameters of a function must have the type "object"', field="tools")
+        return value
+
+    @property
+    def schema_of_arguments(self) -> dict[str, Any]:
+        """What a call must hold; an empty schema, which allows anything, means any object."""
+        return {"type": "object", **(self.parameters or {})}
+
+
+class Tool(RequestModel):
+    """A tool: a function."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(RequestModel):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(RequestModel):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+ToolChoice = Literal["auto", "none", "required"] | NamedTool
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
+
+
+def check_tools(tools: Sequence[Tool]) -> None:
+    """Raise InvalidArgument where two functions have one name, or all of them are too large."""
+    names = [tool.function.name for tool in tools]
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidArgument(f"two tools have the name {name}", field="tools")
+    if sum(map(len, map(tool_text, tools))) > MAX_GRAMMAR_CHARACTERS:
+        raise InvalidArgument(f"tools have more than {MAX_GRAMMAR_CHARACTERS} characters", field="tools")
+
+
+def tool_text(tool: Tool) -> str:
+    """The tool as JSON, as the model is told of it."""
+    shape = tool.model_dump(exclude_none=True, exclude={"function": {"strict"}})
+    return json.dumps(shape, ensure_ascii=False)
+
+
+def callable_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> Sequence[Tool]:
+    """The tools that may be called; InvalidArgument where the choice does not go together with them."""
+    if choice == "none":
+        return []
+    if isinstance(choice, NamedTool):
+        name = choice.function.name
+        found = [tool for tool in tools if tool.function.name == name]
+        if not found:
+            raise InvalidArgument(
+                f"tool_choice names {shown(name)}, which is none of the tools", field="tool_choice"
+            )
+        return found
+    if choice is not None and not tools:
+        raise InvalidArgument(f"tool_choice {choice} needs tools", field="tool_choice")
+    return tools
+
+
+def grammar_of(tools: Sequence[Tool], choice: ToolChoice | None, *, parallel: bool) -> str | None:
+    """Lark of what the output may be; None: anything.
+
+    Args:
+        tools: those that may be called.
+        parallel: whether several calls may come.
+    """
+    if not tools:
+        return None
+    must_call = choice not in (None, "auto")
+    functions = [tool.function for tool in tools]
+    if must_call:
+        start = f'start: "{CALL_START}" call' + (f' ("\\n{CALL_START}" call)*' if parallel else "")
+        texts: list[str] = []
+    elif any(function.strict for function in functions) or not parallel:
+        start = "start: (head call)* tail" if parallel else "start: tail | head call"
+        texts = [f'head[lazy]: TEXT "{CALL_START}"', "tail: TEXT", r"TEXT: /(.|\n)*/"]
+    else:
+        return None
+    rules = [start, *texts]
+    names = [f"call_{number}" for number in range(len(functions))]
+    rules.append(f'call: "\\n" ({" | ".join(names)}) "\\n{CALL_END}"')
+    for name, function in zip(names, functions, strict=True):
+        schema = function.schema_of_arguments if must_call or function.strict else {"type": "object"}
+        head = json.dumps(f'{{"name": "{function.name}", "arguments": ')
+        rules.append(f'{name}: {head} %json {json.dumps({**_OPTIONS, **schema})} "}}"')
+    return "\n".join(rules)

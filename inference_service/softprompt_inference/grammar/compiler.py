@@ -1,0 +1,139 @@
+"""Grammars to matchers, off everybody's loop: in threads, within limits, and once for each grammar."""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from softprompt_api.errors import InvalidArgument, SoftpromptError, Unsupported
+from softprompt_api.structured import FIELD, JSON_WHITESPACE, StructuredOutputsParams, parse_schema
+
+from softprompt_inference.engine.plan import Matcher
+from softprompt_inference.grammar.limits import check_lark, check_patterns, check_regex
+from softprompt_inference.grammar.matcher import GrammarMatcher, explain, one_line
+from softprompt_inference.text.definition import TokenizerDefinition
+
+# llguidance releases the interpreter while it works; more threads would only take processors from the model.
+_THREADS = 2
+_MAX_KEPT = 64
+# Some milliseconds for a step, and some MB: a grammar is a stranger's, and others wait for its steps.
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=200_000,
+    step_lexer_fuel=20_000,
+    step_max_items=20_000,
+    max_items_in_row=2_000,
+    max_lexer_states=5_000,
+    max_grammar_size=100_000,
+    verbose_errors=False,
+)
+
+
+class GrammarCompiler:
+    """Makes matchers for one model.
+
+    Args:
+        read_tokenizer: gives the tokenizer; called when it is first needed, by a thread of this class.
+        vocab_size: how many logits the model gives.
+    """
+
+    def __init__(self, read_tokenizer: Callable[[], TokenizerDefinition], *, vocab_size: int) -> None:
+        self._read_tokenizer = read_tokenizer
+        self._vocab_size = vocab_size
+        self._tokenizer: LLTokenizer | None = None
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[str, str], LLMatcher | SoftpromptError] = OrderedDict()
+        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
+
+    def start(self, wanted: StructuredOutputsParams) -> Future[Matcher]:
+        """Begin to compile; see `compile`."""
+        return self._executor.submit(self.compile, wanted)
+
+    def close(self) -> None:
+        """Take no more."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def compile(self, wanted: StructuredOutputsParams) -> GrammarMatcher:
+        """A matcher at its beginning, of which the next token is known to exist.
+
+        Raises:
+            InvalidArgument: the grammar is none, allows nothing, or is too large.
+            Unsupported: the model has no tokenizer that grammars can be made for.
+        """
+        known = self._find(wanted.spelled)
+        if known is None:
+            try:
+                known = self._make(wanted)
+            except SoftpromptError as error:
+                known = type(error)(error.message, field=error.field)  # without its frames
+            self._keep(wanted.spelled, known)
+        if isinstance(known, SoftpromptError):
+            raise type(known)(known.message, field=known.field)
+        return GrammarMatcher(known.deep_copy(), vocab_size=self._vocab_size)
+
+    def _find(self, key: tuple[str, str]) -> LLMatcher | SoftpromptError | None:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def _keep(self, key: tuple[str, str], known: LLMatcher | SoftpromptError) -> None:
+        with self._lock:
+            self._kept[key] = known
+            while len(self._kept) > _MAX_KEPT:
+                self._kept.popitem(last=False)
+
+    def _make(self, wanted: StructuredOutputsParams) -> LLMatcher:
+        matcher = LLMatcher(self._find_tokenizer(), to_grammar(wanted), log_level=0, limits=_LIMITS)
+        # Only the first mask shows whether anything can come at all, and whether a step can be afforded.
+        first = matcher.deep_copy()
+        mask = b"" if first.is_error() else first.compute_bitmask()
+        if first.is_error() or not any(mask):
+            reason = explain(first) if first.is_error() else "no text follows it"
+            raise InvalidArgument(f"{wanted.spelled[0]} cannot be followed: {reason}", field=FIELD)
+        return matcher
+
+    def _find_tokenizer(self) -> LLTokenizer:
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = self._make_tokenizer()
+            return self._tokenizer
+
+    def _make_tokenizer(self) -> LLTokenizer:
+        definition = self._read_tokenizer()
+        if not definition.eos_token_ids:
+            raise Unsupported("the model names no end-of-sequence token, so no grammar can end", field=FIELD)
+        try:
+            return LLTokenizer(
+                definition.serialized, n_vocab=self._vocab_size, eos_token=list(definition.eos_token_ids)
+            )
+        except ValueError as error:
+            raise Unsupported(
+                f"no grammars can be made for this model's tokenizer: {one_line(str(error))}", field=FIELD
+            ) from error
+
+
+def to_grammar(wanted: StructuredOutputsParams) -> str:
+    """What is wanted as llguidance spells it; InvalidArgument for a schema that is none."""
+    kind, text = wanted.spelled
+    match kind:
+        case "regex":
+            check_regex(text)
+            return LLMatcher.grammar_from_regex(text)
+        case "grammar":
+            check_lark(text)
+            return LLMatcher.grammar_from_lark(text)
+        case "choice":
+            choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
+            return LLMatcher.grammar_from_lark(f"start: {choices}")
+        case _:
+            return _json_grammar(text)
+
+
+def _json_grammar(text: str) -> str:
+    schema = parse_schema(text)
+    if "x-guidance" in schema:
+        raise InvalidArgument("x-guidance in a schema is not supported", field=FIELD)
+    check_patterns(schema)
+    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": JSON_WHITESPACE})

@@ -1,0 +1,267 @@
+"""Structured outputs and tools from a running system, through OpenAI's client, with the default model."""
+
+import concurrent.futures
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import openai
+import pydantic
+import pytest
+from softprompt_inference.model.source import DEFAULT_MODEL
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+USER: Any = [{"role": "user", "content": "Tell me about Paris."}]
+MODEL = "smol"
+PATIENCE_S = 30.0
+
+
+class City(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    name: str = pydantic.Field(max_length=12)
+    population: int = pydantic.Field(ge=0, le=99_999_999)
+    river: Literal["Seine", "Thames"] | None
+    sights: list[Literal["tower", "museum"]] = pydantic.Field(max_length=3)
+
+
+SCHEMA = City.model_json_schema()
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"$ref": "#/$defs/city"},
+                "unit": {"enum": ["celsius", "fahrenheit"]},
+            },
+            "required": ["city", "unit"],
+            "additionalProperties": False,
+            "$defs": {"city": {"type": "string", "maxLength": 12}},
+        },
+    },
+}
+STRICT: Any = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
+TIME: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_time",
+        "parameters": {
+            "type": "object",
+            "properties": {"zone": {"type": "integer", "minimum": -12, "maximum": 12}},
+            "required": ["zone"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+class WeatherArguments(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    city: str = pydantic.Field(max_length=12)
+    unit: Literal["celsius", "fahrenheit"]
+
+
+class TimeArguments(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    zone: int = pydantic.Field(ge=-12, le=12)
+
+
+ARGUMENTS: dict[str, type[pydantic.BaseModel]] = {"get_weather": WeatherArguments, "get_time": TimeArguments}
+
+
+@pytest.fixture(scope="module")
+def system(start_system: Callable[..., Any]) -> Any:
+    return start_system(
+        "--served-model-name", MODEL, "--kv-cache-gb", "0.1", "--dtype", "float32", model=DEFAULT_MODEL
+    )
+
+
+@pytest.fixture(scope="module")
+def client(system: Any) -> Iterator[openai.OpenAI]:
+    with system.openai() as client:
+        yield client
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_answer_is_parsed_into_a_model(client: openai.OpenAI, temperature: float) -> None:
+    answer = client.chat.completions.parse(
+        model=MODEL, messages=USER, response_format=City, max_tokens=120, temperature=temperature, n=2, seed=1
+    )
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        assert isinstance(choice.message.parsed, City)
+
+
+def test_a_stream_is_parsed_into_a_model(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(
+        model=MODEL, messages=USER, response_format=City, max_tokens=120, temperature=0
+    ) as stream:
+        final = stream.get_final_completion()
+    assert isinstance(final.choices[0].message.parsed, City)
+
+
+@pytest.mark.parametrize(
+    ("form", "pattern"),
+    [
+        ({"choice": ["yes", "no"]}, "yes|no"),
+        ({"regex": r"[A-Z][a-z]{1,5} \d{2}"}, r"[A-Z][a-z]{1,5} \d{2}"),
+        ({"grammar": 'start: "a" ("b" "a"){1,4}'}, "a(ba){1,4}"),
+    ],
+)
+def test_a_completion_has_its_form(client: openai.OpenAI, form: Any, pattern: str) -> None:
+    answer = client.completions.create(
+        model=MODEL,
+        prompt=["Paris is", "London is"],
+        max_tokens=40,
+        temperature=1.5,
+        extra_body={"structured_outputs": form},
+    )
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        assert re.fullmatch(pattern, choice.text)
+
+
+def test_any_json_object_is_one(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=USER, response_format={"type": "json_object"}, max_tokens=300, temperature=0
+    )
+    text = answer.choices[0].message.content or ""
+    assert text.startswith("{")
+    if answer.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(text), dict)
+
+
+def test_free_answers_beside_forms_are_what_they_are_alone(client: openai.OpenAI) -> None:
+    def free() -> str:
+        answer = client.chat.completions.create(model=MODEL, messages=USER, max_tokens=30, temperature=0)
+        return answer.choices[0].message.content or ""
+
+    def formed() -> str:
+        answer = client.chat.completions.create(
+            model=MODEL, messages=USER, max_tokens=120, extra_body={"structured_outputs": {"json": SCHEMA}}
+        )
+        return answer.choices[0].message.content or ""
+
+    alone = free()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        forms = [pool.submit(formed) for _ in range(4)]
+        others = [pool.submit(free) for _ in range(4)]
+        assert {other.result() for other in others} == {alone}
+        for form in forms:
+            City.model_validate_json(form.result())
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_calls_that_must_come_do_and_follow_their_schemas(
+    client: openai.OpenAI, choice: Any, temperature: float
+) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=USER,
+        tools=[WEATHER, TIME],
+        tool_choice=choice,
+        parallel_tool_calls=False,
+        max_tokens=120,
+        temperature=temperature,
+        seed=3,
+    )
+    [one] = answer.choices
+    assert one.finish_reason == "tool_calls"
+    assert one.message.content is None
+    [call] = one.message.tool_calls or []
+    assert call.type == "function"
+    if choice != "required":
+        assert call.function.name == "get_weather"
+    ARGUMENTS[call.function.name].model_validate_json(call.function.arguments)
+
+
+def test_streamed_calls_are_put_together_by_openais_client(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(
+        model=MODEL,
+        messages=USER,
+        tools=[STRICT],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=120,
+        temperature=0,
+    ) as stream:
+        final = stream.get_final_completion()
+    [call] = final.choices[0].message.tool_calls or []
+    assert final.choices[0].finish_reason == "tool_calls"
+    WeatherArguments.model_validate_json(call.function.arguments)
+
+
+def test_results_can_be_sent_back_and_answered(client: openai.OpenAI) -> None:
+    messages = [*USER]
+    first = client.chat.completions.create(
+        model=MODEL,
+        messages=messages,
+        tools=[WEATHER],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=120,
+        temperature=0,
+    )
+    message = first.choices[0].message
+    assert message.tool_calls
+    messages.append(message.model_dump(exclude_none=True))
+    messages += [
+        {"role": "tool", "tool_call_id": call.id, "content": '{"degrees": 21}'} for call in message.tool_calls
+    ]
+    second = client.chat.completions.create(
+        model=MODEL, messages=messages, tools=[WEATHER], max_tokens=20, temperature=0
+    )
+    assert second.usage is not None
+    assert first.usage is not None
+    assert second.usage.prompt_tokens > first.usage.prompt_tokens
+
+
+HOSTILE: list[Any] = [
+    {"json": {"$ref": "#"}},
+    {"json": {"type": "string", "pattern": "(((a{1,500}){1,500}){1,500})*"}},
+    {"json": {"type": "robot"}},
+    {"json": {"$ref": "http://127.0.0.1:1/x.json"}},
+    {"regex": "(["},
+    {"regex": "(((a{1000}){1000}){1000}){1000}"},
+    {"grammar": "start: start"},
+    {"grammar": "nothing"},
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_form_that_is_none_is_refused_soon_and_others_go_on(client: openai.OpenAI, stream: bool) -> None:
+    began = time.monotonic()
+    for form in HOSTILE:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(
+                model=MODEL, prompt="x", stream=stream, extra_body={"structured_outputs": form}
+            )
+        assert caught.value.param == "structured_outputs"
+        assert caught.value.code == "invalid_value"
+    assert time.monotonic() - began < PATIENCE_S
+    assert client.completions.create(model=MODEL, prompt="x", max_tokens=2).choices[0].finish_reason
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=a)b"}}, "required": ["a"]},
+        {"type": "object", "properties": {"a": {"type": "robot"}}, "required": ["a"]},
+        {"type": "object", "properties": {"a": {"$ref": "#/$defs/nothing"}}, "required": ["a"]},
+    ],
+)
+def test_a_tool_that_no_call_can_follow_is_refused(client: openai.OpenAI, parameters: Any) -> None:
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=MODEL, messages=USER, tools=[tool], tool_choice="required")
+    assert caught.value.param == "tools"
