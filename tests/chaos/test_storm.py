@@ -222,7 +222,7 @@ class Users:
 
 @pytest.mark.parametrize(
     "num_requests",
-    [200, pytest.param(2_000, marks=pytest.mark.chaos), pytest.param(10_000, marks=pytest.mark.chaos)],
+    [60, pytest.param(2_000, marks=pytest.mark.chaos), pytest.param(10_000, marks=pytest.mark.chaos)],
 )
 async def test_every_output_in_a_storm_equals_its_solo_output(
     make_store: Any,

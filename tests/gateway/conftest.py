@@ -67,6 +67,7 @@ class FakeInference(InferenceServiceServicer):
         cancelled: how many ended by cancellation.
         sessions: GenerateMany streams that were opened; `open_sessions` are those that have not ended.
         pauses: how often a call's reader was slow.
+        resident: spellings of the adapters in memory, the first on the device.
     """
 
     def __init__(self, registry: "FakeRegistry") -> None:
@@ -82,6 +83,7 @@ class FakeInference(InferenceServiceServicer):
         self.model_error: Exception | None = None
         self.probed: list[str] = []
         self.probe_error: Exception | None = None
+        self.resident = ("loud@1", "loud@2", "loud@3")
 
     async def until(self, predicate: Any) -> None:
         """Wait until something holds of this fake."""
@@ -238,7 +240,7 @@ class FakeInference(InferenceServiceServicer):
         adapters = [
             pb.ResidentAdapter(
                 digest=f"sha256:{number:064x}",
-                adapter=f"loud@{number}",
+                adapter=spelling,
                 tier=pb.RESIDENT_TIER_DEVICE if number == 1 else pb.RESIDENT_TIER_HOST,
                 size_bytes=200,
                 num_virtual_tokens=5,
@@ -246,7 +248,7 @@ class FakeInference(InferenceServiceServicer):
                 hits=7,
                 in_use=number % 2,
             )
-            for number in (1, 2, 3)
+            for number, spelling in enumerate(self.resident, 1)
         ]
         return pb.ListResidentResponse(adapters=adapters[: request.limit], total_size=len(adapters))
 

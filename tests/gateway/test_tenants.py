@@ -207,6 +207,18 @@ async def test_lists_and_totals_are_of_the_tenant(tenants: Any) -> None:
         assert listed == names
 
 
+async def test_what_is_in_memory_is_listed_for_the_tenant_alone(stack: Any, keys: Keys, tenants: Any) -> None:
+    stack.inference.resident = ("tweets@1", "acme/sms@2", "acme/tweets@3:0", "umbrella/mail@1")
+    narrow = Tenant(stack, (await keys.make("acme", adapters=["tweets"]))[0])
+    wanted = (["tweets@1"], ["sms@2", "tweets@3:0"], ["mail@1"], ["tweets@3:0"])
+    for tenant, models in zip((*tenants, narrow), wanted, strict=True):
+        listed = (await tenant.call("GET", "/v1/resident_adapters")).json()
+        assert [one["model"] for one in listed["data"]] == models
+        assert listed["total_size"] == len(models)
+    cut = (await tenants[1].call("GET", "/v1/resident_adapters?limit=1")).json()
+    assert ([one["model"] for one in cut["data"]], cut["total_size"]) == (["sms@2"], 2)
+
+
 async def test_an_idempotency_key_is_the_tenants_own(tenants: Any) -> None:
     plain, acme, _ = tenants
     first = await plain.register("tweets", 1, idempotency_key="k")
