@@ -550,7 +550,7 @@ class FakeRegistry(RegistryServiceServicer):
         return reg.UpdateAdapterResponse(adapter=self._seen(version))
 
     async def ImportAdapter(self, request: Any, context: Any) -> reg.ImportAdapterResponse:
-        self._check()
+        self.check()
         self.imports.append(request)
         if not request.source.startswith("file:"):
             raise errors.Unsupported("start the registry with --allow-hub-imports", field="source")

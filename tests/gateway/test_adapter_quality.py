@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from softprompt_api import errors
+from softprompt_api.access import Scope
 from softprompt_api.registry.v1 import registry_pb2 as reg
 
 BODY = {
@@ -166,3 +167,38 @@ async def test_a_bad_import_is_refused_by_field(stack: Any, fields: Any, param: 
     response = await stack.post("/v1/adapters", **{"name": "loud", "source": "file:///srv/loud"} | fields)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
     assert not stack.registry.imports
+
+
+@pytest.mark.parametrize("gateway_settings", [{"require_keys": True}])
+async def test_a_tenant_measures_and_imports_by_its_own_names(stack: Any, logged: list[Any]) -> None:
+    key = await stack.registry.keys.make(Scope.ADMIN, tenant="acme")
+    stack.http.headers["authorization"] = f"Bearer {key}"
+    imported = await stack.post("/v1/adapters", name="loud", source="file:///srv/loud")
+    assert (imported.status_code, imported.json()["model"]) == (201, "loud@1")
+    assert [request.name for request in stack.registry.imports] == ["acme/loud"]
+    await until_probed(stack, "acme/loud@1")
+    for spelling in ("loud", imported.json()["digest"]):
+        probed = await stack.http.post(f"/v1/adapters/{spelling}/probe")
+        assert (probed.json()["model"], probed.json()["probe"]) == ("loud@1", PROBE)
+        near = await stack.http.get(f"/v1/adapters/{spelling}/nearest-tokens")
+        assert (near.json()["model"], len(near.json()["data"])) == ("loud@1", 5)
+    assert stack.inference.probed == ["acme/loud@1"] * 3
+    lines = [line for line in logged if line["event"] == "audit"]
+    assert [(line["action"], line["tenant"], line["outcome"]) for line in lines] == [
+        ("adapter.import", "acme", "done"),
+        ("adapter.probe", "acme", "done"),
+        ("adapter.probe", "acme", "done"),
+    ]
+
+
+@pytest.mark.parametrize("gateway_settings", [{"require_keys": True}])
+@pytest.mark.parametrize(("method", "path"), [("POST", "probe"), ("GET", "nearest-tokens")])
+async def test_a_key_for_other_adapters_measures_nothing(stack: Any, method: str, path: str) -> None:
+    digest = (await stack.registry.add("loud")).digest
+    key = await stack.registry.keys.make(Scope.ADMIN, adapters=["quiet"])
+    for spelling in ("loud", "loud@1", digest):
+        response = await stack.http.request(
+            method, f"/v1/adapters/{spelling}/{path}", headers={"authorization": f"Bearer {key}"}
+        )
+        assert (response.status_code, response.json()["error"]["code"]) == (403, "permission_denied")
+    assert not stack.inference.probed

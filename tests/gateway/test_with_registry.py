@@ -156,3 +156,12 @@ async def test_an_unknown_name_comes_with_a_near_one(stack: Any) -> None:
     await _upload(stack, "tweet_adapter", _tensors())
     response = await stack.complete("hi", model="tweet_adaptor")
     assert "did you mean 'tweet_adapter'?" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("source", "flag"), [("file:///srv/loud", "--allow-file-imports"), ("hf://a/b", "--allow-hub-imports")]
+)
+async def test_imports_are_refused_where_no_flag_allows_them(stack: Any, source: str, flag: str) -> None:
+    refused = await stack.post("/v1/adapters", name="loud", source=source)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "source")
+    assert flag in refused.json()["error"]["message"]

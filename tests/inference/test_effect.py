@@ -118,8 +118,8 @@ class FakeSource:
 
 
 class FakePrompts:
-    async def encode(self, prompt: Any) -> list[int]:
-        return [len(prompt.text)]
+    async def encode(self, prompt: Any) -> list[list[int]]:
+        return [[len(prompt.text)]]
 
 
 def make(engine: FakeEngine, source: FakeSource) -> EffectProbe:
@@ -159,6 +159,7 @@ async def test_an_adapter_is_measured_beside_the_base_model_and_recorded() -> No
     assert [part for request in engine.requests for part in request.prompt if isinstance(part, TextPart)] == [
         TextPart(token_ids=[len(text)]) for text in PROMPTS
     ] * 2
+    assert {request.salt for request in engine.requests} == {"probe"}, "a tenant's KV is the tenant's"
 
 
 async def test_the_base_model_is_measured_once_for_all() -> None:

@@ -101,3 +101,12 @@ def test_the_root_must_be_a_folder_that_is_there(tmp_path):
     assert read_settings(["--allow-file-imports", str(tmp_path)]).allow_file_imports == tmp_path
     with pytest.raises(SettingsError, match="allow_file_imports"):
         read_settings(["--allow-file-imports", str(tmp_path / "nothing")])
+
+
+async def test_a_tenants_import_is_the_tenants_alone(client, write):
+    made = [
+        (await import_(client, name, write(f"folder-{seed}", seed), idempotency_key="once")).adapter
+        for seed, name in enumerate(("tweets", "acme/tweets"))
+    ]
+    assert [(version.name, version.version) for version in made] == [("tweets", 1), ("acme/tweets", 1)]
+    assert await client.get("acme/tweets") == made[1]
