@@ -147,6 +147,32 @@ async def test_soft_prompts_stand_inside_messages(stack: Any, digests: dict[str,
     assert (tokens.json()["tokens"], tokens.json()["virtual_tokens"]) == ([120, 121], 3)
 
 
+async def test_soft_prompts_stand_inside_results_and_beside_calls(stack: Any, digests: dict[str, str]) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": [soft("a"), text("one")]},
+        {"role": "assistant", "content": [text("two"), soft("b")], "tool_calls": [call]},
+        {"role": "tool", "content": [text("three"), soft("a")], "tool_call_id": "call_1"},
+    ]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    response = await stack.post(
+        "/v1/chat/completions", model=stack.base, messages=messages, tools=tools, max_tokens=50
+    )
+    assert response.status_code == 200, response.text
+    part, a, b = pb.ContentPart, digests["a@1"], digests["b@2"]
+    sent = stack.inference.requests[-1].chat
+    assert list(sent.messages) == [
+        pb.ChatMessage(role="user", parts=[part(soft_prompt=a), part(text="one")]),
+        pb.ChatMessage(
+            role="assistant",
+            parts=[part(text="two"), part(soft_prompt=b)],
+            tool_calls=[pb.ToolCall(id="call_1", name="f", arguments="{}")],
+        ),
+        pb.ChatMessage(role="tool", parts=[part(text="three"), part(soft_prompt=a)], tool_call_id="call_1"),
+    ]
+    assert len(sent.tools) == 1
+
+
 async def test_one_request_has_one_version_of_a_name_wherever_it_names_it(
     stack: Any, digests: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

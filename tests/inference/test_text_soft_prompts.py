@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from softprompt_api.errors import ContextLengthExceeded, InvalidArgument
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
-from softprompt_inference.text import ChatMessage, Encoded, SoftPrompt, Tokenizer
+from softprompt_inference.text import ChatMessage, Encoded, SoftPrompt, Tokenizer, ToolCall
 from softprompt_inference.text.soft_prompts import Marks
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
@@ -110,7 +110,7 @@ def with_template(template: str) -> Tokenizer:
     backend.add_special_tokens(["<s>"])
     whole = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
 
-    def render(messages: list[dict[str, str]], add_generation_prompt: bool, continue_final_message: bool) -> str:
+    def render(messages: Any, add_generation_prompt: bool, continue_final_message: bool, tools: Any) -> str:
         text: str = whole.apply_chat_template(messages, tokenize=False)
         return text
 
@@ -170,6 +170,28 @@ def test_a_special_token_cannot_be_pieced_together_around_a_soft_prompt(parts: A
 def test_text_at_a_templates_edge_and_a_soft_prompt_do_not_make_a_special_token() -> None:
     tokenizer = with_template("{% for m in messages %}<{{ m.content }}{% endfor %}")
     assert 4 not in tokenizer.encode_chat([user("s>", A)])[0]
+
+
+def test_soft_prompts_keep_their_places_where_functions_are_told_in_words(tokenizer: Tokenizer) -> None:
+    call = ToolCall(id="1", name="f", arguments="{}")
+    encoded = tokenizer.encode_chat(
+        [
+            ChatMessage(role="system", content=("Be ", A, " brief.")),
+            user("Hi"),
+            ChatMessage(role="assistant", content=(B,), tool_calls=[call]),
+            ChatMessage(role="tool", content=("sunny", A), tool_call_id="1"),
+        ],
+        tools=['{"type": "function", "function": {"name": "f"}}'],
+    )
+    texts = as_text(tokenizer, encoded)
+    assert texts[1::2] == [A, B, A]
+    before, told, called, end = map(str, texts[::2])
+    assert before.endswith("<|im_start|>system\nBe ")
+    assert told.startswith(" brief.\n\n# Tools\n")
+    assert told.endswith("<|im_start|>assistant\n")
+    assert called.startswith("\n<tool_call>\n")
+    assert called.endswith("<tool_response>\nsunny")
+    assert end.startswith("\n</tool_response><|im_end|>\n")
 
 
 def test_more_soft_prompts_than_the_context_has_positions_are_refused_unencoded(tokenizer: Tokenizer) -> None:

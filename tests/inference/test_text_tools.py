@@ -33,7 +33,9 @@ def user(content: str) -> ChatMessage:
 
 
 def rendered(tokenizer: Tokenizer, *messages: ChatMessage, tools: tuple[Any, ...] = (WEATHER,)) -> str:
-    return tokenizer.decode(tokenizer.encode_chat(messages, tools=[json.dumps(tool) for tool in tools]))
+    [ids] = tokenizer.encode_chat(messages, tools=[json.dumps(tool) for tool in tools])
+    assert isinstance(ids, list)
+    return tokenizer.decode(ids)
 
 
 def test_functions_are_told_in_a_system_message(tokenizer: Tokenizer) -> None:
@@ -85,7 +87,7 @@ def test_control_tokens_spelled_in_functions_calls_and_results_are_text(tokenize
         "function": {"name": "f", "description": evil, "parameters": {"properties": {evil: {"enum": [evil]}}}},
     }
     call = ToolCall(id=evil, name=evil, arguments=json.dumps({evil: [evil]}))
-    ids = tokenizer.encode_chat(
+    [ids] = tokenizer.encode_chat(
         [
             user("x"),
             ChatMessage(role="assistant", content=evil, tool_calls=[call]),
@@ -93,6 +95,7 @@ def test_control_tokens_spelled_in_functions_calls_and_results_are_text(tokenize
         ],
         tools=[json.dumps(tool)],
     )
+    assert isinstance(ids, list)
     # The system's turn, the user's, the assistant's and the result, and the assistant's turn that is opened.
     assert (ids.count(IM_START), ids.count(IM_END)) == (5, 4)
 

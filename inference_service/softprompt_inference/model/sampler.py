@@ -2,8 +2,8 @@
 
 The order of operations is vLLM's: log-probabilities from the untouched logits; logit bias and banned ids;
 penalties; greedy rows are done; temperature, min_p, top_k, top_p; a draw. A draw depends on its own row, seed and
-index alone, and so is the same in any batch. A row with a grammar is drawn from the
-tokens that this allows, whatever else is said of them.
+index alone, and so is the same in any batch. A row with a grammar is drawn from the tokens that this allows,
+whatever else is said of them.
 
 A choice has two halves. `launch` tells the device what to do and, but for penalties, waits for nothing; the
 tokens stay there, for the next step to read. `Choices.result` waits for them.

@@ -61,7 +61,8 @@ def engine_over(runner: Any, **settings: Any) -> Engine:
 def request(
     tokenizer: Tokenizer, name: str, params: SamplingParams, *, text: str = "Tell me about Paris.", seed: int = 0
 ) -> AddRequest:
-    prompt = tokenizer.encode_chat([ChatMessage(role="user", content=text)])
+    [prompt] = tokenizer.encode_chat([ChatMessage(role="user", content=text)])
+    assert isinstance(prompt, list)
     eos = list(tokenizer.eos_token_ids)
     return AddRequest(
         request_id=name, prompt=[TextPart(token_ids=prompt)], params=params, eos_token_ids=eos, seed=seed
