@@ -1,7 +1,7 @@
 """The grammar of model names, with every spelling."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.names import (
@@ -150,6 +150,7 @@ PARTS = {
 }
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(sorted(PARTS)), min_size=1, max_size=5))
 def test_plus_puts_any_spellings_together_in_their_order(spellings):
     refs = tuple(PARTS[spelling] for spelling in spellings)
