@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 USER: Any = [{"role": "user", "content": "Tell me about Paris."}]
 MODEL = "smol"
 PATIENCE_S = 30.0
+BRACES = {"107": 100, "109": 100}  # { and } in the model's vocabulary
 
 
 class City(pydantic.BaseModel):
@@ -131,13 +132,17 @@ def test_a_completion_has_its_form(client: openai.OpenAI, form: Any, pattern: st
 
 
 def test_any_json_object_is_one(client: openai.OpenAI) -> None:
+    """A small one: the model likes braces."""
     answer = client.chat.completions.create(
-        model=MODEL, messages=USER, response_format={"type": "json_object"}, max_tokens=300, temperature=0
+        model=MODEL,
+        messages=USER,
+        response_format={"type": "json_object"},
+        logit_bias=BRACES,
+        max_tokens=20,
+        temperature=0,
     )
-    text = answer.choices[0].message.content or ""
-    assert text.startswith("{")
-    if answer.choices[0].finish_reason == "stop":
-        assert isinstance(json.loads(text), dict)
+    assert answer.choices[0].finish_reason == "stop"
+    assert json.loads(answer.choices[0].message.content or "") == {}
 
 
 def test_free_answers_beside_forms_are_what_they_are_alone(client: openai.OpenAI) -> None:
