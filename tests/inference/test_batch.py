@@ -48,7 +48,7 @@ def test_deltas_are_rows_of_columns() -> None:
 def test_what_follows_an_event_is_an_event_so_that_a_reader_of_columns_first_keeps_the_order() -> None:
     made = batch()
     made.add(1, delta("a"))
-    made.add(2, Accepted(adapter=None, prompt_token_ids=[1], virtual_tokens=0))
+    made.add(2, Accepted(adapters=[], prompt_token_ids=[1], virtual_tokens=0))
     made.add(2, delta("b"))
     made.add(1, Finished(index=0, reason=Finish.STOP))
     made.end(1, pb.CallEnd())
