@@ -321,23 +321,28 @@ def test_a_token_gets_the_same_of_its_lora_in_any_batch_and_on_any_threads(
         assert torch.equal(compute(first, last), together[first:last])
 
 
-def test_a_library_is_compiled_once(
-    tmp_path: Path, compiled_kernels: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    library.load(tmp_path)
-    [made] = tmp_path.iterdir()
+@pytest.fixture
+def cache(tmp_path: Path, compiled_kernels: object, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for libraries of one small source: what is kept where does not depend on how much is compiled."""
+    source = tmp_path / "ops.c"
+    source.write_text("int one(void) { return 1; }")
+    monkeypatch.setattr(library, "_SOURCES", [source])
+    return tmp_path / "cache"
+
+
+def test_a_library_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library.load(cache)
+    [made] = cache.iterdir()
     monkeypatch.setattr(library, "_compile", None)
-    library.load(tmp_path)
-    assert [*tmp_path.iterdir()] == [made]
+    assert library.load(cache).one() == 1
+    assert [*cache.iterdir()] == [made]
 
 
-def test_another_processor_gets_a_library_of_its_own(
-    tmp_path: Path, compiled_kernels: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    library.load(tmp_path)
+def test_another_processor_gets_a_library_of_its_own(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library.load(cache)
     monkeypatch.setattr(library, "_processor", lambda: b"flags: another")
-    library.load(tmp_path)
-    assert len([*tmp_path.iterdir()]) == 2
+    library.load(cache)
+    assert len([*cache.iterdir()]) == 2
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -354,13 +359,9 @@ def test_without_a_working_compiler_the_reason_is_told(
     assert not native.is_loaded()
 
 
-def test_a_compiler_that_fails_on_the_source_leaves_nothing_behind(
-    tmp_path: Path, compiled_kernels: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broken = tmp_path / "ops.c"
-    broken.write_text("int nothing(void) { return }")
-    monkeypatch.setattr(library, "_SOURCES", [broken])
-    cache = tmp_path / "cache"
+def test_a_compiler_that_fails_on_the_source_leaves_nothing_behind(cache: Path) -> None:
+    [source] = library._SOURCES
+    source.write_text("int nothing(void) { return }")
     with pytest.raises(native.CannotCompile, match="error"):
         native.load(cache)
     assert [*cache.iterdir()] == []
