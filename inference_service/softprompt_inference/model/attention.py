@@ -263,7 +263,7 @@ class PagedStep:
 
     Attributes:
         pages: keys and values of each layer.
-        plan: holds for every layer: without groups, it does not depend on the window.
+        plan: holds for every layer, as they have one window.
     """
 
     batch: StepBatch
@@ -275,7 +275,7 @@ def paged_step(modules: Sequence[nn.Module], window: int | None) -> PagedStep | 
     """The step that these attention modules are in; None where torch must compute some of their attention.
 
     Args:
-        window: of any of them, which have neither softcap nor sinks.
+        window: of all of them, which have neither softcap nor sinks.
     """
     layers = [getattr(module, _HANDLER, None) for module in modules]
     if not isinstance(first := layers[0], PagedLayer) or first.context.batch is None:

@@ -74,6 +74,13 @@ TINY_CONFIGS: dict[str, PreTrainedConfig] = {
     "llama_wide": transformers.LlamaConfig(**_GQA, head_dim=32),
     "mistral": transformers.MistralConfig(**_GQA, sliding_window=_WINDOW),
     "qwen2": transformers.Qwen2Config(**_GQA),
+    "qwen2_windows": transformers.Qwen2Config(
+        **{**_GQA, "num_hidden_layers": 4},
+        head_dim=32,
+        use_sliding_window=True,
+        sliding_window=_WINDOW,
+        max_window_layers=2,
+    ),
     "qwen3": transformers.Qwen3Config(**_GQA, head_dim=16),
     "gemma2": transformers.Gemma2Config(
         **{**_GQA, "num_hidden_layers": 4},

@@ -70,7 +70,7 @@ def _observe(model: nn.Module, run: Callable[[], object]) -> list[_Call]:
 
 
 def _stacks(calls: Sequence[_Call]) -> list[list[_Call]]:
-    """Layers of one shape that take what the one before answers, and the same rotary tables."""
+    """Layers of one shape and window that take what the one before answers, and the same rotary tables."""
     stacks: list[list[_Call]] = []
     for call in calls:
         if call.forward.call.softcap is not None or call.forward.call.sinks is not None or call.tables is None:
@@ -81,6 +81,8 @@ def _stacks(calls: Sequence[_Call]) -> list[list[_Call]]:
             and call.given is last.answer
             and call.tables is last.tables
             and call.forward.decoder.shape == last.forward.decoder.shape
+            # What a step's plan answers for once, for several sequences, depends on the window.
+            and call.forward.call.sliding_window == last.forward.call.sliding_window
         ):
             stacks[-1].append(call)
         else:

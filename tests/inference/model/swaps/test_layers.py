@@ -5,26 +5,14 @@ from typing import Any
 import pytest
 import torch
 from softprompt_inference.engine.config import EngineConfig
-from softprompt_inference.engine.messages import LoadLora, LoraModule
 from softprompt_inference.model.attention import CallRecorder, attach, detach
 from softprompt_inference.model.loader import LoadedModel, load_model
 from softprompt_inference.model.lora.context import build_tiles
-from softprompt_inference.model.lora.loras import Loras
 from softprompt_inference.model.swaps import layers, stacks
 from softprompt_inference.model.swaps.verify import relative_error, verify
 from softprompt_kernels import native
 
-
-@pytest.fixture(autouse=True)
-def kernels(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The native kernels, of which every part of a fused layer is one."""
-    monkeypatch.setattr(native, "_library", None)
-    try:
-        native.load(lab.folder / "kernels")
-    except native.CannotCompile as error:
-        pytest.skip(str(error))
-    if not native.supports_linear(torch.zeros(2, 2, dtype=torch.bfloat16)):
-        pytest.skip("this processor does not multiply pairs of bfloat16")
+pytestmark = pytest.mark.usefixtures("native_kernels")
 
 
 def load(lab: Any, kind: str, dtype: str = "bfloat16") -> LoadedModel:
@@ -86,27 +74,6 @@ def test_a_token_has_the_same_answer_in_any_batch(lab: Any) -> None:
             )
 
 
-def _lora(loaded: LoadedModel, seed: int) -> LoadLora:
-    """Random weights in bfloat16 for every linear, of rank 5."""
-    generator = torch.Generator().manual_seed(seed)
-    modules = []
-    for linear in loaded.linears:
-        shapes = ((5, linear.in_features), (linear.out_features, 5))
-        a, b = (
-            (torch.randn(*shape, generator=generator) * shape[1] ** -0.5).bfloat16().view(torch.uint8).numpy()
-            for shape in shapes
-        )
-        modules.append(LoraModule(name=linear.name, rank=5, scale=0.5, a=a.tobytes(), b=b.tobytes()))
-    return LoadLora(digest=f"sha256:{seed}", modules=modules, dtype="bfloat16")
-
-
-def _load_loras(loaded: LoadedModel) -> Loras:
-    loras = Loras(loaded.model, loaded.linears, loaded.lora, max_loras=4, device=torch.device("cpu"))
-    for slot in (0, 2):
-        loras.load(slot, _lora(loaded, slot))
-    return loras
-
-
 def _logits_with(loaded: LoadedModel, x: torch.Tensor, slots: list[int]) -> torch.Tensor:
     loaded.lora.tiles = build_tiles(slots, torch.device("cpu"))
     try:
@@ -117,10 +84,10 @@ def _logits_with(loaded: LoadedModel, x: torch.Tensor, slots: list[int]) -> torc
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 13, 40])
 def test_a_model_with_loras_answers_as_without_fused_layers(
-    lab: Any, num_tokens: int, monkeypatch: pytest.MonkeyPatch
+    lab: Any, load_loras: Any, num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load(lab, "llama")
-    _load_loras(loaded)
+    load_loras(loaded)
     x = torch.randn(1, num_tokens, loaded.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
     slots = [2, 0, -1, 2, 1] * 8
     plain, replaced = _logits(loaded, x), _logits_with(loaded, x, slots[:num_tokens])
@@ -133,9 +100,9 @@ def test_a_model_with_loras_answers_as_without_fused_layers(
     assert calls == []
 
 
-def test_a_token_has_the_same_answer_beside_any_loras(lab: Any) -> None:
+def test_a_token_has_the_same_answer_beside_any_loras(lab: Any, load_loras: Any) -> None:
     loaded = load(lab, "llama")
-    _load_loras(loaded)
+    load_loras(loaded)
     decoder = _decoder(fused(loaded)[0])
     x = torch.randn(30, loaded.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
     cos, sin = torch.randn(2, 30, loaded.layers[0].head_dim, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -157,16 +124,16 @@ def test_a_token_has_the_same_answer_beside_any_loras(lab: Any) -> None:
 
 
 def test_parts_that_cannot_add_a_lora_go_one_by_one_in_steps_that_have_one(
-    lab: Any, monkeypatch: pytest.MonkeyPatch
+    lab: Any, load_loras: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(1, 9, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     slots, calls = [2, 0, -1] * 3, []
     loaded = load(lab, "llama")
-    _load_loras(loaded)
+    load_loras(loaded)
     expected = _logits_with(loaded, x, slots)
     monkeypatch.setattr(native.PackedLoras, "can_hold", lambda _: False)
     loaded = load(lab, "llama")
-    loras = _load_loras(loaded)
+    loras = load_loras(loaded)
     before = layers.DecoderLayer.before
     monkeypatch.setattr(layers.DecoderLayer, "before", lambda *args: calls.append(None) or before(*args))
     assert relative_error(_logits_with(loaded, x, slots), expected) < 2e-2

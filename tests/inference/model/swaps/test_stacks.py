@@ -37,16 +37,7 @@ _STEPS: tuple[Sequence[tuple[int, int, Sequence[int]]], ...] = (
 _PREFIX_LENS = (*[()] * 5, (68, 68, 0))
 
 
-@pytest.fixture(autouse=True)
-def kernels(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The native kernels, of which every part of a stack is one."""
-    monkeypatch.setattr(native, "_library", None)
-    try:
-        native.load(lab.folder / "kernels")
-    except native.CannotCompile as error:
-        pytest.skip(str(error))
-    if not native.supports_linear(torch.zeros(2, 2, dtype=torch.bfloat16)):
-        pytest.skip("this processor does not multiply pairs of bfloat16")
+pytestmark = pytest.mark.usefixtures("native_kernels")
 
 
 def load(lab: Any, kind: str) -> LoadedModel:
@@ -78,8 +69,12 @@ def without_stacks(loaded: LoadedModel) -> LoadedModel:
     return loaded
 
 
-def answers(loaded: LoadedModel) -> list[Tensor]:
-    """Logits of all tokens of _STEPS, one step after the other over the same pages."""
+def answers(loaded: LoadedModel, slots: Sequence[int] = ()) -> list[Tensor]:
+    """Logits of all tokens of _STEPS, one step after the other over the same pages.
+
+    Args:
+        slots: of the LoRAs that the tokens of each step use in turn; empty: none.
+    """
     context, found = StepContext(), []
     attach_pages(
         loaded.layers, context, num_pages=26, page_size=_PAGE_SIZE, dtype=loaded.dtype, device=loaded.device
@@ -91,8 +86,11 @@ def answers(loaded: LoadedModel) -> list[Tensor]:
         )
         positions = torch.cat([torch.arange(start, start + count) for start, count, _ in spans])
         x = torch.randn(len(positions), loaded.hidden_size, generator=generator).bfloat16()
+        used = [slots[token % len(slots)] for token in range(len(x))] if slots else [-1]
+        loaded.lora.tiles = build_tiles(used, loaded.device)
         with torch.inference_mode():
             found.append(loaded.logits(x, positions, torch.arange(len(positions))))
+    loaded.lora.tiles = None
     for layer in loaded.layers:
         detach(layer.module)
     return found
@@ -101,7 +99,14 @@ def answers(loaded: LoadedModel) -> list[Tensor]:
 # Attention of several queries is native only for heads of a multiple of 32.
 @pytest.mark.parametrize(
     ("kind", "tokens"),
-    [("llama_wide", [8, 7, 2, 9, 70, 3]), ("llama", [2, 3]), ("mistral", [2, 3]), ("qwen2", [2, 3])],
+    [
+        ("llama_wide", [8, 7, 2, 9, 70, 3]),
+        # Layers with a window and those without stand in stacks of their own.
+        ("qwen2_windows", [8, 8, 7, 7, 2, 2, 9, 9, 70, 70, 3, 3]),
+        ("llama", [2, 3]),
+        ("mistral", [2, 3]),
+        ("qwen2", [2, 3]),
+    ],
 )
 def test_a_model_answers_the_same_with_stacks_and_without(
     lab: Any, kind: str, tokens: list[int], calls: list[int], monkeypatch: pytest.MonkeyPatch
@@ -112,6 +117,18 @@ def test_a_model_answers_the_same_with_stacks_and_without(
     stacked = answers(loaded)
     assert calls == tokens
     for one, other in zip(stacked, answers(without_stacks(loaded)), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_stack_computes_loras_as_its_layers_do(lab: Any, calls: list[int], load_loras: Any) -> None:
+    loaded = load(lab, "llama_wide")
+    load_loras(loaded)
+    plain = answers(loaded)
+    calls.clear()
+    stacked = answers(loaded, slots=[2, -1, 0])
+    assert calls == [len(logits) for logits in stacked]
+    assert not torch.equal(stacked[0], plain[0])
+    for one, other in zip(stacked, answers(without_stacks(loaded), slots=[2, -1, 0]), strict=True):
         assert torch.equal(one, other)
 
 
