@@ -1,14 +1,12 @@
 """The inference service from Python: which adapters are in memory, and what they do."""
 
 from dataclasses import asdict, dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
-from softprompt_api.rpc.channel import open_blocking_channel
 
-from softprompt.calls import translated
+from softprompt.calls import ServiceClient
 from softprompt.registry import AdapterInfo, info_of
 
 DEFAULT_ADDRESS = "127.0.0.1:2244"
@@ -60,7 +58,7 @@ class NearToken:
     cosine: float
 
 
-class InferenceClient:
+class InferenceClient(ServiceClient):
     """A connection to an inference service; close it, or use it in a `with`.
 
     Every failed call raises an error of `softprompt_api.errors`.
@@ -70,25 +68,12 @@ class InferenceClient:
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
-        self._address = address
-        self._channel = open_blocking_channel(address)
+        super().__init__("inference service", address)
         self._stub = InferenceServiceStub(self._channel)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._channel.close()
 
     def resident(self, limit: int = 1000) -> tuple[list[ResidentInfo], int]:
         """The adapters in memory, most recently used first, at most `limit`; and how many there are."""
-        with translated("inference service", self._address):
+        with self._translated():
             answer = self._stub.ListResident(pb.ListResidentRequest(limit=limit), timeout=_CALL_TIMEOUT_S)
         adapters = [
             ResidentInfo(
@@ -107,24 +92,24 @@ class InferenceClient:
 
     def preload(self, adapter: str) -> str:
         """Bring an adapter to the device; its digest."""
-        with translated("inference service", self._address):
+        with self._translated():
             return self._stub.Preload(pb.PreloadRequest(adapter=adapter), timeout=_LOAD_TIMEOUT_S).digest
 
     def evict(self, adapter: str) -> str:
         """Let an adapter that no request uses go from memory; its digest."""
-        with translated("inference service", self._address):
+        with self._translated():
             return self._stub.Evict(pb.EvictRequest(adapter=adapter), timeout=_CALL_TIMEOUT_S).digest
 
     def probe(self, adapter: str) -> AdapterInfo:
         """Measure what an adapter does to the next token of a few fixed prompts; the registry keeps the result."""
-        with translated("inference service", self._address):
+        with self._translated():
             answer = self._stub.ProbeAdapter(pb.ProbeAdapterRequest(adapter=adapter), timeout=_LOAD_TIMEOUT_S)
         return info_of(answer.adapter)
 
     def nearest(self, adapter: str, *, top_k: int = 5) -> list[VirtualToken]:
         """The tokens of the vocabulary that are nearest to each virtual token of an adapter."""
         request = pb.NearestTokensRequest(adapter=adapter, top_k=top_k)
-        with translated("inference service", self._address):
+        with self._translated():
             answer = self._stub.NearestTokens(request, timeout=_LOAD_TIMEOUT_S)
         return [
             VirtualToken(
@@ -139,10 +124,10 @@ class InferenceClient:
 
     def model(self) -> pb.GetModelResponse:
         """What is served."""
-        with translated("inference service", self._address):
+        with self._translated():
             return self._stub.GetModel(pb.GetModelRequest(), timeout=_CALL_TIMEOUT_S)
 
     def generate(self, request: pb.GenerateRequest) -> list[pb.GenerateResponse]:
         """Every event of a generation, once it has ended."""
-        with translated("inference service", self._address):
+        with self._translated():
             return list(self._stub.Generate(request, timeout=_LOAD_TIMEOUT_S))

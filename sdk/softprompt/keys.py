@@ -3,16 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from softprompt_api.access import Scope, scope_from, scope_to
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1.registry_pb2_grpc import KeyServiceStub
-from softprompt_api.rpc.channel import open_blocking_channel
 from softprompt_api.tenants import DEFAULT_TENANT
 
-from softprompt.calls import translated
+from softprompt.calls import ServiceClient
 from softprompt.registry import DEFAULT_ADDRESS
 
 _CALL_TIMEOUT_S = 20.0
@@ -49,7 +47,7 @@ class KeyInfo:
         return {**asdict(self), "scopes": list(self.scopes), "adapters": list(self.adapters)}
 
 
-class KeyClient:
+class KeyClient(ServiceClient):
     """A connection to a registry's keys; close it, or use it in a `with`.
 
     Every failed call raises an error of `softprompt_api.errors`.
@@ -59,21 +57,8 @@ class KeyClient:
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
-        self._address = address
-        self._channel = open_blocking_channel(address)
+        super().__init__("registry", address)
         self._stub = KeyServiceStub(self._channel)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._channel.close()
 
     def create(
         self,
@@ -101,7 +86,7 @@ class KeyClient:
         )
         if expires_at is not None:
             request.expires_at.FromDatetime(expires_at)
-        with translated("registry", self._address):
+        with self._translated():
             answer = self._stub.CreateKey(request, timeout=_CALL_TIMEOUT_S)
         return answer.key, _info(answer.api_key)
 
@@ -110,7 +95,7 @@ class KeyClient:
         infos, token = [], ""
         while True:
             request = pb.ListKeysRequest(page_size=_PAGE_SIZE, page_token=token)
-            with translated("registry", self._address):
+            with self._translated():
                 page = self._stub.ListKeys(request, timeout=_CALL_TIMEOUT_S)
             infos += [_info(key) for key in page.api_keys]
             token = page.next_page_token
@@ -119,7 +104,7 @@ class KeyClient:
 
     def revoke(self, id_: str) -> None:
         """Delete a key; gateways refuse it at once."""
-        with translated("registry", self._address):
+        with self._translated():
             self._stub.RevokeKey(pb.RevokeKeyRequest(id=id_), timeout=_CALL_TIMEOUT_S)
 
 

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from google.protobuf.field_mask_pb2 import FieldMask
 from softprompt_api.errors import AdapterNotFound, InvalidArgument
@@ -14,11 +13,10 @@ from softprompt_api.names import check_full_name, parse_adapter
 from softprompt_api.quality import Norms, Probe
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1.registry_pb2_grpc import RegistryServiceStub
-from softprompt_api.rpc.channel import open_blocking_channel
 from softprompt_api.rpc.quality import norms_from, probe_of, warnings_of
 
 from softprompt.adapter_files import LocalAdapter, chunks, find_adapter
-from softprompt.calls import translated
+from softprompt.calls import ServiceClient
 
 DEFAULT_ADDRESS = "127.0.0.1:2243"
 _CALL_TIMEOUT_S = 20.0
@@ -92,7 +90,7 @@ class AdapterInfo:
         return f"rank {self.rank}" if self.rank else f"{self.num_virtual_tokens} virtual tokens"
 
 
-class RegistryClient:
+class RegistryClient(ServiceClient):
     """A connection to a registry; close it, or use it in a `with`.
 
     Every failed call raises an error of `softprompt_api.errors`.
@@ -102,21 +100,8 @@ class RegistryClient:
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
-        self._address = address
-        self._channel = open_blocking_channel(address)
+        super().__init__("registry", address)
         self._stub = RegistryServiceStub(self._channel)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._channel.close()
 
     def add(
         self,
@@ -257,9 +242,6 @@ class RegistryClient:
                 pb.DeleteVersionRequest(name=ref.name, version=ref.version), timeout=_CALL_TIMEOUT_S
             )
             return 1
-
-    def _translated(self) -> contextlib.AbstractContextManager[None]:
-        return translated("registry", self._address)
 
 
 def _upload(
