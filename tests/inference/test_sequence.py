@@ -35,6 +35,18 @@ def test_parts_become_one_list_of_ids_in_their_order(fakes, virtual_ids) -> None
     assert sequence.state is State.WAITING
 
 
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [(["a", [7, 8]], 3), (["k", [7]], 5), (["a", "a", [7]], 3), ([[7], "a"], 0), ([[7]], 0)],
+)
+def test_chunks_tell_how_long_the_soft_prompt_is_that_they_begin_with(
+    fakes, virtual_ids, prompt, expected
+) -> None:
+    sequence = sequence_of(fakes.request("0", *prompt), virtual_ids)
+    assert sequence.chunk(1).prefix_len == expected
+    assert sequence.following_chunk().prefix_len == expected
+
+
 def test_only_the_chunk_that_reaches_the_end_asks_for_a_token(fakes, virtual_ids) -> None:
     sequence = sequence_of(fakes.request("0", "a", [7, 8], seed=5), virtual_ids)
     first = sequence.chunk(4)
