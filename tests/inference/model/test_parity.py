@@ -17,6 +17,8 @@ from softprompt_inference.model.sampler import Choices
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 from softprompt_kernels import native
 from softprompt_kernels.kv_write import kv_write
+from softprompt_kernels.paged_attention import reference
+from softprompt_kernels.paged_attention.reference import NativePrefix
 from torch import Tensor
 
 KINDS = ["prompt_tuning", "p_tuning_mlp", "p_tuning_lstm", "cpt"]
@@ -63,6 +65,36 @@ def test_chunks_that_end_inside_and_just_after_the_virtual_tokens(
     requests = lab.requests([adapter, None, adapter])
     outputs = lab.serve(lab.engine(llama, max_step_tokens=max_step_tokens), requests)
     lab.compare(llama, requests, outputs).assert_equal()
+
+
+def test_a_long_soft_prompt_that_decodes_share_gives_each_of_them_what_it_gets_alone(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, where another order of sums would show."""
+    shared: list[int] = []  # how many sequences had each beginning
+    find = reference._find_prefixes
+
+    def found(*args: Any) -> tuple[NativePrefix, ...]:
+        prefixes = find(*args)
+        shared.extend(len(prefix.rows) for prefix in prefixes)
+        return prefixes
+
+    monkeypatch.setattr(reference, "_MIN_PREFIX", 64)
+    monkeypatch.setattr(reference, "_find_prefixes", found)
+    path = lab.model("llama_wide")
+    engine = lab.engine(path, dtype="bfloat16")
+    if not native.supports_linear(torch.zeros(2, 2, dtype=torch.bfloat16)):
+        pytest.skip("this processor does not multiply pairs of bfloat16")
+    first, second = (lab.adapter(path, "prompt_tuning", 70, seed=seed) for seed in (0, 1))
+    requests = lab.requests([first, second, first, None, first, second])
+    lab.serve(engine, requests)  # so that all find the same pages from now on
+    together = lab.serve(engine, requests)
+    assert max(shared) == 3
+    shared.clear()
+    for request, outputs in zip(requests, together, strict=True):
+        [alone] = lab.serve(engine, [request])
+        assert [(one.token_id, one.logprobs) for one in alone] == [(one.token_id, one.logprobs) for one in outputs]
+    assert set(shared) == {1}
 
 
 @pytest.mark.parametrize("page_size", [4, 5, 16])
