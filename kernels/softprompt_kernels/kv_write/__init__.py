@@ -14,6 +14,7 @@ from torch import Tensor
 
 from softprompt_kernels import native
 from softprompt_kernels.kv_write.reference import kv_write as _reference
+from softprompt_kernels.native import attention
 
 __all__ = ["kv_write"]
 
@@ -31,7 +32,7 @@ def kv_write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) 
 
         _kernel(keys, values, k, v, slots)
     elif native.is_loaded():
-        native.kv_write(keys, values, k, v, slots)
+        attention.kv_write(keys, values, k, v, slots)
     else:
         _reference(keys, values, k, v, slots)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels import native
+from softprompt_kernels.native.attention import prefix_room
 from softprompt_kernels.paged_attention.reference import Plan
 
 
@@ -225,7 +226,7 @@ class DecoderLayers:
         if self._scratch.numel() < rows * self._row_elements:
             self._scratch = torch.empty(rows * self._row_elements, dtype=torch.bfloat16)
         decodes = plan.decodes
-        prefix = native.prefix_room(rows if plan.prefixes else 0, *self._heads)
+        prefix = prefix_room(rows if plan.prefixes else 0, *self._heads)
         chunks = torch.tensor([(each.sequence, each.start, each.stop, each.context) for each in plan.chunks])
         prefixes = torch.tensor(
             [(each.rows.data_ptr(), each.pages.data_ptr(), len(each.rows), each.length) for each in plan.prefixes]

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels import native
+from softprompt_kernels.native import attention
 from softprompt_kernels.paged_attention.reference import Plan, plan_paged_attention
 from softprompt_kernels.paged_attention.reference import paged_attention as _reference
 
@@ -81,11 +82,11 @@ def paged_attention(
             has_native_chunks=native.supports_chunks(keys) and softcap is None and sinks is None,
         )
     out = _reference(q, keys, values, plan, scale=scale, softcap=softcap, sinks=sinks)
-    prefix = native.prefix_room(len(q) if plan.prefixes else 0, q.shape[1], q.shape[2])
+    prefix = attention.prefix_room(len(q) if plan.prefixes else 0, q.shape[1], q.shape[2])
     for each in plan.prefixes:
-        native.paged_prefix(prefix, q, keys, values, each.pages, each.rows, each.length, scale=scale)
+        attention.paged_prefix(prefix, q, keys, values, each.pages, each.rows, each.length, scale=scale)
     if plan.decodes is not None:
-        native.paged_decode(
+        attention.paged_decode(
             out,
             q,
             keys,
@@ -102,7 +103,7 @@ def paged_attention(
             prefix=prefix,
         )
     for chunk in plan.chunks:
-        native.paged_chunk(
+        attention.paged_chunk(
             out[chunk.start : chunk.stop],
             q[chunk.start : chunk.stop],
             keys,
