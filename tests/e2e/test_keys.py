@@ -82,6 +82,8 @@ def test_keys_and_tenants_of_a_running_system(system: Any, adapters: dict[str, P
     assert completed.returncode == 0, completed.stderr
     refused = system.cli("complete", "Hello")
     assert (refused.returncode, "API key is needed" in refused.stderr) == (1, True)
+    loaded = system.cli("bench", "--base-url", system.url, "--num-prompts", "1")
+    assert (loaded.returncode, "give it with --api-key" in " ".join(loaded.stderr.split())) == (1, True)
 
     assert system.cli("key", "revoke", acme["id"]).returncode == 0
     revoked_s = time.monotonic()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from softprompt_api.errors import AdapterNotFound, InternalError, SoftpromptError, Unavailable
+from softprompt_api.errors import AdapterNotFound, InternalError, SoftpromptError, Unauthenticated, Unavailable
 
 from softprompt.bench.workload import Request
 
@@ -74,13 +74,20 @@ class Server:
         await self._http.aclose()
 
     async def models(self) -> list[dict[str, Any]]:
-        """The model cards of `/v1/models`; Unavailable where no such server answers."""
+        """The model cards of `/v1/models`.
+
+        Raises Unavailable where no such server answers, and Unauthenticated where it asks for another key.
+        """
         try:
             answer = await self._http.get(f"{self.url}/v1/models", timeout=_QUICK_TIMEOUT_S)
             cards = answer.raise_for_status().json()["data"]
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise Unavailable(f"no server answers at {self.url}: start one, or give --base-url") from error
         except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403):
+                raise Unauthenticated(
+                    f"{self.url} asks for an API key that may infer: give it with --api-key or SOFTPROMPT_API_KEY"
+                ) from error
             raise Unavailable(
                 f"what answers at {self.url} is no OpenAI-compatible server: no /v1/models"
             ) from error
