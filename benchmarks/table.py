@@ -12,7 +12,7 @@ def render(rows: Sequence[Row]) -> str:
     cells = [list(_HEAD), *(_cells(row) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-    notes = dict.fromkeys(f"{row.case} {row.what}, {row.peer or 'ours'}: {row.note}" for row in rows if row.note)
+    notes = _notes(rows)
     return "\n".join([line.rstrip() for line in lines] + ["", *notes] * bool(notes))
 
 
@@ -44,9 +44,22 @@ def render_markdown(results: Results) -> str:
         f"Limits measured in the same run: {_per_s(limits.copy_bytes_per_s, 'GB')}, "
         f"{_per_s(limits.matmul_flops_per_s, 'GFLOP')} in bfloat16.",
     ]
-    lines += [f"* {row.case} {row.what}, {row.peer or 'ours'}: {row.note}" for row in results.rows if row.note]
+    lines += [f"* {note}" for note in _notes(results.rows)]
     lines += [f"* {name}: not measured: {reason}" for name, reason in results.unmeasured.items()]
     return "\n".join(lines) + "\n"
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """Each note once, with the row that has it, or with the cases of all that do."""
+    noted: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.note:
+            noted.setdefault((row.peer or "ours", row.note), []).append(row)
+    lines = []
+    for (peer, note), those in noted.items():
+        cases = ", ".join(dict.fromkeys(row.case for row in those))
+        lines.append(f"{cases} {those[0].what}, {peer}: {note}" if len(those) == 1 else f"{cases}, {peer}: {note}")
+    return lines
 
 
 def _all_versions(results: Results) -> dict[str, str]:

@@ -22,6 +22,17 @@ def test_a_row_without_a_goal_is_neither_met_nor_missed() -> None:
     assert "NO" not in text
 
 
+def test_a_note_that_several_rows_have_stands_once() -> None:
+    row = {"unit": "", "ours": 1.0, "peer": "peft"}
+    rows = [
+        Row(case="B1", what="x", note="padded", **row),
+        Row(case="B2", what="y", note="padded", **row),
+        Row(case="B2", what="z", note="padded", **row),
+        Row(case="B2", what="z", note="another", **row),
+    ]
+    assert render(rows).splitlines()[-2:] == ["B1, B2, peft: padded", "B2 z, peft: another"]
+
+
 def test_the_checks_say_what_had_to_be_equal(results: Results) -> None:
     assert render_checks(results).splitlines() == [
         "B1 float32, PEFT: 100.00% of ids equal",
