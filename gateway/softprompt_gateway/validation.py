@@ -1,10 +1,12 @@
 """Checked request models, and what is wrong with a request in words."""
 
 import difflib
+import re
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
+from softprompt_api.errors import InvalidArgument
 from softprompt_api.names import shown
 
 from softprompt_gateway.errors import Refused
@@ -21,6 +23,19 @@ _FOREIGN_NAMES = {
     "repeat_penalty": "repetition_penalty",
     "stop_sequences": "stop",
 }
+
+
+# OpenAI's names of functions and schemas.
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+
+
+def check_name(value: str, *, what: str, field: str) -> str:
+    """A name of something that a request brings; InvalidArgument for what OpenAI takes for none."""
+    if not _NAME.match(value):
+        raise InvalidArgument(
+            f"{what} must have a name of 1 to 64 letters, digits, _ or -; {shown(value)} is none", field=field
+        )
+    return value
 
 
 class RequestModel(BaseModel):

@@ -1,6 +1,5 @@
 """What a request wants its output to be, in the several ways in which it can say so."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -12,7 +11,7 @@ from softprompt_api.names import shown
 from softprompt_api.structured import FIELD, KINDS, StructuredOutputsParams
 
 from softprompt_gateway.errors import Refused, fields_spelled
-from softprompt_gateway.validation import RequestModel
+from softprompt_gateway.validation import RequestModel, check_name
 
 # vLLM's names before `structured_outputs` → the member that means the same.
 OLD_NAMES = {
@@ -21,7 +20,6 @@ OLD_NAMES = {
     "guided_choice": "choice",
     "guided_grammar": "grammar",
 }
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,11 +88,7 @@ class JsonSchema(RequestModel):
     @field_validator("name")
     @classmethod
     def _check_name(cls, value: str) -> str:
-        if not _NAME.match(value):
-            raise InvalidArgument(
-                "the schema's name must have 1 to 64 letters, digits, _ or -", field="response_format"
-            )
-        return value
+        return check_name(value, what="a schema", field="response_format")
 
 
 class ResponseFormat(RequestModel):

@@ -9,7 +9,6 @@ model so. Where a call must come, or must follow its schema, a grammar sees to i
 """
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -18,22 +17,12 @@ from softprompt_api.errors import InvalidArgument
 from softprompt_api.names import shown
 from softprompt_api.structured import JSON_WHITESPACE, MAX_GRAMMAR_CHARACTERS, check_object
 
-from softprompt_gateway.validation import RequestModel
+from softprompt_gateway.validation import RequestModel, check_name
 
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"
 MAX_TOOLS = 128
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 # For the compiler of the grammar, in the schema that it compiles.
 _OPTIONS = {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
-
-
-def check_name(value: str) -> str:
-    """The name of a function."""
-    if not _NAME.match(value):
-        raise InvalidArgument(
-            f"a function's name must have 1 to 64 letters, digits, _ or -; {shown(value)} has not", field="tools"
-        )
-    return value
 
 
 class Function(RequestModel):
@@ -49,7 +38,7 @@ class Function(RequestModel):
     @field_validator("name")
     @classmethod
     def _check_name(cls, value: str) -> str:
-        return check_name(value)
+        return check_name(value, what="a function", field="tools")
 
     @field_validator("parameters")
     @classmethod
