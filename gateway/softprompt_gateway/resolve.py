@@ -28,6 +28,29 @@ _MODEL_FRESH_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Named:
+    """What a request names.
+
+    Attributes:
+        model: as the request spells it.
+        adapters: the request's own list of what else `model` would join with '+'.
+        inside: soft prompts inside the prompt.
+        prompt_field: the request's field that names these.
+    """
+
+    model: str
+    caller: Caller
+    adapters: Sequence[str] = ()
+    inside: Sequence[str] = ()
+    prompt_field: str = "prompt"
+
+    @property
+    def front_field(self) -> str:
+        """The field that names the adapters in front."""
+        return "adapters" if self.adapters else "model"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
     """One adapter of a request: the version that answers, and its task where it has tasks."""
 
@@ -80,6 +103,14 @@ class Target:
         """The soft prompts inside the prompt as the inference service is told, by their spelling there."""
         return {spelling: bound.digest for spelling, bound in self.inside.items()}
 
+    def is_same(self, other: "Target") -> bool:
+        """Whether a request is computed alike, and its answer names the same, with either."""
+        return self._identity() == other._identity()
+
+    def _identity(self) -> tuple[object, ...]:
+        bound = [(one.spelling, one.digest) for one in (*self.front, *self.inside.values())]
+        return self.served.base_model.id, len(self.front), bound, tuple(self.inside)
+
     def headers(self) -> dict[str, str]:
         """Response headers that say which versions answered."""
         adapters = self.adapters
@@ -104,7 +135,7 @@ class Resolver:
     """Turns what a request names into a Target.
 
     The registry is asked every time, so that the request after a registration gets what was registered. While it
-    is away, what the catalogue last heard is used.
+    is away, what the catalogue last heard is used. What is `known` may be begun with, never answered with.
     """
 
     def __init__(self, registry: RegistryClient, inference: InferenceClient, catalog: Catalog) -> None:
@@ -134,76 +165,84 @@ class Resolver:
             self._asking = None
         self._served_until_s = time.monotonic() + _MODEL_FRESH_S
 
-    async def resolve(
-        self,
-        model: str,
-        caller: Caller,
-        *,
-        adapters: Sequence[str] = (),
-        inside: Sequence[str] = (),
-        prompt_field: str = "prompt",
-    ) -> Target:
+    async def resolve(self, named: Named) -> Target:
         """Find what a request of a caller names.
-
-        Args:
-            adapters: the request's own list of what else `model` would join with '+'.
-            inside: soft prompts inside the prompt.
-            prompt_field: the request's field that names these.
 
         Raises ModelNotFound, with a near name, where there is no such model or adapter, or it is another tenant's;
         PermissionDenied where the key may not use one; and InvalidArgument where an adapter does not have the
         task, or adapters do not go together.
         """
-        served = await self.served()
-        base_id = served.base_model.id
-        front = self._parse_front(model, adapters, base_id, caller)
-        inner = [self._parse(name, prompt_field, "", caller) for name in dict.fromkeys(inside)]
-        front_field = "adapters" if adapters else "model"
-        check_number(len(front) + len(inner), field=front_field if front else prompt_field)
-        versions = await self._look_up([*front, *inner], model, caller)
-        bound = {asked: _bind(asked, versions[asked.ref.whole]) for asked in (*front, *inner)}
-        check_front([_part(asked, bound[asked]) for asked in front], field=front_field)
-        check_inside([_part(asked, bound[asked]) for asked in inner], field=prompt_field)
-        return Target(
-            model=model,
-            served=served,
-            caller=caller,
-            front=[bound[asked] for asked in front],
-            inside={asked.spelling: bound[asked] for asked in inner},
-        )
+        front, inside = self._parse_all(named, await self.served())
+        # One request never has two versions of one name: each is asked for once.
+        first = {asked.ref.whole: asked for asked in reversed([*front, *inside])}
+        versions = await asyncio.gather(*(self._version_of(asked, named) for asked in first.values()))
+        return self._target(named, front, inside, dict(zip(first, versions, strict=True)))
 
-    def _parse_front(self, model: str, adapters: Sequence[str], base_id: str, caller: Caller) -> list[_Asked]:
-        named = split_model(model, base_model_id=base_id)
-        if named and adapters:
+    def known(self, named: Named) -> Target | None:
+        """The same by what was last heard, without asking anybody; None where that is not enough to answer."""
+        if self._served is None:
+            return None
+        try:
+            front, inside = self._parse_all(named, self._served)
+            versions: dict[AdapterRef, AdapterVersion] = {}
+            for asked in (*front, *inside):
+                whole = named.caller.own(asked.ref.whole)
+                # A digest may have to be looked for among all that there is, which takes longer than a question.
+                version = None if whole.digest else self._catalog.find(whole)
+                if version is None:
+                    return None
+                versions[asked.ref.whole] = _told(version, named.caller)
+            return self._target(named, front, inside, versions)
+        except errors.SoftpromptError:
+            return None
+
+    def _parse_all(self, named: Named, served: GetModelResponse) -> tuple[list[_Asked], list[_Asked]]:
+        """The adapters in front, and those inside the prompt."""
+        in_model = split_model(named.model, base_model_id=served.base_model.id)
+        if in_model and named.adapters:
             raise errors.InvalidArgument(
-                f"model names adapters already; name all of them there, joined by '+', or make model {base_id!r}",
+                "model names adapters already; name all of them there, joined by '+', "
+                f"or make model {served.base_model.id!r}",
                 field="adapters",
             )
-        check_number(len(named), field="model")
-        return [self._parse(name, "model", model, caller) for name in named] + [
-            self._parse(name, "adapters", "", caller) for name in adapters
-        ]
+        check_number(len(in_model), field="model")
+        front = [self._parse(name, "model", named) for name in in_model]
+        front += [self._parse(name, "adapters", named) for name in named.adapters]
+        inside = [self._parse(name, named.prompt_field, named) for name in dict.fromkeys(named.inside)]
+        check_number(len(front) + len(inside), field=named.front_field if front else named.prompt_field)
+        return front, inside
 
-    def _parse(self, spelling: str, field: str, model: str, caller: Caller) -> _Asked:
+    def _parse(self, spelling: str, field: str, named: Named) -> _Asked:
         try:
             return _Asked(spelling=spelling, field=field, ref=parse_requested(spelling, field=field))
         except errors.InvalidArgument:
-            raise self._not_found(spelling, field, model, caller) from None
+            raise self._not_found(spelling, field, named) from None
 
-    async def _look_up(
-        self, every: Sequence[_Asked], model: str, caller: Caller
-    ) -> dict[AdapterRef, AdapterVersion]:
-        """The versions that names stand for now, each asked for once: one request never has two of one name."""
-        asked_of = {asked.ref.whole: asked for asked in reversed(every)}
-        versions = await asyncio.gather(*(self._version_of(each, model, caller) for each in asked_of.values()))
-        return dict(zip(asked_of, versions, strict=True))
+    def _target(
+        self,
+        named: Named,
+        front: Sequence[_Asked],
+        inside: Sequence[_Asked],
+        versions: Mapping[AdapterRef, AdapterVersion],
+    ) -> Target:
+        assert self._served is not None
+        bound = {asked: _bind(asked, versions[asked.ref.whole]) for asked in (*front, *inside)}
+        check_front([_part(asked, bound[asked]) for asked in front], field=named.front_field)
+        check_inside([_part(asked, bound[asked]) for asked in inside], field=named.prompt_field)
+        return Target(
+            model=named.model,
+            served=self._served,
+            caller=named.caller,
+            front=[bound[asked] for asked in front],
+            inside={asked.spelling: bound[asked] for asked in inside},
+        )
 
-    async def _version_of(self, asked: _Asked, model: str, caller: Caller) -> AdapterVersion:
+    async def _version_of(self, asked: _Asked, named: Named) -> AdapterVersion:
         try:
-            whole = caller.own(asked.ref.whole)
+            whole = named.caller.own(asked.ref.whole)
             version = await self._registry.get_adapter(str(whole))
         except errors.AdapterNotFound:
-            raise self._not_found(asked.spelling, asked.field, model, caller) from None
+            raise self._not_found(asked.spelling, asked.field, named) from None
         except (errors.Unavailable, errors.DeadlineExceeded):
             known = self._catalog.find(whole)
             if known is None:
@@ -211,19 +250,24 @@ class Resolver:
             version = known
         else:
             self._catalog.learn(version)
-        caller.check_use(version.name)
-        return caller.told(version)
+        return _told(version, named.caller)
 
-    def _not_found(self, spelling: str, field: str, model: str, caller: Caller) -> ModelNotFound:
+    def _not_found(self, spelling: str, field: str, named: Named) -> ModelNotFound:
         assert self._served is not None
+        caller = named.caller
         near = self._catalog.near(
             spelling, self._served.base_model.id, tenant=caller.tenant, included=caller.may_use
         )
         hint = f"; did you mean {shown(near, 256)}?" if near else "; GET /v1/models lists what there is"
         if field != "model":
             return ModelNotFound(f"the adapter {shown(spelling)} does not exist{hint}", param=field)
-        one_of = f": there is no adapter {shown(spelling)}" if "+" in model else ""
-        return ModelNotFound(f"the model {shown(model)} does not exist{one_of}{hint}")
+        one_of = f": there is no adapter {shown(spelling)}" if "+" in named.model else ""
+        return ModelNotFound(f"the model {shown(named.model)} does not exist{one_of}{hint}")
+
+
+def _told(version: AdapterVersion, caller: Caller) -> AdapterVersion:
+    caller.check_use(version.name)
+    return caller.told(version)
 
 
 def _bind(asked: _Asked, version: AdapterVersion) -> Bound:

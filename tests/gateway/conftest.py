@@ -398,6 +398,8 @@ class FakeRegistry(RegistryServiceServicer):
         uploads: sizes of the chunks of every upload.
         cut_uploads: how many ended before their last byte.
         error: raised by every call where set.
+        silent: whether changes of adapters are not told.
+        answers: set while questions for a version are answered; `asked` are those that came.
         watches: how many watches have begun.
         keys: the API keys.
     """
@@ -418,6 +420,10 @@ class FakeRegistry(RegistryServiceServicer):
         self.headers: list[reg.RegisterAdapterHeader] = []
         self.cut_uploads = 0
         self.error: Exception | None = None
+        self.silent = False
+        self.asked: list[str] = []
+        self.answers = asyncio.Event()
+        self.answers.set()
         self.expired_cursors = 0
         self.lists = 0
         self.base_model_id = BASE
@@ -471,7 +477,8 @@ class FakeRegistry(RegistryServiceServicer):
         return seen
 
     async def _tell(self, kind: Any, version: reg.AdapterVersion, *, alias: str = "") -> None:
-        await self.tell(reg.WatchAdaptersResponse(type=kind, adapter=version, alias=alias))
+        if not self.silent:
+            await self.tell(reg.WatchAdaptersResponse(type=kind, adapter=version, alias=alias))
 
     async def tell(self, event: reg.WatchAdaptersResponse) -> None:
         """Tell watchers of an event."""
@@ -516,6 +523,8 @@ class FakeRegistry(RegistryServiceServicer):
 
     async def GetAdapter(self, request: Any, context: Any) -> reg.GetAdapterResponse:
         self.check()
+        self.asked.append(request.adapter)
+        await self.answers.wait()
         ref = parse_adapter(request.adapter)
         if ref.digest:
             found = self.by_digest(ref.digest)

@@ -9,7 +9,7 @@ from softprompt_api.registry.v1 import registry_pb2 as reg
 from softprompt_gateway.caller import ANYBODY
 from softprompt_gateway.catalog import Catalog
 from softprompt_gateway.clients import RegistryClient, open_clients
-from softprompt_gateway.resolve import Resolver
+from softprompt_gateway.resolve import Named, Resolver
 
 DIGEST_HEADER = "x-softprompt-adapter-digest"
 
@@ -306,10 +306,12 @@ async def test_every_adapter_of_a_request_is_told_by_its_target(stack: Any, dige
     clients = open_clients(stack.settings)
     try:
         resolver = Resolver(clients.registry, clients.inference, Catalog())
-        target = await resolver.resolve("a+lora", ANYBODY, inside=["tasks:1", "a", digests["b@1"]])
+        target = await resolver.resolve(
+            Named(model="a+lora", caller=ANYBODY, inside=["tasks:1", "a", digests["b@1"]])
+        )
         told = [(bound.version.name, bound.version.version, bound.task) for bound in target.adapters]
         assert told == [("a", 1, None), ("lora", 1, None), ("tasks", 1, 1), ("b", 1, None)]
         assert [bound.spelling for bound in target.front] == ["a@1", "lora@1"]
-        assert (await resolver.resolve(stack.base, ANYBODY)).adapters == []
+        assert (await resolver.resolve(Named(model=stack.base, caller=ANYBODY))).adapters == []
     finally:
         await clients.close()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
+from softprompt_inference.model.source import native_kernels_dir
 from softprompt_kernels import native
 from softprompt_kernels.lora_tiles import LoraTiles, cut_tiles
 
@@ -22,10 +23,10 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> object:
-    """The native kernels as a library, compiled once."""
+def compiled_kernels() -> object:
+    """The native kernels as a library, compiled once for all tests and the systems that they start."""
     try:
-        native.load(tmp_path_factory.mktemp("kernels"))
+        native.load(native_kernels_dir())
     except native.CannotCompile as error:
         pytest.skip(str(error))
     library = native._library

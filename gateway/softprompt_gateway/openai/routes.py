@@ -1,6 +1,7 @@
 """Routes under /v1 that OpenAI's clients call, and vLLM's /tokenize and /detokenize."""
 
 from collections.abc import Callable, Coroutine
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -35,6 +36,7 @@ from softprompt_gateway.openai.tokens import (
 )
 from softprompt_gateway.openai.tool_style import ToolStyle
 from softprompt_gateway.rates import Meter
+from softprompt_gateway.resolve import Named, Target
 
 _log = structlog.get_logger()
 
@@ -86,7 +88,7 @@ class _Routes:
         self._max_choices = gateway.settings.max_choices
         self._resolver = gateway.resolver
         self._inference = gateway.clients.inference
-        self._answering = Answering(self._inference, gateway.metrics)
+        self._answering = Answering(self._resolver, self._inference, gateway.metrics)
 
     async def complete(self, request: Request) -> Response:
         """Complete one or more prompts."""
@@ -94,16 +96,18 @@ class _Routes:
         return await unless_gone(request, self._complete(body, request))
 
     async def _complete(self, body: CompletionRequest, request: Request) -> Response:
-        request_id: str = request.state.request_id
-        _warn_of_old_names(body, request_id)
-        target = await self._resolver.resolve(
-            body.model, Caller.of(request), adapters=body.adapters or (), inside=body.soft_prompts
-        )
-        calls = body.calls(target, request_id=request_id, max_choices=self._max_choices)
+        _warn_of_old_names(body, request.state.request_id)
+        with fields_spelled(**{STRUCTURED: body.form_field}):
+            return await self._answering.answer(
+                _named(body, request), partial(self._completion_with, body, request)
+            )
+
+    async def _completion_with(self, body: CompletionRequest, request: Request, target: Target) -> Job:
+        calls = body.calls(target, request_id=request.state.request_id, max_choices=self._max_choices)
         echoes = (
             await all_of([self._text_of(prompt) for prompt in body.prompt]) if body.echo else [""] * len(calls)
         )
-        job = Job(
+        return Job(
             target=target,
             calls=calls,
             choices_per_prompt=body.choices_per_prompt,
@@ -113,8 +117,6 @@ class _Routes:
             silent=body.logprobs is None and not body.return_token_ids,
             meter=Meter.of(request.scope),
         )
-        with fields_spelled(**{STRUCTURED: body.form_field}):
-            return await self._answering.answer(job)
 
     async def _text_of(self, prompt: str | list[int] | Parts) -> str:
         """What is echoed; where a soft prompt stands, nothing: virtual tokens have no text."""
@@ -128,18 +130,16 @@ class _Routes:
         return await unless_gone(request, self._chat(body, request))
 
     async def _chat(self, body: ChatRequest, request: Request) -> Response:
-        request_id: str = request.state.request_id
-        _warn_of_old_names(body, request_id)
-        target = await self._resolver.resolve(
-            body.model,
-            Caller.of(request),
-            adapters=body.adapters or (),
-            inside=body.soft_prompts,
-            prompt_field="messages",
-        )
-        job = Job(
+        _warn_of_old_names(body, request.state.request_id)
+        with fields_spelled(**{STRUCTURED: body.form_field}):
+            return await self._answering.answer(
+                _named(body, request, prompt_field="messages"), partial(self._conversation_with, body, request)
+            )
+
+    async def _conversation_with(self, body: ChatRequest, request: Request, target: Target) -> Job:
+        return Job(
             target=target,
-            calls=body.calls(target, request_id=request_id, max_choices=self._max_choices),
+            calls=body.calls(target, request_id=request.state.request_id, max_choices=self._max_choices),
             choices_per_prompt=body.choices_per_prompt,
             style=ToolStyle(body) if body.callable else ChatStyle(body),
             stream=bool(body.stream),
@@ -147,8 +147,6 @@ class _Routes:
             silent=not body.logprobs and not body.return_token_ids and not body.callable,
             meter=Meter.of(request.scope),
         )
-        with fields_spelled(**{STRUCTURED: body.form_field}):
-            return await self._answering.answer(job)
 
     async def models(self, request: Request) -> Response:
         """List the base model and every adapter."""
@@ -162,7 +160,7 @@ class _Routes:
 
     async def model(self, request: Request, id_: str) -> dict[str, Any]:
         """Describe one model: the base model, or an adapter by name, name@version or digest."""
-        target = await self._resolver.resolve(id_, Caller.of(request))
+        target = await self._resolver.resolve(Named(model=id_, caller=Caller.of(request)))
         if not target.front:
             return base_card(target.served)
         if len(target.front) > 1:
@@ -173,26 +171,37 @@ class _Routes:
     async def tokenize(self, request: Request) -> dict[str, Any]:
         """Show the token ids of a text or a conversation."""
         body = parse_tokenize(await self._gateway.json(request))
-        target = await self._resolver.resolve(
-            await self._model_of(body.model),
-            Caller.of(request),
+        named = Named(
+            model=await self._model_of(body.model),
+            caller=Caller.of(request),
             adapters=body.adapters or (),
             inside=body.soft_prompts,
             prompt_field=body.prompt_field,
         )
+        target = await self._resolver.resolve(named)
         answer = await unless_gone(request, self._inference.tokenize(body.call(target)))
         return tokenized(answer, with_strings=bool(body.return_token_strs))
 
     async def detokenize(self, request: Request) -> dict[str, Any]:
         """Turn token ids into text."""
         body = DetokenizeRequest.checked(await self._gateway.json(request))
-        await self._resolver.resolve(await self._model_of(body.model), Caller.of(request))
+        await self._resolver.resolve(Named(model=await self._model_of(body.model), caller=Caller.of(request)))
         with fields_spelled(ids="tokens"):
             return {"prompt": await unless_gone(request, self._inference.detokenize(body.tokens))}
 
     async def _model_of(self, model: str | None) -> str:
         """The base model where none is named."""
         return model if model is not None else (await self._resolver.served()).base_model.id
+
+
+def _named(body: CompletionRequest | ChatRequest, request: Request, *, prompt_field: str = "prompt") -> Named:
+    return Named(
+        model=body.model,
+        caller=Caller.of(request),
+        adapters=body.adapters or (),
+        inside=body.soft_prompts,
+        prompt_field=prompt_field,
+    )
 
 
 def _warn_of_old_names(body: GenerationFields, request_id: str) -> None:

@@ -11,11 +11,12 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 _FLAGS = (
-    *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC"),
     # No operation may set errno or trap, so loops can be vectorised; NaN and infinity keep their meaning.
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 )
@@ -66,15 +67,18 @@ def _processor() -> bytes:
 def _compile(compiler: str, library: Path) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     # Under a name of its own first: another process may compile at the same time, and a killed one leaves half.
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder, ThreadPoolExecutor(os.cpu_count()) as threads:
+
+        def compiled(source: Path) -> str:
+            made = str(Path(folder) / f"{source.stem}.o")
+            _run(compiler, *_FLAGS, "-c", str(source), "-o", made)
+            return made
+
+        objects = threads.map(compiled, [source for source in _SOURCES if source.suffix == ".c"])
         made = Path(folder) / library.name
-        command = [
-            compiler,
-            *_FLAGS,
-            *(str(source) for source in _SOURCES if source.suffix == ".c"),
-            "-o",
-            str(made),
-            "-lm",
-        ]
-        subprocess.run(command, capture_output=True, check=True, text=True, timeout=_COMPILE_TIMEOUT_S)
+        _run(compiler, *_FLAGS, "-shared", *objects, "-o", str(made), "-lm")
         made.replace(library)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, capture_output=True, check=True, text=True, timeout=_COMPILE_TIMEOUT_S)

@@ -45,6 +45,7 @@ from softprompt_inference.engine.messages import (
     TextPart,
 )
 from softprompt_inference.model.runner import ModelRunner, load_runner
+from softprompt_inference.model.source import native_kernels_dir
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -331,7 +332,7 @@ class Lab:
             "dtype": "float32",
             "page_size": PAGE_SIZE,
             "kv_cache_bytes": 8 * 2**20,
-            "native_cache_dir": str(self.folder / "kernels"),
+            "native_cache_dir": str(native_kernels_dir()),
         }
         return EngineConfig(model_path=str(model_path), **{**defaults, **settings})
 

@@ -11,6 +11,7 @@ from softprompt_inference.model.loader import LoadedModel, load_model
 from softprompt_inference.model.lora.context import build_tiles, is_attached
 from softprompt_inference.model.lora.loras import Loras, plan_fixed_bytes
 from softprompt_inference.model.lora.weights import ProductWeights
+from softprompt_inference.model.source import native_kernels_dir
 from softprompt_inference.model.swaps.verify import relative_error
 from softprompt_kernels import native
 from torch import Tensor
@@ -83,7 +84,7 @@ def test_in_bfloat16_a_lora_is_as_exact_as_the_model(
     monkeypatch.setattr(native, "_library", None)
     if with_kernels:
         try:
-            native.load(lab.folder / "kernels")
+            native.load(native_kernels_dir())
         except native.CannotCompile as error:
             pytest.skip(str(error))
     exact, rounded = load(lab, name), load(lab, name, "bfloat16")

@@ -1,22 +1,22 @@
 """Native kernels, of which every part of a fused layer is one; and LoRAs for a loaded model."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from softprompt_inference.engine.messages import LoadLora, LoraModule
 from softprompt_inference.model.loader import LoadedModel
 from softprompt_inference.model.lora.loras import Loras
+from softprompt_inference.model.source import native_kernels_dir
 from softprompt_kernels import native
 
 
 @pytest.fixture
-def native_kernels(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Native kernels are in use that can compute layers."""
     monkeypatch.setattr(native, "_library", None)
     try:
-        native.load(lab.folder / "kernels")
+        native.load(native_kernels_dir())
     except native.CannotCompile as error:
         pytest.skip(str(error))
     if not native.supports_linear(torch.zeros(2, 2, dtype=torch.bfloat16)):

@@ -16,6 +16,7 @@ from softprompt_inference.model.attention import (
 )
 from softprompt_inference.model.loader import LoadedModel, load_model
 from softprompt_inference.model.lora.context import build_tiles
+from softprompt_inference.model.source import native_kernels_dir
 from softprompt_inference.model.swaps import layers, stacks
 from softprompt_inference.model.swaps.verify import verify
 from softprompt_kernels import native
@@ -158,7 +159,7 @@ def test_a_stack_that_computes_something_else_is_undone(lab: Any, monkeypatch: p
     monkeypatch.setattr(stacks, "find", lambda *_: [])
     loaded = load(lab, "llama")
     monkeypatch.undo()
-    native.load(lab.folder / "kernels")
+    native.load(native_kernels_dir())
     original = DecoderLayers.__call__
     monkeypatch.setattr(
         DecoderLayers, "__call__", lambda self, hidden, *args, **kw: original(self, hidden * 2, *args, **kw)

@@ -1,0 +1,92 @@
+"""Requests are begun with the versions last heard of, and answered with those that the registry tells."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+DIGEST = "x-softprompt-adapter-digest"
+
+
+@pytest.fixture
+async def told(stack: Any) -> Any:
+    """The stack, whose gateway has heard of `loud@1`, and of the model."""
+    version = await stack.registry.add("loud")
+    await stack.until_listed("loud")
+    stack.registry.asked.clear()
+    return version
+
+
+async def _begun(stack: Any, prompt: str, *, stream: bool = False) -> "asyncio.Task[Any]":
+    """A request that the inference service has, while the registry does not answer."""
+    stack.registry.answers.clear()
+    task = asyncio.create_task(stack.complete(prompt, model="loud", stream=stream))
+    await stack.inference.until(lambda fake: fake.requests)
+    return task
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_is_begun_while_the_registry_is_asked(stack: Any, told: Any, stream: bool) -> None:
+    request = await _begun(stack, "hi", stream=stream)
+    await stack.inference.until(lambda fake: not fake.running)
+    assert not request.done()
+    stack.registry.answers.set()
+    answer = await request
+    assert (answer.status_code, answer.headers[DIGEST]) == (200, told.digest)
+    assert "HI" in answer.text or '"H"' in answer.text
+    assert [one.adapter for one in stack.inference.requests] == [told.digest]
+    assert stack.registry.asked == ["loud"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_version_that_was_not_heard_of_yet_answers(stack: Any, told: Any, stream: bool) -> None:
+    stack.registry.silent = True
+    newer = await stack.registry.add("loud")
+    request = await _begun(stack, "hi", stream=stream)
+    stack.registry.answers.set()
+    answer = await request
+    assert (answer.status_code, answer.headers[DIGEST]) == (200, newer.digest)
+    assert [one.adapter for one in stack.inference.requests] == [told.digest, newer.digest]
+
+
+async def test_what_was_begun_with_another_version_is_cancelled(stack: Any, told: Any) -> None:
+    stack.registry.silent = True
+    request = await _begun(stack, "wait")
+    del stack.registry.versions["loud"]
+    stack.registry.answers.set()
+    answer = await request
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+    await stack.inference.until(lambda fake: fake.cancelled == 1)
+    assert stack.inference.running == 0
+
+
+async def test_what_fails_with_another_version_is_no_answer(stack: Any, told: Any) -> None:
+    stack.registry.silent = True
+    request = await _begun(stack, "refuse OVERLOADED")
+    newer = await stack.registry.add("loud")
+    stack.registry.answers.set()
+    assert (await request).status_code == 503
+    assert [one.adapter for one in stack.inference.requests] == [told.digest, newer.digest]
+
+
+async def test_what_fails_with_the_same_version_is_the_answer(stack: Any, told: Any) -> None:
+    request = await _begun(stack, "refuse OVERLOADED")
+    stack.registry.answers.set()
+    answer = await request
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
+    assert len(stack.inference.requests) == 1
+
+
+async def test_whoever_leaves_before_the_registry_answers_cancels_what_was_begun(stack: Any, told: Any) -> None:
+    request = await _begun(stack, "wait")
+    request.cancel()
+    await stack.inference.until(lambda fake: fake.cancelled == 1)
+    stack.registry.answers.set()
+
+
+async def test_an_unknown_adapter_is_asked_for_first(stack: Any, told: Any) -> None:
+    stack.registry.silent = True
+    other = await stack.registry.add("quiet")
+    answer = await stack.complete("hi", model="quiet")
+    assert (answer.status_code, answer.headers[DIGEST]) == (200, other.digest)
+    assert [one.adapter for one in stack.inference.requests] == [other.digest]
