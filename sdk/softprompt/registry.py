@@ -124,11 +124,16 @@ class RegistryClient(ServiceClient):
         return info_of(response.adapter), list(response.warnings)
 
     def ensure(self, name: str, path: str | Path | LocalAdapter) -> tuple[AdapterInfo, bool]:
-        """Make `name` stand for this content; True when that needed a new version."""
+        """Register this content, unless the name has it as latest or newest version.
+
+        Return the latest version, and whether it is new. Where `latest` was moved back from this content, it
+        stays: a start does not undo a rollback.
+        """
         adapter = path if isinstance(path, LocalAdapter) else find_adapter(path)
         with contextlib.suppress(AdapterNotFound):
+            [newest] = self._list_versions(name, size=1).versions
             latest = self.get(name)
-            if latest.digest == adapter.digest:
+            if adapter.digest in (latest.digest, newest.digest):
                 return latest, False
         return self.add(name, adapter)[0], True
 
@@ -185,13 +190,16 @@ class RegistryClient(ServiceClient):
         """Every version of a name, newest first."""
         infos, token = [], ""
         while True:
-            request = pb.ListVersionsRequest(name=name, page_size=_PAGE_SIZE, page_token=token)
-            with self._translated():
-                page = self._stub.ListVersions(request, timeout=_CALL_TIMEOUT_S)
+            page = self._list_versions(name, size=_PAGE_SIZE, token=token)
             infos += [info_of(version) for version in page.versions]
             token = page.next_page_token
             if not token:
                 return infos
+
+    def _list_versions(self, name: str, *, size: int, token: str = "") -> pb.ListVersionsResponse:
+        request = pb.ListVersionsRequest(name=name, page_size=size, page_token=token)
+        with self._translated():
+            return self._stub.ListVersions(request, timeout=_CALL_TIMEOUT_S)
 
     def set_alias(self, name: str, alias: str, version: int, *, expected: int | None = None) -> AdapterInfo:
         """Make `name@alias` stand for a version; only from the version `expected` (0: none), where it is given.

@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from softprompt.registry import RegistryClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -274,13 +275,17 @@ def test_an_adapter_added_while_serving_is_used_by_the_next_request(
 def test_a_version_is_promoted_rolled_back_and_kept_by_the_command_line(
     system: Any, client: openai.OpenAI, make_adapter: Callable[..., Path]
 ) -> None:
-    for seed in (30, 31):
-        assert system.cli("adapter", "add", "staged", str(make_adapter(seed, 7))).returncode == 0
+    folders = [make_adapter(seed, 7) for seed in (30, 31)]
+    for folder in folders:
+        assert system.cli("adapter", "add", "staged", str(folder)).returncode == 0
     one, two = complete(client, "staged@1"), complete(client, "staged@2")
     assert one != two
     assert system.cli("adapter", "alias", "staged", "prod", "1").stdout == "staged@prod is staged@1 now\n"
     assert (complete(client, "staged@prod"), complete(client, "staged")) == (one, two)
     assert "and was staged@2" in system.cli("adapter", "rollback", "staged").stdout
+    assert complete(client, "staged") == one
+    with RegistryClient(system.registry) as registry:  # as `--prompt-adapters` does at a start
+        assert [registry.ensure("staged", folder)[1] for folder in folders] == [False, False]
     assert complete(client, "staged") == one
     assert "there is no version before staged@1" in system.cli("adapter", "rollback", "staged").stderr
     moved = system.cli("adapter", "alias", "staged", "prod", "2", "--expect", "2")

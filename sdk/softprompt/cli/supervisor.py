@@ -123,6 +123,8 @@ class Supervisor:
                     except SoftpromptError as error:
                         raise Problem(f"cannot serve the adapter {name!r}: {error.message}") from error
                     state = "registered" if is_new else "unchanged"
+                    if info.digest != adapter.digest:
+                        state = "where it was moved back to; the folder's content is a later version"
                     current.result = f"{name}@{info.version}, {info.size}, {state}"
 
     def _watch(self) -> None:
