@@ -164,7 +164,7 @@ def main(argv: Sequence[str]) -> None:
         lambda _: None,
     )
     for slot in range(max(count for _, count in _LORA_DECODES)):
-        runner.load_lora(slot, random_lora(runner.loaded.linears, arguments.lora_rank, seed=slot))
+        list(runner.load_lora(slot, random_lora(runner.loaded.linears, arguments.lora_rank, seed=slot)))
     columns = [*dict.fromkeys(part for part, _, _ in _PARTS), "rest", "together"]
     print(f"| ms | {' | '.join(columns)} | of the same without LoRA |\n{'|---' * (len(columns) + 2)}|")
     watch, without = Stopwatch(), dict[str, float]()

@@ -4,7 +4,7 @@ import argparse
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +73,9 @@ class FixedStepRunner:
         """There is no vocabulary to search."""
         raise Unsupported("this engine computes nothing")
 
-    def load_lora(self, slot: int, lora: LoadLora) -> None:
+    def load_lora(self, slot: int, lora: LoadLora) -> Iterator[None]:  # noqa: ARG002 - it computes nothing
         """Take no notice."""
+        return iter(())
 
     def drop_lora(self, slot: int) -> None:
         """Take no notice."""

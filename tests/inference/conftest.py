@@ -1,7 +1,7 @@
 """A model at the edge of the engine whose every token depends on all it should see, and on nothing else."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
@@ -132,14 +132,16 @@ class FakeRunner:
             del self.rows[first_id + row]
             self._given.discard(first_id + row)
 
-    def load_lora(self, slot: int, lora: LoadLora) -> None:
+    def load_lora(self, slot: int, lora: LoadLora) -> Iterator[None]:
+        assert slot not in self.loras
+        for _ in lora.modules[1:]:
+            yield
         if self.load_error:
             raise self.load_error
-        assert slot not in self.loras
         self.loras[slot] = lora.digest
 
     def drop_lora(self, slot: int) -> None:
-        del self.loras[slot]
+        self.loras.pop(slot, None)
 
     def find_nearest(self, first_id: int, top_k: int) -> FakeSearch:
         if self.load_error:
@@ -304,10 +306,15 @@ class Fakes:
             are_key_values=are_key_values,
         )
 
-    def lora(self, name: str, *, rank: int = 2, scale: float = 1.0, dtype: str = "float32") -> LoadLora:
-        """A LoRA on one linear."""
-        module = LoraModule(name="layers.0.proj", rank=rank, scale=scale, a=bytes(8), b=bytes(8))
-        return LoadLora(digest=f"sha256:{name}", modules=[module], dtype=dtype)
+    def lora(
+        self, name: str, *, rank: int = 2, scale: float = 1.0, dtype: str = "float32", pieces: int = 1
+    ) -> LoadLora:
+        """A LoRA on so many linears, each a piece of its own."""
+        modules = [
+            LoraModule(name=f"layers.{layer}.proj", rank=rank, scale=scale, a=bytes(8), b=bytes(8))
+            for layer in range(pieces)
+        ]
+        return LoadLora(digest=f"sha256:{name}", modules=modules, dtype=dtype)
 
     def request(
         self,

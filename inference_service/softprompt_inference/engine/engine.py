@@ -16,6 +16,7 @@ from softprompt_api.errors import AdapterInvalid, AdapterNotFound, InternalError
 from softprompt_inference.engine.compiling import Compiling
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.keys import VirtualIds
+from softprompt_inference.engine.loading import Loading
 from softprompt_inference.engine.lora import ITEM_BYTES, LoraSlots, check_lora
 from softprompt_inference.engine.messages import (
     Abort,
@@ -71,6 +72,7 @@ class Engine:
         self._runner = runner
         self._virtual_ids = VirtualIds(info.vocab_size)
         self._lora_slots = LoraSlots(config.max_loras)
+        self._loading = Loading()
         self._max_lora_rank = config.max_lora_rank
         # How to make the error anew: a raised one would keep its frames, and with them the adapter's rows.
         self._load_errors: dict[str, Callable[[], SoftpromptError]] = {}
@@ -103,7 +105,7 @@ class Engine:
     @property
     def _has_steps(self) -> bool:
         has_answers = bool(self._refused or self._searches or self._found)
-        return self._scheduler.has_work or has_answers or self._launched is not None
+        return self._scheduler.has_work or has_answers or bool(self._loading) or self._launched is not None
 
     def handle(self, command: Command) -> None:
         """Carry out one command; what cannot be done becomes an output of the request concerned."""
@@ -122,7 +124,10 @@ class Engine:
                 self.find_nearest(command)
 
     def add(self, request: AddRequest) -> None:
-        """Queue a request; a refusal is an output of the next step."""
+        """Queue a request, once its LoRA is loaded; a refusal is an output of the next step."""
+        if request.lora in self._loading and not self._has(request.request_id):
+            self._loading.wait(request.lora, request)
+            return
         wanted = request.params.structured_outputs
         try:
             sequence = self._make_sequence(request)
@@ -136,7 +141,7 @@ class Engine:
             self._compiling.add(sequence, matcher)
 
     def _make_sequence(self, request: AddRequest) -> Sequence:
-        if request.request_id in self._scheduler or request.request_id in self._compiling:
+        if self._has(request.request_id):
             raise InvalidArgument(f"request id {request.request_id} is in use", field="request_id")
         soft_prompts = [part.digest for part in request.prompt if isinstance(part, SoftPromptPart)]
         for digest in (*soft_prompts, request.lora):
@@ -152,8 +157,12 @@ class Engine:
             max_model_len=self.info.max_model_len,
         )
 
+    def _has(self, request_id: str) -> bool:
+        return request_id in self._scheduler or request_id in self._compiling or self._loading.holds(request_id)
+
     def abort(self, request_id: str) -> None:
         """Forget a request; its pages are free at once, also those that a launched step will write to."""
+        self._loading.remove(request_id)
         self._compiling.remove(request_id)
         self._scheduler.abort(request_id)
 
@@ -163,9 +172,9 @@ class Engine:
             self._load(adapter.digest, partial(self._load_rows, adapter))
 
     def load_lora(self, lora: LoadLora) -> None:
-        """Give a LoRA a slot; a failure is told to the requests that ask for it."""
+        """Give a LoRA a slot, which the next steps fill; a failure is told to the requests that ask for it."""
         if not self._is_resident(lora.digest):
-            self._load(lora.digest, partial(self._load_weights, lora))
+            self._load(lora.digest, partial(self._begin_loading, lora))
 
     def load_error(self, digest: str) -> SoftpromptError | None:
         """Why the adapter that was to be loaded last under this digest is not there; None where it is."""
@@ -181,10 +190,14 @@ class Engine:
         self._load_errors.pop(digest, None)
         try:
             load()
-        except SoftpromptError as error:
+        except Exception as error:
+            self._keep_load_error(digest, error)
+
+    def _keep_load_error(self, digest: str, error: Exception) -> None:
+        if isinstance(error, SoftpromptError):
             self._load_errors[digest] = partial(type(error), error.message, field=error.field)
-        except Exception:
-            _log.exception("adapter %s could not be put on the device", digest)
+        else:
+            _log.error("adapter %s could not be put on the device", digest, exc_info=error)
             self._load_errors[digest] = partial(InternalError, "the adapter could not be put on the device")
 
     def _load_rows(self, adapter: LoadAdapter) -> None:
@@ -198,14 +211,24 @@ class Engine:
             self._virtual_ids.retire(adapter.digest)
             raise
 
-    def _load_weights(self, lora: LoadLora) -> None:
+    def _begin_loading(self, lora: LoadLora) -> None:
         check_lora(lora, max_rank=self._max_lora_rank)
-        slot = self._lora_slots.assign(lora.digest)
+        self._loading.begin(lora.digest, self._runner.load_lora(self._lora_slots.assign(lora.digest), lora))
+        self._load_piece()  # small ones are there at once
+
+    def _load_piece(self) -> None:
+        """Load one piece of one LoRA; once it is there, or failed, queue or refuse those who waited for it."""
+        if not self._loading:
+            return
+        digest = self._loading.first
         try:
-            self._runner.load_lora(slot, lora)
-        except Exception:
-            self._lora_slots.retire(lora.digest)
-            raise
+            if not self._loading.advance(digest):
+                return
+        except Exception as error:
+            self._keep_load_error(digest, error)
+            self._lora_slots.retire(digest)
+        for request in self._loading.end(digest):
+            self.add(request)
 
     def _check_rows(self, adapter: LoadAdapter) -> None:
         info = self.info
@@ -241,12 +264,13 @@ class Engine:
         for digest in [digest for digest in self._dropping if not self._uses(digest)]:
             self._dropping.remove(digest)
             if digest in self._lora_slots:
+                self._loading.end(digest)
                 self._runner.drop_lora(self._lora_slots.retire(digest))
             else:
                 self._runner.drop_rows(self._virtual_ids.retire(digest).start)
 
     def _uses(self, digest: str) -> bool:
-        return self._scheduler.uses(digest) or self._compiling.uses(digest)
+        return self._scheduler.uses(digest) or self._compiling.uses(digest) or self._loading.uses(digest)
 
     def find_nearest(self, command: FindNearest) -> None:
         """Queue a search; it is answered, or refused, by a later step."""
@@ -297,6 +321,7 @@ class Engine:
 
         Raises EngineBroken when the model has failed MAX_FAILED_STEPS times in a row.
         """
+        self._load_piece()
         if self._compiling:
             self._queue_compiled()
         outputs, self._refused = self._refused, []

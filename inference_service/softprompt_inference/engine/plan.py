@@ -1,6 +1,6 @@
 """What the scheduler asks of the model runner for one step, and what comes back: ids and ints, no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -171,10 +171,10 @@ class Runner(Protocol):
     def find_nearest(self, first_id: int, top_k: int) -> Search:
         """Begin to search for the tokens nearest to the embeddings that were loaded at first_id."""
 
-    def load_lora(self, slot: int, lora: LoadLora) -> None:
-        """Make an empty slot, 0 … max_loras − 1, stand for a LoRA; whatever is raised leaves it empty.
+    def load_lora(self, slot: int, lora: LoadLora) -> Iterator[None]:
+        """Make an empty slot, 0 … max_loras − 1, stand for a LoRA; it does at the end of the pieces.
 
-        Raises AdapterInvalid when it does not fit the model.
+        Each piece is short. What one raises leaves the slot empty: AdapterInvalid where the model does not fit.
         """
 
     def drop_lora(self, slot: int) -> None:

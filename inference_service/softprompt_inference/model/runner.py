@@ -1,7 +1,7 @@
 """Computes the steps that the scheduler plans."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -106,9 +106,9 @@ class ModelRunner:
         rows = self._rows.rows_at(first_id)
         return NearestTokens(self.loaded.embedding, self.loaded.vocab_size, rows, top_k)
 
-    def load_lora(self, slot: int, lora: LoadLora) -> None:
-        """Make an empty slot stand for a LoRA. Raises AdapterInvalid when it does not fit the model."""
-        self._loras.load(slot, lora)
+    def load_lora(self, slot: int, lora: LoadLora) -> Iterator[None]:
+        """Make an empty slot stand for a LoRA, piece by piece; they raise AdapterInvalid where it does not fit."""
+        return self._loras.load(slot, lora)
 
     def drop_lora(self, slot: int) -> None:
         """Empty the slot."""

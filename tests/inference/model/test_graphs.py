@@ -212,7 +212,7 @@ def test_what_is_no_plain_decode_is_not_replayed(lab: Any, llama: Path) -> None:
     adapter = lab.adapter(llama, "prompt_tuning", 5)
     runner.load_rows(1000, adapter.load)
     decode = chunk(5, 0, [0])
-    runner.load_lora(0, lab.lora(llama).load)
+    list(runner.load_lora(0, lab.lora(llama).load))
     prompt = Chunk(token_ids=[5, 6], start=0, page_ids=[1], sample=decode.sample)
     for chunks in (
         [chunk(1000, 0, [0])],

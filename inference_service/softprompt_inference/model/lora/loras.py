@@ -1,6 +1,6 @@
 """All LoRAs on the device: slots filled from what the engine was sent, and checked against the model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from softprompt_api.errors import AdapterInvalid, InvalidArgument
@@ -16,6 +16,8 @@ from softprompt_inference.model.transfer import upload_bytes
 
 # Some huge pages: what a LoRA leaves of its last region is lost while it is there.
 _REGION_BYTES = 4 * 2**20
+# What is loaded between two steps: about a millisecond of either.
+_PIECE_BYTES = {"cpu": 2**18, "cuda": 2**23}
 
 
 def plan_fixed_bytes(linears: Sequence[Linear], *, max_loras: int, max_rank: int, free_bytes: int) -> int:
@@ -77,13 +79,14 @@ class Loras:
         """Memory of all slots."""
         return sum(weights.num_bytes for weights in self._weights)
 
-    def load(self, slot: int, lora: LoadLora) -> None:
-        """Fill an empty slot; whatever is raised leaves it empty.
+    def load(self, slot: int, lora: LoadLora) -> Iterator[None]:
+        """Fill an empty slot, piece by piece: it is filled at the end. Whatever is raised leaves it empty.
 
         Raises AdapterInvalid when a module is not in the model, cannot have a LoRA, or has another shape.
         """
         for module in lora.modules:
             self._check(module, DTYPES[lora.dtype].itemsize)
+        num_bytes, piece_bytes = 0, _PIECE_BYTES[self._device.type]
         try:
             for module in lora.modules:
                 linear, weights, index = self._places[module.name]
@@ -91,6 +94,10 @@ class Loras:
                 a = upload_bytes(module.a, (module.rank, linear.in_features), dtype, self._device)
                 b = upload_bytes(module.b, (linear.out_features, module.rank), dtype, self._device)
                 weights.put(slot, index, a, b, module.scale)
+                num_bytes += len(module.a) + len(module.b)
+                if num_bytes >= piece_bytes:
+                    num_bytes = 0
+                    yield
         except Exception:
             self.drop(slot)
             raise

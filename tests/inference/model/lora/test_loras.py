@@ -8,6 +8,7 @@ from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import LoadLora, LoraModule
 from softprompt_inference.model.attention import CallRecorder, attach, detach
 from softprompt_inference.model.loader import LoadedModel, load_model
+from softprompt_inference.model.lora import loras as loras_module
 from softprompt_inference.model.lora.context import build_tiles, is_attached
 from softprompt_inference.model.lora.loras import Loras, plan_fixed_bytes
 from softprompt_inference.model.lora.weights import ProductWeights
@@ -27,6 +28,11 @@ def load(lab: Any, name: str = "llama", dtype: str = "float32") -> LoadedModel:
 
 def make_loras(loaded: LoadedModel) -> Loras:
     return Loras(loaded.model, loaded.linears, loaded.lora, max_loras=4, device=CPU)
+
+
+def fill(loras: Loras, slot: int, load_lora: LoadLora) -> None:
+    """Load every piece."""
+    list(loras.load(slot, load_lora))
 
 
 def values(tensor: Tensor) -> bytes:
@@ -67,11 +73,33 @@ def test_weights_of_any_dtype_change_the_model_until_they_are_dropped(lab: Any, 
     loaded = load(lab)
     loras, x = make_loras(loaded), torch.randn(1, 5, loaded.hidden_size)
     before = logits(loaded, x, [-1] * 5)
-    loras.load(2, lora(loaded, dtype=dtype))
+    fill(loras, 2, lora(loaded, dtype=dtype))
     assert torch.equal(logits(loaded, x, [-1] * 5), before)
     assert relative_error(logits(loaded, x, [2] * 5), before) > 0.1
     loras.drop(2)
     assert torch.equal(logits(loaded, x, [2] * 5), before)
+    assert not any(is_attached(product.module) for product in loras.products)
+
+
+def test_a_slot_is_filled_piece_by_piece_and_the_others_compute_on(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(lab)
+    loras, x = make_loras(loaded), torch.randn(1, 5, loaded.hidden_size)
+    fill(loras, 0, lora(loaded))
+    before = logits(loaded, x, [0] * 5)
+    monkeypatch.setitem(loras_module._PIECE_BYTES, "cpu", 1)
+    num_pieces = 0
+    for _ in loras.load(1, lora(loaded, seed=1)):
+        num_pieces += 1
+        assert torch.equal(logits(loaded, x, [0] * 5), before)
+    assert num_pieces == len(loaded.linears)
+    assert relative_error(logits(loaded, x, [1] * 5), before) > 0.1
+    loras.drop(0)
+    loras.drop(1)
+    for _ in zip(range(3), loras.load(1, lora(loaded, seed=1)), strict=False):
+        pass  # given up
+    loras.drop(1)
     assert not any(is_attached(product.module) for product in loras.products)
 
 
@@ -90,7 +118,7 @@ def test_in_bfloat16_a_lora_is_as_exact_as_the_model(
     exact, rounded = load(lab, name), load(lab, name, "bfloat16")
     x = torch.randn(1, 9, exact.hidden_size, generator=torch.Generator().manual_seed(1)).bfloat16()
     for loaded in (exact, rounded):
-        make_loras(loaded).load(1, lora(loaded, dtype=torch.bfloat16, scale=0.05))
+        fill(make_loras(loaded), 1, lora(loaded, dtype=torch.bfloat16, scale=0.05))
     without, with_lora = (
         relative_error(logits(rounded, x, slots).float(), logits(exact, x.float(), slots))
         for slots in ([-1] * 9, [1] * 9)
@@ -108,7 +136,7 @@ def test_slots_of_a_fixed_rank_have_their_memory_at_once_and_for_good(lab: Any) 
     grown, x = make_loras(growing), torch.randn(1, 5, loaded.hidden_size)
     for slot in (2, 0, 2):
         for loras, model in ((fixed, loaded), (grown, growing)):
-            loras.load(slot, lora(model, seed=slot))
+            fill(loras, slot, lora(model, seed=slot))
         assert relative_error(logits(loaded, x, [slot] * 5), logits(growing, x, [slot] * 5)) < 1e-5
         for loras in (fixed, grown):
             loras.drop(slot)
@@ -139,7 +167,7 @@ def test_a_module_that_the_model_lacks_is_named(lab: Any) -> None:
         ("", "which the model does not have"),
     ):
         with pytest.raises(AdapterInvalid, match=message):
-            make_loras(loaded).load(0, replace(load_lora, modules=[*others, replace(first, name=name)]))
+            fill(make_loras(loaded), 0, replace(load_lora, modules=[*others, replace(first, name=name)]))
 
 
 def test_weights_of_another_shape_are_refused_and_leave_nothing(lab: Any) -> None:
@@ -153,14 +181,14 @@ def test_weights_of_another_shape_are_refused_and_leave_nothing(lab: Any) -> Non
         ({"rank": 2}, r"rank 2 needs \[2, 32\]"),
     ):
         with pytest.raises(AdapterInvalid, match=message):
-            loras.load(0, replace(load_lora, modules=[*others, replace(first, **changes)]))
+            fill(loras, 0, replace(load_lora, modules=[*others, replace(first, **changes)]))
     assert not any(is_attached(product.module) for product in loras.products)
 
 
 def test_a_device_without_room_is_left_as_it_was(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(lab)
     loras, x = make_loras(loaded), torch.randn(1, 5, loaded.hidden_size)
-    loras.load(0, lora(loaded))
+    fill(loras, 0, lora(loaded))
     before = logits(loaded, x, [0] * 5)
     put, calls = ProductWeights.put, []
 
@@ -172,7 +200,7 @@ def test_a_device_without_room_is_left_as_it_was(lab: Any, monkeypatch: pytest.M
 
     monkeypatch.setattr(ProductWeights, "put", put_some)
     with pytest.raises(MemoryError):
-        loras.load(1, lora(loaded, seed=1))
+        fill(loras, 1, lora(loaded, seed=1))
     assert torch.equal(logits(loaded, x, [0] * 5), before)
     # A step with a LoRA goes another way through fused parts, in which it changes nothing here.
     assert relative_error(logits(loaded, x, [1] * 5), logits(loaded, x, [-1] * 5)) < 1e-5

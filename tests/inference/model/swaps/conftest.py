@@ -30,7 +30,7 @@ def load_loras() -> Callable[[LoadedModel], Loras]:
     def load(loaded: LoadedModel) -> Loras:
         loras = Loras(loaded.model, loaded.linears, loaded.lora, max_loras=4, device=torch.device("cpu"))
         for slot in (0, 2):
-            loras.load(slot, _lora(loaded, slot))
+            list(loras.load(slot, _lora(loaded, slot)))
         return loras
 
     return load
