@@ -56,7 +56,9 @@ class Settings(BaseSettings):
     max_virtual_tokens: PositiveInt = Field(512, description="most virtual tokens of one adapter")
     max_prompt_adapters: PositiveInt = Field(1024, description="most soft prompts on the device at one time")
     max_adapter_rows: PositiveInt = Field(65_536, description="most virtual tokens on the device at one time")
-    max_loras: UpTo1024 = Field(16, description="most LoRAs on the device at one time")
+    max_loras: int = Field(
+        16, ge=0, le=1024, description="most LoRAs on the device at one time; 0: LoRAs are refused"
+    )
     max_lora_rank: UpTo1024 = Field(DEFAULT_MAX_LORA_RANK, description="highest rank of a LoRA")
     max_lora_bytes: ByteSize = Field(ByteSize(2 * _GIB), ge=1024, description="largest tensor file of a LoRA")
     adapter_cache_bytes: ByteSize = Field(ByteSize(512 * _MIB), ge=0, description="adapters in host memory")

@@ -58,7 +58,7 @@ def test_sizes_may_have_units(spelled: str, size_bytes: int) -> None:
     ("flag", "value", "name"),
     [
         ("--max-virtual-tokens", "0", "max_virtual_tokens"),
-        ("--max-loras", "0", "max_loras"),
+        ("--max-loras", "-1", "max_loras"),
         ("--max-lora-rank", "1025", "max_lora_rank"),
         ("--max-num-sequences", "many", "max_num_sequences"),
         ("--device", "tpu", "device"),

@@ -24,7 +24,7 @@ class EngineConfig:
         max_num_sequences: most sequences in one batch.
         max_step_tokens: most tokens computed in one step; None: some hundreds on a CPU, thousands on a GPU.
         max_virtual_tokens: most virtual tokens of one adapter.
-        max_loras: most LoRAs on the device, and so in one batch.
+        max_loras: most LoRAs on the device, and so in one batch; 0: none are taken.
         max_lora_rank: largest rank of a LoRA.
         enable_prefix_caching: find what is computed again: beginnings of prompts, and soft prompts to their last
             virtual token. Off, every request computes everything, for measuring.

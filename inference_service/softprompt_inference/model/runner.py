@@ -325,7 +325,7 @@ def _reserve_loras(
 ) -> int | None:
     """The rank that all slots get memory for at once, on a GPU: what is left is planned for KV pages, and captured
     decodes find the weights where they were."""
-    if loaded.device.type != "cuda":
+    if loaded.device.type != "cuda" or not config.max_loras:
         return None
     num_bytes = plan_fixed_bytes(
         loaded.linears,
@@ -429,5 +429,6 @@ def _warm_up(runner: ModelRunner, config: EngineConfig) -> int:
         ):
             chunks[0] = replace(chunks[0], sample=edited)
             runner.run(StepPlan(chunks=chunks))
-        runner.run(StepPlan(chunks=[replace(chunk, lora=0) for chunk in chunks]))
+        if config.max_loras:
+            runner.run(StepPlan(chunks=[replace(chunk, lora=0) for chunk in chunks]))
     return torch.cuda.max_memory_allocated(device) - before_bytes if on_cuda else 0

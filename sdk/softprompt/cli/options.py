@@ -62,7 +62,7 @@ class RunOptions(BaseModel):
     max_prompt_adapter_token: int = Field(default=512, ge=1)
     enable_lora: bool = True
     lora_modules: dict[str, str] = Field(default_factory=dict)
-    max_loras: int | None = Field(default=None, ge=1, le=1024)
+    max_loras: int | None = Field(default=None, ge=0, le=1024)
     max_lora_rank: int | None = Field(default=None, ge=1, le=1024)
     allow_file_imports: str | None = Field(default=None, min_length=1)
     allow_hub_imports: bool = False

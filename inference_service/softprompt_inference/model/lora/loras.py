@@ -44,7 +44,7 @@ class Loras:
         model: as it serves, swaps made.
         linears: of the model as it was loaded.
         context: of the steps.
-        max_loras: slots are 0 … max_loras − 1.
+        max_loras: slots are 0 … max_loras − 1; without any, the model is left alone.
         fixed_rank: the highest there will be, for which all slots get their memory at once and for good; None:
             each takes what it needs while it is filled.
     """
@@ -61,7 +61,7 @@ class Loras:
     ) -> None:
         self._model = model
         self._device = device
-        self.products = find_products(model, linears)
+        self.products = find_products(model, linears) if max_loras else []
         memory = [HugePages(_REGION_BYTES) for _ in range(max_loras)]
         self._weights = [
             make_packed(product, context, max_loras, memory)

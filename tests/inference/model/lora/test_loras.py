@@ -144,6 +144,14 @@ def test_slots_of_a_fixed_rank_have_their_memory_at_once_and_for_good(lab: Any) 
     assert relative_error(logits(loaded, x, [2] * 5), logits(growing, x, [2] * 5)) < 1e-5
 
 
+def test_without_slots_the_model_is_left_alone(lab: Any) -> None:
+    loaded = load(lab)
+    loras = Loras(loaded.model, loaded.linears, loaded.lora, max_loras=0, device=CPU)
+    assert (loras.products, loras.num_bytes) == ([], 0)
+    runner = lab.runner(lab.model("llama"), max_loras=0)
+    assert runner.lora_bytes == 0
+
+
 def test_slots_that_do_not_fit_are_refused_with_the_figures(lab: Any) -> None:
     linears = load(lab).linears
     values = sum(linear.in_features + linear.out_features for linear in linears)
