@@ -84,6 +84,7 @@ def main(argv: Sequence[str]) -> int:
         progress.say(
             f"load average {results.conditions.load_average[0]:.1f}: others use this machine; trust nothing"
         )
+    path = arguments.out or results.default_path()
     model = resolve_model(arguments.model, report=progress.say)
     with (
         tempfile.TemporaryDirectory(prefix="softprompt-bench-") as folder,
@@ -102,8 +103,8 @@ def main(argv: Sequence[str]) -> int:
         for name in arguments.only:
             with bench.case(name):
                 CASES[name].run(bench)
+            results.write(path)  # whatever ends an hour's run takes no finished case along
         bench.measure_limits()
-    path = arguments.out or results.default_path()
     results.write(path)
     print(f"\n{render(results.rows)}\n{render_checks(results)}\nwritten to {path}")
     return 1 if set(arguments.only) & results.unmeasured.keys() else 0

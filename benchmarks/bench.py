@@ -86,8 +86,7 @@ class Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name in list(self._sides):
-            self.close(name)
+        self.close_all()
 
     @property
     def limits(self) -> MachineLimits:
@@ -145,6 +144,11 @@ class Bench:
         if side := self._sides.pop(key, None):
             side.close()
 
+    def close_all(self) -> None:
+        """End all sides; who asks for one again starts it anew."""
+        while self._sides:
+            self._sides.popitem()[1].close()
+
     def _recipe(self, name: str, dtype: str) -> tuple[list[str], dict[str, Any], dict[str, str]]:
         here = [sys.executable, "-P", "-m"]
         common: dict[str, Any] = {"model": str(self.model), "dtype": dtype}
@@ -178,7 +182,7 @@ class Bench:
             yield
         except CheckFailed as error:
             self._missing(name, f"nothing was timed, because outputs are wrong: {error}")
-        except SideFailed as error:
+        except (SideFailed, OSError) as error:
             self._missing(name, str(error))
         finally:
             self.progress.end()
