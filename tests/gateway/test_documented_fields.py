@@ -10,6 +10,7 @@ import pytest
 import softprompt_gateway
 from pydantic import AliasChoices, BaseModel
 from pydantic_settings import BaseSettings
+from softprompt_gateway.adapters.loading import REQUEST_MODELS as LOADING_MODELS
 from softprompt_gateway.adapters.schema import AliasRequest, ImportRequest, RegisterRequest, UpdateRequest
 from softprompt_gateway.errors import ANSWERS, INVALID_REQUEST
 from softprompt_gateway.openai.chat import ChatRequest, Message
@@ -70,6 +71,7 @@ MODELS = pytest.mark.parametrize(
         StreamOptions,
         Tool,
         Function,
+        *LOADING_MODELS,
     ],
 )
 
