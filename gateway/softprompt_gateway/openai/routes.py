@@ -110,11 +110,12 @@ class _Routes:
         return Job(
             target=target,
             calls=calls,
-            choices_per_prompt=body.choices_per_prompt,
+            choices_per_prompt=body.generated_per_prompt,
+            kept_per_prompt=body.choices_per_prompt,
             style=CompletionStyle(body, echoes),
             stream=bool(body.stream),
             include_usage=body.include_usage,
-            silent=body.logprobs is None and not body.return_token_ids,
+            silent=body.logprobs is None and body.prompt_logprobs is None and not body.return_token_ids,
             meter=Meter.of(request.scope),
         )
 
