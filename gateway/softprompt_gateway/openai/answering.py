@@ -1,6 +1,9 @@
 """From a checked request to an HTTP answer, whole or streamed; completions and chat differ only in their style."""
 
+from collections.abc import Sequence
+
 import orjson
+from softprompt_api.inference.v1 import inference_pb2 as pb
 from starlette.responses import Response
 
 from softprompt_gateway.clients import InferenceClient
@@ -19,10 +22,14 @@ class Answering:
         self._inference = inference
         self._metrics = metrics
 
+    async def start(self, calls: Sequence[pb.GenerateRequest]) -> Generation:
+        """Start the calls of one request; errors before the first token are raised."""
+        with fields_spelled(adapter="model"):
+            return await Generation.start(self._inference, calls)
+
     async def answer(self, job: Job) -> Response:
         """The answer; errors before the first token are raised, so that they have their own status."""
-        with fields_spelled(adapter="model"):
-            generation = await Generation.start(self._inference, job.calls)
+        generation = await self.start(job.calls)
         if job.stream:
             return EventStream(Streamed(job, generation, self._metrics), headers=job.target.headers())
         try:
