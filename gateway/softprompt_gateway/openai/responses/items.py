@@ -117,11 +117,9 @@ def _as_items(value: object) -> object:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
-Input = Annotated[
-    list[Item],
-    Field(max_length=_MAX_ITEMS),
-    BeforeValidator(_as_items, json_schema_input_type=str | list[Item]),
-]
+Items = Annotated[list[Item], Field(min_length=1, max_length=_MAX_ITEMS)]
+Text = Annotated[str, Field(min_length=1)]
+Input = Annotated[Items, BeforeValidator(_as_items, json_schema_input_type=Text | Items)]
 
 
 def soft_prompts(items: Sequence[Item]) -> list[str]:
