@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from softprompt_gateway.connection import Connection
-from softprompt_gateway.errors import ClientGone, describe
+from softprompt_gateway.errors import ClientGone, ErrorBody, describe
 
 DONE = b"data: [DONE]\n\n"
 _HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -43,19 +43,29 @@ class Events(Protocol):
         """No more are wanted."""
 
 
+def _error_event(error: ErrorBody) -> bytes:
+    return event(error.json())
+
+
 class EventStream(Response):
     """Sends events until they end, fail, or the client leaves.
 
     Each is written where it arrives, without waking a task. A failure is told in a last event and the stream ends
     without `[DONE]`. What a slow client has not read makes the events wait.
+
+    Args:
+        broken: spells a failure as last events.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: Events, *, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, events: Events, *, headers: Mapping[str, str], broken: Callable[[ErrorBody], bytes] = _error_event
+    ) -> None:
         super().__init__(headers={**_HEADERS, **headers})
         del self.headers["content-length"]
         self._events = events
+        self._broken = broken
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         """Send the response; raise ClientGone if it could not be sent to its end."""
@@ -65,17 +75,17 @@ class EventStream(Response):
             failed = await _Writing(self._events, connection).ended
             if connection.is_gone:
                 raise ClientGone
-            last = b"" if failed is None else _told(failed, scope["state"]["request_id"])
+            last = b"" if failed is None else self._broken(_described(failed, scope["state"]["request_id"]))
             await send({"type": "http.response.body", "body": last, "more_body": False})
         finally:
             self._events.close()
 
 
-def _told(error: Exception, request_id: str) -> bytes:
-    """The event that says why a stream breaks off."""
+def _described(error: Exception, request_id: str) -> ErrorBody:
+    """Why a stream breaks off."""
     if isinstance(error, InternalError) or not isinstance(error, SoftpromptError):
         _log.error("stream failed", request_id=request_id, exc_info=error)
-    return event(describe(error).json())
+    return describe(error)
 
 
 class _Writing:

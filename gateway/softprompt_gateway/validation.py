@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -39,8 +40,13 @@ def check_name(value: str, *, what: str, field: str) -> str:
 
 
 class RequestModel(BaseModel):
-    """A request body: exact types (no "16" for 16, no true for 1), and no field that we do not know."""
+    """A request body: exact types (no "16" for 16, no true for 1), and no field that we do not know.
 
+    Attributes:
+        foreign_names: what other routes call a parameter of this one.
+    """
+
+    foreign_names: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     @classmethod
@@ -52,7 +58,7 @@ class RequestModel(BaseModel):
             raise _refusal(cls, error.errors(include_url=False, include_input=False)[0]) from None
 
 
-def _refusal(model: type[BaseModel], error: ErrorDetails) -> Refused:
+def _refusal(model: type[RequestModel], error: ErrorDetails) -> Refused:
     param = ".".join(str(part)[:64] for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return Refused(_unknown(model, error), code="unknown_parameter", param=shown(param).strip("'"))
@@ -61,12 +67,14 @@ def _refusal(model: type[BaseModel], error: ErrorDetails) -> Refused:
     return Refused(f"{param}: {error['msg'].removeprefix('Input ')}", code="invalid_value", param=param)
 
 
-def _unknown(model: type[BaseModel], error: ErrorDetails) -> str:
+def _unknown(model: type[RequestModel], error: ErrorDetails) -> str:
     name = str(error["loc"][-1])
     message = f"unknown parameter {shown(name)}"
     if len(error["loc"]) > 1:
         return message
-    near = _FOREIGN_NAMES.get(name) or next(
-        iter(difflib.get_close_matches(name[:64], model.model_fields, n=1)), ""
+    near = (
+        model.foreign_names.get(name)
+        or _FOREIGN_NAMES.get(name)
+        or next(iter(difflib.get_close_matches(name[:64], model.model_fields, n=1)), "")
     )
     return f"{message}; did you mean {near!r}?" if near in model.model_fields else message

@@ -10,8 +10,10 @@ from softprompt_inference.prompts import text_ids_of
 from softprompt_inference.text import ChatMessage, Encoded, SoftPrompt
 
 from softprompt.requests import LoRARequest, PromptAdapterRequest
+from softprompt.tools import parse_calls
 
 Message = Mapping[str, object]
+_MEMBERS = {"role", "content", "name", "tool_calls", "tool_call_id"}
 # What one prompt may run with: nothing, a soft prompt, or several in front of it, in order.
 SoftPrompts = PromptAdapterRequest | Sequence[PromptAdapterRequest] | None
 
@@ -30,20 +32,26 @@ class Places:
 
     def message(self, message: Message) -> ChatMessage:
         """A turn of a conversation: its content is a text, or a list of texts and soft prompts."""
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message) <= {
-            "role",
-            "content",
-            "name",
-        }:
+        if not isinstance(message, Mapping) or "role" not in message or not set(message) <= _MEMBERS:
             raise InvalidArgument("each message must be {'role': …, 'content': …}", field="messages")
-        role, content, name = message["role"], message["content"], message.get("name", "")
-        parts = [content] if isinstance(content, str) else content
-        if not isinstance(role, str) or not isinstance(name, str) or not isinstance(parts, list | tuple):
+        role, name, call_id = message["role"], message.get("name", ""), message.get("tool_call_id", "")
+        calls = parse_calls(message.get("tool_calls"))
+        content = message.get("content")
+        parts = [content] if isinstance(content, str) else [] if content is None and calls else content
+        words = (role, name, call_id)
+        if not all(isinstance(word, str) for word in words) or not isinstance(parts, list | tuple):
             raise InvalidArgument(
-                "a message's role and name must be strings, and its content a string or a list of parts",
+                "a message's role, name and tool_call_id must be strings, and its content a string or a list of "
+                "parts; only beside tool_calls it may be absent",
                 field="messages",
             )
-        return ChatMessage(role=role, name=name, content=self._content(parts))
+        return ChatMessage(
+            role=str(role),
+            name=str(name),
+            content=self._content(parts),
+            tool_calls=calls,
+            tool_call_id=str(call_id),
+        )
 
     def _content(self, parts: Sequence[object]) -> Sequence[str | SoftPrompt]:
         content: list[str | SoftPrompt] = []

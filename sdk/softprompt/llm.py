@@ -30,6 +30,7 @@ from softprompt.outputs import RequestOutput
 from softprompt.prompts import ParsedPrompt, Prompt, one_each, parse_prompts
 from softprompt.requests import LoRARequest, PromptAdapterRequest
 from softprompt.resident import ResidentAdapters
+from softprompt.tools import tool_text
 
 _log = logging.getLogger(__name__)
 _GIB = 2**30
@@ -160,18 +161,26 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         use_tqdm: bool = True,
+        tools: Sequence[Mapping[str, object]] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of a list of them, through the model's chat template.
 
         A message is {"role": …, "content": …}, its content a text, or a list of texts and PromptAdapterRequests;
-        the rest is as in `generate`.
+        an assistant's may have "tool_calls", and one of the role "tool" a "tool_call_id", as over HTTP. The rest
+        is as in `generate`.
+
+        Args:
+            tools: functions that may be called, {"type": "function", "function": {"name", …}}. The model is told
+                of them, and its output is what it wrote: calls stand in it between <tool_call> and </tool_call>.
         """
+        told = [tool_text(tool) for tool in tools or ()]
         encoded: list[_Encoded] = []
         for index, conversation in enumerate(_conversations(messages)):
             places = Places()
             with _naming(index):
                 prompt = self._tokenizer.encode_chat(
                     [places.message(message) for message in conversation],
+                    tools=told,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,
                     max_tokens=self.info.max_model_len,

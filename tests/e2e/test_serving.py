@@ -361,6 +361,20 @@ def test_the_answer_names_the_version_that_made_it(system: Any, client: openai.O
     assert answer.headers["x-softprompt-adapter-digest"] == listed["digest"]
 
 
+def test_a_response_is_computed_with_its_adapters(client: openai.OpenAI) -> None:
+    fields: Any = {"input": "Hello", "max_output_tokens": 12, "temperature": 0}
+    answers = {
+        model: client.responses.with_raw_response.create(model=model, **fields)
+        for model in ("tiny", "first", "second", "first+second")
+    }
+    texts = {model: answer.parse().output_text for model, answer in answers.items()}
+    assert len(set(texts.values())) == len(texts)
+    assert texts["second"] == chat(client, "second")
+    assert answers["first+second"].headers["x-softprompt-adapter"] == "first@1+second@1"
+    usage = answers["first+second"].parse().usage
+    assert usage.input_tokens_details.virtual_tokens == 5 + 16
+
+
 def test_virtual_tokens_count_against_the_context(client: openai.OpenAI) -> None:
     ids = [5] * 500  # of 512; "second" has 16 virtual tokens
     fits = client.completions.create(model="tiny", prompt=ids, max_tokens=2)

@@ -231,6 +231,95 @@ def test_results_can_be_sent_back_and_answered(client: openai.OpenAI) -> None:
     assert second.usage.prompt_tokens > first.usage.prompt_tokens
 
 
+class River(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    river: Literal["Seine", "Thames"]
+
+
+def flat(tool: Any) -> Any:
+    """A tool as `/v1/responses` spells it."""
+    return {"type": "function", **tool["function"]}
+
+
+def test_a_response_is_parsed_into_a_model(client: openai.OpenAI) -> None:
+    answer = client.responses.parse(
+        model=MODEL,
+        instructions="Answer in JSON.",
+        input="Tell me about Paris.",
+        text_format=City,
+        max_output_tokens=120,
+        extra_body={"seed": 1},
+    )
+    assert answer.status == "completed"
+    assert isinstance(answer.output_parsed, City)
+
+
+def test_a_response_is_what_chat_answers(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(model=MODEL, messages=USER, max_tokens=12, temperature=0)
+    answer = client.responses.create(model=MODEL, input=USER, max_output_tokens=12, temperature=0)
+    assert answer.output_text == chat.choices[0].message.content
+    assert (answer.status, answer.incomplete_details and answer.incomplete_details.reason) == (
+        "incomplete",
+        "max_output_tokens",
+    )
+    assert answer.usage is not None
+    assert chat.usage is not None
+    assert (answer.usage.input_tokens, answer.usage.output_tokens) == (
+        chat.usage.prompt_tokens,
+        chat.usage.completion_tokens,
+    )
+    with client.responses.stream(model=MODEL, input=USER, max_output_tokens=12, temperature=0) as stream:
+        events = list(stream)
+    assert events[-1].type == "response.incomplete"
+    assert events[-1].response.output_text == answer.output_text
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == answer.output_text
+
+
+def test_calls_of_responses_are_streamed_and_answered(client: openai.OpenAI) -> None:
+    conversation: Any = [*USER]
+    with client.responses.stream(
+        model=MODEL,
+        input=conversation,
+        tools=[flat(WEATHER), flat(TIME)],
+        tool_choice={"type": "function", "name": "get_weather"},
+        max_output_tokens=120,
+        temperature=0,
+    ) as stream:
+        first = stream.get_final_response()
+    [call] = first.output
+    assert call.type == "function_call"
+    WeatherArguments.model_validate_json(call.arguments)
+    conversation += first.output
+    conversation.append({"type": "function_call_output", "call_id": call.call_id, "output": '{"degrees": 21}'})
+    fields: Any = {"model": MODEL, "temperature": 0}
+    second = client.responses.create(
+        input=conversation, tools=[flat(WEATHER), flat(TIME)], max_output_tokens=8, **fields
+    )
+    function: Any = {"name": call.name, "arguments": call.arguments}
+    turns: Any = [
+        *USER,
+        {"role": "assistant", "tool_calls": [{"id": call.call_id, "type": "function", "function": function}]},
+        {"role": "tool", "tool_call_id": call.call_id, "content": '{"degrees": 21}'},
+    ]
+    chat = client.chat.completions.create(messages=turns, tools=[WEATHER, TIME], max_tokens=8, **fields)
+    assert second.usage is not None
+    assert chat.usage is not None
+    assert second.usage.input_tokens == chat.usage.prompt_tokens
+    assert second.output_text == chat.choices[0].message.content
+
+
+async def test_openais_async_client_gets_responses_too(system: Any) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{system.url}/v1", api_key="unused", max_retries=0) as client:
+        fields: Any = {"model": MODEL, "input": USER, "max_output_tokens": 40, "temperature": 0}
+        answer = await client.responses.parse(text_format=River, **fields)
+        async with client.responses.stream(text_format=River, **fields) as stream:
+            final = await stream.get_final_response()
+    assert isinstance(answer.output_parsed, River)
+    assert final.output_parsed == answer.output_parsed
+
+
 HOSTILE: list[Any] = [
     {"json": {"$ref": "#"}},
     {"json": {"type": "string", "pattern": "(((a{1,500}){1,500}){1,500})*"}},

@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 
-POST_ROUTES = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/adapters"]
+POST_ROUTES = [
+    *("/v1/completions", "/v1/chat/completions", "/v1/responses"),
+    *("/tokenize", "/detokenize", "/v1/adapters"),
+]
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,16 @@ async def test_a_client_that_leaves_cancels_its_chat(stack: Any, stream: bool) -
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("text", ["stall", "silence"])
+async def test_a_client_that_leaves_cancels_its_response(stack: Any, text: str, stream: bool) -> None:
+    body = {"model": stack.base, "input": text, "stream": stream}
+    _, writer = await stack.connect(_request("/v1/responses", body))
+    await stack.inference.until(lambda fake: fake.running == 1)
+    writer.transport.abort()
+    await stack.inference.until(lambda fake: fake.cancelled == 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
 async def test_all_prompts_of_a_leaving_client_are_cancelled(stack: Any, stream: bool) -> None:
     body = {"model": stack.base, "prompt": ["stall"] * 5, "stream": stream}
     _, writer = await stack.connect(_request("/v1/completions", body))

@@ -16,6 +16,9 @@ OPEN = {"GET /health/live", "GET /health/ready", "GET /health", "GET /version"}
 WANTED = {
     "POST /v1/completions": Scope.INFER,
     "POST /v1/chat/completions": Scope.INFER,
+    "POST /v1/responses": Scope.INFER,
+    "GET /v1/responses/{id_}": Scope.INFER,
+    "DELETE /v1/responses/{id_}": Scope.INFER,
     "GET /v1/models": Scope.INFER,
     "GET /v1/models/{id_}": Scope.INFER,
     "POST /tokenize": Scope.INFER,

@@ -12,6 +12,7 @@ import pytest_asyncio
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
+RESPONSES = "/v1/responses"
 BASE = "acme/tiny-1"
 HUGE = 2**70
 
@@ -144,7 +145,7 @@ async def _refused(stack: Any, path: str, body: dict[str, Any], param: str) -> N
 
 
 @pytest.mark.parametrize(("raw", "code"), [pytest.param(raw, code, id=name) for name, raw, code in RAW_BODIES])
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, RESPONSES])
 async def test_a_broken_body_is_refused(stack: Any, path: str, raw: bytes, code: str) -> None:
     response = await stack.http.post(path, content=raw, headers={"content-type": "application/json"})
     assert response.status_code == 400
@@ -164,6 +165,11 @@ async def test_a_bad_field_of_a_chat_is_refused_by_name(stack: Any, name: str, v
     body: dict[str, Any] = {"model": BASE, "messages": [{"role": "user", "content": "x"}], "max_tokens": 100}
     param = "max_tokens" if (name, value) == ("max_completion_tokens", 99) else name
     await _refused(stack, CHAT, body | {name: value}, param)
+
+
+@pytest.mark.parametrize(("name", "value"), _table(SHARED_FIELDS))
+async def test_a_bad_field_of_a_response_is_refused_by_name(stack: Any, name: str, value: Any) -> None:
+    await _refused(stack, RESPONSES, {"model": BASE, "input": "x", "max_output_tokens": 100} | {name: value}, name)
 
 
 @pytest.mark.parametrize(

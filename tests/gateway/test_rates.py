@@ -207,6 +207,15 @@ async def test_tokens_of_prompts_and_outputs_are_counted(stack: Any, route: str,
         assert answer.headers["x-ratelimit-remaining-tokens"] == remaining
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_tokens_of_responses_are_counted(stack: Any, stream: bool) -> None:
+    key = await stack.registry.keys.make(Scope.INFER, limits=KeyLimits(tokens_per_minute=100))
+    body = {"model": stack.base, "input": "abcd", "stream": stream}
+    for remaining in ("100", "92", "84"):  # 4 of the input, 4 of the output
+        answer = await stack.http.post("/v1/responses", json=body, headers=bearer(key))
+        assert answer.headers["x-ratelimit-remaining-tokens"] == remaining
+
+
 async def test_tokens_of_a_stream_that_its_client_left_are_counted(stack: Any) -> None:
     limits = KeyLimits(tokens_per_minute=1000, parallel_requests=1)
     key = await stack.registry.keys.make(Scope.INFER, limits=limits)

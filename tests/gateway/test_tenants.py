@@ -96,6 +96,9 @@ async def test_one_name_is_another_adapter_for_each_tenant(stack: Any, tenants: 
 PROBES: list[tuple[str, str, dict[str, Any]]] = [
     ("POST", "/v1/completions", {"model": "{name}", "prompt": "hi"}),
     ("POST", "/v1/chat/completions", {"model": "{name}", "messages": [{"role": "user", "content": "hi"}]}),
+    ("POST", "/v1/responses", {"model": "{name}", "input": "hi"}),
+    ("GET", "/v1/responses/{name}", {}),
+    ("DELETE", "/v1/responses/{name}", {}),
     ("POST", "/tokenize", {"model": "{name}", "prompt": "hi"}),
     ("POST", "/detokenize", {"model": "{name}", "tokens": [104]}),
     ("GET", "/v1/models/{name}", {}),

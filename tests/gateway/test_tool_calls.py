@@ -18,9 +18,12 @@ def read(pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
     reader, text = CallReader(NAMES), ""
     calls: list[list[str]] = []
     ids: list[str] = []
+    has_ended = True
     for said in [*map(reader.read, pieces), reader.finish()]:
         text += said.text
         for piece in said.calls:
+            assert bool(piece.name) or not has_ended, "nothing follows the last piece"
+            has_ended = piece.is_last
             if piece.name:
                 assert piece.index == len(calls)
                 ids.append(piece.id)
@@ -73,6 +76,42 @@ def test_it_does_not_matter_how_the_output_is_cut(parts: list[str], cuts: list[i
     edges = sorted({0, len(output), *(cut for cut in cuts if cut < len(output))})
     pieces = [output[start:stop] for start, stop in pairwise(edges)]
     assert read(pieces) == read([output])
+
+
+def in_order(pieces: list[str]) -> list[tuple[str, str]]:
+    """Texts, and names with whole arguments, as they follow each other."""
+    reader = CallReader(NAMES)
+    told: list[tuple[str, str]] = []
+    for said in [*map(reader.read, pieces), reader.finish()]:
+        for piece in said.pieces:
+            if isinstance(piece, str):
+                is_further = bool(told) and not told[-1][0]
+                name, text = "", piece
+            else:
+                is_further, name, text = not piece.name, piece.name, piece.arguments
+            if is_further:
+                name, before = told.pop()
+                text = before + text
+            told.append((name, text))
+    return told
+
+
+def test_texts_and_calls_are_told_in_their_order() -> None:
+    output = f"One {CALL} two{CALL}{CALL}\nthree"
+    call = ("f", ARGUMENTS)
+    expected = [("", "One"), call, ("", " two"), call, call, ("", "\nthree")]
+    assert in_order([output]) == expected
+    assert in_order(list(output)) == expected
+
+
+def test_a_call_has_ended_with_its_arguments() -> None:
+    reader = CallReader(NAMES)
+    [piece] = reader.read('<tool_call>{"name": "f", "arguments": {"a": 1').calls
+    assert not piece.is_last
+    [piece] = reader.read("}").calls
+    assert piece.is_last
+    [piece] = CallReader(NAMES).read('<tool_call>{"arguments": {}, "name": "f"}</tool_call>').calls
+    assert piece.is_last
 
 
 def test_a_call_is_told_by_its_name_before_its_arguments_are_there() -> None:

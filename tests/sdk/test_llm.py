@@ -357,6 +357,36 @@ def test_chat_goes_through_the_chat_template(llm: LLM, adapters: list[PromptAdap
     assert ids(several)[1] != ids(several)[0]
 
 
+def test_chat_tells_the_model_of_tools_calls_and_results(llm: LLM) -> None:
+    function = {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {}}}}
+    called = {"name": "get_weather", "arguments": '{"city": "Paris"}'}
+    conversation = [
+        {"role": "user", "content": "Is it warm?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "1", "type": "function", "function": called}],
+        },
+        {"role": "tool", "content": "21 degrees", "tool_call_id": "1"},
+    ]
+    (output,) = llm.chat(conversation, GREEDY, tools=[{"type": "function", "function": function}])
+    assert output.prompt is not None
+    for told in (
+        '"name": "get_weather", "parameters"',
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>',
+        "<tool_response>\n21 degrees\n</tool_response>",
+    ):
+        assert told in output.prompt
+    assert ids([output]) != ids(llm.chat(conversation, GREEDY))
+
+
+def test_chat_refuses_what_is_no_tool(llm: LLM) -> None:
+    for tool in ({"type": "function"}, {"type": "web_search"}, {"function": {"name": {1, 2}}}):
+        with pytest.raises(InvalidArgument) as refused:
+            llm.chat([{"role": "user", "content": "x"}], GREEDY, tools=[tool])
+        assert refused.value.field == "tools"
+
+
 @pytest.mark.parametrize(
     ("prompts", "error", "message"),
     [

@@ -14,19 +14,18 @@ from softprompt_gateway.openai.completions import check_choices
 from softprompt_gateway.openai.fields import Count, GenerationFields, refuse, sampling_message
 from softprompt_gateway.openai.generation import Choice, finish_reason, stop_reason
 from softprompt_gateway.openai.logprobs import chat_logprobs
-from softprompt_gateway.openai.parts import Content, Parts
+from softprompt_gateway.openai.parts import Content, Parts, say
 from softprompt_gateway.openai.structured import ResponseFormat
 from softprompt_gateway.openai.style import Style
 from softprompt_gateway.openai.tools import (
     MAX_TOOLS,
-    NamedTool,
     Tool,
     ToolChoice,
     Tools,
     callable_tools,
     check_tools,
-    grammar_of,
     tool_text,
+    wanted_with_calls,
 )
 from softprompt_gateway.resolve import Target
 from softprompt_gateway.session import Delta
@@ -90,11 +89,7 @@ class Message(RequestModel):
                 for call in self.tool_calls or ()
             ],
         )
-        content = self.content
-        if isinstance(content, Parts):
-            message.parts.extend(content.content(target.digests_inside))
-        else:
-            message.content = content or ""
+        say(message, self.content or "", target.digests_inside)
         return message
 
 
@@ -197,13 +192,8 @@ class ChatRequest(ChatFields, GenerationFields):
         """What each field wants the output to be; see `form_of`."""
         wanted = super().wanted()
         wanted["response_format"] = self.response_format.wanted() if self.response_format else None
-        if not self.callable:
-            return wanted
-        for name, value in wanted.items():
-            refuse(name, value, because='together with tools is not supported, but with tool_choice "none"')
-        is_parallel = self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedTool)
-        grammar = grammar_of(self.callable, self.tool_choice, parallel=is_parallel)
-        return {"tools": None if grammar is None else {"grammar": grammar}}
+        is_parallel = self.parallel_tool_calls is not False
+        return wanted_with_calls(wanted, self.callable, self.tool_choice, parallel=is_parallel)
 
     def calls(self, target: Target, *, request_id: str, max_choices: int) -> list[pb.GenerateRequest]:
         """The one Generate request."""

@@ -14,11 +14,16 @@ from softprompt_api.names import shown
 from softprompt_gateway.validation import RequestModel
 
 
-class TextPart(RequestModel):
+class AnyTextPart(RequestModel):
+    """A text among the parts of a prompt or a message; routes differ in what they call it."""
+
+    text: str
+
+
+class TextPart(AnyTextPart):
     """A text among the parts of a prompt or a message."""
 
     type: Literal["text"]
-    text: str
 
 
 class SoftPromptPart(RequestModel):
@@ -29,6 +34,8 @@ class SoftPromptPart(RequestModel):
 
 
 Part = str | SoftPromptPart
+TextParts = Mapping[str, type[AnyTextPart]]
+_TEXTS: TextParts = {"text": TextPart}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,13 +73,14 @@ class Parts:
         ]
 
 
-def parse_parts(parts: Iterable[object], *, field: str, between: str) -> Parts:
+def parse_parts(parts: Iterable[object], *, field: str, between: str, texts: TextParts = _TEXTS) -> Parts:
     """Parts of a request, checked; parts of other types are refused by name.
 
     Args:
         between: what stands between neighbouring texts, which become one.
+        texts: the types that texts may have.
     """
-    checked = [_checked(part, field) for part in parts]
+    checked = [_checked(part, field, texts) for part in parts]
     merged: list[Part] = []
     for are_texts, group in groupby(checked, key=lambda part: isinstance(part, str)):
         if are_texts:
@@ -82,27 +90,41 @@ def parse_parts(parts: Iterable[object], *, field: str, between: str) -> Parts:
     return Parts(parts=merged)
 
 
-def _checked(part: object, field: str) -> Part:
+def _checked(part: object, field: str, texts: TextParts) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(part, dict) or not isinstance(kind, str):
         raise InvalidArgument("each content part must be an object with a type", field=field)
-    if kind == "text":
-        return TextPart.checked(part).text
+    if kind in texts:
+        return texts[kind].checked(part).text
     if kind == "soft_prompt":
         return SoftPromptPart.checked(part)
     raise Unsupported(
-        f"content part of type {shown(kind)} is not supported; only 'text' and 'soft_prompt'", field=field
+        f"content part of type {shown(kind)} is not supported; only {', '.join(map(repr, texts))} "
+        "and 'soft_prompt'",
+        field=field,
     )
 
 
-def _content(value: object) -> str | Parts:
+def parse_content(value: object, *, field: str, texts: TextParts = _TEXTS) -> str | Parts:
     """What a message says: a text, also where it came in parts, or parts with soft prompts."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise PydanticCustomError("string_type", "Input should be a string or a list of parts")
-    parts = parse_parts(value, field="messages", between="\n")
+    parts = parse_parts(value, field=field, between="\n", texts=texts)
     return parts if parts.names else parts.text
+
+
+def _content(value: object) -> str | Parts:
+    return parse_content(value, field="messages")
+
+
+def say(message: pb.ChatMessage, content: str | Parts, digests: Mapping[str, str]) -> None:
+    """Let a message of the inference service say this; `digests` as in `Parts.prompt`."""
+    if isinstance(content, Parts):
+        message.parts.extend(content.content(digests))
+    else:
+        message.content = content
 
 
 PARTS_SCHEMA: Mapping[str, Any] = {

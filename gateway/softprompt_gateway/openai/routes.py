@@ -8,6 +8,7 @@ from typing import Any
 import structlog
 from fastapi import APIRouter
 from softprompt_api.access import Scope
+from softprompt_api.names import shown
 from softprompt_api.structured import FIELD as STRUCTURED
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -15,7 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from softprompt_gateway.caller import Caller
 from softprompt_gateway.disconnect import unless_gone
 from softprompt_gateway.documented import json_body
-from softprompt_gateway.errors import fields_spelled
+from softprompt_gateway.errors import Refused, fields_spelled
 from softprompt_gateway.gateway import Gateway
 from softprompt_gateway.guard import GuardedRoute
 from softprompt_gateway.openai.answering import Answering
@@ -26,6 +27,9 @@ from softprompt_gateway.openai.generation import all_of
 from softprompt_gateway.openai.job import Job
 from softprompt_gateway.openai.models import adapter_card, adapter_cards, base_card, composed_card, listing
 from softprompt_gateway.openai.parts import Parts
+from softprompt_gateway.openai.responses.request import ResponsesRequest
+from softprompt_gateway.openai.responses.responding import Responding
+from softprompt_gateway.openai.starting import Starting
 from softprompt_gateway.openai.structured import OLD_NAMES
 from softprompt_gateway.openai.tokens import (
     DetokenizeRequest,
@@ -43,6 +47,7 @@ _log = structlog.get_logger()
 REQUEST_MODELS = (
     CompletionRequest,
     ChatRequest,
+    ResponsesRequest,
     TokenizeCompletionRequest,
     TokenizeChatRequest,
     DetokenizeRequest,
@@ -58,6 +63,7 @@ def openai_router(gateway: Gateway) -> APIRouter:
     for path, handler, models, kind in (
         ("/v1/completions", routes.complete, (CompletionRequest,), answers_itself),
         ("/v1/chat/completions", routes.chat, (ChatRequest,), answers_itself),
+        ("/v1/responses", routes.respond, (ResponsesRequest,), answers_itself),
         ("/tokenize", routes.tokenize, (TokenizeCompletionRequest, TokenizeChatRequest), infers),
         ("/detokenize", routes.detokenize, (DetokenizeRequest,), infers),
     ):
@@ -69,6 +75,8 @@ def openai_router(gateway: Gateway) -> APIRouter:
             response_class=JSONResponse,
             route_class_override=kind,
         )
+    router.add_api_route("/v1/responses/{id_}", routes.stored_response, methods=["GET"])
+    router.add_api_route("/v1/responses/{id_}", routes.delete_response, methods=["DELETE"])
     router.add_api_route("/v1/models", routes.models, methods=["GET"])
     router.add_api_route("/v1/models/{id_:path}", routes.model, methods=["GET"])
     return router
@@ -88,7 +96,9 @@ class _Routes:
         self._max_choices = gateway.settings.max_choices
         self._resolver = gateway.resolver
         self._inference = gateway.clients.inference
-        self._answering = Answering(self._resolver, self._inference, gateway.metrics)
+        starting = Starting(self._resolver, self._inference)
+        self._answering = Answering(starting, gateway.metrics)
+        self._responding = Responding(starting, gateway.metrics)
 
     async def complete(self, request: Request) -> Response:
         """Complete one or more prompts."""
@@ -149,6 +159,30 @@ class _Routes:
             meter=Meter.of(request.scope),
         )
 
+    async def respond(self, request: Request) -> Response:
+        """Answer an input, in the shape of OpenAI's Responses API."""
+        body = ResponsesRequest.checked(await self._gateway.json(request))
+        return await unless_gone(request, self._respond(body, request))
+
+    async def _respond(self, body: ResponsesRequest, request: Request) -> Response:
+        request_id: str = request.state.request_id
+        _warn_of_old_names(body, request_id)
+        with fields_spelled(**body.spelled):
+            return await self._responding.respond(
+                body,
+                _named(body, request, prompt_field="input"),
+                request_id=request_id,
+                meter=Meter.of(request.scope),
+            )
+
+    async def stored_response(self, request: Request, id_: str) -> dict[str, Any]:  # noqa: ARG002
+        """Show a response that was stored: there is none."""
+        raise _no_response(id_)
+
+    async def delete_response(self, request: Request, id_: str) -> dict[str, Any]:  # noqa: ARG002
+        """Delete a response that was stored: there is none."""
+        raise _no_response(id_)
+
     async def models(self, request: Request) -> Response:
         """List the base model and every adapter."""
         caller, served = Caller.of(request), await self._resolver.served()
@@ -195,7 +229,9 @@ class _Routes:
         return model if model is not None else (await self._resolver.served()).base_model.id
 
 
-def _named(body: CompletionRequest | ChatRequest, request: Request, *, prompt_field: str = "prompt") -> Named:
+def _named(
+    body: CompletionRequest | ChatRequest | ResponsesRequest, request: Request, *, prompt_field: str = "prompt"
+) -> Named:
     return Named(
         model=body.model,
         caller=Caller.of(request),
@@ -203,6 +239,11 @@ def _named(body: CompletionRequest | ChatRequest, request: Request, *, prompt_fi
         inside=body.soft_prompts,
         prompt_field=prompt_field,
     )
+
+
+def _no_response(id_: str) -> Refused:
+    message = f"there is no response {shown(id_)}: responses are not stored; send the earlier items as input"
+    return Refused(message, code="not_found", status=404, param="response_id")
 
 
 def _warn_of_old_names(body: GenerationFields, request_id: str) -> None:

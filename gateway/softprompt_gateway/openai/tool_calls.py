@@ -19,20 +19,35 @@ _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([A-Za-z0-9_-]{1,64})"\s*,\s*"argumen
 
 @dataclass(slots=True, kw_only=True)
 class CallPiece:
-    """A further piece of a call; the first has the name."""
+    """A further piece of a call; the first has the name, and the last says that it is."""
 
     index: int
     id: str = ""
     name: str = ""
     arguments: str
+    is_last: bool = False
 
 
 @dataclass(slots=True)
 class Said:
-    """What has become certain: text, and pieces of calls."""
+    """What has become certain: texts and pieces of calls, in order."""
 
-    text: str = ""
-    calls: list[CallPiece] = field(default_factory=list)
+    pieces: list[str | CallPiece] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The texts alone."""
+        return "".join(piece for piece in self.pieces if isinstance(piece, str))
+
+    @property
+    def calls(self) -> list[CallPiece]:
+        """The pieces of calls alone."""
+        return [piece for piece in self.pieces if isinstance(piece, CallPiece)]
+
+    def say(self, text: str) -> None:
+        """Add a text, unless it is empty."""
+        if text:
+            self.pieces.append(text)
 
 
 class CallReader:
@@ -66,9 +81,9 @@ class CallReader:
         """What is left when nothing follows."""
         said = Said()
         if self._is_in_call and not self._has_told:
-            said.text += f"{self._gap}{CALL_START}{self._held}"
+            said.say(f"{self._gap}{CALL_START}{self._held}")
         elif not self._is_in_call and (self._held.strip() or not self.num_calls):
-            said.text += self._held
+            said.say(self._held)
         self._held = ""
         return said
 
@@ -89,15 +104,14 @@ class CallReader:
         text, mark, rest = self._held.partition(CALL_START)
         if mark:
             certain = len(text.rstrip())
-            said.text += text[:certain]
+            said.say(text[:certain])
             self._gap = text[certain:]
             self._held, self._is_in_call = rest, True
             return True
         certain = len(self._held) - _overlap(self._held, CALL_START)
         certain = len(self._held[:certain].rstrip())
-        if certain:
-            said.text += self._held[:certain]
-            self._held = self._held[certain:]
+        said.say(self._held[:certain])
+        self._held = self._held[certain:]
         return False
 
     def _read_head(self, said: Said) -> bool:
@@ -122,24 +136,28 @@ class CallReader:
             call = None
         name, arguments = (call.get("name"), call.get("arguments")) if isinstance(call, dict) else (None, None)
         if isinstance(name, str) and name in self._names and isinstance(arguments, dict):
-            self._begin(said, name, arguments=json.dumps(arguments, ensure_ascii=False))
+            self._begin(said, name, arguments=json.dumps(arguments, ensure_ascii=False)).is_last = True
         else:
-            said.text += f"{self._gap}{CALL_START}{inside}{CALL_END}"
+            said.say(f"{self._gap}{CALL_START}{inside}{CALL_END}")
 
-    def _begin(self, said: Said, name: str, *, arguments: str) -> None:
+    def _begin(self, said: Said, name: str, *, arguments: str) -> CallPiece:
         id_ = f"call_{uuid.uuid4().hex}"
-        said.calls.append(CallPiece(index=self.num_calls, id=id_, name=name, arguments=arguments))
+        piece = CallPiece(index=self.num_calls, id=id_, name=name, arguments=arguments)
+        said.pieces.append(piece)
         self.num_calls += 1
+        return piece
 
     def _read_arguments(self, said: Said, arguments: "_ObjectEnd") -> bool:
         if not self._held:
             return False
         end = arguments.find(self._held)
-        piece, self._held = self._held[:end], self._held[end:]
-        if said.calls and said.calls[-1].index == self.num_calls - 1:
-            said.calls[-1].arguments += piece
-        else:
-            said.calls.append(CallPiece(index=self.num_calls - 1, arguments=piece))
+        piece = said.pieces[-1] if said.pieces else None
+        if not isinstance(piece, CallPiece):
+            piece = CallPiece(index=self.num_calls - 1, arguments="")
+            said.pieces.append(piece)
+        piece.arguments += self._held[:end]
+        piece.is_last = arguments.has_ended
+        self._held = self._held[end:]
         if arguments.has_ended:
             self._object, self._has_ended = None, True
         return True

@@ -9,7 +9,7 @@ model so. Where a call must come, or must follow its schema, a grammar sees to i
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -17,6 +17,7 @@ from softprompt_api.errors import InvalidArgument
 from softprompt_api.names import shown
 from softprompt_api.structured import JSON_WHITESPACE, MAX_GRAMMAR_CHARACTERS, check_object
 
+from softprompt_gateway.openai.fields import refuse
 from softprompt_gateway.validation import RequestModel, check_name
 
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"
@@ -112,6 +113,27 @@ def callable_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> Sequence
     if choice is not None and not tools:
         raise InvalidArgument(f"tool_choice {choice} needs tools", field="tool_choice")
     return tools
+
+
+def wanted_with_calls(
+    wanted: Mapping[str, dict[str, Any] | None],
+    tools: Sequence[Tool],
+    choice: ToolChoice | None,
+    *,
+    parallel: bool,
+) -> dict[str, dict[str, Any] | None]:
+    """What each field wants the output to be, calls included; see `form_of`.
+
+    Args:
+        wanted: by the other fields; Unsupported where one of them is set and calls may come.
+        tools, parallel: as in `grammar_of`; a function that is named is called once.
+    """
+    if not tools:
+        return dict(wanted)
+    for name, value in wanted.items():
+        refuse(name, value, because='together with tools is not supported, but with tool_choice "none"')
+    grammar = grammar_of(tools, choice, parallel=parallel and not isinstance(choice, NamedTool))
+    return {"tools": None if grammar is None else {"grammar": grammar}}
 
 
 def grammar_of(tools: Sequence[Tool], choice: ToolChoice | None, *, parallel: bool) -> str | None:
