@@ -219,8 +219,8 @@ class Clients:
 
 def open_clients(settings: Settings) -> Clients:
     """Clients of the services at the settings' addresses; needs a running event loop."""
-    to_registry = open_channel(settings.registry_address)
-    to_inference = open_channel(settings.inference_address)
+    to_registry = open_channel(settings.registry_address, settings.client_tls)
+    to_inference = open_channel(settings.inference_address, settings.client_tls)
     return Clients(
         registry=RegistryClient(
             to_registry, timeout_s=settings.registry_timeout_s, upload_timeout_s=settings.upload_timeout_s

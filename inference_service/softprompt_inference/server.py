@@ -55,7 +55,7 @@ class InferenceServer:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         service = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
-        self._server = ServiceServer(settings.inference_address, [service])
+        self._server = ServiceServer(settings.inference_address, [service], settings.server_tls)
         self._servicer = InferenceServicer()
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._servicer, self._server.server)
         self._executor = ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="encode")
@@ -85,7 +85,7 @@ class InferenceServer:
         base_model = make_base_model(
             settings.model_id, engine.info, tokenizer, max_lora_rank=settings.max_lora_rank
         )
-        self._channel = open_channel(settings.registry_address)
+        self._channel = open_channel(settings.registry_address, settings.client_tls)
         stub: registry_pb2_grpc.RegistryServiceAsyncStub = registry_pb2_grpc.RegistryServiceStub(self._channel)
         source = AdapterSource(stub, base_model, max_lora_bytes=settings.max_lora_bytes)
         self._servicer.open(self._make_front(engine, tokenizer, base_model, source, folder))

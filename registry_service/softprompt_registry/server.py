@@ -49,7 +49,7 @@ class RegistryServer:
             allow_hub_imports=settings.allow_hub_imports,
         )
         services = list(registry_pb2.DESCRIPTOR.services_by_name.values())
-        self._server = ServiceServer(settings.address, services)
+        self._server = ServiceServer(settings.address, services, settings.server_tls)
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
             RegistryServicer(self._registry), self._server.server
         )

@@ -40,6 +40,7 @@ from softprompt_api.registry.v1.registry_pb2_grpc import (
 )
 from softprompt_api.rpc.channel import open_channel
 from softprompt_api.rpc.server import ServiceServer
+from softprompt_api.rpc.tls import ServerTls
 from softprompt_gateway.app import make_app
 from softprompt_gateway.clients import open_clients
 from softprompt_gateway.server import GracefulServer, listen, uvicorn_config
@@ -704,12 +705,12 @@ class Stack:
                 listed = await self.listed()
 
 
-async def _service(name: str, address: str, servicer: Any) -> ServiceServer:
+async def _service(name: str, address: str, servicer: Any, tls: ServerTls | None = None) -> ServiceServer:
     module, add = {
         "registry": (reg, add_RegistryServiceServicer_to_server),
         "inference": (pb, add_InferenceServiceServicer_to_server),
     }[name]
-    server = ServiceServer(address, list(module.DESCRIPTOR.services_by_name.values()))
+    server = ServiceServer(address, list(module.DESCRIPTOR.services_by_name.values()), tls)
     add(servicer, server.server)
     if name == "registry":
         add_KeyServiceServicer_to_server(servicer.keys, server.server)
@@ -746,12 +747,12 @@ def gateway_settings() -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def _running_stack(**gateway_settings: Any) -> AsyncIterator[Stack]:
+async def _running_stack(service_tls: ServerTls | None = None, **gateway_settings: Any) -> AsyncIterator[Stack]:
     registry = FakeRegistry()
     inference = FakeInference(registry)
     services = {
-        "registry": await _service("registry", "127.0.0.1:0", registry),
-        "inference": await _service("inference", "127.0.0.1:0", inference),
+        "registry": await _service("registry", "127.0.0.1:0", registry, service_tls),
+        "inference": await _service("inference", "127.0.0.1:0", inference, service_tls),
     }
     defaults: dict[str, Any] = {
         "registry_address": f"127.0.0.1:{services['registry'].port}",
@@ -784,6 +785,12 @@ async def _running_stack(**gateway_settings: Any) -> AsyncIterator[Stack]:
 def running_stack() -> Callable[..., contextlib.AbstractAsyncContextManager[Stack]]:
     """Start a stack with these settings; for files whose tests share one."""
     return _running_stack
+
+
+@pytest.fixture(scope="session")
+def running_gateway() -> Callable[..., contextlib.AbstractAsyncContextManager[int]]:
+    """Serve one more gateway over services that run; its port."""
+    return _running
 
 
 @pytest.fixture
