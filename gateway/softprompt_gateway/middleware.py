@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from softprompt_gateway.caller import Caller
 from softprompt_gateway.errors import ClientGone, Refused, describe
 from softprompt_gateway.metrics import Metrics
+from softprompt_gateway.rates import Meter
 
 _PRINTABLE = re.compile(rb"[\x21-\x7e]{1,128}\Z")
 _MAX_HEADERS = 128
@@ -46,7 +47,7 @@ class Edge:
             return
         answer = _Answer(send, request_id(scope))
         scope.setdefault("state", {})["request_id"] = answer.request_id
-        started_s = time.perf_counter()
+        began_s = scope["state"]["began_s"] = time.perf_counter()
         self._running += 1
         self._metrics.in_progress.set(self._running)
         try:
@@ -63,7 +64,7 @@ class Edge:
         finally:
             self._running -= 1
             self._metrics.in_progress.set(self._running)
-            self._tell(scope, answer, time.perf_counter() - started_s)
+            self._tell(scope, answer, time.perf_counter() - began_s)
 
     def _admit(self, scope: Scope) -> None:
         if len(scope["headers"]) > _MAX_HEADERS:
@@ -86,6 +87,7 @@ class Edge:
                 status=answer.status,
                 seconds=round(seconds, 4),
                 **(caller.facts() if caller else {}),
+                **Meter.facts_of(scope),
             )
 
 

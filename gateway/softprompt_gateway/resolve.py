@@ -80,6 +80,11 @@ class Target:
         """The soft prompts inside the prompt as the inference service is told, by their spelling there."""
         return {spelling: bound.digest for spelling, bound in self.inside.items()}
 
+    def facts(self) -> dict[str, str]:
+        """For the request's log line."""
+        adapters = join_model(bound.spelling for bound in self.adapters)
+        return {"model": self.model, **({"adapters": adapters} if adapters else {})}
+
     def headers(self) -> dict[str, str]:
         """Response headers that say which versions answered."""
         adapters = self.adapters

@@ -38,6 +38,7 @@ from softprompt_inference.text import Tokenizer
 _log = structlog.get_logger()
 _LISTED = 1000
 _MAX_LISTED = 10_000
+_NAMED = 100
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -138,6 +139,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:
         front = self._ready()
         stats = front.engine.stats
+        running, waiting = front.residency.loras_asked_for()
         return pb.GetLoadResponse(
             running=stats.running,
             waiting=stats.waiting,
@@ -150,6 +152,10 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             preemptions=stats.preemptions,
             adapter_tiers=map(to_tier, front.residency.tiers()),
             adapter_misses=front.residency.misses,
+            base_model_id=front.base_model.id,
+            max_loras=front.residency.max_loras,
+            running_loras=running[:_NAMED],
+            waiting_loras=waiting[:_NAMED],
         )
 
     async def ListResident(self, request: pb.ListResidentRequest, context: Context) -> pb.ListResidentResponse:

@@ -234,7 +234,18 @@ class FakeInference(InferenceServiceServicer):
             pb.AdapterTier(tier=pb.RESIDENT_TIER_HOST, num_adapters=3, size_bytes=600, hits=5),
         ]
         return pb.GetLoadResponse(
-            running=self.running, num_pages=64, generated_tokens=7, adapter_tiers=tiers, adapter_misses=4
+            running=self.running,
+            waiting=2,
+            used_pages=16,
+            num_pages=64,
+            computed_prompt_tokens=30,
+            cached_prompt_tokens=10,
+            generated_tokens=7,
+            adapter_tiers=tiers,
+            adapter_misses=4,
+            base_model_id=BASE,
+            max_loras=16,
+            running_loras=["formal", "terse"],
         )
 
     async def ListResident(self, request: Any, context: Any) -> pb.ListResidentResponse:

@@ -880,6 +880,7 @@ async def test_the_load_is_the_engines(world: World) -> None:
     load = await world.stub.GetLoad(pb.GetLoadRequest())
     assert (load.running, load.waiting, load.used_pages, load.num_pages) == (3, 2, 7, 50)
     assert load.generated_tokens == 99
+    assert (load.base_model_id, load.max_loras) == ("org/Base", 1)
     assert [tier.tier for tier in load.adapter_tiers] == [pb.RESIDENT_TIER_DEVICE, pb.RESIDENT_TIER_HOST]
 
 

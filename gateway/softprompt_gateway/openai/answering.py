@@ -8,6 +8,7 @@ from softprompt_gateway.errors import fields_spelled
 from softprompt_gateway.metrics import Metrics
 from softprompt_gateway.openai.generation import Generation
 from softprompt_gateway.openai.job import Job, usage_of
+from softprompt_gateway.openai.settling import settle
 from softprompt_gateway.openai.streamed import Streamed
 from softprompt_gateway.sse import EventStream
 
@@ -21,6 +22,7 @@ class Answering:
 
     async def answer(self, job: Job) -> Response:
         """The answer; errors before the first token are raised, so that they have their own status."""
+        job.meter.facts |= job.target.facts()
         with fields_spelled(adapter="model"):
             generation = await Generation.start(self._inference, job.calls)
         if job.stream:
@@ -28,8 +30,7 @@ class Answering:
         try:
             prompts = await generation.choices(job.choices_per_prompt)
         finally:
-            job.meter.tokens += generation.num_tokens
-        self._metrics.used(generation.usage)
+            settle(job, generation, self._metrics)
         choices = [
             job.style.choice(prompt * job.choices_per_prompt + n, generation.accepted[prompt], choice)
             for prompt, of_prompt in enumerate(prompts)

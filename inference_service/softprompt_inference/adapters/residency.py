@@ -214,6 +214,19 @@ class Residency:
         """Requests whose adapter was in no tier."""
         return self._hits["registry"]
 
+    @property
+    def max_loras(self) -> int:
+        """Most LoRAs in the engine."""
+        return self._loras.max_adapters
+
+    def loras_asked_for(self) -> tuple[list[str], list[str]]:
+        """Names of the LoRAs that requests use, and of those that requests wait for."""
+        known = [entry for entry in self._entries.values() if isinstance(entry.fetched, Adapter)]
+        loras = [entry for entry in known if entry.adapter.is_lora]
+        running = {entry.adapter.name for entry in loras if entry.num_using}
+        waiting = {entry.adapter.name for entry in loras if entry.num_asking > entry.num_using}
+        return sorted(running), sorted(waiting)
+
     def evict(self, digest: str) -> bool:
         """Let an adapter go from all memory; False when it is not there.
 

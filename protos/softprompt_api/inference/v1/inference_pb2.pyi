@@ -1408,6 +1408,10 @@ class GetLoadResponse(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     ADAPTER_TIERS_FIELD_NUMBER: _builtins.int
     ADAPTER_MISSES_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_ID_FIELD_NUMBER: _builtins.int
+    MAX_LORAS_FIELD_NUMBER: _builtins.int
+    RUNNING_LORAS_FIELD_NUMBER: _builtins.int
+    WAITING_LORAS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Sequences in the running batch."""
     waiting: _builtins.int
@@ -1428,9 +1432,21 @@ class GetLoadResponse(_message.Message):
     """Times a sequence lost its pages to an older one."""
     adapter_misses: _builtins.int
     """Requests whose adapter was in no tier, and came from the registry."""
+    base_model_id: _builtins.str
+    """Id of the base model."""
+    max_loras: _builtins.int
+    """Most LoRAs on the device at one time."""
     @_builtins.property
     def adapter_tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterTier]:
         """What each tier of adapters holds and gave, the fastest first."""
+
+    @_builtins.property
+    def running_loras(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the LoRAs that requests use, in order; at most 100."""
+
+    @_builtins.property
+    def waiting_loras(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the LoRAs that requests wait for, in order; at most 100."""
 
     def __init__(
         self,
@@ -1446,10 +1462,14 @@ class GetLoadResponse(_message.Message):
         preemptions: _builtins.int = ...,
         adapter_tiers: _abc.Iterable[Global___AdapterTier] | None = ...,
         adapter_misses: _builtins.int = ...,
+        base_model_id: _builtins.str = ...,
+        max_loras: _builtins.int = ...,
+        running_loras: _abc.Iterable[_builtins.str] | None = ...,
+        waiting_loras: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_misses", b"adapter_misses", "adapter_tiers", b"adapter_tiers", "cached_prompt_tokens", b"cached_prompt_tokens", "computed_prompt_tokens", b"computed_prompt_tokens", "generated_tokens", b"generated_tokens", "num_pages", b"num_pages", "preemptions", b"preemptions", "resident_adapters", b"resident_adapters", "running", b"running", "used_pages", b"used_pages", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_misses", b"adapter_misses", "adapter_tiers", b"adapter_tiers", "base_model_id", b"base_model_id", "cached_prompt_tokens", b"cached_prompt_tokens", "computed_prompt_tokens", b"computed_prompt_tokens", "generated_tokens", b"generated_tokens", "max_loras", b"max_loras", "num_pages", b"num_pages", "preemptions", b"preemptions", "resident_adapters", b"resident_adapters", "running", b"running", "running_loras", b"running_loras", "used_pages", b"used_pages", "waiting", b"waiting", "waiting_loras", b"waiting_loras"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
