@@ -12,7 +12,7 @@ from softprompt_gateway.vllm_metrics import EngineCollector, RequestMetrics
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
 # Labels take values from closed sets only: a client can invent methods and paths without end.
-_METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
+METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 
 # No adapter has this name: those of names begin with a letter or digit.
 _REST = "(other)"
@@ -126,7 +126,7 @@ class Metrics:
 
     def answered(self, *, route: str, method: str, status: int, seconds: float) -> None:
         """Count one answer; `route` is the path's template, never the path."""
-        self._requests.labels(route, method if method in _METHODS else "other", str(status)).inc()
+        self._requests.labels(route, method if method in METHODS else "other", str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
     def generated(self, outcome: Outcome) -> None:

@@ -18,6 +18,7 @@ from softprompt_api.names import (
     with_task,
 )
 from softprompt_api.registry.v1.registry_pb2 import AdapterVersion
+from softprompt_api.tracing import span
 
 from softprompt_gateway.caller import Caller
 from softprompt_gateway.catalog import Catalog, kind_name, spelling_of
@@ -165,7 +166,8 @@ class Resolver:
         inner = [self._parse(name, prompt_field, "", caller) for name in dict.fromkeys(inside)]
         front_field = "adapters" if adapters else "model"
         check_number(len(front) + len(inner), field=front_field if front else prompt_field)
-        versions = await self._look_up([*front, *inner], model, caller)
+        with span("resolve"):
+            versions = await self._look_up([*front, *inner], model, caller)
         bound = {asked: _bind(asked, versions[asked.ref.whole]) for asked in (*front, *inner)}
         check_front([_part(asked, bound[asked]) for asked in front], field=front_field)
         check_inside([_part(asked, bound[asked]) for asked in inner], field=prompt_field)

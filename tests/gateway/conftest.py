@@ -41,6 +41,7 @@ from softprompt_api.registry.v1.registry_pb2_grpc import (
 from softprompt_api.rpc.channel import open_channel
 from softprompt_api.rpc.server import ServiceServer
 from softprompt_api.rpc.tls import ServerTls
+from softprompt_api.tracing import Tracer
 from softprompt_gateway.app import make_app
 from softprompt_gateway.clients import open_clients
 from softprompt_gateway.server import GracefulServer, listen, uvicorn_config
@@ -730,11 +731,11 @@ async def _service(name: str, address: str, servicer: Any, tls: ServerTls | None
 
 
 @contextlib.asynccontextmanager
-async def _running(settings: Settings) -> AsyncIterator[int]:
+async def _running(settings: Settings, tracer: Tracer | None = None) -> AsyncIterator[int]:
     """Serve the app on a free port, and stop it as a signal would."""
     listener = listen("127.0.0.1", 0)
     clients = open_clients(settings)
-    server = GracefulServer(uvicorn_config(make_app(settings, clients), settings))
+    server = GracefulServer(uvicorn_config(make_app(settings, clients, tracer), settings))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield listener.getsockname()[1]

@@ -19,6 +19,7 @@ from time import monotonic
 from typing import Literal
 
 from softprompt_api.errors import AdapterInUse, InvalidArgument
+from softprompt_api.tracing import span
 
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.host_cache import HostCache
@@ -165,10 +166,11 @@ class Residency:
         """
         entries = {digest: self._ask_for(digest) for digest in dict.fromkeys(digests)}
         try:
-            adapters = [await self._fetched(entries[digest]) for digest in digests]
-            if check is not None:
-                check(adapters)
-            await self._hold_in_turn(list(entries.values()))
+            with span("adapters"):
+                adapters = [await self._fetched(entries[digest]) for digest in digests]
+                if check is not None:
+                    check(adapters)
+                await self._hold_in_turn(list(entries.values()))
             try:
                 yield adapters
             finally:

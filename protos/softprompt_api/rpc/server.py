@@ -14,20 +14,27 @@ from grpc_status import rpc_status
 
 from softprompt_api.errors import InternalError, SoftpromptError
 from softprompt_api.rpc.channel import SERVER_OPTIONS
+from softprompt_api.rpc.context import enter_call
 from softprompt_api.rpc.status import to_status
 from softprompt_api.rpc.tls import ServerTls
+from softprompt_api.rpc.tracing import TracingInterceptor
+from softprompt_api.tracing import Tracer
 
 _log = structlog.get_logger()
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turn every SoftpromptError into its status, and every other exception into INTERNAL without its text."""
+    """Turn every SoftpromptError into its status, and every other exception into INTERNAL without its text.
+
+    Log lines of a call have the id of the request that it is made for.
+    """
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
+        enter_call(handler_call_details.invocation_metadata)
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -81,10 +88,19 @@ class ServiceServer:
         address: `host:port`; port 0 picks a free one, told by `port` after `start`.
         services: descriptors of the services added through `server`, for reflection and health.
         tls: how it proves who it is; None: without TLS.
+        tracer: traces calls; None: nobody does.
     """
 
-    def __init__(self, address: str, services: Sequence[ServiceDescriptor], tls: ServerTls | None = None) -> None:
-        self.server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=list(SERVER_OPTIONS))
+    def __init__(
+        self,
+        address: str,
+        services: Sequence[ServiceDescriptor],
+        tls: ServerTls | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
+        # The first is the outermost.
+        traced = [] if tracer is None else [TracingInterceptor(tracer)]
+        self.server = grpc.aio.server(interceptors=[ErrorInterceptor(), *traced], options=list(SERVER_OPTIONS))
         self._address = address
         self._tls = tls
         self._names = [service.full_name for service in services]
