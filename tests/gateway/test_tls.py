@@ -106,7 +106,7 @@ async def test_clients_show_a_certificate_where_they_must(
             assert (await http.get("/health/live")).status_code == 200
 
 
-@pytest.mark.parametrize(("prompt", "read_bytes"), [("stall", 1), ("flood", 5_000_000)])
+@pytest.mark.parametrize(("prompt", "read_bytes"), [("stall", 1), ("flood", 2_000_000)])
 async def test_who_leaves_a_stream_is_noticed_through_tls(
     stack: Any, https: Any, authority: Any, prompt: str, read_bytes: int
 ) -> None:

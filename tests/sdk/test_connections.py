@@ -2,14 +2,13 @@
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
+from softprompt.cli import main
 from softprompt.cli.stopping import Stop
 from softprompt.cli.store import EmbeddedStore
 from softprompt.errors import Unavailable
@@ -29,37 +28,39 @@ async def address(tmp_path: Path, authority: Any) -> AsyncIterator[str]:
     files = ("--tls-cert", str(cert), "--tls-key", str(key), "--tls-client-ca", str(authority.cert))
     settings = read_settings(["--address", "127.0.0.1:0", "--redis-url", store.url, "--grace-s", "0", *files])
     try:
-        async with RegistryServer(settings) as server:
-            yield f"127.0.0.1:{server.port}"
+        # What it logs is not what commands print.
+        with structlog.testing.capture_logs():
+            async with RegistryServer(settings) as server:
+                yield f"127.0.0.1:{server.port}"
     finally:
         process.end(10)
 
 
-async def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
-    """Run `softprompt …`: exit code, standard output and standard error."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "softprompt.cli", *arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, **environment},
-    )
-    out, error = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, out.decode(), error.decode()
+async def run(*arguments: str) -> int:
+    """Run `softprompt …` in a thread, whose choices are its own; its exit code."""
+
+    def live() -> int:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert isinstance(ended.value.code, int)
+        return ended.value.code
+
+    return await asyncio.to_thread(live)
 
 
-async def test_flags_or_variables_say_whom_to_believe_and_what_to_show(address: str, authority: Any) -> None:
+async def test_flags_or_variables_say_whom_to_believe_and_what_to_show(
+    address: str, authority: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     cert, key = map(str, authority.issue())
     flags = ("--tls-ca", str(authority.cert), "--tls-client-cert", cert, "--tls-client-key", key)
-    code, out, error = await run(*flags, "key", "create", "--json", "--registry", address)
-    assert code == 0, error
-    variables = {"CA": str(authority.cert), "CLIENT_CERT": cert, "CLIENT_KEY": key}
-    environment = {f"SOFTPROMPT_TLS_{name}": path for name, path in variables.items()}
-    code, listed, error = await run("key", "ls", "--json", "--registry", address, **environment)
-    assert code == 0, error
-    assert [one["id"] for one in json.loads(listed)] == [json.loads(out)["id"]]
-    code, _, error = await run("key", "ls", "--registry", address)
-    assert (code, "no registry answers" in error, error.count("\n")) == (1, True, 1)
+    assert await run(*flags, "key", "create", "--json", "--registry", address) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert await run("key", "ls", "--registry", address) == 1
+    assert "no registry answers" in capsys.readouterr().err
+    for name, path in {"CA": str(authority.cert), "CLIENT_CERT": cert, "CLIENT_KEY": key}.items():
+        monkeypatch.setenv(f"SOFTPROMPT_TLS_{name}", path)
+    assert await run("key", "ls", "--json", "--registry", address) == 0
+    assert [one["id"] for one in json.loads(capsys.readouterr().out)] == [made["id"]]
 
 
 async def test_clients_in_python_take_certificates(address: str, authority: Any, strange_authority: Any) -> None:
