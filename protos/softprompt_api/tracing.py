@@ -7,7 +7,7 @@ without tracing, no part of it is made: to ask costs a look at one variable.
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ Value = str | int | float | bool
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _PROTOCOL = "http/protobuf"
+_NO_SPAN = nullcontext()
 _current: ContextVar["Span | None"] = ContextVar("softprompt_span", default=None)
 
 
@@ -151,25 +152,15 @@ def open_tracer(service: str) -> Tracer | None:
     return Tracer(provider)
 
 
-@contextmanager
-def serve(tracer: Tracer | None, name: str, carrier: Mapping[str, str]) -> Iterator[Span | None]:
+def serve(tracer: Tracer | None, name: str, carrier: Mapping[str, str]) -> AbstractContextManager[Span | None]:
     """Work that somebody else asked for: a span under theirs, current within; None without a tracer."""
-    if tracer is None:
-        yield None
-        return
-    with _worked_on(Span(tracer, name, "server", carrier=carrier)) as made:
-        yield made
+    return _NO_SPAN if tracer is None else _worked_on(Span(tracer, name, "server", carrier=carrier))
 
 
-@contextmanager
-def span(name: str, kind: Kind = "internal") -> Iterator[Span | None]:
+def span(name: str, kind: Kind = "internal") -> AbstractContextManager[Span | None]:
     """A part of what is being worked on, current within; None where no span is current."""
     parent = _current.get()
-    if parent is None:
-        yield None
-        return
-    with _worked_on(parent.child(name, kind)) as made:
-        yield made
+    return _NO_SPAN if parent is None else _worked_on(parent.child(name, kind))
 
 
 def carrier() -> dict[str, str]:

@@ -5,10 +5,11 @@ An id is for logs, and is never an identity.
 
 import re
 from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import grpc
-from structlog.contextvars import bind_contextvars, get_contextvars
+from structlog.contextvars import bind_contextvars
 
 from softprompt_api import tracing
 
@@ -18,11 +19,14 @@ Response = TypeVar("Response")
 _ID_KEY = "x-request-id"
 # As HTTP clients may spell it, and as gRPC can carry it.
 _ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
+# What a call tells of its request, where its id can be told.
+_told: ContextVar[Sequence[tuple[str, str]]] = ContextVar("softprompt_told", default=())
 
 
 def enter_request(request_id: str) -> None:
     """Have an id in every log line of this task, and of tasks that it starts from now on."""
     bind_contextvars(request_id=request_id)
+    _told.set(((_ID_KEY, request_id),) if _ID.match(request_id) else ())
 
 
 def enter_call(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
@@ -34,9 +38,7 @@ def enter_call(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
 
 def outgoing() -> Sequence[tuple[str, str]]:
     """Metadata for a call that is made for the request which this task works on."""
-    request_id = get_contextvars().get("request_id")
-    told = [(_ID_KEY, request_id)] if isinstance(request_id, str) and _ID.match(request_id) else []
-    return (*told, *tracing.carrier().items())
+    return (*_told.get(), *tracing.carrier().items())
 
 
 async def ask(

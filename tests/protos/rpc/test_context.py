@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextvars import Context
 
 import pytest
 from softprompt_api.registry.v1 import registry_pb2 as pb
@@ -9,7 +10,7 @@ from softprompt_api.registry.v1 import registry_pb2_grpc
 from softprompt_api.rpc.channel import open_channel
 from softprompt_api.rpc.context import ask, enter_call, enter_request, outgoing
 from softprompt_api.rpc.server import ServiceServer
-from structlog.contextvars import clear_contextvars, get_contextvars
+from structlog.contextvars import get_contextvars
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RegistryService"]
 
@@ -74,5 +75,4 @@ async def test_what_is_no_id_neither_goes_out_nor_comes_in(stub, odd):
 
 
 def test_without_a_request_nothing_goes_out():
-    clear_contextvars()
-    assert outgoing() == ()
+    assert Context().run(outgoing) == ()
