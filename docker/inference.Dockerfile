@@ -10,5 +10,5 @@ COPY kernels kernels
 COPY registry_service registry_service
 COPY gateway gateway
 COPY inference_service inference_service
-RUN pip install --no-cache-dir -c constraints.txt ".[inference]"
+RUN pip install --no-cache-dir -c constraints.txt ".[inference,otel]"
 ENTRYPOINT ["python", "-m", "softprompt_inference"]

@@ -1,9 +1,10 @@
-"""A tiny model with a real tokenizer, adapters that PEFT wrote for it, and a hub on this machine."""
+"""A tiny model with a real tokenizer, adapters that PEFT wrote for it, a hub on this machine, and certificates."""
 
 import contextlib
 import hashlib
 import json
 import os
+import subprocess
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -203,3 +204,52 @@ def hub() -> Iterator[Hub]:
     """A hub of the test's own, with nothing in it."""
     with contextlib.closing(Hub()) as hub:
         yield hub
+
+
+class Authority:
+    """Signs certificates, which are good for two days.
+
+    Attributes:
+        cert: its own, as PEM.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder = folder
+        self._num_issued = 0
+        # The machine's own would add extensions.
+        (folder / "openssl.cnf").write_text("[req]\ndistinguished_name=name\n[name]\n")
+        self.cert, self._key = self._write(name, "-addext", "basicConstraints=critical,CA:TRUE")
+
+    def issue(self, *, names: str = "IP:127.0.0.1,DNS:localhost") -> tuple[Path, Path]:
+        """A certificate for these names, and its private key."""
+        self._num_issued += 1
+        by = ("-CA", str(self.cert), "-CAkey", str(self._key))
+        rules = ("basicConstraints=critical,CA:FALSE", f"subjectAltName={names}")
+        name = f"{self.cert.stem}-{self._num_issued}"
+        return self._write(name, *by, *(word for rule in rules for word in ("-addext", rule)))
+
+    def _write(self, name: str, *words: str) -> tuple[Path, Path]:
+        cert, key = self._folder / f"{name}.pem", self._folder / f"{name}.key"
+        curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
+        files = ("-keyout", str(key), "-out", str(cert), "-config", str(self._folder / "openssl.cnf"))
+        command = ("openssl", "req", "-x509", "-subj", f"/CN={name}", *curve, *files, *words)
+        subprocess.run(command, check=True, capture_output=True)
+        return cert, key
+
+
+@pytest.fixture(scope="session")
+def make_authority(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Authority]:
+    """`make_authority(name)` makes one that nobody trusts yet."""
+    return lambda name: Authority(tmp_path_factory.mktemp("authority"), name)
+
+
+@pytest.fixture(scope="session")
+def authority(make_authority: Callable[[str], Authority]) -> Authority:
+    """The one whose certificates the tests' services believe."""
+    return make_authority("believed")
+
+
+@pytest.fixture(scope="session")
+def strange_authority(make_authority: Callable[[str], Authority]) -> Authority:
+    """Another, whose certificates they do not."""
+    return make_authority("strange")

@@ -6,6 +6,7 @@ import socket
 import sys
 
 from softprompt_api.logs import configure_logs
+from softprompt_api.tracing import open_tracer
 
 from softprompt_gateway.app import make_app
 from softprompt_gateway.clients import open_clients
@@ -16,10 +17,11 @@ from softprompt_gateway.settings import Settings, SettingsError, read_settings
 
 async def serve(settings: Settings, listener: socket.socket) -> None:
     """Serve on a bound socket until stopped."""
+    tracer = open_tracer("softprompt-gateway")
     clients = open_clients(settings)
     try:
         await refuse_without_keys(settings, clients.registry)
-        server = GracefulServer(uvicorn_config(make_app(settings, clients), settings))
+        server = GracefulServer(uvicorn_config(make_app(settings, clients, tracer), settings))
         # What exists now lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -27,6 +29,8 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     finally:
         gc.unfreeze()
         await clients.close()
+        if tracer is not None:
+            tracer.close()
 
 
 def main() -> int:

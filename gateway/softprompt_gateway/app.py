@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from softprompt_api.errors import InternalError, SoftpromptError
 from softprompt_api.names import shown
+from softprompt_api.tracing import Tracer
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -36,8 +37,8 @@ from softprompt_gateway.watch import CatalogWatcher
 _DESCRIPTION = "OpenAI-compatible requests over one base model and its adapters, and the adapters' administration."
 
 
-def make_app(settings: Settings, clients: Clients) -> FastAPI:
-    """The application over connected clients; whoever opened them closes them."""
+def make_app(settings: Settings, clients: Clients, tracer: Tracer | None = None) -> FastAPI:
+    """The application over connected clients; whoever opened them and the tracer closes them."""
     gateway = make_gateway(settings, clients)
 
     @contextlib.asynccontextmanager
@@ -68,7 +69,7 @@ def make_app(settings: Settings, clients: Clients) -> FastAPI:
     )
     app.add_exception_handler(HTTPException, _http_explainer(routers))
     app.add_exception_handler(RequestValidationError, _explain_parameter)
-    app.add_middleware(Edge, metrics=gateway.metrics, max_requests=settings.max_requests)
+    app.add_middleware(Edge, metrics=gateway.metrics, max_requests=settings.max_requests, tracer=tracer)
     assert all(isinstance(route, GuardedRoute) for router in routers for route in router.routes)
     for router in routers:
         app.include_router(router)

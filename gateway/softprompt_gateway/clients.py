@@ -13,7 +13,9 @@ from softprompt_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from softprompt_api.registry.v1 import registry_pb2 as registry
 from softprompt_api.registry.v1.registry_pb2_grpc import KeyServiceStub, RegistryServiceStub
 from softprompt_api.rpc.channel import open_channel
+from softprompt_api.rpc.context import ask, outgoing
 from softprompt_api.rpc.ending import Ending
+from softprompt_api.tracing import carrier
 
 from softprompt_gateway.coalesce import Coalesced
 from softprompt_gateway.session import Calls, Session
@@ -64,49 +66,49 @@ class RegistryClient:
 
     async def _get_adapter(self, spelling: str) -> registry.AdapterVersion:
         request = registry.GetAdapterRequest(adapter=spelling)
-        answer = await _answer("registry", self._stub.GetAdapter(request, timeout=self._timeout_s))
+        answer = await _answer("registry", ask(self._stub.GetAdapter, request, timeout_s=self._timeout_s))
         return answer.adapter
 
     async def list_adapters(self, request: registry.ListAdaptersRequest) -> registry.ListAdaptersResponse:
         """One page of names with their latest versions."""
-        return await _answer("registry", self._stub.ListAdapters(request, timeout=self._timeout_s))
+        return await _answer("registry", ask(self._stub.ListAdapters, request, timeout_s=self._timeout_s))
 
     async def list_versions(self, request: registry.ListVersionsRequest) -> registry.ListVersionsResponse:
         """One page of a name's versions, newest first."""
-        return await _answer("registry", self._stub.ListVersions(request, timeout=self._timeout_s))
+        return await _answer("registry", ask(self._stub.ListVersions, request, timeout_s=self._timeout_s))
 
     async def set_alias(self, request: registry.SetAliasRequest) -> registry.AdapterVersion:
         """Move or remove an alias; the version it points to now."""
-        answer = await _answer("registry", self._stub.SetAlias(request, timeout=self._timeout_s))
+        answer = await _answer("registry", ask(self._stub.SetAlias, request, timeout_s=self._timeout_s))
         return answer.adapter
 
     async def update_adapter(self, request: registry.UpdateAdapterRequest) -> registry.AdapterVersion:
         """Change labels or pin of a version."""
-        answer = await _answer("registry", self._stub.UpdateAdapter(request, timeout=self._timeout_s))
+        answer = await _answer("registry", ask(self._stub.UpdateAdapter, request, timeout_s=self._timeout_s))
         return answer.adapter
 
     async def import_adapter(self, request: registry.ImportAdapterRequest) -> registry.ImportAdapterResponse:
         """Register an adapter whose files the registry reads itself."""
-        return await _answer("registry", self._stub.ImportAdapter(request, timeout=self._upload_timeout_s))
+        return await _answer("registry", ask(self._stub.ImportAdapter, request, timeout_s=self._upload_timeout_s))
 
     async def delete_adapter(self, name: str) -> int:
         """Delete a name; how many versions it had."""
         request = registry.DeleteAdapterRequest(name=name)
-        answer = await _answer("registry", self._stub.DeleteAdapter(request, timeout=self._timeout_s))
+        answer = await _answer("registry", ask(self._stub.DeleteAdapter, request, timeout_s=self._timeout_s))
         return answer.deleted_versions
 
     async def delete_version(self, name: str, version: int) -> None:
         """Delete one version."""
         request = registry.DeleteVersionRequest(name=name, version=version)
-        await _answer("registry", self._stub.DeleteVersion(request, timeout=self._timeout_s))
+        await _answer("registry", ask(self._stub.DeleteVersion, request, timeout_s=self._timeout_s))
 
     async def list_keys(self, request: registry.ListKeysRequest) -> registry.ListKeysResponse:
         """One page of the API keys."""
-        return await _answer("registry", self._keys.ListKeys(request, timeout=self._timeout_s))
+        return await _answer("registry", ask(self._keys.ListKeys, request, timeout_s=self._timeout_s))
 
     async def find_key(self, sha256: str) -> registry.ApiKey | None:
         """The API key with this sha256; None when there is none."""
-        call = self._keys.GetKey(registry.GetKeyRequest(sha256=sha256), timeout=self._timeout_s)
+        call = ask(self._keys.GetKey, registry.GetKeyRequest(sha256=sha256), timeout_s=self._timeout_s)
         try:
             return (await _answer("registry", call)).api_key
         except KeyNotFound:
@@ -122,7 +124,7 @@ class RegistryClient:
 
     def open_upload(self) -> UploadCall:
         """A registration to write a header and chunks into."""
-        return self._stub.RegisterAdapter(timeout=self._upload_timeout_s)
+        return self._stub.RegisterAdapter(timeout=self._upload_timeout_s, metadata=outgoing())
 
     async def finish_upload(self, call: UploadCall, ending: Ending) -> registry.RegisterAdapterResponse:
         """The registry's answer to a registration that was written, or that it broke off."""
@@ -153,6 +155,9 @@ class InferenceClient:
 
     def generate(self, requests: Sequence[inference.GenerateRequest]) -> Calls:
         """Start generations that belong together."""
+        context = carrier()
+        for request in requests:
+            request.trace_context.update(context)
         if self._session is None or not self._session.takes_calls:
             self._session = self._replace(self._session)
         return self._session.start(requests, timeout_s=self._generate_timeout_s)
@@ -167,39 +172,41 @@ class InferenceClient:
 
     async def tokenize(self, request: inference.TokenizeRequest) -> inference.TokenizeResponse:
         """The ids of a prompt."""
-        return await _answer("inference", self._stub.Tokenize(request, timeout=self._timeout_s))
+        return await _answer("inference", ask(self._stub.Tokenize, request, timeout_s=self._timeout_s))
 
     async def detokenize(self, token_ids: list[int]) -> str:
         """The text of ids."""
         request = inference.DetokenizeRequest(ids=token_ids)
-        answer = await _answer("inference", self._stub.Detokenize(request, timeout=self._timeout_s))
+        answer = await _answer("inference", ask(self._stub.Detokenize, request, timeout_s=self._timeout_s))
         return answer.text
 
     async def probe_adapter(self, spelling: str) -> registry.AdapterVersion:
         """Measure a version; the version with what was measured."""
         request = inference.ProbeAdapterRequest(adapter=spelling)
-        answer = await _answer("inference", self._stub.ProbeAdapter(request, timeout=self._timeout_s))
+        answer = await _answer("inference", ask(self._stub.ProbeAdapter, request, timeout_s=self._timeout_s))
         return answer.adapter
 
     async def nearest_tokens(self, spelling: str, top_k: int) -> inference.NearestTokensResponse:
         """The tokens nearest to each virtual token of an adapter."""
         request = inference.NearestTokensRequest(adapter=spelling, top_k=top_k)
-        return await _answer("inference", self._stub.NearestTokens(request, timeout=self._timeout_s))
+        return await _answer("inference", ask(self._stub.NearestTokens, request, timeout_s=self._timeout_s))
 
     async def model(self) -> inference.GetModelResponse:
         """What is served."""
         return await _answer(
-            "inference", self._stub.GetModel(inference.GetModelRequest(), timeout=_QUICK_TIMEOUT_S)
+            "inference", ask(self._stub.GetModel, inference.GetModelRequest(), timeout_s=_QUICK_TIMEOUT_S)
         )
 
     async def load(self) -> inference.GetLoadResponse:
         """What is running now."""
-        return await _answer("inference", self._stub.GetLoad(inference.GetLoadRequest(), timeout=_QUICK_TIMEOUT_S))
+        return await _answer(
+            "inference", ask(self._stub.GetLoad, inference.GetLoadRequest(), timeout_s=_QUICK_TIMEOUT_S)
+        )
 
     async def resident(self, limit: int) -> inference.ListResidentResponse:
         """The adapters in memory, most recently used first."""
         request = inference.ListResidentRequest(limit=limit)
-        return await _answer("inference", self._stub.ListResident(request, timeout=self._timeout_s))
+        return await _answer("inference", ask(self._stub.ListResident, request, timeout_s=self._timeout_s))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,8 +226,8 @@ class Clients:
 
 def open_clients(settings: Settings) -> Clients:
     """Clients of the services at the settings' addresses; needs a running event loop."""
-    to_registry = open_channel(settings.registry_address)
-    to_inference = open_channel(settings.inference_address)
+    to_registry = open_channel(settings.registry_address, settings.client_tls)
+    to_inference = open_channel(settings.inference_address, settings.client_tls)
     return Clients(
         registry=RegistryClient(
             to_registry, timeout_s=settings.registry_timeout_s, upload_timeout_s=settings.upload_timeout_s

@@ -56,5 +56,5 @@ def make_gateway(settings: Settings, clients: Clients) -> Gateway:
         limiter=Limiter(settings.limits_redis_url, lease_s=settings.request_timeout_s + settings.upload_timeout_s),
         resolver=Resolver(clients.registry, clients.inference, catalog),
         probing=Probing(clients.inference, catalog),
-        metrics=Metrics(catalog.__len__),
+        metrics=Metrics(catalog.__len__, settings.metrics_adapters),
     )

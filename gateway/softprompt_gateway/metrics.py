@@ -5,11 +5,17 @@ from collections.abc import Callable, Iterable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from softprompt_api.inference.v1.inference_pb2 import GetLoadResponse, ResidentTier, Usage
+from softprompt_api.inference.v1.inference_pb2 import GetLoadResponse, ResidentTier
+
+from softprompt_gateway.outcome import Outcome
+from softprompt_gateway.vllm_metrics import EngineCollector, RequestMetrics
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
 # Labels take values from closed sets only: a client can invent methods and paths without end.
-_METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
+METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
+
+# No adapter has this name: those of names begin with a letter or digit.
+_REST = "(other)"
 
 _GAUGES = {
     "running": "Sequences in the running batch",
@@ -74,9 +80,10 @@ class Metrics:
 
     Args:
         count_known: how many adapters the gateway has heard of.
+        max_adapters: how many have counters of their own.
     """
 
-    def __init__(self, count_known: Callable[[], int]) -> None:
+    def __init__(self, count_known: Callable[[], int], max_adapters: int) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "softprompt_gateway_requests",
@@ -95,24 +102,59 @@ class Metrics:
             "softprompt_gateway_requests_in_progress", "Requests being answered", registry=self.registry
         )
         self._tokens = Counter(
-            "softprompt_gateway_tokens", "Tokens of finished generations", ["kind"], registry=self.registry
+            "softprompt_gateway_tokens", "Tokens of generations", ["kind"], registry=self.registry
         )
+        self._adapter_requests = Counter(
+            "softprompt_gateway_adapter_requests",
+            "Requests that used an adapter",
+            ["adapter"],
+            registry=self.registry,
+        )
+        self._adapter_tokens = Counter(
+            "softprompt_gateway_adapter_tokens",
+            "Tokens of requests that used an adapter",
+            ["adapter", "kind"],
+            registry=self.registry,
+        )
+        self._adapter_names = _FirstNames(max_adapters)
         known = Gauge("softprompt_gateway_known_adapters", "Names that /v1/models lists", registry=self.registry)
         known.set_function(count_known)
-        self._engine = _EngineLoad()
+        self._engine, self._engine_of_vllm = _EngineLoad(), EngineCollector()
         self.registry.register(self._engine)
+        self.registry.register(self._engine_of_vllm)
+        self._requests_of_vllm = RequestMetrics(self.registry)
 
     def answered(self, *, route: str, method: str, status: int, seconds: float) -> None:
         """Count one answer; `route` is the path's template, never the path."""
-        self._requests.labels(route, method if method in _METHODS else "other", str(status)).inc()
+        self._requests.labels(route, method if method in METHODS else "other", str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def used(self, usage: Usage) -> None:
-        """Count the tokens of one finished generation."""
+    def generated(self, outcome: Outcome) -> None:
+        """Count what became of one request that generated."""
+        usage = outcome.usage
         for kind in ("prompt", "completion", "virtual", "cached"):
             self._tokens.labels(kind).inc(getattr(usage, f"{kind}_tokens"))
+        for adapter in map(self._adapter_names.label, outcome.adapters):
+            self._adapter_requests.labels(adapter).inc()
+            self._adapter_tokens.labels(adapter, "prompt").inc(usage.prompt_tokens)
+            self._adapter_tokens.labels(adapter, "completion").inc(usage.completion_tokens)
+        self._requests_of_vllm.ended(outcome)
 
     def exposition(self, load: GetLoadResponse | None) -> bytes:
         """The text that Prometheus reads."""
-        self._engine.latest = load
+        self._engine.latest = self._engine_of_vllm.latest = load
         return generate_latest(self.registry)
+
+
+class _FirstNames:
+    """Names as values of a label: so many of them, the first that come, and one value for the rest."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._names: set[str] = set()
+
+    def label(self, name: str) -> str:
+        """The value for a name."""
+        if name not in self._names and len(self._names) < self._most:
+            self._names.add(name)
+        return name if name in self._names else _REST

@@ -9,14 +9,18 @@ import uuid
 
 import structlog
 from softprompt_api.errors import Overloaded
+from softprompt_api.rpc.context import enter_request
+from softprompt_api.tracing import Span, Tracer, serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from softprompt_gateway.caller import Caller
 from softprompt_gateway.errors import ClientGone, Refused, describe
-from softprompt_gateway.metrics import Metrics
+from softprompt_gateway.metrics import METHODS, Metrics
+from softprompt_gateway.rates import Meter
 
 _PRINTABLE = re.compile(rb"[\x21-\x7e]{1,128}\Z")
 _MAX_HEADERS = 128
+_TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})
 _QUIET_ROUTES = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 # What nginx logs for a client that left; nobody receives it.
 CLIENT_GONE_STATUS = 499
@@ -32,10 +36,11 @@ def request_id(scope: Scope) -> str:
 
 
 class Edge:
-    """Give every request an id and every error an answer; log and count every answer."""
+    """Give every request an id and every error an answer; log, count and trace every answer."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_requests: int) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_requests: int, tracer: Tracer | None = None) -> None:
         self._app = app
+        self._tracer = tracer
         self._metrics = metrics
         self._max_requests = max_requests
         self._running = 0
@@ -45,8 +50,16 @@ class Edge:
             await self._app(scope, receive, send)
             return
         answer = _Answer(send, request_id(scope))
+        enter_request(answer.request_id)
+        tracer = self._tracer if scope["path"] not in _QUIET_ROUTES else None
+        with serve(tracer, "HTTP", {} if tracer is None else _carrier(scope)) as span:
+            await self._handle(scope, receive, answer)
+            if span is not None:
+                _describe(span, scope, answer)
+
+    async def _handle(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         scope.setdefault("state", {})["request_id"] = answer.request_id
-        started_s = time.perf_counter()
+        began_s = scope["state"]["began_s"] = time.perf_counter()
         self._running += 1
         self._metrics.in_progress.set(self._running)
         try:
@@ -63,7 +76,7 @@ class Edge:
         finally:
             self._running -= 1
             self._metrics.in_progress.set(self._running)
-            self._tell(scope, answer, time.perf_counter() - started_s)
+            self._tell(scope, answer, time.perf_counter() - began_s)
 
     def _admit(self, scope: Scope) -> None:
         if len(scope["headers"]) > _MAX_HEADERS:
@@ -73,7 +86,7 @@ class Edge:
             raise Overloaded(f"{self._max_requests} requests are being answered already; try again")
 
     def _tell(self, scope: Scope, answer: "_Answer", seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "unmatched")
+        route = _route(scope)
         method = scope["method"]
         self._metrics.answered(route=route, method=method, status=answer.status, seconds=seconds)
         if route not in _QUIET_ROUTES:
@@ -86,6 +99,7 @@ class Edge:
                 status=answer.status,
                 seconds=round(seconds, 4),
                 **(caller.facts() if caller else {}),
+                **Meter.facts_of(scope),
             )
 
 
@@ -104,3 +118,31 @@ class _Answer:
             self.status = message["status"]
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]
         await self._send(message)
+
+
+def _route(scope: Scope) -> str:
+    return getattr(scope.get("route"), "path", "unmatched")
+
+
+def _carrier(scope: Scope) -> dict[str, str]:
+    """What a client says of its trace."""
+    return {
+        name.decode("ascii"): value.decode("latin-1") for name, value in scope["headers"] if name in _TRACE_HEADERS
+    }
+
+
+def _describe(span: Span, scope: Scope, answer: _Answer) -> None:
+    """Say what a request was, without anything that stands in it."""
+    method = scope["method"] if scope["method"] in METHODS else "other"
+    span.rename(f"{method} {_route(scope)}")
+    span.set(
+        {
+            "http.request.method": method,
+            "http.route": _route(scope),
+            "http.response.status_code": answer.status,
+            "softprompt.request_id": answer.request_id,
+            **{f"softprompt.{name}": value for name, value in Meter.facts_of(scope).items()},
+        }
+    )
+    if answer.status >= 500:
+        span.fail(str(answer.status))

@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import redis.exceptions
 import structlog
@@ -30,15 +30,23 @@ _log = structlog.get_logger()
 
 
 class Meter:
-    """Counts the tokens of one request."""
+    """Counts the tokens of one request, and keeps what there is to tell of it.
+
+    Attributes:
+        began_s: when its headers were there, on time.perf_counter.
+        facts: for its log line.
+    """
 
     def __init__(self) -> None:
         self.tokens = 0
+        self.began_s = time.perf_counter()
+        self.facts: dict[str, Any] = {}
 
     @classmethod
     def new(cls, scope: Scope) -> "Meter":
         """A new one, that the request's route finds."""
         meter = scope["state"][_STATE] = cls()
+        meter.began_s = scope["state"]["began_s"]
         return meter
 
     @classmethod
@@ -46,6 +54,12 @@ class Meter:
         """A request's."""
         meter: Meter = scope["state"][_STATE]
         return meter
+
+    @classmethod
+    def facts_of(cls, scope: Scope) -> dict[str, Any]:
+        """What there is to tell of a request; nothing where its route was not reached."""
+        meter: Meter | None = scope["state"].get(_STATE)
+        return meter.facts if meter is not None else {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

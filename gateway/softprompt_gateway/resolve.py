@@ -18,6 +18,7 @@ from softprompt_api.names import (
     with_task,
 )
 from softprompt_api.registry.v1.registry_pb2 import AdapterVersion
+from softprompt_api.tracing import span
 
 from softprompt_gateway.caller import Caller
 from softprompt_gateway.catalog import Catalog, kind_name, spelling_of
@@ -111,6 +112,11 @@ class Target:
         bound = [(one.spelling, one.digest) for one in (*self.front, *self.inside.values())]
         return self.served.base_model.id, len(self.front), bound, tuple(self.inside)
 
+    def facts(self) -> dict[str, str]:
+        """For the request's log line."""
+        adapters = join_model(bound.spelling for bound in self.adapters)
+        return {"model": self.model, **({"adapters": adapters} if adapters else {})}
+
     def headers(self) -> dict[str, str]:
         """Response headers that say which versions answered."""
         adapters = self.adapters
@@ -175,7 +181,8 @@ class Resolver:
         front, inside = self._parse_all(named, await self.served())
         # One request never has two versions of one name: each is asked for once.
         first = {asked.ref.whole: asked for asked in reversed([*front, *inside])}
-        versions = await asyncio.gather(*(self._version_of(asked, named) for asked in first.values()))
+        with span("resolve"):
+            versions = await asyncio.gather(*(self._version_of(asked, named) for asked in first.values()))
         return self._target(named, front, inside, dict(zip(first, versions, strict=True)))
 
     def known(self, named: Named) -> Target | None:

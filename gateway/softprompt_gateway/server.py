@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Iterator
+import ssl
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import h11
 import structlog
 import uvicorn
+from softprompt_api.rpc.tls import ServerTls
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -147,7 +149,8 @@ class GracefulServer(uvicorn.Server):
         if self.started:
             for listener in sockets or []:
                 host, port = listener.getsockname()[:2]
-                _log.info("gateway ready", host=host, port=port)
+                scheme = "https" if self.config.is_ssl else "http"
+                _log.info("gateway ready", scheme=scheme, host=host, port=port)
 
     def _stop(self) -> None:
         self.force_exit = self.should_exit
@@ -156,6 +159,7 @@ class GracefulServer(uvicorn.Server):
 
 def uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
     """How uvicorn runs the app."""
+    tls = settings.server_tls
     return uvicorn.Config(
         app,
         loop="asyncio",
@@ -168,11 +172,17 @@ def uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        ssl_context_factory=None if tls is None else _context_of(tls),
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         timeout_keep_alive=_KEEP_ALIVE_S,
         # 0 would mean "wait for ever" to uvicorn's truth test.
         timeout_graceful_shutdown=max(1, round(settings.grace_s)),
     )
+
+
+def _context_of(tls: ServerTls) -> Callable[[uvicorn.Config, Callable[[], ssl.SSLContext]], ssl.SSLContext]:
+    """What makes uvicorn's context."""
+    return lambda _config, _default: tls.followed_ssl_context()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -4,6 +4,7 @@ Whoever follows a call is told where the message is read, in the same turn of th
 """
 
 import asyncio
+import contextvars
 import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -148,7 +149,8 @@ class Session:
         self._has_ended = False
         self._stream = stub.GenerateMany(self._sent())
         self._ending = Ending(self._stream)
-        self.reading = asyncio.create_task(self._read())
+        # Nobody's own: it reads for all requests to come, not for the one that happened to be first.
+        self.reading = asyncio.create_task(self._read(), context=contextvars.Context())
 
     @property
     def takes_calls(self) -> bool:

@@ -1,10 +1,12 @@
 """The gateway's settings, read once from the environment."""
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AliasChoices, Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
-from softprompt_api.settings import SettingsError, is_loopback, read, refuse_unknown_variables
+from pydantic_settings import SettingsConfigDict
+from softprompt_api.rpc.tls import ServerTls
+from softprompt_api.settings import ClientTlsSettings, SettingsError, is_loopback, read, refuse_unknown_variables
 
 __all__ = ["Settings", "SettingsError", "read_settings"]
 
@@ -20,7 +22,7 @@ def _shared(name: str) -> AliasChoices:
     return AliasChoices(name, f"SOFTPROMPT_{name.upper()}")
 
 
-class Settings(BaseSettings):
+class Settings(ClientTlsSettings):
     """Everything about the gateway that can be set; sizes in bytes, times in seconds.
 
     A field is read from `SOFTPROMPT_GATEWAY_<FIELD>`; the addresses and the log format, which other services
@@ -31,6 +33,11 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", min_length=1, description="interface to listen on")
     port: int = Field(default=2242, ge=0, le=65_535, description="port to listen on; 0 picks a free one")
+    tls_cert: Path | None = Field(None, description="certificate to serve HTTPS with, as PEM; otherwise HTTP")
+    tls_key: Path | None = Field(None, description="its private key, as PEM")
+    tls_client_ca: Path | None = Field(
+        None, description="authorities whose certificates clients must have, as PEM; without it they need none"
+    )
     registry_address: str = Field(
         default="127.0.0.1:2243", min_length=1, validation_alias=_shared("registry_address")
     )
@@ -52,6 +59,9 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(default=2048 * _MIB, ge=1024, description="largest tensor file of a raw upload")
     max_choices: int = Field(default=128, ge=1, le=4096, description="most n x prompts of one request")
     max_requests: int = Field(default=4096, ge=1, description="requests answered at the same time; more get 503")
+    metrics_adapters: int = Field(
+        default=100, ge=0, le=10_000, description="adapters with counters of their own, the first that are used"
+    )
 
     header_timeout_s: PositiveSeconds = Field(default=10.0, description="to send a request's headers")
     body_timeout_s: PositiveSeconds = Field(default=60.0, description="to send a JSON body")
@@ -70,6 +80,16 @@ class Settings(BaseSettings):
         if self.limits_redis_url is not None and not self.limits_redis_url.startswith(_REDIS_URLS):
             raise ValueError(f"limits_redis_url must begin with {', '.join(_REDIS_URLS)}")
         return self
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        _ = self.server_tls
+        return self
+
+    @property
+    def server_tls(self) -> ServerTls | None:
+        """How HTTP is served; None: without TLS."""
+        return ServerTls.of(self.tls_cert, self.tls_key, self.tls_client_ca)
 
     @property
     def always_asks_for_keys(self) -> bool:

@@ -7,6 +7,7 @@ import sys
 from softprompt_api.errors import SoftpromptError
 from softprompt_api.logs import configure_logs
 from softprompt_api.rpc.server import wait_for_stop_signal
+from softprompt_api.tracing import open_tracer
 
 from softprompt_inference.engine.client import EngineStartError
 from softprompt_inference.model.errors import ModelSourceError
@@ -16,7 +17,8 @@ from softprompt_inference.settings import Settings, SettingsError, read_settings
 
 async def serve(settings: Settings) -> None:
     """Run the service until a signal stops it, also while it starts; EngineDied when its engine ends."""
-    server = InferenceServer(settings)
+    tracer = open_tracer("softprompt-inference")
+    server = InferenceServer(settings, tracer)
     stopping = asyncio.create_task(wait_for_stop_signal())
     running = asyncio.create_task(_run(server))
     try:
@@ -28,6 +30,8 @@ async def serve(settings: Settings) -> None:
         stopping.cancel()
         await asyncio.gather(running, stopping, return_exceptions=True)
         await server.stop()
+        if tracer is not None:
+            tracer.close()
 
 
 async def _run(server: InferenceServer) -> None:

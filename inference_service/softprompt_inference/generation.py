@@ -12,17 +12,19 @@ import asyncio
 import contextlib
 import itertools
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from softprompt_api.composition import check_number
-from softprompt_api.errors import InvalidArgument, Overloaded
+from softprompt_api.errors import InvalidArgument, Overloaded, SoftpromptError
 from softprompt_api.names import AdapterRef, choose_task, parse_model, parse_requested, with_task
 from softprompt_api.params import SamplingParams
 from softprompt_api.structured import FIELD as STRUCTURED
 from softprompt_api.structured import StructuredOutputsParams
+from softprompt_api.tracing import span
 
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.residency import Residency
@@ -106,6 +108,8 @@ class Generation:
 
     Attributes:
         usage: its last event, once that was taken.
+        failure: the error that ended it.
+        began_s, first_output_at_s: when the engine was told of it and first heard of, on time.perf_counter.
     """
 
     def __init__(
@@ -124,6 +128,9 @@ class Generation:
         self._ready: dict[int, None] = {}  # choices with outputs, in the order in which these came
         self._notify: Callable[[], None] | None = None
         self.usage: Usage | None = None
+        self.failure: SoftpromptError | None = None
+        self.began_s = time.perf_counter()
+        self.first_output_at_s: float | None = None
         for index, stream in enumerate(streams):
             stream.follow(partial(self._hear, index))
 
@@ -182,7 +189,13 @@ class Generation:
             del self._ready[index]
         if not outputs:
             return []
-        events = choice.read(outputs)
+        if self.first_output_at_s is None:
+            self.first_output_at_s = time.perf_counter()
+        try:
+            events = choice.read(outputs)
+        except SoftpromptError as error:
+            self.failure = error
+            raise
         if choice.has_ended:
             self._num_running -= 1
             self._ready.pop(index, None)
@@ -243,11 +256,13 @@ class Generator:
         """A generation, for the time of the context; every SoftpromptError it raises is meant for the caller."""
         call.params.check_vocabulary(self._engine.info.vocab_size)
         with self._admitted(call.params.n):
-            prompt = await self._prompts.encode(call.prompt)
+            with span("encode"):
+                prompt = await self._prompts.encode(call.prompt)
             if not text_ids_of(prompt):
                 raise InvalidArgument("the prompt is empty: it has no tokens", field="prompt")
             await self._check_grammar(call.params.structured_outputs)
-            bound = await self.bind(call.adapter, soft_prompts_in(prompt))
+            with span("bind"):
+                bound = await self.bind(call.adapter, soft_prompts_in(prompt))
             digests = [adapter.digest for adapter in bound.every]
 
             def put_together(adapters: Sequence[Adapter]) -> Composed:

@@ -20,6 +20,7 @@ from softprompt_api.registry.v1 import registry_pb2, registry_pb2_grpc
 from softprompt_api.rpc.channel import open_channel
 from softprompt_api.rpc.quality import norms_to
 from softprompt_api.rpc.server import ServiceServer
+from softprompt_api.tracing import Tracer
 
 from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.residency import Residency
@@ -52,11 +53,11 @@ class EngineDied(Exception):
 class InferenceServer:
     """Serves between `start` and `stop`, or as an async context manager."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, tracer: Tracer | None = None) -> None:
         self._settings = settings
         service = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
-        self._server = ServiceServer(settings.inference_address, [service])
-        self._servicer = InferenceServicer()
+        self._server = ServiceServer(settings.inference_address, [service], settings.server_tls, tracer)
+        self._servicer = InferenceServicer(tracer)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._servicer, self._server.server)
         self._executor = ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="encode")
         self._channel: grpc.aio.Channel | None = None
@@ -85,7 +86,7 @@ class InferenceServer:
         base_model = make_base_model(
             settings.model_id, engine.info, tokenizer, max_lora_rank=settings.max_lora_rank
         )
-        self._channel = open_channel(settings.registry_address)
+        self._channel = open_channel(settings.registry_address, settings.client_tls)
         stub: registry_pb2_grpc.RegistryServiceAsyncStub = registry_pb2_grpc.RegistryServiceStub(self._channel)
         source = AdapterSource(stub, base_model, max_lora_bytes=settings.max_lora_bytes)
         self._servicer.open(self._make_front(engine, tokenizer, base_model, source, folder))

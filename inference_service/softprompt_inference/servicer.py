@@ -3,18 +3,19 @@
 # gRPC names the methods and their arguments.
 # ruff: noqa: ARG002, N802
 
-import time
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import structlog
-from softprompt_api.errors import AdapterNotFound, InvalidArgument, Unavailable
+from softprompt_api.errors import AdapterNotFound, InvalidArgument, SoftpromptError, Unavailable
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.inference.v1 import inference_pb2_grpc as pb_grpc
 from softprompt_api.registry.v1 import registry_pb2
+from softprompt_api.rpc.context import enter_request
+from softprompt_api.tracing import Tracer, carrier, serve
 
 from softprompt_inference.adapters.residency import Residency
 from softprompt_inference.choice import error_of
@@ -30,14 +31,15 @@ from softprompt_inference.convert import (
     write_response,
 )
 from softprompt_inference.effect import EffectProbe
-from softprompt_inference.generation import EngineHandle, Event, GenerateCall, Generation, Generator, Usage
+from softprompt_inference.ending import Ending
+from softprompt_inference.generation import EngineHandle, Event, Generation, Generator
 from softprompt_inference.prompts import PromptEncoder, text_ids_of
 from softprompt_inference.session import Session
 from softprompt_inference.text import Tokenizer
 
-_log = structlog.get_logger()
 _LISTED = 1000
 _MAX_LISTED = 10_000
+_NAMED = 100
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -59,7 +61,8 @@ class Front:
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
     """Answers Unavailable until it is `opened` with a front."""
 
-    def __init__(self) -> None:
+    def __init__(self, tracer: Tracer | None = None) -> None:
+        self._tracer = tracer
         self._front: Front | None = None
         self._sessions: set[Session[Event]] = set()
 
@@ -92,14 +95,21 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     @asynccontextmanager
     async def _start(self, request: pb.GenerateRequest) -> AsyncIterator[Generation]:
-        """A generation, logged when it has ended whole."""
+        """A generation, logged and traced once it has ended in whatever way."""
         front = self._ready()
         call = to_call(request)
-        began = time.monotonic()
-        async with front.generator.start(call) as generation:
-            yield generation
-        if generation.usage is not None:
-            _log_request(request.request_id, call, generation.usage, time.monotonic() - began)
+        enter_request(request.request_id or uuid.uuid4().hex)
+        with serve(self._tracer, "generate", dict(request.trace_context) or carrier()) as span:
+            ending = Ending(call, span)
+            try:
+                async with front.generator.start(call) as generation:
+                    ending.generation = generation
+                    yield generation
+            except SoftpromptError as error:
+                ending.reason = error.reason
+                raise
+            finally:
+                ending.tell()
 
     def _write(self, event: Event, response: pb.GenerateResponse) -> None:
         write_response(event, response, self._ready().tokenizer)
@@ -138,6 +148,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:
         front = self._ready()
         stats = front.engine.stats
+        running, waiting = front.residency.loras_asked_for()
         return pb.GetLoadResponse(
             running=stats.running,
             waiting=stats.waiting,
@@ -150,6 +161,10 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             preemptions=stats.preemptions,
             adapter_tiers=map(to_tier, front.residency.tiers()),
             adapter_misses=front.residency.misses,
+            base_model_id=front.base_model.id,
+            max_loras=front.residency.max_loras,
+            running_loras=running[:_NAMED],
+            waiting_loras=waiting[:_NAMED],
         )
 
     async def ListResident(self, request: pb.ListResidentRequest, context: Context) -> pb.ListResidentResponse:
@@ -198,16 +213,3 @@ async def _bound(front: Front, spelling: str) -> BoundAdapter:
     if len(bound.front) != 1:
         raise InvalidArgument("one adapter is expected here, not the base model or several", field="adapter")
     return bound.front[0]
-
-
-def _log_request(request_id: str, call: GenerateCall, usage: Usage, seconds: float) -> None:
-    _log.info(
-        "generated",
-        request_id=request_id,
-        adapter=call.adapter,
-        prompt_tokens=usage.prompt_tokens,
-        virtual_tokens=usage.virtual_tokens,
-        cached_tokens=usage.cached_tokens,
-        completion_tokens=usage.completion_tokens,
-        seconds=round(seconds, 3),
-    )

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 from softprompt_api.formats import DEFAULT_MAX_LORA_RANK
-from softprompt_api.settings import SettingsError, check_reach, read
+from softprompt_api.rpc.tls import ServerTls
+from softprompt_api.settings import ClientTlsSettings, SettingsError, check_reach, read
 
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.model.source import DEFAULT_MODEL, is_default_model, native_kernels_dir
@@ -22,7 +23,7 @@ PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
 UpTo1024 = Annotated[int, Field(ge=1, le=1024)]
 
 
-class Settings(BaseSettings):
+class Settings(ClientTlsSettings):
     """Everything about the inference service that can be set; times in seconds, sizes as bytes or like "4GiB".
 
     A field is the flag `--field-name`, or the variable `SOFTPROMPT_<FIELD>`.
@@ -32,7 +33,14 @@ class Settings(BaseSettings):
 
     inference_address: str = Field("127.0.0.1:2244", min_length=3, description="host:port to listen on")
     inference_allow_remote: bool = Field(
-        False, description="listen, without encryption, beyond this machine's loopback"
+        False, description="listen beyond this machine's loopback, whoever may call there"
+    )
+    inference_tls_cert: Path | None = Field(
+        None, description="certificate to serve with, as PEM; without it there is no TLS"
+    )
+    inference_tls_key: Path | None = Field(None, description="its private key, as PEM")
+    inference_tls_client_ca: Path | None = Field(
+        None, description="authorities whose certificates callers must have, as PEM; without it they need none"
     )
     registry_address: str = Field("127.0.0.1:2243", min_length=3, description="host:port of the registry")
     log_format: Literal["auto", "json"] = Field("auto", description="json, or what suits the terminal")
@@ -73,6 +81,7 @@ class Settings(BaseSettings):
             allow_remote=self.inference_allow_remote,
             setting="inference_address",
             permission="inference_allow_remote",
+            tls=self.server_tls,
         )
         return self
 
@@ -84,6 +93,16 @@ class Settings(BaseSettings):
                 f"{self.max_virtual_tokens}"
             )
         return self
+
+    @property
+    def server_tls(self) -> ServerTls | None:
+        """How it is served; None: without TLS."""
+        return ServerTls.of(
+            self.inference_tls_cert,
+            self.inference_tls_key,
+            self.inference_tls_client_ca,
+            prefix="inference_",
+        )
 
     @property
     def model_id(self) -> str:

@@ -3,10 +3,13 @@
 import os
 from collections.abc import Sequence
 from ipaddress import ip_address
-from typing import TypeVar
+from pathlib import Path
+from typing import Self, TypeVar
 
-from pydantic import ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource
+from pydantic import AliasChoices, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+
+from softprompt_api.rpc.tls import ClientTls, ServerTls
 
 _LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
 
@@ -15,6 +18,38 @@ S = TypeVar("S", bound=BaseSettings)
 
 class SettingsError(Exception):
     """A setting is unknown or has a value that cannot be; the message is for the person at the terminal."""
+
+
+class ClientTlsSettings(BaseSettings):
+    """What every service that calls others is told about TLS: the flag `--tls-ca`, or `SOFTPROMPT_TLS_CA` …"""
+
+    model_config = SettingsConfigDict(env_prefix="SOFTPROMPT_", populate_by_name=True)
+
+    tls_ca: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("tls-ca", "SOFTPROMPT_TLS_CA"),
+        description="authorities whose certificates the other services have, as PEM; without it they have no TLS",
+    )
+    tls_client_cert: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("tls-client-cert", "SOFTPROMPT_TLS_CLIENT_CERT"),
+        description="certificate to show them, as PEM",
+    )
+    tls_client_key: Path | None = Field(
+        None,
+        validation_alias=AliasChoices("tls-client-key", "SOFTPROMPT_TLS_CLIENT_KEY"),
+        description="its private key, as PEM",
+    )
+
+    @model_validator(mode="after")
+    def _check_client_tls(self) -> Self:
+        _ = self.client_tls
+        return self
+
+    @property
+    def client_tls(self) -> ClientTls | None:
+        """How the other services are called; None: without TLS."""
+        return ClientTls.of(self.tls_ca, self.tls_client_cert, self.tls_client_key)
 
 
 def refuse_unknown_variables(settings: type[BaseSettings]) -> None:
@@ -42,7 +77,8 @@ def read(settings: type[S], arguments: Sequence[str] | None = None, *, program: 
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise SettingsError(f"{name}: {first['msg']}" if name else str(first["msg"])) from None
+        message = str(first["msg"]).removeprefix("Value error, ")
+        raise SettingsError(f"{name}: {message}" if name else message) from None
 
 
 def is_loopback(host: str) -> bool:
@@ -53,10 +89,18 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check_reach(address: str, *, allow_remote: bool, setting: str, permission: str) -> None:
-    """Raise ValueError, naming the two settings, for an address beyond loopback that is not explicitly allowed."""
-    if not allow_remote and not address.startswith(_LOOPBACK):
+def check_reach(
+    address: str, *, allow_remote: bool, setting: str, permission: str, tls: ServerTls | None = None
+) -> None:
+    """Raise ValueError, naming the settings, for an address beyond loopback where strangers could call.
+
+    Others than this machine may, where it is explicitly allowed or they must have a certificate.
+    """
+    asks_who_calls = tls is not None and tls.client_ca is not None
+    if not (allow_remote or asks_who_calls or address.startswith(_LOOPBACK)):
+        flaw = "without encryption" if tls is None else "and asks nobody for a certificate"
+        prefix = setting.removesuffix("address")
         raise ValueError(
-            f"{setting} {address} is reachable from other machines, without encryption; use 127.0.0.1, or set "
-            f"{permission} where the network is private"
+            f"{setting} {address} is reachable from other machines, {flaw}; use 127.0.0.1, or TLS with "
+            f"{prefix}tls_client_ca, or set {permission} where the network is private"
         )

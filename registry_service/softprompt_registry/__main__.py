@@ -5,6 +5,7 @@ import sys
 
 from softprompt_api.logs import configure_logs
 from softprompt_api.rpc.server import wait_for_stop_signal
+from softprompt_api.tracing import open_tracer
 
 from softprompt_registry.server import RegistryServer
 from softprompt_registry.settings import Settings, SettingsError, read_settings
@@ -13,7 +14,8 @@ from softprompt_registry.startup import StoreUnfit
 
 async def serve(settings: Settings) -> None:
     """Run a registry until a signal stops it, also while it still waits for its store."""
-    server = RegistryServer(settings)
+    tracer = open_tracer("softprompt-registry")
+    server = RegistryServer(settings, tracer)
     stopping = asyncio.create_task(wait_for_stop_signal())
     starting = asyncio.create_task(server.start())
     try:
@@ -24,6 +26,8 @@ async def serve(settings: Settings) -> None:
     finally:
         starting.cancel()
         await server.stop()
+        if tracer is not None:
+            tracer.close()
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from redis.asyncio import Redis
 from softprompt_api.errors import SoftpromptError
 from softprompt_api.registry.v1 import registry_pb2, registry_pb2_grpc
 from softprompt_api.rpc.server import ServiceServer
+from softprompt_api.tracing import Tracer
 
 from softprompt_registry.connection import open_store, reply, store_errors
 from softprompt_registry.key_servicer import KeyServicer
@@ -25,7 +26,7 @@ _MAX_CONNECTIONS = 128
 class RegistryServer:
     """Serves on `port` between `start` and `stop`, or as an async context manager."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, tracer: Tracer | None = None) -> None:
         self._settings = settings
         self._client = open_store(
             settings.redis_url, timeout_s=settings.store_timeout_s, max_connections=_MAX_CONNECTIONS
@@ -49,7 +50,7 @@ class RegistryServer:
             allow_hub_imports=settings.allow_hub_imports,
         )
         services = list(registry_pb2.DESCRIPTOR.services_by_name.values())
-        self._server = ServiceServer(settings.address, services)
+        self._server = ServiceServer(settings.address, services, settings.server_tls, tracer)
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
             RegistryServicer(self._registry), self._server.server
         )

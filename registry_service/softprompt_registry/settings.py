@@ -1,10 +1,12 @@
 """The registry's settings, read once from flags and environment."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AliasChoices, DirectoryPath, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from softprompt_api.rpc.tls import ServerTls
 from softprompt_api.settings import SettingsError, check_reach, read, refuse_unknown_variables
 
 __all__ = ["Settings", "SettingsError", "read_settings"]
@@ -25,7 +27,14 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid", populate_by_name=True)
 
     address: str = Field("127.0.0.1:2243", min_length=3, description="host:port to listen on; port 0: a free one")
-    allow_remote: bool = Field(False, description="listen, without encryption, beyond this machine's loopback")
+    allow_remote: bool = Field(False, description="listen beyond this machine's loopback, whoever may call there")
+    tls_cert: Path | None = Field(
+        None, description="certificate to serve with, as PEM; without it there is no TLS"
+    )
+    tls_key: Path | None = Field(None, description="its private key, as PEM")
+    tls_client_ca: Path | None = Field(
+        None, description="authorities whose certificates callers must have, as PEM; without it they need none"
+    )
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="redis://, rediss:// or unix:// of the store")
     durability: Literal["strong", "weak"] = Field(
         "strong", description="strong: start only with a store that keeps every acknowledged write"
@@ -52,8 +61,19 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_address(self) -> Self:
-        check_reach(self.address, allow_remote=self.allow_remote, setting="address", permission="allow_remote")
+        check_reach(
+            self.address,
+            allow_remote=self.allow_remote,
+            setting="address",
+            permission="allow_remote",
+            tls=self.server_tls,
+        )
         return self
+
+    @property
+    def server_tls(self) -> ServerTls | None:
+        """How it is served; None: without TLS."""
+        return ServerTls.of(self.tls_cert, self.tls_key, self.tls_client_ca)
 
     @model_validator(mode="after")
     def _check_redis_url(self) -> Self:

@@ -4,10 +4,13 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 from softprompt_api import errors
+
+if TYPE_CHECKING:
+    from softprompt_api.rpc.tls import ClientTls
 
 DEFAULT_URL = "http://127.0.0.1:2242"
 _CONNECT_TIMEOUT_S = 5.0
@@ -32,14 +35,18 @@ class GatewayClient:
     Args:
         url: the gateway, with or without `/v1`.
         api_key: where the gateway asks for one.
+        tls: authorities to believe beside the public ones, and a certificate where the gateway asks for one.
     """
 
-    def __init__(self, url: str = DEFAULT_URL, *, api_key: str | None = None) -> None:
+    def __init__(
+        self, url: str = DEFAULT_URL, *, api_key: str | None = None, tls: "ClientTls | None" = None
+    ) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
         self._http = httpx.Client(
             base_url=self._url,
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
+            verify=True if tls is None else tls.extend(httpx.create_ssl_context()),
         )
 
     def __enter__(self) -> Self:

@@ -5,6 +5,7 @@ from typing import Any
 
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from softprompt_api.rpc.tls import ClientTls
 
 from softprompt.calls import ServiceClient
 from softprompt.registry import AdapterInfo, info_of
@@ -65,10 +66,11 @@ class InferenceClient(ServiceClient):
 
     Args:
         address: `host:port` of the service's gRPC.
+        tls: how it is called; None: without TLS.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
-        super().__init__("inference service", address)
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, tls: ClientTls | None = None) -> None:
+        super().__init__("inference service", address, tls)
         self._stub = InferenceServiceStub(self._channel)
 
     def resident(self, limit: int = 1000) -> tuple[list[ResidentInfo], int]:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from softprompt_api.access import Scope, scope_from, scope_to
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1.registry_pb2_grpc import KeyServiceStub
+from softprompt_api.rpc.tls import ClientTls
 from softprompt_api.tenants import DEFAULT_TENANT
 
 from softprompt.calls import ServiceClient
@@ -54,10 +55,11 @@ class KeyClient(ServiceClient):
 
     Args:
         address: `host:port` of the registry's gRPC.
+        tls: how it is called; None: without TLS.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
-        super().__init__("registry", address)
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, tls: ClientTls | None = None) -> None:
+        super().__init__("registry", address, tls)
         self._stub = KeyServiceStub(self._channel)
 
     def create(

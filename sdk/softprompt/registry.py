@@ -14,6 +14,7 @@ from softprompt_api.quality import Norms, Probe
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1.registry_pb2_grpc import RegistryServiceStub
 from softprompt_api.rpc.quality import norms_from, probe_of, warnings_of
+from softprompt_api.rpc.tls import ClientTls
 
 from softprompt.adapter_files import LocalAdapter, chunks, find_adapter
 from softprompt.calls import ServiceClient
@@ -97,10 +98,11 @@ class RegistryClient(ServiceClient):
 
     Args:
         address: `host:port` of the registry's gRPC.
+        tls: how it is called; None: without TLS.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
-        super().__init__("registry", address)
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, tls: ClientTls | None = None) -> None:
+        super().__init__("registry", address, tls)
         self._stub = RegistryServiceStub(self._channel)
 
     def add(

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -66,8 +67,15 @@ def test_killing_the_parent_ends_every_process(start_system: StartSystem) -> Non
     assert wait_until(lambda: not system.pids()), system.pids()
 
 
-def test_a_service_that_dies_ends_the_system_and_is_named(start_system: StartSystem) -> None:
-    system = start_system()
+def test_https_is_served_and_a_service_that_dies_ends_the_system_and_is_named(
+    start_system: StartSystem, authority: Any
+) -> None:
+    cert, key = map(str, authority.issue())
+    system = start_system("--tls-cert", cert, "--tls-key", key)
+    believes = ssl.create_default_context(cafile=authority.cert)
+    url = f"https://127.0.0.1:{system.port}"
+    assert f"{url}/v1" in system.text()
+    assert httpx.get(f"{url}/v1/models", verify=believes, timeout=60).status_code == 200
     os.kill(system.pid_of("softprompt_gateway"), signal.SIGKILL)
     assert system.process.wait(60) == 1
     assert "gateway ended unexpectedly (killed by SIGKILL)" in system.text()

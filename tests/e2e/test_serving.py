@@ -546,3 +546,39 @@ def test_the_best_of_several_is_the_likeliest_per_token(client: openai.OpenAI) -
     assert best.usage.completion_tokens == every.usage.completion_tokens
     with pytest.raises(openai.BadRequestError, match="cannot be streamed"):
         client.completions.create(n=1, best_of=2, stream=True, **asked)
+
+
+def test_a_requests_id_is_in_every_services_log_lines_and_its_prompt_in_none(
+    system: Any, make_adapter: Callable[..., Path]
+) -> None:
+    folder = make_adapter(45)
+    body = {
+        "name": "logged",
+        "config": json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")),
+        "tensors_base64": base64.b64encode((folder / "adapter_model.safetensors").read_bytes()).decode(),
+    }
+    headers = {"x-request-id": "the-registration"}
+    assert httpx.post(f"{system.url}/v1/adapters", json=body, headers=headers, timeout=60).status_code == 201
+    body = {"model": "logged", "prompt": "unmistakable words", "max_tokens": 3, "ignore_eos": True}
+    headers = {"x-request-id": "the-completion"}
+    answer = httpx.post(f"{system.url}/v1/completions", json=body, headers=headers, timeout=60)
+    assert (answer.status_code, answer.headers["x-request-id"]) == (200, "the-completion")
+
+    texts = {
+        name: (system.data_dir / "logs" / f"{name}.log").read_text()
+        for name in ("gateway", "inference", "registry")
+    }
+    lines = [json.loads(line) for text in texts.values() for line in text.splitlines() if line.startswith("{")]
+    of = {
+        (line["request_id"], line["event"]): line
+        for line in lines
+        if line.get("request_id") in ("the-registration", "the-completion")
+    }
+    assert {"audit", "request", "registered"} <= {event for id_, event in of if id_ == "the-registration"}
+    assert {"request", "generated"} <= {event for id_, event in of if id_ == "the-completion"}
+    request, generated = of["the-completion", "request"], of["the-completion", "generated"]
+    assert (request["method"], request["route"], request["status"]) == ("POST", "/v1/completions", 200)
+    assert (request["model"], request["adapters"]) == ("logged", "logged@1")
+    assert request["completion_tokens"] == generated["completion_tokens"] == 3
+    assert request["prompt_tokens"] == generated["prompt_tokens"] == answer.json()["usage"]["prompt_tokens"]
+    assert not any("unmistakable" in text for text in texts.values())

@@ -40,6 +40,8 @@ from softprompt_api.registry.v1.registry_pb2_grpc import (
 )
 from softprompt_api.rpc.channel import open_channel
 from softprompt_api.rpc.server import ServiceServer
+from softprompt_api.rpc.tls import ServerTls
+from softprompt_api.tracing import Tracer
 from softprompt_gateway.app import make_app
 from softprompt_gateway.clients import open_clients
 from softprompt_gateway.server import GracefulServer, listen, uvicorn_config
@@ -238,7 +240,18 @@ class FakeInference(InferenceServiceServicer):
             pb.AdapterTier(tier=pb.RESIDENT_TIER_HOST, num_adapters=3, size_bytes=600, hits=5),
         ]
         return pb.GetLoadResponse(
-            running=self.running, num_pages=64, generated_tokens=7, adapter_tiers=tiers, adapter_misses=4
+            running=self.running,
+            waiting=2,
+            used_pages=16,
+            num_pages=64,
+            computed_prompt_tokens=30,
+            cached_prompt_tokens=10,
+            generated_tokens=7,
+            adapter_tiers=tiers,
+            adapter_misses=4,
+            base_model_id=BASE,
+            max_loras=16,
+            running_loras=["formal", "terse"],
         )
 
     async def ListResident(self, request: Any, context: Any) -> pb.ListResidentResponse:
@@ -735,12 +748,12 @@ class Stack:
                 listed = await self.listed()
 
 
-async def _service(name: str, address: str, servicer: Any) -> ServiceServer:
+async def _service(name: str, address: str, servicer: Any, tls: ServerTls | None = None) -> ServiceServer:
     module, add = {
         "registry": (reg, add_RegistryServiceServicer_to_server),
         "inference": (pb, add_InferenceServiceServicer_to_server),
     }[name]
-    server = ServiceServer(address, list(module.DESCRIPTOR.services_by_name.values()))
+    server = ServiceServer(address, list(module.DESCRIPTOR.services_by_name.values()), tls)
     add(servicer, server.server)
     if name == "registry":
         add_KeyServiceServicer_to_server(servicer.keys, server.server)
@@ -749,11 +762,11 @@ async def _service(name: str, address: str, servicer: Any) -> ServiceServer:
 
 
 @contextlib.asynccontextmanager
-async def _running(settings: Settings) -> AsyncIterator[int]:
+async def _running(settings: Settings, tracer: Tracer | None = None) -> AsyncIterator[int]:
     """Serve the app on a free port, and stop it as a signal would."""
     listener = listen("127.0.0.1", 0)
     clients = open_clients(settings)
-    server = GracefulServer(uvicorn_config(make_app(settings, clients), settings))
+    server = GracefulServer(uvicorn_config(make_app(settings, clients, tracer), settings))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield listener.getsockname()[1]
@@ -777,12 +790,12 @@ def gateway_settings() -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def _running_stack(**gateway_settings: Any) -> AsyncIterator[Stack]:
+async def _running_stack(service_tls: ServerTls | None = None, **gateway_settings: Any) -> AsyncIterator[Stack]:
     registry = FakeRegistry()
     inference = FakeInference(registry)
     services = {
-        "registry": await _service("registry", "127.0.0.1:0", registry),
-        "inference": await _service("inference", "127.0.0.1:0", inference),
+        "registry": await _service("registry", "127.0.0.1:0", registry, service_tls),
+        "inference": await _service("inference", "127.0.0.1:0", inference, service_tls),
     }
     defaults: dict[str, Any] = {
         "registry_address": f"127.0.0.1:{services['registry'].port}",
@@ -815,6 +828,12 @@ async def _running_stack(**gateway_settings: Any) -> AsyncIterator[Stack]:
 def running_stack() -> Callable[..., contextlib.AbstractAsyncContextManager[Stack]]:
     """Start a stack with these settings; for files whose tests share one."""
     return _running_stack
+
+
+@pytest.fixture(scope="session")
+def running_gateway() -> Callable[..., contextlib.AbstractAsyncContextManager[int]]:
+    """Serve one more gateway over services that run; its port."""
+    return _running
 
 
 @pytest.fixture

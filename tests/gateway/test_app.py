@@ -70,6 +70,30 @@ async def test_each_request_is_logged_once_without_its_content(stack: Any, logge
     assert "secret" not in repr(lines)
 
 
+async def test_the_log_tells_what_answered_and_how_many_tokens_that_took(stack: Any, logged: list[Any]) -> None:
+    await stack.registry.add("loud")
+    for body in ({}, {"stream": True}):
+        await stack.complete("hello", model="loud", **body)
+    await stack.complete("refuse OVERLOADED", model="loud")
+    await stack.complete("break OVERLOADED")
+    whole, streamed, refused, broken = [line for line in logged if line["event"] == "request"]
+    told = {
+        "model": "loud",
+        "adapters": "loud@1",
+        "prompt_tokens": 5,
+        "completion_tokens": 5,
+        "cached_tokens": 3,
+        "finished": "stop",
+        "status": 200,
+    }
+    for line in (whole, streamed):
+        assert {name: line[name] for name in told} == told
+        assert 0 < line["first_token_s"] <= line["seconds"]
+    assert (refused["model"], refused["status"], "prompt_tokens" in refused) == ("loud", 503, False)
+    assert (broken["model"], broken["finished"], broken["completion_tokens"]) == (stack.base, "error", 1)
+    assert "adapters" not in broken
+
+
 async def test_a_defect_is_logged_and_answered_without_its_text(stack: Any, logged: list[Any]) -> None:
     stack.registry.error = RuntimeError("secret in /etc/passwd")
     response = await stack.http.get("/v1/adapters")

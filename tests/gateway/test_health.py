@@ -61,6 +61,62 @@ async def test_metrics_count_requests_tokens_and_the_engines_load(stack: Any) ->
     assert "never-heard-of" not in text
 
 
+async def test_metrics_have_the_names_that_vllms_users_know(stack: Any) -> None:
+    await stack.complete("hello", n=2)
+    await stack.events("/v1/completions", model=stack.base, prompt="hello", max_tokens=2)
+    text = (await stack.http.get("/metrics")).text
+    of_engine = f'{{engine="0",model_name="{stack.base}"}}'
+    of_model = f'{{model_name="{stack.base}"}}'
+    for line in (
+        f"vllm:num_requests_running{of_engine} 0.0",
+        f"vllm:num_requests_waiting{of_engine} 2.0",
+        f"vllm:kv_cache_usage_perc{of_engine} 0.25",
+        f"vllm:prompt_tokens_total{of_engine} 40.0",
+        f"vllm:generation_tokens_total{of_engine} 7.0",
+        f"vllm:prefix_cache_queries_total{of_engine} 40.0",
+        f"vllm:prefix_cache_hits_total{of_engine} 10.0",
+        f"vllm:num_preemptions_total{of_engine} 0.0",
+        'vllm:lora_requests_info{max_lora="16",running_lora_adapters="formal,terse",waiting_lora_adapters=""} ',
+        f'vllm:request_success_total{{finished_reason="stop",model_name="{stack.base}"}} 2.0',
+        f'vllm:request_success_total{{finished_reason="length",model_name="{stack.base}"}} 1.0',
+        f"vllm:time_to_first_token_seconds_count{of_model} 2.0",
+        f"vllm:e2e_request_latency_seconds_count{of_model} 2.0",
+        f"vllm:request_time_per_output_token_seconds_count{of_model} 2.0",
+        # Two choices of five tokens, and one of two.
+        f"vllm:inter_token_latency_seconds_count{of_model} 9.0",
+        f'vllm:inter_token_latency_seconds_bucket{{le="+Inf",model_name="{stack.base}"}} 9.0',
+    ):
+        assert line in text
+
+
+async def test_metrics_tell_generations_that_were_broken_off(stack: Any) -> None:
+    await stack.complete("break OVERLOADED")
+    async with stack.http.stream(
+        "POST", "/v1/completions", json={"model": stack.base, "prompt": "stall", "stream": True}
+    ) as answer:
+        await anext(answer.aiter_lines())
+    await stack.inference.until(lambda fake: fake.cancelled)
+    text = (await stack.http.get("/metrics")).text
+    for reason in ("error", "abort"):
+        assert f'request_success_total{{finished_reason="{reason}",model_name="{stack.base}"}} 1.0' in text
+    assert f'vllm:e2e_request_latency_seconds_count{{model_name="{stack.base}"}}' not in text
+
+
+@pytest.mark.parametrize("gateway_settings", [{"metrics_adapters": 2}])
+async def test_adapters_have_counters_of_their_own_up_to_a_number(stack: Any) -> None:
+    for name in ("one", "two", "three", "four"):
+        await stack.registry.add(name)
+    for name in ("one", "two", "three", "four", "one"):
+        assert (await stack.complete("hello", model=name)).status_code == 200
+    text = (await stack.http.get("/metrics")).text
+    for adapter, times in {"one": 2, "two": 1, "(other)": 2}.items():
+        assert f'softprompt_gateway_adapter_requests_total{{adapter="{adapter}"}} {times}.0' in text
+        for kind in ("prompt", "completion"):
+            line = f'softprompt_gateway_adapter_tokens_total{{adapter="{adapter}",kind="{kind}"}} {5 * times}.0'
+            assert line in text
+    assert "three" not in text
+
+
 async def test_metrics_answer_without_an_engine(stack: Any) -> None:
     await stack.services["inference"].stop(0)
     text = (await stack.http.get("/metrics")).text

@@ -1,6 +1,9 @@
 """Settings come from the environment, once, and a mistake stops the start."""
 
+from typing import Any
+
 import pytest
+from softprompt_api.rpc.tls import ClientTls, ServerTls
 from softprompt_gateway.settings import Settings, SettingsError, read_settings
 
 
@@ -34,6 +37,26 @@ def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_mistake_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, named: str) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError, match=named):
+        read_settings()
+
+
+def test_certificates_are_read_at_the_start(monkeypatch: pytest.MonkeyPatch, authority: Any) -> None:
+    (cert, key), (own, own_key) = authority.issue(), authority.issue()
+    for name, path in {
+        "GATEWAY_TLS_CERT": cert,
+        "GATEWAY_TLS_KEY": key,
+        "TLS_CA": authority.cert,
+        "TLS_CLIENT_CERT": own,
+        "TLS_CLIENT_KEY": own_key,
+    }.items():
+        monkeypatch.setenv(f"SOFTPROMPT_{name}", str(path))
+    settings = read_settings()
+    assert settings.server_tls == ServerTls(cert=cert, key=key)
+    assert settings.client_tls == ClientTls(ca=authority.cert, cert=own, key=own_key)
+    monkeypatch.setenv("SOFTPROMPT_GATEWAY_TLS_KEY", str(own_key))
+    with pytest.raises(
+        SettingsError, match=f"the private key in {own_key} is not that of the certificate in {cert}"
+    ):
         read_settings()
 
 

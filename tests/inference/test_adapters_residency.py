@@ -21,7 +21,7 @@ def adapter(digest: str, num_rows: int = 1) -> Adapter:
         module = LoraModule(
             name="q", rank=1, scale=1.0, in_features=1, out_features=1, a=bytes(4), b=bytes(4), dtype="float32"
         )
-        return Adapter(digest=digest, content=Lora(modules=(module,)))
+        return Adapter(digest=digest, spelling=f"{digest}@1", content=Lora(modules=(module,)))
     rows = Rows(data=bytes(4 * num_rows), dtype="float32", num_virtual_tokens=num_rows, row_size=1)
     return Adapter(digest=digest, content=rows)
 
@@ -246,6 +246,7 @@ async def test_loras_wait_for_each_other_in_order_and_never_for_soft_prompts_nor
     await settle()
     residency.check()
     assert edge.engine == {"lora a", "soft b"}
+    assert residency.loras_asked_for() == (["lora a"], ["lora b", "lora c"])
     for ended, waiting in (("lora a", "lora b"), ("lora b", "lora c")):
         assert not users[waiting].got.is_set()
         await users[ended].end()

@@ -17,6 +17,10 @@ from typing import Any, cast
 
 import grpc
 import pytest
+import structlog
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from softprompt_api.errors import ContextLengthExceeded, InvalidArgument, Overloaded, SoftpromptError, Unavailable
 from softprompt_api.formats import Content, Lora, LoraModule, Rows
 from softprompt_api.inference.v1 import inference_pb2 as pb
@@ -28,6 +32,7 @@ from softprompt_api.rpc.quality import probe_to
 from softprompt_api.rpc.server import ServiceServer
 from softprompt_api.rpc.status import from_rpc_error
 from softprompt_api.structured import StructuredOutputsParams
+from softprompt_api.tracing import Tracer
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.residency import Residency
@@ -214,7 +219,20 @@ def max_adapters() -> int:
 
 
 @pytest.fixture
-async def world(tokenizer: Tokenizer, grammars: GrammarCompiler, max_adapters: int) -> AsyncIterator[World]:
+def spans() -> InMemorySpanExporter | None:
+    """Where spans go, for tests that trace; they override this by parametrising it."""
+    return None
+
+
+@pytest.fixture
+async def world(
+    tokenizer: Tokenizer, grammars: GrammarCompiler, max_adapters: int, spans: InMemorySpanExporter | None
+) -> AsyncIterator[World]:
+    tracer = None
+    if spans is not None:
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(spans))
+        tracer = Tracer(provider)
     engine = FakeEngine(
         ModelInfo(
             architecture="LlamaForCausalLM",
@@ -251,8 +269,9 @@ async def world(tokenizer: Tokenizer, grammars: GrammarCompiler, max_adapters: i
         max_loras=1,
         host_cache=HostCache(0),
     )
-    servicer = InferenceServicer()
-    server = ServiceServer("127.0.0.1:0", [pb.DESCRIPTOR.services_by_name["InferenceService"]])
+    servicer = InferenceServicer(tracer)
+    service = pb.DESCRIPTOR.services_by_name["InferenceService"]
+    server = ServiceServer("127.0.0.1:0", [service], tracer=tracer)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.server)
     with ThreadPoolExecutor(1) as executor:
         prompts = PromptEncoder(tokenizer, vocab_size=VOCAB_SIZE, max_tokens=MAX_MODEL_LEN, executor=executor)
@@ -927,10 +946,58 @@ async def test_tokenize_counts_the_adapters_virtual_tokens(world: World) -> None
     assert list(answer.token_strings) == []
 
 
+async def test_a_generation_is_logged_once_however_it_ends(world: World) -> None:
+    with structlog.testing.capture_logs(processors=[structlog.contextvars.merge_contextvars]) as logged:
+        call = world.generate(request_id="whole", adapter="tweets")
+        [request] = await world.engine.wait_for(AddRequest)
+        world.engine.put(request, *ids(world.tokenizer, " you"), finish=Finish.LENGTH, cached_tokens=1)
+        async for _ in call:
+            pass
+        call = world.generate(request_id="left")
+        await call.read()
+        call.cancel()
+        await world.engine.wait_for(Abort)
+        await world.error(request_id="refused", adapter="tweets", sampling={"max_tokens": MAX_MODEL_LEN})
+        failing = asyncio.create_task(world.error(request_id="failed"))
+        request = (await world.engine.wait_for(AddRequest, 3))[-1]
+        world.engine.fail(request, Overloaded.reason)
+        await failing
+    lines = {line["request_id"]: line for line in logged if line["event"] in ("generated", "not generated")}
+    assert (lines["whole"]["completion_tokens"], lines["whole"]["virtual_tokens"]) == (1, 10)
+    causes = {name: lines[name]["cause"] for name in ("left", "refused", "failed")}
+    assert causes == {"left": "aborted", "refused": ContextLengthExceeded.reason, "failed": Overloaded.reason}
+
+
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.mark.parametrize("spans", [InMemorySpanExporter()])
+async def test_a_generation_of_a_shared_stream_is_traced_by_its_own_context(
+    world: World, spans: InMemorySpanExporter
+) -> None:
+    call = world.stub.GenerateMany()
+    start = pb.GenerateRequest(text="Hello there", adapter="tweets", sampling=pb.SamplingParams(max_tokens=20))
+    start.trace_context["traceparent"] = TRACEPARENT
+    await call.write(pb.GenerateManyRequest(call=1, start=start))
+    [request] = await world.engine.wait_for(AddRequest)
+    world.engine.put(request, *ids(world.tokenizer, " you"), finish=Finish.LENGTH, cached_tokens=1)
+    await call.done_writing()
+    async for _ in call:
+        pass
+    found = {span.name: span for span in spans.get_finished_spans()}
+    assert set(found) == {"generate", "encode", "bind", "adapters", "first token", "decode"}
+    whole = found.pop("generate")
+    assert TRACEPARENT.startswith(f"00-{whole.context.trace_id:032x}-{whole.parent.span_id:016x}")
+    assert {span.parent.span_id for span in found.values()} == {whole.context.span_id}
+    assert whole.attributes["softprompt.completion_tokens"] == 1
+    assert "Hello" not in "".join(span.to_json() for span in (whole, *found.values()))
+
+
 async def test_the_load_is_the_engines(world: World) -> None:
     load = await world.stub.GetLoad(pb.GetLoadRequest())
     assert (load.running, load.waiting, load.used_pages, load.num_pages) == (3, 2, 7, 50)
     assert load.generated_tokens == 99
+    assert (load.base_model_id, load.max_loras) == ("org/Base", 1)
     assert [tier.tier for tier in load.adapter_tiers] == [pb.RESIDENT_TIER_DEVICE, pb.RESIDENT_TIER_HOST]
 
 

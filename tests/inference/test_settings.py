@@ -1,8 +1,10 @@
 """Settings come from flags, then the environment; what cannot be stops the start with a plain sentence."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from softprompt_api.rpc.tls import ClientTls, ServerTls
 from softprompt_inference.settings import Settings, SettingsError, read_settings
 
 
@@ -82,6 +84,26 @@ def test_an_unknown_flag_stops_the_start() -> None:
 def test_other_machines_are_let_in_only_when_told_so() -> None:
     settings = read_settings(["--inference-address", "0.0.0.0:2244", "--inference-allow-remote"])
     assert settings.inference_address == "0.0.0.0:2244"
+
+
+def test_other_machines_are_let_in_where_they_need_a_certificate(
+    authority: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cert, key = authority.issue()
+    monkeypatch.setenv("SOFTPROMPT_INFERENCE_TLS_CERT", str(cert))
+    monkeypatch.setenv("SOFTPROMPT_INFERENCE_TLS_KEY", str(key))
+    address = ["--inference-address", "0.0.0.0:2244"]
+    with pytest.raises(SettingsError, match="TLS with inference_tls_client_ca, or set inference_allow_remote"):
+        read_settings(address)
+    settings = read_settings([*address, "--inference-tls-client-ca", str(authority.cert)])
+    assert settings.server_tls == ServerTls(cert=cert, key=key, client_ca=authority.cert)
+    assert settings.client_tls is None
+
+
+def test_the_registry_is_called_with_tls_where_its_authority_is_named(authority: Any) -> None:
+    settings = read_settings(["--tls-ca", str(authority.cert)])
+    assert settings.client_tls == ClientTls(ca=authority.cert)
+    assert settings.server_tls is None
 
 
 def test_a_folder_is_served_under_its_name(tmp_path: Path) -> None:

@@ -1,9 +1,19 @@
 """Settings are read in one way by every service, and mistakes are told in one plain sentence."""
 
+from typing import Any
+
 import pytest
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from softprompt_api.settings import SettingsError, check_reach, is_loopback, read, refuse_unknown_variables
+from softprompt_api.rpc.tls import ClientTls, ServerTls
+from softprompt_api.settings import (
+    ClientTlsSettings,
+    SettingsError,
+    check_reach,
+    is_loopback,
+    read,
+    refuse_unknown_variables,
+)
 
 
 class Some(BaseSettings):
@@ -51,6 +61,35 @@ def test_other_machines_must_be_meant(address: str) -> None:
     with pytest.raises(ValueError, match=r"address .* set allow_remote"):
         check_reach(address, allow_remote=False, setting="address", permission="allow_remote")
     check_reach(address, allow_remote=True, setting="address", permission="allow_remote")
+
+
+def test_other_machines_may_call_who_asks_them_for_a_certificate(authority: Any) -> None:
+    cert, key = authority.issue()
+    asks, asks_nobody = ServerTls(cert=cert, key=key, client_ca=authority.cert), ServerTls(cert=cert, key=key)
+    check_reach("0.0.0.0:1", allow_remote=False, setting="address", permission="allow_remote", tls=asks)
+    with pytest.raises(ValueError, match=r"asks nobody for a certificate; .* TLS with tls_client_ca"):
+        check_reach("0.0.0.0:1", allow_remote=False, setting="address", permission="allow_remote", tls=asks_nobody)
+    check_reach("0.0.0.0:1", allow_remote=True, setting="address", permission="allow_remote", tls=asks_nobody)
+
+
+class TestClientTls:
+    """What every client of services reads."""
+
+    def test_files_come_from_flags_or_environment(self, monkeypatch: pytest.MonkeyPatch, authority: Any) -> None:
+        cert, key = authority.issue()
+        monkeypatch.setenv("SOFTPROMPT_TLS_CA", str(authority.cert))
+        assert read(ClientTlsSettings).client_tls == ClientTls(ca=authority.cert)
+        flags = ["--tls-client-cert", str(cert), "--tls-client-key", str(key)]
+        settings = read(ClientTlsSettings, flags, program="imagined")
+        assert settings.client_tls == ClientTls(ca=authority.cert, cert=cert, key=key)
+
+    def test_without_them_there_is_no_tls(self) -> None:
+        assert read(ClientTlsSettings).client_tls is None
+
+    def test_a_file_that_is_not_there_stops_the_start(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SOFTPROMPT_TLS_CA", "/no/such.pem")
+        with pytest.raises(SettingsError, match=r"^cannot read /no/such.pem: No such file or directory$"):
+            read(ClientTlsSettings)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "localhost", "::1", "[::1]"])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from softprompt_api.rpc.tls import ServerTls
 from softprompt_registry.server import RegistryServer
 from softprompt_registry.settings import SettingsError, read_settings
 from softprompt_registry.startup import StoreUnfit, shown_url
@@ -160,6 +161,14 @@ class TestSettings:
         monkeypatch.setenv(f"SOFTPROMPT_REGISTRY_{name}", value)
         with pytest.raises(SettingsError, match=name.lower()):
             read_settings()
+
+    def test_listening_beyond_this_machine_needs_callers_with_certificates(self, authority):
+        cert, key = authority.issue()
+        pair = ["--address", "0.0.0.0:2243", "--tls-cert", str(cert), "--tls-key", str(key)]
+        with pytest.raises(SettingsError, match=r"and asks nobody for a certificate; .* TLS with tls_client_ca"):
+            read_settings(pair)
+        settings = read_settings([*pair, "--tls-client-ca", str(authority.cert)])
+        assert settings.server_tls == ServerTls(cert=cert, key=key, client_ca=authority.cert)
 
     def test_listening_beyond_this_machine_must_be_meant(self):
         assert read_settings(["--address", "0.0.0.0:2243", "--allow-remote"]).allow_remote

@@ -1,10 +1,13 @@
 """How options reach the services, and how a client reaches the gateway."""
 
 import importlib
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from softprompt.cli.options import make_options
-from softprompt.cli.services import Addresses, command, environment
+from softprompt.cli.problems import WrongUsage
+from softprompt.cli.services import Addresses, command, environment, refuse_tls_of_services
 
 
 def addresses(host: str = "127.0.0.1") -> Addresses:
@@ -114,6 +117,25 @@ def test_every_service_reads_what_it_is_given(
 )
 def test_the_gateways_url_can_be_reached_from_this_machine(host: str, url: str) -> None:
     assert addresses(host).gateway_url == url
+
+
+def test_https_is_the_gateways_alone(monkeypatch: pytest.MonkeyPatch, authority: Any) -> None:
+    cert, key = map(str, authority.issue())
+    monkeypatch.setenv("SOFTPROMPT_TLS_CA", str(authority.cert))  # for commands that call other systems
+    options = make_options({"tls_cert": cert, "tls_key": key})
+    given = {
+        service: environment(service, options, addresses()) for service in ("registry", "inference", "gateway")
+    }
+    told = {(service, name) for service, settings in given.items() for name in settings if "_TLS_" in name}
+    assert told == {("gateway", "SOFTPROMPT_GATEWAY_TLS_CERT"), ("gateway", "SOFTPROMPT_GATEWAY_TLS_KEY")}
+    assert replace(addresses(), gateway_scheme="https").gateway_url == "https://127.0.0.1:3"
+
+
+def test_variables_that_would_give_services_tls_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_tls_of_services()
+    monkeypatch.setenv("SOFTPROMPT_REGISTRY_TLS_CERT", "cert.pem")
+    with pytest.raises(WrongUsage, match="SOFTPROMPT_REGISTRY_TLS_CERT is for a service that is started alone"):
+        refuse_tls_of_services()
 
 
 def test_a_service_runs_as_a_module_of_this_interpreter() -> None:

@@ -1,6 +1,7 @@
 """Have what was registered measured, a little later: nobody waits for it, and nothing depends on it."""
 
 import asyncio
+import contextvars
 
 import structlog
 from softprompt_api.errors import SoftpromptError
@@ -35,7 +36,7 @@ class Probing:
             return
         self._pending.put_nowait(spelling_of(version))
         if self._working is None or self._working.done():
-            self._working = asyncio.create_task(self._work())
+            self._working = asyncio.create_task(self._work(), context=contextvars.Context())
 
     async def close(self) -> None:
         """Measure no more."""

@@ -8,6 +8,7 @@ from starlette.responses import Response
 from softprompt_gateway.metrics import Metrics
 from softprompt_gateway.openai.generation import likeliest
 from softprompt_gateway.openai.job import Job, usage_of
+from softprompt_gateway.openai.settling import settle
 from softprompt_gateway.openai.starting import Starting
 from softprompt_gateway.openai.streamed import Streamed
 from softprompt_gateway.resolve import Named, Target
@@ -29,11 +30,13 @@ class Answering:
         job, generation = await self._starting.begin(named, job_with)
         if job.stream:
             return EventStream(Streamed(job, generation, self._metrics), headers=job.target.headers())
+        num_choices = job.choices_per_prompt
         try:
-            prompts = await generation.choices(job.choices_per_prompt)
+            prompts = await generation.choices(num_choices)
         finally:
-            job.meter.tokens += generation.num_tokens
-        self._metrics.used(generation.usage)
+            settle(
+                generation, self._metrics, target=job.target, meter=job.meter, num_choices=job.choices_per_prompt
+            )
         kept = job.kept_per_prompt or job.choices_per_prompt
         choices = [
             job.style.choice(prompt * kept + n, generation.accepted[prompt], choice)

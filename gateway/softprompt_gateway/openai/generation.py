@@ -1,11 +1,12 @@
 """The generations of one HTTP request, one for each prompt: started together, read as one, stopped together."""
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from softprompt_api.errors import AdapterNotFound, InternalError
+from softprompt_api.errors import AdapterNotFound, InternalError, SoftpromptError
 from softprompt_api.inference.v1 import inference_pb2 as pb
 
 from softprompt_gateway.clients import InferenceClient
@@ -72,6 +73,9 @@ class Generation:
         accepted: what each prompt was bound to, in order of prompts.
         usage: the sum over prompts; complete after the last event.
         has_ended: whether the last event was taken.
+        has_failed: whether it broke off with an error.
+        finished: the choices that have ended.
+        first_token_at_s, ended_at_s: when the first token and the last event were taken, on time.perf_counter.
     """
 
     def __init__(self, calls: Calls, num_prompts: int) -> None:
@@ -81,6 +85,10 @@ class Generation:
         self.accepted = [pb.Accepted()] * num_prompts
         self.usage = pb.Usage()
         self.has_ended = False
+        self.has_failed = False
+        self.finished: list[pb.Finished] = []
+        self.first_token_at_s: float | None = None
+        self.ended_at_s: float | None = None
         self._num_generated = 0
 
     @classmethod
@@ -133,20 +141,31 @@ class Generation:
 
         Raises the error of the call that failed first, after what came before it; a failure of one cancels all.
         """
-        arrived, self._early = self._early or self._calls.take(), []
+        try:
+            arrived, self._early = self._early or self._calls.take(), []
+        except SoftpromptError:
+            self.has_failed = True
+            raise
+        had_tokens = self._num_generated
         events: list[tuple[int, Delta | pb.Finished | pb.PromptLogprobs]] = []
         for prompt, event in arrived:
             if isinstance(event, Delta):
                 self._num_generated += len(event.token_ids)
                 events.append((prompt, event))
-            elif isinstance(event, (pb.Finished, pb.PromptLogprobs)):
+            elif isinstance(event, pb.PromptLogprobs):
+                events.append((prompt, event))
+            elif isinstance(event, pb.Finished):
+                self.finished.append(event)
                 events.append((prompt, event))
             elif isinstance(event, pb.Usage):
                 self._add(event)
+        if not had_tokens and self._num_generated:
+            self.first_token_at_s = time.perf_counter()
         if self._calls.is_over:
             if self._num_running:
                 raise InternalError("a generation ended without its usage")
             self.has_ended = True
+            self.ended_at_s = time.perf_counter()
         return events
 
     async def choices(self, per_prompt: int) -> list[list[Choice]]:

@@ -10,11 +10,23 @@ from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_gateway.clients import InferenceClient
 from softprompt_gateway.errors import fields_spelled
 from softprompt_gateway.openai.generation import Generation
+from softprompt_gateway.rates import Meter
 from softprompt_gateway.resolve import Named, Resolver, Target
 
 
 class Startable(Protocol):
-    """What a request asks for, with its names resolved."""
+    """What a request asks for, with its names resolved.
+
+    Its log line tells of it, also where it cannot start.
+    """
+
+    @property
+    def target(self) -> Target:
+        """What it is computed with."""
+
+    @property
+    def meter(self) -> Meter:
+        """Where its log line finds what there is to tell."""
 
     @property
     def calls(self) -> Sequence[pb.GenerateRequest]:
@@ -65,6 +77,7 @@ class Starting:
         return begun
 
     async def _start(self, work: Work) -> tuple[Work, Generation]:
+        work.meter.facts |= work.target.facts()
         with fields_spelled(adapter="model"):
             return work, await Generation.start(self._inference, work.calls)
 

@@ -10,6 +10,7 @@ from softprompt_gateway.metrics import Metrics
 from softprompt_gateway.openai.chunks import Chunks
 from softprompt_gateway.openai.generation import Generation
 from softprompt_gateway.openai.job import Job, usage_of
+from softprompt_gateway.openai.settling import settle
 
 
 class Streamed:
@@ -58,7 +59,10 @@ class Streamed:
     def close(self) -> None:
         """Abort what still runs, and count what was generated."""
         self._generation.cancel()
-        self._job.meter.tokens += self._generation.num_tokens
+        job = self._job
+        settle(
+            self._generation, self._metrics, target=job.target, meter=job.meter, num_choices=job.choices_per_prompt
+        )
 
     def _open(self) -> bytes:
         style, per_prompt = self._job.style, self._per_prompt
@@ -72,9 +76,7 @@ class Streamed:
         )
 
     def _close(self) -> bytes:
-        usage = self._generation.usage
-        self._metrics.used(usage)
         if not self._job.include_usage:
             return sse.DONE
-        shape = orjson.dumps(usage_of(usage))
+        shape = orjson.dumps(usage_of(self._generation.usage))
         return sse.event(self._identity + b',"choices":[],"usage":' + shape + b"}") + sse.DONE

@@ -39,6 +39,11 @@ class Adapter:
         return cls(digest=digest, spelling=spelling, content=content)
 
     @property
+    def name(self) -> str:
+        """The name of one of these versions."""
+        return self.spelling.partition("@")[0]
+
+    @property
     def is_lora(self) -> bool:
         """Whether it changes linears of the model, and has no virtual tokens."""
         return isinstance(self.content, Lora)

@@ -19,6 +19,7 @@ from time import monotonic
 from typing import Literal
 
 from softprompt_api.errors import AdapterInUse, InvalidArgument
+from softprompt_api.tracing import span
 
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.host_cache import HostCache
@@ -165,10 +166,11 @@ class Residency:
         """
         entries = {digest: self._ask_for(digest) for digest in dict.fromkeys(digests)}
         try:
-            adapters = [await self._fetched(entries[digest]) for digest in digests]
-            if check is not None:
-                check(adapters)
-            await self._hold_in_turn(list(entries.values()))
+            with span("adapters"):
+                adapters = [await self._fetched(entries[digest]) for digest in digests]
+                if check is not None:
+                    check(adapters)
+                await self._hold_in_turn(list(entries.values()))
             try:
                 yield adapters
             finally:
@@ -213,6 +215,19 @@ class Residency:
     def misses(self) -> int:
         """Requests whose adapter was in no tier."""
         return self._hits["registry"]
+
+    @property
+    def max_loras(self) -> int:
+        """Most LoRAs in the engine."""
+        return self._loras.max_adapters
+
+    def loras_asked_for(self) -> tuple[list[str], list[str]]:
+        """Names of the LoRAs that requests use, and of those that requests wait for."""
+        known = [entry for entry in self._entries.values() if isinstance(entry.fetched, Adapter)]
+        loras = [entry for entry in known if entry.adapter.is_lora]
+        running = {entry.adapter.name for entry in loras if entry.num_using}
+        waiting = {entry.adapter.name for entry in loras if entry.num_asking > entry.num_using}
+        return sorted(running), sorted(waiting)
 
     def evict(self, digest: str) -> bool:
         """Let an adapter go from all memory; False when it is not there.

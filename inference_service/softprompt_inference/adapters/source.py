@@ -20,8 +20,10 @@ from softprompt_api.names import AdapterRef, choose_task, parse_requested, with_
 from softprompt_api.quality import Probe
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc as pb_grpc
+from softprompt_api.rpc.context import ask, outgoing
 from softprompt_api.rpc.quality import probe_to
 from softprompt_api.rpc.status import from_rpc_error
+from softprompt_api.tracing import span
 
 from softprompt_inference.adapters.adapter import Adapter
 
@@ -62,7 +64,8 @@ class AdapterSource:
         AdapterNotFound: there is none. Unavailable: the registry cannot be asked.
         """
         try:
-            answer = await self._stub.GetAdapter(pb.GetAdapterRequest(adapter=spelling), timeout=RESOLVE_TIMEOUT_S)
+            request = pb.GetAdapterRequest(adapter=spelling)
+            answer = await ask(self._stub.GetAdapter, request, timeout_s=RESOLVE_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise _translated(error) from error
         return _readable(answer).adapter
@@ -73,7 +76,7 @@ class AdapterSource:
             adapter=f"{version.name}@{version.version}", digest=version.digest, probe=probe_to(probe)
         )
         try:
-            answer = await self._stub.RecordProbe(request, timeout=RESOLVE_TIMEOUT_S)
+            answer = await ask(self._stub.RecordProbe, request, timeout_s=RESOLVE_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise _translated(error) from error
         return _readable(answer).adapter
@@ -86,8 +89,9 @@ class AdapterSource:
         """
         transfer = _Transfer(ref=parse_requested(spelling))
         try:
-            async with asyncio.timeout(FETCH_TIMEOUT_S):
-                wanted = await self._read(transfer)
+            with span("fetch", "client"):
+                async with asyncio.timeout(FETCH_TIMEOUT_S):
+                    wanted = await self._read(transfer)
         except TimeoutError as error:
             raise Unavailable("the registry is too slow to deliver the adapter; try again later") from error
         adapter = await asyncio.to_thread(wanted.read, transfer.data, spelling, self._base_model.dtype)
@@ -118,7 +122,7 @@ class AdapterSource:
     async def _read_on(self, transfer: "_Transfer") -> None:
         data = transfer.data
         request = pb.ReadTensorsRequest(digest=transfer.ref.digest, offset=len(data))
-        call = self._stub.ReadTensors(request, timeout=FETCH_TIMEOUT_S)
+        call = self._stub.ReadTensors(request, timeout=FETCH_TIMEOUT_S, metadata=outgoing())
         try:
             async for response in call:
                 message = _readable(response)

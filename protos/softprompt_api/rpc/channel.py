@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import grpc
 
+from softprompt_api.rpc.tls import ClientTls
+
 MAX_MESSAGE_BYTES = 8 * 2**20
 CHUNK_BYTES = 2**20
 
@@ -80,11 +82,17 @@ SERVER_OPTIONS: Sequence[tuple[str, int]] = (
 )
 
 
-def open_channel(target: str) -> grpc.aio.Channel:
+def open_channel(target: str, tls: ClientTls | None = None) -> grpc.aio.Channel:
     """An asyncio channel to a service at `host:port` or `unix:path`."""
-    return grpc.aio.insecure_channel(target, options=list(CLIENT_OPTIONS))
+    options = list(CLIENT_OPTIONS)
+    if tls is None:
+        return grpc.aio.insecure_channel(target, options=options)
+    return grpc.aio.secure_channel(target, tls.grpc_credentials(), options=options)
 
 
-def open_blocking_channel(target: str) -> grpc.Channel:
+def open_blocking_channel(target: str, tls: ClientTls | None = None) -> grpc.Channel:
     """A blocking channel to a service, for scripts and the command line."""
-    return grpc.insecure_channel(target, options=list(CLIENT_OPTIONS))
+    options = list(CLIENT_OPTIONS)
+    if tls is None:
+        return grpc.insecure_channel(target, options=options)
+    return grpc.secure_channel(target, tls.grpc_credentials(), options=options)

@@ -1,4 +1,7 @@
-"""`python -m softprompt_api.rpc.probe HOST:PORT`: exit 0 when the service there says SERVING, 1 otherwise."""
+"""`python -m softprompt_api.rpc.probe HOST:PORT`: exit 0 when the service there says SERVING, 1 otherwise.
+
+It reads `SOFTPROMPT_TLS_CA`, `SOFTPROMPT_TLS_CLIENT_CERT` and `SOFTPROMPT_TLS_CLIENT_KEY`, as the services do.
+"""
 
 import sys
 
@@ -6,23 +9,37 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from softprompt_api.rpc.channel import open_blocking_channel
+from softprompt_api.rpc.tls import ClientTls
+from softprompt_api.settings import ClientTlsSettings, SettingsError, read
 
 
-def is_serving(target: str, timeout_s: float = 3.0) -> bool:
+def is_serving(target: str, timeout_s: float = 3.0, tls: ClientTls | None = None) -> bool:
     """Whether the health service at `target` answers SERVING within the time."""
-    check = open_blocking_channel(target).unary_unary(
-        "/grpc.health.v1.Health/Check",
-        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-        response_deserializer=health_pb2.HealthCheckResponse.FromString,
-    )
-    try:
-        answer = check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
-    except grpc.RpcError:
-        return False
+    with open_blocking_channel(target, tls) as channel:
+        check = channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        try:
+            answer = check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        except grpc.RpcError:
+            return False
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Probe what the command line names; the exit status."""
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m softprompt_api.rpc.probe HOST:PORT")
-    sys.exit(0 if is_serving(sys.argv[1]) else 1)
+        print("usage: python -m softprompt_api.rpc.probe HOST:PORT", file=sys.stderr)
+        return 1
+    try:
+        tls = read(ClientTlsSettings).client_tls
+    except SettingsError as error:
+        print(f"probe: {error}", file=sys.stderr)
+        return 1
+    return 0 if is_serving(sys.argv[1], tls=tls) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,19 +14,27 @@ from grpc_status import rpc_status
 
 from softprompt_api.errors import InternalError, SoftpromptError
 from softprompt_api.rpc.channel import SERVER_OPTIONS
+from softprompt_api.rpc.context import enter_call
 from softprompt_api.rpc.status import to_status
+from softprompt_api.rpc.tls import ServerTls
+from softprompt_api.rpc.tracing import TracingInterceptor
+from softprompt_api.tracing import Tracer
 
 _log = structlog.get_logger()
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turn every SoftpromptError into its status, and every other exception into INTERNAL without its text."""
+    """Turn every SoftpromptError into its status, and every other exception into INTERNAL without its text.
+
+    Log lines of a call have the id of the request that it is made for.
+    """
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
+        enter_call(handler_call_details.invocation_metadata)
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -79,11 +87,22 @@ class ServiceServer:
     Args:
         address: `host:port`; port 0 picks a free one, told by `port` after `start`.
         services: descriptors of the services added through `server`, for reflection and health.
+        tls: how it proves who it is; None: without TLS.
+        tracer: traces calls; None: nobody does.
     """
 
-    def __init__(self, address: str, services: Sequence[ServiceDescriptor]) -> None:
-        self.server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=list(SERVER_OPTIONS))
+    def __init__(
+        self,
+        address: str,
+        services: Sequence[ServiceDescriptor],
+        tls: ServerTls | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
+        # The first is the outermost.
+        traced = [] if tracer is None else [TracingInterceptor(tracer)]
+        self.server = grpc.aio.server(interceptors=[ErrorInterceptor(), *traced], options=list(SERVER_OPTIONS))
         self._address = address
+        self._tls = tls
         self._names = [service.full_name for service in services]
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
@@ -94,7 +113,11 @@ class ServiceServer:
     async def start(self, *, serving: bool = True) -> None:
         """Listen; OSError names the address when it is taken."""
         try:
-            self.port = self.server.add_insecure_port(self._address)
+            self.port = (
+                self.server.add_insecure_port(self._address)
+                if self._tls is None
+                else self.server.add_secure_port(self._address, self._tls.grpc_credentials())
+            )
         except RuntimeError as error:
             raise OSError(f"cannot listen on {self._address}: is another service running there?") from error
         await self.set_serving(serving)

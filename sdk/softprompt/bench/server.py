@@ -4,12 +4,15 @@ import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from softprompt_api.errors import AdapterNotFound, InternalError, SoftpromptError, Unauthenticated, Unavailable
 
 from softprompt.bench.workload import Request
+
+if TYPE_CHECKING:
+    from softprompt_api.rpc.tls import ClientTls
 
 # Far above any answer: a run is to be measured, not cut.
 _READ_TIMEOUT_S = 3600.0
@@ -56,15 +59,17 @@ class Server:
     Args:
         url: the server, with or without `/v1`.
         api_key: sent as a bearer token where given.
+        tls: authorities to believe beside the public ones, and a certificate where the server asks for one.
     """
 
-    def __init__(self, url: str, api_key: str = "") -> None:
+    def __init__(self, url: str, api_key: str = "", *, tls: "ClientTls | None" = None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._http = httpx.AsyncClient(
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
             # Requests wait for the server, never for a connection of ours.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            verify=True if tls is None else tls.extend(httpx.create_ssl_context()),
         )
 
     async def __aenter__(self) -> "Server":

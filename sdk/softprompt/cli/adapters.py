@@ -9,10 +9,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 from softprompt_api.errors import SoftpromptError
 
+from softprompt.cli.connections import inference_client, registry_client
 from softprompt.cli.problems import WrongUsage
 from softprompt.inference import DEFAULT_ADDRESS as INFERENCE_ADDRESS
-from softprompt.inference import InferenceClient
-from softprompt.registry import DEFAULT_ADDRESS, AdapterInfo, RegistryClient
+from softprompt.registry import DEFAULT_ADDRESS, AdapterInfo
 
 _MAX_LINE = 1000
 
@@ -62,7 +62,7 @@ def add(
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     errors = Console(stderr=True)
     with (
-        RegistryClient(registry) as client,
+        registry_client(registry) as client,
         Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar,
     ):
         task = bar.add_task(f"uploading {name}")
@@ -82,7 +82,7 @@ def add(
 def _probe(inference: str, info: AdapterInfo) -> AdapterInfo:
     """The version with its effect, told where it has none; without where nobody can measure it."""
     try:
-        with InferenceClient(inference) as client:
+        with inference_client(inference) as client:
             probed = client.probe(f"{info.name}@{info.version}")
     except SoftpromptError as error:
         typer.echo(f"its effect was not measured: {error.message}", err=True)
@@ -95,7 +95,7 @@ def _probe(inference: str, info: AdapterInfo) -> AdapterInfo:
 @app.command(help="List the adapters of all tenants, the latest version of each.")
 def ls(registry: Registry = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """List every name."""
-    with RegistryClient(registry) as client:
+    with registry_client(registry) as client:
         adapters = client.adapters(all_tenants=True)
     if as_json:
         print_json([info.as_dict() for info in adapters])
@@ -108,7 +108,7 @@ def ls(registry: Registry = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
 @app.command(help="Show one adapter, and with a bare name all its versions.")
 def show(adapter: Adapter, registry: Registry = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """Show everything the registry knows."""
-    with RegistryClient(registry) as client:
+    with registry_client(registry) as client:
         info = client.get(adapter)
         versions = client.versions(info.name) if adapter == info.name else [info]
     if as_json:
@@ -143,7 +143,7 @@ def _facts(info: AdapterInfo) -> dict[str, Any]:
 )
 def rm(adapter: Adapter, registry: Registry = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """Delete a name or one version."""
-    with RegistryClient(registry) as client:
+    with registry_client(registry) as client:
         deleted = client.remove(adapter)
     if as_json:
         print_json({"adapter": adapter, "deleted_versions": deleted})

@@ -6,6 +6,7 @@ import typer
 from softprompt_api.errors import AdapterNotFound
 
 from softprompt.cli.adapters import AsJson, Registry, parse_label, print_json
+from softprompt.cli.connections import registry_client
 from softprompt.cli.problems import WrongUsage
 from softprompt.registry import DEFAULT_ADDRESS, AdapterInfo, RegistryClient
 
@@ -27,7 +28,7 @@ def alias(
     """Make an alias point to a version, or remove it."""
     if remove == (version is not None):
         raise WrongUsage("give the VERSION that the alias shall point to, or --remove")
-    with RegistryClient(registry) as client:
+    with registry_client(registry) as client:
         if version is None:
             client.remove_alias(name, alias, expected=expect)
         else:
@@ -48,7 +49,7 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Make a bare name mean an older version again."""
-    with RegistryClient(registry) as client:
+    with registry_client(registry) as client:
         latest = client.get(name)
         info = client.set_alias(name, "latest", to or _before(client, latest), expected=latest.version)
     if as_json:
@@ -75,7 +76,7 @@ def unpin(adapter: Version, registry: Registry = DEFAULT_ADDRESS, as_json: AsJso
 
 
 def _pin(adapter: str, pinned: bool, registry: str, as_json: bool) -> None:
-    with RegistryClient(registry) as client:
+    with registry_client(registry) as client:
         info = client.update(adapter, pinned=pinned)
     if as_json:
         print_json(info.as_dict())
@@ -97,7 +98,7 @@ def label(
     }
     if not labels:
         raise WrongUsage("give labels to set as KEY=VALUE, or --remove KEY")
-    with RegistryClient(registry) as client:
+    with registry_client(registry) as client:
         info = client.update(adapter, labels=labels)
     if as_json:
         print_json(info.as_dict())

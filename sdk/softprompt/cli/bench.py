@@ -19,6 +19,7 @@ from softprompt.bench.load import run
 from softprompt.bench.report import GOALS, Report, make_report
 from softprompt.bench.server import Outcome, Server
 from softprompt.bench.workload import LengthRange, RandomPrompts, Request, make_workload
+from softprompt.cli.connections import client_tls
 from softprompt.cli.problems import Problem, WrongUsage
 from softprompt.gateway import DEFAULT_URL
 
@@ -83,7 +84,7 @@ def bench(
     _check_writable(save_result)
 
     async def measure() -> tuple[list[str], list[Outcome], float, float]:
-        async with Server(base_url, api_key) as server:
+        async with Server(base_url, api_key, tls=client_tls()) as server:
             models = await _models(server, model, adapters)
             requests = make_workload(
                 num=num_prompts,

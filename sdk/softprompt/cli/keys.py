@@ -9,8 +9,9 @@ from softprompt_api.access import Scope
 from softprompt_api.tenants import DEFAULT_TENANT
 
 from softprompt.cli.adapters import AsJson, Registry, console, print_json
+from softprompt.cli.connections import key_client
 from softprompt.cli.problems import WrongUsage
-from softprompt.keys import KeyClient, KeyInfo
+from softprompt.keys import KeyInfo
 from softprompt.registry import DEFAULT_ADDRESS
 
 app = typer.Typer(
@@ -40,7 +41,7 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Make one key."""
-    with KeyClient(registry) as client:
+    with key_client(registry) as client:
         key, info = client.create(
             _scopes(scopes),
             tenant=tenant,
@@ -61,7 +62,7 @@ def create(
 @app.command(help="List the API keys.")
 def ls(registry: Registry = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """List every key that is not revoked."""
-    with KeyClient(registry) as client:
+    with key_client(registry) as client:
         keys = client.keys()
     if as_json:
         print_json([info.as_dict() for info in keys])
@@ -78,7 +79,7 @@ def revoke(
     as_json: AsJson = False,
 ) -> None:
     """Delete one key."""
-    with KeyClient(registry) as client:
+    with key_client(registry) as client:
         client.revoke(key)
     if as_json:
         print_json({"key": key, "revoked": True})

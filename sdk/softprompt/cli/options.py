@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.names import check_name
+from softprompt_api.rpc.tls import ServerTls
 
 from softprompt.cli.problems import WrongUsage
 
@@ -41,6 +42,8 @@ class RunOptions(BaseModel):
     served_model_name: str | None = Field(default=None, min_length=1)
     host: str = Field(default="127.0.0.1", min_length=1)
     port: Port = 2242
+    tls_cert: str | None = Field(default=None, min_length=1)
+    tls_key: str | None = Field(default=None, min_length=1, validate_default=True)
     require_keys: bool = False
     insecure: bool = False
     registry_port: Port = 2243
@@ -71,6 +74,13 @@ class RunOptions(BaseModel):
     def adapters(self) -> dict[str, str]:
         """Every adapter to register, by its name."""
         return {**self.prompt_adapters, **self.lora_modules}
+
+    @field_validator("tls_key")
+    @classmethod
+    def _of_the_certificate(cls, value: str | None, info: ValidationInfo) -> str | None:
+        cert = info.data.get("tls_cert")
+        ServerTls.of(Path(cert) if cert else None, Path(value) if value else None, None)
+        return value
 
     @field_validator("prompt_adapters", "lora_modules", mode="before")
     @classmethod

@@ -17,12 +17,12 @@ from softprompt_api.names import choose_task, parse_requested, with_task
 from softprompt_api.registry.v1 import registry_pb2
 
 from softprompt.cli.adapters import AsJson, Inference, Registry, console, print_json
+from softprompt.cli.connections import inference_client, registry_client
 from softprompt.cli.problems import Problem, WrongUsage
 from softprompt.inference import DEFAULT_ADDRESS as INFERENCE_ADDRESS
-from softprompt.inference import InferenceClient, VirtualToken
+from softprompt.inference import VirtualToken
 from softprompt.peft_folder import write_folder
 from softprompt.registry import DEFAULT_ADDRESS as REGISTRY_ADDRESS
-from softprompt.registry import RegistryClient
 from softprompt.verify import PROMPTS, TOLERANCES, Comparison, Replay, Served, compare, serve
 
 Adapter = Annotated[str, typer.Argument(help="NAME, NAME@VERSION, NAME@ALIAS or sha256:DIGEST")]
@@ -31,7 +31,7 @@ Task = Annotated[str, typer.Argument(help="NAME, NAME@VERSION, NAME@ALIAS or sha
 
 def probe(adapter: Adapter, inference: Inference = INFERENCE_ADDRESS, as_json: AsJson = False) -> None:
     """Measure an adapter's effect, and keep it with the version."""
-    with InferenceClient(inference) as client:
+    with inference_client(inference) as client:
         info = client.probe(adapter)
     if as_json:
         print_json(info.as_dict())
@@ -51,7 +51,7 @@ def nearest(
     as_json: AsJson = False,
 ) -> None:
     """List the tokens that are nearest to each virtual token."""
-    with InferenceClient(inference) as client:
+    with inference_client(inference) as client:
         virtual_tokens = client.nearest(adapter, top_k=top_k)
     if as_json:
         print_json([asdict(virtual) for virtual in virtual_tokens])
@@ -87,7 +87,7 @@ def verify(
     if prompt and not all(prompt):
         raise WrongUsage("--prompt: a prompt must not be empty")
     _check_installed()
-    with RegistryClient(registry) as to_registry, InferenceClient(inference) as to_inference:
+    with registry_client(registry) as to_registry, inference_client(inference) as to_inference:
         ref = parse_requested(adapter)
         version = to_registry.version(str(ref.whole))
         task = choose_task(ref, version.num_tasks)

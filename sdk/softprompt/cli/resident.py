@@ -4,12 +4,13 @@ import typer
 from rich.table import Table
 
 from softprompt.cli.adapters import Adapter, AsJson, Inference, console, print_json
-from softprompt.inference import DEFAULT_ADDRESS, InferenceClient
+from softprompt.cli.connections import inference_client
+from softprompt.inference import DEFAULT_ADDRESS
 
 
 def ps(inference: Inference = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """List what is in memory, most recently used first."""
-    with InferenceClient(inference) as client:
+    with inference_client(inference) as client:
         adapters, total = client.resident()
     if as_json:
         print_json([info.as_dict() for info in adapters])
@@ -31,7 +32,7 @@ def ps(inference: Inference = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
 
 def preload(adapter: Adapter, inference: Inference = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """Bring an adapter in before its first request."""
-    with InferenceClient(inference) as client:
+    with inference_client(inference) as client:
         digest = client.preload(adapter)
     if as_json:
         print_json({"adapter": adapter, "digest": digest})
@@ -41,7 +42,7 @@ def preload(adapter: Adapter, inference: Inference = DEFAULT_ADDRESS, as_json: A
 
 def evict(adapter: Adapter, inference: Inference = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """Let an adapter go from memory."""
-    with InferenceClient(inference) as client:
+    with inference_client(inference) as client:
         digest = client.evict(adapter)
     if as_json:
         print_json({"adapter": adapter, "digest": digest})

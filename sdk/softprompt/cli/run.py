@@ -70,6 +70,12 @@ def run(
     port: Annotated[
         int | None, typer.Option(envvar="SOFTPROMPT_PORT", help="port of the HTTP API; 0 takes a free one")
     ] = None,
+    tls_cert: Annotated[
+        str | None, typer.Option(envvar="SOFTPROMPT_TLS_CERT", help="certificate as PEM: the HTTP API has HTTPS")
+    ] = None,
+    tls_key: Annotated[
+        str | None, typer.Option(envvar="SOFTPROMPT_TLS_KEY", help="private key of --tls-cert, as PEM")
+    ] = None,
     registry_port: Annotated[int | None, typer.Option(envvar="SOFTPROMPT_REGISTRY_PORT")] = None,
     inference_port: Annotated[int | None, typer.Option(envvar="SOFTPROMPT_INFERENCE_PORT")] = None,
     require_keys: Annotated[

@@ -1,11 +1,13 @@
 """The three services as commands: how each is started and told its options."""
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from softprompt.cli.options import RunOptions
+from softprompt.cli.problems import WrongUsage
 
 MODULES: Mapping[str, str] = {
     "registry": "softprompt_registry",
@@ -13,6 +15,9 @@ MODULES: Mapping[str, str] = {
     "gateway": "softprompt_gateway",
 }
 _GIB = 2**30
+# Where services of other systems are called with TLS; those of this one are not.
+_CLIENT_TLS = frozenset({"SOFTPROMPT_TLS_CA", "SOFTPROMPT_TLS_CLIENT_CERT", "SOFTPROMPT_TLS_CLIENT_KEY"})
+_SERVICE_TLS = re.compile(r"SOFTPROMPT_(GATEWAY|REGISTRY|INFERENCE)_TLS_\w+")
 # A service that has not ended this long after SIGTERM is killed; running requests get half of it.
 GRACE_S = 10.0
 
@@ -26,12 +31,23 @@ class Addresses:
     inference: str
     gateway_host: str
     gateway_port: int
+    gateway_scheme: str = "http"
 
     @property
     def gateway_url(self) -> str:
         """The gateway as a client on this machine reaches it."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.gateway_host, self.gateway_host)
-        return f"http://{f'[{host}]' if ':' in host and not host.startswith('[') else host}:{self.gateway_port}"
+        name = f"[{host}]" if ":" in host and not host.startswith("[") else host
+        return f"{self.gateway_scheme}://{name}:{self.gateway_port}"
+
+
+def refuse_tls_of_services() -> None:
+    """WrongUsage for variables that would give services TLS with which this command does not call them."""
+    if found := sorted(filter(_SERVICE_TLS.fullmatch, os.environ)):
+        raise WrongUsage(
+            f"{found[0]} is for a service that is started alone; here services talk on loopback, and "
+            "--tls-cert with --tls-key is for the HTTP API"
+        )
 
 
 def command(service: str, arguments: Sequence[str] = ()) -> list[str]:
@@ -43,7 +59,7 @@ def environment(service: str, options: RunOptions, addresses: Addresses) -> dict
     """The environment of a service: this process's, with the service's settings; None is left to the service."""
     # Variables that `run` reads are in `options` by now, and the services refuse variables that they do not know.
     own = {f"SOFTPROMPT_{name.upper()}" for name in ("config", *RunOptions.model_fields)}
-    inherited = {name: value for name, value in os.environ.items() if name not in own}
+    inherited = {name: value for name, value in os.environ.items() if name not in own | _CLIENT_TLS}
     settings = {
         "registry": _registry,
         "inference": _inference,
@@ -91,6 +107,8 @@ def _gateway(options: RunOptions, addresses: Addresses) -> dict[str, object]:
     return {
         "SOFTPROMPT_GATEWAY_HOST": addresses.gateway_host,
         "SOFTPROMPT_GATEWAY_PORT": addresses.gateway_port,
+        "SOFTPROMPT_GATEWAY_TLS_CERT": options.tls_cert,
+        "SOFTPROMPT_GATEWAY_TLS_KEY": options.tls_key,
         "SOFTPROMPT_GATEWAY_REQUIRE_KEYS": options.require_keys,
         "SOFTPROMPT_GATEWAY_INSECURE": options.insecure,
         # The embedded store is this system's alone, and so is its one gateway: it counts by itself.

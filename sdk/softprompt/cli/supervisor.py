@@ -19,7 +19,7 @@ from softprompt.cli.options import RunOptions
 from softprompt.cli.phases import Phase, phase
 from softprompt.cli.problems import Problem, WrongUsage
 from softprompt.cli.processes import Child
-from softprompt.cli.services import GRACE_S, Addresses, command, environment
+from softprompt.cli.services import GRACE_S, Addresses, command, environment, refuse_tls_of_services
 from softprompt.cli.stopping import Stop
 from softprompt.cli.store import EmbeddedStore, locked
 from softprompt.registry import RegistryClient
@@ -53,6 +53,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Serve until asked to stop. Problem when something does not start, or ends unasked."""
+        refuse_tls_of_services()
         adapters = {name: _find(name, path) for name, path in self._options.adapters.items()}
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self._data_dir))
@@ -75,6 +76,7 @@ class Supervisor:
             inference=f"127.0.0.1:{inference_port}",
             gateway_host=options.host,
             gateway_port=ports.claim(options.host, options.port, "--port"),
+            gateway_scheme="https" if options.tls_cert else "http",
         )
 
     def _start_all(self, store: EmbeddedStore | None, addresses: Addresses) -> None:
@@ -162,6 +164,7 @@ def _find(name: str, path: str) -> LocalAdapter:
 
 def _is_ready(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health/ready", timeout=1.0, trust_env=False).is_success
+        # Its certificate is for names that clients use: this one may call it by another, and only asks how it is.
+        return httpx.get(f"{url}/health/ready", timeout=1.0, trust_env=False, verify=False).is_success
     except httpx.HTTPError:
         return False

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
+from softprompt.cli.connections import gateway_client
 from softprompt.cli.problems import WrongUsage
-from softprompt.gateway import DEFAULT_URL, GatewayClient
+from softprompt.gateway import DEFAULT_URL
 
 Url = Annotated[str, typer.Option("--url", envvar="SOFTPROMPT_URL", help="the gateway")]
 ApiKey = Annotated[
@@ -33,7 +34,7 @@ def complete(
     text = sys.stdin.read() if prompt is None else prompt
     if not text:
         raise WrongUsage("there is no prompt: give one as an argument or on standard input")
-    with GatewayClient(url, api_key=api_key) as gateway:
+    with gateway_client(url, api_key) as gateway:
         name = model or gateway.base_model()
         limits = {"max_tokens": max_tokens, "temperature": temperature, "stop": stop or []}
         for piece in gateway.complete(text, model=name, **limits):
@@ -51,7 +52,7 @@ def chat(
 ) -> None:
     """Answer each line of standard input, remembering the conversation; end with Ctrl-D."""
     messages = [{"role": "system", "content": system}] if system else []
-    with GatewayClient(url, api_key=api_key) as gateway:
+    with gateway_client(url, api_key) as gateway:
         name = model or gateway.base_model()
         while (line := _next_line(name)) is not None:
             if not line:

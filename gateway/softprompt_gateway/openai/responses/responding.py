@@ -1,7 +1,8 @@
 """From a checked response request to an HTTP answer, whole or streamed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from starlette.responses import Response
@@ -12,6 +13,7 @@ from softprompt_gateway.openai.responses.answer import Answer
 from softprompt_gateway.openai.responses.events import Events, Unheard
 from softprompt_gateway.openai.responses.request import ResponsesRequest
 from softprompt_gateway.openai.responses.streamed import StreamedResponse
+from softprompt_gateway.openai.settling import settle
 from softprompt_gateway.openai.starting import Starting
 from softprompt_gateway.rates import Meter
 from softprompt_gateway.resolve import Named, Target
@@ -23,6 +25,7 @@ class _Asked:
     """A request, and the versions that its names stand for."""
 
     target: Target
+    meter: Meter
     calls: Sequence[pb.GenerateRequest]
 
 
@@ -37,24 +40,25 @@ class Responding:
         """The answer; errors before the first token are raised, so that they have their own status."""
 
         async def asked(target: Target) -> _Asked:
-            return _Asked(target=target, calls=[request.call(target, request_id=request_id)])
+            return _Asked(target=target, meter=meter, calls=[request.call(target, request_id=request_id)])
 
         work, generation = await self._starting.begin(named, asked)
         target = work.target
         events = Events() if request.stream else Unheard()
         answer = Answer(request, target, events)
+        settled = partial(settle, generation, self._metrics, target=target, meter=meter, num_choices=1)
         if request.stream:
-            streamed = StreamedResponse(answer, events, generation, metrics=self._metrics, meter=meter)
+            streamed = StreamedResponse(answer, events, generation, settled)
             return EventStream(streamed, headers=target.headers(), broken=streamed.broken)
-        await self._complete(answer, generation, meter)
+        await _complete(answer, generation, settled)
         return Response(answer.json(), media_type="application/json", headers=target.headers())
 
-    async def _complete(self, answer: Answer, generation: Generation, meter: Meter) -> None:
-        try:
-            [[choice]] = await generation.choices(1)
-        finally:
-            meter.tokens += generation.num_tokens
-        self._metrics.used(generation.usage)
-        answer.begin(generation.accepted[0])
-        answer.add("".join(choice.text), choice.token_ids, choice.logprobs)
-        answer.end(choice.finished, generation.usage)
+
+async def _complete(answer: Answer, generation: Generation, settled: Callable[[], None]) -> None:
+    try:
+        [[choice]] = await generation.choices(1)
+    finally:
+        settled()
+    answer.begin(generation.accepted[0])
+    answer.add("".join(choice.text), choice.token_ids, choice.logprobs)
+    answer.end(choice.finished, generation.usage)

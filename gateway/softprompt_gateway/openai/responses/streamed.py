@@ -5,11 +5,9 @@ from collections.abc import Callable
 from softprompt_api.inference.v1 import inference_pb2 as pb
 
 from softprompt_gateway.errors import ErrorBody
-from softprompt_gateway.metrics import Metrics
 from softprompt_gateway.openai.generation import Generation
 from softprompt_gateway.openai.responses.answer import Answer
 from softprompt_gateway.openai.responses.events import Events
-from softprompt_gateway.rates import Meter
 from softprompt_gateway.session import Delta
 
 
@@ -18,17 +16,16 @@ class StreamedResponse:
 
     Args:
         answer: tells `events`.
-        meter: counts the tokens.
+        settled: is called at the end, whatever that is.
     """
 
     def __init__(
-        self, answer: Answer, events: Events, generation: Generation, *, metrics: Metrics, meter: Meter
+        self, answer: Answer, events: Events, generation: Generation, settled: Callable[[], None]
     ) -> None:
         self._answer = answer
         self._events = events
         self._generation = generation
-        self._metrics = metrics
-        self._meter = meter
+        self._settled = settled
         self._finished = pb.Finished()
         self._has_begun = False
         self.has_ended = False
@@ -57,7 +54,6 @@ class StreamedResponse:
         self._add(deltas)
         if self._generation.has_ended:
             self.has_ended = True
-            self._metrics.used(self._generation.usage)
             self._answer.end(self._finished, self._generation.usage)
         return self._events.take()
 
@@ -69,7 +65,7 @@ class StreamedResponse:
     def close(self) -> None:
         """Abort what still runs, and count what was generated."""
         self._generation.cancel()
-        self._meter.tokens += self._generation.num_tokens
+        self._settled()
 
     def _add(self, deltas: list[Delta]) -> None:
         """What came together is told together."""

@@ -573,6 +573,26 @@ class GenerateRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class TraceContextEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
@@ -583,6 +603,7 @@ class GenerateRequest(_message.Message):
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    TRACE_CONTEXT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """For logs and traces, at most 128 printable characters; never an identity. Empty: made up."""
     adapter: _builtins.str
@@ -616,6 +637,12 @@ class GenerateRequest(_message.Message):
     def sampling(self) -> Global___SamplingParams:
         """How to choose tokens."""
 
+    @_builtins.property
+    def trace_context(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Where the request stands in a trace: W3C's "traceparent" and "tracestate". A stream of generations has them
+        here, for its metadata is the same for all. Others, and what makes no sense, are not looked at.
+        """
+
     def __init__(
         self,
         *,
@@ -629,10 +656,11 @@ class GenerateRequest(_message.Message):
         add_special_tokens: _builtins.bool | None = ...,
         cache_salt: _builtins.str = ...,
         tenant: _builtins.str = ...,
+        trace_context: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat", "parts", b"parts", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "adapter", b"adapter", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "parts", b"parts", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "adapter", b"adapter", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "parts", b"parts", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids", "trace_context", b"trace_context"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
@@ -1454,6 +1482,10 @@ class GetLoadResponse(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
     ADAPTER_TIERS_FIELD_NUMBER: _builtins.int
     ADAPTER_MISSES_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_ID_FIELD_NUMBER: _builtins.int
+    MAX_LORAS_FIELD_NUMBER: _builtins.int
+    RUNNING_LORAS_FIELD_NUMBER: _builtins.int
+    WAITING_LORAS_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """Sequences in the running batch."""
     waiting: _builtins.int
@@ -1474,9 +1506,21 @@ class GetLoadResponse(_message.Message):
     """Times a sequence lost its pages to an older one."""
     adapter_misses: _builtins.int
     """Requests whose adapter was in no tier, and came from the registry."""
+    base_model_id: _builtins.str
+    """Id of the base model."""
+    max_loras: _builtins.int
+    """Most LoRAs on the device at one time."""
     @_builtins.property
     def adapter_tiers(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterTier]:
         """What each tier of adapters holds and gave, the fastest first."""
+
+    @_builtins.property
+    def running_loras(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the LoRAs that requests use, in order; at most 100."""
+
+    @_builtins.property
+    def waiting_loras(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the LoRAs that requests wait for, in order; at most 100."""
 
     def __init__(
         self,
@@ -1492,10 +1536,14 @@ class GetLoadResponse(_message.Message):
         preemptions: _builtins.int = ...,
         adapter_tiers: _abc.Iterable[Global___AdapterTier] | None = ...,
         adapter_misses: _builtins.int = ...,
+        base_model_id: _builtins.str = ...,
+        max_loras: _builtins.int = ...,
+        running_loras: _abc.Iterable[_builtins.str] | None = ...,
+        waiting_loras: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_misses", b"adapter_misses", "adapter_tiers", b"adapter_tiers", "cached_prompt_tokens", b"cached_prompt_tokens", "computed_prompt_tokens", b"computed_prompt_tokens", "generated_tokens", b"generated_tokens", "num_pages", b"num_pages", "preemptions", b"preemptions", "resident_adapters", b"resident_adapters", "running", b"running", "used_pages", b"used_pages", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_misses", b"adapter_misses", "adapter_tiers", b"adapter_tiers", "base_model_id", b"base_model_id", "cached_prompt_tokens", b"cached_prompt_tokens", "computed_prompt_tokens", b"computed_prompt_tokens", "generated_tokens", b"generated_tokens", "max_loras", b"max_loras", "num_pages", b"num_pages", "preemptions", b"preemptions", "resident_adapters", b"resident_adapters", "running", b"running", "running_loras", b"running_loras", "used_pages", b"used_pages", "waiting", b"waiting", "waiting_loras", b"waiting_loras"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,46 @@
+"""What a job was, told once when it has ended: to its key's limits, its log line, and metrics."""
+
+import time
+
+from softprompt_api.inference.v1 import inference_pb2 as pb
+from softprompt_api.tenants import full_name
+
+from softprompt_gateway.metrics import Metrics
+from softprompt_gateway.openai.generation import Generation, finish_reason
+from softprompt_gateway.outcome import Outcome
+from softprompt_gateway.rates import Meter
+from softprompt_gateway.resolve import Target
+
+
+def settle(generation: Generation, metrics: Metrics, *, target: Target, meter: Meter, num_choices: int) -> None:
+    """Tell of a generation that has ended, in whatever way; it has so many choices for each prompt."""
+    outcome = _outcome(generation, target, meter, num_choices)
+    meter.tokens += generation.num_tokens
+    meter.facts |= outcome.facts()
+    metrics.generated(outcome)
+
+
+def _outcome(generation: Generation, target: Target, meter: Meter, per_prompt: int) -> Outcome:
+    broken_off = "error" if generation.has_failed else "abort"
+    reasons = [finish_reason(finished) for finished in generation.finished]
+    num_choices = len(generation.accepted) * per_prompt
+    first_s, last_s = generation.first_token_at_s, generation.ended_at_s
+    return Outcome(
+        model=target.served.base_model.id,
+        adapters=[full_name(target.caller.tenant, bound.version.name) for bound in target.adapters],
+        usage=generation.usage if generation.has_ended else _so_far(generation),
+        reasons=reasons + [broken_off] * (num_choices - len(reasons)),
+        is_whole=generation.has_ended,
+        duration_s=(last_s or time.perf_counter()) - meter.began_s,
+        first_token_s=None if first_s is None else first_s - meter.began_s,
+    )
+
+
+def _so_far(generation: Generation) -> pb.Usage:
+    """The tokens of a generation that was broken off, as far as they came."""
+    prompt_tokens = sum(len(one.prompt_token_ids) for one in generation.accepted)
+    return pb.Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=generation.num_tokens - prompt_tokens,
+        virtual_tokens=sum(one.virtual_tokens for one in generation.accepted),
+    )
