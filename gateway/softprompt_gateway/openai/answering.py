@@ -1,16 +1,13 @@
 """From a checked request to an HTTP answer, whole or streamed; completions and chat differ only in their style."""
 
-from collections.abc import Sequence
-
 import orjson
-from softprompt_api.inference.v1 import inference_pb2 as pb
 from starlette.responses import Response
 
 from softprompt_gateway.clients import InferenceClient
 from softprompt_gateway.errors import fields_spelled
 from softprompt_gateway.metrics import Metrics
 from softprompt_gateway.openai.generation import Generation
-from softprompt_gateway.openai.job import Job, usage_of
+from softprompt_gateway.openai.job import Job, Work, usage_of
 from softprompt_gateway.openai.streamed import Streamed
 from softprompt_gateway.sse import EventStream
 
@@ -22,14 +19,14 @@ class Answering:
         self._inference = inference
         self._metrics = metrics
 
-    async def start(self, calls: Sequence[pb.GenerateRequest]) -> Generation:
+    async def start(self, work: Work) -> Generation:
         """Start the calls of one request; errors before the first token are raised."""
         with fields_spelled(adapter="model"):
-            return await Generation.start(self._inference, calls)
+            return await Generation.start(self._inference, work.calls)
 
     async def answer(self, job: Job) -> Response:
         """The answer; errors before the first token are raised, so that they have their own status."""
-        generation = await self.start(job.calls)
+        generation = await self.start(job)
         if job.stream:
             return EventStream(Streamed(job, generation, self._metrics), headers=job.target.headers())
         try:

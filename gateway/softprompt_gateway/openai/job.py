@@ -14,24 +14,33 @@ from softprompt_gateway.resolve import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One checked request.
+class Work:
+    """What one checked request wants generated, and for whom.
 
     Attributes:
         calls: one Generate request per prompt.
-        silent: whether only text counts: a delta without text may be left out of a stream, and deltas that
-            arrived together may be told as one.
         meter: counts the tokens.
     """
 
     target: Target
     calls: Sequence[pb.GenerateRequest]
     choices_per_prompt: int
-    style: Style
     stream: bool
+    meter: Meter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job(Work):
+    """One checked request whose answer has choices.
+
+    Attributes:
+        silent: whether only text counts: a delta without text may be left out of a stream, and deltas that
+            arrived together may be told as one.
+    """
+
+    style: Style
     include_usage: bool
     silent: bool
-    meter: Meter
 
     def identity(self, kind: str) -> dict[str, Any]:
         """What an answer begins with; `kind` is the style's `whole` or `chunk`."""

@@ -5,6 +5,7 @@ from starlette.responses import Response
 from softprompt_gateway.metrics import Metrics
 from softprompt_gateway.openai.answering import Answering
 from softprompt_gateway.openai.generation import Generation
+from softprompt_gateway.openai.job import Work
 from softprompt_gateway.openai.responses.answer import Answer
 from softprompt_gateway.openai.responses.events import Events, Unheard
 from softprompt_gateway.openai.responses.request import ResponsesRequest
@@ -25,21 +26,27 @@ class Responding:
         self, request: ResponsesRequest, target: Target, *, request_id: str, meter: Meter
     ) -> Response:
         """The answer; errors before the first token are raised, so that they have their own status."""
-        call = request.call(target, request_id=request_id)
-        events = Events() if request.stream else Unheard()
+        work = Work(
+            target=target,
+            calls=[request.call(target, request_id=request_id)],
+            choices_per_prompt=1,
+            stream=bool(request.stream),
+            meter=meter,
+        )
+        events = Events() if work.stream else Unheard()
         answer = Answer(request, target, events)
-        generation = await self._answering.start([call])
-        if request.stream:
-            streamed = StreamedResponse(answer, events, generation, metrics=self._metrics, meter=meter)
+        generation = await self._answering.start(work)
+        if work.stream:
+            streamed = StreamedResponse(work, answer, events, generation, self._metrics)
             return EventStream(streamed, headers=target.headers(), broken=streamed.broken)
-        await self._complete(answer, generation, meter)
+        await self._complete(work, answer, generation)
         return Response(answer.json(), media_type="application/json", headers=target.headers())
 
-    async def _complete(self, answer: Answer, generation: Generation, meter: Meter) -> None:
+    async def _complete(self, work: Work, answer: Answer, generation: Generation) -> None:
         try:
-            [[choice]] = await generation.choices(1)
+            [[choice]] = await generation.choices(work.choices_per_prompt)
         finally:
-            meter.tokens += generation.num_tokens
+            work.meter.tokens += generation.num_tokens
         self._metrics.used(generation.usage)
         answer.begin(generation.accepted[0])
         answer.add("".join(choice.text), choice.token_ids, choice.logprobs)

@@ -7,9 +7,9 @@ from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_gateway.errors import ErrorBody
 from softprompt_gateway.metrics import Metrics
 from softprompt_gateway.openai.generation import Generation
+from softprompt_gateway.openai.job import Work
 from softprompt_gateway.openai.responses.answer import Answer
 from softprompt_gateway.openai.responses.events import Events
-from softprompt_gateway.rates import Meter
 from softprompt_gateway.session import Delta
 
 
@@ -18,17 +18,16 @@ class StreamedResponse:
 
     Args:
         answer: tells `events`.
-        meter: counts the tokens.
     """
 
     def __init__(
-        self, answer: Answer, events: Events, generation: Generation, *, metrics: Metrics, meter: Meter
+        self, work: Work, answer: Answer, events: Events, generation: Generation, metrics: Metrics
     ) -> None:
+        self._work = work
         self._answer = answer
         self._events = events
         self._generation = generation
         self._metrics = metrics
-        self._meter = meter
         self._finished = pb.Finished()
         self._has_begun = False
         self.has_ended = False
@@ -52,7 +51,7 @@ class StreamedResponse:
         for _, event in self._generation.take():
             if isinstance(event, Delta):
                 deltas.append(event)
-            else:
+            elif isinstance(event, pb.Finished):
                 self._finished = event
         self._add(deltas)
         if self._generation.has_ended:
@@ -69,7 +68,7 @@ class StreamedResponse:
     def close(self) -> None:
         """Abort what still runs, and count what was generated."""
         self._generation.cancel()
-        self._meter.tokens += self._generation.num_tokens
+        self._work.meter.tokens += self._generation.num_tokens
 
     def _add(self, deltas: list[Delta]) -> None:
         """What came together is told together."""
