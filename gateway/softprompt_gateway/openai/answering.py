@@ -34,10 +34,8 @@ class Answering:
         try:
             prompts = await generation.choices(num_choices)
         finally:
-            settle(
-                generation, self._metrics, target=job.target, meter=job.meter, num_choices=job.choices_per_prompt
-            )
-        kept = job.kept_per_prompt or job.choices_per_prompt
+            settle(job, generation, self._metrics)
+        kept = job.kept_per_prompt or num_choices
         choices = [
             job.style.choice(prompt * kept + n, generation.accepted[prompt], choice)
             for prompt, of_prompt in enumerate(prompts)

@@ -14,26 +14,35 @@ from softprompt_gateway.resolve import Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One checked request.
+class Work:
+    """What one checked request wants generated, and for whom.
 
     Attributes:
         calls: one Generate request per prompt.
         choices_per_prompt: as many as each of them generates.
-        kept_per_prompt: the likeliest of them, so many, are the answer; None: all.
-        silent: whether only text counts: a delta without text may be left out of a stream, and deltas that
-            arrived together may be told as one.
-        meter: counts the tokens.
+        meter: counts the tokens, and keeps what the log line tells.
     """
 
     target: Target
     calls: Sequence[pb.GenerateRequest]
     choices_per_prompt: int
-    style: Style
     stream: bool
+    meter: Meter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job(Work):
+    """One checked request whose answer has choices.
+
+    Attributes:
+        silent: whether only text counts: a delta without text may be left out of a stream, and deltas that
+            arrived together may be told as one.
+        kept_per_prompt: the likeliest of a prompt's choices, so many, are the answer; None: all.
+    """
+
+    style: Style
     include_usage: bool
     silent: bool
-    meter: Meter
     kept_per_prompt: int | None = None
 
     def identity(self, kind: str) -> dict[str, Any]:

@@ -7,23 +7,23 @@ from softprompt_api.tenants import full_name
 
 from softprompt_gateway.metrics import Metrics
 from softprompt_gateway.openai.generation import Generation, finish_reason
+from softprompt_gateway.openai.job import Work
 from softprompt_gateway.outcome import Outcome
-from softprompt_gateway.rates import Meter
-from softprompt_gateway.resolve import Target
 
 
-def settle(generation: Generation, metrics: Metrics, *, target: Target, meter: Meter, num_choices: int) -> None:
-    """Tell of a generation that has ended, in whatever way; it has so many choices for each prompt."""
-    outcome = _outcome(generation, target, meter, num_choices)
-    meter.tokens += generation.num_tokens
-    meter.facts |= outcome.facts()
+def settle(work: Work, generation: Generation, metrics: Metrics) -> None:
+    """Tell of a generation that has ended, in whatever way."""
+    outcome = _outcome(work, generation)
+    work.meter.tokens += generation.num_tokens
+    work.meter.facts |= outcome.facts()
     metrics.generated(outcome)
 
 
-def _outcome(generation: Generation, target: Target, meter: Meter, per_prompt: int) -> Outcome:
+def _outcome(work: Work, generation: Generation) -> Outcome:
+    target, meter = work.target, work.meter
     broken_off = "error" if generation.has_failed else "abort"
     reasons = [finish_reason(finished) for finished in generation.finished]
-    num_choices = len(generation.accepted) * per_prompt
+    num_choices = len(generation.accepted) * work.choices_per_prompt
     first_s, last_s = generation.first_token_at_s, generation.ended_at_s
     return Outcome(
         model=target.served.base_model.id,

@@ -1,39 +1,18 @@
 """The start of a request's generations, with the versions that its names stand for."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from softprompt_api.errors import SoftpromptError
-from softprompt_api.inference.v1 import inference_pb2 as pb
 
 from softprompt_gateway.clients import InferenceClient
 from softprompt_gateway.errors import fields_spelled
 from softprompt_gateway.openai.generation import Generation
-from softprompt_gateway.rates import Meter
+from softprompt_gateway.openai.job import Work
 from softprompt_gateway.resolve import Named, Resolver, Target
 
-
-class Startable(Protocol):
-    """What a request asks for, with its names resolved.
-
-    Its log line tells of it, also where it cannot start.
-    """
-
-    @property
-    def target(self) -> Target:
-        """What it is computed with."""
-
-    @property
-    def meter(self) -> Meter:
-        """Where its log line finds what there is to tell."""
-
-    @property
-    def calls(self) -> Sequence[pb.GenerateRequest]:
-        """One Generate request per prompt."""
-
-
-Work = TypeVar("Work", bound=Startable)
+Some = TypeVar("Some", bound=Work)
 
 
 class Starting:
@@ -43,7 +22,7 @@ class Starting:
         self._resolver = resolver
         self._inference = inference
 
-    async def begin(self, named: Named, work_with: Callable[[Target], Awaitable[Work]]) -> tuple[Work, Generation]:
+    async def begin(self, named: Named, work_with: Callable[[Target], Awaitable[Some]]) -> tuple[Some, Generation]:
         """The work with the versions that names stand for now, and its generation.
 
         To ask what they stand for takes as long as a short prompt's step. So the work is begun with the versions
@@ -55,7 +34,7 @@ class Starting:
             return await self._start(await work_with(await self._resolver.resolve(named)))
         asking = asyncio.create_task(self._resolver.resolve(named))
         asking.add_done_callback(_look_at_error)
-        begun: tuple[Work, Generation] | None = None
+        begun: tuple[Some, Generation] | None = None
         failed: SoftpromptError | None = None
         is_kept = False
         try:
@@ -76,7 +55,7 @@ class Starting:
             raise failed
         return begun
 
-    async def _start(self, work: Work) -> tuple[Work, Generation]:
+    async def _start(self, work: Some) -> tuple[Some, Generation]:
         work.meter.facts |= work.target.facts()
         with fields_spelled(adapter="model"):
             return work, await Generation.start(self._inference, work.calls)

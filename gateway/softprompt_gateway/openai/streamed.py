@@ -59,10 +59,7 @@ class Streamed:
     def close(self) -> None:
         """Abort what still runs, and count what was generated."""
         self._generation.cancel()
-        job = self._job
-        settle(
-            self._generation, self._metrics, target=job.target, meter=job.meter, num_choices=job.choices_per_prompt
-        )
+        settle(self._job, self._generation, self._metrics)
 
     def _open(self) -> bytes:
         style, per_prompt = self._job.style, self._per_prompt

@@ -148,7 +148,7 @@ class ResponsesRequest(GenerationFields):
 
     @field_validator("n")
     @classmethod
-    def _only_one(cls, value: object) -> None:
+    def _refuse_choices(cls, value: object) -> None:
         is_one = value is None or (type(value) is int and value == 1)
         refuse("n", None if is_one else True, because="other than 1 is not supported in responses")
 

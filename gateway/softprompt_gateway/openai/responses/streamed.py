@@ -5,9 +5,12 @@ from collections.abc import Callable
 from softprompt_api.inference.v1 import inference_pb2 as pb
 
 from softprompt_gateway.errors import ErrorBody
+from softprompt_gateway.metrics import Metrics
 from softprompt_gateway.openai.generation import Generation
+from softprompt_gateway.openai.job import Work
 from softprompt_gateway.openai.responses.answer import Answer
 from softprompt_gateway.openai.responses.events import Events
+from softprompt_gateway.openai.settling import settle
 from softprompt_gateway.session import Delta
 
 
@@ -16,16 +19,16 @@ class StreamedResponse:
 
     Args:
         answer: tells `events`.
-        settled: is called at the end, whatever that is.
     """
 
     def __init__(
-        self, answer: Answer, events: Events, generation: Generation, settled: Callable[[], None]
+        self, work: Work, answer: Answer, events: Events, generation: Generation, metrics: Metrics
     ) -> None:
+        self._work = work
         self._answer = answer
         self._events = events
         self._generation = generation
-        self._settled = settled
+        self._metrics = metrics
         self._finished = pb.Finished()
         self._has_begun = False
         self.has_ended = False
@@ -65,7 +68,7 @@ class StreamedResponse:
     def close(self) -> None:
         """Abort what still runs, and count what was generated."""
         self._generation.cancel()
-        self._settled()
+        settle(self._work, self._generation, self._metrics)
 
     def _add(self, deltas: list[Delta]) -> None:
         """What came together is told together."""
