@@ -4,9 +4,9 @@
 # ruff: noqa: ARG002, N802
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -44,7 +44,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Front:
-    """What answers the RPCs, once the model is loaded."""
+    """What answers the RPCs, once the model is loaded.
+
+    Attributes:
+        defaults: sampling parameters where a request does not say.
+    """
 
     engine: EngineHandle
     tokenizer: Tokenizer
@@ -54,6 +58,7 @@ class Front:
     effects: EffectProbe
     base_model: registry_pb2.BaseModel
     ready_unix_s: int
+    defaults: Mapping[str, float | int] = field(default_factory=dict)
 
 
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
@@ -94,7 +99,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def _start(self, request: pb.GenerateRequest) -> AsyncIterator[Generation]:
         """A generation, logged when it has ended whole."""
         front = self._ready()
-        call = to_call(request)
+        call = to_call(request, front.defaults)
         began = time.monotonic()
         async with front.generator.start(call) as generation:
             yield generation
