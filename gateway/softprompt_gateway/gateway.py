@@ -1,9 +1,11 @@
 """The parts of one gateway, made once and handed to its routes."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import structlog
 from softprompt_api.access import Scope
+from softprompt_api.names import shown
 from starlette.requests import Request
 
 from softprompt_gateway.adapters.probing import Probing
@@ -16,6 +18,11 @@ from softprompt_gateway.metrics import Metrics
 from softprompt_gateway.rates import Limiter
 from softprompt_gateway.resolve import Resolver
 from softprompt_gateway.settings import Settings
+from softprompt_gateway.validation import RequestModel
+
+_log = structlog.get_logger()
+
+Body = TypeVar("Body", bound=RequestModel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +48,15 @@ class Gateway:
         return await read_json(
             request, limit_bytes=self.settings.max_body_bytes, timeout_s=self.settings.body_timeout_s
         )
+
+    async def body(self, request: Request, model: type[Body]) -> Body:
+        """The request's body, checked. Unknown fields are refused, or left out where the settings say so."""
+        values = await self.json(request)
+        if self.settings.unknown_fields == "warn":
+            for name in sorted(values.keys() - model.model_fields.keys()):
+                _log.warning("unknown field", field=shown(name), request_id=request.state.request_id)
+                del values[name]
+        return model.checked(values)
 
 
 def make_gateway(settings: Settings, clients: Clients) -> Gateway:

@@ -58,6 +58,9 @@ class Settings(ClientTlsSettings):
     max_body_bytes: int = Field(default=4 * _MIB, ge=1024, le=7 * _MIB, description="largest JSON body")
     max_upload_bytes: int = Field(default=2048 * _MIB, ge=1024, description="largest tensor file of a raw upload")
     max_choices: int = Field(default=128, ge=1, le=4096, description="most n x prompts of one request")
+    unknown_fields: Literal["error", "warn"] = Field(
+        default="error", description="whether unknown fields of requests that generate are refused, or left out"
+    )
     max_requests: int = Field(default=4096, ge=1, description="requests answered at the same time; more get 503")
     metrics_adapters: int = Field(
         default=100, ge=0, le=10_000, description="adapters with counters of their own, the first that are used"

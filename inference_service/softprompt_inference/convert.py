@@ -1,6 +1,6 @@
 """Protobuf messages to what the service works with, and back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from google.protobuf.message import Message
@@ -42,8 +42,12 @@ _KINDS = {"json_schema": "json", "regex": "regex", "lark": "grammar"}
 _REASONS = {Finish.STOP: pb.FINISH_REASON_STOP, Finish.LENGTH: pb.FINISH_REASON_LENGTH}
 
 
-def to_call(request: pb.GenerateRequest) -> GenerateCall:
-    """The request, checked as far as it can be without the model; InvalidArgument names the field."""
+def to_call(request: pb.GenerateRequest, defaults: Mapping[str, Any]) -> GenerateCall:
+    """The request, checked as far as it can be without the model; InvalidArgument names the field.
+
+    Args:
+        defaults: sampling parameters where it does not say.
+    """
     request_id = request.request_id
     if len(request_id) > MAX_REQUEST_ID_CHARACTERS or not request_id.isprintable():
         raise InvalidArgument(
@@ -53,17 +57,17 @@ def to_call(request: pb.GenerateRequest) -> GenerateCall:
         raise InvalidArgument(f"cache_salt has at most {MAX_CACHE_SALT_CHARACTERS} characters", field="cache_salt")
     return GenerateCall(
         prompt=to_prompt(request),
-        params=to_params(request.sampling),
+        params=to_params(request.sampling, defaults),
         adapter=request.adapter,
         salt=request.cache_salt,
         tenant=check_tenant(request.tenant) if request.tenant else "",
     )
 
 
-def to_params(sampling: pb.SamplingParams) -> SamplingParams:
+def to_params(sampling: pb.SamplingParams, defaults: Mapping[str, Any]) -> SamplingParams:
     """Sampling parameters; InvalidArgument names the field that is out of range."""
     return SamplingParams(
-        **{"max_tokens": None, **_given(sampling)},
+        **{"max_tokens": None, **defaults, **_given(sampling)},
         stop=tuple(sampling.stop),
         stop_token_ids=tuple(sampling.stop_token_ids),
         min_tokens=sampling.min_tokens,

@@ -26,6 +26,7 @@ from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.residency import Residency
 from softprompt_inference.adapters.source import AdapterSource
 from softprompt_inference.announce import Announcer
+from softprompt_inference.defaults import read_defaults
 from softprompt_inference.effect import EffectProbe
 from softprompt_inference.engine.client import EngineClient
 from softprompt_inference.engine.config import EngineConfig
@@ -203,6 +204,7 @@ class InferenceServer:
             effects=EffectProbe(engine, prompts, self._residency, source, base_model),
             base_model=base_model,
             ready_unix_s=int(time.time()),
+            defaults=read_defaults(folder),
         )
 
 

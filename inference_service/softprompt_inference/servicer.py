@@ -4,9 +4,9 @@
 # ruff: noqa: ARG002, N802
 
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -46,7 +46,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Front:
-    """What answers the RPCs, once the model is loaded."""
+    """What answers the RPCs, once the model is loaded.
+
+    Attributes:
+        defaults: sampling parameters where a request does not say.
+    """
 
     engine: EngineHandle
     tokenizer: Tokenizer
@@ -56,6 +60,7 @@ class Front:
     effects: EffectProbe
     base_model: registry_pb2.BaseModel
     ready_unix_s: int
+    defaults: Mapping[str, float | int] = field(default_factory=dict)
 
 
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
@@ -97,7 +102,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def _start(self, request: pb.GenerateRequest) -> AsyncIterator[Generation]:
         """A generation, logged and traced once it has ended in whatever way."""
         front = self._ready()
-        call = to_call(request)
+        call = to_call(request, front.defaults)
         enter_request(request.request_id or uuid.uuid4().hex)
         with serve(self._tracer, "generate", dict(request.trace_context) or carrier()) as span:
             ending = Ending(call, span)

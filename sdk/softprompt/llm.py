@@ -13,6 +13,7 @@ from softprompt_api.composition import Role
 from softprompt_api.errors import InvalidArgument, SoftpromptError
 from softprompt_api.params import SamplingParams
 from softprompt_inference.choice import Choice
+from softprompt_inference.defaults import read_defaults
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import Engine
 from softprompt_inference.engine.keys import VirtualIds
@@ -110,6 +111,7 @@ class LLM:
             share=share,
         )
         self._tokenizer = Tokenizer.load(folder)
+        self._defaults = read_defaults(folder)
         runner = load_runner(config, _log.info)
         self._engine = Engine(runner, config)
         self._compile = runner.compile
@@ -126,6 +128,10 @@ class LLM:
         """The model, its limits and its memory."""
         return self._engine.info
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Those of calls without any: with what the model's generation_config.json recommends."""
+        return SamplingParams(**self._defaults)  # type: ignore[arg-type]
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -140,7 +146,7 @@ class LLM:
         Args:
             prompts: one or a list of: text, token ids, {"prompt": …}, {"prompt_token_ids": […]}, {"parts": […]}:
                 texts, token ids and PromptAdapterRequests in order.
-            sampling_params: one for all, or one for each; None: SamplingParams().
+            sampling_params: one for all, or one for each; None: `get_default_sampling_params()`.
             prompt_adapter_request: one for all, or a list with one, several in a list, or None (no soft prompt)
                 for each. They stand in front of the prompt, in order.
             lora_request: likewise; a prompt may have a soft prompt and a LoRA.
@@ -203,7 +209,7 @@ class LLM:
         loras: Loras,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        params = one_each(sampling_params or SamplingParams(), len(encoded), "sampling_params")
+        params = one_each(sampling_params or self.get_default_sampling_params(), len(encoded), "sampling_params")
         fronts: list[SoftPrompts] = one_each(adapters, len(encoded), "prompt_adapter_request")
         lora_requests = one_each(loras, len(encoded), "lora_request")
         prompts = [

@@ -92,7 +92,9 @@ def compare(served: Served, replayed: Replayed, *, tolerance: float) -> Comparis
 
 def serve(client: InferenceClient, adapter: str, prompts: Iterable[str], *, max_tokens: int) -> list[Served]:
     """Greedy completions by a running system; `adapter` is spelled as requests spell it, "" is the base model."""
-    sampling = pb.SamplingParams(max_tokens=max_tokens, temperature=0.0, logprobs=0, ignore_eos=True)
+    sampling = pb.SamplingParams(
+        max_tokens=max_tokens, temperature=0.0, repetition_penalty=1.0, logprobs=0, ignore_eos=True
+    )
     served = []
     for prompt in prompts:
         request = pb.GenerateRequest(adapter=adapter, text=prompt, sampling=sampling)

@@ -74,9 +74,10 @@ async def test_the_log_tells_what_answered_and_how_many_tokens_that_took(stack: 
     await stack.registry.add("loud")
     for body in ({}, {"stream": True}):
         await stack.complete("hello", model="loud", **body)
+        await stack.post("/v1/responses", model="loud", input="hello", **body)
     await stack.complete("refuse OVERLOADED", model="loud")
     await stack.complete("break OVERLOADED")
-    whole, streamed, refused, broken = [line for line in logged if line["event"] == "request"]
+    *answered, refused, broken = [line for line in logged if line["event"] == "request"]
     told = {
         "model": "loud",
         "adapters": "loud@1",
@@ -86,7 +87,8 @@ async def test_the_log_tells_what_answered_and_how_many_tokens_that_took(stack: 
         "finished": "stop",
         "status": 200,
     }
-    for line in (whole, streamed):
+    assert len(answered) == 4
+    for line in answered:
         assert {name: line[name] for name in told} == told
         assert 0 < line["first_token_s"] <= line["seconds"]
     assert (refused["model"], refused["status"], "prompt_tokens" in refused) == ("loud", 503, False)

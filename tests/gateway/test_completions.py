@@ -268,7 +268,25 @@ async def test_null_means_the_default(stack: Any) -> None:
         "abc", temperature=None, stop=None, n=None, stream=None, logit_bias=None, top_k=None
     )
     assert response.status_code == 200
-    assert stack.inference.requests[-1].sampling.temperature == 1.0
+    sampling = stack.inference.requests[-1].sampling
+    assert sampling.n == 1
+    # The model may recommend others than OpenAI's.
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        assert not sampling.HasField(name)
+
+
+@pytest.mark.parametrize("gateway_settings", [{"unknown_fields": "warn"}])
+async def test_where_a_setting_says_so_unknown_fields_are_left_out_and_logged(
+    stack: Any, logged: list[Any]
+) -> None:
+    alone = (await stack.complete("abc")).json()["choices"]
+    answer = await stack.complete("abc", use_beam_search=True, temperature=0)
+    assert (answer.status_code, answer.json()["choices"]) == (200, alone)
+    assert (await stack.chat("abc", chat_template_kwargs={"thinking": False})).status_code == 200
+    fields = [line["field"] for line in logged if line["event"] == "unknown field"]
+    assert fields == ["'use_beam_search'", "'chat_template_kwargs'"]
+    assert (await stack.complete("abc", temperature="warm", use_beam_search=True)).status_code == 400
+    assert (await stack.post("/detokenize", tokens=[97], nonsense=1)).status_code == 400
 
 
 async def test_fields_without_effect_are_accepted(stack: Any) -> None:

@@ -70,6 +70,7 @@ SHARED_FIELDS: dict[str, list[Any]] = {
     "guided_regex": [5, ""],
     "guided_choice": [[], "x", [1]],
     "guided_grammar": [5, " "],
+    "guided_whitespace_pattern": [" ?"],
     "skip_special_tokens": ["no"],
     "typical_p": [0.5, 0, True, "1"],
     "truncate_prompt_tokens": [5, -1],

@@ -347,6 +347,18 @@ def test_logprobs_hold_the_chosen_and_the_likeliest_tokens(llm: LLM) -> None:
     assert sum(entry.logprob for entry in chosen) == pytest.approx(completion.cumulative_logprob)
 
 
+def test_without_parameters_those_that_the_model_recommends_are_used(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "generation_config.json").read_text())
+    recommended = {**config, "do_sample": True, "top_k": 1, "temperature": 0.5}
+    (folder / "generation_config.json").write_text(json.dumps(recommended))
+    llm = make_llm(folder)
+    assert llm.get_default_sampling_params() == SamplingParams(top_k=1, temperature=0.5)
+    plain = llm.generate("Hello", SamplingParams(temperature=0))
+    assert ids(llm.generate("Hello")) == ids(plain)
+
+
 def test_chat_goes_through_the_chat_template(llm: LLM, adapters: list[PromptAdapterRequest]) -> None:
     conversation = [{"role": "user", "content": "Hi"}]
     (output,) = llm.chat(conversation, GREEDY)

@@ -11,7 +11,7 @@ from softprompt_api.params import MAX_LOGPROBS
 
 from softprompt_gateway.errors import Refused
 from softprompt_gateway.openai.completions import check_choices
-from softprompt_gateway.openai.fields import Count, GenerationFields, refuse, sampling_message
+from softprompt_gateway.openai.fields import Count, GenerationFields, refuse
 from softprompt_gateway.openai.generation import Choice, finish_reason, stop_reason
 from softprompt_gateway.openai.logprobs import chat_logprobs
 from softprompt_gateway.openai.parts import Content, Parts, say
@@ -209,7 +209,7 @@ class ChatRequest(ChatFields, GenerationFields):
                 cache_salt=target.caller.salt(self.cache_salt),
                 tenant=target.caller.tenant,
                 chat=self._prompt_with_tools(target),
-                sampling=sampling_message(params),
+                sampling=self.message(params),
             )
         ]
 

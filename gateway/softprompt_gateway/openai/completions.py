@@ -9,7 +9,7 @@ from softprompt_api.errors import InvalidArgument
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.params import MAX_LOGPROBS, MAX_N, MAX_TOKENS_LIMIT, SamplingParams
 
-from softprompt_gateway.openai.fields import GenerationFields, refuse, sampling_message
+from softprompt_gateway.openai.fields import GenerationFields, refuse
 from softprompt_gateway.openai.generation import Choice, finish_reason, stop_reason
 from softprompt_gateway.openai.logprobs import EchoedText, completion_logprobs, echoed_logprobs, prompt_logprobs
 from softprompt_gateway.openai.parts import PARTS_SCHEMA, Parts, parse_parts
@@ -134,7 +134,7 @@ class CompletionRequest(GenerationFields):
         field = "n" if self.best_of is None else "best_of"
         check_choices(len(self.prompt), self.generated_per_prompt, max_choices, field=field)
         check_ids(self.prompt, target.served.base_model.vocab_size)
-        sampling = sampling_message(self._params())
+        sampling = self.message(self._params())
         return [
             pb.GenerateRequest(
                 request_id=request_id,

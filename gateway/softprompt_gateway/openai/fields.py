@@ -20,6 +20,8 @@ _SAMPLING_FIELDS = (
     *("presence_penalty", "frequency_penalty", "repetition_penalty"),
     *("stop", "stop_token_ids", "include_stop_str_in_output", "min_tokens", "ignore_eos", "skip_special_tokens"),
 )
+# What a model may recommend otherwise: left to the inference service where a request does not say.
+_MODELS_OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _TOKEN_ID = re.compile(r"[0-9]{1,10}\Z")
 Count = Annotated[int, Field(ge=1, le=MAX_TOKENS_LIMIT)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS_LIMIT)]
@@ -86,6 +88,8 @@ class GenerationFields(RequestModel):
     guided_regex: Any = Field(None, description="older name of structured_outputs.regex")
     guided_choice: Any = Field(None, description="older name of structured_outputs.choice")
     guided_grammar: Any = Field(None, description="older name of structured_outputs.grammar")
+    guided_decoding_backend: Any = Field(None, description="accepted, without effect")
+    guided_whitespace_pattern: Any = Field(None, description="not supported")
 
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         None, description="share KV only with requests that have the same"
@@ -107,10 +111,10 @@ class GenerationFields(RequestModel):
         if value is not None and not (type(value) in (int, float) and value == 1):
             raise Unsupported("typical_p other than 1 is not supported", field="typical_p")
 
-    @field_validator("truncate_prompt_tokens")
+    @field_validator("truncate_prompt_tokens", "guided_whitespace_pattern")
     @classmethod
-    def _refuse_truncation(cls, value: object) -> None:
-        refuse("truncate_prompt_tokens", value)
+    def _refuse_unsupported(cls, value: object, info: Any) -> None:
+        refuse(info.field_name, value)
 
     @model_validator(mode="after")
     def _check_shared(self) -> "GenerationFields":
@@ -160,6 +164,14 @@ class GenerationFields(RequestModel):
             logprobs=logprobs,
             structured_outputs=self.form.params if self.form else None,
         )
+
+    def message(self, params: SamplingParams) -> pb.SamplingParams:
+        """The parameters as the inference service takes them, without those that are left to the model."""
+        message = sampling_message(params)
+        for name in _MODELS_OWN:
+            if getattr(self, name) is None:
+                message.ClearField(name)  # type: ignore[arg-type]
+        return message
 
 
 def sampling_message(params: SamplingParams) -> pb.SamplingParams:

@@ -102,7 +102,7 @@ class _Routes:
 
     async def complete(self, request: Request) -> Response:
         """Complete one or more prompts."""
-        body = CompletionRequest.checked(await self._gateway.json(request))
+        body = await self._gateway.body(request, CompletionRequest)
         return await unless_gone(request, self._complete(body, request))
 
     async def _complete(self, body: CompletionRequest, request: Request) -> Response:
@@ -137,7 +137,7 @@ class _Routes:
 
     async def chat(self, request: Request) -> Response:
         """Continue a conversation."""
-        body = ChatRequest.checked(await self._gateway.json(request))
+        body = await self._gateway.body(request, ChatRequest)
         return await unless_gone(request, self._chat(body, request))
 
     async def _chat(self, body: ChatRequest, request: Request) -> Response:

@@ -16,7 +16,6 @@ from softprompt_gateway.openai.fields import (
     GenerationFields,
     StreamOptions,
     refuse,
-    sampling_message,
 )
 from softprompt_gateway.openai.responses.items import Input, conversation, soft_prompts
 from softprompt_gateway.openai.responses.tools import (
@@ -239,5 +238,5 @@ class ResponsesRequest(GenerationFields):
             cache_salt=target.caller.salt(self.cache_salt),
             tenant=target.caller.tenant,
             chat=prompt,
-            sampling=sampling_message(self.params),
+            sampling=self.message(self.params),
         )

@@ -394,7 +394,9 @@ Global___Choices: _TypeAlias = Choices  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
-    """SamplingParams says how tokens are chosen and when to stop. An unset optional field has the default named."""
+    """SamplingParams says how tokens are chosen and when to stop. An unset optional field has the default named, unless the
+    model's generation_config.json recommends another temperature, top_p, top_k, min_p or repetition_penalty.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
