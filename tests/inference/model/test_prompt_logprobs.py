@@ -45,7 +45,7 @@ def assert_equal(lab: Any, path: Path, requests: Sequence[Any], served: Sequence
     lab.compare(path, requests, tokens).assert_equal()
 
 
-@pytest.mark.parametrize("count", [5, 16, 20])
+@pytest.mark.parametrize("count", [16, 20])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_cold_and_warm(lab: Any, llama: Path, kind: str, count: int) -> None:
     requests = asking(lab.requests([lab.adapter(llama, kind, count)], max_tokens=2))
@@ -54,7 +54,7 @@ def test_every_kind_cold_and_warm(lab: Any, llama: Path, kind: str, count: int) 
         assert_equal(lab, llama, requests, lab.serve(engine, requests))
 
 
-@pytest.mark.parametrize("max_scores", [1, 7, 128])
+@pytest.mark.parametrize("max_scores", [3, 128])
 @pytest.mark.parametrize("max_step_tokens", [7, 64])
 def test_all_kinds_and_loras_in_one_batch_in_small_steps(
     lab: Any, llama: Path, monkeypatch: pytest.MonkeyPatch, max_step_tokens: int, max_scores: int
@@ -78,7 +78,7 @@ def test_all_kinds_and_loras_in_one_batch_in_small_steps(
     lab.compare(llama, *zip(*others, strict=True)).assert_equal()
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mistral", "qwen3", "gpt2", "gpt_neox", "opt"])
+@pytest.mark.parametrize("name", ["gemma2", "mistral", "gpt2"])
 def test_other_models(lab: Any, name: str) -> None:
     path = lab.model(name)
     requests = asking(lab.requests([lab.adapter(path, "prompt_tuning", 20), None], length=30, max_tokens=2))
