@@ -1,6 +1,6 @@
-"""What the gateway counts, and the engine's load as the inference service tells it, for Prometheus."""
+"""What the gateway counts, and the load of engines as their inference services tell it, for Prometheus."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -11,6 +11,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180
 # Labels take values from closed sets only: a client can invent methods and paths without end.
 _METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 
+_REPLICA = ["replica"]
 _GAUGES = {
     "running": "Sequences in the running batch",
     "waiting": "Sequences that wait for pages or a place",
@@ -26,28 +27,29 @@ _COUNTERS = {
 }
 
 
-class _EngineLoad(Collector):
-    """The last load the inference service told, its adapters' too; None: it did not answer."""
+class _EngineLoads(Collector):
+    """The last load that each replica told, its adapters' too; None: it did not answer."""
 
     def __init__(self) -> None:
-        self.latest: GetLoadResponse | None = None
+        self.latest: Mapping[str, GetLoadResponse | None] = {}
 
     def collect(self) -> Iterable[Metric]:
-        load = self.latest
-        yield GaugeMetricFamily(
-            "softprompt_engine_up", "Whether the engine answered", value=float(load is not None)
-        )
-        if load is None:
-            return
-        for name, text in _GAUGES.items():
-            yield GaugeMetricFamily(f"softprompt_engine_{name}", text, value=getattr(load, name))
-        for name, text in _COUNTERS.items():
-            yield CounterMetricFamily(f"softprompt_engine_{name}", text, value=getattr(load, name))
-        yield from _adapter_tiers(load)
+        up = GaugeMetricFamily("softprompt_engine_up", "Whether the engine answered", labels=_REPLICA)
+        for replica, load in self.latest.items():
+            up.add_metric([replica], float(load is not None))
+        yield up
+        loads = {replica: load for replica, load in self.latest.items() if load is not None}
+        for family, names in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, text in names.items():
+                metric = family(f"softprompt_engine_{name}", text, labels=_REPLICA)
+                for replica, load in loads.items():
+                    metric.add_metric([replica], getattr(load, name))
+                yield metric
+        yield from _adapter_tiers(loads)
 
 
-def _adapter_tiers(load: GetLoadResponse) -> Iterable[Metric]:
-    prefix, labels = "softprompt_inference_adapter", ["tier"]
+def _adapter_tiers(loads: Mapping[str, GetLoadResponse]) -> Iterable[Metric]:
+    prefix, labels = "softprompt_inference_adapter", [*_REPLICA, "tier"]
     held = GaugeMetricFamily(f"{prefix}s", "Adapters in memory; one may be in both tiers", labels=labels)
     size = GaugeMetricFamily(f"{prefix}_bytes", "Bytes of adapters in memory", labels=labels)
     hits = CounterMetricFamily(
@@ -55,12 +57,13 @@ def _adapter_tiers(load: GetLoadResponse) -> Iterable[Metric]:
         "Requests by the fastest tier that had their adapter; registry: none had it",
         labels=labels,
     )
-    for tier in load.adapter_tiers:
-        name = tier_name(tier.tier)
-        held.add_metric([name], tier.num_adapters)
-        size.add_metric([name], tier.size_bytes)
-        hits.add_metric([name], tier.hits)
-    hits.add_metric(["registry"], load.adapter_misses)
+    for replica, load in loads.items():
+        for tier in load.adapter_tiers:
+            place = [replica, tier_name(tier.tier)]
+            held.add_metric(place, tier.num_adapters)
+            size.add_metric(place, tier.size_bytes)
+            hits.add_metric(place, tier.hits)
+        hits.add_metric([replica, "registry"], load.adapter_misses)
     return held, size, hits
 
 
@@ -99,8 +102,8 @@ class Metrics:
         )
         known = Gauge("softprompt_gateway_known_adapters", "Names that /v1/models lists", registry=self.registry)
         known.set_function(count_known)
-        self._engine = _EngineLoad()
-        self.registry.register(self._engine)
+        self._engines = _EngineLoads()
+        self.registry.register(self._engines)
 
     def answered(self, *, route: str, method: str, status: int, seconds: float) -> None:
         """Count one answer; `route` is the path's template, never the path."""
@@ -112,7 +115,7 @@ class Metrics:
         for kind in ("prompt", "completion", "virtual", "cached"):
             self._tokens.labels(kind).inc(getattr(usage, f"{kind}_tokens"))
 
-    def exposition(self, load: GetLoadResponse | None) -> bytes:
+    def exposition(self, loads: Mapping[str, GetLoadResponse | None]) -> bytes:
         """The text that Prometheus reads."""
-        self._engine.latest = load
+        self._engines.latest = loads
         return generate_latest(self.registry)

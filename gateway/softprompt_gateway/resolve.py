@@ -1,7 +1,6 @@
 """What a request's `model`, and the soft prompts inside its prompt, stand for: decided anew for every request."""
 
 import asyncio
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,17 +13,16 @@ from softprompt_api.names import (
     join_model,
     parse_requested,
     shown,
-    split_model,
     with_task,
 )
 from softprompt_api.registry.v1.registry_pb2 import AdapterVersion
 
+from softprompt_gateway.bases import Bases
 from softprompt_gateway.caller import Caller
 from softprompt_gateway.catalog import Catalog, kind_name, spelling_of
 from softprompt_gateway.clients import InferenceClient, RegistryClient
 from softprompt_gateway.errors import ModelNotFound
-
-_MODEL_FRESH_S = 5.0
+from softprompt_gateway.placement import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +78,12 @@ class Target:
         """The soft prompts inside the prompt as the inference service is told, by their spelling there."""
         return {spelling: bound.digest for spelling, bound in self.inside.items()}
 
+    @property
+    def place(self) -> Place:
+        """Where the request is computed: with others that have its first adapter."""
+        first = next(iter(self.front or self.inside.values()), None)
+        return Place(served=self.served, digest=first.digest if first is not None else "")
+
     def headers(self) -> dict[str, str]:
         """Response headers that say which versions answered."""
         adapters = self.adapters
@@ -111,28 +115,14 @@ class Resolver:
         self._registry = registry
         self._inference = inference
         self._catalog = catalog
-        self._served: GetModelResponse | None = None
-        self._served_until_s = 0.0
-        self._asking: asyncio.Task[None] | None = None
+
+    async def bases(self) -> Bases:
+        """The base models; Unavailable before the first of them is known."""
+        return await self._inference.bases()
 
     async def served(self) -> GetModelResponse:
-        """The base model, as last told by an inference service that answers."""
-        if self._served is None or time.monotonic() >= self._served_until_s:
-            # One question for all requests that wait; one of them leaving does not end it.
-            self._asking = self._asking or asyncio.create_task(self._ask())
-            await asyncio.shield(self._asking)
-        assert self._served is not None
-        return self._served
-
-    async def _ask(self) -> None:
-        try:
-            self._served = await self._inference.model()
-        except errors.SoftpromptError:
-            if self._served is None:
-                raise
-        finally:
-            self._asking = None
-        self._served_until_s = time.monotonic() + _MODEL_FRESH_S
+        """The base model of requests that name none; InvalidArgument where there are several."""
+        return (await self.bases()).only()
 
     async def resolve(
         self,
@@ -151,16 +141,18 @@ class Resolver:
             prompt_field: the request's field that names these.
 
         Raises ModelNotFound, with a near name, where there is no such model or adapter, or it is another tenant's;
-        PermissionDenied where the key may not use one; and InvalidArgument where an adapter does not have the
-        task, or adapters do not go together.
+        PermissionDenied where the key may not use one; InvalidArgument where an adapter does not have the task, or
+        adapters do not go together or with the base model; and BaseModelUnknown where no replica serves an
+        adapter's.
         """
-        served = await self.served()
-        base_id = served.base_model.id
-        front = self._parse_front(model, adapters, base_id, caller)
-        inner = [self._parse(name, prompt_field, "", caller) for name in dict.fromkeys(inside)]
+        bases = await self.bases()
+        base, named = bases.split(model)
+        front = self._parse_front(model, named, adapters, bases, caller)
+        inner = [self._parse(name, prompt_field, "", bases, caller) for name in dict.fromkeys(inside)]
         front_field = "adapters" if adapters else "model"
         check_number(len(front) + len(inner), field=front_field if front else prompt_field)
-        versions = await self._look_up([*front, *inner], model, caller)
+        versions = await self._look_up([*front, *inner], model, bases, caller)
+        served = _common_base(base, {asked: versions[asked.ref.whole] for asked in (*front, *inner)}, bases)
         bound = {asked: _bind(asked, versions[asked.ref.whole]) for asked in (*front, *inner)}
         check_front([_part(asked, bound[asked]) for asked in front], field=front_field)
         check_inside([_part(asked, bound[asked]) for asked in inner], field=prompt_field)
@@ -172,38 +164,42 @@ class Resolver:
             inside={asked.spelling: bound[asked] for asked in inner},
         )
 
-    def _parse_front(self, model: str, adapters: Sequence[str], base_id: str, caller: Caller) -> list[_Asked]:
-        named = split_model(model, base_model_id=base_id)
+    def _parse_front(
+        self, model: str, named: Sequence[str], adapters: Sequence[str], bases: Bases, caller: Caller
+    ) -> list[_Asked]:
         if named and adapters:
+            base_ids = " or ".join(repr(id_) for id_ in bases.ids)
             raise errors.InvalidArgument(
-                f"model names adapters already; name all of them there, joined by '+', or make model {base_id!r}",
+                f"model names adapters already; name all of them there, joined by '+', or make model {base_ids}",
                 field="adapters",
             )
         check_number(len(named), field="model")
-        return [self._parse(name, "model", model, caller) for name in named] + [
-            self._parse(name, "adapters", "", caller) for name in adapters
+        return [self._parse(name, "model", model, bases, caller) for name in named] + [
+            self._parse(name, "adapters", "", bases, caller) for name in adapters
         ]
 
-    def _parse(self, spelling: str, field: str, model: str, caller: Caller) -> _Asked:
+    def _parse(self, spelling: str, field: str, model: str, bases: Bases, caller: Caller) -> _Asked:
         try:
             return _Asked(spelling=spelling, field=field, ref=parse_requested(spelling, field=field))
         except errors.InvalidArgument:
-            raise self._not_found(spelling, field, model, caller) from None
+            raise self._not_found(spelling, field, model, bases, caller) from None
 
     async def _look_up(
-        self, every: Sequence[_Asked], model: str, caller: Caller
+        self, every: Sequence[_Asked], model: str, bases: Bases, caller: Caller
     ) -> dict[AdapterRef, AdapterVersion]:
         """The versions that names stand for now, each asked for once: one request never has two of one name."""
         asked_of = {asked.ref.whole: asked for asked in reversed(every)}
-        versions = await asyncio.gather(*(self._version_of(each, model, caller) for each in asked_of.values()))
+        versions = await asyncio.gather(
+            *(self._version_of(each, model, bases, caller) for each in asked_of.values())
+        )
         return dict(zip(asked_of, versions, strict=True))
 
-    async def _version_of(self, asked: _Asked, model: str, caller: Caller) -> AdapterVersion:
+    async def _version_of(self, asked: _Asked, model: str, bases: Bases, caller: Caller) -> AdapterVersion:
         try:
             whole = caller.own(asked.ref.whole)
             version = await self._registry.get_adapter(str(whole))
         except errors.AdapterNotFound:
-            raise self._not_found(asked.spelling, asked.field, model, caller) from None
+            raise self._not_found(asked.spelling, asked.field, model, bases, caller) from None
         except (errors.Unavailable, errors.DeadlineExceeded):
             known = self._catalog.find(whole)
             if known is None:
@@ -214,16 +210,31 @@ class Resolver:
         caller.check_use(version.name)
         return caller.told(version)
 
-    def _not_found(self, spelling: str, field: str, model: str, caller: Caller) -> ModelNotFound:
-        assert self._served is not None
-        near = self._catalog.near(
-            spelling, self._served.base_model.id, tenant=caller.tenant, included=caller.may_use
-        )
+    def _not_found(self, spelling: str, field: str, model: str, bases: Bases, caller: Caller) -> ModelNotFound:
+        near = self._catalog.near(spelling, *bases.ids, tenant=caller.tenant, included=caller.may_use)
         hint = f"; did you mean {shown(near, 256)}?" if near else "; GET /v1/models lists what there is"
         if field != "model":
             return ModelNotFound(f"the adapter {shown(spelling)} does not exist{hint}", param=field)
         one_of = f": there is no adapter {shown(spelling)}" if "+" in model else ""
         return ModelNotFound(f"the model {shown(model)} does not exist{one_of}{hint}")
+
+
+def _common_base(
+    named: GetModelResponse | None, versions: Mapping[_Asked, AdapterVersion], bases: Bases
+) -> GetModelResponse:
+    """The base model that `model` names, or else its adapters are for; InvalidArgument: one is for another."""
+    own = {asked: bases.of(version) for asked, version in versions.items()}
+    first = next(iter(own.values()), named)
+    assert first is not None, "a request without adapters names its base model"
+    wanted_id = (first if named is None else named).base_model.id
+    for asked, base in own.items():
+        if base.base_model.id != wanted_id:
+            raise errors.InvalidArgument(
+                f"the adapter {shown(asked.spelling, 128)} is for the base model "
+                f"{shown(base.base_model.id, 256)}, and the request is for {shown(wanted_id, 256)}",
+                field=asked.field,
+            )
+    return first
 
 
 def _bind(asked: _Asked, version: AdapterVersion) -> Bound:

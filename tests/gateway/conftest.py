@@ -62,6 +62,7 @@ class FakeInference(InferenceServiceServicer):
     """Repeats prompts.
 
     Attributes:
+        base: the base model's id.
         requests: every Generate request.
         running: Generate calls that have begun and not ended.
         cancelled: how many ended by cancellation.
@@ -70,8 +71,9 @@ class FakeInference(InferenceServiceServicer):
         resident: spellings of the adapters in memory, the first on the device.
     """
 
-    def __init__(self, registry: "FakeRegistry") -> None:
+    def __init__(self, registry: "FakeRegistry", base: str = BASE) -> None:
         self.registry = registry
+        self.base = base
         self.requests: list[pb.GenerateRequest] = []
         self.running = 0
         self.cancelled = 0
@@ -100,8 +102,8 @@ class FakeInference(InferenceServiceServicer):
         """Repeat the prompt, unless it is a command.
 
         "refuse REASON" and "refuse-grammar" fail at once, "break REASON" after one token; "crash" is a defect;
-        "stall" hangs after one token, "silence" before it is accepted, "wait" until `released`; "flood" never
-        ends.
+        "stall" hangs after one token, "silence" before it is accepted; until `released`, "wait" waits after one
+        token, "think" before it, and "queue" before it is accepted; "flood" never ends.
         """
         self.requests.append(request)
         await self._change(running=1)
@@ -126,10 +128,14 @@ class FakeInference(InferenceServiceServicer):
             raise RuntimeError("secret in /etc/passwd")
         if command == "silence":
             await asyncio.Event().wait()
+        if command == "queue":
+            await self.released.wait()
         virtual = self._count_virtual(request)
         yield pb.GenerateResponse(
             accepted=pb.Accepted(adapter_digest=request.adapter, prompt_token_ids=ids, virtual_tokens=virtual)
         )
+        if command == "think":
+            await self.released.wait()
         if command == "break":
             yield _delta(0, "b", request)
             raise FAILURES[reason]("broken as asked")
@@ -205,7 +211,7 @@ class FakeInference(InferenceServiceServicer):
     async def GetModel(self, request: Any, context: Any) -> pb.GetModelResponse:
         if self.model_error is not None:
             raise self.model_error
-        model = reg.BaseModel(id=BASE, architecture="TinyForCausalLM", hidden_size=8, vocab_size=256)
+        model = reg.BaseModel(id=self.base, architecture="TinyForCausalLM", hidden_size=8, vocab_size=256)
         return pb.GetModelResponse(base_model=model, max_model_len=512, ready_unix_s=1_700_000_000)
 
     async def ProbeAdapter(self, request: Any, context: Any) -> pb.ProbeAdapterResponse:
@@ -637,7 +643,9 @@ class Stack:
     Attributes:
         url: of the gateway.
         http: a client of it.
-        services: the gRPC servers, to be stopped by tests that take one away.
+        inference: the first of `replicas`.
+        services: the gRPC servers, to be stopped by tests that take one away: "registry", "inference", and further
+            replicas as "inference-1" and so on.
     """
 
     url: str
@@ -645,6 +653,7 @@ class Stack:
     http: httpx.AsyncClient
     registry: FakeRegistry
     inference: FakeInference
+    replicas: Sequence[FakeInference]
     settings: Settings
     services: dict[str, ServiceServer]
     base: str = BASE
@@ -686,11 +695,16 @@ class Stack:
         """Serve the fake registry again, on the port it had."""
         self.services["registry"] = await _service("registry", f"127.0.0.1:{port}", self.registry)
 
-    async def restart_inference(self) -> None:
-        """Break every call to the fake model, and serve it again on the port it had."""
-        old = self.services["inference"]
+    async def restart_inference(self, number: int = 0) -> None:
+        """Break every call to a fake model, and serve it again on the port it had."""
+        name = _replica_name(number)
+        old = self.services[name]
         await old.stop(0)
-        self.services["inference"] = await _service("inference", f"127.0.0.1:{old.port}", self.inference)
+        self.services[name] = await _service(name, f"127.0.0.1:{old.port}", self.replicas[number])
+
+    def replica_name(self, number: int) -> str:
+        """What the gateway calls a replica."""
+        return f"127.0.0.1:{self.services[_replica_name(number)].port}"
 
     async def listed(self) -> list[str]:
         """The ids that GET /v1/models shows."""
@@ -704,11 +718,15 @@ class Stack:
                 listed = await self.listed()
 
 
+def _replica_name(number: int) -> str:
+    return f"inference-{number}" if number else "inference"
+
+
 async def _service(name: str, address: str, servicer: Any) -> ServiceServer:
     module, add = {
         "registry": (reg, add_RegistryServiceServicer_to_server),
         "inference": (pb, add_InferenceServiceServicer_to_server),
-    }[name]
+    }[name.partition("-")[0]]
     server = ServiceServer(address, list(module.DESCRIPTOR.services_by_name.values()))
     add(servicer, server.server)
     if name == "registry":
@@ -746,16 +764,17 @@ def gateway_settings() -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def _running_stack(**gateway_settings: Any) -> AsyncIterator[Stack]:
+async def _running_stack(*, bases: Sequence[str] = (BASE,), **gateway_settings: Any) -> AsyncIterator[Stack]:
     registry = FakeRegistry()
-    inference = FakeInference(registry)
-    services = {
-        "registry": await _service("registry", "127.0.0.1:0", registry),
-        "inference": await _service("inference", "127.0.0.1:0", inference),
-    }
+    replicas = [FakeInference(registry, base) for base in bases]
+    services = {"registry": await _service("registry", "127.0.0.1:0", registry)}
+    for number, replica in enumerate(replicas):
+        name = _replica_name(number)
+        services[name] = await _service(name, "127.0.0.1:0", replica)
+    ports = [services[_replica_name(number)].port for number in range(len(replicas))]
     defaults: dict[str, Any] = {
         "registry_address": f"127.0.0.1:{services['registry'].port}",
-        "inference_address": f"127.0.0.1:{services['inference'].port}",
+        "inference_address": ",".join(f"127.0.0.1:{port}" for port in ports),
         "grace_s": 1,
     }
     settings = Settings(**defaults | gateway_settings)
@@ -769,7 +788,8 @@ async def _running_stack(**gateway_settings: Any) -> AsyncIterator[Stack]:
                 port=port,
                 http=http,
                 registry=registry,
-                inference=inference,
+                inference=replicas[0],
+                replicas=replicas,
                 settings=settings,
                 services=services,
             )
@@ -782,7 +802,7 @@ async def _running_stack(**gateway_settings: Any) -> AsyncIterator[Stack]:
 
 @pytest.fixture(scope="session")
 def running_stack() -> Callable[..., contextlib.AbstractAsyncContextManager[Stack]]:
-    """Start a stack with these settings; for files whose tests share one."""
+    """Start a stack with these settings, and a replica for each of `bases`; for files whose tests share one."""
     return _running_stack
 
 

@@ -13,7 +13,7 @@ from softprompt_gateway.sse import EventStream
 
 
 class Answering:
-    """Runs jobs on the inference service."""
+    """Runs jobs on the inference services."""
 
     def __init__(self, inference: InferenceClient, metrics: Metrics) -> None:
         self._inference = inference
@@ -22,7 +22,7 @@ class Answering:
     async def answer(self, job: Job) -> Response:
         """The answer; errors before the first token are raised, so that they have their own status."""
         with fields_spelled(adapter="model"):
-            generation = await Generation.start(self._inference, job.calls)
+            generation = await Generation.start(self._inference, job.target.place, job.calls)
         if job.stream:
             return EventStream(Streamed(job, generation, self._metrics), headers=job.target.headers())
         try:
