@@ -60,8 +60,11 @@ class Bases:
 
     def split(self, model: str) -> tuple[GetModelResponse | None, list[str]]:
         """The base model that `model` names, if it names one, and the adapters that it puts together."""
-        base_id = model if model in self._by_id else self._prefix(model)
-        return self._by_id.get(base_id), split_model(model, base_model_id=base_id)
+        before_colon = [id_ for id_ in self._by_id if model.startswith(f"{id_}:")]
+        named = model if model in self._by_id else max(before_colon, key=len, default=None)
+        # Where none is named, there is none of them to take away.
+        adapters = split_model(model, base_model_id=self.ids[0] if named is None else named)
+        return None if named is None else self._by_id[named], adapters
 
     def of(self, version: AdapterVersion) -> GetModelResponse:
         """The base model that an adapter is for; BaseModelUnknown where none is served."""
@@ -84,10 +87,6 @@ class Bases:
         if not same and self._is_whole and len(self._every) == 1:
             return self._every[0]
         return next((served for served in same if _fits(made_for, served.base_model)), same[0] if same else None)
-
-    def _prefix(self, model: str) -> str:
-        """The base model's id that stands before a colon; "" where none does."""
-        return max((id_ for id_ in self._by_id if model.startswith(f"{id_}:")), key=len, default="")
 
     def _choices(self) -> str:
         return ", ".join(shown(id_, 256) for id_ in self._by_id)

@@ -155,13 +155,16 @@ class InferenceClient:
         return await self._replicas.bases()
 
     async def serving(self) -> bool:
-        """Whether every known base model has a replica whose health check says that it serves."""
+        """Whether every known base model has a replica that is asked and, by its health check now, serves."""
+        await self._replicas.look_at_all()
         every = self._replicas.every
         checks = await asyncio.gather(*[_is_serving(replica.channel) for replica in every])
-        serving = [replica.fingerprint for replica, is_serving in zip(every, checks, strict=True) if is_serving]
-        return bool(serving) and all(
-            replica.fingerprint in serving for replica in every if replica.served is not None
-        )
+        known = {replica.fingerprint for replica in every if replica.served is not None}
+        return bool(known) and known == {
+            replica.fingerprint
+            for replica, is_well in zip(every, checks, strict=True)
+            if is_well and replica.is_up
+        }
 
     def generate(self, place: Place, requests: Sequence[inference.GenerateRequest]) -> Calls:
         """Start generations that belong together, on one replica."""

@@ -19,7 +19,7 @@ _MODEL_TIMEOUT_S = 2.0
 # gRPC ends a connection of some age minutes after it has announced that: a new call is on a new one by then.
 _MAX_WATCH_S = 120.0
 _MIN_PAUSE_S = 0.1
-_MAX_PAUSE_S = 1.0
+_MAX_PAUSE_S = 0.5
 _log = structlog.get_logger()
 
 

@@ -45,7 +45,7 @@ class Replicas:
         self._is_closed = False
         self._take_over()
         self._following = asyncio.create_task(self._follow())
-        self._looked_at = asyncio.create_task(self._look_at_all())
+        self._looked_at = asyncio.create_task(self._take_a_look())
 
     @property
     def every(self) -> list[Replica]:
@@ -64,11 +64,15 @@ class Replicas:
 
         Waits until all were looked at; Unavailable while nothing is known.
         """
-        if not self._looked_at.done():
-            await asyncio.shield(self._looked_at)
+        await self.look_at_all()
         if not self._bases:
             raise _unavailable()
         return self._bases
+
+    async def look_at_all(self) -> None:
+        """Return once it was found out which replicas serve, or that some do not answer."""
+        if not self._looked_at.done():
+            await asyncio.shield(self._looked_at)
 
     def choose(
         self,
@@ -112,7 +116,7 @@ class Replicas:
             await self._discovery.refresh()
             self._take_over()
 
-    async def _look_at_all(self) -> None:
+    async def _take_a_look(self) -> None:
         with contextlib.suppress(TimeoutError):  # one that does not answer is looked for on
             async with asyncio.timeout(_FIRST_LOOK_S):
                 await self._discovery.refresh()

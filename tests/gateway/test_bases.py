@@ -34,6 +34,8 @@ def test_a_model_is_a_base_or_adapters_with_their_base_before_them_or_without() 
         ("x:y:a:0", "x:y", ["a:0"]),
         ("a+b", None, ["a", "b"]),
         ("other:a", None, ["other:a"]),
+        ("", None, [""]),
+        (":a", None, [":a"]),
     ):
         base, adapters = bases.split(model)
         assert (base and base.base_model.id, adapters) == (base_id, named)

@@ -172,9 +172,13 @@ class Supervisor:
     def _end_all(self) -> None:
         if self._stop.asked():
             self._console.print("stopping …")
-        # The gateway first, so that what it has taken can be answered.
-        children = [*reversed(self._children)]
-        for child in sorted(children, key=lambda child: child.name != "gateway"):
+        # The gateway first, so that what it has taken can be answered; then the replicas, all at once.
+        gateway = [child for child in self._children if child.name == "gateway"]
+        for child in gateway:
+            child.end(GRACE_S, hurried=self._stop.hurried)
+        for replica in self._replicas:
+            replica.child.ask_to_end()
+        for child in reversed(self._children):
             child.end(GRACE_S, hurried=self._stop.hurried)
 
     def _phase(self, name: str) -> contextlib.AbstractContextManager[Phase]:
