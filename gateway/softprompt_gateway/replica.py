@@ -18,6 +18,8 @@ from softprompt_gateway.session import Session
 _MODEL_TIMEOUT_S = 2.0
 # gRPC ends a connection of some age minutes after it has announced that: a new call is on a new one by then.
 _MAX_WATCH_S = 120.0
+# One that does not serve may be starting, and tells when it serves, or stopping, and waits for the call's end.
+_PATIENCE_S = 1.0
 _MIN_PAUSE_S = 0.1
 _MAX_PAUSE_S = 0.5
 _log = structlog.get_logger()
@@ -93,18 +95,30 @@ class Replica:
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
 
     async def _watch(self) -> bool:
-        """Hear of its health while it serves; True: until the time for one call is over."""
+        """Hear of its health; True: until the time for a call was over, which is short where it does not serve."""
         health: Any = health_pb2_grpc.HealthStub(self.channel)  # makes its methods as it is made: no types
         watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=_MAX_WATCH_S)
+        answers = aiter(watch)
         try:
-            async for answer in watch:
-                if answer.status != health_pb2.HealthCheckResponse.SERVING or not await self._ask():
-                    break
+            while True:
+                async with asyncio.timeout(None if self.is_up else _PATIENCE_S):
+                    answer = await anext(answers)
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    if not await self._ask():
+                        return False
+                elif self.is_up:
+                    return False
+                else:
+                    self._change(is_up=False)
+        except TimeoutError:
+            self._change(is_up=False)
+            return True
+        except StopAsyncIteration:
+            return False
         except grpc.aio.AioRpcError as error:
             return error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         finally:
             watch.cancel()  # a service that stops waits for it
-        return False
 
     async def _ask(self) -> bool:
         """Find out what it serves: since it was heard of last, that may have changed."""
