@@ -87,7 +87,8 @@ def test_services_find_each_other_under_their_names_and_ports() -> None:
     inference_port = inference["SOFTPROMPT_INFERENCE_ADDRESS"].rpartition(":")[2]
     assert inference["SOFTPROMPT_REGISTRY_ADDRESS"] == f"registry:{registry_port}"
     assert gateway["SOFTPROMPT_REGISTRY_ADDRESS"] == f"registry:{registry_port}"
-    assert gateway["SOFTPROMPT_INFERENCE_ADDRESS"] == f"inference:{inference_port}"
+    # Every container of a service that is scaled has its name.
+    assert gateway["SOFTPROMPT_INFERENCE_ADDRESS"] == f"dns:///inference:{inference_port}"
 
 
 @pytest.mark.parametrize("service", ["store", *SETTINGS])

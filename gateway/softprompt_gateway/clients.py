@@ -1,15 +1,15 @@
-"""The two services behind the gateway, with their failures as errors of ours."""
+"""The services behind the gateway, with their failures as errors of ours."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from softprompt_api.errors import KeyNotFound
+from softprompt_api.errors import KeyNotFound, SoftpromptError, Unavailable
 from softprompt_api.inference.v1 import inference_pb2 as inference
-from softprompt_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from softprompt_api.names import with_task
 from softprompt_api.registry.v1 import registry_pb2 as registry
 from softprompt_api.registry.v1.registry_pb2_grpc import KeyServiceStub, RegistryServiceStub
 from softprompt_api.rpc.channel import open_channel
@@ -17,7 +17,13 @@ from softprompt_api.rpc.context import ask, outgoing
 from softprompt_api.rpc.ending import Ending
 from softprompt_api.tracing import carrier
 
+from softprompt_gateway.bases import Bases
+from softprompt_gateway.catalog import spelling_of
 from softprompt_gateway.coalesce import Coalesced
+from softprompt_gateway.discovery import Discovery
+from softprompt_gateway.placement import Place
+from softprompt_gateway.replica import Replica
+from softprompt_gateway.replicas import Replicas
 from softprompt_gateway.session import Calls, Session
 from softprompt_gateway.settings import Settings
 from softprompt_gateway.statuses import translate
@@ -135,78 +141,144 @@ class RegistryClient:
 
 
 class InferenceClient:
-    """The inference service."""
+    """The inference services: each call goes to the replica where it belongs."""
 
-    def __init__(self, channel: grpc.aio.Channel, *, timeout_s: float, generate_timeout_s: float) -> None:
-        self._channel = channel
-        self._stub = InferenceServiceStub(channel)
+    def __init__(self, replicas: Replicas, *, timeout_s: float, generate_timeout_s: float) -> None:
+        self._replicas = replicas
         self._timeout_s = timeout_s
         self._generate_timeout_s = generate_timeout_s
-        self._session: Session | None = None
-        self._sessions: set[Session] = set()
 
     async def close(self) -> None:
-        """Abort running generations."""
-        await asyncio.gather(*[session.close() for session in self._sessions])
+        """Abort running generations and close the connections."""
+        await self._replicas.close()
+
+    async def bases(self) -> Bases:
+        """The base models that there are, as last told by replicas that answered."""
+        return await self._replicas.bases()
+
+    @property
+    def known_bases(self) -> Bases:
+        """The same as far as is known by now; none before the first replica has answered."""
+        return self._replicas.known_bases
 
     async def serving(self) -> bool:
-        """Whether its health check says so."""
-        return await _is_serving(self._channel)
+        """Whether every known base model has a replica that is asked and, by its health check now, serves."""
+        await self._replicas.look_at_all()
+        every = self._replicas.every
+        checks = await asyncio.gather(*[_is_serving(replica.channel) for replica in every])
+        known = {replica.fingerprint for replica in every if replica.served is not None}
+        return bool(known) and known == {
+            replica.fingerprint
+            for replica, is_well in zip(every, checks, strict=True)
+            if is_well and replica.is_up
+        }
 
-    def generate(self, requests: Sequence[inference.GenerateRequest]) -> Calls:
-        """Start generations that belong together."""
+    def generate(self, place: Place, requests: Sequence[inference.GenerateRequest]) -> Calls:
+        """Start generations that belong together, on one replica."""
         context = carrier()
         for request in requests:
             request.trace_context.update(context)
-        if self._session is None or not self._session.takes_calls:
-            self._session = self._replace(self._session)
-        return self._session.start(requests, timeout_s=self._generate_timeout_s)
+        tried: list[Replica] = []
 
-    def _replace(self, old: Session | None) -> Session:
-        if old is not None:
-            old.finish()
-        session = Session(self._stub)
-        self._sessions.add(session)
-        session.reading.add_done_callback(lambda _: self._sessions.discard(session))
-        return session
+        def find() -> Session:
+            replica = self._replicas.choose(
+                place.served, lambda: place.key(requests[0]), adds=_num_choices(requests), but=tried
+            )
+            tried.append(replica)
+            return replica.session()
 
-    async def tokenize(self, request: inference.TokenizeRequest) -> inference.TokenizeResponse:
+        return Calls(requests, find, timeout_s=self._generate_timeout_s)
+
+    async def tokenize(self, place: Place, request: inference.TokenizeRequest) -> inference.TokenizeResponse:
         """The ids of a prompt."""
-        return await _answer("inference", ask(self._stub.Tokenize, request, timeout_s=self._timeout_s))
+        return await self._ask(
+            place.served,
+            place.key(request),
+            lambda replica: ask(replica.stub.Tokenize, request, timeout_s=self._timeout_s),
+        )
 
-    async def detokenize(self, token_ids: list[int]) -> str:
+    async def detokenize(self, place: Place, token_ids: list[int]) -> str:
         """The text of ids."""
         request = inference.DetokenizeRequest(ids=token_ids)
-        answer = await _answer("inference", ask(self._stub.Detokenize, request, timeout_s=self._timeout_s))
+        answer = await self._ask(
+            place.served,
+            place.digest.encode(),
+            lambda replica: ask(replica.stub.Detokenize, request, timeout_s=self._timeout_s),
+        )
         return answer.text
 
-    async def probe_adapter(self, spelling: str) -> registry.AdapterVersion:
+    async def probe_adapter(self, version: registry.AdapterVersion) -> registry.AdapterVersion:
         """Measure a version; the version with what was measured."""
-        request = inference.ProbeAdapterRequest(adapter=spelling)
-        answer = await _answer("inference", ask(self._stub.ProbeAdapter, request, timeout_s=self._timeout_s))
+        request = inference.ProbeAdapterRequest(adapter=spelling_of(version))
+        answer = await self._ask(
+            (await self.bases()).of(version),
+            version.digest.encode(),
+            lambda replica: ask(replica.stub.ProbeAdapter, request, timeout_s=self._timeout_s),
+        )
         return answer.adapter
 
-    async def nearest_tokens(self, spelling: str, top_k: int) -> inference.NearestTokensResponse:
+    async def nearest_tokens(
+        self, version: registry.AdapterVersion, task: int | None, top_k: int
+    ) -> inference.NearestTokensResponse:
         """The tokens nearest to each virtual token of an adapter."""
-        request = inference.NearestTokensRequest(adapter=spelling, top_k=top_k)
-        return await _answer("inference", ask(self._stub.NearestTokens, request, timeout_s=self._timeout_s))
-
-    async def model(self) -> inference.GetModelResponse:
-        """What is served."""
-        return await _answer(
-            "inference", ask(self._stub.GetModel, inference.GetModelRequest(), timeout_s=_QUICK_TIMEOUT_S)
+        request = inference.NearestTokensRequest(adapter=with_task(spelling_of(version), task), top_k=top_k)
+        return await self._ask(
+            (await self.bases()).of(version),
+            with_task(version.digest, task).encode(),
+            lambda replica: ask(replica.stub.NearestTokens, request, timeout_s=self._timeout_s),
         )
 
-    async def load(self) -> inference.GetLoadResponse:
-        """What is running now."""
-        return await _answer(
-            "inference", ask(self._stub.GetLoad, inference.GetLoadRequest(), timeout_s=_QUICK_TIMEOUT_S)
-        )
+    async def loads(self) -> dict[str, inference.GetLoadResponse | None]:
+        """What is running now on each replica, by its name; None: it did not answer."""
+        every = self._replicas.every
+        request = inference.GetLoadRequest()
+        calls = [
+            _answer("inference", ask(replica.stub.GetLoad, request, timeout_s=_QUICK_TIMEOUT_S))
+            for replica in every
+        ]
+        answers = await asyncio.gather(*[_unless_it_fails(call) for call in calls])
+        return {replica.name: answer for replica, answer in zip(every, answers, strict=True)}
 
-    async def resident(self, limit: int) -> inference.ListResidentResponse:
-        """The adapters in memory, most recently used first."""
+    async def resident(self, limit: int) -> dict[str, inference.ListResidentResponse]:
+        """The adapters in memory of each replica that serves, by its name, most recently used first."""
+        await self.bases()
+        serving = self._replicas.serving()
         request = inference.ListResidentRequest(limit=limit)
-        return await _answer("inference", ask(self._stub.ListResident, request, timeout_s=self._timeout_s))
+        answers = await asyncio.gather(
+            *[
+                _answer("inference", ask(replica.stub.ListResident, request, timeout_s=self._timeout_s))
+                for replica in serving
+            ]
+        )
+        return {replica.name: answer for replica, answer in zip(serving, answers, strict=True)}
+
+    async def _ask(
+        self, served: inference.GetModelResponse, key: bytes, call: Callable[[Replica], Awaitable[Response]]
+    ) -> Response:
+        """The answer of the replica that comes first, or of the next one where that is away."""
+        tried: list[Replica] = []
+        failed: Unavailable | None = None
+        while True:
+            try:
+                replica = self._replicas.choose(served, lambda: key, but=tried)
+            except Unavailable as none_is_left:
+                raise (failed or none_is_left) from None
+            tried.append(replica)
+            try:
+                return await _answer("inference", call(replica))
+            except Unavailable as error:
+                failed = error
+
+
+def _num_choices(requests: Sequence[inference.GenerateRequest]) -> int:
+    return sum(max(1, request.sampling.n) for request in requests)
+
+
+async def _unless_it_fails(answer: Awaitable[Response]) -> Response | None:
+    try:
+        return await answer
+    except SoftpromptError:
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,13 +299,15 @@ class Clients:
 def open_clients(settings: Settings) -> Clients:
     """Clients of the services at the settings' addresses; needs a running event loop."""
     to_registry = open_channel(settings.registry_address, settings.client_tls)
-    to_inference = open_channel(settings.inference_address, settings.client_tls)
+    replicas = Replicas(
+        Discovery(settings.inference_places), lambda address: open_channel(address, settings.client_tls)
+    )
     return Clients(
         registry=RegistryClient(
             to_registry, timeout_s=settings.registry_timeout_s, upload_timeout_s=settings.upload_timeout_s
         ),
         inference=InferenceClient(
-            to_inference, timeout_s=settings.body_timeout_s, generate_timeout_s=settings.request_timeout_s
+            replicas, timeout_s=settings.body_timeout_s, generate_timeout_s=settings.request_timeout_s
         ),
-        channels=(to_registry, to_inference),
+        channels=(to_registry,),
     )

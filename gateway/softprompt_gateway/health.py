@@ -6,7 +6,6 @@ from importlib.metadata import version
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
 from softprompt_api.access import Scope
-from softprompt_api.errors import SoftpromptError
 from starlette.responses import JSONResponse, Response
 
 from softprompt_gateway.gateway import Gateway
@@ -33,12 +32,8 @@ def health_router(gateway: Gateway) -> APIRouter:
         return JSONResponse(body, status_code=503 if status == "unavailable" else 200)
 
     async def metrics() -> Response:
-        """Counters and gauges for Prometheus, the engine's included."""
-        try:
-            load = await inference.load()
-        except SoftpromptError:
-            load = None
-        return Response(gateway.metrics.exposition(load), media_type=CONTENT_TYPE_LATEST)
+        """Counters and gauges for Prometheus, those of all engines included."""
+        return Response(gateway.metrics.exposition(await inference.loads()), media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/version")
     async def show_version() -> dict[str, str]:

@@ -1,6 +1,6 @@
-"""What the gateway counts, and the engine's load as the inference service tells it, for Prometheus."""
+"""What the gateway counts, and the load of engines as their inference services tell it, for Prometheus."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,6 +17,7 @@ METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"}
 # No adapter has this name: those of names begin with a letter or digit.
 _REST = "(other)"
 
+_REPLICA = ["replica"]
 _GAUGES = {
     "running": "Sequences in the running batch",
     "waiting": "Sequences that wait for pages or a place",
@@ -32,28 +33,29 @@ _COUNTERS = {
 }
 
 
-class _EngineLoad(Collector):
-    """The last load the inference service told, its adapters' too; None: it did not answer."""
+class _EngineLoads(Collector):
+    """The last load that each replica told, its adapters' too; None: it did not answer."""
 
     def __init__(self) -> None:
-        self.latest: GetLoadResponse | None = None
+        self.latest: Mapping[str, GetLoadResponse | None] = {}
 
     def collect(self) -> Iterable[Metric]:
-        load = self.latest
-        yield GaugeMetricFamily(
-            "softprompt_engine_up", "Whether the engine answered", value=float(load is not None)
-        )
-        if load is None:
-            return
-        for name, text in _GAUGES.items():
-            yield GaugeMetricFamily(f"softprompt_engine_{name}", text, value=getattr(load, name))
-        for name, text in _COUNTERS.items():
-            yield CounterMetricFamily(f"softprompt_engine_{name}", text, value=getattr(load, name))
-        yield from _adapter_tiers(load)
+        up = GaugeMetricFamily("softprompt_engine_up", "Whether the engine answered", labels=_REPLICA)
+        for replica, load in self.latest.items():
+            up.add_metric([replica], float(load is not None))
+        yield up
+        loads = {replica: load for replica, load in self.latest.items() if load is not None}
+        for family, names in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, text in names.items():
+                metric = family(f"softprompt_engine_{name}", text, labels=_REPLICA)
+                for replica, load in loads.items():
+                    metric.add_metric([replica], getattr(load, name))
+                yield metric
+        yield from _adapter_tiers(loads)
 
 
-def _adapter_tiers(load: GetLoadResponse) -> Iterable[Metric]:
-    prefix, labels = "softprompt_inference_adapter", ["tier"]
+def _adapter_tiers(loads: Mapping[str, GetLoadResponse]) -> Iterable[Metric]:
+    prefix, labels = "softprompt_inference_adapter", [*_REPLICA, "tier"]
     held = GaugeMetricFamily(f"{prefix}s", "Adapters in memory; one may be in both tiers", labels=labels)
     size = GaugeMetricFamily(f"{prefix}_bytes", "Bytes of adapters in memory", labels=labels)
     hits = CounterMetricFamily(
@@ -61,12 +63,13 @@ def _adapter_tiers(load: GetLoadResponse) -> Iterable[Metric]:
         "Requests by the fastest tier that had their adapter; registry: none had it",
         labels=labels,
     )
-    for tier in load.adapter_tiers:
-        name = tier_name(tier.tier)
-        held.add_metric([name], tier.num_adapters)
-        size.add_metric([name], tier.size_bytes)
-        hits.add_metric([name], tier.hits)
-    hits.add_metric(["registry"], load.adapter_misses)
+    for replica, load in loads.items():
+        for tier in load.adapter_tiers:
+            place = [replica, tier_name(tier.tier)]
+            held.add_metric(place, tier.num_adapters)
+            size.add_metric(place, tier.size_bytes)
+            hits.add_metric(place, tier.hits)
+        hits.add_metric([replica, "registry"], load.adapter_misses)
     return held, size, hits
 
 
@@ -119,9 +122,9 @@ class Metrics:
         self._adapter_names = _FirstNames(max_adapters)
         known = Gauge("softprompt_gateway_known_adapters", "Names that /v1/models lists", registry=self.registry)
         known.set_function(count_known)
-        self._engine, self._engine_of_vllm = _EngineLoad(), EngineCollector()
-        self.registry.register(self._engine)
-        self.registry.register(self._engine_of_vllm)
+        self._engines, self._engines_of_vllm = _EngineLoads(), EngineCollector()
+        self.registry.register(self._engines)
+        self.registry.register(self._engines_of_vllm)
         self._requests_of_vllm = RequestMetrics(self.registry)
 
     def answered(self, *, route: str, method: str, status: int, seconds: float) -> None:
@@ -140,9 +143,9 @@ class Metrics:
             self._adapter_tokens.labels(adapter, "completion").inc(usage.completion_tokens)
         self._requests_of_vllm.ended(outcome)
 
-    def exposition(self, load: GetLoadResponse | None) -> bytes:
+    def exposition(self, loads: Mapping[str, GetLoadResponse | None]) -> bytes:
         """The text that Prometheus reads."""
-        self._engine.latest = self._engine_of_vllm.latest = load
+        self._engines.latest = self._engines_of_vllm.latest = loads
         return generate_latest(self.registry)
 
 

@@ -1,7 +1,6 @@
 """What a request's `model`, and the soft prompts inside its prompt, stand for: decided anew for every request."""
 
 import asyncio
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,18 +13,17 @@ from softprompt_api.names import (
     join_model,
     parse_requested,
     shown,
-    split_model,
     with_task,
 )
 from softprompt_api.registry.v1.registry_pb2 import AdapterVersion
 from softprompt_api.tracing import span
 
+from softprompt_gateway.bases import Bases
 from softprompt_gateway.caller import Caller
 from softprompt_gateway.catalog import Catalog, kind_name, spelling_of
 from softprompt_gateway.clients import InferenceClient, RegistryClient
 from softprompt_gateway.errors import ModelNotFound
-
-_MODEL_FRESH_S = 5.0
+from softprompt_gateway.placement import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +115,12 @@ class Target:
         adapters = join_model(bound.spelling for bound in self.adapters)
         return {"model": self.model, **({"adapters": adapters} if adapters else {})}
 
+    @property
+    def place(self) -> Place:
+        """Where the request is computed: with others that have its first adapter."""
+        first = next(iter(self.front or self.inside.values()), None)
+        return Place(served=self.served, digest=first.digest if first is not None else "")
+
     def headers(self) -> dict[str, str]:
         """Response headers that say which versions answered."""
         adapters = self.adapters
@@ -148,49 +152,38 @@ class Resolver:
         self._registry = registry
         self._inference = inference
         self._catalog = catalog
-        self._served: GetModelResponse | None = None
-        self._served_until_s = 0.0
-        self._asking: asyncio.Task[None] | None = None
+
+    async def bases(self) -> Bases:
+        """The base models; Unavailable before the first of them is known."""
+        return await self._inference.bases()
 
     async def served(self) -> GetModelResponse:
-        """The base model, as last told by an inference service that answers."""
-        if self._served is None or time.monotonic() >= self._served_until_s:
-            # One question for all requests that wait; one of them leaving does not end it.
-            self._asking = self._asking or asyncio.create_task(self._ask())
-            await asyncio.shield(self._asking)
-        assert self._served is not None
-        return self._served
-
-    async def _ask(self) -> None:
-        try:
-            self._served = await self._inference.model()
-        except errors.SoftpromptError:
-            if self._served is None:
-                raise
-        finally:
-            self._asking = None
-        self._served_until_s = time.monotonic() + _MODEL_FRESH_S
+        """The base model of requests that name none; InvalidArgument where there are several."""
+        return (await self.bases()).only()
 
     async def resolve(self, named: Named) -> Target:
         """Find what a request of a caller names.
 
         Raises ModelNotFound, with a near name, where there is no such model or adapter, or it is another tenant's;
-        PermissionDenied where the key may not use one; and InvalidArgument where an adapter does not have the
-        task, or adapters do not go together.
+        PermissionDenied where the key may not use one; InvalidArgument where an adapter does not have the task, or
+        adapters do not go together or with the base model; and BaseModelUnknown where no replica serves an
+        adapter's.
         """
-        front, inside = self._parse_all(named, await self.served())
+        bases = await self.bases()
+        base, front, inside = self._parse_all(named, bases)
         # One request never has two versions of one name: each is asked for once.
         first = {asked.ref.whole: asked for asked in reversed([*front, *inside])}
         with span("resolve"):
-            versions = await asyncio.gather(*(self._version_of(asked, named) for asked in first.values()))
-        return self._target(named, front, inside, dict(zip(first, versions, strict=True)))
+            versions = await asyncio.gather(*(self._version_of(asked, named, bases) for asked in first.values()))
+        return _target(named, bases, base, front, inside, dict(zip(first, versions, strict=True)))
 
     def known(self, named: Named) -> Target | None:
         """The same by what was last heard, without asking anybody; None where that is not enough to answer."""
-        if self._served is None:
+        bases = self._inference.known_bases
+        if not bases:
             return None
         try:
-            front, inside = self._parse_all(named, self._served)
+            base, front, inside = self._parse_all(named, bases)
             versions: dict[AdapterRef, AdapterVersion] = {}
             for asked in (*front, *inside):
                 whole = named.caller.own(asked.ref.whole)
@@ -199,57 +192,38 @@ class Resolver:
                 if version is None:
                     return None
                 versions[asked.ref.whole] = _told(version, named.caller)
-            return self._target(named, front, inside, versions)
+            return _target(named, bases, base, front, inside, versions)
         except errors.SoftpromptError:
             return None
 
-    def _parse_all(self, named: Named, served: GetModelResponse) -> tuple[list[_Asked], list[_Asked]]:
-        """The adapters in front, and those inside the prompt."""
-        in_model = split_model(named.model, base_model_id=served.base_model.id)
+    def _parse_all(self, named: Named, bases: Bases) -> tuple[GetModelResponse | None, list[_Asked], list[_Asked]]:
+        """The base model that is named, the adapters in front, and those inside the prompt."""
+        base, in_model = bases.split(named.model)
         if in_model and named.adapters:
+            base_ids = " or ".join(repr(id_) for id_ in bases.ids)
             raise errors.InvalidArgument(
-                "model names adapters already; name all of them there, joined by '+', "
-                f"or make model {served.base_model.id!r}",
+                f"model names adapters already; name all of them there, joined by '+', or make model {base_ids}",
                 field="adapters",
             )
         check_number(len(in_model), field="model")
-        front = [self._parse(name, "model", named) for name in in_model]
-        front += [self._parse(name, "adapters", named) for name in named.adapters]
-        inside = [self._parse(name, named.prompt_field, named) for name in dict.fromkeys(named.inside)]
+        front = [self._parse(name, "model", named, bases) for name in in_model]
+        front += [self._parse(name, "adapters", named, bases) for name in named.adapters]
+        inside = [self._parse(name, named.prompt_field, named, bases) for name in dict.fromkeys(named.inside)]
         check_number(len(front) + len(inside), field=named.front_field if front else named.prompt_field)
-        return front, inside
+        return base, front, inside
 
-    def _parse(self, spelling: str, field: str, named: Named) -> _Asked:
+    def _parse(self, spelling: str, field: str, named: Named, bases: Bases) -> _Asked:
         try:
             return _Asked(spelling=spelling, field=field, ref=parse_requested(spelling, field=field))
         except errors.InvalidArgument:
-            raise self._not_found(spelling, field, named) from None
+            raise self._not_found(spelling, field, named, bases) from None
 
-    def _target(
-        self,
-        named: Named,
-        front: Sequence[_Asked],
-        inside: Sequence[_Asked],
-        versions: Mapping[AdapterRef, AdapterVersion],
-    ) -> Target:
-        assert self._served is not None
-        bound = {asked: _bind(asked, versions[asked.ref.whole]) for asked in (*front, *inside)}
-        check_front([_part(asked, bound[asked]) for asked in front], field=named.front_field)
-        check_inside([_part(asked, bound[asked]) for asked in inside], field=named.prompt_field)
-        return Target(
-            model=named.model,
-            served=self._served,
-            caller=named.caller,
-            front=[bound[asked] for asked in front],
-            inside={asked.spelling: bound[asked] for asked in inside},
-        )
-
-    async def _version_of(self, asked: _Asked, named: Named) -> AdapterVersion:
+    async def _version_of(self, asked: _Asked, named: Named, bases: Bases) -> AdapterVersion:
         try:
             whole = named.caller.own(asked.ref.whole)
             version = await self._registry.get_adapter(str(whole))
         except errors.AdapterNotFound:
-            raise self._not_found(asked.spelling, asked.field, named) from None
+            raise self._not_found(asked.spelling, asked.field, named, bases) from None
         except (errors.Unavailable, errors.DeadlineExceeded):
             known = self._catalog.find(whole)
             if known is None:
@@ -259,12 +233,9 @@ class Resolver:
             self._catalog.learn(version)
         return _told(version, named.caller)
 
-    def _not_found(self, spelling: str, field: str, named: Named) -> ModelNotFound:
-        assert self._served is not None
+    def _not_found(self, spelling: str, field: str, named: Named, bases: Bases) -> ModelNotFound:
         caller = named.caller
-        near = self._catalog.near(
-            spelling, self._served.base_model.id, tenant=caller.tenant, included=caller.may_use
-        )
+        near = self._catalog.near(spelling, *bases.ids, tenant=caller.tenant, included=caller.may_use)
         hint = f"; did you mean {shown(near, 256)}?" if near else "; GET /v1/models lists what there is"
         if field != "model":
             return ModelNotFound(f"the adapter {shown(spelling)} does not exist{hint}", param=field)
@@ -275,6 +246,45 @@ class Resolver:
 def _told(version: AdapterVersion, caller: Caller) -> AdapterVersion:
     caller.check_use(version.name)
     return caller.told(version)
+
+
+def _common_base(
+    named: GetModelResponse | None, versions: Mapping[_Asked, AdapterVersion], bases: Bases
+) -> GetModelResponse:
+    """The base model that `model` names, or else its adapters are for; InvalidArgument: one is for another."""
+    own = {asked: bases.of(version) for asked, version in versions.items()}
+    first = next(iter(own.values()), named)
+    assert first is not None, "a request without adapters names its base model"
+    wanted_id = (first if named is None else named).base_model.id
+    for asked, base in own.items():
+        if base.base_model.id != wanted_id:
+            raise errors.InvalidArgument(
+                f"the adapter {shown(asked.spelling, 128)} is for the base model "
+                f"{shown(base.base_model.id, 256)}, and the request is for {shown(wanted_id, 256)}",
+                field=asked.field,
+            )
+    return first
+
+
+def _target(
+    named: Named,
+    bases: Bases,
+    base: GetModelResponse | None,
+    front: Sequence[_Asked],
+    inside: Sequence[_Asked],
+    versions: Mapping[AdapterRef, AdapterVersion],
+) -> Target:
+    served = _common_base(base, {asked: versions[asked.ref.whole] for asked in (*front, *inside)}, bases)
+    bound = {asked: _bind(asked, versions[asked.ref.whole]) for asked in (*front, *inside)}
+    check_front([_part(asked, bound[asked]) for asked in front], field=named.front_field)
+    check_inside([_part(asked, bound[asked]) for asked in inside], field=named.prompt_field)
+    return Target(
+        model=named.model,
+        served=served,
+        caller=named.caller,
+        front=[bound[asked] for asked in front],
+        inside={asked.spelling: bound[asked] for asked in inside},
+    )
 
 
 def _bind(asked: _Asked, version: AdapterVersion) -> Bound:

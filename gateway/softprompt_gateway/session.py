@@ -1,13 +1,14 @@
 """Generate calls over one GenerateMany stream: a message per step of the engine, not one per token and call.
 
-Whoever follows a call is told where the message is read, in the same turn of the event loop.
+Whoever follows a call is told where the message is read, in the same turn of the event loop. Calls whose stream
+breaks, or whose service cannot serve them, go on over another stream as long as they have said nothing.
 """
 
 import asyncio
 import contextvars
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -42,17 +43,31 @@ class Calls:
     """Generate calls that belong together, by the numbers of their requests: what any of them says, in one queue.
 
     One reader only. It ends with the first error of any call, or with the end of all.
+
+    Args:
+        requests: one for each call.
+        find: a stream to start them on, another one each time; Unavailable where there is none.
+        timeout_s: for all of them together.
+
+    Attributes:
+        choices_per_call: how much work each of them is.
     """
 
-    def __init__(self, session: "Session", timeout_s: float) -> None:
-        """Made by `Session.start`."""
-        self._session = session
+    def __init__(
+        self, requests: Sequence[pb.GenerateRequest], find: Callable[[], "Session"], *, timeout_s: float
+    ) -> None:
+        self._requests = requests
+        self._find = find
+        self._session = find()
+        self.choices_per_call = max(1, requests[0].sampling.n)
         self._open: dict[int, int] = {}  # number on the stream → number of the request
         self._arrived: list[tuple[int, Event]] = []
         self._error: SoftpromptError | None = None
+        self._has_output = False
         self._is_paused = False
         self._notify: Callable[[], None] | None = None
         self._deadline = asyncio.get_running_loop().call_later(timeout_s, self._expire)
+        self._session.start(self, requests)
 
     @property
     def has_more(self) -> bool:
@@ -91,8 +106,8 @@ class Calls:
 
     def cancel(self) -> None:
         """Abort what still runs; nothing happens if all have ended."""
-        self._signal(pb.CALL_SIGNAL_CANCEL)
-        self._forget()
+        self._leave()
+        self._deadline.cancel()
 
     def add(self, number: int, request: int) -> None:
         """Expect responses under this number on the stream."""
@@ -100,6 +115,7 @@ class Calls:
 
     def put(self, number: int, event: Event) -> None:
         """An event has come; `tell` of it when no more come with it."""
+        self._has_output = self._has_output or not isinstance(event, pb.Accepted)
         self._arrived.append((self._open[number], event))
 
     def tell(self) -> None:
@@ -117,21 +133,32 @@ class Calls:
             leaf = BY_REASON.get(end.reason, InternalError)
             self.fail(leaf(end.message, field=end.field, details=dict(end.details)))
         elif not self._open:
-            self._forget()
+            self._deadline.cancel()
 
     def fail(self, error: SoftpromptError) -> None:
-        """End all calls with this error; `tell` of it when no more comes with it."""
+        """End all calls with this error, or start them elsewhere where that helps; `tell` of what has changed."""
+        self._leave()
+        if isinstance(error, Unavailable) and not self._has_output and self._restart():
+            return
         self._error = self._error or error
-        self.cancel()
+        self._deadline.cancel()
+
+    def _restart(self) -> bool:
+        try:
+            self._session = self._find()
+        except Unavailable:
+            return False
+        self._session.start(self, self._requests)
+        return True
 
     def _expire(self) -> None:
         self.fail(DeadlineExceeded("the inference service did not answer in time"))
         self.tell()
 
-    def _forget(self) -> None:
+    def _leave(self) -> None:
+        self._signal(pb.CALL_SIGNAL_CANCEL)
         self._session.forget(self._open)
         self._open.clear()
-        self._deadline.cancel()
 
     def _signal(self, signal: "pb.CallSignal.ValueType") -> None:
         for number in self._open:
@@ -139,7 +166,11 @@ class Calls:
 
 
 class Session:
-    """One stream to the inference service. It lives until `finish` and the end of its calls, or it breaks."""
+    """One stream to the inference service. It lives until `finish` and the end of its calls, or it breaks.
+
+    Attributes:
+        load: how many choices run on it.
+    """
 
     def __init__(self, stub: "pb_grpc.InferenceServiceAsyncStub") -> None:
         self._requests: asyncio.Queue[pb.GenerateManyRequest | None] = asyncio.Queue()
@@ -147,6 +178,7 @@ class Session:
         self._numbers = itertools.count(1)
         self._takes_calls_until_s = time.monotonic() + _MAX_AGE_S
         self._has_ended = False
+        self.load = 0
         self._stream = stub.GenerateMany(self._sent())
         self._ending = Ending(self._stream)
         # Nobody's own: it reads for all requests to come, not for the one that happened to be first.
@@ -157,25 +189,25 @@ class Session:
         """Whether calls may be started; if not, `finish` it and open another."""
         return not self._has_ended and time.monotonic() < self._takes_calls_until_s
 
-    def start(self, requests: Sequence[pb.GenerateRequest], *, timeout_s: float) -> Calls:
-        """Start a call for each request; `timeout_s` is for all of them together."""
-        calls = Calls(self, timeout_s)
+    def start(self, calls: Calls, requests: Sequence[pb.GenerateRequest]) -> None:
+        """Start a call for each request."""
         for position, request in enumerate(requests):
             number = next(self._numbers)
             self._calls[number] = calls
+            self.load += calls.choices_per_call
             calls.add(number, position)
             self.send(pb.GenerateManyRequest(call=number, start=request))
-        return calls
 
     def send(self, request: pb.GenerateManyRequest) -> None:
         """Send a message; it is lost where the stream has ended, which its calls are told."""
         if not self._has_ended:
             self._requests.put_nowait(request)
 
-    def forget(self, numbers: Mapping[int, int]) -> None:
+    def forget(self, numbers: Iterable[int]) -> None:
         """Drop what still comes of these calls."""
         for number in numbers:
-            self._calls.pop(number, None)
+            if (calls := self._calls.pop(number, None)) is not None:
+                self.load -= calls.choices_per_call
 
     def finish(self) -> None:
         """Start no further calls; the stream ends with its last."""
@@ -216,7 +248,7 @@ class Session:
                 if event.HasField("response"):
                     calls.put(event.call, _event(event.response))
                 else:
-                    del self._calls[event.call]
+                    self.forget((event.call,))
                     calls.end(event.call, event.end)
         for calls in told:
             calls.tell()

@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 from softprompt_api.rpc.tls import ServerTls
 from softprompt_api.settings import ClientTlsSettings, SettingsError, is_loopback, read, refuse_unknown_variables
+
+from softprompt_gateway.discovery import Places
 
 __all__ = ["Settings", "SettingsError", "read_settings"]
 
@@ -42,7 +44,9 @@ class Settings(ClientTlsSettings):
         default="127.0.0.1:2243", min_length=1, validation_alias=_shared("registry_address")
     )
     inference_address: str = Field(
-        default="127.0.0.1:2244", min_length=1, validation_alias=_shared("inference_address")
+        default="127.0.0.1:2244",
+        validation_alias=_shared("inference_address"),
+        description="host:port of each replica, joined by commas, or dns:///name:port for all that have a name",
     )
     log_format: Literal["auto", "json"] = Field(default="auto", validation_alias=_shared("log_format"))
 
@@ -76,6 +80,12 @@ class Settings(ClientTlsSettings):
     registry_timeout_s: PositiveSeconds = Field(default=5.0, description="deadline of a question to the registry")
     grace_s: float = Field(default=30.0, ge=0, le=3600, description="for running requests to end after SIGTERM")
 
+    @field_validator("inference_address")
+    @classmethod
+    def _check_places(cls, value: str) -> str:
+        Places.parse(value)
+        return value
+
     @model_validator(mode="after")
     def _check_keys(self) -> Self:
         if self.require_keys and self.insecure:
@@ -93,6 +103,11 @@ class Settings(ClientTlsSettings):
     def server_tls(self) -> ServerTls | None:
         """How HTTP is served; None: without TLS."""
         return ServerTls.of(self.tls_cert, self.tls_key, self.tls_client_ca)
+
+    @property
+    def inference_places(self) -> Places:
+        """Where the inference services are."""
+        return Places.parse(self.inference_address)
 
     @property
     def always_asks_for_keys(self) -> bool:

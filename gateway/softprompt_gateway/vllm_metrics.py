@@ -2,7 +2,7 @@
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -18,40 +18,63 @@ _PER_TOKEN_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3
 _REQUEST_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800)
 
 
+_GAUGES: Sequence[tuple[str, str, Callable[[GetLoadResponse], float]]] = (
+    ("num_requests_running", "Sequences in the running batch", lambda load: load.running),
+    ("num_requests_waiting", "Sequences that wait for pages or a place", lambda load: load.waiting),
+    ("kv_cache_usage_perc", "KV pages in use, 1 is all", lambda load: load.used_pages / max(1, load.num_pages)),
+)
+_COUNTERS: Sequence[tuple[str, str, Callable[[GetLoadResponse], float]]] = (
+    ("prompt_tokens", "Prompt positions, computed or cached", lambda load: _num_prompt_positions(load)),
+    ("generation_tokens", "Tokens generated", lambda load: load.generated_tokens),
+    (
+        "prefix_cache_queries",
+        "Prompt positions looked for in the prefix cache",
+        lambda load: _num_prompt_positions(load),
+    ),
+    (
+        "prefix_cache_hits",
+        "Prompt positions found in the prefix cache",
+        lambda load: load.cached_prompt_tokens,
+    ),
+    ("num_preemptions", "Times a sequence lost its pages to an older one", lambda load: load.preemptions),
+)
+
+
 class EngineCollector(Collector):
-    """What one inference service last told of its load; None: it did not answer."""
+    """What each inference service last told of its load; None: it did not answer.
+
+    The label `engine` is its place among them.
+    """
 
     def __init__(self) -> None:
-        self.latest: GetLoadResponse | None = None
+        self.latest: Mapping[str, GetLoadResponse | None] = {}
 
     def collect(self) -> Iterable[Metric]:
         """The metrics as they stand."""
-        load = self.latest
-        if load is None:
+        loads = {str(place): load for place, load in enumerate(self.latest.values()) if load is not None}
+        if not loads:
             return
-        labels = (load.base_model_id, "0")
-        computed, cached = load.computed_prompt_tokens, load.cached_prompt_tokens
-        for name, text, gauge in (
-            ("num_requests_running", "Sequences in the running batch", load.running),
-            ("num_requests_waiting", "Sequences that wait for pages or a place", load.waiting),
-            ("kv_cache_usage_perc", "KV pages in use, 1 is all", load.used_pages / max(1, load.num_pages)),
-        ):
-            yield _with(GaugeMetricFamily(f"vllm:{name}", text, labels=_LABELS), labels, gauge)
-        for name, text, count in (
-            ("prompt_tokens", "Prompt positions, computed or cached", computed + cached),
-            ("generation_tokens", "Tokens generated", load.generated_tokens),
-            ("prefix_cache_queries", "Prompt positions looked for in the prefix cache", computed + cached),
-            ("prefix_cache_hits", "Prompt positions found in the prefix cache", cached),
-            ("num_preemptions", "Times a sequence lost its pages to an older one", load.preemptions),
-        ):
-            yield _with(CounterMetricFamily(f"vllm:{name}", text, labels=_LABELS), labels, count)
-        if load.max_loras:
-            names = ("max_lora", "waiting_lora_adapters", "running_lora_adapters")
-            info = GaugeMetricFamily(
-                "vllm:lora_requests_info", "LoRAs that requests use or wait for", labels=names
-            )
-            values = (str(load.max_loras), ",".join(load.waiting_loras), ",".join(load.running_loras))
-            yield _with(info, values, time.time())
+        for family, metrics in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _COUNTERS)):
+            for name, text, value in metrics:
+                metric = family(f"vllm:{name}", text, labels=_LABELS)
+                for engine, load in loads.items():
+                    metric.add_metric((load.base_model_id, engine), value(load))
+                yield metric
+        names = ("max_lora", "waiting_lora_adapters", "running_lora_adapters")
+        info = GaugeMetricFamily("vllm:lora_requests_info", "LoRAs that requests use or wait for", labels=names)
+        told = {
+            (str(load.max_loras), ",".join(load.waiting_loras), ",".join(load.running_loras)): None
+            for load in loads.values()
+            if load.max_loras
+        }
+        for values in told:  # engines that say the same say it once
+            info.add_metric(values, time.time())
+        if told:
+            yield info
+
+
+def _num_prompt_positions(load: GetLoadResponse) -> int:
+    return load.computed_prompt_tokens + load.cached_prompt_tokens
 
 
 class RequestMetrics:
@@ -120,8 +143,3 @@ class WeightedHistogram(Collector):
                 buckets.append((bound, total))
             family.add_metric([model], buckets, self._sums[model])
         yield family
-
-
-def _with(family: GaugeMetricFamily | CounterMetricFamily, labels: Sequence[str], value: float) -> Metric:
-    family.add_metric(labels, value)
-    return family

@@ -59,18 +59,23 @@ class NearToken:
     cosine: float
 
 
+def replicas_of(address: str) -> list[str]:
+    """The address of each replica, where several are joined by commas."""
+    return [place.strip() for place in address.split(",")]
+
+
 class InferenceClient(ServiceClient):
     """A connection to an inference service; close it, or use it in a `with`.
 
     Every failed call raises an error of `softprompt_api.errors`.
 
     Args:
-        address: `host:port` of the service's gRPC.
+        address: `host:port` of the service's gRPC; of several replicas, joined by commas, the first is asked.
         tls: how it is called; None: without TLS.
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, tls: ClientTls | None = None) -> None:
-        super().__init__("inference service", address, tls)
+        super().__init__("inference service", replicas_of(address)[0], tls)
         self._stub = InferenceServiceStub(self._channel)
 
     def resident(self, limit: int = 1000) -> tuple[list[ResidentInfo], int]:

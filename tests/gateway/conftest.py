@@ -64,6 +64,7 @@ class FakeInference(InferenceServiceServicer):
     """Repeats prompts.
 
     Attributes:
+        base: the base model's id.
         requests: every Generate request.
         running: Generate calls that have begun and not ended.
         cancelled: how many ended by cancellation.
@@ -72,8 +73,9 @@ class FakeInference(InferenceServiceServicer):
         resident: spellings of the adapters in memory, the first on the device.
     """
 
-    def __init__(self, registry: "FakeRegistry") -> None:
+    def __init__(self, registry: "FakeRegistry", base: str = BASE) -> None:
         self.registry = registry
+        self.base = base
         self.requests: list[pb.GenerateRequest] = []
         self.running = 0
         self.cancelled = 0
@@ -102,8 +104,9 @@ class FakeInference(InferenceServiceServicer):
         """Repeat the prompt, unless it is a command.
 
         "refuse REASON" and "refuse-grammar" fail at once, "break REASON" after one token; "crash" is a defect;
-        "stall" hangs after one token, "silence" before it is accepted, "wait" until `released`; "flood" never
-        ends. To "rank", each choice says its own number, and the third is the likeliest.
+        "stall" hangs after one token, "silence" before it is accepted; until `released`, "wait" waits after one
+        token, "think" before it, and "queue" before it is accepted; "flood" never ends. To "rank", each choice
+        says its own number, and the third is the likeliest.
         """
         self.requests.append(request)
         await self._change(running=1)
@@ -128,6 +131,8 @@ class FakeInference(InferenceServiceServicer):
             raise RuntimeError("secret in /etc/passwd")
         if command == "silence":
             await asyncio.Event().wait()
+        if command == "queue":
+            await self.released.wait()
         virtual = self._count_virtual(request)
         yield pb.GenerateResponse(
             accepted=pb.Accepted(adapter_digest=request.adapter, prompt_token_ids=ids, virtual_tokens=virtual)
@@ -135,6 +140,8 @@ class FakeInference(InferenceServiceServicer):
         if request.sampling.HasField("prompt_logprobs"):
             for told in _told(ids, request.sampling.prompt_logprobs, is_predicted=virtual > 0):
                 yield pb.GenerateResponse(prompt_logprobs=told)
+        if command == "think":
+            await self.released.wait()
         if command == "break":
             yield _delta(0, "b", request)
             raise FAILURES[reason]("broken as asked")
@@ -212,7 +219,7 @@ class FakeInference(InferenceServiceServicer):
     async def GetModel(self, request: Any, context: Any) -> pb.GetModelResponse:
         if self.model_error is not None:
             raise self.model_error
-        model = reg.BaseModel(id=BASE, architecture="TinyForCausalLM", hidden_size=8, vocab_size=256)
+        model = reg.BaseModel(id=self.base, architecture="TinyForCausalLM", hidden_size=8, vocab_size=256)
         return pb.GetModelResponse(base_model=model, max_model_len=512, ready_unix_s=1_700_000_000)
 
     async def ProbeAdapter(self, request: Any, context: Any) -> pb.ProbeAdapterResponse:
@@ -681,7 +688,9 @@ class Stack:
     Attributes:
         url: of the gateway.
         http: a client of it.
-        services: the gRPC servers, to be stopped by tests that take one away.
+        inference: the first of `replicas`.
+        services: the gRPC servers, to be stopped by tests that take one away: "registry", "inference", and further
+            replicas as "inference-1" and so on.
     """
 
     url: str
@@ -689,6 +698,7 @@ class Stack:
     http: httpx.AsyncClient
     registry: FakeRegistry
     inference: FakeInference
+    replicas: Sequence[FakeInference]
     settings: Settings
     services: dict[str, ServiceServer]
     base: str = BASE
@@ -730,11 +740,16 @@ class Stack:
         """Serve the fake registry again, on the port it had."""
         self.services["registry"] = await _service("registry", f"127.0.0.1:{port}", self.registry)
 
-    async def restart_inference(self) -> None:
-        """Break every call to the fake model, and serve it again on the port it had."""
-        old = self.services["inference"]
+    async def restart_inference(self, number: int = 0) -> None:
+        """Break every call to a fake model, and serve it again on the port it had."""
+        name = _replica_name(number)
+        old = self.services[name]
         await old.stop(0)
-        self.services["inference"] = await _service("inference", f"127.0.0.1:{old.port}", self.inference)
+        self.services[name] = await _service(name, f"127.0.0.1:{old.port}", self.replicas[number])
+
+    def replica_name(self, number: int) -> str:
+        """What the gateway calls a replica."""
+        return f"127.0.0.1:{self.services[_replica_name(number)].port}"
 
     async def listed(self) -> list[str]:
         """The ids that GET /v1/models shows."""
@@ -748,11 +763,15 @@ class Stack:
                 listed = await self.listed()
 
 
+def _replica_name(number: int) -> str:
+    return f"inference-{number}" if number else "inference"
+
+
 async def _service(name: str, address: str, servicer: Any, tls: ServerTls | None = None) -> ServiceServer:
     module, add = {
         "registry": (reg, add_RegistryServiceServicer_to_server),
         "inference": (pb, add_InferenceServiceServicer_to_server),
-    }[name]
+    }[name.partition("-")[0]]
     server = ServiceServer(address, list(module.DESCRIPTOR.services_by_name.values()), tls)
     add(servicer, server.server)
     if name == "registry":
@@ -790,16 +809,19 @@ def gateway_settings() -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def _running_stack(service_tls: ServerTls | None = None, **gateway_settings: Any) -> AsyncIterator[Stack]:
+async def _running_stack(
+    service_tls: ServerTls | None = None, *, bases: Sequence[str] = (BASE,), **gateway_settings: Any
+) -> AsyncIterator[Stack]:
     registry = FakeRegistry()
-    inference = FakeInference(registry)
-    services = {
-        "registry": await _service("registry", "127.0.0.1:0", registry, service_tls),
-        "inference": await _service("inference", "127.0.0.1:0", inference, service_tls),
-    }
+    replicas = [FakeInference(registry, base) for base in bases]
+    services = {"registry": await _service("registry", "127.0.0.1:0", registry, service_tls)}
+    for number, replica in enumerate(replicas):
+        name = _replica_name(number)
+        services[name] = await _service(name, "127.0.0.1:0", replica, service_tls)
+    ports = [services[_replica_name(number)].port for number in range(len(replicas))]
     defaults: dict[str, Any] = {
         "registry_address": f"127.0.0.1:{services['registry'].port}",
-        "inference_address": f"127.0.0.1:{services['inference'].port}",
+        "inference_address": ",".join(f"127.0.0.1:{port}" for port in ports),
         "grace_s": 1,
     }
     settings = Settings(**defaults | gateway_settings)
@@ -813,7 +835,8 @@ async def _running_stack(service_tls: ServerTls | None = None, **gateway_setting
                 port=port,
                 http=http,
                 registry=registry,
-                inference=inference,
+                inference=replicas[0],
+                replicas=replicas,
                 settings=settings,
                 services=services,
             )
@@ -826,7 +849,7 @@ async def _running_stack(service_tls: ServerTls | None = None, **gateway_setting
 
 @pytest.fixture(scope="session")
 def running_stack() -> Callable[..., contextlib.AbstractAsyncContextManager[Stack]]:
-    """Start a stack with these settings; for files whose tests share one."""
+    """Start a stack with these settings, and a replica for each of `bases`; for files whose tests share one."""
     return _running_stack
 
 

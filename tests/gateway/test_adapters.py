@@ -349,6 +349,7 @@ async def test_what_is_in_memory_is_listed_with_its_tier_and_use(stack: Any) -> 
     assert [one["model"] for one in answer["data"]] == ["loud@1", "loud@2"]
     assert answer["data"][0] == {
         "object": "resident_adapter",
+        "replica": stack.replica_name(0),
         "model": "loud@1",
         "digest": f"sha256:{1:064x}",
         "tier": "device",

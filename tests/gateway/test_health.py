@@ -39,20 +39,21 @@ async def test_metrics_count_requests_tokens_and_the_engines_load(stack: Any) ->
     await stack.http.get("/no/such/route")
     await stack.http.request("BREW", "/v1/models")
     text = (await stack.http.get("/metrics")).text
+    name = stack.replica_name(0)
     for line in (
         'softprompt_gateway_requests_total{method="POST",route="/v1/completions",status="200"} 2.0',
         'softprompt_gateway_requests_total{method="GET",route="/v1/models/{id_:path}",status="404"} 1.0',
         'softprompt_gateway_requests_total{method="GET",route="unmatched",status="404"} 1.0',
         'softprompt_gateway_tokens_total{kind="prompt"} 10.0',
-        "softprompt_engine_up 1.0",
-        "softprompt_engine_num_pages 64.0",
-        "softprompt_engine_generated_tokens_total 7.0",
-        'softprompt_inference_adapters{tier="device"} 2.0',
-        'softprompt_inference_adapters{tier="host"} 3.0',
-        'softprompt_inference_adapter_bytes{tier="host"} 600.0',
-        'softprompt_inference_adapter_hits_total{tier="device"} 9.0',
-        'softprompt_inference_adapter_hits_total{tier="host"} 5.0',
-        'softprompt_inference_adapter_hits_total{tier="registry"} 4.0',
+        f'softprompt_engine_up{{replica="{name}"}} 1.0',
+        f'softprompt_engine_num_pages{{replica="{name}"}} 64.0',
+        f'softprompt_engine_generated_tokens_total{{replica="{name}"}} 7.0',
+        f'softprompt_inference_adapters{{replica="{name}",tier="device"}} 2.0',
+        f'softprompt_inference_adapters{{replica="{name}",tier="host"}} 3.0',
+        f'softprompt_inference_adapter_bytes{{replica="{name}",tier="host"}} 600.0',
+        f'softprompt_inference_adapter_hits_total{{replica="{name}",tier="device"}} 9.0',
+        f'softprompt_inference_adapter_hits_total{{replica="{name}",tier="host"}} 5.0',
+        f'softprompt_inference_adapter_hits_total{{replica="{name}",tier="registry"}} 4.0',
         "softprompt_gateway_known_adapters 0.0",
     ):
         assert line in text
@@ -120,8 +121,8 @@ async def test_adapters_have_counters_of_their_own_up_to_a_number(stack: Any) ->
 async def test_metrics_answer_without_an_engine(stack: Any) -> None:
     await stack.services["inference"].stop(0)
     text = (await stack.http.get("/metrics")).text
-    assert "softprompt_engine_up 0.0" in text
-    assert "softprompt_engine_num_pages" not in text
+    assert f'softprompt_engine_up{{replica="{stack.replica_name(0)}"}} 0.0' in text
+    assert "softprompt_engine_num_pages{" not in text
 
 
 async def test_a_broken_registry_is_no_reason_to_restart_the_gateway(stack: Any) -> None:

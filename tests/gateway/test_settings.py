@@ -32,6 +32,9 @@ def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SOFTPROMPT_GATEWAY_GRACE_S", "-1", "grace_s"),
         ("SOFTPROMPT_GATEWAY_REQUEST_TIMEOUT_S", "inf", "request_timeout_s"),
         ("SOFTPROMPT_LOG_FORMAT", "xml", "log_format"),
+        ("SOFTPROMPT_INFERENCE_ADDRESS", "", "inference_address"),
+        ("SOFTPROMPT_INFERENCE_ADDRESS", "a:1,a:1", "inference_address: .* names a place twice"),
+        ("SOFTPROMPT_INFERENCE_ADDRESS", "dns:///inference", "must be dns:///name:port"),
     ],
 )
 def test_a_mistake_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, named: str) -> None:
@@ -58,6 +61,12 @@ def test_certificates_are_read_at_the_start(monkeypatch: pytest.MonkeyPatch, aut
         SettingsError, match=f"the private key in {own_key} is not that of the certificate in {cert}"
     ):
         read_settings()
+
+
+def test_replicas_are_named_one_by_one_or_by_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOFTPROMPT_INFERENCE_ADDRESS", "a:1, unix:/b, dns:///c:3")
+    places = read_settings().inference_places
+    assert (places.fixed, places.names) == (("a:1", "unix:/b"), (("c", 3),))
 
 
 def test_settings_do_not_change() -> None:

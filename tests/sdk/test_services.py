@@ -1,5 +1,6 @@
 """How options reach the services, and how a client reaches the gateway."""
 
+import dataclasses
 import importlib
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ def addresses(host: str = "127.0.0.1") -> Addresses:
     return Addresses(
         redis_url="unix:///store.sock",
         registry="127.0.0.1:1",
-        inference="127.0.0.1:2",
+        inference=("127.0.0.1:2", "127.0.0.1:4"),
         gateway_host=host,
         gateway_port=3,
     )
@@ -51,7 +52,7 @@ def test_variables_that_run_reads_do_not_reach_the_services(monkeypatch: pytest.
                 "host": "127.0.0.1",
                 "port": 3,
                 "registry_address": "127.0.0.1:1",
-                "inference_address": "127.0.0.1:2",
+                "inference_address": "127.0.0.1:2,127.0.0.1:4",
                 "require_keys": True,
                 "insecure": False,
                 "limits_redis_url": "redis://elsewhere",
@@ -103,6 +104,31 @@ def test_every_service_reads_what_it_is_given(
     settings = importlib.import_module(f"softprompt_{service}.settings").read_settings()
     assert {name: getattr(settings, name) for name in expected} == expected
     assert settings.log_format == "json"
+
+
+def test_replicas_share_processors_and_the_memory_of_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 5)
+    options = make_options({"replicas": 2, "kv_cache_gb": 3.0})
+    for replica, address in enumerate(addresses().inference):
+        settings = environment("inference", options, addresses(), replica=replica)
+        assert settings["SOFTPROMPT_INFERENCE_ADDRESS"] == address
+        assert settings["SOFTPROMPT_NUM_THREADS"] == "2"
+        assert settings["SOFTPROMPT_KV_CACHE_BYTES"] == str(3 * 2**29)
+        assert settings["SOFTPROMPT_GPU_MEMORY_UTILIZATION"] == "0.45"
+
+
+def test_devices_are_given_to_replicas_in_turn_and_shared_by_those_that_have_the_same() -> None:
+    three = dataclasses.replace(addresses(), inference=("a:1", "b:1", "c:1"))
+    options = make_options({"replicas": 3, "device": "cuda:0,cuda:1", "gpu_memory_utilization": 0.8})
+    settings = [environment("inference", options, three, replica=replica) for replica in range(3)]
+    assert [one["SOFTPROMPT_DEVICE"] for one in settings] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [one["SOFTPROMPT_GPU_MEMORY_UTILIZATION"] for one in settings] == ["0.4", "0.8", "0.4"]
+
+
+def test_one_replica_has_the_whole_machine() -> None:
+    settings = environment("inference", make_options({}), addresses())
+    assert "SOFTPROMPT_NUM_THREADS" not in settings
+    assert "SOFTPROMPT_GPU_MEMORY_UTILIZATION" not in settings
 
 
 @pytest.mark.parametrize(

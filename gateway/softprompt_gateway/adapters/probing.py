@@ -27,14 +27,14 @@ class Probing:
     def __init__(self, inference: InferenceClient, catalog: Catalog) -> None:
         self._inference = inference
         self._catalog = catalog
-        self._pending: asyncio.Queue[str] = asyncio.Queue(_MAX_PENDING)
+        self._pending: asyncio.Queue[AdapterVersion] = asyncio.Queue(_MAX_PENDING)
         self._working: asyncio.Task[None] | None = None
 
     def want(self, version: AdapterVersion) -> None:
         """Measure a version when it is its turn."""
         if self._pending.full():
             return
-        self._pending.put_nowait(spelling_of(version))
+        self._pending.put_nowait(version)
         if self._working is None or self._working.done():
             self._working = asyncio.create_task(self._work(), context=contextvars.Context())
 
@@ -45,8 +45,8 @@ class Probing:
 
     async def _work(self) -> None:
         while not self._pending.empty():
-            spelling = self._pending.get_nowait()
+            version = self._pending.get_nowait()
             try:
-                self._catalog.learn(await self._inference.probe_adapter(spelling))
+                self._catalog.learn(await self._inference.probe_adapter(version))
             except SoftpromptError as error:
-                _log.info("an adapter was not probed", adapter=spelling, cause=error.reason)
+                _log.info("an adapter was not probed", adapter=spelling_of(version), cause=error.reason)

@@ -1,5 +1,6 @@
-"""`GET /v1/resident_adapters`: which adapters are in the inference service's memory, and how they are used."""
+"""`GET /v1/resident_adapters`: which adapters are in the memory of each replica, and how they are used."""
 
+from heapq import merge
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -12,7 +13,7 @@ from softprompt_gateway.caller import Caller
 from softprompt_gateway.gateway import Gateway
 from softprompt_gateway.metrics import tier_name
 
-# As many as the inference service lists; tenants see those of them that are theirs.
+# As many as an inference service lists; tenants see those of them that are theirs.
 _MAX_LISTED = 10_000
 Limit = Annotated[int, Query(ge=1, le=_MAX_LISTED, description="most adapters to list")]
 
@@ -25,16 +26,21 @@ def resident_router(gateway: Gateway) -> APIRouter:
     async def list_resident(request: Request, limit: Limit = 1000) -> dict[str, Any]:
         """List the adapters in memory, the most recently used first."""
         caller = Caller.of(request)
-        answer = await gateway.clients.inference.resident(_MAX_LISTED)
-        own = [one for one in answer.adapters if caller.may_use(one.adapter.partition("@")[0])]
-        return {"object": "list", "data": [_resident_json(one) for one in own[:limit]], "total_size": len(own)}
+        answers = await gateway.clients.inference.resident(_MAX_LISTED)
+        own = [
+            [(replica, one) for one in answer.adapters if caller.may_use(one.adapter.partition("@")[0])]
+            for replica, answer in answers.items()
+        ]
+        shown = [_resident_json(replica, one) for replica, one in merge(*own, key=lambda each: each[1].idle_s)]
+        return {"object": "list", "data": shown[:limit], "total_size": len(shown)}
 
     return router
 
 
-def _resident_json(one: ResidentAdapter) -> dict[str, Any]:
+def _resident_json(replica: str, one: ResidentAdapter) -> dict[str, Any]:
     return {
         "object": "resident_adapter",
+        "replica": replica,
         "model": local_name(one.adapter),
         "digest": one.digest,
         "tier": tier_name(one.tier),

@@ -17,7 +17,7 @@ from fastapi import APIRouter, Query
 from softprompt_api.access import Scope
 from softprompt_api.audit import audited
 from softprompt_api.errors import InvalidArgument, SoftpromptError
-from softprompt_api.names import AdapterRef, parse_adapter, parse_requested, shown, with_task
+from softprompt_api.names import AdapterRef, parse_adapter, parse_requested, shown
 from softprompt_api.registry.v1.registry_pb2 import (
     AdapterVersion,
     ImportAdapterResponse,
@@ -41,7 +41,6 @@ from softprompt_gateway.adapters.schema import (
 from softprompt_gateway.adapters.upload import register, whole
 from softprompt_gateway.body import body_chunks, check_encoding, content_length, discard
 from softprompt_gateway.caller import Caller
-from softprompt_gateway.catalog import spelling_of
 from softprompt_gateway.disconnect import unless_gone
 from softprompt_gateway.documented import json_body
 from softprompt_gateway.errors import Refused, fields_spelled
@@ -194,8 +193,8 @@ class _Routes:
         """Measure what a version does to the next token of a few fixed prompts, and keep the result with it."""
         caller, ref = Caller.of(request), parse_adapter(adapter)
         with audited("adapter.probe", adapter=str(ref), **caller.facts()):
-            spelling = spelling_of(await self._version(caller, ref))
-            version = await unless_gone(request, self._inference.probe_adapter(spelling))
+            version = await self._version(caller, ref)
+            version = await unless_gone(request, self._inference.probe_adapter(version))
         self._gateway.catalog.learn(version)
         return adapter_json(caller.told(version))
 
@@ -203,8 +202,7 @@ class _Routes:
         """List the tokens of the vocabulary that are nearest to each virtual token."""
         caller, ref = Caller.of(request), parse_requested(adapter)
         version = await self._version(caller, ref.whole)
-        spelling = with_task(spelling_of(version), ref.task)
-        answer = await unless_gone(request, self._inference.nearest_tokens(spelling, top_k))
+        answer = await unless_gone(request, self._inference.nearest_tokens(version, ref.task, top_k))
         return nearest_json(caller.told(version), answer)
 
     async def update(self, request: Request, adapter: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from softprompt_gateway.sse import EventStream
 
 
 class Answering:
-    """Runs jobs on the inference service."""
+    """Runs jobs on the inference services."""
 
     def __init__(self, starting: Starting, metrics: Metrics) -> None:
         self._starting = starting

@@ -11,6 +11,7 @@ from softprompt_api.inference.v1 import inference_pb2 as pb
 
 from softprompt_gateway.clients import InferenceClient
 from softprompt_gateway.errors import ModelNotFound
+from softprompt_gateway.placement import Place
 from softprompt_gateway.session import Calls, Delta, Event
 
 Result = TypeVar("Result")
@@ -92,9 +93,11 @@ class Generation:
         self._num_generated = 0
 
     @classmethod
-    async def start(cls, inference: InferenceClient, requests: Sequence[pb.GenerateRequest]) -> "Generation":
-        """Start a call for each prompt; if one is refused, none goes on."""
-        generation = cls(inference.generate(requests), len(requests))
+    async def start(
+        cls, inference: InferenceClient, place: Place, requests: Sequence[pb.GenerateRequest]
+    ) -> "Generation":
+        """Start a call for each prompt where they belong; if one is refused, none goes on."""
+        generation = cls(inference.generate(place, requests), len(requests))
         try:
             await generation._wait_until_accepted()
         except AdapterNotFound as error:

@@ -1,4 +1,4 @@
-"""`/v1/models`: the base model and every adapter, as model cards."""
+"""`/v1/models`: the base models and every adapter, as model cards."""
 
 import asyncio
 import json

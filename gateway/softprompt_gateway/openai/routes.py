@@ -115,7 +115,9 @@ class _Routes:
     async def _completion_with(self, body: CompletionRequest, request: Request, target: Target) -> Job:
         calls = body.calls(target, request_id=request.state.request_id, max_choices=self._max_choices)
         echoes = (
-            await all_of([self._text_of(prompt) for prompt in body.prompt]) if body.echo else [""] * len(calls)
+            await all_of([self._text_of(prompt, target) for prompt in body.prompt])
+            if body.echo
+            else [""] * len(calls)
         )
         return Job(
             target=target,
@@ -129,11 +131,11 @@ class _Routes:
             meter=Meter.of(request.scope),
         )
 
-    async def _text_of(self, prompt: str | list[int] | Parts) -> str:
+    async def _text_of(self, prompt: str | list[int] | Parts, target: Target) -> str:
         """What is echoed; where a soft prompt stands, nothing: virtual tokens have no text."""
         if isinstance(prompt, Parts):
             return prompt.text
-        return prompt if isinstance(prompt, str) else await self._inference.detokenize(prompt)
+        return prompt if isinstance(prompt, str) else await self._inference.detokenize(target.place, prompt)
 
     async def chat(self, request: Request) -> Response:
         """Continue a conversation."""
@@ -184,17 +186,18 @@ class _Routes:
         raise _no_response(id_)
 
     async def models(self, request: Request) -> Response:
-        """List the base model and every adapter."""
-        caller, served = Caller.of(request), await self._resolver.served()
+        """List the base models and every adapter of theirs."""
+        caller, bases = Caller.of(request), await self._resolver.bases()
         adapters = (
             card
             for version in self._gateway.catalog.versions(caller.may_use)
+            if (served := bases.find(version)) is not None
             for card in adapter_cards(caller.told(version), served)
         )
-        return StreamingResponse(listing(chain([base_card(served)], adapters)), media_type="application/json")
+        return StreamingResponse(listing(chain(map(base_card, bases), adapters)), media_type="application/json")
 
     async def model(self, request: Request, id_: str) -> dict[str, Any]:
-        """Describe one model: the base model, or an adapter by name, name@version or digest."""
+        """Describe one model: a base model, or an adapter by name, name@version or digest."""
         target = await self._resolver.resolve(Named(model=id_, caller=Caller.of(request)))
         if not target.front:
             return base_card(target.served)
@@ -214,15 +217,16 @@ class _Routes:
             prompt_field=body.prompt_field,
         )
         target = await self._resolver.resolve(named)
-        answer = await unless_gone(request, self._inference.tokenize(body.call(target)))
+        answer = await unless_gone(request, self._inference.tokenize(target.place, body.call(target)))
         return tokenized(answer, with_strings=bool(body.return_token_strs))
 
     async def detokenize(self, request: Request) -> dict[str, Any]:
         """Turn token ids into text."""
         body = DetokenizeRequest.checked(await self._gateway.json(request))
-        await self._resolver.resolve(Named(model=await self._model_of(body.model), caller=Caller.of(request)))
+        named = Named(model=await self._model_of(body.model), caller=Caller.of(request))
+        target = await self._resolver.resolve(named)
         with fields_spelled(ids="tokens"):
-            return {"prompt": await unless_gone(request, self._inference.detokenize(body.tokens))}
+            return {"prompt": await unless_gone(request, self._inference.detokenize(target.place, body.tokens))}
 
     async def _model_of(self, model: str | None) -> str:
         """The base model where none is named."""

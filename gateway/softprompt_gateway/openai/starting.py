@@ -58,7 +58,7 @@ class Starting:
     async def _start(self, work: Some) -> tuple[Some, Generation]:
         work.meter.facts |= work.target.facts()
         with fields_spelled(adapter="model"):
-            return work, await Generation.start(self._inference, work.calls)
+            return work, await Generation.start(self._inference, work.target.place, work.calls)
 
 
 def _look_at_error(task: "asyncio.Task[Target]") -> None:

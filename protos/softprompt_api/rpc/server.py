@@ -1,6 +1,7 @@
 """What every gRPC server of ours has: health, reflection, errors as statuses, and a graceful stop."""
 
 import asyncio
+import inspect
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -61,7 +62,10 @@ def _unary(method: str, behaviour: Callable[..., Awaitable[Any]]) -> Callable[..
     return call
 
 
-def _streaming(method: str, behaviour: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+def _streaming(method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
+    if inspect.iscoroutinefunction(behaviour):  # it writes its responses itself, as the health service does
+        return _unary(method, behaviour)
+
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
             async for response in behaviour(request, context):

@@ -29,7 +29,9 @@ Registry = Annotated[
 Inference = Annotated[
     str,
     typer.Option(
-        "--inference", envvar="SOFTPROMPT_INFERENCE_ADDRESS", help="host:port of the inference service's gRPC"
+        "--inference",
+        envvar="SOFTPROMPT_INFERENCE_ADDRESS",
+        help="host:port of the inference service's gRPC; of several replicas, joined by commas",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]

@@ -32,8 +32,9 @@ def default_model() -> str:
 class RunOptions(BaseModel):
     """Options of one system on this machine. Field names are the config file's keys and, with dashes, the flags.
 
-    Ports: 0 takes a free one. Sizes: `kv_cache_gb` in GiB; `gpu_memory_utilization` is a share. None leaves the
-    choice to the service.
+    Ports: 0 takes a free one; replicas listen on `inference_port` and those behind it. Sizes: `kv_cache_gb` in
+    GiB; `gpu_memory_utilization` is a share; replicas on one device divide both. None leaves the choice to the
+    service.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -48,9 +49,10 @@ class RunOptions(BaseModel):
     insecure: bool = False
     registry_port: Port = 2243
     inference_port: Port = 2244
+    replicas: int = Field(default=1, ge=1, le=64)
     data_dir: str = Field(default_factory=default_data_dir, min_length=1)
     redis_url: str | None = Field(default=None, min_length=1)
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?|cuda:\d{1,3}(,cuda:\d{1,3})+)$")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_cache_gb: float | None = Field(default=None, gt=0)
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)

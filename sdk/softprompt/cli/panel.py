@@ -31,7 +31,7 @@ _DEMO_PROMPT = (
 
 def show(console: Console, options: RunOptions, addresses: Addresses, logs: Path) -> None:
     """Print the start panel, with facts asked from the running services."""
-    model = get_model(addresses.inference)
+    model = get_model(addresses.inference[0])
     with RegistryClient(addresses.registry) as registry:
         adapters, total = registry.first_adapters(_MAX_ASKED)
     facts = Table.grid(padding=(0, 2))
@@ -77,18 +77,19 @@ def _facts(
     options: RunOptions, addresses: Addresses, logs: Path, model: pb.GetModelResponse, adapters: str
 ) -> list[tuple[str, str]]:
     base, memory = model.base_model, model.memory
+    each = f"each of {options.replicas} replicas: " if options.replicas > 1 else ""
     return [
         ("model", f"{base.id} ({base.architecture}, {base.num_layers} layers, hidden size {base.hidden_size})"),
         ("device", f"{model.device}, {base.dtype}"),
         (
             "memory",
-            f"weights {memory.weights_bytes / _MIB:,.0f} MiB, KV cache {memory.kv_cache_bytes / _MIB:,.0f} MiB = "
-            f"{memory.num_pages} pages of {memory.page_size} positions",
+            f"{each}weights {memory.weights_bytes / _MIB:,.0f} MiB, KV cache "
+            f"{memory.kv_cache_bytes / _MIB:,.0f} MiB = {memory.num_pages} pages of {memory.page_size} positions",
         ),
         ("context", f"{model.max_model_len} positions, at most {model.max_virtual_tokens} of them virtual tokens"),
         ("adapters", adapters),
         ("OpenAI API", f"{addresses.gateway_url}/v1   (documentation: {addresses.gateway_url}/docs)"),
-        ("gRPC", f"registry {addresses.registry}, inference {addresses.inference}"),
+        ("gRPC", f"registry {addresses.registry}, inference {', '.join(addresses.inference)}"),
         ("store", addresses.redis_url if options.redis_url is None else "as given by --redis-url"),
         ("logs", str(logs)),
     ]

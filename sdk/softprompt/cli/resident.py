@@ -1,39 +1,56 @@
-"""`softprompt adapter` `ps`, `preload`, `evict`: which adapters are in the inference service's memory."""
+"""`softprompt adapter` `ps`, `preload`, `evict`: which adapters are in the memory of the inference services."""
+
+from collections.abc import Sequence
 
 import typer
 from rich.table import Table
+from softprompt_api.errors import AdapterNotFound
 
 from softprompt.cli.adapters import Adapter, AsJson, Inference, console, print_json
 from softprompt.cli.connections import inference_client
-from softprompt.inference import DEFAULT_ADDRESS
+from softprompt.inference import DEFAULT_ADDRESS, ResidentInfo, replicas_of
 
 
 def ps(inference: Inference = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     """List what is in memory, most recently used first."""
-    with inference_client(inference) as client:
-        adapters, total = client.resident()
+    adapters: list[tuple[str, ResidentInfo]] = []
+    total = 0
+    for replica in replicas_of(inference):
+        with inference_client(replica) as client:
+            listed, count = client.resident()
+        adapters += [(replica, info) for info in listed]
+        total += count
     if as_json:
-        print_json([info.as_dict() for info in adapters])
+        print_json([{"replica": replica, **info.as_dict()} for replica, info in adapters])
         return
     if not adapters:
         typer.echo("no adapter is in memory; each comes with its first request")
         return
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for column in ("ADAPTER", "TIER", "SIZE", "IDLE", "HITS", "IN USE", "DIGEST"):
-        table.add_column(column, no_wrap=True)
-    for info in adapters:
-        idle = "" if info.in_use else f"{info.idle_s:.0f} s"
-        size = f"{info.size_bytes / 1024:,.1f} KiB"
-        table.add_row(info.adapter, info.tier, size, idle, str(info.hits), str(info.in_use), info.digest[:19])
-    console().print(table)
+    console().print(_table(adapters))
     if total > len(adapters):
         typer.echo(f"and {total - len(adapters):,} more")
 
 
+def _table(adapters: Sequence[tuple[str, ResidentInfo]]) -> Table:
+    """A row for each adapter, with its replica where there are several."""
+    are_several = len({replica for replica, _ in adapters}) > 1
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    columns = ["ADAPTER", "TIER", "SIZE", "IDLE", "HITS", "IN USE", "DIGEST"]
+    for column in [*columns, "REPLICA"] if are_several else columns:
+        table.add_column(column, no_wrap=True)
+    for replica, info in adapters:
+        idle = "" if info.in_use else f"{info.idle_s:.0f} s"
+        size = f"{info.size_bytes / 1024:,.1f} KiB"
+        row = [info.adapter, info.tier, size, idle, str(info.hits), str(info.in_use), info.digest[:19]]
+        table.add_row(*row, *([replica] if are_several else []))
+    return table
+
+
 def preload(adapter: Adapter, inference: Inference = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
-    """Bring an adapter in before its first request."""
-    with inference_client(inference) as client:
-        digest = client.preload(adapter)
+    """Bring an adapter in before its first request, to each replica that is named."""
+    for replica in replicas_of(inference):
+        with inference_client(replica) as client:
+            digest = client.preload(adapter)
     if as_json:
         print_json({"adapter": adapter, "digest": digest})
     else:
@@ -41,9 +58,15 @@ def preload(adapter: Adapter, inference: Inference = DEFAULT_ADDRESS, as_json: A
 
 
 def evict(adapter: Adapter, inference: Inference = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
-    """Let an adapter go from memory."""
-    with inference_client(inference) as client:
-        digest = client.evict(adapter)
+    """Let an adapter go from the memory of each replica that has it."""
+    digest = ""
+    for replica in (places := replicas_of(inference)):
+        with inference_client(replica) as client:
+            try:
+                digest = client.evict(adapter)
+            except AdapterNotFound:
+                if replica == places[-1] and not digest:
+                    raise
     if as_json:
         print_json({"adapter": adapter, "digest": digest})
     else:

@@ -78,6 +78,13 @@ def run(
     ] = None,
     registry_port: Annotated[int | None, typer.Option(envvar="SOFTPROMPT_REGISTRY_PORT")] = None,
     inference_port: Annotated[int | None, typer.Option(envvar="SOFTPROMPT_INFERENCE_PORT")] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            envvar="SOFTPROMPT_REPLICAS",
+            help="inference services that share the work, the processors and the memory",
+        ),
+    ] = None,
     require_keys: Annotated[
         bool | None,
         typer.Option(envvar="SOFTPROMPT_REQUIRE_KEYS", help="ask for an API key before the first was made"),
@@ -94,13 +101,17 @@ def run(
         str | None, typer.Option(envvar="SOFTPROMPT_REDIS_URL", help="use this Redis or Valkey, embed none")
     ] = None,
     device: Annotated[
-        str | None, typer.Option(envvar="SOFTPROMPT_DEVICE", help="auto, cpu, cuda or cuda:N")
+        str | None,
+        typer.Option(
+            envvar="SOFTPROMPT_DEVICE", help="auto, cpu, cuda, cuda:N, or cuda:0,cuda:1 for replicas in turn"
+        ),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(envvar="SOFTPROMPT_DTYPE", help="auto, float32, bfloat16 or float16")
     ] = None,
     kv_cache_gb: Annotated[
-        float | None, typer.Option(envvar="SOFTPROMPT_KV_CACHE_GB", help="memory for the KV cache, in GiB")
+        float | None,
+        typer.Option(envvar="SOFTPROMPT_KV_CACHE_GB", help="memory of a device for the KV cache, in GiB"),
     ] = None,
     gpu_memory_utilization: Annotated[
         float | None,

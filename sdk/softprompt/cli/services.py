@@ -3,8 +3,9 @@
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from softprompt.cli.options import RunOptions
 from softprompt.cli.problems import WrongUsage
@@ -18,17 +19,23 @@ _GIB = 2**30
 # Where services of other systems are called with TLS; those of this one are not.
 _CLIENT_TLS = frozenset({"SOFTPROMPT_TLS_CA", "SOFTPROMPT_TLS_CLIENT_CERT", "SOFTPROMPT_TLS_CLIENT_KEY"})
 _SERVICE_TLS = re.compile(r"SOFTPROMPT_(GATEWAY|REGISTRY|INFERENCE)_TLS_\w+")
+# Of a GPU that several replicas share, where nothing else is said.
+_GPU_SHARE = 0.9
 # A service that has not ended this long after SIGTERM is killed; running requests get half of it.
 GRACE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addresses:
-    """Where the services of one system listen; `redis_url` is where the registry's store is."""
+    """Where the services of one system listen; `redis_url` is where the registry's store is.
+
+    Attributes:
+        inference: of each replica.
+    """
 
     redis_url: str
     registry: str
-    inference: str
+    inference: tuple[str, ...]
     gateway_host: str
     gateway_port: int
     gateway_scheme: str = "http"
@@ -55,16 +62,21 @@ def command(service: str, arguments: Sequence[str] = ()) -> list[str]:
     return [sys.executable, "-m", MODULES[service], *arguments]
 
 
-def environment(service: str, options: RunOptions, addresses: Addresses) -> dict[str, str]:
-    """The environment of a service: this process's, with the service's settings; None is left to the service."""
+def environment(service: str, options: RunOptions, addresses: Addresses, *, replica: int = 0) -> dict[str, str]:
+    """The environment of a service: this process's, with the service's settings; None is left to the service.
+
+    Args:
+        replica: which of the inference services, from 0.
+    """
     # Variables that `run` reads are in `options` by now, and the services refuse variables that they do not know.
     own = {f"SOFTPROMPT_{name.upper()}" for name in ("config", *RunOptions.model_fields)}
     inherited = {name: value for name, value in os.environ.items() if name not in own | _CLIENT_TLS}
-    settings = {
+    make: Mapping[str, Callable[[RunOptions, Addresses], dict[str, object]]] = {
         "registry": _registry,
-        "inference": _inference,
+        "inference": partial(_inference, replica=replica),
         "gateway": _gateway,
-    }[service](options, addresses)
+    }
+    settings = make[service](options, addresses)
     given = {name: str(value) for name, value in settings.items() if value is not None}
     # Records, not lines: the supervisor picks the errors out of the logs.
     return {"SOFTPROMPT_LOG_FORMAT": "json", **inherited, **given}
@@ -80,16 +92,20 @@ def _registry(options: RunOptions, addresses: Addresses) -> dict[str, object]:
     }
 
 
-def _inference(options: RunOptions, addresses: Addresses) -> dict[str, object]:
+def _inference(options: RunOptions, addresses: Addresses, *, replica: int) -> dict[str, object]:
+    devices = options.device.split(",")
+    device = devices[replica % len(devices)]
+    num_sharing = len([other for other in range(options.replicas) if devices[other % len(devices)] == device])
     return {
-        "SOFTPROMPT_INFERENCE_ADDRESS": addresses.inference,
+        "SOFTPROMPT_INFERENCE_ADDRESS": addresses.inference[replica],
         "SOFTPROMPT_REGISTRY_ADDRESS": addresses.registry,
         "SOFTPROMPT_MODEL": options.model,
         "SOFTPROMPT_SERVED_MODEL_NAME": options.served_model_name,
-        "SOFTPROMPT_DEVICE": options.device,
+        "SOFTPROMPT_DEVICE": device,
         "SOFTPROMPT_DTYPE": options.dtype,
-        "SOFTPROMPT_KV_CACHE_BYTES": None if options.kv_cache_gb is None else int(options.kv_cache_gb * _GIB),
-        "SOFTPROMPT_GPU_MEMORY_UTILIZATION": options.gpu_memory_utilization,
+        "SOFTPROMPT_NUM_THREADS": _num_threads(num_sharing),
+        "SOFTPROMPT_KV_CACHE_BYTES": _kv_cache_bytes(options, num_sharing),
+        "SOFTPROMPT_GPU_MEMORY_UTILIZATION": _utilization(options, num_sharing),
         "SOFTPROMPT_MAX_MODEL_LEN": options.max_model_len,
         "SOFTPROMPT_MAX_NUM_SEQUENCES": options.max_num_seqs,
         "SOFTPROMPT_ENABLE_PREFIX_CACHING": options.enable_prefix_caching,
@@ -101,6 +117,24 @@ def _inference(options: RunOptions, addresses: Addresses) -> dict[str, object]:
         "SOFTPROMPT_MAX_LORA_RANK": options.max_lora_rank,
         "SOFTPROMPT_GRACE_S": GRACE_S / 2,
     }
+
+
+def _num_threads(num_sharing: int) -> int | None:
+    """Threads of one of several replicas; torch has its own idea of them for one, and users may have another."""
+    if num_sharing == 1 or "SOFTPROMPT_NUM_THREADS" in os.environ:
+        return None
+    return max(1, (os.cpu_count() or 1) // num_sharing)
+
+
+def _kv_cache_bytes(options: RunOptions, num_sharing: int) -> int | None:
+    return None if options.kv_cache_gb is None else int(options.kv_cache_gb * _GIB) // num_sharing
+
+
+def _utilization(options: RunOptions, num_sharing: int) -> float | None:
+    """What one of several replicas may take of a GPU; a CPU's memory is planned from what others have left."""
+    if num_sharing == 1:
+        return options.gpu_memory_utilization
+    return (options.gpu_memory_utilization or _GPU_SHARE) / num_sharing
 
 
 def _gateway(options: RunOptions, addresses: Addresses) -> dict[str, object]:
@@ -115,5 +149,5 @@ def _gateway(options: RunOptions, addresses: Addresses) -> dict[str, object]:
         "SOFTPROMPT_GATEWAY_LIMITS_REDIS_URL": options.redis_url,
         "SOFTPROMPT_GATEWAY_GRACE_S": GRACE_S / 2,
         "SOFTPROMPT_REGISTRY_ADDRESS": addresses.registry,
-        "SOFTPROMPT_INFERENCE_ADDRESS": addresses.inference,
+        "SOFTPROMPT_INFERENCE_ADDRESS": ",".join(addresses.inference),
     }

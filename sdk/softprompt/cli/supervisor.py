@@ -1,6 +1,8 @@
 """All services on one machine, as processes that live and end together.
 
 store → registry → gateway and inference → adapters → serve until asked to stop → all ended, last started first
+
+Of several inference services one may end: the others serve, and it is started again.
 """
 
 import contextlib
@@ -19,6 +21,7 @@ from softprompt.cli.options import RunOptions
 from softprompt.cli.phases import Phase, phase
 from softprompt.cli.problems import Problem, WrongUsage
 from softprompt.cli.processes import Child
+from softprompt.cli.replicas import Replica, make_replicas
 from softprompt.cli.services import GRACE_S, Addresses, command, environment, refuse_tls_of_services
 from softprompt.cli.stopping import Stop
 from softprompt.cli.store import EmbeddedStore, locked
@@ -50,6 +53,7 @@ class Supervisor:
         self._data_dir = Path(options.data_dir).expanduser().absolute()
         self._logs = self._data_dir / "logs"
         self._children: list[Child] = []
+        self._replicas: list[Replica] = []
 
     def run(self) -> None:
         """Serve until asked to stop. Problem when something does not start, or ends unasked."""
@@ -68,16 +72,19 @@ class Supervisor:
 
     def _claim_addresses(self, store: EmbeddedStore | None) -> Addresses:
         options = self._options
-        registry_port = ports.claim("127.0.0.1", options.registry_port, "--registry-port")
-        inference_port = ports.claim("127.0.0.1", options.inference_port, "--inference-port")
-        return Addresses(
-            redis_url=store.url if store else str(options.redis_url),
-            registry=f"127.0.0.1:{registry_port}",
-            inference=f"127.0.0.1:{inference_port}",
-            gateway_host=options.host,
-            gateway_port=ports.claim(options.host, options.port, "--port"),
-            gateway_scheme="https" if options.tls_cert else "http",
-        )
+        first = options.inference_port
+        wanted = range(first, first + options.replicas) if first else [0] * options.replicas
+        with ports.Claims() as claims:
+            registry_port = claims.claim("127.0.0.1", options.registry_port, "--registry-port")
+            inference_ports = [claims.claim("127.0.0.1", port, "--inference-port") for port in wanted]
+            return Addresses(
+                redis_url=store.url if store else str(options.redis_url),
+                registry=f"127.0.0.1:{registry_port}",
+                inference=tuple(f"127.0.0.1:{port}" for port in inference_ports),
+                gateway_host=options.host,
+                gateway_port=claims.claim(options.host, options.port, "--port"),
+                gateway_scheme="https" if options.tls_cert else "http",
+            )
 
     def _start_all(self, store: EmbeddedStore | None, addresses: Addresses) -> None:
         if store is not None:
@@ -88,11 +95,16 @@ class Supervisor:
             registry = self._start("registry", addresses)
             self._await(registry, lambda: is_serving(addresses.registry, 1.0), current)
             current.result = f"gRPC on {addresses.registry}"
-        with self._phase("inference") as current:
-            inference = self._start("inference", addresses)
-            gateway = self._start("gateway", addresses)
-            self._await(inference, lambda: is_serving(addresses.inference, 1.0), current)
-            current.result = f"gRPC on {addresses.inference}, {self._options.model}"
+        # One after the other: each plans its memory from what those before it have left.
+        gateway: Child | None = None
+        for replica in make_replicas(self._options, addresses, self._logs):
+            with self._phase(replica.name) as current:
+                self._children.append(replica.start())
+                self._replicas.append(replica)
+                gateway = gateway or self._start("gateway", addresses)
+                self._await(replica.child, replica.looks_well, current)
+                current.result = f"gRPC on {replica.address}, {self._options.model}"
+        assert gateway is not None, "there is a replica"
         with self._phase("gateway") as current:
             self._await(gateway, lambda: _is_ready(addresses.gateway_url), current)
             current.result = f"HTTP on {addresses.gateway_url}"
@@ -133,21 +145,43 @@ class Supervisor:
         while not self._stop.wait(_WATCH_S):
             for child in self._children:
                 for line in child.new_errors():
-                    self._console.print(f"{child.name}: {line}", style="red", highlight=False, markup=False)
+                    self._warn(f"{child.name}: {line}")
+            for replica in self._replicas:
+                if not replica.has_served and replica.looks_well():
+                    self._console.print(f"{replica.name} serves again", highlight=False, markup=False)
             self._check_children()
 
     def _check_children(self) -> None:
-        for child in self._children:
+        for index, child in enumerate(self._children):
             code = child.exit_code()
             if code is not None:
                 how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-                raise Problem(
-                    f"{child.name} ended unexpectedly ({how}); its log ends with", detail=child.log_tail()
-                )
+                replica = self._replaceable(child)
+                if replica is None:
+                    raise Problem(
+                        f"{child.name} ended unexpectedly ({how}); its log ends with", detail=child.log_tail()
+                    )
+                self._warn(f"{child.name} ended unexpectedly ({how}); it is started again")
+                self._children[index] = replica.start()
+
+    def _replaceable(self, child: Child) -> Replica | None:
+        """The replica that this was, if others serve meanwhile and it has shown that it can be started."""
+        if self._options.replicas == 1:
+            return None
+        return next((one for one in self._replicas if one.child is child and one.has_served), None)
+
+    def _warn(self, line: str) -> None:
+        self._console.print(line, style="red", highlight=False, markup=False)
 
     def _end_all(self) -> None:
         if self._stop.asked():
             self._console.print("stopping …")
+        # The gateway first, so that what it has taken can be answered; then the replicas, all at once.
+        gateway = [child for child in self._children if child.name == "gateway"]
+        for child in gateway:
+            child.end(GRACE_S, hurried=self._stop.hurried)
+        for replica in self._replicas:
+            replica.child.ask_to_end()
         for child in reversed(self._children):
             child.end(GRACE_S, hurried=self._stop.hurried)
 

@@ -104,6 +104,15 @@ async def test_health_is_told_for_the_server_and_the_service(server, channel):
         assert await asyncio.to_thread(is_serving, f"127.0.0.1:{server.port}") == is_up
 
 
+async def test_health_can_be_watched(server, channel):
+    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE.full_name))
+    changes = aiter(watch)
+    assert (await anext(changes)).status == health_pb2.HealthCheckResponse.SERVING
+    await server.set_serving(False)
+    assert (await anext(changes)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    watch.cancel()
+
+
 async def test_nobody_there_is_not_serving():
     assert not await asyncio.to_thread(is_serving, "127.0.0.1:1", 0.5)
 
