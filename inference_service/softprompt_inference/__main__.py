@@ -15,7 +15,7 @@ from softprompt_inference.settings import Settings, SettingsError, read_settings
 
 
 async def serve(settings: Settings) -> None:
-    """Run the service until a signal stops it, also while it starts; EngineDied when its engine ends."""
+    """Run the service until a signal stops it, also while it starts; EngineDied when its engines do not last."""
     server = InferenceServer(settings)
     stopping = asyncio.create_task(wait_for_stop_signal())
     running = asyncio.create_task(_run(server))
@@ -35,7 +35,7 @@ async def _run(server: InferenceServer) -> None:
     # What exists now lives as long as the process: the collector need not look at it again.
     gc.collect()
     gc.freeze()
-    await server.run_until_engine_ends()
+    await server.keep_serving()
 
 
 def main() -> None:
