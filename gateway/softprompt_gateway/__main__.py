@@ -7,6 +7,7 @@ import sys
 
 from softprompt_api.logs import configure_logs
 
+from softprompt_gateway.admission import Admission
 from softprompt_gateway.app import make_app
 from softprompt_gateway.clients import open_clients
 from softprompt_gateway.guard import refuse_without_keys
@@ -19,7 +20,9 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     clients = open_clients(settings)
     try:
         await refuse_without_keys(settings, clients.registry)
-        server = GracefulServer(uvicorn_config(make_app(settings, clients), settings))
+        admission = Admission(settings.max_requests)
+        config = uvicorn_config(make_app(settings, clients, admission), settings)
+        server = GracefulServer(config, admission, grace_s=settings.grace_s)
         # What exists now lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()

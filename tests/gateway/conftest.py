@@ -40,6 +40,7 @@ from softprompt_api.registry.v1.registry_pb2_grpc import (
 )
 from softprompt_api.rpc.channel import open_channel
 from softprompt_api.rpc.server import ServiceServer
+from softprompt_gateway.admission import Admission
 from softprompt_gateway.app import make_app
 from softprompt_gateway.clients import open_clients
 from softprompt_gateway.server import GracefulServer, listen, uvicorn_config
@@ -630,6 +631,16 @@ class FakeRegistry(RegistryServiceServicer):
             at = len(self.log)
 
 
+@dataclass(frozen=True)
+class Running:
+    """A gateway that serves; `serving` ends when it has stopped."""
+
+    port: int
+    server: GracefulServer
+    admission: Admission
+    serving: "asyncio.Task[None]"
+
+
 @dataclass(kw_only=True)
 class Stack:
     """A gateway on a real socket, with the two services behind it on real gRPC.
@@ -642,6 +653,7 @@ class Stack:
 
     url: str
     port: int
+    gateway: Running
     http: httpx.AsyncClient
     registry: FakeRegistry
     inference: FakeInference
@@ -718,16 +730,18 @@ async def _service(name: str, address: str, servicer: Any) -> ServiceServer:
 
 
 @contextlib.asynccontextmanager
-async def _running(settings: Settings) -> AsyncIterator[int]:
+async def _running(settings: Settings) -> AsyncIterator["Running"]:
     """Serve the app on a free port, and stop it as a signal would."""
     listener = listen("127.0.0.1", 0)
     clients = open_clients(settings)
-    server = GracefulServer(uvicorn_config(make_app(settings, clients), settings))
+    admission = Admission(settings.max_requests)
+    config = uvicorn_config(make_app(settings, clients, admission), settings)
+    server = GracefulServer(config, admission, grace_s=settings.grace_s)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
-        yield listener.getsockname()[1]
+        yield Running(listener.getsockname()[1], server, admission, serving)
     finally:
-        server.should_exit = True
+        server.stop()
         await serving
         await clients.close()
 
@@ -759,14 +773,15 @@ async def _running_stack(**gateway_settings: Any) -> AsyncIterator[Stack]:
         "grace_s": 1,
     }
     settings = Settings(**defaults | gateway_settings)
-    async with _running(settings) as port:
+    async with _running(settings) as running:
         if "registry_address" not in gateway_settings:
             await registry.until_watched()
-        url = f"http://127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{running.port}"
         async with httpx.AsyncClient(base_url=url, timeout=10) as http:
             stack = Stack(
                 url=url,
-                port=port,
+                port=running.port,
+                gateway=running,
                 http=http,
                 registry=registry,
                 inference=inference,
