@@ -221,9 +221,10 @@ def start_system(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
-def _shared(
+def find_shared_system(
     tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, make_adapter: Callable[..., Path]
 ) -> Iterator[Callable[[], System]]:
+    """The shared system, started anew where a test has ended it."""
     running: list[System] = []
 
     def find() -> System:
@@ -238,9 +239,9 @@ def _shared(
 
 
 @pytest.fixture
-def shared_system(_shared: Callable[[], System]) -> System:
+def shared_system(find_shared_system: Callable[[], System]) -> System:
     """One system for all tests of faults, which leave it as it was or end it; it is strict with who is slow."""
-    return _shared()
+    return find_shared_system()
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import re
 import struct
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -360,20 +361,28 @@ async def canaries(system: Any, headers: dict[str, str], songs: list[Any]) -> As
             stop.set()
 
 
-@pytest.mark.parametrize("area", AREAS)
+@pytest.mark.parametrize(
+    ("areas", "times"),
+    [
+        *(pytest.param([area], 1, id=area) for area in AREAS),
+        pytest.param(AREAS, 10, id="all", marks=pytest.mark.chaos),
+    ],
+)
 async def test_bad_requests_are_refused_and_disturb_nobody(
-    shared_system: Any, hostile_bytes: BytesOf, songs: list[Any], tmp_path: Path, area: str
+    shared_system: Any, hostile_bytes: BytesOf, songs: list[Any], tmp_path: Path, areas: list[str], times: int
 ) -> None:
     headers = shared_system.make_key()
     before = set(shared_system.pids())
     async with Trap(tmp_path).set() as trap:
         key = headers["authorization"].removeprefix("Bearer ")
         values = {"KEY": f"authorization: Bearer {key}\r\n", "SECRET": key}
-        rows = list(rows_of(area, values | {"TRAP_URL": trap.url, "TRAP_FILE": str(trap.file)}))
+        values |= {"TRAP_URL": trap.url, "TRAP_FILE": str(trap.file)}
+        rows = [row for area in areas * times for row in rows_of(area, values)]
+        random.Random(7).shuffle(rows)
         attacker = Attacker(shared_system, headers, hostile_bytes)
         async with canaries(shared_system, headers, songs):
             complaints = await asyncio.gather(*map(attacker.complaint, rows))
-        await attacker.forget(*(row["register"]["name"] for row in rows if "accepted" in row))
+        await attacker.forget(*{row["register"]["name"] for row in rows if "accepted" in row})
         await attacker.close()
         assert trap.is_untouched()
     wrong = {row["name"]: told for row, told in zip(rows, complaints, strict=True) if told}

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -36,8 +37,17 @@ async def statuses_until_refused(system: Any, headers: dict[str, str]) -> list[i
     return statuses
 
 
-async def test_accepted_requests_are_finished_and_new_ones_are_told(shared_system: Any, wait_until: Any) -> None:
-    system, headers = shared_system, shared_system.make_key()
+@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.chaos)])
+async def test_accepted_requests_are_finished_and_new_ones_are_told(
+    find_shared_system: Callable[[], Any], wait_until: Any, times: int
+) -> None:
+    for _ in range(times):
+        await stop_under_load(await asyncio.to_thread(find_shared_system), wait_until)
+
+
+async def stop_under_load(system: Any, wait_until: Any) -> None:
+    """Stop a system that serves, and check what everybody is answered."""
+    headers = system.make_key()
     accepted = asyncio.Barrier(NUM_STREAMS + 1)
     # Of this one only half has come when the system is told to stop.
     content = json.dumps(ASKED).encode()
