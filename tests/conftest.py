@@ -93,6 +93,13 @@ def make_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return make
 
 
+@pytest.fixture(scope="session")
+def with_benchmarks() -> dict[str, str]:
+    """An environment in which processes find `benchmarks`, which is not installed."""
+    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 class Hub:
     """The hub's protocol on a port of this machine, as far as downloads of public repositories need it.
 
@@ -253,3 +260,26 @@ def authority(make_authority: Callable[[str], Authority]) -> Authority:
 def strange_authority(make_authority: Callable[[str], Authority]) -> Authority:
     """Another, whose certificates they do not."""
     return make_authority("strange")
+
+
+def _hostile_bytes(pieces: object) -> bytes:
+    match pieces:
+        case str(text):
+            return text.encode()
+        case list(several):
+            return b"".join(map(_hostile_bytes, several))
+        case {"repeat": piece, "times": int(times)}:
+            return _hostile_bytes(piece) * times
+        case {"hex": str(digits)}:
+            return bytes.fromhex(digits)
+        case {"u64": int(number)}:
+            return number.to_bytes(8, "little")
+        case {"utf16": str(text)}:
+            return text.encode("utf-16")
+    raise ValueError(f"these are no bytes: {pieces}")
+
+
+@pytest.fixture(scope="session")
+def hostile_bytes() -> Callable[[object], bytes]:
+    """The bytes that rows of e2e/hostile spell: a text, {repeat, times}, {hex}, {u64}, {utf16}, or several."""
+    return _hostile_bytes

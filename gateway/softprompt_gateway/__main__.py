@@ -8,6 +8,7 @@ import sys
 from softprompt_api.logs import configure_logs
 from softprompt_api.tracing import open_tracer
 
+from softprompt_gateway.admission import Admission
 from softprompt_gateway.app import make_app
 from softprompt_gateway.clients import open_clients
 from softprompt_gateway.guard import refuse_without_keys
@@ -21,7 +22,9 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
     clients = open_clients(settings)
     try:
         await refuse_without_keys(settings, clients.registry)
-        server = GracefulServer(uvicorn_config(make_app(settings, clients, tracer), settings))
+        admission = Admission(settings.max_requests)
+        config = uvicorn_config(make_app(settings, clients, admission, tracer), settings)
+        server = GracefulServer(config, admission, grace_s=settings.grace_s)
         # What exists now lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()

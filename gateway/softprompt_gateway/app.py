@@ -21,6 +21,7 @@ from softprompt_gateway.adapters.loading import loading_router
 from softprompt_gateway.adapters.resident import resident_router
 from softprompt_gateway.adapters.routes import REQUEST_MODELS as ADAPTER_MODELS
 from softprompt_gateway.adapters.routes import adapters_router
+from softprompt_gateway.admission import Admission
 from softprompt_gateway.clients import Clients
 from softprompt_gateway.disconnect import stop
 from softprompt_gateway.documented import document
@@ -37,8 +38,15 @@ from softprompt_gateway.watch import CatalogWatcher
 _DESCRIPTION = "OpenAI-compatible requests over one base model and its adapters, and the adapters' administration."
 
 
-def make_app(settings: Settings, clients: Clients, tracer: Tracer | None = None) -> FastAPI:
-    """The application over connected clients; whoever opened them and the tracer closes them."""
+def make_app(
+    settings: Settings, clients: Clients, admission: Admission | None = None, tracer: Tracer | None = None
+) -> FastAPI:
+    """The application over connected clients; whoever opened them and the tracer closes them.
+
+    Args:
+        admission: lets requests in, until whoever has it too stops it.
+    """
+    admission = admission or Admission(settings.max_requests)
     gateway = make_gateway(settings, clients)
 
     @contextlib.asynccontextmanager
@@ -69,7 +77,7 @@ def make_app(settings: Settings, clients: Clients, tracer: Tracer | None = None)
     )
     app.add_exception_handler(HTTPException, _http_explainer(routers))
     app.add_exception_handler(RequestValidationError, _explain_parameter)
-    app.add_middleware(Edge, metrics=gateway.metrics, max_requests=settings.max_requests, tracer=tracer)
+    app.add_middleware(Edge, metrics=gateway.metrics, admission=admission, tracer=tracer)
     assert all(isinstance(route, GuardedRoute) for router in routers for route in router.routes)
     for router in routers:
         app.include_router(router)

@@ -8,11 +8,12 @@ import time
 import uuid
 
 import structlog
-from softprompt_api.errors import Overloaded
+from softprompt_api.errors import Overloaded, Unavailable
 from softprompt_api.rpc.context import enter_request
 from softprompt_api.tracing import Span, Tracer, serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from softprompt_gateway.admission import QUIET_PATHS, Admission
 from softprompt_gateway.caller import Caller
 from softprompt_gateway.errors import ClientGone, Refused, describe
 from softprompt_gateway.metrics import METHODS, Metrics
@@ -21,7 +22,6 @@ from softprompt_gateway.rates import Meter
 _PRINTABLE = re.compile(rb"[\x21-\x7e]{1,128}\Z")
 _MAX_HEADERS = 128
 _TRACE_HEADERS = frozenset({b"traceparent", b"tracestate"})
-_QUIET_ROUTES = frozenset({"/health", "/health/live", "/health/ready", "/metrics"})
 # What nginx logs for a client that left; nobody receives it.
 CLIENT_GONE_STATUS = 499
 _log = structlog.get_logger()
@@ -35,23 +35,27 @@ def request_id(scope: Scope) -> str:
     return uuid.uuid4().hex
 
 
+def _check_headers(scope: Scope) -> None:
+    if len(scope["headers"]) > _MAX_HEADERS:
+        raise Refused(f"more than {_MAX_HEADERS} headers", code="invalid_http", status=431)
+
+
 class Edge:
     """Give every request an id and every error an answer; log, count and trace every answer."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_requests: int, tracer: Tracer | None = None) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, admission: Admission, tracer: Tracer | None = None) -> None:
         self._app = app
         self._tracer = tracer
         self._metrics = metrics
-        self._max_requests = max_requests
-        self._running = 0
+        self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send, request_id(scope))
+        answer = _Answer(send, request_id(scope), self._admission)
         enter_request(answer.request_id)
-        tracer = self._tracer if scope["path"] not in _QUIET_ROUTES else None
+        tracer = self._tracer if scope["path"] not in QUIET_PATHS else None
         with serve(tracer, "HTTP", {} if tracer is None else _carrier(scope)) as span:
             await self._handle(scope, receive, answer)
             if span is not None:
@@ -60,36 +64,28 @@ class Edge:
     async def _handle(self, scope: Scope, receive: Receive, answer: "_Answer") -> None:
         scope.setdefault("state", {})["request_id"] = answer.request_id
         began_s = scope["state"]["began_s"] = time.perf_counter()
-        self._running += 1
-        self._metrics.in_progress.set(self._running)
         try:
-            self._admit(scope)
-            await self._app(scope, receive, answer.send)
+            _check_headers(scope)
+            with self._admission.admitted(scope["path"]):
+                self._metrics.in_progress.set(self._admission.num_running)
+                await self._app(scope, receive, answer.send)
         except ClientGone:
             answer.status = CLIENT_GONE_STATUS
-        except (Refused, Overloaded) as error:
+        except (Refused, Overloaded, Unavailable) as error:
             await describe(error).response()(scope, receive, answer.send)
         except Exception as error:
             _log.exception("request failed", request_id=answer.request_id)
             if not answer.started:
                 await describe(error).response()(scope, receive, answer.send)
         finally:
-            self._running -= 1
-            self._metrics.in_progress.set(self._running)
+            self._metrics.in_progress.set(self._admission.num_running)
             self._tell(scope, answer, time.perf_counter() - began_s)
-
-    def _admit(self, scope: Scope) -> None:
-        if len(scope["headers"]) > _MAX_HEADERS:
-            raise Refused(f"more than {_MAX_HEADERS} headers", code="invalid_http", status=431)
-        # Health checks pass: a busy gateway must not be restarted for it.
-        if self._running > self._max_requests and scope["path"] not in _QUIET_ROUTES:
-            raise Overloaded(f"{self._max_requests} requests are being answered already; try again")
 
     def _tell(self, scope: Scope, answer: "_Answer", seconds: float) -> None:
         route = _route(scope)
         method = scope["method"]
         self._metrics.answered(route=route, method=method, status=answer.status, seconds=seconds)
-        if route not in _QUIET_ROUTES:
+        if route not in QUIET_PATHS:
             caller = Caller.of_scope(scope)
             _log.info(
                 "request",
@@ -104,10 +100,11 @@ class Edge:
 
 
 class _Answer:
-    """Watches what is sent, and adds the request id to the headers."""
+    """Watches what is sent, and adds the request id to the headers, and that no more are taken."""
 
-    def __init__(self, send: Send, id_: str) -> None:
+    def __init__(self, send: Send, id_: str, admission: Admission) -> None:
         self._send = send
+        self._admission = admission
         self.request_id = id_
         self.started = False
         self.status = CLIENT_GONE_STATUS  # until an answer starts
@@ -117,6 +114,8 @@ class _Answer:
             self.started = True
             self.status = message["status"]
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.request_id.encode())]
+            if self._admission.is_stopping:
+                message["headers"].append((b"connection", b"close"))
         await self._send(message)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import signal
 import socket
 import ssl
@@ -15,6 +16,7 @@ from softprompt_api.rpc.tls import ServerTls
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from softprompt_gateway.admission import Admission
 from softprompt_gateway.connection import Connection
 from softprompt_gateway.errors import Refused
 from softprompt_gateway.settings import Settings
@@ -22,6 +24,9 @@ from softprompt_gateway.settings import Settings
 _MAX_HEADER_BYTES = 64 * 2**10
 _KEEP_ALIVE_S = 75
 _BACKLOG = 2048
+# How long, and how much, a refused client may go on sending before it must have read why.
+_LINGER_S = 2.0
+_LINGER_BYTES = 16 * 2**20
 _log = structlog.get_logger()
 
 
@@ -33,6 +38,8 @@ def protocol_with_deadlines(header_timeout_s: float, write_timeout_s: float) -> 
 
         _deadline: asyncio.TimerHandle | None = None
         _client: Connection | None = None
+        _is_refused = False
+        _num_discarded = 0
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -41,7 +48,12 @@ def protocol_with_deadlines(header_timeout_s: float, write_timeout_s: float) -> 
             self._arm()
 
         def data_received(self, data: bytes) -> None:
+            if self._is_refused:
+                self._discard(data)
+                return
             super().data_received(data)
+            if self._is_refused:
+                return
             if self.cycle is None or self.cycle.response_complete:
                 self._arm()
             else:
@@ -115,7 +127,28 @@ def protocol_with_deadlines(header_timeout_s: float, write_timeout_s: float) -> 
                 start = h11.Response(status_code=http_status, headers=headers)
                 for event in (start, h11.Data(data=body), h11.EndOfMessage()):
                     self.transport.write(self.conn.send(event) or b"")
+                if self.transport.can_write_eof() and not self.transport.is_closing():
+                    self._linger()
+                    return
             self.transport.close()
+
+        def _linger(self) -> None:
+            # Closed with bytes unread, the connection would be reset, and the answer lost on its way.
+            self._is_refused = True
+            self._disarm()
+            self.transport.write_eof()
+            self._deadline = self.loop.call_later(_LINGER_S, self.transport.abort)
+            if self.cycle is not None and not self.cycle.response_complete:
+                # Whoever waits for the body of the request waits no more.
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            if self._client is not None:
+                self._client.lose()
+
+        def _discard(self, data: bytes) -> None:
+            self._num_discarded += len(data)
+            if self._num_discarded > _LINGER_BYTES:
+                self.transport.abort()
 
     return DeadlineProtocol
 
@@ -129,14 +162,24 @@ def limit_unread(transport: asyncio.Transport, timeout_s: float) -> None:
 
 
 class GracefulServer(uvicorn.Server):
-    """Ends with status 0 after SIGTERM or SIGINT: uvicorn's own would end by the signal."""
+    """Ends with status 0 after SIGTERM or SIGINT: uvicorn's own would end by the signal.
+
+    Requests that were let in before are answered within the grace. Meanwhile it listens on, and tells others that
+    it stops: whoever balances over several gateways hears of it by an answer, not by a refused connection.
+    """
+
+    def __init__(self, config: uvicorn.Config, admission: Admission, *, grace_s: float) -> None:
+        super().__init__(config)
+        self._admission = admission
+        self._grace_s = grace_s
+        self._draining: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """At the first signal stop taking requests and let running ones end; at the second end at once."""
+        """At the first signal stop in order; at the second end at once."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop)
+            loop.add_signal_handler(number, self.stop)
         try:
             yield
         finally:
@@ -152,8 +195,22 @@ class GracefulServer(uvicorn.Server):
                 scheme = "https" if self.config.is_ssl else "http"
                 _log.info("gateway ready", scheme=scheme, host=host, port=port)
 
-    def _stop(self) -> None:
-        self.force_exit = self.should_exit
+    def stop(self) -> None:
+        """Take no more requests, let running ones end within the grace, and end; at once when called again."""
+        if self._draining is not None:
+            self.force_exit = self.should_exit = True
+            return
+        self._admission.stop()
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        loop = asyncio.get_running_loop()
+        ends_s = loop.time() + self._grace_s
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(ends_s):
+                await self._admission.wait_until_idle()
+        # What uvicorn waits for then are clients that have not read their answers.
+        self.config.timeout_graceful_shutdown = max(0, math.ceil(ends_s - loop.time()))
         self.should_exit = True
 
 

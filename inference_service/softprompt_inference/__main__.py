@@ -16,7 +16,7 @@ from softprompt_inference.settings import Settings, SettingsError, read_settings
 
 
 async def serve(settings: Settings) -> None:
-    """Run the service until a signal stops it, also while it starts; EngineDied when its engine ends."""
+    """Run the service until a signal stops it, also while it starts; EngineDied when its engines do not last."""
     tracer = open_tracer("softprompt-inference")
     server = InferenceServer(settings, tracer)
     stopping = asyncio.create_task(wait_for_stop_signal())
@@ -39,7 +39,7 @@ async def _run(server: InferenceServer) -> None:
     # What exists now lives as long as the process: the collector need not look at it again.
     gc.collect()
     gc.freeze()
-    await server.run_until_engine_ends()
+    await server.keep_serving()
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from softprompt_api.tracing import span
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.residency import Residency
 from softprompt_inference.adapters.source import AdapterSource
+from softprompt_inference.admission import Admission
 from softprompt_inference.choice import Choice, Delta, Finished, PromptLogprobs
 from softprompt_inference.composed import Bound, BoundAdapter, Composed, check_context, compose
 from softprompt_inference.engine.messages import AddRequest, Command, ModelInfo, Nearest, Output, Stats
@@ -225,7 +226,7 @@ class Generator:
         residency: holds adapters in the engine.
         grammars: says which grammars are none, before the engine compiles them.
         base_model_id: a spelling of the base model, beside "".
-        max_open_choices: most choices that run or wait; more are Overloaded.
+        admission: lets choices in.
     """
 
     def __init__(
@@ -238,7 +239,7 @@ class Generator:
         residency: Residency,
         grammars: GrammarCompiler,
         base_model_id: str,
-        max_open_choices: int,
+        admission: Admission,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
@@ -247,15 +248,14 @@ class Generator:
         self._residency = residency
         self._grammars = grammars
         self._base_model_id = base_model_id
-        self._max_open_choices = max_open_choices
-        self._num_open_choices = 0
+        self._admission = admission
         self._numbers = itertools.count(1)
 
     @contextlib.asynccontextmanager
     async def start(self, call: GenerateCall) -> AsyncIterator[Generation]:
         """A generation, for the time of the context; every SoftpromptError it raises is meant for the caller."""
         call.params.check_vocabulary(self._engine.info.vocab_size)
-        with self._admitted(call.params.n):
+        with self._admission.admitted(call.params.n, call.tenant):
             with span("encode"):
                 prompt = await self._prompts.encode(call.prompt)
             if not text_ids_of(prompt):
@@ -334,6 +334,7 @@ class Generator:
         seed = secrets.randbits(62) if params.seed is None else params.seed
         request_number = next(self._numbers)
         with contextlib.ExitStack() as open_streams:
+            open_streams.callback(self._admission.left, params.n)
             streams: list[OutputStream] = []
             for index in range(params.n):
                 request = AddRequest(
@@ -351,16 +352,3 @@ class Generator:
                 # Closing a stream that has not ended aborts its request.
                 open_streams.callback(streams[-1].close)
             yield streams
-
-    @contextlib.contextmanager
-    def _admitted(self, num_choices: int) -> Iterator[None]:
-        if self._num_open_choices + num_choices > self._max_open_choices:
-            raise Overloaded(
-                f"{self._num_open_choices} completions run or wait, and at most {self._max_open_choices} may; "
-                "try again later"
-            )
-        self._num_open_choices += num_choices
-        try:
-            yield
-        finally:
-            self._num_open_choices -= num_choices

@@ -1,12 +1,14 @@
 """The inference service as a running server: engine process, adapters, RPCs, graceful stop.
 
-Health says NOT_SERVING from the first moment until the model is loaded and the registry knows of it.
+Health says NOT_SERVING from the first moment until the model is loaded and the registry knows of it, and again
+from the end of an engine until another has taken its place.
 """
 
 import asyncio
 import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +27,7 @@ from softprompt_api.tracing import Tracer
 from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.residency import Residency
 from softprompt_inference.adapters.source import AdapterSource
+from softprompt_inference.admission import Admission
 from softprompt_inference.announce import Announcer
 from softprompt_inference.defaults import read_defaults
 from softprompt_inference.effect import EffectProbe
@@ -43,12 +46,27 @@ from softprompt_inference.text.definition import read_definition
 # Encoding a prompt takes milliseconds; more threads would only take processors from the engine.
 _ENCODING_THREADS = 2
 _GRACE_AFTER_ENGINE_DEATH_S = 1.0
+# So many engines in a row that have generated nothing: the next would not either.
+_MAX_FUTILE_ENGINES = 3
 
 _log = structlog.get_logger()
 
 
 class EngineDied(Exception):
-    """The engine process has ended by itself; the message says how."""
+    """Engines have ended by themselves again and again; the message says how the last did."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lasting:
+    """What the service has for all its engines, one after the other."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    base_model: registry_pb2.BaseModel
+    source: AdapterSource
+    grammars: GrammarCompiler
+    host_cache: HostCache
+    ready_unix_s: int
 
 
 class InferenceServer:
@@ -64,7 +82,7 @@ class InferenceServer:
         self._channel: grpc.aio.Channel | None = None
         self._engine: EngineClient | None = None
         self._residency: Residency | None = None
-        self._grammars: GrammarCompiler | None = None
+        self._lasting: _Lasting | None = None
         self._announcing: asyncio.Task[None] | None = None
 
     @property
@@ -89,22 +107,54 @@ class InferenceServer:
         )
         self._channel = open_channel(settings.registry_address, settings.client_tls)
         stub: registry_pb2_grpc.RegistryServiceAsyncStub = registry_pb2_grpc.RegistryServiceStub(self._channel)
-        source = AdapterSource(stub, base_model, max_lora_bytes=settings.max_lora_bytes)
-        self._servicer.open(self._make_front(engine, tokenizer, base_model, source, folder))
+        self._lasting = _Lasting(
+            folder=folder,
+            tokenizer=tokenizer,
+            base_model=base_model,
+            source=AdapterSource(stub, base_model, max_lora_bytes=settings.max_lora_bytes),
+            grammars=GrammarCompiler(partial(read_definition, folder), vocab_size=engine.info.vocab_size),
+            host_cache=HostCache(settings.adapter_cache_bytes),
+            ready_unix_s=int(time.time()),
+        )
+        self._servicer.open(self._make_front(engine, self._lasting))
         await self._announce(Announcer(stub, base_model))
         await self._server.set_serving(True)
         _log.info("inference ready", port=self.port, model=base_model.id, device=engine.info.device)
 
-    async def run_until_engine_ends(self) -> None:
-        """Wait for the engine's end, which nobody wished for; then end open calls and raise EngineDied."""
+    async def keep_serving(self) -> None:
+        """Put another engine in the place of each that ends; requests that ran on it are told.
+
+        Raises:
+            EngineDied: several in a row have generated nothing. Open calls have ended.
+            EngineStartError: another cannot be started.
+        """
+        num_futile = 0
+        while True:
+            assert self._engine is not None, "start it first"
+            # The future is the engine's own: cancelling this wait must not cancel it.
+            reason = await asyncio.shield(self._engine.dead)
+            await self._server.set_serving(False)
+            num_futile = 0 if self._engine.stats.generated_tokens else num_futile + 1
+            if num_futile == _MAX_FUTILE_ENGINES:
+                _log.error("engines end again and again; this service ends with them", reason=reason)
+                self._servicer.close_sessions()
+                await self._server.stop(_GRACE_AFTER_ENGINE_DEATH_S)
+                raise EngineDied(reason)
+            _log.error("the engine has ended; another is started", reason=reason)
+            await self._replace_engine()
+            await self._server.set_serving(True)
+            _log.info("inference ready again", port=self.port)
+
+    async def _replace_engine(self) -> None:
         assert self._engine is not None, "start it first"
-        # The future is the engine's own: cancelling this wait must not cancel it.
-        reason = await asyncio.shield(self._engine.dead)
-        _log.error("the engine has ended; this service ends with it", reason=reason)
-        await self._server.set_serving(False)
-        self._servicer.close_sessions()
-        await self._server.stop(_GRACE_AFTER_ENGINE_DEATH_S)
-        raise EngineDied(reason)
+        assert self._residency is not None, "start it first"
+        assert self._lasting is not None, "start it first"
+        await self._engine.stop()
+        residency = self._residency
+        # Until there is another front, the one whose engine has ended refuses what needs one.
+        engine = await self._start_engine(self._settings.engine_config(self._lasting.folder))
+        self._servicer.open(self._make_front(engine, self._lasting))
+        residency.refuse()
 
     async def stop(self) -> None:
         """Take no more calls, let running ones end within the grace; also after a start that failed."""
@@ -119,8 +169,8 @@ class InferenceServer:
         if self._channel is not None:
             await self._channel.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
-        if self._grammars is not None:
-            self._grammars.close()
+        if self._lasting is not None:
+            self._lasting.grammars.close()
         _log.info("inference stopped")
 
     async def __aenter__(self) -> Self:
@@ -148,21 +198,15 @@ class InferenceServer:
             raise
 
     async def _start_engine(self, config: EngineConfig) -> EngineClient:
-        self._engine = await EngineClient.start(config, _log.info)
+        silence_s = self._settings.engine_silence_s
+        self._engine = await EngineClient.start(config, _log.info, silence_s=silence_s)
         return self._engine
 
     async def _announce(self, announcer: Announcer) -> None:
         self._announcing = asyncio.create_task(announcer.run())
         await announcer.announced.wait()
 
-    def _make_front(
-        self,
-        engine: EngineClient,
-        tokenizer: Tokenizer,
-        base_model: registry_pb2.BaseModel,
-        source: AdapterSource,
-        folder: Path,
-    ) -> Front:
+    def _make_front(self, engine: EngineClient, lasting: _Lasting) -> Front:
         settings = self._settings
 
         def drop(digest: str) -> None:
@@ -170,41 +214,44 @@ class InferenceServer:
                 engine.submit(DropAdapter(digest=digest))
 
         self._residency = Residency(
-            fetch=source.fetch,
+            fetch=lasting.source.fetch,
             load=lambda adapter: engine.submit(adapter.load_command()),
             drop=drop,
             max_adapters=settings.max_prompt_adapters,
             max_rows=settings.max_adapter_rows,
             max_loras=settings.max_loras,
-            host_cache=HostCache(settings.adapter_cache_bytes),
+            host_cache=lasting.host_cache,
         )
-        self._grammars = GrammarCompiler(partial(read_definition, folder), vocab_size=engine.info.vocab_size)
         prompts = PromptEncoder(
-            tokenizer,
+            lasting.tokenizer,
             vocab_size=engine.info.vocab_size,
             max_tokens=engine.info.max_model_len,
             executor=self._executor,
         )
         generator = Generator(
             engine=engine,
-            tokenizer=tokenizer,
+            tokenizer=lasting.tokenizer,
             prompts=prompts,
-            source=source,
+            source=lasting.source,
             residency=self._residency,
-            grammars=self._grammars,
-            base_model_id=base_model.id,
-            max_open_choices=settings.max_num_sequences + settings.max_queued_requests,
+            grammars=lasting.grammars,
+            base_model_id=lasting.base_model.id,
+            admission=Admission(
+                max_open=settings.max_num_sequences + settings.max_queued_requests,
+                max_wait_s=settings.max_queue_s,
+                load=lambda: engine.stats,
+            ),
         )
         return Front(
             engine=engine,
-            tokenizer=tokenizer,
+            tokenizer=lasting.tokenizer,
             prompts=prompts,
             generator=generator,
             residency=self._residency,
-            effects=EffectProbe(engine, prompts, self._residency, source, base_model),
-            base_model=base_model,
-            ready_unix_s=int(time.time()),
-            defaults=read_defaults(folder),
+            effects=EffectProbe(engine, prompts, self._residency, lasting.source, lasting.base_model),
+            base_model=lasting.base_model,
+            ready_unix_s=lasting.ready_unix_s,
+            defaults=read_defaults(lasting.folder),
         )
 
 

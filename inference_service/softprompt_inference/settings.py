@@ -20,6 +20,7 @@ _MIB = 2**20
 _GIB = 2**30
 
 PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
 UpTo1024 = Annotated[int, Field(ge=1, le=1024)]
 
 
@@ -72,6 +73,10 @@ class Settings(ClientTlsSettings):
     adapter_cache_bytes: ByteSize = Field(ByteSize(512 * _MIB), ge=0, description="adapters in host memory")
 
     max_queued_requests: PositiveInt = Field(1024, description="most completions waiting beside a full batch")
+    max_queue_s: Seconds = Field(30.0, description="longest wait for a turn; who would wait longer gets 503")
+    engine_silence_s: Seconds = Field(
+        120.0, description="an engine that says nothing for so long is ended, and started again"
+    )
     grace_s: float = Field(30.0, ge=0, le=3600, description="for running requests to end after SIGTERM")
 
     @model_validator(mode="after")

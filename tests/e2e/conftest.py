@@ -8,17 +8,30 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import openai
 import pytest
+from softprompt_api.access import Scope, scope_to
+from softprompt_api.inference.v1.inference_pb2 import GetLoadRequest, GetLoadResponse
+from softprompt_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from softprompt_api.registry.v1.registry_pb2 import CreateKeyRequest
+from softprompt_api.registry.v1.registry_pb2_grpc import KeyServiceStub
+from softprompt_api.rpc.channel import open_blocking_channel
 
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 60.0
 _POLL_S = 0.05
+# Tests wait for these to pass.
+_STRICT = {
+    "SOFTPROMPT_GATEWAY_HEADER_TIMEOUT_S": "2",
+    "SOFTPROMPT_GATEWAY_BODY_TIMEOUT_S": "3",
+    "SOFTPROMPT_GATEWAY_WRITE_TIMEOUT_S": "2",
+    "SOFTPROMPT_ENGINE_SILENCE_S": "4",
+}
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = STOP_TIMEOUT_S) -> None:
@@ -28,6 +41,12 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = STOP_T
     while not condition():
         assert time.monotonic() < deadline, f"not in time: {what}"
         never.wait(_POLL_S)
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[..., None]:
+    """`wait_until(condition, what)`: see `wait_for`."""
+    return wait_for
 
 
 def free_ports(count: int) -> list[int]:
@@ -84,6 +103,26 @@ class System:
         """The process that runs `python -m module`."""
         return next(pid for pid, command in self.pids().items() if command.rstrip().endswith(f"-m {module}"))
 
+    def make_key(self, tenant: str = "default", *scopes: Scope) -> dict[str, str]:
+        """Headers with a new key of a tenant; without scopes, an admin's."""
+        with open_blocking_channel(self.registry) as channel:
+            request = CreateKeyRequest(tenant=tenant, scopes=map(scope_to, scopes or [Scope.ADMIN]))
+            return {"authorization": f"Bearer {KeyServiceStub(channel).CreateKey(request).key}"}
+
+    def load(self) -> GetLoadResponse:
+        """What the engine does now."""
+        with open_blocking_channel(self.inference) as channel:
+            return InferenceServiceStub(channel).GetLoad(GetLoadRequest())
+
+    def wait_until_idle(self) -> None:
+        """Return once no sequence runs or waits, and no page is held."""
+
+        def is_idle() -> bool:
+            load = self.load()
+            return (load.running, load.waiting, load.used_pages) == (0, 0, 0)
+
+        wait_for(is_idle, "free pages")
+
     def stop(self) -> int:
         """Ctrl-C; its exit code."""
         if self.process.poll() is None:
@@ -114,12 +153,18 @@ class System:
 StartSystem = Callable[..., System]
 
 
-@pytest.fixture(scope="module")
-def start_system(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSystem]:
-    """`start_system(*flags, data_dir=…)` starts a system; all are ended with the module's tests."""
+@contextmanager
+def _starting(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSystem]:
     systems: list[System] = []
 
-    def start(*flags: str, data_dir: Path | None = None, model: str | None = None, wait: bool = True) -> System:
+    def start(
+        *flags: str,
+        data_dir: Path | None = None,
+        model: str | None = None,
+        wait: bool = True,
+        program: str = "softprompt.cli",
+        environment: Mapping[str, str] | None = None,
+    ) -> System:
         folder = tmp_path_factory.mktemp("system")
         port, registry_port, inference_port = free_ports(3)
         mark = uuid.uuid4().hex
@@ -139,11 +184,11 @@ def start_system(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         words = [word for option in options.items() for word in option]
         with output.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "softprompt.cli", "run", model or str(tiny_model), *words, *flags],
+                [sys.executable, "-m", program, "run", model or str(tiny_model), *words, *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "SOFTPROMPT_TEST_MARK": mark},
+                env={**os.environ, "SOFTPROMPT_TEST_MARK": mark, **(environment or {})},
             )
         registry = f"127.0.0.1:{registry_port}"
         system = System(
@@ -166,6 +211,37 @@ def start_system(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         system.stop()
     for system in systems:
         wait_for(lambda system=system: not system.pids(), f"the end of {system.pids()}")
+
+
+@pytest.fixture(scope="module")
+def start_system(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSystem]:
+    """`start_system(*flags, data_dir=…)` starts a system; all are ended with the module's tests."""
+    with _starting(tiny_model, tmp_path_factory) as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def find_shared_system(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, make_adapter: Callable[..., Path]
+) -> Iterator[Callable[[], System]]:
+    """The shared system, started anew where a test has ended it."""
+    running: list[System] = []
+
+    def find() -> System:
+        if not running or running[-1].process.poll() is not None:
+            flags = ("--require-keys", "--max-model-len", "2048", "--kv-cache-gb", "0.06", "--max-num-seqs", "64")
+            adapter = ("--prompt-adapters", f"first={make_adapter(1, 5)}")
+            running.append(start(*flags, *adapter, environment=_STRICT))
+        return running[-1]
+
+    with _starting(tiny_model, tmp_path_factory) as start:
+        yield find
+
+
+@pytest.fixture
+def shared_system(find_shared_system: Callable[[], System]) -> System:
+    """One system for all tests of faults, which leave it as it was or end it; it is strict with who is slow."""
+    return find_shared_system()
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ from softprompt_api.rpc.channel import open_channel
 from softprompt_api.rpc.server import ServiceServer
 from softprompt_api.rpc.tls import ServerTls
 from softprompt_api.tracing import Tracer
+from softprompt_gateway.admission import Admission
 from softprompt_gateway.app import make_app
 from softprompt_gateway.clients import open_clients
 from softprompt_gateway.server import GracefulServer, listen, uvicorn_config
@@ -681,6 +682,16 @@ class FakeRegistry(RegistryServiceServicer):
             at = len(self.log)
 
 
+@dataclass(frozen=True)
+class Running:
+    """A gateway that serves; `serving` ends when it has stopped."""
+
+    port: int
+    server: GracefulServer
+    admission: Admission
+    serving: "asyncio.Task[None]"
+
+
 @dataclass(kw_only=True)
 class Stack:
     """A gateway on a real socket, with the two services behind it on real gRPC.
@@ -695,6 +706,7 @@ class Stack:
 
     url: str
     port: int
+    gateway: Running
     http: httpx.AsyncClient
     registry: FakeRegistry
     inference: FakeInference
@@ -781,16 +793,18 @@ async def _service(name: str, address: str, servicer: Any, tls: ServerTls | None
 
 
 @contextlib.asynccontextmanager
-async def _running(settings: Settings, tracer: Tracer | None = None) -> AsyncIterator[int]:
+async def _running(settings: Settings, tracer: Tracer | None = None) -> AsyncIterator["Running"]:
     """Serve the app on a free port, and stop it as a signal would."""
     listener = listen("127.0.0.1", 0)
     clients = open_clients(settings)
-    server = GracefulServer(uvicorn_config(make_app(settings, clients, tracer), settings))
+    admission = Admission(settings.max_requests)
+    config = uvicorn_config(make_app(settings, clients, admission, tracer), settings)
+    server = GracefulServer(config, admission, grace_s=settings.grace_s)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
-        yield listener.getsockname()[1]
+        yield Running(listener.getsockname()[1], server, admission, serving)
     finally:
-        server.should_exit = True
+        server.stop()
         await serving
         await clients.close()
 
@@ -825,14 +839,15 @@ async def _running_stack(
         "grace_s": 1,
     }
     settings = Settings(**defaults | gateway_settings)
-    async with _running(settings) as port:
+    async with _running(settings) as running:
         if "registry_address" not in gateway_settings:
             await registry.until_watched()
-        url = f"http://127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{running.port}"
         async with httpx.AsyncClient(base_url=url, timeout=10) as http:
             stack = Stack(
                 url=url,
-                port=port,
+                port=running.port,
+                gateway=running,
                 http=http,
                 registry=registry,
                 inference=replicas[0],

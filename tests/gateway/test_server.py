@@ -62,13 +62,31 @@ async def test_a_request_may_take_longer_than_its_headers(stack: Any) -> None:
     ],
 )
 async def test_malformed_http_is_refused_in_our_shape(stack: Any, request_: bytes) -> None:
-    try:
-        answer = await _answer(stack, request_)
-    except ConnectionError:
-        # The rest of a megabyte met a closed socket; the answer was lost with it.
-        answer = b""
-    assert not answer or (answer.startswith(b"HTTP/1.1 4") and b'"error"' in answer)
+    answer = await _answer(stack, request_)
+    assert answer.startswith(b"HTTP/1.1 4")
+    assert b'"error"' in answer
     assert (await stack.http.get("/health/live")).status_code == 200
+
+
+async def test_a_bad_body_ends_the_request_that_waits_for_it(stack: Any, logged: list[Any]) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    assert (await _answer(stack, head + b"zz\r\n")).startswith(b"HTTP/1.1 400")
+    while stack.gateway.admission.num_running:
+        await stack.http.get("/health/live")
+    assert [event["status"] for event in logged if event["event"] == "request"] == [499]
+
+
+async def test_a_refused_client_that_goes_on_for_ever_is_cut_off(stack: Any) -> None:
+    reader, writer = await stack.connect(b"nonsense\r\n\r\n")
+    await reader.readuntil(b'"invalid_http"}}')
+
+    async def go_on() -> None:
+        while True:
+            writer.write(b"x" * 2**20)
+            await writer.drain()
+
+    with pytest.raises(ConnectionError):
+        await asyncio.wait_for(go_on(), 20)
 
 
 @pytest.mark.parametrize("host", ["a/health?x=", "evil.example", "127.0.0.1:1", "[::1]"])

@@ -17,6 +17,7 @@ from softprompt_api.registry.v1.registry_pb2_grpc import KeyServiceStub, Registr
 from softprompt_api.rpc.channel import open_channel
 
 HIDDEN = 8
+BASE = "acme/tiny-1"
 CONFIG = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 5, "token_dim": HIDDEN}
 
 
@@ -93,12 +94,19 @@ async def test_one_name_is_another_adapter_for_each_tenant(stack: Any, tenants: 
 
 
 # What no tenant may find out of another's adapter "secret": each with the status for what does not exist.
+PARTS = [{"type": "soft_prompt", "name": "{name}"}, {"type": "text", "text": "hi"}]
 PROBES: list[tuple[str, str, dict[str, Any]]] = [
     ("POST", "/v1/completions", {"model": "{name}", "prompt": "hi"}),
     ("POST", "/v1/chat/completions", {"model": "{name}", "messages": [{"role": "user", "content": "hi"}]}),
     ("POST", "/v1/responses", {"model": "{name}", "input": "hi"}),
     ("GET", "/v1/responses/{name}", {}),
     ("DELETE", "/v1/responses/{name}", {}),
+    ("POST", "/v1/completions", {"model": "{name}+{name}", "prompt": "hi"}),
+    ("POST", "/v1/completions", {"model": "{name}@1", "prompt": "hi", "stream": True}),
+    ("POST", "/v1/completions", {"model": "{name}:0", "prompt": "hi"}),
+    ("POST", "/v1/completions", {"model": BASE, "adapters": ["{name}"], "prompt": "hi"}),
+    ("POST", "/v1/completions", {"model": BASE, "prompt": PARTS}),
+    ("POST", "/v1/chat/completions", {"model": BASE, "messages": [{"role": "user", "content": PARTS}]}),
     ("POST", "/tokenize", {"model": "{name}", "prompt": "hi"}),
     ("POST", "/detokenize", {"model": "{name}", "tokens": [104]}),
     ("GET", "/v1/models/{name}", {}),
@@ -123,7 +131,15 @@ PROBES: list[tuple[str, str, dict[str, Any]]] = [
 
 
 def _named(value: Any, name: str) -> Any:
-    return value.replace("{name}", name) if isinstance(value, str) else value
+    match value:
+        case str():
+            return value.replace("{name}", name)
+        case list():
+            return [_named(one, name) for one in value]
+        case dict():
+            return {key: _named(one, name) for key, one in value.items()}
+        case _:
+            return value
 
 
 async def test_every_route_that_takes_a_name_is_probed(stack: Any) -> None:
@@ -151,8 +167,8 @@ async def test_what_is_anothers_and_what_is_nobodys_are_answered_alike(tenants: 
             fields = {key: _named(value, name) for key, value in body.items()}
             answer = await umbrella.call(method, _named(path, name), **fields)
             answers.append((answer.status_code, answer.text.replace(name, "NAME")))
-        assert answers[0] == answers[1], (method, path)
-        assert answers[0][0] == 404, (method, path)
+        assert answers[0] == answers[1], (method, path, body)
+        assert answers[0][0] == 404, (method, path, body, answers[0])
     for tenant in (plain, acme):
         assert (await tenant.complete("secret@prod")).status_code == 200
 

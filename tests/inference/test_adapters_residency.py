@@ -189,6 +189,22 @@ async def test_an_adapter_in_use_is_never_dropped_and_others_wait_for_it(
     await second.end()
 
 
+async def test_whoever_waits_for_room_in_an_engine_that_has_ended_is_told(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_adapters=1)
+    first = User(residency, "a")
+    await settle()
+    waiting = [User(residency, "b"), User(residency, "b"), User(residency, "c")]
+    await settle()
+    residency.refuse()
+    for user in waiting:
+        with pytest.raises(Unavailable, match="the engine has ended"):
+            await user.task
+    residency.check()
+    await first.end()
+
+
 async def test_while_others_wait_for_room_resident_adapters_are_used_at_once(
     edge: Edge, make: Callable[..., Residency]
 ) -> None:

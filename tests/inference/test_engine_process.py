@@ -32,6 +32,7 @@ from softprompt_inference.engine.messages import (
     Nearest,
     NearRow,
     Output,
+    Ping,
     SoftPromptPart,
     Stats,
     StepResult,
@@ -93,6 +94,7 @@ def receive_until(connection: Connection, wanted: type | None = None, *, last_of
         ),
         DropAdapter(digest="sha256:a"),
         FindNearest(search_id=3, digest="sha256:a", top_k=2),
+        Ping(),
         Progress(text="loading"),
         StartupFailed(message="no such model"),
         StepResult(
@@ -377,6 +379,31 @@ async def test_a_killed_engine_ends_every_open_request_as_unavailable(config: En
     with pytest.raises(Unavailable):
         client.submit(greedy("2", max_tokens=1))
     await client.stop()
+
+
+async def test_an_engine_that_says_nothing_though_it_is_asked_is_ended(config: EngineConfig) -> None:
+    client = await EngineClient.start(config, ignore, silence_s=2.0)
+    client.submit(greedy("0", max_tokens=400))
+    stream = client.outputs("0")
+    await anext(arrivals(stream))
+    os.kill(client.pid, signal.SIGSTOP)
+    outputs = await collect(stream)
+    assert (outputs[-1].finish, outputs[-1].error_reason) == (Finish.ERROR, "UNAVAILABLE")
+    assert await client.dead == "the engine said nothing for 2 s, and was ended"
+    assert (client.stats.running, client.stats.used_pages) == (0, 0)
+    assert client.stats.generated_tokens > 0
+    await client.stop()
+
+
+def test_an_engine_with_nothing_to_do_answers_when_it_is_asked(fakes) -> None:
+    runner = fakes.runner()
+    with serving(lambda *_: runner) as connection:
+        connection.send(CONFIG)
+        receive_until(connection, type(runner.info))
+        for _ in range(3):
+            connection.send(Ping())
+            [answer] = receive_until(connection, StepResult)
+            assert answer == StepResult(outputs=[], stats=Stats(num_pages=runner.info.num_pages))
 
 
 @pytest.mark.asyncio(loop_scope="module")

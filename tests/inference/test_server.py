@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
@@ -142,7 +143,16 @@ def registry_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 class Service:
     """An inference process."""
 
-    def __init__(self, model_folder: Path, registry_address: str, log: Path, **settings: str) -> None:
+    def __init__(
+        self,
+        model_folder: Path,
+        registry_address: str,
+        log: Path,
+        *,
+        module: str = "softprompt_inference",
+        environment: Mapping[str, str] | None = None,
+        **settings: str,
+    ) -> None:
         self.address = free_address()
         self.log = log
         env = {
@@ -154,12 +164,17 @@ class Service:
             "SOFTPROMPT_KV_CACHE_BYTES": "32MiB",
             "SOFTPROMPT_NUM_THREADS": "1",
             **{f"SOFTPROMPT_{name.upper()}": value for name, value in settings.items()},
+            **(environment or {}),
         }
-        self.process = start("softprompt_inference", log, env)
+        self.process = start(module, log, env)
+
+    @property
+    def engines(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
 
     @property
     def engine(self) -> psutil.Process:
-        [engine] = psutil.Process(self.process.pid).children()
+        [engine] = self.engines
         return engine
 
     def wait_until_serving(self) -> None:
@@ -635,25 +650,44 @@ async def test_sigterm_lets_running_generations_end_and_exits_zero(
         service.end()
 
 
-async def test_an_engine_that_dies_ends_its_streams_and_the_service(
-    model_folder: Path, registry_address: str, tmp_path: Path
+async def test_engines_that_die_are_replaced_until_they_do_so_again_and_again(
+    model_folder: Path, registry_address: str, tmp_path: Path, with_benchmarks: dict[str, str]
 ) -> None:
-    service = Service(model_folder, registry_address, tmp_path / "log")
+    # Its model computes nothing, and is there at once.
+    stub = "benchmarks.stub.inference"
+    log = tmp_path / "log"
+    service = Service(model_folder, registry_address, log, module=stub, environment=with_benchmarks)
     try:
         await asyncio.to_thread(service.wait_until_serving)
         async with open_channel(service.address) as channel:
             stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
-            events = aiter(stub.Generate(request(max_tokens=4000)))
+            events = aiter(stub.Generate(request(max_tokens=2000)))
             await anext(events)
-            service.engine.kill()
+            await anext(events)
+            engine = service.engine
+            engine.kill()
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 async for _ in events:
                     pass
-        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        # What has generated something was worth having; of those that have not, the third is the last.
+        for _ in range(3):
+            await asyncio.to_thread(wait_until_ready_again, service, engine.pid)
+            engine = service.engine
+            engine.kill()
         assert await asyncio.to_thread(service.process.wait, 30) == 1
-        assert "killed by signal 9" in service.log.read_text()
+        assert service.log.read_text().splitlines()[-1].endswith("the engine was killed by signal 9")
     finally:
         service.end()
+
+
+def wait_until_ready_again(service: Service, ended: int) -> None:
+    """Return once another engine than the one that has ended serves."""
+    deadline, never = time.monotonic() + START_TIMEOUT_S, threading.Event()
+    # In this order: what serves before the other is there is the one that has ended.
+    while [one.pid for one in service.engines] in ([], [ended]) or not is_serving(service.address):
+        assert time.monotonic() < deadline, service.log.read_text()
+        never.wait(0.1)
 
 
 async def test_until_the_registry_is_there_the_service_says_that_it_is_not_serving(

@@ -37,6 +37,7 @@ from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.residency import Residency
 from softprompt_inference.adapters.source import AdapterSource
+from softprompt_inference.admission import Admission
 from softprompt_inference.effect import PROMPTS, EffectProbe
 from softprompt_inference.engine.client import EngineClient, OutputStream
 from softprompt_inference.engine.keys import VirtualIds
@@ -283,7 +284,7 @@ async def world(
             residency=residency,
             grammars=grammars,
             base_model_id="org/Base",
-            max_open_choices=MAX_OPEN_CHOICES,
+            admission=Admission(max_open=MAX_OPEN_CHOICES, max_wait_s=60.0, load=lambda: engine.stats),
         )
         base_model = registry_pb2.BaseModel(id="org/Base", vocab_size=VOCAB_SIZE)
         servicer.open(

@@ -18,7 +18,7 @@ from itertools import chain
 from time import monotonic
 from typing import Literal
 
-from softprompt_api.errors import AdapterInUse, InvalidArgument
+from softprompt_api.errors import AdapterInUse, InvalidArgument, Unavailable
 from softprompt_api.tracing import span
 
 from softprompt_inference.adapters.adapter import Adapter
@@ -253,6 +253,12 @@ class Residency:
             self._leave_line(waiter)
             waiter.turn.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def refuse(self) -> None:
+        """End the wait of all who are in line for room: the engine has ended."""
+        for waiter in {waiter for room in self._rooms for waiter in room.line}:
+            self._leave_line(waiter)
+            waiter.turn.set_exception(Unavailable("the engine has ended; try again"))
 
     def check(self) -> None:
         """Assert that the counters agree with the entries, and that nobody waits who need not."""

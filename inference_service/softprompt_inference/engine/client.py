@@ -6,6 +6,7 @@ import logging
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Self
 
 from softprompt_api.errors import Unavailable
@@ -21,6 +22,7 @@ from softprompt_inference.engine.messages import (
     ModelInfo,
     Nearest,
     Output,
+    Ping,
     Stats,
     StepResult,
 )
@@ -31,6 +33,8 @@ _log = logging.getLogger(__name__)
 STOP_GRACE_S = 5.0
 # Run as `python -m ENGINE_MODULE --fd N`; benchmarks put an engine that computes nothing here.
 ENGINE_MODULE = "softprompt_inference.engine"
+# How often an engine is asked for a sign of life before it is given up.
+_NUM_PINGS = 4
 
 
 def _nobody() -> None:
@@ -110,18 +114,24 @@ class EngineClient:
         self._searches: dict[int, asyncio.Future[Nearest]] = {}
         self._num_searches = 0
         self._living: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._has_spoken = False  # since it was last asked to
+        self._silence_s = 0.0  # for which it was given up
         self._is_stopping = False
         self.stats = Stats()
         self._ready: asyncio.Future[ModelInfo] = asyncio.get_running_loop().create_future()
         self.dead: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     @classmethod
-    async def start(cls, config: EngineConfig, report: Callable[[str], None]) -> Self:
+    async def start(
+        cls, config: EngineConfig, report: Callable[[str], None], *, silence_s: float | None = None
+    ) -> Self:
         """Start a process and wait until its model is loaded. It ends with the thread that calls this.
 
         Args:
             config: what to load.
             report: is told each slow phase as it begins.
+            silence_s: an engine that has its model and says nothing for so long is ended; None: none is.
 
         Raises EngineStartError when it cannot start. Cancelling ends the process.
         """
@@ -151,6 +161,8 @@ class EngineClient:
             await client.stop()
             raise
         client._living = asyncio.create_task(client._live())
+        if silence_s is not None:
+            client._watching = asyncio.create_task(client._watch(silence_s))
         return client
 
     async def _wait_until_ready(self) -> ModelInfo:
@@ -196,6 +208,8 @@ class EngineClient:
     async def stop(self) -> None:
         """End the engine; open requests get an error. Harmless when it has ended."""
         self._is_stopping = True
+        if self._watching is not None:
+            self._watching.cancel()
         self._pipe.close()
         await self._wait_for_exit()
         await self._pipe.ended
@@ -218,6 +232,8 @@ class EngineClient:
         code = await self._wait_for_exit()
         if self._is_stopping:
             return "the engine was stopped"
+        if self._silence_s:
+            return f"the engine said nothing for {self._silence_s:g} s, and was ended"
         return f"the engine was killed by signal {-code}" if code < 0 else f"the engine ended with code {code}"
 
     def _check_alive(self) -> None:
@@ -231,7 +247,20 @@ class EngineClient:
             self._kill()
         self._end(await self._exit_reason())
 
+    async def _watch(self, silence_s: float) -> None:
+        """End an engine that hangs or was stopped: it does not say that it does."""
+        num_silent = 0
+        # Counted in sleeps, not in time: while this process itself is stopped, the engine cannot be heard.
+        while num_silent < _NUM_PINGS:
+            self._has_spoken = False
+            self._pipe.send(Ping())
+            await asyncio.sleep(silence_s / _NUM_PINGS)
+            num_silent = 0 if self._has_spoken else num_silent + 1
+        self._silence_s = silence_s
+        self._kill()
+
     def _hear(self, message: Message) -> None:
+        self._has_spoken = True
         match message:
             case StepResult():
                 self._deliver(message)
@@ -258,6 +287,9 @@ class EngineClient:
 
     def _end(self, reason: str) -> None:
         self.dead.set_result(reason)
+        if self._watching is not None:
+            self._watching.cancel()
+        self.stats = replace(self.stats, running=0, waiting=0, used_pages=0, resident_adapters=0)
         for search in self._searches.values():
             if not search.done():
                 search.set_exception(Unavailable("the engine has ended; try again"))

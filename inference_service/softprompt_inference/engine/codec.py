@@ -21,6 +21,7 @@ from softprompt_inference.engine.messages import (
     LoadAdapter,
     LoadLora,
     ModelInfo,
+    Ping,
     SoftPromptPart,
     StepResult,
     TextPart,
@@ -66,6 +67,7 @@ Message = (
     | LoadLora
     | DropAdapter
     | FindNearest
+    | Ping
     | Progress
     | StartupFailed
     | ModelInfo
@@ -80,6 +82,7 @@ _KINDS: dict[str, type[Any]] = {
     "load-lora": LoadLora,
     "drop": DropAdapter,
     "nearest": FindNearest,
+    "ping": Ping,
     "progress": Progress,
     "failed": StartupFailed,
     "info": ModelInfo,

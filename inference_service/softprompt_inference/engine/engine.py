@@ -28,6 +28,7 @@ from softprompt_inference.engine.messages import (
     LoadLora,
     Nearest,
     Output,
+    Ping,
     SoftPromptPart,
     StepResult,
 )
@@ -122,6 +123,8 @@ class Engine:
                 self.drop_adapter(digest)
             case FindNearest():
                 self.find_nearest(command)
+            case Ping():  # the step behind it is the answer
+                pass
 
     def add(self, request: AddRequest) -> None:
         """Queue a request, once its LoRA is loaded; a refusal is an output of the next step."""

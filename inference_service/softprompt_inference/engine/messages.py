@@ -136,7 +136,12 @@ class FindNearest:
     top_k: int
 
 
-Command = AddRequest | Abort | LoadAdapter | LoadLora | DropAdapter | FindNearest
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ping:
+    """Say something, if only the result of a step with nothing to do: an engine that lives always answers."""
+
+
+Command = AddRequest | Abort | LoadAdapter | LoadLora | DropAdapter | FindNearest | Ping
 
 
 class Finish(StrEnum):

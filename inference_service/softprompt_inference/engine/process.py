@@ -31,6 +31,7 @@ from softprompt_inference.engine.messages import (
     FindNearest,
     LoadAdapter,
     LoadLora,
+    Ping,
 )
 from softprompt_inference.engine.plan import Runner
 
@@ -135,7 +136,9 @@ def _start(connection: Connection, load: Load) -> Engine | None:
 def _run(connection: Connection, engine: Engine) -> None:
     while True:
         for command in connection.receive(wait=not engine.has_work):
-            assert isinstance(command, AddRequest | Abort | LoadAdapter | LoadLora | DropAdapter | FindNearest)
+            assert isinstance(
+                command, AddRequest | Abort | LoadAdapter | LoadLora | DropAdapter | FindNearest | Ping
+            )
             engine.handle(command)
         connection.send(engine.step())
 

@@ -9,11 +9,12 @@ from typing import Any
 import grpc
 import structlog
 from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
-from softprompt_api.errors import InternalError, SoftpromptError
+from softprompt_api.errors import InternalError, InvalidArgument, SoftpromptError
 from softprompt_api.rpc.channel import SERVER_OPTIONS
 from softprompt_api.rpc.context import enter_call
 from softprompt_api.rpc.status import to_status
@@ -22,12 +23,15 @@ from softprompt_api.rpc.tracing import TracingInterceptor
 from softprompt_api.tracing import Tracer
 
 _log = structlog.get_logger()
+# Stands for bytes that are no message: gRPC would end the call with UNKNOWN and the text of the exception.
+_UNDECODABLE = object()
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turn every SoftpromptError into its status, and every other exception into INTERNAL without its text.
 
-    Log lines of a call have the id of the request that it is made for.
+    Bytes that are no message of the method are an InvalidArgument. Log lines of a call have the id of the request
+    that it is made for.
     """
 
     async def intercept_service(
@@ -40,11 +44,12 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = handler_call_details.method
-        if handler.response_streaming:
-            return handler._replace(
-                **{name: _streaming(method, getattr(handler, name)) for name in _behaviours(handler)}
-            )
-        return handler._replace(**{name: _unary(method, getattr(handler, name)) for name in _behaviours(handler)})
+        check = _all_decoded if handler.request_streaming else _decoded
+        wrap = _streaming if handler.response_streaming else _unary
+        return handler._replace(
+            request_deserializer=_decoder(handler.request_deserializer),
+            **{name: wrap(method, getattr(handler, name), check) for name in _behaviours(handler)},
+        )
 
 
 def _behaviours(handler: Any) -> list[str]:
@@ -52,23 +57,46 @@ def _behaviours(handler: Any) -> list[str]:
     return [name for name in names if getattr(handler, name) is not None]
 
 
-def _unary(method: str, behaviour: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+def _decoder(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def decode_or_tell(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except DecodeError:
+            return _UNDECODABLE
+
+    return decode_or_tell
+
+
+def _decoded(request: Any) -> Any:
+    if request is _UNDECODABLE:
+        raise InvalidArgument("the bytes are not a message of this method")
+    return request
+
+
+async def _all_decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _decoded(request)
+
+
+def _unary(
+    method: str, behaviour: Callable[..., Awaitable[Any]], check: Callable[[Any], Any]
+) -> Callable[..., Awaitable[Any]]:
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
-            return await behaviour(request, context)
+            return await behaviour(check(request), context)
         except Exception as error:
             await _abort(method, error, context)
 
     return call
 
 
-def _streaming(method: str, behaviour: Callable[..., Any]) -> Callable[..., Any]:
+def _streaming(method: str, behaviour: Callable[..., Any], check: Callable[[Any], Any]) -> Callable[..., Any]:
     if inspect.iscoroutinefunction(behaviour):  # it writes its responses itself, as the health service does
-        return _unary(method, behaviour)
+        return _unary(method, behaviour, check)
 
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
-            async for response in behaviour(request, context):
+            async for response in behaviour(check(request), context):
                 yield response
         except Exception as error:
             await _abort(method, error, context)

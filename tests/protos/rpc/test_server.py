@@ -35,6 +35,9 @@ class Servicer(registry_pb2_grpc.RegistryServiceServicer):
             raise ZeroDivisionError("/secret/path")
         return pb.GetAdapterResponse(adapter=pb.AdapterVersion(name=request.adapter))
 
+    async def RegisterAdapter(self, request_iterator, context):  # noqa: N802
+        return pb.RegisterAdapterResponse(warnings=[str(sum([1 async for _ in request_iterator]))])
+
     async def ReadTensors(self, request, context):  # noqa: N802
         yield pb.ReadTensorsResponse(size_bytes=1)
         if request.digest == "broken":
@@ -150,3 +153,17 @@ async def test_the_grace_ends(server, stub):
     await server.stop(0.1)
     with pytest.raises(grpc.aio.AioRpcError):
         await running
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("unary_unary", "GetAdapter"), ("unary_stream", "ReadTensors"), ("stream_unary", "RegisterAdapter")],
+)
+async def test_bytes_that_are_no_message_are_refused_without_a_word_of_the_parser(channel, kind, method):
+    call = getattr(channel, kind)(f"/{SERVICE.full_name}/{method}")
+    garbage = b"\xff\xff\xff not protobuf"
+    answer = call(iter([garbage]) if kind == "stream_unary" else garbage)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await (answer.read() if kind == "unary_stream" else answer)
+    assert (from_rpc_error(refused.value).reason, refused.value.code().name) == ("INVALID_ARGUMENT",) * 2
+    assert "Error" not in refused.value.details()

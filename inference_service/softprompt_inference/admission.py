@@ -1,0 +1,98 @@
+"""Which completions are let in: as many as may run and wait, and none that would wait too long for its turn.
+
+A line that is bounded in length alone makes everybody late once more is asked for than can be computed: whoever
+gets an answer has waited the whole line, and may have left. So a newcomer is told to come back where its turn
+would come too late. When that would be is Little's law: how many are before it, over how many have ended in a
+second of late. Tenants take turns, so before the newcomer are, of each tenant, no more than of its own.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from softprompt_api.errors import Overloaded
+
+from softprompt_inference.engine.messages import Stats
+
+# What ended so long ago counts for a third of what ends now.
+_MEMORY_S = 15.0
+
+
+class Admission:
+    """Admits completions to one engine.
+
+    Args:
+        max_open: most that run or wait.
+        max_wait_s: longest wait for a turn, as far as it can be foretold.
+        load: the engine's load at its last step.
+        now: seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_open: int,
+        max_wait_s: float,
+        load: Callable[[], Stats],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_open = max_open
+        self._max_wait_s = max_wait_s
+        self._load = load
+        self._now = now
+        self._open: Counter[str] = Counter()  # by tenant
+        # Both fade, and grow only while somebody waits: otherwise few end because few have come.
+        self._num_ended = 0.0
+        self._seconds = 0.0
+        self._since_s: float | None = None  # when somebody was last seen to wait; None: nobody did
+
+    @contextmanager
+    def admitted(self, num: int, tenant: str) -> Iterator[None]:
+        """Some completions of a tenant, for the time of the context; Overloaded where they cannot be let in."""
+        self._check(num, tenant)
+        self._open[tenant] += num
+        try:
+            yield
+        finally:
+            self._open[tenant] -= num
+            if not self._open[tenant]:
+                del self._open[tenant]
+
+    def left(self, num: int) -> None:
+        """Some that the engine had been given have ended, however they did."""
+        self._measure(num)
+
+    def _check(self, num: int, tenant: str) -> None:
+        num_open = self._open.total()
+        if num_open + num > self._max_open:
+            raise Overloaded(
+                f"{num_open} completions run or wait, and at most {self._max_open} may; try again later"
+            )
+        self._measure(0)
+        wait_s = self._wait_s(tenant)
+        if wait_s > self._max_wait_s:
+            raise Overloaded(
+                f"the wait would be about {wait_s:.0f} s, and at most {self._max_wait_s:g} s may be waited; "
+                "try again later",
+                details={"retry_after_ms": str(math.ceil((wait_s - self._max_wait_s) * 1000))},
+            )
+
+    def _wait_s(self, tenant: str) -> float:
+        """How long a newcomer would wait; 0 where nothing is known."""
+        num_before = min(self._num_waiting, self._open[tenant] * len(self._open))
+        return num_before * self._seconds / self._num_ended if self._num_ended else 0.0
+
+    @property
+    def _num_waiting(self) -> int:
+        return max(0, self._open.total() - self._load().running)
+
+    def _measure(self, num_ended: int) -> None:
+        """Take in that some have ended now."""
+        now_s, since_s = self._now(), self._since_s
+        if since_s is not None:
+            fading = math.exp((since_s - now_s) / _MEMORY_S)
+            self._num_ended = self._num_ended * fading + num_ended
+            self._seconds = self._seconds * fading + now_s - since_s
+        self._since_s = now_s if self._load().waiting else None
