@@ -45,9 +45,9 @@ async def test_services_are_called_with_a_certificate_and_refuse_who_has_none(
         addresses = {"registry_address": stack.settings.registry_address}
         addresses["inference_address"] = stack.settings.inference_address
         for other in ({}, {"tls_ca": authority.cert}):
-            async with running_gateway(Settings(grace_s=1, **addresses, **other)) as port:
+            async with running_gateway(Settings(grace_s=1, **addresses, **other)) as running:
                 async with httpx.AsyncClient(timeout=20) as http:
-                    answer = await http.get(f"http://127.0.0.1:{port}/health/ready")
+                    answer = await http.get(f"http://127.0.0.1:{running.port}/health/ready")
                 assert answer.json() == {
                     "status": "unavailable",
                     "inference": "not serving",
@@ -57,13 +57,16 @@ async def test_services_are_called_with_a_certificate_and_refuse_who_has_none(
 
 @pytest.fixture
 def https(stack: Any, running_gateway: Any, authority: Any) -> Callable[..., Any]:
-    """`https(…)` runs a gateway with HTTPS over the stack's services."""
+    """`https(…)` runs a gateway with HTTPS over the stack's services, on the port that it gives."""
 
-    def run(**settings: Any) -> Any:
+    @asynccontextmanager
+    async def run(**settings: Any) -> AsyncIterator[int]:
         cert, key = authority.issue()
         addresses = {"registry_address": stack.settings.registry_address}
         addresses["inference_address"] = stack.settings.inference_address
-        return running_gateway(Settings(**{"tls_cert": cert, "tls_key": key, "grace_s": 1} | addresses | settings))
+        own = {"tls_cert": cert, "tls_key": key, "grace_s": 1}
+        async with running_gateway(Settings(**own | addresses | settings)) as running:
+            yield running.port
 
     return run
 

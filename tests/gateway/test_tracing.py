@@ -36,8 +36,8 @@ async def http(stack: Any, running_gateway: Any, tracer: Tracer) -> AsyncIterato
     """A client of a gateway that is traced, over the stack's services."""
     addresses = {name: getattr(stack.settings, name) for name in ("registry_address", "inference_address")}
     async with (
-        running_gateway(Settings(grace_s=1, **addresses), tracer) as port,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=10) as http,
+        running_gateway(Settings(grace_s=1, **addresses), tracer) as running,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{running.port}", timeout=10) as http,
     ):
         yield http
 
@@ -105,9 +105,12 @@ async def test_the_registrys_part_stands_under_the_gateways_question(
     async with RegistryServer(settings, tracer) as registry:
         addresses = {"registry_address": f"127.0.0.1:{registry.port}"}
         addresses["inference_address"] = stack.settings.inference_address
-        async with running_gateway(Settings(grace_s=1, **addresses), tracer) as port, httpx.AsyncClient() as http:
+        async with (
+            running_gateway(Settings(grace_s=1, **addresses), tracer) as running,
+            httpx.AsyncClient() as http,
+        ):
             ended.clear()
-            answer = await http.get(f"http://127.0.0.1:{port}/v1/models/nothing", headers=CLIENT)
+            answer = await http.get(f"http://127.0.0.1:{running.port}/v1/models/nothing", headers=CLIENT)
     assert answer.status_code == 404
     asked = named(ended, "softprompt_api.registry.v1.GetAdapter")
     answered = named(ended, "softprompt_api.registry.v1.RegistryService/GetAdapter")
