@@ -17,6 +17,7 @@ from softprompt_api.errors import InvalidArgument
 from softprompt_api.names import shown
 from softprompt_api.structured import JSON_WHITESPACE, MAX_GRAMMAR_CHARACTERS, check_object
 
+from softprompt_gateway.openai import schemas
 from softprompt_gateway.validation import RequestModel, check_name
 
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"
@@ -28,9 +29,9 @@ _OPTIONS = {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
 class Function(RequestModel):
     """A function that may be called."""
 
-    name: str
+    name: str = Field(json_schema_extra=schemas.NAME)
     description: str | None = None
-    parameters: dict[str, Any] | None = Field(
+    parameters: Annotated[dict[str, Any], Field(json_schema_extra=schemas.PARAMETERS)] | None = Field(
         None, description="JSON Schema of its arguments; default: any object"
     )
     strict: bool | None = Field(None, description="a call follows the schema even where none must come")
