@@ -1,5 +1,6 @@
 """The whole system as a user starts it: `softprompt run`, real processes, real ports."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -8,7 +9,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,12 +115,18 @@ class System:
 StartSystem = Callable[..., System]
 
 
-@pytest.fixture(scope="module")
-def start_system(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSystem]:
-    """`start_system(*flags, data_dir=…)` starts a system; all are ended with the module's tests."""
+@contextlib.contextmanager
+def starting(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSystem]:
+    """A function that starts systems, which end with the context."""
     systems: list[System] = []
 
-    def start(*flags: str, data_dir: Path | None = None, model: str | None = None, wait: bool = True) -> System:
+    def start(
+        *flags: str,
+        data_dir: Path | None = None,
+        model: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        wait: bool = True,
+    ) -> System:
         folder = tmp_path_factory.mktemp("system")
         port, registry_port, inference_port = free_ports(3)
         mark = uuid.uuid4().hex
@@ -143,7 +150,7 @@ def start_system(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "SOFTPROMPT_TEST_MARK": mark},
+                env={**os.environ, **(environment or {}), "SOFTPROMPT_TEST_MARK": mark},
             )
         registry = f"127.0.0.1:{registry_port}"
         system = System(
@@ -161,14 +168,34 @@ def start_system(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             assert process.poll() is None, system.text()
         return system
 
-    yield start
-    for system in systems:
-        system.stop()
-    for system in systems:
-        wait_for(lambda system=system: not system.pids(), f"the end of {system.pids()}")
+    try:
+        yield start
+    finally:
+        for system in systems:
+            system.stop()
+        for system in systems:
+            wait_for(lambda system=system: not system.pids(), f"the end of {system.pids()}")
 
 
 @pytest.fixture(scope="module")
+def start_system(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSystem]:
+    """`start_system(*flags, data_dir=…)` starts a system; all are ended with the module's tests."""
+    with starting(tiny_model, tmp_path_factory) as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def small_system(
+    tiny_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[System]:
+    """One for several modules: a request costs little whatever it asks for, and all keep its adapters."""
+    flags = [f"{name}={path}" for name, path in adapters.items()]
+    limits = {"SOFTPROMPT_GATEWAY_MAX_CHOICES": "8"}
+    with starting(tiny_model, tmp_path_factory) as start:
+        yield start("--max-model-len", "320", "--prompt-adapters", *flags, environment=limits)
+
+
+@pytest.fixture(scope="session")
 def adapters(make_adapter: Callable[..., Path]) -> dict[str, Path]:
     """Three adapters of the tiny model; the first and the last have equally many virtual tokens."""
     return {"first": make_adapter(1, 5), "second": make_adapter(2, 16), "third": make_adapter(3, 5)}

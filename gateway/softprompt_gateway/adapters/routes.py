@@ -67,7 +67,7 @@ from softprompt_gateway.body import body_chunks, check_encoding, content_length,
 from softprompt_gateway.caller import Caller
 from softprompt_gateway.catalog import spelling_of
 from softprompt_gateway.disconnect import unless_gone
-from softprompt_gateway.documented import answered, json_body
+from softprompt_gateway.documented import answered, json_body, link
 from softprompt_gateway.errors import Refused, fields_spelled
 from softprompt_gateway.gateway import Gateway
 
@@ -126,7 +126,9 @@ def adapters_router(gateway: Gateway) -> APIRouter:
         route_class_override=reads,
     )
     alias = "/{adapter}/aliases/{alias}"
-    router.add_api_route(alias, routes.set_alias, methods=["PUT"], openapi_extra=json_body(AliasRequest) | version)
+    named = {"adapter": "$request.path.adapter", "alias": "$request.path.alias"}
+    aliased = answered(AdapterAnswer, links={"remove": link("DELETE", f"/v1/adapters{alias}", **named)})
+    router.add_api_route(alias, routes.set_alias, methods=["PUT"], openapi_extra=json_body(AliasRequest) | aliased)
     router.add_api_route(alias, routes.remove_alias, methods=["DELETE"], openapi_extra=answered(AliasDeleted))
     return router
 

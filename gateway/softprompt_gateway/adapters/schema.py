@@ -92,7 +92,9 @@ class ImportRequest(RequestModel):
 
     name: Name
     source: str = Field(
-        max_length=2048, description="hf://owner/name, hf://owner/name@revision or file:///folder, where allowed"
+        max_length=2048,
+        description="hf://owner/name, hf://owner/name@revision or file:///folder, where allowed",
+        json_schema_extra={"pattern": "^(hf|file)://"},
     )
     labels: Labels | None = None
     idempotency_key: Key | None = Field(

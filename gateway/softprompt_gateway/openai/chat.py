@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.params import MAX_LOGPROBS
@@ -54,6 +54,8 @@ class CalledTool(RequestModel):
 
 class Message(RequestModel):
     """One turn. What an answer's own message holds may be sent back as it came."""
+
+    model_config = ConfigDict(json_schema_extra=schemas.MESSAGE)
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
     content: Content | None = Field(None, description="needed, but beside tool_calls")

@@ -91,3 +91,20 @@ RESPONSE_FORMAT: Schema = {
 
 # JSON Schema of a function's arguments, which are an object.
 PARAMETERS: Schema = {"properties": {"type": {"const": "object"}}}
+
+# A message says something, or is an assistant's with calls, which no other has.
+MESSAGE: Schema = {
+    "anyOf": [
+        {
+            "properties": {"role": {"const": "assistant"}, "tool_calls": {"type": "array", "minItems": 1}},
+            "required": ["tool_calls"],
+        },
+        {
+            "properties": {
+                "content": {"type": ["string", "array"]},
+                "tool_calls": {"anyOf": [{"type": "null"}, {"type": "array", "maxItems": 0}]},
+            },
+            "required": ["content"],
+        },
+    ]
+}
