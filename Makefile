@@ -70,6 +70,7 @@ lint: install
 	$(BIN)/lint-imports
 	cd protos && $(abspath $(BIN))/buf lint
 	$(BIN)/python tools/generate_protos.py --check
+	$(BIN)/python tools/api_fields.py --check
 	$(BIN)/python -m pytest -q tests/test_layout.py
 
 format: install

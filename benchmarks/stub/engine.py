@@ -12,8 +12,8 @@ from pathlib import Path
 from softprompt_api.errors import Unsupported
 from softprompt_api.structured import StructuredOutputsParams
 from softprompt_inference.engine.config import EngineConfig
-from softprompt_inference.engine.messages import LoadAdapter, LoadLora, ModelInfo
-from softprompt_inference.engine.plan import Matcher, Pending, Runner, Sampled, Search, StepPlan
+from softprompt_inference.engine.messages import LoadAdapter, LoadLora, Logprobs, ModelInfo
+from softprompt_inference.engine.plan import Chunk, Matcher, Pending, Runner, Sampled, Search, StepPlan
 from softprompt_inference.engine.process import end_with_parent, serve
 
 from benchmarks.model_files import read_shape
@@ -60,8 +60,7 @@ class FixedStepRunner:
     def launch(self, plan: StepPlan) -> Pending:
         """One token per sample, after the fixed time."""
         time.sleep(STEP_S)
-        samples = [chunk.sample for chunk in plan.chunks if chunk.sample is not None]
-        return _Chosen([Sampled(token_id=_FIRST_TOKEN + sample.index % _NUM_TOKENS) for sample in samples])
+        return _Chosen([_answer(chunk) for chunk in plan.chunks if chunk.sample is not None or chunk.scores])
 
     def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
         """Take no notice: nothing is computed from rows."""
@@ -82,6 +81,15 @@ class FixedStepRunner:
     def compile(self, wanted: StructuredOutputsParams) -> Future[Matcher]:
         """Refuse: no token here is text that could follow a grammar."""
         raise Unsupported(f"{wanted.spelled[0]} is not supported by a model that computes nothing")
+
+
+def _answer(chunk: Chunk) -> Sampled:
+    """Nothing is likelier than anything else."""
+    num_scores = len(chunk.scores.rows) if chunk.scores else 0
+    return Sampled(
+        token_id=_FIRST_TOKEN + chunk.sample.index % _NUM_TOKENS if chunk.sample else None,
+        scores=[Logprobs(chosen=0.0, top=[])] * num_scores,
+    )
 
 
 def _load(config: EngineConfig, _report: Callable[[str], None]) -> Runner:

@@ -16,6 +16,8 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from softprompt_gateway.adapters.answers import ANSWER_MODELS as ADAPTER_ANSWERS
+from softprompt_gateway.adapters.loading import REQUEST_MODELS as LOADING_MODELS
+from softprompt_gateway.adapters.loading import loading_router
 from softprompt_gateway.adapters.resident import resident_router
 from softprompt_gateway.adapters.routes import REQUEST_MODELS as ADAPTER_MODELS
 from softprompt_gateway.adapters.routes import adapters_router
@@ -60,14 +62,23 @@ def make_app(settings: Settings, clients: Clients) -> FastAPI:
     )
     app.add_exception_handler(SoftpromptError, _explain)
     app.add_exception_handler(Refused, _explain)
-    routers = (openai_router(gateway), adapters_router(gateway), resident_router(gateway), health_router(gateway))
+    routers = (
+        openai_router(gateway),
+        adapters_router(gateway),
+        loading_router(gateway),
+        resident_router(gateway),
+        health_router(gateway),
+    )
     app.add_exception_handler(HTTPException, _http_explainer(routers))
     app.add_exception_handler(RequestValidationError, _explain_parameter)
     app.add_middleware(Edge, metrics=gateway.metrics, max_requests=settings.max_requests)
     assert all(isinstance(route, GuardedRoute) for router in routers for route in router.routes)
     for router in routers:
         app.include_router(router)
-    models = (*OPENAI_MODELS, *OPENAI_ANSWERS, *ADAPTER_MODELS, *ADAPTER_ANSWERS, *HEALTH_ANSWERS)
+    models = (
+        *(*OPENAI_MODELS, *OPENAI_ANSWERS, *ADAPTER_MODELS, *ADAPTER_ANSWERS),
+        *(*LOADING_MODELS, *HEALTH_ANSWERS),
+    )
     document(app, routers, models)
     return app
 

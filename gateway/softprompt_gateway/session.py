@@ -34,7 +34,7 @@ class Delta:
     logprobs: Sequence[pb.TokenLogprob] = ()
 
 
-Event = pb.Accepted | Delta | pb.Finished | pb.Usage
+Event = pb.Accepted | pb.PromptLogprobs | Delta | pb.Finished | pb.Usage
 
 
 class Calls:
@@ -238,5 +238,7 @@ def _event(response: pb.GenerateResponse) -> Event:
             return Delta(delta.text, delta.index, delta.token_ids, delta.logprobs)
         case "finished":
             return response.finished
+        case "prompt_logprobs":
+            return response.prompt_logprobs
         case _:
             return response.usage

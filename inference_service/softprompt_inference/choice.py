@@ -21,6 +21,14 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLogprobs:
+    """How likely the next tokens of the prompt's text are; None for one that nothing computed stands before."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[Logprobs | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """A choice has ended, by STOP or LENGTH."""
 
@@ -33,24 +41,35 @@ class Finished:
 class Choice:
     """Reads the engine's outputs of one choice.
 
+    Args:
+        told_ids: the prompt's text, where it is to be told how likely that is.
+
     Attributes:
         num_tokens: tokens read.
         cached_tokens: prompt positions that came from the prefix cache.
         has_ended: whether `Finished` was given; outputs after it are not wanted.
     """
 
-    def __init__(self, index: int, text: OutputText) -> None:
+    def __init__(self, index: int, text: OutputText, *, told_ids: Sequence[int] = ()) -> None:
         self._index = index
         self._text = text
+        self._untold_ids = told_ids
         self.num_tokens = 0
         self.cached_tokens = 0
         self.has_ended = False
 
-    def read(self, outputs: Sequence[Output]) -> list[Delta | Finished]:
-        """The events that these outputs make: one Delta for all of them, and Finished where they end the choice.
+    @property
+    def tells_prompt(self) -> bool:
+        """Whether more is to come of the prompt; it comes before anything else."""
+        return bool(self._untold_ids)
+
+    def read(self, outputs: Sequence[Output]) -> list[PromptLogprobs | Delta | Finished]:
+        """The events that these outputs make: what is told of the prompt, one Delta for all tokens, and Finished
+        where they end the choice.
 
         Raises the error that an output holds.
         """
+        events: list[PromptLogprobs | Delta | Finished] = []
         pieces: list[str] = []
         token_ids: list[int] = []
         logprobs: list[Logprobs] = []
@@ -58,19 +77,30 @@ class Choice:
         for output in outputs:
             if output.finish is Finish.ERROR:
                 raise error_of(output)
-            assert output.token_id is not None, "only an error comes without a token"
+            if output.prompt_logprobs is not None:
+                events.append(self._tell(output.prompt_logprobs))
+                continue
             self.cached_tokens += output.cached_tokens or 0
-            token_ids.append(output.token_id)
-            if output.logprobs is not None:
-                logprobs.append(output.logprobs)
-            pieces.append(self._text.push(output.token_id, ends_choice=output.finish is Finish.STOP))
+            if output.token_id is not None:
+                token_ids.append(output.token_id)
+                if output.logprobs is not None:
+                    logprobs.append(output.logprobs)
+                pieces.append(self._text.push(output.token_id, ends_choice=output.finish is Finish.STOP))
             finished = self._end_of(output, pieces)
             if finished is not None:
                 break
         self.num_tokens += len(token_ids)
         self.has_ended = finished is not None
-        delta = Delta(index=self._index, text="".join(pieces), token_ids=token_ids, logprobs=logprobs)
-        return [delta] if finished is None else [delta, finished]
+        if token_ids:
+            events.append(Delta(index=self._index, text="".join(pieces), token_ids=token_ids, logprobs=logprobs))
+        if finished is not None:
+            events.append(finished)
+        return events
+
+    def _tell(self, logprobs: Sequence[Logprobs | None]) -> PromptLogprobs:
+        count = len(logprobs)
+        told_ids, self._untold_ids = self._untold_ids[:count], self._untold_ids[count:]
+        return PromptLogprobs(token_ids=told_ids, logprobs=logprobs)
 
     def _end_of(self, output: Output, pieces: list[str]) -> Finished | None:
         """The end, when the engine or a stop string ended the choice; what was held back joins `pieces`."""

@@ -103,13 +103,14 @@ def check_context(composed: Composed, *, max_tokens: int | None, limit: int) -> 
     """Raise ContextLengthExceeded, with numbers, where prompt, virtual tokens and output have no room."""
     num_text = len(composed.text_ids)
     num_prompt = num_text + composed.virtual_tokens
-    if num_prompt + (max_tokens or 1) <= limit:
+    least = 1 if max_tokens is None else max_tokens
+    if num_prompt + least <= limit:
         return
     output = "at least 1 token of output" if max_tokens is None else f"max_tokens {max_tokens}"
     raise ContextLengthExceeded(
         f"the prompt has {num_text} tokens + {composed.virtual_tokens} virtual tokens + {output}, "
         f"the limit is {limit}",
-        field="prompt" if num_prompt >= limit else "max_tokens",
+        field="prompt" if num_prompt + min(least, 1) > limit else "max_tokens",
     )
 
 

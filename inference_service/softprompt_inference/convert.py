@@ -12,7 +12,7 @@ from softprompt_api.structured import StructuredOutputsParams
 from softprompt_api.tenants import check_tenant
 
 from softprompt_inference.adapters.residency import Resident, Tier
-from softprompt_inference.choice import Delta, Finished
+from softprompt_inference.choice import Delta, Finished, PromptLogprobs
 from softprompt_inference.composed import BoundAdapter
 from softprompt_inference.engine.messages import Finish, Logprobs, Nearest
 from softprompt_inference.generation import Accepted, Event, GenerateCall, Usage
@@ -35,6 +35,7 @@ _OPTIONAL = (
     "frequency_penalty",
     "repetition_penalty",
     "logprobs",
+    "prompt_logprobs",
     "skip_special_tokens",
 )
 _KINDS = {"json_schema": "json", "regex": "regex", "lark": "grammar"}
@@ -229,6 +230,9 @@ def write_response(event: Event, response: pb.GenerateResponse, tokenizer: Token
             delta.token_ids.extend(event.token_ids)
             if event.logprobs:
                 delta.logprobs.extend(_to_logprobs(event.token_ids, event.logprobs, tokenizer))
+        case PromptLogprobs():
+            response.prompt_logprobs.tokens.extend(_to_logprobs(event.token_ids, event.logprobs, tokenizer))
+            response.prompt_logprobs.starts_unpredicted = event.logprobs[0] is None
         case Finished():
             finished = pb.Finished(
                 index=event.index,
@@ -268,12 +272,12 @@ def _to_bound(adapter: BoundAdapter) -> pb.BoundAdapter:
 
 
 def _to_logprobs(
-    token_ids: Sequence[int], logprobs: Sequence[Logprobs], tokenizer: Tokenizer
+    token_ids: Sequence[int], logprobs: Sequence[Logprobs | None], tokenizer: Tokenizer
 ) -> list[pb.TokenLogprob]:
     return [
         pb.TokenLogprob(
-            chosen=_to_entry(token_id, entry.chosen, tokenizer),
-            top=[_to_entry(top_id, logprob, tokenizer) for top_id, logprob in entry.top],
+            chosen=_to_entry(token_id, entry.chosen if entry else 0.0, tokenizer),
+            top=[_to_entry(top_id, logprob, tokenizer) for top_id, logprob in entry.top] if entry else (),
         )
         for token_id, entry in zip(token_ids, logprobs, strict=True)
     ]

@@ -2,7 +2,7 @@
 
     admit → encode the prompt → compile the grammar
           → bind versions of its adapters, put all together and bring them in → Accepted
-          → one engine request per choice → Delta … Finished → Usage
+          → one engine request per choice → PromptLogprobs … → Delta … Finished → Usage
 
 It runs for the time of a context: leaving it aborts what is unfinished and lets the adapter go. Its events are
 made when they are taken, by whoever is told that there are some: no task wakes for a token.
@@ -27,7 +27,7 @@ from softprompt_api.structured import StructuredOutputsParams
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.residency import Residency
 from softprompt_inference.adapters.source import AdapterSource
-from softprompt_inference.choice import Choice, Delta, Finished
+from softprompt_inference.choice import Choice, Delta, Finished, PromptLogprobs
 from softprompt_inference.composed import Bound, BoundAdapter, Composed, check_context, compose
 from softprompt_inference.engine.messages import AddRequest, Command, ModelInfo, Nearest, Output, Stats
 from softprompt_inference.grammar import GrammarCompiler
@@ -94,7 +94,7 @@ class Usage:
     cached_tokens: int
 
 
-Event = Accepted | Delta | Finished | Usage
+Event = Accepted | PromptLogprobs | Delta | Finished | Usage
 
 
 class Generation:
@@ -141,8 +141,8 @@ class Generation:
             self._is_told = True
             return [self._accepted]
         events: list[Event] = []
-        while self._ready and not events:
-            events += self._read(next(iter(self._ready)))
+        while not events and (index := self._next_ready()) is not None:
+            events += self._read(index)
         if not events and not self._num_running and self.usage is None:
             self.usage = self._count()
             events.append(self.usage)
@@ -167,10 +167,18 @@ class Generation:
         if self._notify is not None:
             self._notify()
 
-    def _read(self, index: int) -> list[Delta | Finished]:
+    def _next_ready(self) -> int | None:
+        """The choice to read: the first, which tells of the prompt, before all others."""
+        if self._choices[0].tells_prompt:
+            return 0 if 0 in self._ready else None
+        return next(iter(self._ready), None)
+
+    def _read(self, index: int) -> list[PromptLogprobs | Delta | Finished]:
         choice, stream = self._choices[index], self._streams[index]
-        outputs = stream.take(_MAX_DELTA_TOKENS)
-        if len(outputs) < _MAX_DELTA_TOKENS:
+        # One output tells of many tokens of the prompt.
+        most = 1 if choice.tells_prompt else _MAX_DELTA_TOKENS
+        outputs = stream.take(most)
+        if len(outputs) < most:
             del self._ready[index]
         if not outputs:
             return []
@@ -251,11 +259,13 @@ class Generator:
             # What cannot be computed is refused before it waits for room.
             async with self._residency.use(*digests, check=put_together) as adapters:
                 composed = put_together(adapters)
-                choices = [
-                    Choice(index, self._tokenizer.output_text(call.params)) for index in range(call.params.n)
-                ]
+                choices = [self._make_choice(index, call.params, composed) for index in range(call.params.n)]
                 with self._submitted(call, composed) as streams:
                     yield Generation(bound, composed, choices, streams)
+
+    def _make_choice(self, index: int, params: SamplingParams, composed: Composed) -> Choice:
+        told_ids = () if params.of_choice(index).prompt_logprobs is None else composed.text_ids
+        return Choice(index, self._tokenizer.output_text(params), told_ids=told_ids)
 
     async def _check_grammar(self, wanted: StructuredOutputsParams | None) -> None:
         if wanted is None:
@@ -314,7 +324,7 @@ class Generator:
                 request = AddRequest(
                     request_id=f"{request_number}-{index}",
                     prompt=composed.parts,
-                    params=params,
+                    params=params.of_choice(index),
                     eos_token_ids=list(self._tokenizer.eos_token_ids),
                     seed=seed + index,
                     salt=call.salt,

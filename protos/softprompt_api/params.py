@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.structured import StructuredOutputsParams
@@ -21,7 +21,7 @@ class SamplingParams:
     """Sampling parameters, checked when made; a bad value raises InvalidArgument naming the field.
 
     Attributes:
-        max_tokens: most tokens to generate; None: as many as fit the context.
+        max_tokens: most tokens to generate; None: as many as fit the context; 0: only the prompt is computed.
         temperature: 0 is greedy.
         top_p: keep the smallest set of tokens whose probabilities sum to at least this; in (0, 1].
         top_k: keep this many most likely tokens; -1 or 0: all.
@@ -35,6 +35,7 @@ class SamplingParams:
         ignore_eos: go on after the end-of-sequence token.
         logit_bias: added to the logits of these ids.
         logprobs: return each token's logprob and this many alternatives; None: none.
+        prompt_logprobs: likewise for the tokens of the prompt's text.
         n: completions of the same prompt.
         include_stop_str_in_output: keep a stop string in the text.
         skip_special_tokens: leave special tokens out of the text.
@@ -57,6 +58,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -66,7 +68,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS_LIMIT)
+            _integer("max_tokens", self.max_tokens, 0, MAX_TOKENS_LIMIT)
         _number("temperature", self.temperature, 0.0, 2.0)
         _number("top_p", self.top_p, 0.0, 1.0, above_low=True)
         _integer("top_k", self.top_k, -1, MAX_TOKENS_LIMIT)
@@ -81,8 +83,9 @@ class SamplingParams:
             raise InvalidArgument(
                 f"min_tokens is {self.min_tokens}, more than max_tokens, {self.max_tokens}", field="min_tokens"
             )
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                _integer(name, count, 0, MAX_LOGPROBS)
         _integer("n", self.n, 1, MAX_N)
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
@@ -113,6 +116,12 @@ class SamplingParams:
         for token_id, bias in self.logit_bias.items():
             _integer("logit_bias", token_id, 0, MAX_TOKENS_LIMIT)
             _number("logit_bias", bias, -100.0, 100.0)
+
+    def of_choice(self, index: int) -> "SamplingParams":
+        """Those of one choice of a prompt: the first alone tells how likely that is."""
+        if index == 0 or self.prompt_logprobs is None:
+            return self
+        return replace(self, prompt_logprobs=None)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise InvalidArgument when an id lies outside [0, vocab_size)."""

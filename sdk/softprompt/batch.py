@@ -1,10 +1,10 @@
 """Many prompts through one engine at once, in this thread."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from softprompt_inference.choice import Choice, Delta, Finished
+from softprompt_inference.choice import Choice, Delta, Finished, PromptLogprobs
 from softprompt_inference.engine.engine import Engine
 from softprompt_inference.engine.messages import Abort, AddRequest, Logprobs, Output
 from softprompt_inference.text import Tokenizer
@@ -22,6 +22,7 @@ class Running:
     pieces: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
     finished: Finished | None = None
 
     def take(self, output: Output) -> None:
@@ -32,6 +33,8 @@ class Running:
                     self.pieces.append(event.text)
                     self.token_ids += event.token_ids
                     self.logprobs += event.logprobs
+                case PromptLogprobs():
+                    self.prompt_logprobs += event.logprobs
                 case Finished():
                     self.finished = event
 
@@ -50,6 +53,18 @@ class Running:
             finish_reason=self.finished.reason.value,
             stop_reason=self.finished.stop_string or self.finished.stop_token_id,
         )
+
+
+def shown_prompt(
+    first: Running, prompt_ids: Sequence[int], tokenizer: Tokenizer
+) -> list[Mapping[int, Logprob] | None] | None:
+    """How likely each token of a prompt is, which its first choice was told; None where that was not asked for."""
+    if first.request.params.prompt_logprobs is None:
+        return None
+    return [
+        None if logprobs is None else _shown(token_id, logprobs, tokenizer)
+        for token_id, logprobs in zip(prompt_ids, first.prompt_logprobs, strict=True)
+    ]
 
 
 def run(engine: Engine, prompts: Sequence[Sequence[Running]], on_finished: Callable[[], None]) -> None:

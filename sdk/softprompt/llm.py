@@ -24,7 +24,7 @@ from softprompt_inference.model.source import DEFAULT_MODEL, native_kernels_dir,
 from softprompt_inference.prompts import PartsPrompt, encode_parts, text_ids_of
 from softprompt_inference.text import Encoded, Tokenizer
 
-from softprompt.batch import Running, run
+from softprompt.batch import Running, run, shown_prompt
 from softprompt.composed import Composed, Message, Places, SoftPrompts
 from softprompt.outputs import RequestOutput
 from softprompt.prompts import ParsedPrompt, Prompt, one_each, parse_prompts
@@ -222,6 +222,7 @@ class LLM:
                 prompt_adapter_request=prompt.given,
                 lora_request=prompt.lora,
                 num_cached_tokens=mine[0].choice.cached_tokens,
+                prompt_logprobs=shown_prompt(mine[0], prompt.text_ids, self._tokenizer),
             )
             for prompt, mine in zip(prompts, choices, strict=True)
         ]
@@ -260,7 +261,7 @@ class LLM:
             AddRequest(
                 request_id=f"{number}-{choice}",
                 prompt=prompt.parts(digests),
-                params=params,
+                params=params.of_choice(choice),
                 eos_token_ids=list(self._tokenizer.eos_token_ids),
                 seed=seed + choice,
                 lora="" if prompt.lora is None else lora_digests[prompt.lora],
@@ -274,11 +275,14 @@ class LLM:
         with _naming(index):
             prompt.check(role_of)
             self._check(requests[0])
-        texts = [self._tokenizer.output_text(params) for _ in requests]
         return [
-            Running(index=choice, request=request, choice=Choice(choice, text))
-            for choice, (request, text) in enumerate(zip(requests, texts, strict=True))
+            Running(index=choice, request=request, choice=self._make_choice(choice, request, prompt))
+            for choice, request in enumerate(requests)
         ]
+
+    def _make_choice(self, index: int, request: AddRequest, prompt: Composed) -> Choice:
+        told_ids = () if request.params.prompt_logprobs is None else prompt.text_ids
+        return Choice(index, self._tokenizer.output_text(request.params), told_ids=told_ids)
 
     def _check(self, request: AddRequest) -> None:
         ids = VirtualIds(self.info.vocab_size)

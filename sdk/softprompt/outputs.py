@@ -12,7 +12,8 @@ class Logprob:
 
     Attributes:
         logprob: natural logarithm of the probability.
-        rank: 1 for the likeliest token; None for a chosen token below those that were asked for.
+        rank: 1 for the likeliest token; None for a chosen token, or one of the prompt, below those that were asked
+            for.
         decoded_token: the token's text.
     """
 
@@ -58,6 +59,9 @@ class RequestOutput:
         lora_request: the LoRA it ran with; None: none.
         num_cached_tokens: positions of the prompt, virtual ones included, whose KV was at hand; of the first
             completion.
+        prompt_logprobs: for each of prompt_token_ids, its own log-probability and those of the likeliest tokens by
+            id; None for the first where no virtual token of embeddings stands before it, as nothing predicts it.
+            None where they were not asked for.
     """
 
     request_id: str
@@ -68,3 +72,4 @@ class RequestOutput:
     prompt_adapter_request: PromptAdapterRequest | Sequence[PromptAdapterRequest] | None = None
     lora_request: LoRARequest | None = None
     num_cached_tokens: int = 0
+    prompt_logprobs: Sequence[Mapping[int, Logprob] | None] | None = None

@@ -1,14 +1,15 @@
 """Hooks of schemathesis that let well-formed requests get past the checks, to the engine and the registry.
 
 Random names are nobody's, random bytes are no adapter, and of forty random fields two exclude each other. Requests
-that are well-formed get names that exist, a real adapter, and but a few of their optional fields. Others are sent as
-they were made; so are those of the coverage phase, which tries one field at a time, but for their model.
+that are well-formed get names that exist, a real adapter, and but a few of their optional fields. Others are sent
+as they were made; so are those of the coverage phase, which tries one field at a time, but for their model.
 """
 
 import base64
 import os
 import random
 from typing import Any
+from urllib.parse import unquote
 
 import schemathesis
 from schemathesis.generation import GenerationMode
@@ -21,7 +22,10 @@ ADAPTERS = ["fuzzed", "fuzzed@1", "first", "second@1", "nobody"]
 CONFIG = os.environ["FUZZED_CONFIG"]
 TENSORS = base64.b64decode(os.environ["FUZZED_TENSORS"])
 SHA256 = os.environ["FUZZED_SHA256"]
-REQUIRED = {"model", "prompt", "messages", "tokens", "name", "config", "tensors_base64", "source", "version"}
+REQUIRED = {
+    *("model", "prompt", "messages", "tokens", "name", "config", "tensors_base64", "source", "version"),
+    *("lora_name", "lora_path", "prompt_adapter_name", "prompt_adapter_path"),
+}
 VOCABULARY = 49152
 NUM_OPTIONAL = 3
 
@@ -30,8 +34,11 @@ NUM_OPTIONAL = 3
 def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
     """Keep what others use, and make a well-formed request one that can be answered."""
     path = case.path_parameters
-    if case.method in ("PATCH", "DELETE") and str(path.get("adapter")).partition("@")[0] in KEPT:
+    if case.method in ("PATCH", "DELETE") and unquote(str(path.get("adapter"))).partition("@")[0] in KEPT:
         path["adapter"] = "nobody"
+    for field in ("lora_name", "prompt_adapter_name"):
+        if isinstance(case.body, dict) and case.body.get(field) in KEPT:
+            case.body[field] = "fuzzed"
     if case.meta is None or case.meta.generation.mode != GenerationMode.POSITIVE:
         return
     # From the case alone, so that every run is the same.
@@ -47,6 +54,9 @@ def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
         body |= {"name": "fuzzed", "config": CONFIG, "tensors_base64": base64.b64encode(TENSORS).decode()}
         for checked in ("sha256", "base_model", "idempotency_key"):
             body.pop(checked, None)
+    for field in ("lora_name", "prompt_adapter_name"):
+        if field in body:
+            body[field] = "fuzzed"
     if "version" in body and "alias" in path:
         body["version"] = 1
     case.query.pop("page_token", None)

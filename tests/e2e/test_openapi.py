@@ -79,6 +79,8 @@ def check_unharmed(system: Any, pids: dict[int, str], answers: dict[str, set[str
     assert [len(texts) for texts in answers.values()] == [1, 1], answers
     assert system.pids() == pids
     assert httpx.get(f"{system.url}/health").json()["status"] == "ok"
+    listed = {card["id"] for card in httpx.get(f"{system.url}/v1/models").json()["data"]}
+    assert {"tiny", "first", "second", "third"} <= listed
     metrics = httpx.get(f"{system.url}/metrics").text
     assert "softprompt_engine_running 0.0" in metrics
     assert "softprompt_engine_waiting 0.0" in metrics

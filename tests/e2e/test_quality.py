@@ -225,3 +225,26 @@ def test_adapters_are_imported_from_below_the_root_and_from_the_hub(
     refused = httpx.post(f"{system.url}/v1/adapters", json=outside, timeout=60)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "source")
     assert str(folders["lora"]) not in refused.text
+
+
+def test_scripts_for_other_servers_load_and_unload_adapters(
+    system: Any, root: Path, folders: dict[str, Path]
+) -> None:
+    def post(route: str, **body: Any) -> httpx.Response:
+        return httpx.post(f"{system.url}/v1/{route}", json=body, timeout=60)
+
+    for what, kind in (("lora", "lora"), ("prompt_adapter", "prompt_tuning")):
+        inside = root / f"script {kind}"
+        inside.mkdir()
+        for path in folders[kind].iterdir():
+            (inside / path.name).write_bytes(path.read_bytes())
+        route, name = what.removesuffix("_adapter"), f"script-{kind.replace('_', '-')}"
+        loaded = post(f"load_{route}_adapter", **{f"{what}_name": name, f"{what}_path": str(inside)})
+        assert loaded.status_code == 200, loaded.text
+        assert loaded.text.startswith("Success: ")
+        answer = post("completions", model=name, prompt="Hello", max_tokens=1)
+        assert answer.headers["x-softprompt-adapter"] == f"{name}@1"
+        again = post(f"load_{route}_adapter", **{f"{what}_name": name, f"{what}_path": str(inside)})
+        assert (again.status_code, again.json()["error"]["param"]) == (400, f"{what}_name")
+        assert post(f"unload_{route}_adapter", **{f"{what}_name": name}).status_code == 200
+        assert post("completions", model=name, prompt="Hello", max_tokens=1).status_code == 404

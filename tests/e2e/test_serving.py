@@ -402,3 +402,128 @@ def test_the_command_line_completes_and_chats(system: Any, client: openai.OpenAI
     wrong = system.cli("complete", "x", "-m", "nobody")
     assert wrong.returncode == 1
     assert "nobody" in wrong.stderr
+
+
+TOLERANCE = 1e-4
+CONTEXTS = ("The quick brown fox", "Question: what is it? Answer:", "One, two, three and")
+CONTINUATIONS = (" jumps over the lazy dog", " a lazy dog", " four, five, six")
+
+
+@pytest.fixture(scope="module")
+def scored(system: Any, adapters: dict[str, Path], make_adapter: Callable[..., Path]) -> dict[str, Path | None]:
+    """Models whose prompts are scored, and their folders."""
+    prefix = make_adapter(51, 20, "prefix_tuning")
+    assert system.cli("adapter", "add", "scored-prefix", str(prefix)).returncode == 0
+    return {"tiny": None, "first": adapters["first"], "scored-prefix": prefix}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+def likelihoods(model: Path, folder: Path | None, prompts: list[list[int]]) -> list[list[float | None]]:
+    """What transformers and PEFT find, each prompt alone; None for the first where nothing predicts it."""
+    found = []
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # PEFT and transformers warn of each other
+        oracle = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        if folder is not None:
+            oracle = PeftModel.from_pretrained(oracle, folder)
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            logits = oracle(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].double()
+            logprobs = torch.log_softmax(logits, -1)
+            start = len(logits) - len(prompt)
+            found.append(
+                [
+                    float(logprobs[start + i - 1, token_id]) if start + i else None
+                    for i, token_id in enumerate(prompt)
+                ]
+            )
+    return found
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+@pytest.mark.parametrize("name", ["tiny", "first", "scored-prefix"])
+def test_ids_are_scored_as_an_evaluation_harness_asks_for_it(
+    client: openai.OpenAI,
+    tokenizer: Any,
+    tiny_model: Path,
+    scored: dict[str, Path | None],
+    name: str,
+    max_tokens: int,
+) -> None:
+    prompts = [tokenizer(c + more).input_ids for c, more in zip(CONTEXTS, CONTINUATIONS, strict=True)]
+    answer = client.completions.create(
+        model=name, prompt=prompts, max_tokens=max_tokens, temperature=0, echo=True, logprobs=1, seed=1234
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    expected = likelihoods(tiny_model, scored[name], prompts)
+    for choice, prompt, each in zip(answer.choices, prompts, expected, strict=True):
+        found = choice.logprobs
+        assert found is not None
+        assert found.token_logprobs is not None
+        assert found.tokens is not None
+        assert found.top_logprobs is not None
+        assert found.text_offset is not None
+        assert len(found.tokens) == len(prompt) + max_tokens
+        own = found.token_logprobs[: len(prompt)]
+        assert [value is None for value in own] == [value is None for value in each]
+        assert own[1:] == pytest.approx(each[1:], abs=TOLERANCE)
+        if each[0] is not None:
+            assert own[0] == pytest.approx(each[0], abs=TOLERANCE)
+        # Greedy tokens are told from others as harnesses do.
+        for logprob, top in zip(own[1:], found.top_logprobs[1 : len(prompt)], strict=True):
+            assert logprob is not None
+            assert max(top.values()) >= logprob
+        assert choice.text.startswith(tokenizer.decode(prompt))
+        for token, offset in zip(found.tokens[: len(prompt)], found.text_offset, strict=False):
+            assert choice.text[offset : offset + len(token)] == token
+
+
+def test_a_stream_tells_the_same_in_pieces(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "first",
+        "prompt": "The quick brown fox jumps over the lazy dog. " * 20,
+        "max_tokens": 3,
+        "temperature": 0,
+        "echo": True,
+        "logprobs": 2,
+        "extra_body": {"prompt_logprobs": 1},
+    }
+    [whole] = client.completions.create(**asked).choices
+    pieces = [chunk.choices[0] for chunk in client.completions.create(stream=True, **asked)]
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert whole.logprobs is not None
+    for name, values in whole.logprobs.model_dump().items():
+        found = [value for piece in pieces if piece.logprobs for value in getattr(piece.logprobs, name)]
+        # Computed in other steps: the last bits may differ.
+        if name == "token_logprobs":
+            assert found == pytest.approx(values, abs=TOLERANCE)
+        elif name != "top_logprobs":
+            assert found == values
+    told = [
+        piece.model_extra["prompt_logprobs"] for piece in pieces if "prompt_logprobs" in (piece.model_extra or {})
+    ]
+    assert len(told) > 1
+    assert [[*each] for piece in told for each in piece] == [
+        [*each] for each in whole.model_extra["prompt_logprobs"]
+    ]
+
+
+def test_the_best_of_several_is_the_likeliest_per_token(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "Hello", "max_tokens": 6, "seed": 3, "logprobs": 0}
+    every = client.completions.create(n=5, **asked)
+    best = client.completions.create(n=2, best_of=5, **asked)
+
+    def mean(choice: Any) -> float:
+        return sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs)
+
+    expected = sorted(every.choices, key=mean, reverse=True)[:2]
+    assert [choice.text for choice in best.choices] == [choice.text for choice in expected]
+    assert best.usage is not None
+    assert every.usage is not None
+    assert best.usage.completion_tokens == every.usage.completion_tokens
+    with pytest.raises(openai.BadRequestError, match="cannot be streamed"):
+        client.completions.create(n=1, best_of=2, stream=True, **asked)

@@ -102,7 +102,7 @@ class FakeInference(InferenceServiceServicer):
 
         "refuse REASON" and "refuse-grammar" fail at once, "break REASON" after one token; "crash" is a defect;
         "stall" hangs after one token, "silence" before it is accepted, "wait" until `released`; "flood" never
-        ends.
+        ends. To "rank", each choice says its own number, and the third is the likeliest.
         """
         self.requests.append(request)
         await self._change(running=1)
@@ -133,6 +133,9 @@ class FakeInference(InferenceServiceServicer):
         yield pb.GenerateResponse(
             accepted=pb.Accepted(adapter_digest=request.adapter, prompt_token_ids=ids, virtual_tokens=virtual)
         )
+        if request.sampling.HasField("prompt_logprobs"):
+            for told in _told(ids, request.sampling.prompt_logprobs, is_predicted=virtual > 0):
+                yield pb.GenerateResponse(prompt_logprobs=told)
         if command == "break":
             yield _delta(0, "b", request)
             raise FAILURES[reason]("broken as asked")
@@ -150,13 +153,15 @@ class FakeInference(InferenceServiceServicer):
         limit = request.sampling.max_tokens if request.sampling.HasField("max_tokens") else 1000
         reason = pb.FINISH_REASON_LENGTH if len(kept) > limit else pb.FINISH_REASON_STOP
         for index in range(request.sampling.n):
-            for character in kept[:limit]:
+            if command == "rank":
+                yield _delta(index, str(index), request, logprob=-0.5 - abs(index - 2))
+            for character in kept[:limit] if command != "rank" else ():
                 yield _delta(index, character, request)
             finished = pb.Finished(index=index, reason=reason, stop_string=stops[0] if stops else None)
             yield pb.GenerateResponse(finished=finished)
         usage = pb.Usage(
             prompt_tokens=len(ids),
-            completion_tokens=len(kept[:limit]) * request.sampling.n,
+            completion_tokens=(1 if command == "rank" else len(kept[:limit])) * request.sampling.n,
             virtual_tokens=virtual,
             cached_tokens=CACHED,
         )
@@ -330,18 +335,35 @@ def _prompt(request: Any) -> tuple[list[int], str]:
     return list(request.text.encode()), request.text
 
 
-def _delta(index: int, text: str, request: pb.GenerateRequest) -> pb.GenerateResponse:
+def _delta(index: int, text: str, request: pb.GenerateRequest, *, logprob: float = -0.5) -> pb.GenerateResponse:
     ids = list(text.encode())
     logprobs = []
     if request.sampling.HasField("logprobs"):
         top = [_entry(ids[0] + rank, -0.5 - rank) for rank in range(request.sampling.logprobs)]
-        logprobs = [pb.TokenLogprob(chosen=_entry(ids[0], -0.5), top=top)]
+        logprobs = [pb.TokenLogprob(chosen=_entry(ids[0], logprob), top=top)]
     return pb.GenerateResponse(delta=pb.Delta(index=index, text=text, token_ids=ids, logprobs=logprobs))
 
 
+def _told(ids: Sequence[int], num_top: int, *, is_predicted: bool) -> Iterator[pb.PromptLogprobs]:
+    """A prompt's tokens, two at a time; each is the second likeliest."""
+    for start in range(0, len(ids), 2):
+        is_first = start == 0 and not is_predicted
+        tokens = [
+            pb.TokenLogprob(
+                chosen=_entry(token_id, 0.0 if is_first and not row else -2.0 - start - row),
+                top=[_entry(65 + rank, -0.25 * (rank + 1)) for rank in range(num_top)]
+                if row or not is_first
+                else (),
+            )
+            for row, token_id in enumerate(ids[start : start + 2])
+        ]
+        yield pb.PromptLogprobs(tokens=tokens, starts_unpredicted=is_first)
+
+
 def _entry(token_id: int, logprob: float) -> pb.LogprobEntry:
+    token = bytes([token_id])
     return pb.LogprobEntry(
-        token_id=token_id, logprob=logprob, token=chr(token_id), token_bytes=chr(token_id).encode()
+        token_id=token_id, logprob=logprob, token=token.decode(errors="replace"), token_bytes=token
     )
 
 

@@ -97,6 +97,112 @@ async def test_echo_works_in_a_stream(stack: Any) -> None:
     assert texts == ["abab", "cdcd"]
 
 
+def joined(events: list[Any], name: str) -> list[Any]:
+    """What the pieces of a stream's first choice have of a list of its logprobs."""
+    pieces = [event["choices"][0]["logprobs"] for event in events[:-1]]
+    return [value for piece in pieces if piece for value in piece[name]]
+
+
+async def test_echo_with_logprobs_tells_how_likely_the_prompt_is(stack: Any) -> None:
+    choice = (await stack.complete("abc", echo=True, logprobs=1)).json()["choices"][0]
+    assert choice["text"] == "abcabc"
+    found = choice["logprobs"]
+    assert found["tokens"] == ["a", "b", "c", "a", "b", "c"]
+    assert found["token_logprobs"] == [None, -3.0, -4.0, -0.5, -0.5, -0.5]
+    assert found["top_logprobs"][:3] == [None, {"A": -0.25, "b": -3.0}, {"A": -0.25, "c": -4.0}]
+    assert found["text_offset"] == [0, 1, 2, 3, 4, 5]
+
+
+async def test_behind_a_soft_prompt_the_first_token_has_a_logprob(stack: Any) -> None:
+    await stack.registry.add("loud")
+    found = (await stack.complete("ab", model="loud", echo=True, logprobs=0)).json()["choices"][0]["logprobs"]
+    assert found["token_logprobs"] == [-2.0, -3.0, -0.5, -0.5]
+    assert found["top_logprobs"][0] == {"a": -2.0}
+
+
+@pytest.mark.parametrize(
+    "fields", [{"logprobs": 1}, {"prompt_logprobs": 1}, {"logprobs": 0, "prompt_logprobs": 2}]
+)
+async def test_what_is_told_of_prompts_in_a_stream_is_what_is_told_whole(
+    stack: Any, fields: dict[str, Any]
+) -> None:
+    asked = {"echo": True, "n": 2, "max_tokens": 2, "return_token_ids": True, **fields}
+    whole = (await stack.complete(["abcde", "x"], **asked)).json()["choices"]
+    events = await stack.events("/v1/completions", model=stack.base, prompt=["abcde", "x"], **asked)
+    assert events[-1] == "[DONE]"
+    for choice in whole:
+        pieces = [event["choices"][0] for event in events[:-1] if event["choices"][0]["index"] == choice["index"]]
+        assert "".join(piece["text"] for piece in pieces) == choice["text"]
+        told = [piece["prompt_logprobs"] for piece in pieces if "prompt_logprobs" in piece]
+        assert [each for piece in told for each in piece] == choice.get("prompt_logprobs", [])
+        lists = [piece["logprobs"] for piece in pieces if piece["logprobs"]]
+        for name, values in (choice["logprobs"] or {}).items():
+            assert [value for piece in lists for value in piece[name]] == values
+    # Each piece has the text of its tokens.
+    with_both = [event["choices"][0] for event in events[:-1] if event["choices"][0]["logprobs"]]
+    for piece in with_both:
+        assert piece["text"] == "".join(piece["logprobs"]["tokens"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_without_tokens_the_answer_is_the_prompt(stack: Any, stream: bool) -> None:
+    asked = {"echo": True, "logprobs": 0, "max_tokens": 0}
+    if stream:
+        asked |= {"stream_options": {"include_usage": True}}
+        events = await stack.events("/v1/completions", model=stack.base, prompt=[97, 98, 99], **asked)
+        text = "".join(event["choices"][0]["text"] for event in events[:-2])
+        logprobs, usage = joined(events[:-1], "token_logprobs"), events[-2]["usage"]
+    else:
+        answer = (await stack.complete([97, 98, 99], **asked)).json()
+        text, usage = answer["choices"][0]["text"], answer["usage"]
+        logprobs = answer["choices"][0]["logprobs"]["token_logprobs"]
+    assert (text, logprobs) == ("abc", [None, -3.0, -4.0])
+    assert usage["completion_tokens"] == 0
+    assert stack.inference.requests[-1].sampling.max_tokens == 0
+
+
+async def test_prompt_logprobs_are_by_token_id_as_in_vllm(stack: Any) -> None:
+    choice = (await stack.complete("ab", prompt_logprobs=1, max_tokens=1)).json()["choices"][0]
+    assert (choice["text"], choice["logprobs"]) == ("a", None)
+    assert choice["prompt_logprobs"] == [
+        None,
+        {
+            "98": {"logprob": -3.0, "rank": None, "decoded_token": "b"},
+            "65": {"logprob": -0.25, "rank": 1, "decoded_token": "A"},
+        },
+    ]
+    assert "prompt_logprobs" not in (await stack.complete("ab")).json()["choices"][0]
+
+
+async def test_offsets_are_characters_of_the_text(stack: Any) -> None:
+    # The fake model's tokens are bytes: two of them are one character here.
+    choice = (await stack.complete("né!", echo=True, logprobs=0, max_tokens=0)).json()["choices"][0]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 2]
+    events = await stack.events(
+        "/v1/completions", model=stack.base, prompt="né!", echo=True, logprobs=0, max_tokens=0
+    )
+    assert [event["choices"][0]["text"] for event in events[:-1]] == ["né", "!", ""]
+
+
+async def test_the_best_are_the_likeliest_per_token_and_all_are_counted(stack: Any) -> None:
+    answer = (await stack.complete(["rank", "rank"], n=2, best_of=5)).json()
+    assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [
+        (0, "2"),
+        (1, "1"),
+        (2, "2"),
+        (3, "1"),
+    ]
+    assert {choice["logprobs"] for choice in answer["choices"]} == {None}
+    assert answer["usage"]["completion_tokens"] == 10
+    assert stack.inference.requests[-1].sampling.n == 5
+
+
+async def test_the_best_are_told_with_their_logprobs_and_behind_their_echo(stack: Any) -> None:
+    [choice] = (await stack.complete("rank", best_of=3, echo=True, logprobs=0)).json()["choices"]
+    assert choice["text"] == "rank2"
+    assert choice["logprobs"]["token_logprobs"][-1] == -0.5
+
+
 async def test_a_stop_string_ends_the_text_and_is_told(stack: Any) -> None:
     choice = (await stack.complete("hello", stop="l")).json()["choices"][0]
     assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("he", "stop", "l")

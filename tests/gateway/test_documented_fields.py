@@ -1,6 +1,6 @@
 """docs/api.md tells every route, field, error code and setting that exists, and no other."""
 
-import importlib
+import importlib.util
 import re
 from itertools import takewhile
 from pathlib import Path
@@ -10,6 +10,7 @@ import pytest
 import softprompt_gateway
 from pydantic import AliasChoices, BaseModel
 from pydantic_settings import BaseSettings
+from softprompt_gateway.adapters.loading import REQUEST_MODELS as LOADING_MODELS
 from softprompt_gateway.adapters.schema import AliasRequest, ImportRequest, RegisterRequest, UpdateRequest
 from softprompt_gateway.errors import ANSWERS, INVALID_REQUEST
 from softprompt_gateway.openai.chat import ChatRequest, Message
@@ -70,6 +71,7 @@ MODELS = pytest.mark.parametrize(
         StreamOptions,
         Tool,
         Function,
+        *LOADING_MODELS,
     ],
 )
 
@@ -92,6 +94,18 @@ def test_a_table_has_every_bound_that_is_checked(model: type[BaseModel]) -> None
         told = {int(number) for number in re.findall(r"-?\d+", table[name][3])}
         bounds = {part[key] for part in (schema, *schema.get("anyOf", ())) for key in BOUNDS if key in part}
         assert bounds <= told, f"{name}: {bounds - told} not told"
+
+
+def test_the_table_of_all_fields_is_what_the_models_say() -> None:
+    spec = importlib.util.spec_from_file_location("api_fields", PAGE.parents[1] / "tools" / "api_fields.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert f"<!-- all fields: begin -->\n{tool.table()}<!-- all fields: end -->" in PAGE.read_text(
+        encoding="utf-8"
+    )
+    assert "| `suffix` | refused | unknown |" in tool.table()
 
 
 def test_every_error_has_its_status_type_and_code_in_the_table() -> None:

@@ -70,6 +70,8 @@ SHARED_FIELDS: dict[str, list[Any]] = {
     "guided_choice": [[], "x", [1]],
     "guided_grammar": [5, " "],
     "skip_special_tokens": ["no"],
+    "typical_p": [0.5, 0, True, "1"],
+    "truncate_prompt_tokens": [5, -1],
     "model": [None, 5, "", "x" * 600, ["acme/tiny-1"]],
 }
 COMPLETION_FIELDS: dict[str, list[Any]] = {
@@ -78,7 +80,8 @@ COMPLETION_FIELDS: dict[str, list[Any]] = {
         *([True], ["x", 1], [1, "x"], [[1], "x"], [-1], [HUGE], [1.5], [["x"]], [None], [256], [[1], [256]]),
     ],
     "logprobs": [-1, 21, HUGE, True, "5"],
-    "best_of": [2, 0, True, "1", HUGE],
+    "prompt_logprobs": [-1, 21, HUGE, True, "5"],
+    "best_of": [0, True, "1", HUGE, 129],
     "suffix": ["x"],
     "add_special_tokens": ["yes"],
     "echo": ["yes"],
@@ -254,12 +257,26 @@ async def test_more_choices_than_allowed_are_refused_with_numbers(stack: Any) ->
     assert "130 choices; at most 128" in response.json()["error"]["message"]
 
 
-async def test_echo_with_logprobs_is_refused_by_name(stack: Any) -> None:
-    error = (await stack.complete("x", echo=True, logprobs=1)).json()["error"]
-    assert (error["code"], error["param"]) == ("unsupported_parameter", "echo")
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 3, "best_of": 2}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ],
+)
+async def test_fields_that_do_not_go_together_are_refused(stack: Any, fields: dict[str, Any], param: str) -> None:
+    error = (await stack.complete("x", **fields)).json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_value", param)
 
 
-@pytest.mark.parametrize(("field", "value"), [("suffix", "x"), ("best_of", 2)])
+async def test_more_choices_to_choose_from_than_allowed_are_refused_with_numbers(stack: Any) -> None:
+    error = (await stack.complete(["x"] * 65, best_of=2)).json()["error"]
+    assert error["param"] == "best_of"
+    assert "65 prompts with best_of=2 make 130 choices; at most 128" in error["message"]
+
+
+@pytest.mark.parametrize(("field", "value"), [("suffix", "x")])
 async def test_what_is_not_supported_has_its_own_code(stack: Any, field: str, value: Any) -> None:
     error = (await stack.complete("x", **{field: value})).json()["error"]
     assert (error["code"], error["param"]) == ("unsupported_parameter", field)

@@ -114,6 +114,8 @@ PROBES: list[tuple[str, str, dict[str, Any]]] = [
     ("DELETE", "/v1/adapters/{name}/aliases/prod", {}),
     ("DELETE", "/v1/adapters/{name}@1", {}),
     ("DELETE", "/v1/adapters/{name}", {}),
+    ("POST", "/v1/unload_lora_adapter", {"lora_name": "{name}"}),
+    ("POST", "/v1/unload_prompt_adapter", {"prompt_adapter_name": "{name}"}),
 ]
 
 
@@ -131,6 +133,7 @@ async def test_every_route_that_takes_a_name_is_probed(stack: Any) -> None:
     }
     # What makes a name tells nothing of others': the first test here registers one name for each tenant.
     makes = {("POST", "/v1/adapters"), ("POST", "/v1/adapters/{name}")}
+    makes |= {("POST", "/v1/load_lora_adapter"), ("POST", "/v1/load_prompt_adapter")}
     assert named - makes == {(method, path) for method, path, _ in PROBES if "@" not in path}
 
 

@@ -22,7 +22,16 @@ from softprompt_inference.engine.messages import (
     SoftPromptPart,
     TextPart,
 )
-from softprompt_inference.engine.plan import Chunk, Matcher, PageWrite, Sample, Sampled, StepPlan, looks_back
+from softprompt_inference.engine.plan import (
+    Chunk,
+    Matcher,
+    PageWrite,
+    Sample,
+    Sampled,
+    Scores,
+    StepPlan,
+    looks_back,
+)
 
 VOCAB_SIZE = 50
 HIDDEN_SIZE = 4
@@ -47,6 +56,14 @@ def _choose(cells: Sequence[tuple[int, bytes]], sample: Sample) -> int:
     while token_id in sample.banned_ids:
         token_id = (token_id + 1) % VOCAB_SIZE
     return token_id
+
+
+def _likelihood(cells: Sequence[tuple[int, bytes]], token_id: int, num_top: int) -> Logprobs:
+    """How likely a token is behind cells, and of others: each from all that it should depend on."""
+    seen = _hash(list(cells))
+    every = [-seen[other % len(seen)] - other / VOCAB_SIZE for other in range(VOCAB_SIZE)]
+    likeliest = sorted(range(VOCAB_SIZE), key=lambda other: -every[other])[:num_top]
+    return Logprobs(chosen=every[token_id], top=[(other, every[other]) for other in likeliest])
 
 
 @dataclass(frozen=True)
@@ -160,7 +177,7 @@ class FakeRunner:
             self.failures -= 1
             raise RuntimeError("the device fell over")
         sampled = self._compute(plan)
-        self._tokens = [each.token_id for each in sampled]
+        self._tokens = [each.token_id for each in sampled if each.token_id is not None]
         fails, self.late_failures = self.late_failures > 0, max(self.late_failures - 1, 0)
 
         def tell() -> Sequence[Sampled]:
@@ -194,7 +211,9 @@ class FakeRunner:
             self._write_given(write)
         for chunk in plan.chunks:
             self._write(chunk)
-        return [self._sample(chunk, chunk.sample) for chunk in plan.chunks if chunk.sample is not None]
+        return [
+            self._answer(chunk) for chunk in plan.chunks if chunk.sample is not None or chunk.scores is not None
+        ]
 
     def _copy(self, plan: StepPlan, written: set[tuple[int, int]]) -> None:
         pages = [copy.target for copy in plan.copies]
@@ -231,6 +250,18 @@ class FakeRunner:
             content = self.rows[token_id] if token_id >= VOCAB_SIZE else token_id
             chain = _link(chain, content, self.loras[chunk.lora] if chunk.lora >= 0 else "")
             self._cells[slots[position]] = (position, chain)
+
+    def _answer(self, chunk: Chunk) -> Sampled:
+        answer = Sampled(token_id=None) if chunk.sample is None else self._sample(chunk, chunk.sample)
+        return answer if chunk.scores is None else replace(answer, scores=self._score(chunk, chunk.scores))
+
+    def _score(self, chunk: Chunk, scores: Scores) -> list[Logprobs]:
+        assert len(scores.rows) == len(scores.token_ids) > 0
+        cells = [self._cells[slot] for slot in self._slots(chunk, 0)]
+        return [
+            _likelihood(cells[: chunk.start + row + 1], token_id, scores.num_top)
+            for row, token_id in zip(scores.rows, scores.token_ids, strict=True)
+        ]
 
     def _sample(self, chunk: Chunk, sample: Sample) -> Sampled:
         if sample.seed == self.broken_seed:
@@ -351,29 +382,15 @@ class Fakes:
         self, request: AddRequest, adapters: Iterable[LoadAdapter] = (), *, max_model_len: int = 32
     ) -> list[int]:
         """The ids this request must yield, computed without pages, batches or engine."""
-        by_digest = {adapter.digest: adapter for adapter in adapters}
-        contents: list[object] = []
-        cells: list[tuple[int, bytes]] = []
-        prompt_ids: list[int] = []
-        for part in request.prompt:
-            if isinstance(part, TextPart):
-                contents += part.token_ids
-                prompt_ids += part.token_ids
-            else:
-                adapter = by_digest[part.digest]
-                size = len(adapter.rows) // adapter.num_virtual_tokens
-                contents += [adapter.rows[start : start + size] for start in range(0, len(adapter.rows), size)]
-                if adapter.are_key_values:
-                    assert len(contents) == adapter.num_virtual_tokens, "it does not stand at the front"
-                    cells = [(position, _hash("given", row)) for position, row in enumerate(contents)]
+        contents, cells = self._contents(request, adapters)
+        prompt_ids = [content for content in contents if isinstance(content, int)]
         params = request.params
         eos = set() if params.ignore_eos else set(request.eos_token_ids)
         ends = eos | set(params.stop_token_ids)
         room = max_model_len - len(contents)
         outputs: list[int] = []
-        while True:
-            for content in contents[len(cells) :]:
-                cells.append((len(cells), _link(cells[-1][1] if cells else b"", content, request.lora)))
+        while params.max_tokens != 0:
+            self._compute(cells, contents, request.lora)
             sample = Sample(
                 params=params,
                 seed=request.seed,
@@ -386,7 +403,43 @@ class Fakes:
             outputs.append(token_id)
             contents.append(token_id)
             if token_id in ends or len(outputs) == (params.max_tokens or room):
-                return outputs
+                break
+        return outputs
+
+    def scores(self, request: AddRequest, adapters: Iterable[LoadAdapter] = ()) -> list[Logprobs | None]:
+        """What this request must be told of its prompt; None for the first that is computed."""
+        contents, given = self._contents(request, adapters)
+        cells = list(given)
+        self._compute(cells, contents, request.lora)
+        num_top = request.params.prompt_logprobs or 0
+        return [
+            _likelihood(cells[:position], content, num_top) if position > len(given) else None
+            for position, content in enumerate(contents)
+            if isinstance(content, int)
+        ]
+
+    def _compute(self, cells: list[tuple[int, bytes]], contents: Sequence[object], lora: str) -> None:
+        for content in contents[len(cells) :]:
+            cells.append((len(cells), _link(cells[-1][1] if cells else b"", content, lora)))
+
+    def _contents(
+        self, request: AddRequest, adapters: Iterable[LoadAdapter]
+    ) -> tuple[list[object], list[tuple[int, bytes]]]:
+        """What stands at each position of the prompt, ids and rows, and the cells that an adapter gives."""
+        by_digest = {adapter.digest: adapter for adapter in adapters}
+        contents: list[object] = []
+        cells: list[tuple[int, bytes]] = []
+        for part in request.prompt:
+            if isinstance(part, TextPart):
+                contents += part.token_ids
+            else:
+                adapter = by_digest[part.digest]
+                size = len(adapter.rows) // adapter.num_virtual_tokens
+                contents += [adapter.rows[start : start + size] for start in range(0, len(adapter.rows), size)]
+                if adapter.are_key_values:
+                    assert len(contents) == adapter.num_virtual_tokens, "it does not stand at the front"
+                    cells = [(position, _hash("given", row)) for position, row in enumerate(contents)]
+        return contents, cells
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,8 @@
 import pytest
 from softprompt_api.errors import ContextLengthExceeded, InternalError
 from softprompt_api.params import SamplingParams
-from softprompt_inference.choice import Choice, Delta, Finished
-from softprompt_inference.engine.messages import Finish, Output
+from softprompt_inference.choice import Choice, Delta, Finished, PromptLogprobs
+from softprompt_inference.engine.messages import Finish, Logprobs, Output
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 from softprompt_inference.text import Tokenizer
 
@@ -62,6 +62,30 @@ def test_a_stop_string_completed_by_the_last_token_wins_over_length(tokenizer: T
     choice = Choice(0, tokenizer.output_text(SamplingParams(stop=["."])))
     _, finished = choice.read(outputs(*tokenizer.encode("A."), finish=Finish.LENGTH))
     assert finished == Finished(index=0, reason=Finish.STOP, stop_string=".")
+
+
+def test_what_is_told_of_a_prompt_comes_with_its_tokens_and_before_any_text(tokenizer: Tokenizer) -> None:
+    token_ids = tokenizer.encode("one two three")
+    likely = Logprobs(chosen=-1.0, top=[])
+    choice = Choice(0, tokenizer.output_text(SamplingParams()), told_ids=token_ids)
+    assert choice.tells_prompt
+    first, second = (
+        Output(request_id="r", prompt_logprobs=told) for told in ([None, likely], [likely] * (len(token_ids) - 2))
+    )
+    assert choice.read([first]) == [PromptLogprobs(token_ids=token_ids[:2], logprobs=[None, likely])]
+    assert choice.tells_prompt
+    told, delta = choice.read([second, *outputs(token_ids[0])])
+    assert told == PromptLogprobs(token_ids=token_ids[2:], logprobs=[likely] * (len(token_ids) - 2))
+    assert delta == Delta(index=0, text="one", token_ids=token_ids[:1], logprobs=[])
+    assert not choice.tells_prompt
+
+
+def test_a_choice_without_tokens_ends_all_the_same(tokenizer: Tokenizer) -> None:
+    choice = Choice(0, tokenizer.output_text(SamplingParams(max_tokens=0)))
+    assert choice.read([Output(request_id="r", finish=Finish.LENGTH, cached_tokens=3)]) == [
+        Finished(index=0, reason=Finish.LENGTH)
+    ]
+    assert (choice.num_tokens, choice.cached_tokens, choice.has_ended) == (0, 3, True)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,8 @@ def test_what_cannot_stand_where_it_is_named_is_refused(
     [
         (4, 15, None, ""),
         (5, 15, r"3 tokens \+ 8 virtual tokens \+ max_tokens 5, the limit is 15", "max_tokens"),
+        (0, 11, None, ""),
+        (0, 10, r"max_tokens 0, the limit is 10", "prompt"),
         (None, 12, None, ""),
         (None, 11, r"3 tokens \+ 8 virtual tokens \+ at least 1 token of output, the limit is 11", "prompt"),
     ],

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from softprompt_api.errors import AdapterInvalid
 from softprompt_api.params import SamplingParams
+from softprompt_inference.engine import scheduler
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import MAX_FAILED_STEPS, Engine, EngineBroken
 from softprompt_inference.engine.messages import (
@@ -59,10 +60,12 @@ def requests(draw: st.DrawFn, index: int) -> AddRequest:
         parts.insert(0, SoftPromptPart(digest=f"sha256:{name}"))
     length = sum(len(part.token_ids) if isinstance(part, TextPart) else LENGTHS[part.digest[-1]] for part in parts)
     room = 48 - length
+    max_tokens = draw(st.one_of(st.none(), st.integers(0, room)))
     params = SamplingParams(
         presence_penalty=draw(st.sampled_from([0.0, 0.0, 0.0, 0.5])),
-        max_tokens=draw(st.one_of(st.none(), st.integers(1, room))),
-        min_tokens=draw(st.sampled_from([0, 0, 1])),
+        max_tokens=max_tokens,
+        min_tokens=0 if max_tokens == 0 else draw(st.sampled_from([0, 0, 1])),
+        prompt_logprobs=draw(st.sampled_from([None, None, 0, 2])),
         stop_token_ids=draw(st.lists(st.integers(0, 49), max_size=3)),
         ignore_eos=draw(st.booleans()),
     )
@@ -80,6 +83,13 @@ def requests(draw: st.DrawFn, index: int) -> AddRequest:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_every_output_equals_the_solo_output_under_any_load(fakes, data: st.DataObject) -> None:
+    most_scores = data.draw(st.sampled_from([1, 3, 128]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "MAX_SCORES", most_scores)
+        _serve_any_load(fakes, data, most_scores)
+
+
+def _serve_any_load(fakes, data: st.DataObject, most_scores: int) -> None:
     runner = fakes.runner(num_pages=data.draw(st.integers(12, 24)), page_size=4, max_model_len=48)
     engine = fakes.engine(
         runner,
@@ -129,11 +139,18 @@ def test_every_output_equals_the_solo_output_under_any_load(fakes, data: st.Data
         expected = fakes.solo(request, adapters, max_model_len=48)
         got = outputs.get(request_id, [])
         if request_id in aborted:
-            assert ids(got) == expected[: len(got)]
+            assert ids(got) == expected[: len(ids(got))]
             continue
         assert ids(got) == expected
-        assert [output.finish is not None for output in got] == [False] * (len(got) - 1) + [True]
-        assert [output.cached_tokens is not None for output in got] == [True] + [False] * (len(got) - 1)
+        told = [output for output in got if output.prompt_logprobs is not None]
+        assert got[: len(told)] == told, "the prompt is told first"
+        scores = [] if request.params.prompt_logprobs is None else fakes.scores(request, adapters)
+        assert [score for output in told for score in output.prompt_logprobs or ()] == scores
+        rest = got[len(told) :]
+        assert [output.finish is not None for output in rest] == [False] * (len(rest) - 1) + [True]
+        assert [output.cached_tokens is not None for output in rest] == [True] + [False] * (len(rest) - 1)
+    for plan in runner.plans:
+        assert sum(len(chunk.scores.rows) for chunk in plan.chunks if chunk.scores) <= most_scores
     stats = engine.step().stats
     assert (stats.running, stats.waiting, stats.used_pages) == (0, 0, 0)
 
@@ -167,7 +184,7 @@ def test_steps_that_fail_end_their_requests_and_never_spoil_another(fakes, data:
         expected, got = fakes.solo(request, adapters, max_model_len=48), outputs[request.request_id]
         assert [output.finish is not None for output in got] == [False] * (len(got) - 1) + [True]
         if got[-1].error_reason:
-            assert ids(got) == expected[: len(got) - 1]
+            assert ids(got) == expected[: len(ids(got))]
         else:
             assert ids(got) == expected
     stats = engine.step().stats
@@ -205,10 +222,15 @@ def test_with_room_for_all_exactly_what_nobody_has_computed_is_computed(fakes, d
 
         beginnings = [beginning(prompt, end) for end in range(len(prompt) + 1)]
         num_known = max((end for end, beginning in enumerate(beginnings) if beginning in known), default=0)
-        num_known = min(num_known, len(prompt) - 1)
+        # The positions whose logits are wanted are computed.
+        wanted = [len(prompt) - 1]
+        if request.params.prompt_logprobs is not None:
+            texts = [position for position, each in enumerate(prompt) if isinstance(each, int)]
+            wanted += [position - 1 for position in texts if position > num_given]
+        num_known = min(num_known, *wanted)
         before = runner.computed_positions
         engine.handle(request)
-        outputs = fakes.drain(engine)[request.request_id]
+        outputs = [each for each in fakes.drain(engine)[request.request_id] if each.prompt_logprobs is None]
         assert outputs[0].cached_tokens == num_known
         num_computed = len(prompt) - max(num_known, num_given) + len(outputs) - 1
         assert runner.computed_positions - before == num_computed

@@ -111,6 +111,11 @@ class FakeEngine:
                 )
             )
 
+    def tell(self, request: AddRequest, *logprobs: Logprobs | None) -> None:
+        """Say how likely the next tokens of the prompt are."""
+        output = Output(request_id=request.request_id, prompt_logprobs=list(logprobs))
+        self.streams[request.request_id]._put(output)
+
     def fail(self, request: AddRequest, reason: str) -> None:
         self.streams[request.request_id]._put(
             Output(
@@ -385,6 +390,52 @@ async def test_tools_calls_and_results_are_in_the_prompt(world: World) -> None:
     assert '<tools>\n{"type": "function", "function": {"name": "f"}}\n</tools>' in text
     assert '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>' in text
     assert "<tool_response>\ny\n</tool_response>" in text
+
+
+async def test_how_likely_the_prompt_is_comes_before_any_delta_and_of_one_choice(world: World) -> None:
+    call = world.generate(sampling={"n": 2, "prompt_logprobs": 1})
+    first, second = await world.engine.wait_for(AddRequest, 2)
+    assert (first.params.prompt_logprobs, second.params.prompt_logprobs) == (1, None)
+    hello, there = ids(world.tokenizer, "Hello there")
+    world.engine.put(second, *ids(world.tokenizer, " you"), finish=Finish.LENGTH)
+    world.engine.tell(first, None)
+    world.engine.tell(first, Logprobs(chosen=-0.5, top=[(hello, -0.25)]))
+    world.engine.put(first, *ids(world.tokenizer, " me"), finish=Finish.LENGTH)
+    events = [event async for event in call]
+    assert [event.WhichOneof("event") for event in events][:4] == [
+        *("accepted", "prompt_logprobs", "prompt_logprobs", "delta")
+    ]
+    one, other = (event.prompt_logprobs for event in events[1:3])
+    [unpredicted], [predicted] = one.tokens, other.tokens
+    assert (one.starts_unpredicted, other.starts_unpredicted) == (True, False)
+    assert (unpredicted.chosen.token_id, unpredicted.chosen.token, len(unpredicted.top)) == (hello, "Hello", 0)
+    assert (predicted.chosen.token_id, predicted.chosen.token_bytes) == (there, b" there")
+    assert (predicted.chosen.logprob, predicted.top[0].token, predicted.top[0].logprob) == (-0.5, "Hello", -0.25)
+    assert {event.delta.text for event in events[3:]} >= {" you", " me"}
+
+
+async def test_a_long_prompt_is_told_in_messages_of_bounded_size(world: World) -> None:
+    call = world.generate(token_ids=pb.TokenIds(ids=[50] * 60), sampling={"prompt_logprobs": 20})
+    [request] = await world.engine.wait_for(AddRequest)
+    likely = Logprobs(chosen=-1.0, top=[(token_id, -1.0) for token_id in range(20)])
+    for _ in range(6):
+        world.engine.tell(request, *[likely] * 10)
+    world.engine.put(request, 50, finish=Finish.LENGTH)
+    told = [
+        event.prompt_logprobs for event in [event async for event in call] if event.HasField("prompt_logprobs")
+    ]
+    assert [len(each.tokens) for each in told] == [10] * 6
+
+
+async def test_without_tokens_a_generation_is_accepted_and_counted(world: World) -> None:
+    call = world.generate(sampling={"max_tokens": 0})
+    [request] = await world.engine.wait_for(AddRequest)
+    world.engine.streams[request.request_id]._put(
+        Output(request_id=request.request_id, finish=Finish.LENGTH, cached_tokens=0)
+    )
+    events = [event async for event in call]
+    assert [event.WhichOneof("event") for event in events] == ["accepted", "finished", "usage"]
+    assert events[-1].usage == pb.Usage(prompt_tokens=2)
 
 
 async def test_without_a_seed_each_request_draws_its_own(world: World) -> None:
@@ -762,8 +813,8 @@ async def test_a_failed_choice_fails_the_call_and_aborts_the_others(world: World
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": -2}, "top_k"),
         ({"min_p": 1.5}, "min_p"),
-        ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -1}, "max_tokens"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"n": -1}, "n"),
         ({"n": 129}, "n"),
         ({"logprobs": 21}, "logprobs"),

@@ -23,7 +23,7 @@ def test_one_stop_string_is_a_list_of_one():
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("max_tokens", [1, 2**31 - 1, None]),
+        ("max_tokens", [0, 1, 2**31 - 1, None]),
         ("temperature", [0, 0.0, 2]),
         ("top_p", [1e-9, 1]),
         ("top_k", [-1, 0, 50]),
@@ -34,6 +34,7 @@ def test_one_stop_string_is_a_list_of_one():
         ("repetition_penalty", [0.1, 2]),
         ("min_tokens", [0, 16]),
         ("logprobs", [None, 0, 20]),
+        ("prompt_logprobs", [None, 0, 20]),
         ("n", [1, 128]),
         ("stop", [[], ["x" * 1024], ["x"] * 16]),
         ("stop_token_ids", [[0, 5]]),
@@ -48,7 +49,7 @@ def test_values_within_limits_are_accepted(name, values):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("max_tokens", [0, -1, 2**31, *(value for value in NO_INTEGERS if value is not None)]),
+        ("max_tokens", [-1, 2**31, *(value for value in NO_INTEGERS if value is not None)]),
         ("temperature", [-0.1, 2.1, *NO_NUMBERS]),
         ("top_p", [0, -1, 1.1, *NO_NUMBERS]),
         ("top_k", [-2, *NO_INTEGERS]),
@@ -59,6 +60,7 @@ def test_values_within_limits_are_accepted(name, values):
         ("repetition_penalty", [0, -1, 2.1, *NO_NUMBERS]),
         ("min_tokens", [-1, 17, *NO_INTEGERS]),
         ("logprobs", [-1, 21, 1.5, "5", True]),
+        ("prompt_logprobs", [-1, 21, 1.5, "5", True]),
         ("n", [0, -1, 129, *NO_INTEGERS]),
         ("ignore_eos", [1, 0, "true", None]),
         ("skip_special_tokens", ["no"]),
@@ -72,6 +74,14 @@ def test_values_beyond_limits_are_refused_naming_the_field(name, values):
         with pytest.raises(InvalidArgument) as refused:
             SamplingParams(**{name: value})
         assert refused.value.field == name
+
+
+def test_of_several_choices_the_first_tells_of_the_prompt():
+    params = SamplingParams(n=2, prompt_logprobs=3)
+    assert params.of_choice(0) is params
+    assert params.of_choice(1) == SamplingParams(n=2)
+    plain = SamplingParams(n=2)
+    assert plain.of_choice(1) is plain
 
 
 def test_ids_beyond_the_vocabulary_are_refused():

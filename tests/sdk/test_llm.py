@@ -301,6 +301,41 @@ def test_a_stop_token_is_named_as_the_reason(llm: LLM) -> None:
     assert completion.token_ids[-1] == third
 
 
+def test_prompts_are_as_likely_as_transformers_and_peft_find_them(
+    llm: LLM, tiny_model: Path, adapters: list[PromptAdapterRequest]
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    params = SamplingParams(temperature=0, max_tokens=0, prompt_logprobs=2, n=2)
+    request = adapters[0]
+    outputs = llm.generate(["The quick brown fox"] * 2, params, prompt_adapter_request=[None, request])
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # PEFT and transformers warn of each other
+        base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        ids = torch.tensor([outputs[0].prompt_token_ids])
+        logits = [base(input_ids=ids).logits[0, :-1]]
+        with_adapter = PeftModel.from_pretrained(base, request.local_path)
+        every = with_adapter(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        logits.append(every[-ids.shape[1] - 1 : -1])
+    for output, rows, num_unpredicted in zip(outputs, logits, (1, 0), strict=True):
+        assert output.prompt_logprobs is not None
+        assert list(output.prompt_logprobs[:num_unpredicted]) == [None] * num_unpredicted
+        token_ids = output.prompt_token_ids[num_unpredicted:]
+        own = [
+            each[token_id]
+            for each, token_id in zip(output.prompt_logprobs[num_unpredicted:], token_ids, strict=True)
+        ]
+        expected = torch.log_softmax(rows.double(), -1).gather(1, torch.tensor(token_ids)[:, None])[:, 0]
+        assert [entry.logprob for entry in own] == pytest.approx(expected.tolist(), abs=1e-4)
+        assert all(2 <= len(each) <= 3 for each in output.prompt_logprobs[num_unpredicted:] if each)
+        assert [(one.text, one.finish_reason, list(one.token_ids)) for one in output.outputs] == [
+            ("", "length", [])
+        ] * 2
+    assert llm.generate(["Hello"], GREEDY)[0].prompt_logprobs is None
+
+
 def test_logprobs_hold_the_chosen_and_the_likeliest_tokens(llm: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=4, logprobs=3)
     completion = llm.generate("Hello", params)[0].outputs[0]

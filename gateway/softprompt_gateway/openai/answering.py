@@ -6,7 +6,7 @@ from starlette.responses import Response
 from softprompt_gateway.clients import InferenceClient
 from softprompt_gateway.errors import fields_spelled
 from softprompt_gateway.metrics import Metrics
-from softprompt_gateway.openai.generation import Generation
+from softprompt_gateway.openai.generation import Generation, likeliest
 from softprompt_gateway.openai.job import Job, usage_of
 from softprompt_gateway.openai.streamed import Streamed
 from softprompt_gateway.sse import EventStream
@@ -30,10 +30,11 @@ class Answering:
         finally:
             job.meter.tokens += generation.num_tokens
         self._metrics.used(generation.usage)
+        kept = job.kept_per_prompt or job.choices_per_prompt
         choices = [
-            job.style.choice(prompt * job.choices_per_prompt + n, generation.accepted[prompt], choice)
+            job.style.choice(prompt * kept + n, generation.accepted[prompt], choice)
             for prompt, of_prompt in enumerate(prompts)
-            for n, choice in enumerate(of_prompt)
+            for n, choice in enumerate(likeliest(of_prompt, kept))
         ]
         body = {
             **job.identity(job.style.whole),

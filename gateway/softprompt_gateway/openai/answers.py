@@ -28,9 +28,17 @@ class CompletionLogprobs(AnswerModel):
     """Parallel lists over tokens."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptToken(AnswerModel):
+    """How likely a token is in one place of a prompt; its rank is null where it is not among those asked for."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
 
 
 class CompletionChoice(AnswerModel):
@@ -41,6 +49,7 @@ class CompletionChoice(AnswerModel):
     logprobs: CompletionLogprobs | None
     finish_reason: Stopped
     stop_reason: str | int | None
+    prompt_logprobs: list[dict[str, PromptToken] | None] | None = None
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] | None = None
 
@@ -64,6 +73,7 @@ class CompletionPiece(AnswerModel):
     logprobs: CompletionLogprobs | None
     finish_reason: Stopped | None
     stop_reason: str | int | None = None
+    prompt_logprobs: list[dict[str, PromptToken] | None] | None = None
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] | None = None
 

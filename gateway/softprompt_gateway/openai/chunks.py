@@ -33,12 +33,14 @@ class Chunks:
         self._joined: list[str] = []
         self._joined_index = 0
 
-    def add(self, index: int, event: Delta | pb.Finished) -> None:
+    def add(self, index: int, event: Delta | pb.Finished | pb.PromptLogprobs) -> None:
         """The next event of a choice."""
         if isinstance(event, pb.Finished):
             self._write_joined()
             self._write(self._style.held(index))
             self._write(self._style.end(index, event))
+        elif isinstance(event, pb.PromptLogprobs):
+            self._write(self._style.prompt(index, event))
         elif not self._joins_text:
             self._write(self._style.delta(index, event))
         elif text := event.text:

@@ -1,16 +1,18 @@
 """`POST /v1/completions`: the request, and how its answers are spelled."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, TypeGuard
 
-from pydantic import Field, PlainValidator, field_validator
+from pydantic import Field, PlainValidator, field_validator, model_validator
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.inference.v1 import inference_pb2 as pb
-from softprompt_api.params import MAX_LOGPROBS
+from softprompt_api.params import MAX_LOGPROBS, MAX_N, MAX_TOKENS_LIMIT, SamplingParams
 
 from softprompt_gateway.openai import schemas
-from softprompt_gateway.openai.fields import Count, GenerationFields, Unserved, refuse, sampling_message
+from softprompt_gateway.openai.fields import GenerationFields, Unserved, refuse, sampling_message
 from softprompt_gateway.openai.generation import Choice, finish_reason, stop_reason
-from softprompt_gateway.openai.logprobs import completion_logprobs
+from softprompt_gateway.openai.logprobs import EchoedText, completion_logprobs, echoed_logprobs, prompt_logprobs
 from softprompt_gateway.openai.parts import PROMPT_PARTS_SCHEMA, Parts, parse_parts
 from softprompt_gateway.openai.style import Style
 from softprompt_gateway.resolve import Target
@@ -71,10 +73,17 @@ class CompletionRequest(GenerationFields):
     """Body of `POST /v1/completions`."""
 
     prompt: Annotated[list[Prompt], PlainValidator(parse_prompts), schemas.prompts(PROMPT_PARTS_SCHEMA)]
-    max_tokens: Count | None = Field(None, description=f"default {DEFAULT_MAX_TOKENS}")
-    best_of: Any = Field(None, description="only equal to n")
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS_LIMIT)] | None = Field(
+        None, description=f"default {DEFAULT_MAX_TOKENS}; 0 with echo or prompt_logprobs"
+    )
+    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = Field(
+        None, description="generate so many for each prompt, and return the n likeliest; default n"
+    )
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
+        None, description="log-probabilities of the prompt, as vLLM gives them"
+    )
     suffix: Unserved = Field(None, description="not supported")
     add_special_tokens: bool | None = Field(None, description="default true; text prompts only")
 
@@ -83,6 +92,27 @@ class CompletionRequest(GenerationFields):
     def _refuse_suffix(cls, value: object) -> None:
         refuse("suffix", value)
 
+    @model_validator(mode="after")
+    def _check_counts(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise InvalidArgument(
+                "max_tokens of 0 needs echo or prompt_logprobs: there would be no answer", field="max_tokens"
+            )
+        if self.generated_per_prompt < self.choices_per_prompt:
+            raise InvalidArgument(
+                f"best_of is {self.best_of}, less than n, {self.choices_per_prompt}", field="best_of"
+            )
+        if self.stream and self.generated_per_prompt > self.choices_per_prompt:
+            raise InvalidArgument(
+                "best_of above n cannot be streamed: the best is known at the end", field="best_of"
+            )
+        return self
+
+    @property
+    def generated_per_prompt(self) -> int:
+        """`best_of`, or its default."""
+        return self.best_of or self.choices_per_prompt
+
     @property
     def soft_prompts(self) -> list[str]:
         """The adapters that stand inside prompts."""
@@ -90,15 +120,10 @@ class CompletionRequest(GenerationFields):
 
     def calls(self, target: Target, *, request_id: str, max_choices: int) -> list[pb.GenerateRequest]:
         """One Generate request per prompt."""
-        if self.best_of is not None and (type(self.best_of) is not int or self.best_of != self.choices_per_prompt):
-            refuse("best_of", self.best_of or True, because="is supported only where it equals n")
-        if self.echo and self.logprobs is not None:
-            refuse("echo", True, because="with logprobs is not supported")
-        check_choices(len(self.prompt), self.choices_per_prompt, max_choices)
+        field = "n" if self.best_of is None else "best_of"
+        check_choices(len(self.prompt), self.generated_per_prompt, max_choices, field=field)
         check_ids(self.prompt, target.served.base_model.vocab_size)
-        sampling = sampling_message(
-            self.sampling(max_tokens=self.max_tokens or DEFAULT_MAX_TOKENS, logprobs=self.logprobs)
-        )
+        sampling = sampling_message(self._params())
         return [
             pb.GenerateRequest(
                 request_id=request_id,
@@ -112,6 +137,19 @@ class CompletionRequest(GenerationFields):
             for prompt in self.prompt
         ]
 
+    def _params(self) -> SamplingParams:
+        is_ranked = self.generated_per_prompt > self.choices_per_prompt
+        params = self.sampling(
+            max_tokens=DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens,
+            logprobs=0 if is_ranked and self.logprobs is None else self.logprobs,
+        )
+        told = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return replace(
+            params,
+            n=self.generated_per_prompt,
+            prompt_logprobs=max((count for count in told if count is not None), default=None),
+        )
+
 
 def as_prompt(prompt: Prompt, target: Target) -> dict[str, Any]:
     """The field of a request to the inference service that has the prompt."""
@@ -120,13 +158,17 @@ def as_prompt(prompt: Prompt, target: Target) -> dict[str, Any]:
     return {"text": prompt} if isinstance(prompt, str) else {"token_ids": pb.TokenIds(ids=prompt)}
 
 
-def check_choices(num_prompts: int, choices_per_prompt: int, max_choices: int) -> None:
-    """Raise InvalidArgument where one request asks for too much."""
+def check_choices(num_prompts: int, choices_per_prompt: int, max_choices: int, *, field: str = "n") -> None:
+    """Raise InvalidArgument where one request asks for too much.
+
+    Args:
+        field: the one that says how many choices a prompt has.
+    """
     if num_prompts * choices_per_prompt > max_choices:
         raise InvalidArgument(
-            f"{num_prompts} prompts with n={choices_per_prompt} make {num_prompts * choices_per_prompt} choices; "
-            f"at most {max_choices} in one request",
-            field="n" if choices_per_prompt > 1 else "prompt",
+            f"{num_prompts} prompts with {field}={choices_per_prompt} make {num_prompts * choices_per_prompt} "
+            f"choices; at most {max_choices} in one request",
+            field=field if choices_per_prompt > 1 else "prompt",
         )
 
 
@@ -151,15 +193,24 @@ class CompletionStyle(Style):
     chunk = "text_completion"
 
     def __init__(self, request: CompletionRequest, echoes: list[str]) -> None:
-        self._with_logprobs = request.logprobs is not None
+        self._num_top = request.logprobs
+        self._num_prompt_top = request.prompt_logprobs
         self._with_ids = bool(request.return_token_ids)
         self._per_prompt = request.choices_per_prompt
         self._echoes = echoes
-        self._offsets = [0] * (len(echoes) * self._per_prompt)
+        self._tells_echo = bool(request.echo) and request.logprobs is not None
+        self._offsets = [len(echo) for echo in echoes for _ in range(self._per_prompt)]
+        # Of each choice of a stream: its prompt, and how many tokens of it are still to be told.
+        self._echoed: dict[int, EchoedText] = {}
+        self._num_untold: dict[int, int] = {}
 
     def opening(self, index: int, accepted: pb.Accepted) -> dict[str, Any] | None:
-        """The echoed prompt, and its ids where asked for."""
+        """The echoed prompt, where nothing is to be told of its tokens, and its ids where asked for."""
         text = self._echoes[index // self._per_prompt]
+        if self._tells_echo:
+            self._echoed[index] = EchoedText(text)
+            self._num_untold[index] = len(accepted.prompt_token_ids)
+            text = ""
         if not text and not self._with_ids:
             return None
         shape = self._shape(index, text)
@@ -167,10 +218,25 @@ class CompletionStyle(Style):
             shape |= {"prompt_token_ids": list(accepted.prompt_token_ids), "token_ids": []}
         return shape
 
+    def prompt(self, index: int, told: pb.PromptLogprobs) -> dict[str, Any]:
+        """The next tokens of the prompt, and their echo."""
+        shape = self._shape(index, "")
+        if self._tells_echo:
+            echoed = self._echoed[index]
+            self._num_untold[index] -= len(told.tokens)
+            shape["logprobs"] = echoed_logprobs([told], echoed, num_top=self._num_top or 0)
+            shape["text"] = echoed.show(is_last=not self._num_untold[index])
+        return shape | self._vllm_shape([told])
+
+    def _vllm_shape(self, told: Sequence[pb.PromptLogprobs]) -> dict[str, Any]:
+        if self._num_prompt_top is None:
+            return {}
+        return {"prompt_logprobs": prompt_logprobs(told, num_top=self._num_prompt_top)}
+
     def delta(self, index: int, delta: Delta) -> dict[str, Any]:
         """New text."""
         shape = self._shape(index, delta.text)
-        if self._with_logprobs:
+        if self._num_top is not None:
             shape["logprobs"], self._offsets[index] = completion_logprobs(delta.logprobs, self._offsets[index])
         if self._with_ids:
             shape["token_ids"] = list(delta.token_ids)
@@ -182,13 +248,16 @@ class CompletionStyle(Style):
 
     def choice(self, index: int, accepted: pb.Accepted, choice: Choice) -> dict[str, Any]:
         """The whole text."""
-        text = self._echoes[index // self._per_prompt] + "".join(choice.text)
-        shape = self._shape(index, text, choice.finished)
-        if self._with_logprobs:
-            shape["logprobs"], _ = completion_logprobs(choice.logprobs, 0)
+        echo = self._echoes[index // self._per_prompt]
+        shape = self._shape(index, echo + "".join(choice.text), choice.finished)
+        if self._num_top is not None:
+            shape["logprobs"], _ = completion_logprobs(choice.logprobs, len(echo))
+        if self._tells_echo:
+            echoed = echoed_logprobs(choice.prompt, EchoedText(echo), num_top=self._num_top or 0)
+            shape["logprobs"] = {name: echoed[name] + shape["logprobs"][name] for name in echoed}
         if self._with_ids:
             shape |= {"prompt_token_ids": list(accepted.prompt_token_ids), "token_ids": choice.token_ids}
-        return shape
+        return shape | self._vllm_shape(choice.prompt)
 
     @staticmethod
     def _shape(index: int, text: str, finished: pb.Finished | None = None) -> dict[str, Any]:

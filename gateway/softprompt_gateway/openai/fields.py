@@ -4,7 +4,7 @@ import re
 from functools import cached_property
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from softprompt_api.composition import MAX_ADAPTERS
 from softprompt_api.errors import InvalidArgument, Unsupported
 from softprompt_api.inference.v1 import inference_pb2 as pb
@@ -102,12 +102,26 @@ class GenerationFields(RequestModel):
         None, description="share KV only with requests that have the same"
     )
 
+    typical_p: Annotated[Any, schemas.only(1)] = Field(None, description="only 1")
+    truncate_prompt_tokens: Unserved = Field(None, description="not supported")
+
     user: Any = Field(None, description="accepted, without effect")
     metadata: Any = Field(None, description="accepted, without effect")
     store: Any = Field(None, description="accepted, without effect")
     service_tier: Any = Field(None, description="accepted, without effect")
     safety_identifier: Any = Field(None, description="accepted, without effect")
     prompt_cache_key: Any = Field(None, description="accepted, without effect")
+
+    @field_validator("typical_p")
+    @classmethod
+    def _only_one(cls, value: object) -> None:
+        if value is not None and not (type(value) in (int, float) and value == 1):
+            raise Unsupported("typical_p other than 1 is not supported", field="typical_p")
+
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _refuse_truncation(cls, value: object) -> None:
+        refuse("truncate_prompt_tokens", value)
 
     @model_validator(mode="after")
     def _check_shared(self) -> "GenerationFields":
@@ -177,6 +191,7 @@ def sampling_message(params: SamplingParams) -> pb.SamplingParams:
         ignore_eos=params.ignore_eos,
         logit_bias=params.logit_bias,
         logprobs=params.logprobs,
+        prompt_logprobs=params.prompt_logprobs,
         n=params.n,
         include_stop_str_in_output=params.include_stop_str_in_output,
         skip_special_tokens=params.skip_special_tokens,

@@ -40,12 +40,29 @@ def stop_reason(finished: pb.Finished) -> str | int | None:
 
 @dataclass(slots=True, kw_only=True)
 class Choice:
-    """All of one choice."""
+    """All of one choice.
 
+    Attributes:
+        prompt: how likely its prompt is, in order; the same for all choices of a prompt.
+    """
+
+    prompt: list[pb.PromptLogprobs] = field(default_factory=list)
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[pb.TokenLogprob] = field(default_factory=list)
     finished: pb.Finished = field(default_factory=pb.Finished)
+
+
+def likeliest(choices: list[Choice], count: int) -> list[Choice]:
+    """So many of a prompt's choices, the likeliest per token first; all, as they are, where so many are wanted."""
+    if count == len(choices):
+        return choices
+    return sorted(choices, key=_mean_logprob, reverse=True)[:count]
+
+
+def _mean_logprob(choice: Choice) -> float:
+    logprobs = [token.chosen.logprob for token in choice.logprobs]
+    return sum(logprobs) / max(1, len(logprobs))
 
 
 class Generation:
@@ -111,18 +128,18 @@ class Generation:
         """Call `notify` whenever there is something to take."""
         self._calls.follow(notify)
 
-    def take(self) -> list[tuple[int, Delta | pb.Finished]]:
-        """Deltas and ends with the number of their prompt: all that came since the last look, in order.
+    def take(self) -> list[tuple[int, Delta | pb.Finished | pb.PromptLogprobs]]:
+        """Deltas, ends and what is told of prompts, with the prompt's number: all since the last look, in order.
 
         Raises the error of the call that failed first, after what came before it; a failure of one cancels all.
         """
         arrived, self._early = self._early or self._calls.take(), []
-        events: list[tuple[int, Delta | pb.Finished]] = []
+        events: list[tuple[int, Delta | pb.Finished | pb.PromptLogprobs]] = []
         for prompt, event in arrived:
             if isinstance(event, Delta):
                 self._num_generated += len(event.token_ids)
                 events.append((prompt, event))
-            elif isinstance(event, pb.Finished):
+            elif isinstance(event, (pb.Finished, pb.PromptLogprobs)):
                 events.append((prompt, event))
             elif isinstance(event, pb.Usage):
                 self._add(event)
@@ -134,11 +151,15 @@ class Generation:
 
     async def choices(self, per_prompt: int) -> list[list[Choice]]:
         """Every prompt's choices, complete."""
-        choices = [[Choice() for _ in range(per_prompt)] for _ in self.accepted]
+        told: list[list[pb.PromptLogprobs]] = [[] for _ in self.accepted]
+        choices = [[Choice(prompt=one) for _ in range(per_prompt)] for one in told]
         try:
             while not self.has_ended:
                 await self._calls.wait()
                 for prompt, event in self.take():
+                    if isinstance(event, pb.PromptLogprobs):
+                        told[prompt].append(event)
+                        continue
                     choice = choices[prompt][event.index]
                     if isinstance(event, Delta):
                         choice.text.append(event.text)

@@ -19,6 +19,8 @@ class Job:
 
     Attributes:
         calls: one Generate request per prompt.
+        choices_per_prompt: as many as each of them generates.
+        kept_per_prompt: the likeliest of them, so many, are the answer; None: all.
         silent: whether only text counts: a delta without text may be left out of a stream, and deltas that
             arrived together may be told as one.
         meter: counts the tokens.
@@ -32,6 +34,7 @@ class Job:
     include_usage: bool
     silent: bool
     meter: Meter
+    kept_per_prompt: int | None = None
 
     def identity(self, kind: str) -> dict[str, Any]:
         """What an answer begins with; `kind` is the style's `whole` or `chunk`."""

@@ -120,11 +120,12 @@ class _Routes:
         job = Job(
             target=target,
             calls=calls,
-            choices_per_prompt=body.choices_per_prompt,
+            choices_per_prompt=body.generated_per_prompt,
+            kept_per_prompt=body.choices_per_prompt,
             style=CompletionStyle(body, echoes),
             stream=bool(body.stream),
             include_usage=body.include_usage,
-            silent=body.logprobs is None and not body.return_token_ids,
+            silent=body.logprobs is None and body.prompt_logprobs is None and not body.return_token_ids,
             meter=Meter.of(request.scope),
         )
         with fields_spelled(**{STRUCTURED: body.form_field}):

@@ -15,6 +15,11 @@ def unserved(*served: object) -> WithJsonSchema:
     return WithJsonSchema({"enum": [None, False, "", [], {}, *served]})
 
 
+def only(value: object) -> WithJsonSchema:
+    """A field that may hold this value and no other."""
+    return WithJsonSchema({"enum": [None, value]})
+
+
 def _array(items: Schema, **bounds: int) -> Schema:
     return {"type": "array", "items": items, **bounds}
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import orjson
+from softprompt_api.inference.v1 import inference_pb2 as pb
 
 from softprompt_gateway import sse
 from softprompt_gateway.metrics import Metrics
@@ -43,7 +44,11 @@ class Streamed:
             return opening
         per_prompt, chunks = self._per_prompt, self._chunks
         for prompt, event in self._generation.take():
-            chunks.add(prompt * per_prompt + event.index, event)
+            if not isinstance(event, pb.PromptLogprobs):
+                chunks.add(prompt * per_prompt + event.index, event)
+                continue
+            for index in range(prompt * per_prompt, (prompt + 1) * per_prompt):
+                chunks.add(index, event)
         written = chunks.take()
         if self._generation.has_ended:
             self.has_ended = True

@@ -21,6 +21,10 @@ class Style(ABC):
     def opening(self, index: int, accepted: pb.Accepted) -> dict[str, Any] | None:
         """The first chunk of a choice, before its text."""
 
+    def prompt(self, index: int, told: pb.PromptLogprobs) -> dict[str, Any] | None:  # noqa: ARG002
+        """How likely the next tokens of a choice's prompt are, before its text."""
+        return None
+
     @abstractmethod
     def delta(self, index: int, delta: Delta) -> dict[str, Any] | None:
         """New text of a choice; None where nothing is to be said of it yet."""

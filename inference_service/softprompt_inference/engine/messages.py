@@ -32,8 +32,8 @@ class AddRequest:
     Attributes:
         request_id: unique among the unfinished; made by the front.
         prompt: parts in order, usually a SoftPromptPart and a TextPart.
-        params: `max_tokens` may be None (as many as fit); `n`, `stop` strings and `skip_special_tokens` are the
-            front's business and ignored here.
+        params: `max_tokens` may be None (as many as fit), or 0 (it ends with its prompt); `n`, `stop` strings and
+            `skip_special_tokens` are the front's business and ignored here.
         eos_token_ids: end the output unless `params.ignore_eos`.
         seed: the seed of this choice; the front draws one where the user gave none.
         salt: kept apart in the prefix cache from requests with another salt.
@@ -149,10 +149,10 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Logprobs:
-    """Log-probabilities of one chosen token, from the model's unmodified logits.
+    """Log-probabilities of one token, from the model's unmodified logits.
 
     Attributes:
-        chosen: the chosen token's.
+        chosen: the chosen token's, or that of the prompt's own.
         top: (token id, logprob) of the most likely tokens, most likely first.
         every: those of all ids in order, float32, little endian; empty unless the request asked for them.
     """
@@ -164,15 +164,18 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """One step's result for one request: a token, or an end without one (error).
+    """One step's result for one request: a token, log-probabilities of its prompt, or an end without a token.
 
     Attributes:
-        token_id: None only where `finish` is ERROR.
+        token_id: None where it tells of the prompt, where `finish` is ERROR, and where no token was wanted.
         finish: set on the last output of a request.
         stop_token_id: the id of `params.stop_token_ids` that ended it.
         error_reason, error_message: set where `finish` is ERROR; reasons are those of `softprompt_api.errors`.
         error_field: the request field at fault, if one is.
-        cached_tokens: set on the first output: prompt positions taken from the prefix cache.
+        cached_tokens: set on the first token, or on the end without one: prompt positions taken from the prefix
+            cache.
+        prompt_logprobs: those of the next tokens of the prompt's text, before the first token; None for one that
+            nothing computed stands before. Set where it tells of the prompt, and then nothing else is.
     """
 
     request_id: str
@@ -184,6 +187,7 @@ class Output:
     error_message: str = ""
     error_field: str = ""
     cached_tokens: int | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,9 @@ from softprompt_api.structured import StructuredOutputsParams
 
 from softprompt_inference.engine.messages import LoadAdapter, LoadLora, Logprobs, ModelInfo, NearRow
 
+# A step has at most so many scores: for each of them there are logits as large as the vocabulary.
+MAX_SCORES = 128
+
 
 def looks_back(params: SamplingParams) -> bool:
     """Whether the choice of a token depends on the tokens before it by more than the model's logits: penalties."""
@@ -62,6 +65,21 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Tell how likely the prompt's own tokens are.
+
+    Attributes:
+        rows: places in the chunk whose logits tell it, in rising order; at least one.
+        token_ids: the token behind each.
+        num_top: how many of the likeliest tokens to tell beside each.
+    """
+
+    rows: Sequence[int]
+    token_ids: Sequence[int]
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
     """Consecutive positions of one sequence to compute.
 
@@ -73,6 +91,7 @@ class Chunk:
         sample: set when the last position's logits choose a token.
         lora: slot of the LoRA that computes them; −1: none.
         prefix_len: positions of the soft prompt that the sequence begins with.
+        scores: set when some positions' logits tell of the prompt.
     """
 
     token_ids: Sequence[int]
@@ -81,6 +100,7 @@ class Chunk:
     sample: Sample | None
     lora: int = -1
     prefix_len: int = 0
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,10 +149,16 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """The token chosen for a chunk; `error` instead where its logits were not finite."""
+    """What came of a chunk that has a sample or scores; `error` instead where its logits were not finite.
 
-    token_id: int
+    Attributes:
+        token_id: the token chosen; None: it has no sample.
+        scores: one for each of its scores.
+    """
+
+    token_id: int | None
     logprobs: Logprobs | None = None
+    scores: Sequence[Logprobs] = ()
     error: str = ""
 
 
@@ -140,7 +166,7 @@ class Pending(Protocol):
     """A step that was launched."""
 
     def result(self) -> Sequence[Sampled]:
-        """Wait for its tokens: one Sampled per chunk that has a sample, in order. To be called once."""
+        """Wait for it: one Sampled per chunk that has a sample or scores, in order. To be called once."""
 
 
 class Search(Protocol):

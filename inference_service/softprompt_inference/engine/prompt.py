@@ -84,18 +84,19 @@ def _check_ids(field: str, token_ids: list[int], vocab_size: int) -> None:
 def _max_outputs(request: AddRequest, num_positions: int, num_text: int, max_model_len: int) -> int:
     room = max_model_len - num_positions
     wanted = request.params.max_tokens
-    if room >= (wanted or 1):
-        return wanted or room
+    least = 1 if wanted is None else wanted
+    if room >= least:
+        return room if wanted is None else wanted
     output = "at least 1 output token" if wanted is None else f"max_tokens of {wanted}"
     raise ContextLengthExceeded(
-        f"the context holds {max_model_len} tokens, but this request needs {num_positions + (wanted or 1)}: "
+        f"the context holds {max_model_len} tokens, but this request needs {num_positions + least}: "
         f"{num_text} prompt tokens, {num_positions - num_text} virtual tokens and {output}; "
         "shorten the prompt or lower max_tokens",
-        field="prompt" if room < 1 else "max_tokens",
+        field="prompt" if room < min(least, 1) else "max_tokens",
         details={
             "max_model_len": str(max_model_len),
             "prompt_tokens": str(num_text),
             "virtual_tokens": str(num_positions - num_text),
-            "max_tokens": str(wanted or ""),
+            "max_tokens": "" if wanted is None else str(wanted),
         },
     )

@@ -13,6 +13,9 @@ The rules, all of which `check` verifies:
   finished their prompt, and no more run than a step has tokens, so every decode is in every step.
 * Tokens of prompts make a step longer for all who decode in it. So there are the more of them, the more sequences
   wait for their prompts beside those that decode: all that a step can take where nobody decodes, a few always.
+* Logits of prompts are wanted where someone asks how likely these are. A step has few of them, which bounds its
+  memory, and a prompt goes in as many steps as that takes. What was computed before such a prompt asked is not
+  found, but for soft prompts in front of it: it has no logits.
 
 A step may be planned while the one before it is still computed, and its tokens are not known (`follow`): the
 same sequences decode the tokens to come. Whoever is found to have ended by such a token has left when the second
@@ -32,7 +35,7 @@ from softprompt_api.structured import FIELD as STRUCTURED
 from softprompt_inference.engine.keys import PageKey
 from softprompt_inference.engine.messages import Finish, Output, Stats
 from softprompt_inference.engine.pages import PagePool
-from softprompt_inference.engine.plan import Chunk, PageCopy, PageWrite, Sampled, StepPlan
+from softprompt_inference.engine.plan import MAX_SCORES, Chunk, PageCopy, PageWrite, Sampled, StepPlan
 from softprompt_inference.engine.sequence import Prefix, Sequence, State
 from softprompt_inference.engine.waiting import WaitingLine
 
@@ -86,6 +89,7 @@ class Scheduler:
         self._following: list[Sequence] = []
         self._copies: list[PageCopy] = []  # of the plan that is out
         self._writes: list[PageWrite] = []  # of the plan that is out
+        self._scores_left = MAX_SCORES  # in the plan that is made
         self._coming: set[PageKey] = set()  # what the plan computes to its end: pages, and soft prompts
         self._computed_prompt_tokens = 0
         self._cached_prompt_tokens = 0
@@ -121,19 +125,22 @@ class Scheduler:
         assert not self._planned, "a plan is out"
         self._copies, self._writes = [], []
         self._coming.clear()
+        self._scores_left = MAX_SCORES
         chunks: list[Chunk] = []
         budget = self._step_tokens()
         # Oldest first. Whoever gives way is the youngest, and so never one that is in the plan already.
         for sequence in list(self._running):
             if budget == 0 or sequence.state is not State.RUNNING or not self._grow(sequence):
                 break
-            budget -= self._take(sequence, budget, chunks)
+            budget = self._take(sequence, budget, chunks)
         while budget > 0 and self._waiting and len(self._running) < self._max_running:
+            if self._waiting.first.has_scores and not self._scores_left:
+                break
             if not self._start(self._waiting.first):
                 break
             sequence = self._waiting.start()
             self._running.append(sequence)
-            budget -= self._take(sequence, budget, chunks)
+            budget = self._take(sequence, budget, chunks)
         return StepPlan(chunks=chunks, copies=self._copies, writes=self._writes)
 
     def _step_tokens(self) -> int:
@@ -195,13 +202,17 @@ class Scheduler:
         return True
 
     def _take(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
-        num_tokens = min(len(sequence.token_ids) - sequence.num_computed, budget)
-        chunks.append(sequence.chunk(num_tokens))
+        """Add what fits of a sequence; the budget that is left for those behind it, which never overtake it."""
+        num_tokens = sequence.next_tokens(budget, self._scores_left)
+        chunks.append(chunk := sequence.chunk(num_tokens))
         self._planned.append(sequence)
+        if chunk.scores is not None:
+            self._scores_left -= len(chunk.scores.rows)
         if self._enable_prefix_caching:
             self._coming.update(key for _, key in self._full_pages(sequence, sequence.num_computed + num_tokens))
             self._coming.update(key for _, key in self._ends(sequence, sequence.num_computed + num_tokens))
-        return num_tokens
+        is_whole = sequence.num_computed + num_tokens == len(sequence.token_ids)
+        return budget - num_tokens if is_whole else 0
 
     def _full_pages(self, sequence: Sequence, num_positions: int) -> Iterable[tuple[int, PageKey]]:
         """(page, key) of the full pages of that many positions which are not yet registered."""
@@ -309,19 +320,25 @@ class Scheduler:
         tokens = iter(sampled)
         planned, self._planned, self._following = self._planned, self._following, []
         for sequence, chunk in zip(planned, plan.chunks, strict=True):
-            token = next(tokens) if chunk.sample is not None else None
+            token = next(tokens) if chunk.sample is not None or chunk.scores is not None else None
             if sequence.state is not State.RUNNING:
                 continue
             if token is not None and (error := self._error_of(sequence, token)):
                 outputs.append(self._fail(sequence, error))
                 continue
             self._advance(sequence, len(chunk.token_ids))
-            if token is not None:
+            if sequence.asks_of_prompt and (told := sequence.tell_prompt(token.scores if token else ())):
+                outputs.append(told)
+            if chunk.sample is not None and token is not None:
                 output = sequence.accept(token)
                 self._generated_tokens += 1
-                outputs.append(output)
-                if output.finish is not None:
-                    self._finish(sequence)
+            elif sequence.has_ended:
+                output = sequence.end()
+            else:
+                continue
+            outputs.append(output)
+            if output.finish is not None:
+                self._finish(sequence)
         return outputs
 
     def _error_of(self, sequence: Sequence, token: Sampled) -> SoftpromptError | None:
@@ -329,7 +346,7 @@ class Scheduler:
             return InvalidArgument(sequence.matcher.error, field=STRUCTURED)
         if token.error:
             return InternalError(token.error)
-        if not 0 <= token.token_id < self._vocab_size:
+        if token.token_id is not None and not 0 <= token.token_id < self._vocab_size:
             return InternalError(f"the model chose id {token.token_id}, outside its vocabulary")
         return None
 

@@ -1,12 +1,14 @@
 """One sequence: its ids, its pages, how far it is computed, and when it ends."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from enum import Enum
 
 from softprompt_inference.engine.keys import PageKey, VirtualIds, page_key, partial_key, root_key, under_lora
-from softprompt_inference.engine.messages import AddRequest, Finish, Output
-from softprompt_inference.engine.plan import Chunk, Matcher, PageWrite, Sample, Sampled, looks_back
+from softprompt_inference.engine.messages import AddRequest, Finish, Logprobs, Output
+from softprompt_inference.engine.plan import Chunk, Matcher, PageWrite, Sample, Sampled, Scores, looks_back
 
 
 class State(Enum):
@@ -63,7 +65,10 @@ class Sequence:
         "_ignored_ids",
         "_keys",
         "_max_outputs",
+        "_num_scored",
+        "_num_unpredicted",
         "_partial_keys",
+        "_score_rows",
         "_stop_ids",
         "_virtual_ids",
         "adapters",
@@ -133,6 +138,18 @@ class Sequence:
         self._stop_ids = frozenset(params.stop_token_ids)
         self._banned_ids = tuple(sorted(self._eos_ids | self._stop_ids))
         self._max_outputs = max_outputs
+        # Positions whose logits tell how likely the text behind them is, as far as that is wanted.
+        self._score_rows: list[int] = []
+        self._num_scored = 0
+        self._num_unpredicted = 0  # leading tokens of the text that nothing computed is before, not yet told
+        if params.prompt_logprobs is not None:
+            vocab_size = virtual_ids.vocab_size
+            self._score_rows = [
+                position - 1
+                for position, token_id in enumerate(prompt_ids)
+                if token_id < vocab_size and position > num_given
+            ]
+            self._num_unpredicted = len(text_ids) - len(self._score_rows)
 
     def page_keys(self, page_size: int, start: int, stop: int) -> Iterator[PageKey]:
         """Keys of the pages start … stop − 1, which token_ids fills; hashed once, when first asked for."""
@@ -164,18 +181,18 @@ class Sequence:
         return self._partial_keys[end]
 
     def find_prefix(self, page_size: int, is_known: Callable[[PageKey], bool]) -> Prefix:
-        """The longest beginning whose keys are known, without the last position: its logits choose the next token.
+        """The longest beginning whose keys are known, before the first position whose logits are wanted.
 
-        It ends with a full page, with a soft prompt, or just before the last position.
+        It ends with a full page, with a soft prompt, or just before that position.
         """
-        limit = len(self.token_ids) - 1
+        limit = self._first_logits
         num_pages = 0
         for key in self.page_keys(page_size, 0, limit // page_size):
             if not is_known(key):
                 break
             num_pages += 1
         start = num_pages * page_size
-        # A page that the last position fills can be copied but for that position.
+        # A page that this position fills can be copied but for it.
         ends = [*self.soft_prompt_ends, limit + 1] if (limit + 1) % page_size == 0 else self.soft_prompt_ends
         for end in reversed(ends):
             if start < min(end, limit) and end <= start + page_size and is_known(self.end_key(page_size, end)):
@@ -184,23 +201,59 @@ class Sequence:
                 )
         return Prefix(num_pages=num_pages, copy_key=None, num_positions=start)
 
+    @property
+    def _first_logits(self) -> int:
+        """The first position whose logits are wanted: of the prompt what was not scored, else the last of all."""
+        if self._num_scored < len(self._score_rows):
+            return self._score_rows[self._num_scored]
+        return len(self.token_ids) - 1
+
     def write(self) -> PageWrite:
         """The positions behind those computed whose keys and values an adapter gives."""
         start = self.num_computed
         return PageWrite(first_id=self.token_ids[0], start=start, stop=self.num_given, page_ids=self.page_ids)
 
+    @property
+    def has_scores(self) -> bool:
+        """Whether it is still to be told how likely some of its prompt is."""
+        return self._num_scored < len(self._score_rows)
+
+    def next_tokens(self, budget: int, most_scores: int) -> int:
+        """How many positions a step with that budget computes, with so many scores at most; at least one of each
+        must be left."""
+        num_tokens = min(len(self.token_ids) - self.num_computed, budget)
+        if (beyond := self._num_scored + most_scores) < len(self._score_rows):
+            return min(num_tokens, self._score_rows[beyond] - self.num_computed)
+        return num_tokens
+
     def chunk(self, num_tokens: int) -> Chunk:
-        """The next `num_tokens` positions to compute; the last of all asks for a token."""
+        """The next `num_tokens` positions to compute; the last of all asks for a token, where one is wanted."""
         start = self.num_computed
         stop = start + num_tokens
         token_ids = self.token_ids
+        is_last = stop == len(token_ids) and self._max_outputs > 0
         return Chunk(
             token_ids=token_ids[start:stop],
             start=start,
             page_ids=self.page_ids,
-            sample=self._sample(len(self.output_ids)) if stop == len(token_ids) else None,
+            sample=self._sample(len(self.output_ids)) if is_last else None,
             lora=self.lora_slot,
             prefix_len=self.prefix_len,
+            scores=self._scores(start, stop) if self.has_scores else None,
+        )
+
+    def _scores(self, start: int, stop: int) -> Scores | None:
+        """What is to be told of the prompt by the logits of the positions start … stop − 1."""
+        first = self._num_scored
+        rows = self._score_rows[first : bisect_left(self._score_rows, stop, first)]
+        if not rows:
+            return None
+        num_top = self.request.params.prompt_logprobs
+        assert num_top is not None, "nobody asked for scores"
+        return Scores(
+            rows=[row - start for row in rows],
+            token_ids=[self.token_ids[row + 1] for row in rows],
+            num_top=num_top,
         )
 
     @property
@@ -246,9 +299,31 @@ class Sequence:
         self.num_registered = 0
         self.num_ends_registered = 0
 
+    @property
+    def asks_of_prompt(self) -> bool:
+        """Whether something is still to be told of its prompt."""
+        return self.has_scores or self._num_unpredicted > 0
+
+    def tell_prompt(self, scores: Items[Logprobs]) -> Output | None:
+        """Take in what a step has told of the prompt; None where that is nothing."""
+        told = [*[None] * self._num_unpredicted, *scores]
+        self._num_unpredicted = 0
+        self._num_scored += len(scores)
+        return Output(request_id=self.request.request_id, prompt_logprobs=told) if told else None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its prompt is computed and no token is wanted."""
+        return self._max_outputs == 0 and self.num_computed == len(self.token_ids)
+
+    def end(self) -> Output:
+        """The end without a token."""
+        return Output(request_id=self.request.request_id, finish=Finish.LENGTH, cached_tokens=self.num_cached)
+
     def accept(self, sampled: Sampled) -> Output:
         """Append the token; the output says whether it was the last."""
         token_id = sampled.token_id
+        assert token_id is not None, "no token was asked for"
         self.token_ids.append(token_id)
         self.output_ids.append(token_id)
         if self.matcher is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from softprompt_api.errors import InvalidArgument
-from softprompt_api.params import SamplingParams
+from softprompt_api.params import MAX_LOGPROBS, SamplingParams
 from softprompt_api.structured import StructuredOutputsParams
 from softprompt_kernels import native
 from softprompt_kernels.embed_gather import embed_gather
@@ -18,7 +18,17 @@ from torch import Tensor
 
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import LoadAdapter, LoadLora, ModelInfo
-from softprompt_inference.engine.plan import Chunk, Matcher, PageWrite, Sample, Sampled, StepPlan
+from softprompt_inference.engine.plan import (
+    MAX_SCORES,
+    Chunk,
+    Matcher,
+    PageWrite,
+    Pending,
+    Sample,
+    Sampled,
+    Scores,
+    StepPlan,
+)
 from softprompt_inference.grammar import GrammarCompiler
 from softprompt_inference.model import hardware, sampler
 from softprompt_inference.model.attention import (
@@ -37,7 +47,7 @@ from softprompt_inference.model.loader import LoadedModel, load_model
 from softprompt_inference.model.lora.context import build_tiles
 from softprompt_inference.model.lora.loras import Loras, plan_fixed_bytes
 from softprompt_inference.model.rows import KeyValueRows, VirtualRows
-from softprompt_inference.model.sampler import Choices
+from softprompt_inference.model.scorer import ScoredChoices
 from softprompt_inference.model.transfer import upload
 from softprompt_inference.text.definition import read_definition
 
@@ -150,7 +160,7 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> Choices:
+    def launch(self, plan: StepPlan) -> Pending:
         """Copy and write, then compute; the device may go on after the return.
 
         Whatever it is told, here and elsewhere, goes through one stream, and is done in the order of the calls.
@@ -161,9 +171,11 @@ class ModelRunner:
         for write in plan.writes:
             self._write(self._pages, write)
         logits = self._forward(plan.chunks, token_ids)
-        choices = sampler.launch(logits, [chunk.sample for chunk in plan.chunks if chunk.sample is not None])
+        samples = [chunk.sample for chunk in plan.chunks if chunk.sample is not None]
+        num_scores = len(logits) - len(samples)
+        choices = sampler.launch(logits[: len(samples)] if num_scores else logits, samples)
         self._last_tokens = choices.tokens
-        return choices
+        return ScoredChoices(plan.chunks, choices, logits[len(samples) :]) if num_scores else choices
 
     def _write(self, pages: KVPages, write: PageWrite) -> None:
         rows = self._key_values.find(write.first_id, write.start, write.stop)
@@ -180,7 +192,8 @@ class ModelRunner:
         return self._last_tokens[self._to_device(follows)].clamp(0, self.loaded.vocab_size - 1)
 
     def _forward(self, chunks: Sequence[Chunk], token_ids: Tensor | None) -> Tensor:
-        """Write the chunks' KV; logits of the last token of each chunk that has a sample: [n, vocabulary].
+        """Write the chunks' KV; logits of the last token of each chunk that has a sample, and then of the rows of
+        those that have scores: [n, vocabulary].
 
         token_ids: [n] int64, in place of those of the chunks, which have one each
         """
@@ -190,8 +203,12 @@ class ModelRunner:
             return logits if len(wanted) == len(chunks) else logits[self._to_device(wanted)]
         spans = [(chunk.start, len(chunk.token_ids), chunk.page_ids) for chunk in chunks]
         positions = [start + i for start, count, _ in spans for i in range(count)]
-        sampled_rows, num_tokens = [], 0
+        sampled_rows: list[int] = []
+        scored_rows: list[int] = []
+        num_tokens = 0
         for chunk in chunks:
+            if chunk.scores is not None:
+                scored_rows += [num_tokens + row for row in chunk.scores.rows]
             num_tokens += len(chunk.token_ids)
             if chunk.sample is not None:
                 sampled_rows.append(num_tokens - 1)
@@ -209,7 +226,7 @@ class ModelRunner:
                 if token_ids is None
                 else self.loaded.embedding(token_ids),
                 self._to_device(positions),
-                self._to_device(sampled_rows),
+                self._to_device(sampled_rows + scored_rows),
             )
         finally:
             self._context.batch = None
@@ -220,6 +237,7 @@ class ModelRunner:
         return len(chunks) <= decodes.max_sequences and all(
             len(chunk.token_ids) == 1
             and chunk.token_ids[0] < vocab_size
+            and chunk.scores is None
             and (chunk.lora < 0 or decodes.takes_loras)
             for chunk in chunks
         )
@@ -429,5 +447,9 @@ def _warm_up(runner: ModelRunner, config: EngineConfig) -> int:
         ):
             chunks[0] = replace(chunks[0], sample=edited)
             runner.run(StepPlan(chunks=chunks))
+        # Another are those that tell of prompts.
+        rows = range(min(len(chunks[-1].token_ids), MAX_SCORES))
+        scores = Scores(rows=rows, token_ids=[0] * len(rows), num_top=MAX_LOGPROBS)
+        runner.run(StepPlan(chunks=[*chunks[:-1], replace(chunks[-1], scores=scores)]))
         runner.run(StepPlan(chunks=[replace(chunk, lora=0) for chunk in chunks]))
     return torch.cuda.max_memory_allocated(device) - before_bytes if on_cuda else 0

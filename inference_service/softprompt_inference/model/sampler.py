@@ -22,6 +22,7 @@ from torch import Tensor
 
 from softprompt_inference.engine.messages import Logprobs
 from softprompt_inference.engine.plan import Sample, Sampled, looks_back
+from softprompt_inference.model.logprobs import as_logprobs, measure
 from softprompt_inference.model.transfer import Download, upload, upload_bytes
 
 NOT_FINITE = "the model's logits are not finite"
@@ -109,9 +110,8 @@ class Choices:
         every = dict(zip(self._wanted.full_rows, rows_bytes, strict=True))
         found = {}
         for i, chosen, values, ids in zip(self._wanted.rows, *lists, strict=True):
-            count = self._params[i].logprobs
-            top = list(zip(ids[:count], values[:count], strict=True))
-            found[i] = Logprobs(chosen=chosen, top=top, every=every.get(i, b""))
+            num_top = self._params[i].logprobs or 0
+            found[i] = as_logprobs(chosen, values, ids, num_top=num_top, every=every.get(i, b""))
         return found
 
 
@@ -190,10 +190,14 @@ def _logprobs(raw: Tensor, tokens: Tensor, samples: Sequence[Sample]) -> _Wanted
     if not counts:
         return None
     rows = list(counts)
-    vocab_size = raw.shape[1]
-    logprobs = torch.log_softmax(_select(raw, rows).float(), dim=-1)
-    chosen = logprobs.gather(-1, _select(tokens, rows)[:, None].clamp(0, vocab_size - 1)).flatten()
-    values, ids = logprobs.topk(min(max(counts.values()), vocab_size), dim=-1)
+    measured = measure(_select(raw, rows), _select(tokens, rows), num_top=max(counts.values()))
     full_rows = [i for i in rows if samples[i].all_logprobs]
-    every = _select(logprobs, [rows.index(i) for i in full_rows]) if full_rows else None
-    return _Wanted(rows=rows, chosen=chosen, values=values, ids=ids, full_rows=full_rows, every=every)
+    every = _select(measured.every, [rows.index(i) for i in full_rows]) if full_rows else None
+    return _Wanted(
+        rows=rows,
+        chosen=measured.given,
+        values=measured.values,
+        ids=measured.ids,
+        full_rows=full_rows,
+        every=every,
+    )

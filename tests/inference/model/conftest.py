@@ -132,6 +132,7 @@ class Request:
 
     Attributes:
         parts: in place of adapter and prompt_ids, ids and adapters in order.
+        prompt_logprobs: as in SamplingParams; how likely the prompt is has an oracle of its own.
     """
 
     adapter: Adapter | None
@@ -139,6 +140,7 @@ class Request:
     max_tokens: int = 12
     lora: Lora | None = None
     parts: tuple[tuple[int, ...] | Adapter, ...] = ()
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,6 +233,34 @@ class Oracle:
                 return self._judge(torch.tensor(token_ids), logits)
             token_ids.append(int(logits[-1].argmax()))
 
+    @torch.inference_mode()
+    def prompt_logprobs(self, request: Request) -> list[float | None]:
+        """How likely each token of a prompt's text is, by one pass; None where no logits are before it."""
+        with _warnings_of_peft_ignored():
+            if request.parts or (request.adapter and request.lora):
+                return self._score_parts(request)
+            adapter, ids = request.adapter, torch.tensor([request.prompt_ids])
+            model = self._model((adapter or request.lora).folder if adapter or request.lora else None)
+            tasks = {} if adapter is None or adapter.task is None else {"task_ids": torch.tensor([adapter.task])}
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **tasks).logits[0]
+        # Kinds of virtual tokens that are embeddings have logits of their own in front.
+        return _score(logits, [*[None] * (len(logits) - len(request.prompt_ids)), *request.prompt_ids])
+
+    def _score_parts(self, request: Request) -> list[float | None]:
+        """As `_compute_parts`."""
+        parts = list(request.parts or (request.adapter, request.prompt_ids))
+        model = self._model(request.lora.folder if request.lora else None)
+        given = parts[0].load if isinstance(parts[0], Adapter) and parts[0].load.are_key_values else None
+        if given:
+            del parts[0]
+        embeddings = torch.cat([_embeddings(model, part) for part in parts])[None]
+        before = {"use_cache": False} if given is None else _before(model, given, embeddings.shape[1])
+        logits = model(inputs_embeds=embeddings, **before).logits[0]
+        tokens: list[int | None] = []
+        for part in parts:
+            tokens += [None] * part.load.num_virtual_tokens if isinstance(part, Adapter) else part
+        return _score(logits, tokens)
+
     def _judge(self, token_ids: Tensor, logits: Tensor) -> Answer:
         logprobs = torch.log_softmax(logits[-len(token_ids) - 1 : -1].double(), dim=-1)
         two = logprobs.topk(2).values
@@ -239,6 +269,16 @@ class Oracle:
             logprobs=logprobs.gather(1, token_ids[:, None]).flatten().tolist(),
             margins=(two[:, 0] - two[:, 1]).tolist(),
         )
+
+
+def _score(logits: Tensor, tokens: Sequence[int | None]) -> list[float | None]:
+    """Log-probabilities of the tokens that are text, each by the logits of the position before it."""
+    logprobs = torch.log_softmax(logits.double(), dim=-1)
+    return [
+        float(logprobs[position - 1, token_id]) if position else None
+        for position, token_id in enumerate(tokens)
+        if token_id is not None
+    ]
 
 
 def _rows(load: LoadAdapter) -> Tensor:
@@ -438,7 +478,12 @@ class Lab:
             if request.lora is not None:
                 engine.load_lora(request.lora.load)
                 lora = request.lora.load.digest
-            params = SamplingParams(max_tokens=request.max_tokens, temperature=0.0, logprobs=0)
+            params = SamplingParams(
+                max_tokens=request.max_tokens,
+                temperature=0.0,
+                logprobs=0,
+                prompt_logprobs=request.prompt_logprobs,
+            )
             engine.add(AddRequest(request_id=str(i), prompt=prompt, params=params, lora=lora))
 
     def serve(self, engine: Engine, requests: Sequence[Request]) -> list[list[Output]]:

@@ -1,0 +1,39 @@
+"""Log-probabilities from logits: of given tokens, and of the likeliest."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softprompt_inference.engine.messages import Logprobs
+
+
+class Measured(NamedTuple):
+    """Log-probabilities of some rows of logits.
+
+    every        [n, vocabulary] float32
+    given        [n]                      of the given tokens
+    values, ids  [n, num_top]             of the likeliest
+    """
+
+    every: Tensor
+    given: Tensor
+    values: Tensor
+    ids: Tensor
+
+
+def measure(logits: Tensor, token_ids: Tensor, *, num_top: int) -> Measured:
+    """logits [n, vocabulary], token_ids [n] int64, whichever their values"""
+    vocab_size = logits.shape[1]
+    every = torch.log_softmax(logits.float(), dim=-1)
+    given = every.gather(-1, token_ids[:, None].clamp(0, vocab_size - 1)).flatten()
+    values, ids = every.topk(min(num_top, vocab_size), dim=-1)
+    return Measured(every, given, values, ids)
+
+
+def as_logprobs(
+    given: float, values: Sequence[float], ids: Sequence[int], *, num_top: int, every: bytes = b""
+) -> Logprobs:
+    """One row, on the host, with so many of the likeliest tokens at most."""
+    return Logprobs(chosen=given, top=list(zip(ids[:num_top], values[:num_top], strict=True)), every=every)
