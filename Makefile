@@ -10,7 +10,7 @@ ARGS ?=
 PYTEST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install run test test-gpu chaos bench bench-gpu lint format check protos light-install clean
+.PHONY: help install run test test-gpu chaos conformance bench bench-gpu lint format check protos light-install clean
 
 help:
 	@echo "make run      install, and serve the default model with the demo adapters (ARGS=... for softprompt run)"
@@ -21,6 +21,7 @@ help:
 	@echo "make protos   generate the code of the .proto files"
 	@echo "make test-gpu the GPU's tests, with GPU_PYTHON's own packages"
 	@echo "make chaos    the long forms of tests that kill services, break links and damage the store; an hour"
+	@echo "make conformance  clients and test suites of others, against a running system; needs node, and installs them apart"
 	@echo "make bench    measure beside PEFT, transformers and vLLM, on a CPU that nobody else uses (BENCH_ARGS=--quick)"
 	@echo "make bench-gpu  measure decoding on a GPU, with GPU_PYTHON's own packages (BENCH_ARGS=...)"
 	@echo "make clean    remove the environment"
@@ -41,10 +42,13 @@ run: install
 	$(BIN)/softprompt run --data-dir $(DATA_DIR) $(if $(DEMOS),--prompt-adapters $(DEMOS)) $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -m "not gpu and not chaos" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not chaos and not conformance" $(PYTEST_ARGS)
 
 chaos: install
 	$(BIN)/python -m pytest -m chaos $(PYTEST_ARGS)
+
+conformance: install
+	$(BIN)/python -m pytest -m conformance $(PYTEST_ARGS)
 
 # A GPU machine brings its own torch, triton and transformers, and may have nothing else of what the services need.
 GPU_PYTHON ?= python3

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match
 
+from softprompt_gateway.adapters.answers import ANSWER_MODELS as ADAPTER_ANSWERS
 from softprompt_gateway.adapters.loading import REQUEST_MODELS as LOADING_MODELS
 from softprompt_gateway.adapters.loading import loading_router
 from softprompt_gateway.adapters.resident import resident_router
@@ -28,8 +29,10 @@ from softprompt_gateway.documented import document
 from softprompt_gateway.errors import Refused, describe
 from softprompt_gateway.gateway import make_gateway
 from softprompt_gateway.guard import GuardedRoute
+from softprompt_gateway.health import ANSWER_MODELS as HEALTH_ANSWERS
 from softprompt_gateway.health import health_router
 from softprompt_gateway.middleware import Edge
+from softprompt_gateway.openai.answers import ANSWER_MODELS as OPENAI_ANSWERS
 from softprompt_gateway.openai.routes import REQUEST_MODELS as OPENAI_MODELS
 from softprompt_gateway.openai.routes import openai_router
 from softprompt_gateway.settings import Settings
@@ -81,7 +84,11 @@ def make_app(
     assert all(isinstance(route, GuardedRoute) for router in routers for route in router.routes)
     for router in routers:
         app.include_router(router)
-    document(app, [*OPENAI_MODELS, *ADAPTER_MODELS, *LOADING_MODELS])
+    models = (
+        *(*OPENAI_MODELS, *OPENAI_ANSWERS, *ADAPTER_MODELS, *ADAPTER_ANSWERS),
+        *(*LOADING_MODELS, *HEALTH_ANSWERS),
+    )
+    document(app, routers, models)
     return app
 
 

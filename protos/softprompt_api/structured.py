@@ -39,7 +39,7 @@ class StructuredOutputsParams:
     json_object: bool | None = None
 
     def __post_init__(self) -> None:
-        given = [kind for kind in KINDS if getattr(self, kind) not in (None, False)]
+        given = [kind for kind in KINDS if self._holds(kind)]
         if len(given) != 1:
             raise _wrong(
                 f"exactly one of {', '.join(KINDS)} must be given; there is {' and '.join(given) or 'none'}"
@@ -55,6 +55,10 @@ class StructuredOutputsParams:
             raise _wrong(f"{kind} must be a text that is not empty")
         if len(text) > MAX_GRAMMAR_CHARACTERS:
             raise _wrong(f"{kind} has {len(text)} characters; at most {MAX_GRAMMAR_CHARACTERS}")
+
+    def _holds(self, kind: str) -> bool:
+        value = getattr(self, kind)
+        return value is not None and not (kind == "json_object" and value is False)
 
     @property
     def spelled(self) -> tuple[str, str]:

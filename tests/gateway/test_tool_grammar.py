@@ -35,6 +35,11 @@ ADDRESS = function("address", street={"type": "string", "pattern": "^[a-z]+$"})
 PLAIN = Tool.checked({"type": "function", "function": {"name": "plain"}})
 
 
+def open_function(**parameters: Any) -> Tool:
+    """A function whose schema leaves open whether there are further parameters."""
+    return Tool.checked({"type": "function", "function": {"name": "open", "parameters": parameters}})
+
+
 def call(name: str, arguments: str) -> str:
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
@@ -148,3 +153,24 @@ def test_functions_that_no_call_can_follow_are_refused(
 ) -> None:
     with pytest.raises(InvalidArgument):
         may_come(lark("required", function("f", a=schema)), "")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "arguments", "may"),
+    [
+        ({"properties": {"a": {"type": "integer"}}}, '{"a": 1}', True),
+        ({"properties": {"a": {"type": "integer"}}}, '{"a": 1, "b": 2}', False),
+        ({"properties": {}}, "{}", True),
+        ({"properties": {}}, '{"a": 1}', False),
+        ({}, '{"a": 1}', True),
+        ({"properties": {"a": {}}, "additionalProperties": True}, '{"a": 1, "b": 2}', True),
+        ({"properties": {"a": {"type": "integer"}}, "required": ["b"]}, '{"a": 1, "b": 2}', True),
+        ({"properties": {"a": {"type": "integer"}}, "anyOf": [{"required": ["b"]}]}, '{"a": 1, "b": 2}', True),
+    ],
+)
+def test_parameters_that_are_not_listed_come_only_where_the_schema_wants_some(
+    may_come: Callable[[str, str], bool], parameters: dict[str, Any], arguments: str, may: bool
+) -> None:
+    grammar = grammar_of([open_function(type="object", **parameters)], "required", parallel=False)
+    assert grammar is not None
+    assert may_come(grammar, call("open", arguments)) == may

@@ -17,6 +17,7 @@ from softprompt_api.registry.v1.registry_pb2 import ImportAdapterRequest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
+from softprompt_gateway.adapters.schema import Name
 from softprompt_gateway.caller import Caller
 from softprompt_gateway.disconnect import unless_gone
 from softprompt_gateway.documented import json_body
@@ -24,12 +25,12 @@ from softprompt_gateway.errors import fields_spelled
 from softprompt_gateway.gateway import Gateway
 from softprompt_gateway.validation import RequestModel
 
-Name = Annotated[str, Field(max_length=128)]
 Location = Annotated[
     str,
     Field(
         max_length=2048,
         description="a folder of the registry's machine, or owner/name of a repository of the hub, where allowed",
+        json_schema_extra={"pattern": "^(hf://|file:|/|[^/]+/[^/]+$)"},
     ),
 ]
 InPlace = Annotated[

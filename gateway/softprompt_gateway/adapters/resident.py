@@ -9,7 +9,9 @@ from softprompt_api.inference.v1.inference_pb2 import ResidentAdapter
 from softprompt_api.tenants import local_name
 from starlette.requests import Request
 
+from softprompt_gateway.adapters.answers import ResidentList
 from softprompt_gateway.caller import Caller
+from softprompt_gateway.documented import answered
 from softprompt_gateway.gateway import Gateway
 from softprompt_gateway.metrics import tier_name
 
@@ -22,7 +24,7 @@ def resident_router(gateway: Gateway) -> APIRouter:
     """The route, over one gateway's parts."""
     router = APIRouter(route_class=gateway.route(Scope.ADMIN))
 
-    @router.get("/v1/resident_adapters")
+    @router.get("/v1/resident_adapters", openapi_extra=answered(ResidentList))
     async def list_resident(request: Request, limit: Limit = 1000) -> dict[str, Any]:
         """List the adapters in memory, the most recently used first."""
         caller = Caller.of(request)

@@ -11,9 +11,9 @@ An adapter is registered in one of three ways:
 
 import re
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from softprompt_api.access import Scope
 from softprompt_api.audit import audited
 from softprompt_api.errors import InvalidArgument, SoftpromptError
@@ -29,6 +29,30 @@ from softprompt_api.registry.v1.registry_pb2 import (
 from softprompt_api.tenants import full_name, local_name
 from starlette.requests import Request
 
+from softprompt_gateway.adapters.answers import (
+    AdapterAnswer,
+    AdapterDeleted,
+    AdapterList,
+    AliasDeleted,
+    NearestTokens,
+    ShownAdapter,
+    VersionList,
+)
+from softprompt_gateway.adapters.parameters import (
+    PREFIX,
+    UPLOAD,
+    Alias,
+    AnyTask,
+    AnyVersion,
+    Name,
+    NamedVersion,
+    NameOrVersion,
+    PageSize,
+    PageToken,
+    Prefix,
+    TopK,
+    links,
+)
 from softprompt_gateway.adapters.schema import (
     AliasRequest,
     ImportRequest,
@@ -42,34 +66,13 @@ from softprompt_gateway.adapters.upload import register, whole
 from softprompt_gateway.body import body_chunks, check_encoding, content_length, discard
 from softprompt_gateway.caller import Caller
 from softprompt_gateway.disconnect import unless_gone
-from softprompt_gateway.documented import json_body
+from softprompt_gateway.documented import answered, json_body, link
 from softprompt_gateway.errors import Refused, fields_spelled
 from softprompt_gateway.gateway import Gateway
 
 REQUEST_MODELS = (RegisterRequest, ImportRequest, UpdateRequest, AliasRequest)
 # More than a name may hold would be taken for another tenant's.
-_PREFIX = re.compile(r"[a-z0-9._-]*\Z")
-PageSize = Annotated[int, Query(ge=1, le=1000, description="adapters in one page")]
-PageToken = Annotated[str, Query(max_length=1024, description="next_page_token of the page before")]
-TopK = Annotated[int, Query(ge=1, le=20, description="tokens for each virtual token")]
-Prefix = Annotated[str, Query(max_length=128, description="only names that start with this")]
-
-_UPLOAD_DOCUMENTATION: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-    },
-    "parameters": [
-        {"in": "header", "name": name, "required": required, "schema": {"type": "string"}, "description": text}
-        for name, required, text in (
-            ("x-adapter-config", True, "base64 of PEFT's adapter_config.json"),
-            ("x-adapter-sha256", True, "hex sha256 of the body"),
-            ("x-adapter-labels", False, "base64 of a JSON object of labels"),
-            ("x-adapter-base-model", False, "id of the base model the adapter is for"),
-            ("idempotency-key", False, "the same key with the same content answers with the same version"),
-        )
-    ],
-}
+_PREFIX = re.compile(rf"{PREFIX}\Z")
 
 
 def adapters_router(gateway: Gateway) -> APIRouter:
@@ -77,28 +80,55 @@ def adapters_router(gateway: Gateway) -> APIRouter:
     reads, writes = gateway.route(Scope.ADAPTERS_READ), gateway.route(Scope.ADAPTERS_WRITE)
     router = APIRouter(prefix="/v1/adapters", route_class=writes)
     routes = _Routes(gateway)
-    router.add_api_route("", routes.list_, methods=["GET"], route_class_override=reads)
+    version = answered(AdapterAnswer)
+    registered = answered(AdapterAnswer, 201, links=links("$response.body#/model", "$response.body#/name"))
+    listed = answered(AdapterList, links=links("$response.body#/data/0/model", "$response.body#/data/0/name"))
+    router.add_api_route("", routes.list_, methods=["GET"], openapi_extra=listed, route_class_override=reads)
     router.add_api_route(
         "",
         routes.register,
         methods=["POST"],
         status_code=201,
-        openapi_extra=json_body(RegisterRequest, ImportRequest),
+        openapi_extra=json_body(RegisterRequest, ImportRequest) | registered,
     )
-    router.add_api_route("/{adapter}", routes.show, methods=["GET"], route_class_override=reads)
     router.add_api_route(
-        "/{adapter}", routes.upload, methods=["POST"], status_code=201, openapi_extra=_UPLOAD_DOCUMENTATION
+        "/{adapter}",
+        routes.show,
+        methods=["GET"],
+        openapi_extra=answered(ShownAdapter),
+        route_class_override=reads,
     )
-    router.add_api_route("/{adapter}", routes.update, methods=["PATCH"], openapi_extra=json_body(UpdateRequest))
-    router.add_api_route("/{adapter}", routes.delete, methods=["DELETE"])
-    router.add_api_route("/{adapter}/versions", routes.versions, methods=["GET"], route_class_override=reads)
-    router.add_api_route("/{adapter}/probe", routes.probe, methods=["POST"])
     router.add_api_route(
-        "/{adapter}/nearest-tokens", routes.nearest_tokens, methods=["GET"], route_class_override=reads
+        "/{adapter}",
+        routes.upload,
+        methods=["POST"],
+        status_code=201,
+        openapi_extra=UPLOAD | registered,
+    )
+    router.add_api_route(
+        "/{adapter}", routes.update, methods=["PATCH"], openapi_extra=json_body(UpdateRequest) | version
+    )
+    router.add_api_route("/{adapter}", routes.delete, methods=["DELETE"], openapi_extra=answered(AdapterDeleted))
+    router.add_api_route(
+        "/{adapter}/versions",
+        routes.versions,
+        methods=["GET"],
+        openapi_extra=answered(VersionList),
+        route_class_override=reads,
+    )
+    router.add_api_route("/{adapter}/probe", routes.probe, methods=["POST"], openapi_extra=version)
+    router.add_api_route(
+        "/{adapter}/nearest-tokens",
+        routes.nearest_tokens,
+        methods=["GET"],
+        openapi_extra=answered(NearestTokens),
+        route_class_override=reads,
     )
     alias = "/{adapter}/aliases/{alias}"
-    router.add_api_route(alias, routes.set_alias, methods=["PUT"], openapi_extra=json_body(AliasRequest))
-    router.add_api_route(alias, routes.remove_alias, methods=["DELETE"])
+    named = {"adapter": "$request.path.adapter", "alias": "$request.path.alias"}
+    aliased = answered(AdapterAnswer, links={"remove": link("DELETE", f"/v1/adapters{alias}", **named)})
+    router.add_api_route(alias, routes.set_alias, methods=["PUT"], openapi_extra=json_body(AliasRequest) | aliased)
+    router.add_api_route(alias, routes.remove_alias, methods=["DELETE"], openapi_extra=answered(AliasDeleted))
     return router
 
 
@@ -128,14 +158,14 @@ class _Routes:
             "total_size": page.total_size,
         }
 
-    async def show(self, request: Request, adapter: str) -> dict[str, Any]:
+    async def show(self, request: Request, adapter: AnyVersion) -> dict[str, Any]:
         """Describe one version: `name`, `name@3`, `name@alias` or a digest."""
         caller = Caller.of(request)
         version = await self._version(caller, parse_adapter(adapter))
         return adapter_json(caller.told(version), with_config=True)
 
     async def versions(
-        self, request: Request, adapter: str, page_size: PageSize = 100, page_token: PageToken = ""
+        self, request: Request, adapter: Name, page_size: PageSize = 100, page_token: PageToken = ""
     ) -> dict[str, Any]:
         """List every version of one adapter, newest first, in pages."""
         caller = Caller.of(request)
@@ -168,7 +198,7 @@ class _Routes:
                 answer = await unless_gone(request, self._registry.import_adapter(call))
         return self._registered(caller, answer)
 
-    async def upload(self, request: Request, adapter: str) -> dict[str, Any]:
+    async def upload(self, request: Request, adapter: Name) -> dict[str, Any]:
         """Register an adapter from its tensor file; the next request can use it."""
         caller = Caller.of(request)
         check_encoding(request, "application/octet-stream")
@@ -189,7 +219,7 @@ class _Routes:
                 raise
         return self._registered(caller, answer)
 
-    async def probe(self, request: Request, adapter: str) -> dict[str, Any]:
+    async def probe(self, request: Request, adapter: AnyVersion) -> dict[str, Any]:
         """Measure what a version does to the next token of a few fixed prompts, and keep the result with it."""
         caller, ref = Caller.of(request), parse_adapter(adapter)
         with audited("adapter.probe", adapter=str(ref), **caller.facts()):
@@ -198,14 +228,14 @@ class _Routes:
         self._gateway.catalog.learn(version)
         return adapter_json(caller.told(version))
 
-    async def nearest_tokens(self, request: Request, adapter: str, top_k: TopK = 5) -> dict[str, Any]:
+    async def nearest_tokens(self, request: Request, adapter: AnyTask, top_k: TopK = 5) -> dict[str, Any]:
         """List the tokens of the vocabulary that are nearest to each virtual token."""
         caller, ref = Caller.of(request), parse_requested(adapter)
         version = await self._version(caller, ref.whole)
         answer = await unless_gone(request, self._inference.nearest_tokens(version, ref.task, top_k))
         return nearest_json(caller.told(version), answer)
 
-    async def update(self, request: Request, adapter: str) -> dict[str, Any]:
+    async def update(self, request: Request, adapter: NamedVersion) -> dict[str, Any]:
         """Change the labels of one version, or pin it: `name@3`, or what `name` or `name@alias` stands for."""
         caller, ref = Caller.of(request), parse_adapter(adapter)
         body = UpdateRequest.checked(await self._gateway.json(request))
@@ -214,7 +244,7 @@ class _Routes:
         self._gateway.catalog.learn(version)
         return adapter_json(caller.told(version))
 
-    async def set_alias(self, request: Request, adapter: str, alias: str) -> dict[str, Any]:
+    async def set_alias(self, request: Request, adapter: Name, alias: Alias) -> dict[str, Any]:
         """Make an alias of a name point to a version; `latest` too, which is a rollback."""
         caller = Caller.of(request)
         body = AliasRequest.checked(await self._gateway.json(request))
@@ -231,7 +261,7 @@ class _Routes:
         self._gateway.catalog.learn(version)
         return adapter_json(caller.told(version))
 
-    async def remove_alias(self, request: Request, adapter: str, alias: str) -> dict[str, Any]:
+    async def remove_alias(self, request: Request, adapter: Name, alias: Alias) -> dict[str, Any]:
         """Remove an alias of a name, not what it points to."""
         caller = Caller.of(request)
         with audited("alias.remove", adapter=shown(adapter), alias=shown(alias), **caller.facts()):
@@ -240,7 +270,7 @@ class _Routes:
         self._gateway.catalog.forget_alias(name, alias)
         return {"object": "alias.deleted", "id": f"{local_name(name)}@{alias}", "deleted": True}
 
-    async def delete(self, request: Request, adapter: str) -> dict[str, Any]:
+    async def delete(self, request: Request, adapter: NameOrVersion) -> dict[str, Any]:
         """Delete `name` with all its versions, or only `name@3`."""
         caller, asked = Caller.of(request), parse_adapter(adapter)
         if asked.digest or (asked.version is None and "@" in adapter):

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from google.protobuf.field_mask_pb2 import FieldMask
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 from softprompt_api.errors import AdapterInvalid, InvalidArgument
 from softprompt_api.inference.v1.inference_pb2 import NearestTokensResponse
 from softprompt_api.quality import Norms, Probe
@@ -29,19 +29,27 @@ from softprompt_gateway.validation import RequestModel
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Labels = Annotated[dict[str, str], Field(max_length=32)]
+# Told in the document, and checked by the registry.
+_LABEL_KEYS: dict[str, Any] = {"propertyNames": {"minLength": 1, "maxLength": 64}}
+_LABELS = _LABEL_KEYS | {"additionalProperties": {"type": "string", "maxLength": 256}}
+Name = Annotated[str, Field(max_length=128, json_schema_extra={"pattern": "^[a-z0-9][a-z0-9._-]*$"})]
+Labels = Annotated[dict[str, str], Field(max_length=32, json_schema_extra=_LABELS)]
+ChangedLabels = Annotated[dict[str, str | None], Field(max_length=32, json_schema_extra=_LABEL_KEYS)]
+Key = Annotated[str, Field(max_length=128, json_schema_extra={"pattern": "^([!-~][ -~]*)?$"})]
 Version = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class RegisterRequest(RequestModel):
     """Body of `POST /v1/adapters`: a whole adapter in JSON, for small ones."""
 
-    name: str = Field(max_length=128)
+    name: Name
     config: str | dict[str, Any] = Field(description="PEFT's adapter_config.json, as an object or its text")
-    tensors_base64: str = Field(description="adapter_model.safetensors in base64")
+    tensors_base64: str = Field(
+        description="adapter_model.safetensors in base64", json_schema_extra={"contentEncoding": "base64"}
+    )
     sha256: Sha256 | None = Field(None, description="of the tensor file; checked where given")
     labels: Labels | None = None
-    idempotency_key: Annotated[str, Field(max_length=128)] | None = Field(
+    idempotency_key: Key | None = Field(
         None, description="the same key with the same content answers with the same version"
     )
     base_model: Annotated[str, Field(max_length=512)] | None = Field(
@@ -82,12 +90,14 @@ class RegisterRequest(RequestModel):
 class ImportRequest(RequestModel):
     """Body of `POST /v1/adapters` with `source`: an adapter whose files the registry reads itself."""
 
-    name: str = Field(max_length=128)
+    name: Name
     source: str = Field(
-        max_length=2048, description="hf://owner/name, hf://owner/name@revision or file:///folder, where allowed"
+        max_length=2048,
+        description="hf://owner/name, hf://owner/name@revision or file:///folder, where allowed",
+        json_schema_extra={"pattern": "^(hf|file)://"},
     )
     labels: Labels | None = None
-    idempotency_key: Annotated[str, Field(max_length=128)] | None = Field(
+    idempotency_key: Key | None = Field(
         None, description="the same key with the same content answers with the same version"
     )
     base_model: Annotated[str, Field(max_length=512)] | None = Field(
@@ -114,9 +124,16 @@ class UploadLabels(RequestModel):
 class UpdateRequest(RequestModel):
     """Body of `PATCH /v1/adapters/{adapter}`: what is not in it stays as it is."""
 
-    labels: Annotated[dict[str, str | None], Field(max_length=32)] | None = Field(
-        None, description="labels to set; null removes one, others stay"
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"properties": {"labels": {"type": "object", "minProperties": 1}}, "required": ["labels"]},
+                {"properties": {"pinned": {"type": "boolean"}}, "required": ["pinned"]},
+            ]
+        }
     )
+
+    labels: ChangedLabels | None = Field(None, description="labels to set; null removes one, others stay")
     pinned: bool | None = Field(None, description="whether the version is kept from deletion")
 
     def call(self, adapter: str) -> UpdateAdapterRequest:

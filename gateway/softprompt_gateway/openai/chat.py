@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.params import MAX_LOGPROBS
 
 from softprompt_gateway.errors import Refused
+from softprompt_gateway.openai import schemas
 from softprompt_gateway.openai.completions import check_choices
-from softprompt_gateway.openai.fields import Count, GenerationFields, refuse
+from softprompt_gateway.openai.fields import Count, GenerationFields, Unserved, refuse
 from softprompt_gateway.openai.generation import Choice, finish_reason, stop_reason
 from softprompt_gateway.openai.logprobs import chat_logprobs
 from softprompt_gateway.openai.parts import Content, Parts, say
@@ -53,6 +54,8 @@ class CalledTool(RequestModel):
 class Message(RequestModel):
     """One turn. What an answer's own message holds may be sent back as it came."""
 
+    model_config = ConfigDict(json_schema_extra=schemas.MESSAGE)
+
     role: Literal["developer", "system", "user", "assistant", "tool"]
     content: Content | None = Field(None, description="needed, but beside tool_calls")
     name: Annotated[str, Field(max_length=64)] | None = None
@@ -62,10 +65,10 @@ class Message(RequestModel):
     tool_calls: Annotated[list[CalledTool], Field(max_length=MAX_TOOLS)] | None = Field(
         None, description="calls that an assistant made"
     )
-    refusal: Any = Field(None, description="accepted where empty")
-    annotations: Any = Field(None, description="accepted where empty")
-    audio: Any = Field(None, description="accepted where empty")
-    function_call: Any = Field(None, description="not supported")
+    refusal: Unserved = Field(None, description="accepted where empty")
+    annotations: Unserved = Field(None, description="accepted where empty")
+    audio: Unserved = Field(None, description="accepted where empty")
+    function_call: Unserved = Field(None, description="not supported")
 
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> "Message":
@@ -96,7 +99,7 @@ class Message(RequestModel):
 class ChatFields(RequestModel):
     """A conversation and how the chat template treats it."""
 
-    messages: Annotated[list[Message], Field(max_length=_MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(max_length=_MAX_MESSAGES, json_schema_extra={"minItems": 1})]
     add_generation_prompt: bool | None = Field(
         None, description="default true, unless the last message is continued"
     )
@@ -144,14 +147,14 @@ class ChatRequest(ChatFields, GenerationFields):
         None, description='"auto" (default with tools), "none", "required", or the function that must be called'
     )
     parallel_tool_calls: bool | None = Field(None, description="whether several calls may come; default true")
-    functions: Any = Field(None, description="not supported")
-    function_call: Any = Field(None, description='only "none"')
-    modalities: Any = Field(None, description='only ["text"]')
-    audio: Any = Field(None, description="not supported")
-    prediction: Any = Field(None, description="not supported")
-    reasoning_effort: Any = Field(None, description="not supported")
-    web_search_options: Any = Field(None, description="not supported")
-    add_special_tokens: Any = Field(None, description="only false: the chat template writes special tokens")
+    functions: Unserved = Field(None, description="not supported")
+    function_call: Annotated[Any, schemas.unserved("none")] = Field(None, description='only "none"')
+    modalities: Annotated[Any, schemas.unserved(["text"])] = Field(None, description='only ["text"]')
+    audio: Unserved = Field(None, description="not supported")
+    prediction: Unserved = Field(None, description="not supported")
+    reasoning_effort: Unserved = Field(None, description="not supported")
+    web_search_options: Unserved = Field(None, description="not supported")
+    add_special_tokens: Unserved = Field(None, description="only false: the chat template writes special tokens")
 
     @field_validator("functions", "audio", "prediction", "reasoning_effort", "web_search_options")
     @classmethod

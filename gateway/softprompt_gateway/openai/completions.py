@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, TypeGuard
 
-from pydantic import Field, PlainValidator, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, PlainValidator, field_validator, model_validator
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.params import MAX_LOGPROBS, MAX_N, MAX_TOKENS_LIMIT, SamplingParams
 
-from softprompt_gateway.openai.fields import GenerationFields, refuse
+from softprompt_gateway.openai import schemas
+from softprompt_gateway.openai.fields import GenerationFields, Unserved, refuse
 from softprompt_gateway.openai.generation import Choice, finish_reason, stop_reason
 from softprompt_gateway.openai.logprobs import EchoedText, completion_logprobs, echoed_logprobs, prompt_logprobs
-from softprompt_gateway.openai.parts import PARTS_SCHEMA, Parts, parse_parts
+from softprompt_gateway.openai.parts import PROMPT_PARTS_SCHEMA, Parts, parse_parts
 from softprompt_gateway.openai.style import Style
 from softprompt_gateway.resolve import Target
 from softprompt_gateway.session import Delta
@@ -68,22 +69,10 @@ def _ids(value: list[Any]) -> list[int]:
     return value
 
 
-_PROMPT_SCHEMA = {
-    "anyOf": [
-        {"type": "string", "minLength": 1},
-        {"type": "array", "items": {"type": "string"}, "minItems": 1},
-        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
-        {"type": "array", "items": {"type": "array", "items": {"type": "integer", "minimum": 0}}, "minItems": 1},
-        {**PARTS_SCHEMA},
-        {"type": "array", "items": {**PARTS_SCHEMA}, "minItems": 1},
-    ]
-}
-
-
 class CompletionRequest(GenerationFields):
     """Body of `POST /v1/completions`."""
 
-    prompt: Annotated[list[Prompt], PlainValidator(parse_prompts), WithJsonSchema(_PROMPT_SCHEMA)]
+    prompt: Annotated[list[Prompt], PlainValidator(parse_prompts), schemas.prompts(PROMPT_PARTS_SCHEMA)]
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS_LIMIT)] | None = Field(
         None, description=f"default {DEFAULT_MAX_TOKENS}; 0 with echo or prompt_logprobs"
     )
@@ -95,7 +84,7 @@ class CompletionRequest(GenerationFields):
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
         None, description="log-probabilities of the prompt, as vLLM gives them"
     )
-    suffix: Any = Field(None, description="not supported")
+    suffix: Unserved = Field(None, description="not supported")
     add_special_tokens: bool | None = Field(None, description="default true; text prompts only")
 
     @field_validator("suffix")

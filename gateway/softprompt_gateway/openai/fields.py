@@ -12,6 +12,7 @@ from softprompt_api.names import shown
 from softprompt_api.params import MAX_LOGIT_BIAS, MAX_N, MAX_TOKENS_LIMIT, SamplingParams
 from softprompt_api.structured import FIELD as STRUCTURED
 
+from softprompt_gateway.openai import schemas
 from softprompt_gateway.openai.structured import OLD_NAMES, Form, check_members, form_of, grammar_message
 from softprompt_gateway.validation import RequestModel
 
@@ -28,6 +29,7 @@ TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS_LIMIT)]
 # Room for as many digests as go together.
 Model = Annotated[str, Field(max_length=2048)]
 Adapters = Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=MAX_ADAPTERS)]
+LogitBias = Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS, json_schema_extra=schemas.LOGIT_BIAS)]
 
 
 def _as_list(value: object) -> object:
@@ -43,11 +45,12 @@ def _check_bias_keys(value: dict[str, float]) -> dict[str, float]:
 
 def refuse(field: str, value: object, *, because: str = "is not supported") -> None:
     """Raise Unsupported where a field that we do not serve holds something that would change the answer."""
-    if value not in (None, False, "", [], {}):
+    if value is not False and value not in (None, "", [], {}):  # 0 equals False, and is not empty
         raise Unsupported(f"{field} {because}", field=field)
 
 
-StopStrings = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
+Unserved = Annotated[Any, schemas.unserved()]
+StopStrings = Annotated[list[str], BeforeValidator(_as_list), schemas.STOP]
 
 
 class StreamOptions(RequestModel):
@@ -73,30 +76,38 @@ class GenerationFields(RequestModel):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)] | None = None
+    logit_bias: LogitBias | None = None
     stop: StopStrings | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(json_schema_extra=schemas.STOP_TOKEN_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS_LIMIT)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = Field(None, description="add the token ids of prompt and choices")
-    structured_outputs: dict[str, Any] | None = Field(
+    structured_outputs: Annotated[dict[str, Any], schemas.STRUCTURED_OUTPUTS] | None = Field(
         None, description="what the output must be: one of json, regex, choice, grammar, json_object"
     )
-    guided_json: Any = Field(None, description="older name of structured_outputs.json")
-    guided_regex: Any = Field(None, description="older name of structured_outputs.regex")
-    guided_choice: Any = Field(None, description="older name of structured_outputs.choice")
-    guided_grammar: Any = Field(None, description="older name of structured_outputs.grammar")
+    guided_json: Annotated[Any, schemas.member("json")] = Field(
+        None, description="older name of structured_outputs.json"
+    )
+    guided_regex: Annotated[Any, schemas.member("regex")] = Field(
+        None, description="older name of structured_outputs.regex"
+    )
+    guided_choice: Annotated[Any, schemas.member("choice")] = Field(
+        None, description="older name of structured_outputs.choice"
+    )
+    guided_grammar: Annotated[Any, schemas.member("grammar")] = Field(
+        None, description="older name of structured_outputs.grammar"
+    )
     guided_decoding_backend: Any = Field(None, description="accepted, without effect")
-    guided_whitespace_pattern: Any = Field(None, description="not supported")
+    guided_whitespace_pattern: Unserved = Field(None, description="not supported")
 
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
         None, description="share KV only with requests that have the same"
     )
 
-    typical_p: Any = Field(None, description="only 1")
-    truncate_prompt_tokens: Any = Field(None, description="not supported")
+    typical_p: Annotated[Any, schemas.only(1)] = Field(None, description="only 1")
+    truncate_prompt_tokens: Unserved = Field(None, description="not supported")
 
     user: Any = Field(None, description="accepted, without effect")
     metadata: Any = Field(None, description="accepted, without effect")
@@ -107,7 +118,7 @@ class GenerationFields(RequestModel):
 
     @field_validator("typical_p")
     @classmethod
-    def _only_one(cls, value: object) -> None:
+    def _only_typical_one(cls, value: object) -> None:
         if value is not None and not (type(value) in (int, float) and value == 1):
             raise Unsupported("typical_p other than 1 is not supported", field="typical_p")
 

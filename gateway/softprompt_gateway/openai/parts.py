@@ -11,6 +11,7 @@ from softprompt_api.errors import InvalidArgument, Unsupported
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.names import shown
 
+from softprompt_gateway.openai import schemas
 from softprompt_gateway.validation import RequestModel
 
 
@@ -127,11 +128,11 @@ def say(message: pb.ChatMessage, content: str | Parts, digests: Mapping[str, str
         message.content = content
 
 
-PARTS_SCHEMA: Mapping[str, Any] = {
+PARTS_SCHEMA: dict[str, Any] = {
     "type": "array",
-    "minItems": 1,
     "items": {"anyOf": [TextPart.model_json_schema(), SoftPromptPart.model_json_schema()]},
 }
+PROMPT_PARTS_SCHEMA = PARTS_SCHEMA | schemas.SOME_TEXT
 Content = Annotated[
-    str | Parts, PlainValidator(_content), WithJsonSchema({"anyOf": [{"type": "string"}, {**PARTS_SCHEMA}]})
+    str | Parts, PlainValidator(_content), WithJsonSchema({"anyOf": [{"type": "string"}, PARTS_SCHEMA]})
 ]

@@ -15,11 +15,23 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from softprompt_gateway.caller import Caller
 from softprompt_gateway.disconnect import unless_gone
-from softprompt_gateway.documented import json_body
+from softprompt_gateway.documented import answered, generated, json_body, link
 from softprompt_gateway.errors import Refused, fields_spelled
 from softprompt_gateway.gateway import Gateway
 from softprompt_gateway.guard import GuardedRoute
 from softprompt_gateway.openai.answering import Answering
+from softprompt_gateway.openai.answers import (
+    ChatChunk,
+    ChatCompletion,
+    Completion,
+    CompletionChunk,
+    Detokenized,
+    ModelCard,
+    ModelList,
+    ResponseAnswer,
+    ResponseEvent,
+    Tokenized,
+)
 from softprompt_gateway.openai.chat import ChatRequest, ChatStyle
 from softprompt_gateway.openai.completions import CompletionRequest, CompletionStyle
 from softprompt_gateway.openai.fields import GenerationFields
@@ -60,25 +72,29 @@ def openai_router(gateway: Gateway) -> APIRouter:
     answers_itself = gateway.route(Scope.INFER, _PlainRoute)
     router = APIRouter(route_class=infers)
     routes = _Routes(gateway)
-    for path, handler, models, kind in (
-        ("/v1/completions", routes.complete, (CompletionRequest,), answers_itself),
-        ("/v1/chat/completions", routes.chat, (ChatRequest,), answers_itself),
-        ("/v1/responses", routes.respond, (ResponsesRequest,), answers_itself),
-        ("/tokenize", routes.tokenize, (TokenizeCompletionRequest, TokenizeChatRequest), infers),
-        ("/detokenize", routes.detokenize, (DetokenizeRequest,), infers),
+    completes, chats = generated(Completion, CompletionChunk), generated(ChatCompletion, ChatChunk)
+    responds, tokenizes = generated(ResponseAnswer, ResponseEvent), answered(Tokenized)
+    for path, handler, models, answer, kind in (
+        ("/v1/completions", routes.complete, (CompletionRequest,), completes, answers_itself),
+        ("/v1/chat/completions", routes.chat, (ChatRequest,), chats, answers_itself),
+        ("/v1/responses", routes.respond, (ResponsesRequest,), responds, answers_itself),
+        ("/tokenize", routes.tokenize, (TokenizeCompletionRequest, TokenizeChatRequest), tokenizes, infers),
+        ("/detokenize", routes.detokenize, (DetokenizeRequest,), answered(Detokenized), infers),
     ):
         router.add_api_route(
             path,
             handler,
             methods=["POST"],
-            openapi_extra=json_body(*models),
+            openapi_extra=json_body(*models) | answer,
             response_class=JSONResponse,
             route_class_override=kind,
         )
     router.add_api_route("/v1/responses/{id_}", routes.stored_response, methods=["GET"])
     router.add_api_route("/v1/responses/{id_}", routes.delete_response, methods=["DELETE"])
-    router.add_api_route("/v1/models", routes.models, methods=["GET"])
-    router.add_api_route("/v1/models/{id_:path}", routes.model, methods=["GET"])
+    one = "/v1/models/{id_}"
+    lists = answered(ModelList, links={"first": link("GET", one, id_="$response.body#/data/0/id")})
+    router.add_api_route("/v1/models", routes.models, methods=["GET"], openapi_extra=lists)
+    router.add_api_route("/v1/models/{id_:path}", routes.model, methods=["GET"], openapi_extra=answered(ModelCard))
     return router
 
 

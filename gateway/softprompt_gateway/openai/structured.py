@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.names import shown
 from softprompt_api.structured import FIELD, KINDS, StructuredOutputsParams
 
 from softprompt_gateway.errors import Refused, fields_spelled
+from softprompt_gateway.openai import schemas
 from softprompt_gateway.validation import RequestModel, check_name
 
 # vLLM's names before `structured_outputs` → the member that means the same.
@@ -80,7 +81,7 @@ def grammar_message(params: StructuredOutputsParams | None) -> pb.Grammar | None
 class JsonSchema(RequestModel):
     """A schema with a name, as OpenAI spells it."""
 
-    name: str
+    name: str = Field(json_schema_extra=schemas.NAME)
     description: Annotated[str, Field(max_length=1024)] | None = Field(None, description="without effect")
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = Field(None, description="without effect: the schema always holds")
@@ -93,6 +94,8 @@ class JsonSchema(RequestModel):
 
 class ResponseFormat(RequestModel):
     """What the output must be, as OpenAI spells it."""
+
+    model_config = ConfigDict(json_schema_extra=schemas.RESPONSE_FORMAT)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None

@@ -8,12 +8,12 @@ from softprompt_api.inference.v1 import inference_pb2 as pb
 
 from softprompt_gateway.openai.chat import ChatFields
 from softprompt_gateway.openai.completions import as_prompt, parse_prompt
-from softprompt_gateway.openai.fields import Adapters, Model, TokenId, refuse
-from softprompt_gateway.openai.parts import PARTS_SCHEMA, Parts
+from softprompt_gateway.openai.fields import Adapters, Model, TokenId, Unserved, refuse
+from softprompt_gateway.openai.parts import PROMPT_PARTS_SCHEMA, Parts
 from softprompt_gateway.resolve import Target
 from softprompt_gateway.validation import RequestModel
 
-_PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, {**PARTS_SCHEMA}]}
+_PROMPT_SCHEMA = {"anyOf": [{"type": "string"}, PROMPT_PARTS_SCHEMA]}
 
 
 class TokenizeCompletionRequest(RequestModel):
@@ -49,7 +49,7 @@ class TokenizeChatRequest(ChatFields):
 
     model: Model | None = Field(None, description="default: the base model")
     adapters: Adapters | None = Field(None, description="adapters, where model is the base model's id")
-    add_special_tokens: Any = Field(None, description="only false: the chat template writes special tokens")
+    add_special_tokens: Unserved = Field(None, description="only false: the chat template writes special tokens")
     return_token_strs: bool | None = None
 
     @model_validator(mode="after")

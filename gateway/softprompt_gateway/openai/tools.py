@@ -17,9 +17,17 @@ from softprompt_api.errors import InvalidArgument
 from softprompt_api.names import shown
 from softprompt_api.structured import JSON_WHITESPACE, MAX_GRAMMAR_CHARACTERS, check_object
 
+from softprompt_gateway.openai import schemas
 from softprompt_gateway.openai.fields import refuse
 from softprompt_gateway.validation import RequestModel, check_name
 
+# Keywords of a schema by which an object may have, or need, properties that it does not list.
+_MAY_ALLOW_MORE = frozenset(
+    [
+        *("additionalProperties", "patternProperties", "unevaluatedProperties", "propertyNames", "minProperties"),
+        *("allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "$ref"),
+    ]
+)
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"
 MAX_TOOLS = 128
 # For the compiler of the grammar, in the schema that it compiles.
@@ -29,9 +37,9 @@ _OPTIONS = {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}}
 class Function(RequestModel):
     """A function that may be called."""
 
-    name: str
+    name: str = Field(json_schema_extra=schemas.NAME)
     description: str | None = None
-    parameters: dict[str, Any] | None = Field(
+    parameters: Annotated[dict[str, Any], Field(json_schema_extra=schemas.PARAMETERS)] | None = Field(
         None, description="JSON Schema of its arguments; default: any object"
     )
     strict: bool | None = Field(None, description="a call follows the schema even where none must come")
@@ -54,8 +62,17 @@ class Function(RequestModel):
 
     @property
     def schema_of_arguments(self) -> dict[str, Any]:
-        """What a call must hold; an empty schema, which allows anything, means any object."""
-        return {"type": "object", **(self.parameters or {})}
+        """What a call must hold: an object.
+
+        Where its schema lists parameters and leaves open whether there are more, there are none: a small model
+        would go on with what the function does not take.
+        """
+        schema: dict[str, Any] = {"type": "object", **(self.parameters or {})}
+        listed, required = schema.get("properties"), schema.get("required", [])
+        if not isinstance(listed, dict) or not isinstance(required, list) or _MAY_ALLOW_MORE & schema.keys():
+            return schema
+        are_listed = all(isinstance(name, str) and name in listed for name in required)
+        return {**schema, "additionalProperties": False} if are_listed else schema
 
 
 class Tool(RequestModel):

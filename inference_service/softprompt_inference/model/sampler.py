@@ -28,6 +28,8 @@ from softprompt_inference.model.transfer import Download, upload, upload_bytes
 NOT_FINITE = "the model's logits are not finite"
 # Below this, dividing by the temperature would overflow: the row is greedy.
 _LEAST_TEMPERATURE = 1e-5
+# Below this, dividing by the repetition penalty would overflow; it draws to what was seen all the same.
+_LEAST_PENALTY = 1e-5
 
 
 def sample(logits: Tensor, samples: Sequence[Sample]) -> list[Sampled]:
@@ -133,7 +135,8 @@ def _edit(row: Tensor, s: Sample) -> None:
     if p.repetition_penalty != 1.0:
         seen = _ids({*s.prompt_ids, *s.output_ids}, row)
         old = row[seen]
-        row[seen] = torch.where(old > 0, old / p.repetition_penalty, old * p.repetition_penalty)
+        penalty = max(p.repetition_penalty, _LEAST_PENALTY)
+        row[seen] = torch.where(old > 0, old / penalty, old * penalty)
     if s.output_ids and (p.frequency_penalty or p.presence_penalty):
         ids, counts = torch.unique(_ids(s.output_ids, row), return_counts=True)
         row[ids] -= p.frequency_penalty * counts + p.presence_penalty

@@ -115,6 +115,14 @@ def test_a_ban_outweighs_a_bias() -> None:
     assert one([0.0, 0.0], ask(temperature=0.0, logit_bias={1: 100.0}, banned_ids=(1,))).token_id == 0
 
 
+@pytest.mark.parametrize("penalty", [1e-4, 1e-30, 5e-324])
+def test_however_small_a_repetition_penalty_is_there_is_a_choice(penalty: float) -> None:
+    logits = torch.tensor([[3.0, 2.0, -1.0, -2.0]])
+    s = ask(temperature=0.0, repetition_penalty=penalty, prompt_ids=(2,), output_ids=(1,))
+    [sampled] = sample(logits, [s])
+    assert (sampled.error, sampled.token_id) == ("", 1)
+
+
 def test_repetition_penalty_divides_what_is_likely_and_multiplies_what_is_not() -> None:
     # 4 / 2 = 2 for the prompt's token, −1 · 2 = −2 for the output's.
     s = ask(temperature=0.0, repetition_penalty=2.0, prompt_ids=(0, 0), output_ids=(1,))

@@ -11,10 +11,12 @@ from softprompt_api.names import shown
 from softprompt_api.params import MAX_LOGPROBS, SamplingParams
 from softprompt_api.structured import FIELD as STRUCTURED
 
+from softprompt_gateway.openai import schemas
 from softprompt_gateway.openai.fields import (
     Count,
     GenerationFields,
     StreamOptions,
+    Unserved,
     refuse,
 )
 from softprompt_gateway.openai.responses.items import Input, conversation, soft_prompts
@@ -71,7 +73,7 @@ class TextOptions(RequestModel):
     """How the text is to be."""
 
     format: TextFormat | None = None
-    verbosity: Any = Field(None, description='only "medium"')
+    verbosity: Annotated[Any, schemas.only("medium")] = Field(None, description='only "medium"')
 
     @field_validator("verbosity")
     @classmethod
@@ -84,7 +86,7 @@ class TextOptions(RequestModel):
 class ResponseStreamOptions(StreamOptions):
     """How to stream a response; the usage always comes."""
 
-    include_obfuscation: Any = Field(None, description="only false")
+    include_obfuscation: Unserved = Field(None, description="only false")
 
     @field_validator("include_obfuscation")
     @classmethod
@@ -118,25 +120,25 @@ class ResponsesRequest(GenerationFields):
     include: Annotated[list[str], Field(max_length=16)] | None = Field(None, description=f'only "{_LOGPROBS}"')
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     stream_options: ResponseStreamOptions | None = None
-    n: Any = Field(None, description="only 1")
-    truncation: Any = Field(None, description='only "disabled"')
+    n: Annotated[Any, schemas.only(1)] = Field(None, description="only 1")
+    truncation: Annotated[Any, schemas.only("disabled")] = Field(None, description='only "disabled"')
     metadata: Metadata | None = Field(None, description="repeated in the answer")
     user: str | None = Field(None, description="repeated in the answer")
     safety_identifier: str | None = Field(None, description="repeated in the answer")
     prompt_cache_key: str | None = Field(None, description="repeated in the answer")
-    previous_response_id: Any = Field(None, description="not supported: nothing is stored")
-    conversation: Any = Field(None, description="not supported: nothing is stored")
-    background: Any = Field(None, description="not supported")
-    background_options: Any = Field(None, description="not supported")
-    prompt: Any = Field(None, description="not supported")
-    reasoning: Any = Field(None, description="not supported")
-    max_tool_calls: Any = Field(None, description="not supported")
-    access_programs: Any = Field(None, description="not supported")
-    context_management: Any = Field(None, description="not supported")
-    image: Any = Field(None, description="not supported")
-    moderation: Any = Field(None, description="not supported")
-    prompt_cache_options: Any = Field(None, description="not supported")
-    prompt_cache_retention: Any = Field(None, description="not supported")
+    previous_response_id: Unserved = Field(None, description="not supported: nothing is stored")
+    conversation: Unserved = Field(None, description="not supported: nothing is stored")
+    background: Unserved = Field(None, description="not supported")
+    background_options: Unserved = Field(None, description="not supported")
+    prompt: Unserved = Field(None, description="not supported")
+    reasoning: Unserved = Field(None, description="not supported")
+    max_tool_calls: Unserved = Field(None, description="not supported")
+    access_programs: Unserved = Field(None, description="not supported")
+    context_management: Unserved = Field(None, description="not supported")
+    image: Unserved = Field(None, description="not supported")
+    moderation: Unserved = Field(None, description="not supported")
+    prompt_cache_options: Unserved = Field(None, description="not supported")
+    prompt_cache_retention: Unserved = Field(None, description="not supported")
 
     @field_validator(*_NOT_SUPPORTED)
     @classmethod
