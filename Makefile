@@ -8,6 +8,8 @@ DEMOS := $(foreach name,tweet_adapter sms_spam sql_adapter,$(if $(wildcard examp
 # Further arguments of softprompt run, such as ARGS="--port 8000".
 ARGS ?=
 PYTEST_ARGS ?=
+# Tests mostly wait for processes that they start; each of these has models of its own in memory, some 2 GB.
+TEST_PROCESSES ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help install run test test-gpu chaos conformance bench bench-gpu lint format check protos light-install clean
@@ -42,7 +44,7 @@ run: install
 	$(BIN)/softprompt run --data-dir $(DATA_DIR) $(if $(DEMOS),--prompt-adapters $(DEMOS)) $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -m "not gpu and not chaos and not conformance" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not chaos and not conformance" -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 chaos: install
 	$(BIN)/python -m pytest -m chaos $(PYTEST_ARGS)

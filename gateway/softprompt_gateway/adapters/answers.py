@@ -130,6 +130,7 @@ class ResidentAdapter(AnswerModel):
 
     object: Literal["resident_adapter"]
     model: str
+    replica: str
     digest: str
     tier: Literal["device", "host"]
     size_bytes: int
