@@ -55,6 +55,7 @@ def test_variables_that_run_reads_do_not_reach_the_services(monkeypatch: pytest.
                 "inference_address": "127.0.0.1:2,127.0.0.1:4",
                 "require_keys": True,
                 "insecure": False,
+                "unknown_fields": "warn",
                 "limits_redis_url": "redis://elsewhere",
             },
         ),
@@ -96,6 +97,7 @@ def test_every_service_reads_what_it_is_given(
             "share": False,
             "native_kernels": False,
             "require_keys": True,
+            "unknown_fields": "warn",
             "redis_url": "redis://elsewhere",
         }
     )

@@ -47,6 +47,7 @@ class RunOptions(BaseModel):
     tls_key: str | None = Field(default=None, min_length=1, validate_default=True)
     require_keys: bool = False
     insecure: bool = False
+    unknown_fields: Literal["error", "warn"] | None = None
     registry_port: Port = 2243
     inference_port: Port = 2244
     replicas: int = Field(default=1, ge=1, le=64)

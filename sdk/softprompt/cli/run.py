@@ -93,6 +93,14 @@ def run(
         bool | None,
         typer.Option(envvar="SOFTPROMPT_INSECURE", help="ask for no API key, also beyond this machine"),
     ] = None,
+    unknown_fields: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SOFTPROMPT_UNKNOWN_FIELDS",
+            metavar="error|warn",
+            help="unknown fields of requests: refuse them (error), or leave them out and log their names (warn)",
+        ),
+    ] = None,
     data_dir: Annotated[
         str | None,
         typer.Option(envvar="SOFTPROMPT_DATA_DIR", help="keeps adapters and logs; ~/.local/share/softprompt"),

@@ -145,6 +145,7 @@ def _gateway(options: RunOptions, addresses: Addresses) -> dict[str, object]:
         "SOFTPROMPT_GATEWAY_TLS_KEY": options.tls_key,
         "SOFTPROMPT_GATEWAY_REQUIRE_KEYS": options.require_keys,
         "SOFTPROMPT_GATEWAY_INSECURE": options.insecure,
+        "SOFTPROMPT_GATEWAY_UNKNOWN_FIELDS": options.unknown_fields,
         # The embedded store is this system's alone, and so is its one gateway: it counts by itself.
         "SOFTPROMPT_GATEWAY_LIMITS_REDIS_URL": options.redis_url,
         "SOFTPROMPT_GATEWAY_GRACE_S": GRACE_S / 2,
