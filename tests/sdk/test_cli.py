@@ -35,7 +35,7 @@ def softprompt(*arguments: str, **environment: str) -> subprocess.CompletedProce
             ["run", "--lora-modules", "a=x", "--prompt-adapters", "a=y"],
             "--lora-modules: 'a' is the name of a soft",
         ),
-        (["run", "--max-loras", "0"], "--max-loras: Input should be greater than or equal to 1"),
+        (["run", "--max-loras=-1"], "--max-loras: Input should be greater than or equal to 0"),
         (["run", "--config", "/no/such.yaml"], "cannot read the config file /no/such.yaml"),
         (["run", "--redis-url", ""], "--redis-url"),
         (["serve", "nothing"], "Invalid value"),
