@@ -61,7 +61,9 @@ def test_nothing_is_gained_on_a_cpu(lab: Any, llama: Path) -> None:
     assert activation.find(load(llama)) == []
 
 
-@pytest.mark.parametrize("act_fn", [nn.SiLU(), F.silu, nn.GELU(approximate="tanh")], ids=str)
+@pytest.mark.parametrize(
+    "act_fn", [nn.SiLU(), F.silu, nn.GELU(approximate="tanh")], ids=["SiLU", "silu", "GELU(tanh)"]
+)
 def test_activations_are_known_by_their_values(act_fn: Any) -> None:
     [swap] = activation.find(nn.Sequential(MLP(act_fn)), everywhere=True)
     assert verify(swap)
