@@ -21,7 +21,6 @@ from tenacity import (
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_REPEATED = (redis.exceptions.ConnectionError, OSError)
 _LOST = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError)
 
 
@@ -74,16 +73,13 @@ def reads(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutin
 
     @wraps(function)
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type((redis.exceptions.ConnectionError, OSError)),
+            stop=stop_after_attempt(3) | stop_after_delay(0.5),
+            wait=wait_random_exponential(multiplier=0.05, max=0.4),
+            reraise=True,
+        )
         async with store_errors():
-            try:
-                return await function(*args, **kwargs)
-            except _REPEATED:  # here, for to ask tenacity takes as long as some answers do
-                retrying = AsyncRetrying(
-                    retry=retry_if_exception_type(_REPEATED),
-                    stop=stop_after_attempt(2) | stop_after_delay(0.5),
-                    wait=wait_random_exponential(multiplier=0.05, max=0.4),
-                    reraise=True,
-                )
-                return await retrying(function, *args, **kwargs)
+            return await retrying(function, *args, **kwargs)
 
     return call

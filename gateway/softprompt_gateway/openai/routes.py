@@ -89,8 +89,10 @@ def openai_router(gateway: Gateway) -> APIRouter:
             response_class=JSONResponse,
             route_class_override=kind,
         )
-    router.add_api_route("/v1/responses/{id_}", routes.stored_response, methods=["GET"])
-    router.add_api_route("/v1/responses/{id_}", routes.delete_response, methods=["DELETE"])
+    for method, handler in (("GET", routes.stored_response), ("DELETE", routes.delete_response)):
+        router.add_api_route(
+            "/v1/responses/{id_}", handler, methods=[method], openapi_extra=answered(ResponseAnswer)
+        )
     one = "/v1/models/{id_}"
     lists = answered(ModelList, links={"first": link("GET", one, id_="$response.body#/data/0/id")})
     router.add_api_route("/v1/models", routes.models, methods=["GET"], openapi_extra=lists)
