@@ -89,10 +89,9 @@ def openai_router(gateway: Gateway) -> APIRouter:
             response_class=JSONResponse,
             route_class_override=kind,
         )
-    for method, handler in (("GET", routes.stored_response), ("DELETE", routes.delete_response)):
-        router.add_api_route(
-            "/v1/responses/{id_}", handler, methods=[method], openapi_extra=answered(ResponseAnswer)
-        )
+    one, stored = "/v1/responses/{id_}", answered(ResponseAnswer)
+    router.add_api_route(one, routes.stored_response, methods=["GET"], openapi_extra=stored)
+    router.add_api_route(one, routes.delete_response, methods=["DELETE"], openapi_extra=stored)
     one = "/v1/models/{id_}"
     lists = answered(ModelList, links={"first": link("GET", one, id_="$response.body#/data/0/id")})
     router.add_api_route("/v1/models", routes.models, methods=["GET"], openapi_extra=lists)
