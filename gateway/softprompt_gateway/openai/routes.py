@@ -180,7 +180,7 @@ class _Routes:
 
     async def respond(self, request: Request) -> Response:
         """Answer an input, in the shape of OpenAI's Responses API."""
-        body = ResponsesRequest.checked(await self._gateway.json(request))
+        body = await self._gateway.body(request, ResponsesRequest)
         return await unless_gone(request, self._respond(body, request))
 
     async def _respond(self, body: ResponsesRequest, request: Request) -> Response:
