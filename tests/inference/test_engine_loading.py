@@ -91,3 +91,18 @@ def test_one_that_a_request_waits_for_is_dropped_after_that_request(fakes) -> No
     assert runner.loras == {0: "sha256:x"}
     assert told(engine.step()) == [("0", "")]
     assert runner.loras == {}
+
+
+def test_one_that_is_dropped_and_then_fails_leaves_nothing_to_drop(fakes) -> None:
+    runner, engine = begin(fakes, max_loras=1)
+    engine.handle(fakes.request("0", [1], lora="x"))
+    engine.handle(DropAdapter(digest="sha256:x"))
+    runner.load_error = AdapterInvalid("not of this model")
+    finished = []
+    while engine.has_work:
+        finished += told(engine.step())
+        engine.check()
+    assert finished == [("0", "ADAPTER_INVALID")]
+    runner.load_error = None
+    engine.handle(fakes.lora("y"))
+    assert runner.loras == {0: "sha256:y"}

@@ -230,6 +230,7 @@ class Engine:
         except Exception as error:
             self._keep_load_error(digest, error)
             self._lora_slots.retire(digest)
+            self._dropping.discard(digest)  # nothing is left to drop
         for request in self._loading.end(digest):
             self.add(request)
 
