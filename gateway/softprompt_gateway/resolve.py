@@ -18,7 +18,7 @@ from softprompt_api.names import (
 from softprompt_api.registry.v1.registry_pb2 import AdapterVersion
 from softprompt_api.tracing import span
 
-from softprompt_gateway.bases import Bases
+from softprompt_gateway.bases import Bases, fingerprint
 from softprompt_gateway.caller import Caller
 from softprompt_gateway.catalog import Catalog, kind_name, spelling_of
 from softprompt_gateway.clients import InferenceClient, RegistryClient
@@ -108,7 +108,7 @@ class Target:
 
     def _identity(self) -> tuple[object, ...]:
         bound = [(one.spelling, one.digest) for one in (*self.front, *self.inside.values())]
-        return self.served.base_model.id, len(self.front), bound, tuple(self.inside)
+        return fingerprint(self.served.base_model), len(self.front), bound, tuple(self.inside)
 
     def facts(self) -> dict[str, str]:
         """For the request's log line."""
