@@ -10,16 +10,15 @@ from urllib.parse import quote
 from fastapi import APIRouter
 from pydantic import Field
 from softprompt_api.access import Scope
-from softprompt_api.audit import audited
-from softprompt_api.errors import AdapterNotFound, InvalidArgument
-from softprompt_api.names import parse_adapter, shown
+from softprompt_api.errors import InvalidArgument
+from softprompt_api.names import shown
 from softprompt_api.registry.v1.registry_pb2 import ImportAdapterRequest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
+from softprompt_gateway.adapters.changes import Changes, plain_name
 from softprompt_gateway.adapters.schema import Name
 from softprompt_gateway.caller import Caller
-from softprompt_gateway.disconnect import unless_gone
 from softprompt_gateway.documented import json_body
 from softprompt_gateway.errors import fields_spelled
 from softprompt_gateway.gateway import Gateway
@@ -107,66 +106,38 @@ def source_of(path: str) -> str:
 class _Routes:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._registry = gateway.clients.registry
+        self._changes = Changes(gateway)
 
     async def load_lora(self, request: Request) -> str:
         """Register a LoRA, or another adapter, from a path; the next request can use it."""
         body = LoadLoraRequest.checked(await self._gateway.json(request))
-        with fields_spelled(name="lora_name", adapter="lora_name", source="lora_path"):
-            await self._load(request, body.lora_name, body.lora_path, in_place=bool(body.load_inplace))
+        await self._load(request, "lora", body.lora_name, body.lora_path, in_place=body.load_inplace)
         return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
     async def unload_lora(self, request: Request) -> str:
         """Delete a LoRA, or another adapter, with all its versions."""
         body = UnloadLoraRequest.checked(await self._gateway.json(request))
-        with fields_spelled(name="lora_name", adapter="lora_name"):
-            await self._unload(request, body.lora_name)
+        await self._unload(request, "lora", body.lora_name)
         return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
     async def load_prompt_adapter(self, request: Request) -> str:
         """Register a soft prompt, or another adapter, from a path; the next request can use it."""
         body = LoadPromptAdapterRequest.checked(await self._gateway.json(request))
         name, path = body.prompt_adapter_name, body.prompt_adapter_path
-        with fields_spelled(
-            name="prompt_adapter_name", adapter="prompt_adapter_name", source="prompt_adapter_path"
-        ):
-            await self._load(request, name, path, in_place=bool(body.load_inplace))
+        await self._load(request, "prompt_adapter", name, path, in_place=body.load_inplace)
         return f"Success: prompt adapter '{name}' added successfully."
 
     async def unload_prompt_adapter(self, request: Request) -> str:
         """Delete a soft prompt, or another adapter, with all its versions."""
         body = UnloadPromptAdapterRequest.checked(await self._gateway.json(request))
-        with fields_spelled(name="prompt_adapter_name", adapter="prompt_adapter_name"):
-            await self._unload(request, body.prompt_adapter_name)
+        await self._unload(request, "prompt_adapter", body.prompt_adapter_name)
         return f"Success: prompt adapter '{body.prompt_adapter_name}' removed successfully."
 
-    async def _load(self, request: Request, name: str, path: str, *, in_place: bool) -> None:
-        caller = Caller.of(request)
-        with audited("adapter.import", adapter=shown(name), source=shown(path), **caller.facts()):
-            full_name, source = caller.new_name(name), source_of(path)
-            if not in_place:
-                await self._check_absent(full_name, name)
-            call = ImportAdapterRequest(name=full_name, source=source)
-            answer = await unless_gone(request, self._registry.import_adapter(call))
-        self._gateway.catalog.learn(answer.adapter)
-        self._gateway.probing.want(answer.adapter)
+    async def _load(self, request: Request, prefix: str, name: str, path: str, *, in_place: bool | None) -> None:
+        with fields_spelled(name=f"{prefix}_name", adapter=f"{prefix}_name", source=f"{prefix}_path"):
+            call = ImportAdapterRequest(name=name, source=source_of(path))
+            await self._changes.import_(request, call, must_be_new=not in_place)
 
-    async def _check_absent(self, full_name: str, name: str) -> None:
-        try:
-            await self._registry.get_adapter(full_name)
-        except AdapterNotFound:
-            return
-        raise InvalidArgument(
-            f"the adapter {shown(name)} has already been loaded; load_inplace makes a new version of it",
-            field="name",
-        )
-
-    async def _unload(self, request: Request, name: str) -> None:
-        caller = Caller.of(request)
-        with audited("adapter.delete", adapter=shown(name), **caller.facts()):
-            asked = parse_adapter(name)
-            if asked.digest or "@" in name:
-                raise InvalidArgument("a plain adapter name is expected here, without a version", field="adapter")
-            ref = caller.own(asked)
-            await self._registry.delete_adapter(ref.name)
-        self._gateway.catalog.forget(ref.name, None)
+    async def _unload(self, request: Request, prefix: str, name: str) -> None:
+        with fields_spelled(name=f"{prefix}_name", adapter=f"{prefix}_name"):
+            await self._changes.delete(Caller.of(request), plain_name(name))

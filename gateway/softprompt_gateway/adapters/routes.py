@@ -38,6 +38,7 @@ from softprompt_gateway.adapters.answers import (
     ShownAdapter,
     VersionList,
 )
+from softprompt_gateway.adapters.changes import Changes, plain_name
 from softprompt_gateway.adapters.parameters import (
     PREFIX,
     UPLOAD,
@@ -138,6 +139,7 @@ class _Routes:
         self._registry = gateway.clients.registry
         self._inference = gateway.clients.inference
         self._settings = gateway.settings
+        self._changes = Changes(gateway)
 
     async def list_(
         self, request: Request, page_size: PageSize = 100, page_token: PageToken = "", prefix: Prefix = ""
@@ -182,20 +184,15 @@ class _Routes:
         """Register an adapter from JSON, or from a source that the registry reads; the next request can use it."""
         caller, values = Caller.of(request), await self._gateway.json(request)
         if "source" in values:
-            return await self._import(request, caller, ImportRequest.checked(values))
+            call = ImportRequest.checked(values).call()
+            with fields_spelled(base_model_id="base_model"):
+                return self._shown(caller, await self._changes.import_(request, call))
         body = RegisterRequest.checked(values)
         with audited("adapter.register", adapter=shown(body.name), **caller.facts()):
             name, tensors = caller.new_name(body.name), body.tensors()
             with fields_spelled(base_model_id="base_model", tensors_sha256="sha256"):
                 header = body.header(name, tensors)
                 answer = await unless_gone(request, register(self._registry, header, whole(tensors)))
-        return self._registered(caller, answer)
-
-    async def _import(self, request: Request, caller: Caller, body: ImportRequest) -> dict[str, Any]:
-        with audited("adapter.import", adapter=shown(body.name), source=shown(body.source), **caller.facts()):
-            call = body.call(caller.new_name(body.name))
-            with fields_spelled(base_model_id="base_model"):
-                answer = await unless_gone(request, self._registry.import_adapter(call))
         return self._registered(caller, answer)
 
     async def upload(self, request: Request, adapter: Name) -> dict[str, Any]:
@@ -275,22 +272,15 @@ class _Routes:
         caller, asked = Caller.of(request), parse_adapter(adapter)
         if asked.digest or (asked.version is None and "@" in adapter):
             raise InvalidArgument("delete takes a name or name@number", field="adapter")
-        with audited("adapter.delete", adapter=str(asked), **caller.facts()):
-            ref = caller.own(asked)
-            if ref.version is None:
-                deleted = await self._registry.delete_adapter(ref.name)
-            else:
-                await self._registry.delete_version(ref.name, ref.version)
-                deleted = 1
-        self._gateway.catalog.forget(ref.name, ref.version)
+        deleted = await self._changes.delete(caller, asked)
         return {"object": "adapter.deleted", "id": str(asked), "deleted": True, "deleted_versions": deleted}
 
-    def _registered(
-        self, caller: Caller, answer: RegisterAdapterResponse | ImportAdapterResponse
-    ) -> dict[str, Any]:
-        # The watch brings it too, a moment later; a listing right after this answer must have it.
-        self._gateway.catalog.learn(answer.adapter)
-        self._gateway.probing.want(answer.adapter)
+    def _registered(self, caller: Caller, answer: RegisterAdapterResponse) -> dict[str, Any]:
+        self._changes.registered(answer.adapter)
+        return self._shown(caller, answer)
+
+    @staticmethod
+    def _shown(caller: Caller, answer: RegisterAdapterResponse | ImportAdapterResponse) -> dict[str, Any]:
         return adapter_json(caller.told(answer.adapter)) | {"warnings": list(answer.warnings)}
 
     async def _version(self, caller: Caller, ref: AdapterRef) -> AdapterVersion:
@@ -301,7 +291,4 @@ class _Routes:
 
     @staticmethod
     def _name(caller: Caller, adapter: str) -> str:
-        ref = parse_adapter(adapter)
-        if ref.digest or "@" in adapter:
-            raise InvalidArgument("a plain adapter name is expected here, without a version", field="adapter")
-        return caller.own(ref).name
+        return caller.own(plain_name(adapter)).name

@@ -104,10 +104,10 @@ class ImportRequest(RequestModel):
         None, description="id of the base model the adapter is for; default: the one that is served"
     )
 
-    def call(self, name: str) -> ImportAdapterRequest:
-        """The registry's request; `name` is the full one."""
+    def call(self) -> ImportAdapterRequest:
+        """The registry's request, with the name that the caller knows the adapter by."""
         return ImportAdapterRequest(
-            name=name,
+            name=self.name,
             source=self.source,
             idempotency_key=self.idempotency_key or "",
             labels=self.labels or {},
