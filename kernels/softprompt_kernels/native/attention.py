@@ -52,12 +52,7 @@ def paged_decode(
         None if prefix is None else prefix.data_ptr(),
         len(rows),
         page_table.shape[1],
-        q.stride(0),
-        q.stride(1),
-        q.shape[1],
-        keys.shape[2],
-        keys.shape[3],
-        keys.shape[1],
+        *_layout(q, keys),
         native.DTYPES[q.dtype],
         sliding_window or 0,
         scale,
@@ -100,12 +95,7 @@ def paged_prefix(
         rows.data_ptr(),
         len(rows),
         length,
-        q.stride(0),
-        q.stride(1),
-        q.shape[1],
-        keys.shape[2],
-        keys.shape[3],
-        keys.shape[1],
+        *_layout(q, keys),
         scale,
         torch.get_num_threads(),
     )
@@ -139,12 +129,7 @@ def paged_chunk(
         pages.data_ptr(),
         len(q),
         context,
-        q.stride(0),
-        q.stride(1),
-        q.shape[1],
-        keys.shape[2],
-        keys.shape[3],
-        keys.shape[1],
+        *_layout(q, keys),
         sliding_window or 0,
         scale,
         torch.get_num_threads(),
@@ -170,3 +155,8 @@ def kv_write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) 
         keys.shape[3],
         keys.element_size(),
     )
+
+
+def _layout(q: Tensor, keys: Tensor) -> tuple[int, ...]:
+    """What the C functions are told of queries and pages: strides, heads, dimension, page size."""
+    return (q.stride(0), q.stride(1), q.shape[1], keys.shape[2], keys.shape[3], keys.shape[1])
