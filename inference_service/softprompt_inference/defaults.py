@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.params import SamplingParams
@@ -13,7 +14,7 @@ _FILE = "generation_config.json"
 _NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-def read_defaults(folder: Path) -> dict[str, float | int]:
+def read_defaults(folder: Path) -> dict[str, Any]:
     """Of the fields of SamplingParams, those for which a local model folder has a value that they may have."""
     path = folder / _FILE
     if not path.exists():

@@ -7,12 +7,13 @@ from the end of an engine until another has taken its place.
 import asyncio
 import contextlib
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 import structlog
@@ -61,6 +62,7 @@ class _Lasting:
     """What the service has for all its engines, one after the other."""
 
     folder: Path
+    defaults: Mapping[str, Any]
     tokenizer: Tokenizer
     base_model: registry_pb2.BaseModel
     source: AdapterSource
@@ -109,6 +111,7 @@ class InferenceServer:
         stub: registry_pb2_grpc.RegistryServiceAsyncStub = registry_pb2_grpc.RegistryServiceStub(self._channel)
         self._lasting = _Lasting(
             folder=folder,
+            defaults=read_defaults(folder),
             tokenizer=tokenizer,
             base_model=base_model,
             source=AdapterSource(stub, base_model, max_lora_bytes=settings.max_lora_bytes),
@@ -251,7 +254,7 @@ class InferenceServer:
             effects=EffectProbe(engine, prompts, self._residency, lasting.source, lasting.base_model),
             base_model=lasting.base_model,
             ready_unix_s=lasting.ready_unix_s,
-            defaults=read_defaults(lasting.folder),
+            defaults=lasting.defaults,
         )
 
 

@@ -130,7 +130,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Those of calls without any: with what the model's generation_config.json recommends."""
-        return SamplingParams(**self._defaults)  # type: ignore[arg-type]
+        return SamplingParams(**self._defaults)
 
     def generate(
         self,

@@ -25,13 +25,7 @@ from softprompt_inference.engine.codec import (
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import Engine
 from softprompt_inference.engine.messages import (
-    Abort,
-    AddRequest,
-    DropAdapter,
-    FindNearest,
-    LoadAdapter,
-    LoadLora,
-    Ping,
+    Command,
 )
 from softprompt_inference.engine.plan import Runner
 
@@ -136,9 +130,7 @@ def _start(connection: Connection, load: Load) -> Engine | None:
 def _run(connection: Connection, engine: Engine) -> None:
     while True:
         for command in connection.receive(wait=not engine.has_work):
-            assert isinstance(
-                command, AddRequest | Abort | LoadAdapter | LoadLora | DropAdapter | FindNearest | Ping
-            )
+            assert isinstance(command, Command)
             engine.handle(command)
         connection.send(engine.step())
 
