@@ -18,18 +18,22 @@ _PER_TOKEN_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3
 _REQUEST_S = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800)
 
 
+def _num_prompt_positions(load: GetLoadResponse) -> int:
+    return load.computed_prompt_tokens + load.cached_prompt_tokens
+
+
 _GAUGES: Sequence[tuple[str, str, Callable[[GetLoadResponse], float]]] = (
     ("num_requests_running", "Sequences in the running batch", lambda load: load.running),
     ("num_requests_waiting", "Sequences that wait for pages or a place", lambda load: load.waiting),
     ("kv_cache_usage_perc", "KV pages in use, 1 is all", lambda load: load.used_pages / max(1, load.num_pages)),
 )
 _COUNTERS: Sequence[tuple[str, str, Callable[[GetLoadResponse], float]]] = (
-    ("prompt_tokens", "Prompt positions, computed or cached", lambda load: _num_prompt_positions(load)),
+    ("prompt_tokens", "Prompt positions, computed or cached", _num_prompt_positions),
     ("generation_tokens", "Tokens generated", lambda load: load.generated_tokens),
     (
         "prefix_cache_queries",
         "Prompt positions looked for in the prefix cache",
-        lambda load: _num_prompt_positions(load),
+        _num_prompt_positions,
     ),
     (
         "prefix_cache_hits",
@@ -71,10 +75,6 @@ class EngineCollector(Collector):
             info.add_metric(values, time.time())
         if told:
             yield info
-
-
-def _num_prompt_positions(load: GetLoadResponse) -> int:
-    return load.computed_prompt_tokens + load.cached_prompt_tokens
 
 
 class RequestMetrics:
