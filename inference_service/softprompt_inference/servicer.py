@@ -60,7 +60,7 @@ class Front:
     effects: EffectProbe
     base_model: registry_pb2.BaseModel
     ready_unix_s: int
-    defaults: Mapping[str, float | int] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
@@ -148,6 +148,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
                 page_size=info.page_size,
             ),
             ready_unix_s=front.ready_unix_s,
+            default_sampling=pb.SamplingParams(**front.defaults),
         )
 
     async def GetLoad(self, request: pb.GetLoadRequest, context: Context) -> pb.GetLoadResponse:

@@ -224,7 +224,12 @@ class FakeInference(InferenceServiceServicer):
         if self.model_error is not None:
             raise self.model_error
         model = reg.BaseModel(id=self.base, architecture="TinyForCausalLM", hidden_size=8, vocab_size=256)
-        return pb.GetModelResponse(base_model=model, max_model_len=512, ready_unix_s=1_700_000_000)
+        return pb.GetModelResponse(
+            base_model=model,
+            max_model_len=512,
+            ready_unix_s=1_700_000_000,
+            default_sampling=pb.SamplingParams(top_p=0.95),
+        )
 
     async def ProbeAdapter(self, request: Any, context: Any) -> pb.ProbeAdapterResponse:
         self.probed.append(request.adapter)

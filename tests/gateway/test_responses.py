@@ -134,10 +134,17 @@ async def test_an_answer_tells_defaults_and_what_there_is_not(stack: Any) -> Non
         "tool_choice": "auto",
         "tools": [],
         "top_logprobs": 0,
-        "top_p": 1.0,
+        "top_p": 0.95,
         "truncation": "disabled",
         "user": None,
     }
+
+
+async def test_of_what_a_request_does_not_say_an_answer_tells_what_the_model_recommends(stack: Any) -> None:
+    for given, told in (({}, (1.0, 0.95)), ({"temperature": 0, "top_p": 1}, (0, 1))):
+        answer = await respond(stack, "x", **given)
+        assert (answer["temperature"], answer["top_p"]) == told
+        assert asked(stack).sampling.HasField("top_p") == ("top_p" in given)
 
 
 async def test_an_output_that_was_cut_is_incomplete(stack: Any) -> None:

@@ -10,7 +10,7 @@ import re
 import struct
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -183,6 +183,7 @@ class World:
     stub: inference_pb2_grpc.InferenceServiceAsyncStub
     tokenizer: Tokenizer
     servicer: InferenceServicer
+    front: Front
 
     def generate(self, **fields: Any) -> grpc.aio.UnaryStreamCall[pb.GenerateRequest, pb.GenerateResponse]:
         sampling = pb.SamplingParams(**{"max_tokens": 20} | fields.pop("sampling", {}))
@@ -287,18 +288,17 @@ async def world(
             admission=Admission(max_open=MAX_OPEN_CHOICES, max_wait_s=60.0, load=lambda: engine.stats),
         )
         base_model = registry_pb2.BaseModel(id="org/Base", vocab_size=VOCAB_SIZE)
-        servicer.open(
-            Front(
-                engine=engine,
-                tokenizer=tokenizer,
-                prompts=prompts,
-                generator=generator,
-                residency=residency,
-                effects=EffectProbe(engine, prompts, residency, cast(AdapterSource, source), base_model),
-                base_model=base_model,
-                ready_unix_s=1,
-            )
+        front = Front(
+            engine=engine,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            generator=generator,
+            residency=residency,
+            effects=EffectProbe(engine, prompts, residency, cast(AdapterSource, source), base_model),
+            base_model=base_model,
+            ready_unix_s=1,
         )
+        servicer.open(front)
         await server.start()
         async with open_channel(f"127.0.0.1:{server.port}") as channel:
             stub = inference_pb2_grpc.InferenceServiceStub(channel)
@@ -309,6 +309,7 @@ async def world(
                 stub=stub,
                 tokenizer=tokenizer,
                 servicer=servicer,
+                front=front,
             )
             await server.stop(0)
     residency.check()
@@ -336,6 +337,16 @@ async def test_the_engine_gets_the_prompt_the_ends_and_a_seed_per_choice(world: 
     assert requests[0].prompt == [TextPart(token_ids=ids(world.tokenizer, "Hello there"))]
     assert requests[0].eos_token_ids == [2]
     assert requests[0].params.max_tokens == 5
+    call.cancel()
+
+
+async def test_what_the_model_recommends_is_told_and_done_where_a_request_does_not_say(world: World) -> None:
+    world.servicer.open(replace(world.front, defaults={"temperature": 0.6, "top_k": 20}))
+    model = await world.stub.GetModel(pb.GetModelRequest())
+    assert model.default_sampling == pb.SamplingParams(temperature=0.6, top_k=20)
+    call = world.generate(sampling={"top_k": 5})
+    [request] = await world.engine.wait_for(AddRequest)
+    assert (request.params.temperature, request.params.top_k, request.params.top_p) == (0.6, 5, 1.0)
     call.cancel()
 
 

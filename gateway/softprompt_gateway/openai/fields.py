@@ -178,34 +178,22 @@ class GenerationFields(RequestModel):
 
     def message(self, params: SamplingParams) -> pb.SamplingParams:
         """The parameters as the inference service takes them, without those that are left to the model."""
-        message = sampling_message(params)
-        for name in _MODELS_OWN:
-            if getattr(self, name) is None:
-                message.ClearField(name)  # type: ignore[arg-type]
-        return message
-
-
-def sampling_message(params: SamplingParams) -> pb.SamplingParams:
-    """The parameters as the inference service takes them."""
-    return pb.SamplingParams(
-        max_tokens=params.max_tokens,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        seed=params.seed,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        repetition_penalty=params.repetition_penalty,
-        stop=params.stop,
-        stop_token_ids=params.stop_token_ids,
-        min_tokens=params.min_tokens,
-        ignore_eos=params.ignore_eos,
-        logit_bias=params.logit_bias,
-        logprobs=params.logprobs,
-        prompt_logprobs=params.prompt_logprobs,
-        n=params.n,
-        include_stop_str_in_output=params.include_stop_str_in_output,
-        skip_special_tokens=params.skip_special_tokens,
-        grammar=grammar_message(params.structured_outputs),
-    )
+        said = {name: value for name in _MODELS_OWN if (value := getattr(self, name)) is not None}
+        return pb.SamplingParams(
+            **said,
+            max_tokens=params.max_tokens,
+            seed=params.seed,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            stop=params.stop,
+            stop_token_ids=params.stop_token_ids,
+            min_tokens=params.min_tokens,
+            ignore_eos=params.ignore_eos,
+            logit_bias=params.logit_bias,
+            logprobs=params.logprobs,
+            prompt_logprobs=params.prompt_logprobs,
+            n=params.n,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+            grammar=grammar_message(params.structured_outputs),
+        )

@@ -89,11 +89,12 @@ def openai_router(gateway: Gateway) -> APIRouter:
             response_class=JSONResponse,
             route_class_override=kind,
         )
-    one, stored = "/v1/responses/{id_}", answered(ResponseAnswer)
-    router.add_api_route(one, routes.stored_response, methods=["GET"], openapi_extra=stored)
-    router.add_api_route(one, routes.delete_response, methods=["DELETE"], openapi_extra=stored)
-    one = "/v1/models/{id_}"
-    lists = answered(ModelList, links={"first": link("GET", one, id_="$response.body#/data/0/id")})
+    for method in ("GET", "DELETE"):  # each on its own: an operation has an id of its own
+        router.add_api_route(
+            "/v1/responses/{id_}", routes.stored_response, methods=[method], openapi_extra=answered(ResponseAnswer)
+        )
+    first = link("GET", "/v1/models/{id_}", id_="$response.body#/data/0/id")
+    lists = answered(ModelList, links={"first": first})
     router.add_api_route("/v1/models", routes.models, methods=["GET"], openapi_extra=lists)
     router.add_api_route("/v1/models/{id_:path}", routes.model, methods=["GET"], openapi_extra=answered(ModelCard))
     return router
@@ -194,13 +195,10 @@ class _Routes:
                 meter=Meter.of(request.scope),
             )
 
-    async def stored_response(self, request: Request, id_: str) -> dict[str, Any]:  # noqa: ARG002
-        """Show a response that was stored: there is none."""
-        raise _no_response(id_)
-
-    async def delete_response(self, request: Request, id_: str) -> dict[str, Any]:  # noqa: ARG002
-        """Delete a response that was stored: there is none."""
-        raise _no_response(id_)
+    async def stored_response(self, id_: str) -> dict[str, Any]:
+        """A response that was stored: there is none."""
+        message = f"there is no response {shown(id_)}: responses are not stored; send the earlier items as input"
+        raise Refused(message, code="not_found", status=404, param="response_id")
 
     async def models(self, request: Request) -> Response:
         """List the base models and every adapter of theirs."""
@@ -260,11 +258,6 @@ def _named(
         inside=body.soft_prompts,
         prompt_field=prompt_field,
     )
-
-
-def _no_response(id_: str) -> Refused:
-    message = f"there is no response {shown(id_)}: responses are not stored; send the earlier items as input"
-    return Refused(message, code="not_found", status=404, param="response_id")
 
 
 def _warn_of_old_names(body: GenerationFields, request_id: str) -> None:

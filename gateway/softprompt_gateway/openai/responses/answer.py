@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 from softprompt_api.inference.v1 import inference_pb2 as pb
+from softprompt_api.params import SamplingParams
 
 from softprompt_gateway.errors import SERVER_ERROR, ErrorBody
 from softprompt_gateway.openai.generation import finish_reason
@@ -42,7 +43,7 @@ class Answer:
             "model": target.model,
             "output": [],
             "usage": None,
-            **_repeated(request),
+            **_repeated(request, target.served),
         }
 
     def json(self) -> bytes:
@@ -99,9 +100,13 @@ class Answer:
         self._events.tell(kind, {"response": self._shape})
 
 
-def _repeated(request: ResponsesRequest) -> dict[str, Any]:
+def _repeated(request: ResponsesRequest, served: pb.GetModelResponse) -> dict[str, Any]:
     """What an answer repeats of its request, and the defaults of what it left out."""
-    params, choice = request.params, request.tool_choice
+    choice = request.tool_choice
+    ours = SamplingParams()
+    sampling = pb.SamplingParams(temperature=ours.temperature, top_p=ours.top_p)
+    sampling.MergeFrom(served.default_sampling)
+    sampling.MergeFrom(pb.SamplingParams(temperature=request.temperature, top_p=request.top_p))
     return {
         "background": False,
         "instructions": request.instructions,
@@ -115,12 +120,12 @@ def _repeated(request: ResponsesRequest) -> dict[str, Any]:
         "safety_identifier": request.safety_identifier,
         "service_tier": "default",
         "store": False,
-        "temperature": params.temperature,
+        "temperature": sampling.temperature,
         "text": _verbatim({"format": _format(request), "verbosity": "medium"}),
         "tool_choice": choice if isinstance(choice, str) else choice.model_dump() if choice else "auto",
         "tools": _verbatim([tool.told() for tool in request.tools or ()]),
         "top_logprobs": request.top_logprobs or 0,
-        "top_p": params.top_p,
+        "top_p": sampling.top_p,
         "truncation": "disabled",
         "user": request.user,
     }

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from softprompt_api.errors import InvalidArgument, Unsupported
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.names import shown
-from softprompt_api.params import MAX_LOGPROBS, SamplingParams
+from softprompt_api.params import MAX_LOGPROBS
 from softprompt_api.structured import FIELD as STRUCTURED
 
 from softprompt_gateway.openai import schemas
@@ -220,15 +220,11 @@ class ResponsesRequest(GenerationFields):
         wanted[_FORMAT] = self.text.format.wanted() if self.text and self.text.format else None
         return wanted_with_calls(wanted, self.callable, as_in_chat(self.tool_choice), parallel=self.is_parallel)
 
-    @cached_property
-    def params(self) -> SamplingParams:
-        """The checked sampling parameters."""
-        return self.sampling(
-            max_tokens=self.max_output_tokens, logprobs=(self.top_logprobs or 0) if self.with_logprobs else None
-        )
-
     def call(self, target: Target, *, request_id: str) -> pb.GenerateRequest:
         """The Generate request."""
+        params = self.sampling(
+            max_tokens=self.max_output_tokens, logprobs=(self.top_logprobs or 0) if self.with_logprobs else None
+        )
         prompt = pb.ChatPrompt(
             messages=conversation(self.input, self.instructions, target.digests_inside), add_generation_prompt=True
         )
@@ -240,5 +236,5 @@ class ResponsesRequest(GenerationFields):
             cache_salt=target.caller.salt(self.cache_salt),
             tenant=target.caller.tenant,
             chat=prompt,
-            sampling=self.message(self.params),
+            sampling=self.message(params),
         )

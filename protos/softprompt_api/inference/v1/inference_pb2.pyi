@@ -1382,6 +1382,7 @@ class GetModelResponse(_message.Message):
     MAX_VIRTUAL_TOKENS_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     READY_UNIX_S_FIELD_NUMBER: _builtins.int
+    DEFAULT_SAMPLING_FIELD_NUMBER: _builtins.int
     max_model_len: _builtins.int
     """Longest sequence (virtual tokens, prompt and output)."""
     device: _builtins.str
@@ -1398,6 +1399,10 @@ class GetModelResponse(_message.Message):
     def memory(self) -> Global___MemoryPlan:
         """What memory holds."""
 
+    @_builtins.property
+    def default_sampling(self) -> Global___SamplingParams:
+        """What its generation_config.json recommends where a request does not say; nothing else is set."""
+
     def __init__(
         self,
         *,
@@ -1407,10 +1412,11 @@ class GetModelResponse(_message.Message):
         max_virtual_tokens: _builtins.int = ...,
         memory: Global___MemoryPlan | None = ...,
         ready_unix_s: _builtins.int = ...,
+        default_sampling: Global___SamplingParams | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "memory", b"memory"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "default_sampling", b"default_sampling", "memory", b"memory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "device", b"device", "max_model_len", b"max_model_len", "max_virtual_tokens", b"max_virtual_tokens", "memory", b"memory", "ready_unix_s", b"ready_unix_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "default_sampling", b"default_sampling", "device", b"device", "max_model_len", b"max_model_len", "max_virtual_tokens", b"max_virtual_tokens", "memory", b"memory", "ready_unix_s", b"ready_unix_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
