@@ -7,7 +7,7 @@ import { test } from "node:test";
 const [folder, url] = process.argv.slice(2);
 const require = createRequire(`${folder}/package.json`);
 const OpenAI = require("openai").default;
-const { zodFunction, zodResponseFormat } = require("openai/helpers/zod");
+const { zodFunction, zodResponseFormat, zodResponsesFunction, zodTextFormat } = require("openai/helpers/zod");
 const { z } = require("zod");
 
 const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: "unused", maxRetries: 0, timeout: 60_000 });
@@ -94,6 +94,31 @@ test("a call is parsed, whole and streamed", async () => {
   const final = await client.chat.completions.stream(asked).finalChatCompletion();
   const [streamed] = final.choices[0].message.tool_calls;
   assert.equal(streamed.function.arguments, call.function.arguments);
+});
+
+test("a response of the Responses API is streamed as it is whole", async () => {
+  const asked = { model, input: messages, temperature: 0, max_output_tokens: 6 };
+  const whole = await client.responses.create(asked);
+  assert.deepEqual([whole.status, whole.incomplete_details.reason], ["incomplete", "max_output_tokens"]);
+  const stream = client.responses.stream(asked);
+  const told = [];
+  stream.on("response.output_text.delta", (event) => told.push(event.delta));
+  const final = await stream.finalResponse();
+  assert.equal(told.join(""), whole.output_text);
+  assert.equal(final.output_text, whole.output_text);
+  assert.equal(final.usage.output_tokens, 6);
+});
+
+test("a response of the Responses API is parsed, and so are its calls", async () => {
+  const asked = { model, input: messages, temperature: 0, max_output_tokens: 80 };
+  const text = { format: zodTextFormat(Answer, "answer") };
+  const { output_parsed: parsed } = await client.responses.parse({ ...asked, text });
+  assert.deepEqual(Answer.parse(parsed), parsed);
+  const tools = [zodResponsesFunction({ name: "answer", parameters: Answer })];
+  const called = await client.responses.parse({ ...asked, tools, tool_choice: { type: "function", name: "answer" } });
+  const [call] = called.output;
+  assert.equal(call.type, "function_call");
+  assert.deepEqual(Answer.parse(call.parsed_arguments), call.parsed_arguments);
 });
 
 test("a response has its headers", async () => {
