@@ -549,7 +549,7 @@ def test_the_best_of_several_is_the_likeliest_per_token(client: openai.OpenAI) -
 
 
 def test_a_requests_id_is_in_every_services_log_lines_and_its_prompt_in_none(
-    system: Any, make_adapter: Callable[..., Path]
+    system: Any, make_adapter: Callable[..., Path], wait_until: Callable[..., None]
 ) -> None:
     folder = make_adapter(45)
     body = {
@@ -564,21 +564,28 @@ def test_a_requests_id_is_in_every_services_log_lines_and_its_prompt_in_none(
     answer = httpx.post(f"{system.url}/v1/completions", json=body, headers=headers, timeout=60)
     assert (answer.status_code, answer.headers["x-request-id"]) == (200, "the-completion")
 
-    texts = {
-        name: (system.data_dir / "logs" / f"{name}.log").read_text()
-        for name in ("gateway", "inference", "registry")
+    def texts() -> list[str]:
+        folder = system.data_dir / "logs"
+        return [(folder / f"{name}.log").read_text() for name in ("gateway", "inference", "registry")]
+
+    def told() -> dict[tuple[str, str], dict[str, Any]]:
+        lines = [json.loads(line) for text in texts() for line in text.splitlines() if line.startswith("{")]
+        return {
+            (line["request_id"], line["event"]): line
+            for line in lines
+            if line.get("request_id") in ("the-registration", "the-completion")
+        }
+
+    # An answer does not wait for what is told of it.
+    expected = {
+        *(("the-registration", event) for event in ("audit", "request", "registered")),
+        *(("the-completion", event) for event in ("request", "generated")),
     }
-    lines = [json.loads(line) for text in texts.values() for line in text.splitlines() if line.startswith("{")]
-    of = {
-        (line["request_id"], line["event"]): line
-        for line in lines
-        if line.get("request_id") in ("the-registration", "the-completion")
-    }
-    assert {"audit", "request", "registered"} <= {event for id_, event in of if id_ == "the-registration"}
-    assert {"request", "generated"} <= {event for id_, event in of if id_ == "the-completion"}
+    wait_until(lambda: expected <= told().keys(), "the lines of both requests")
+    of = told()
     request, generated = of["the-completion", "request"], of["the-completion", "generated"]
     assert (request["method"], request["route"], request["status"]) == ("POST", "/v1/completions", 200)
     assert (request["model"], request["adapters"]) == ("logged", "logged@1")
     assert request["completion_tokens"] == generated["completion_tokens"] == 3
     assert request["prompt_tokens"] == generated["prompt_tokens"] == answer.json()["usage"]["prompt_tokens"]
-    assert not any("unmistakable" in text for text in texts.values())
+    assert not any("unmistakable" in text for text in texts())
