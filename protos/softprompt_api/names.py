@@ -23,7 +23,7 @@ LATEST = "latest"
 _PLUS = "+"
 # An alias must never be taken for a version.
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]*)?\Z")
-_MAX_VERSION = 2**31 - 1
+MAX_VERSION = 2**31 - 1
 _TASK_PATTERN = re.compile(r"(0|[1-9][0-9]{0,8})\Z")
 
 
@@ -108,7 +108,7 @@ def parse_adapter(spelling: str, *, field: str = "adapter") -> AdapterRef:
     if not at or pointer == LATEST:
         return AdapterRef(name=name)
     # isascii: str.isdigit alone accepts digits of every script.
-    if pointer.isascii() and pointer.isdigit() and len(pointer) <= 10 and 1 <= int(pointer) <= _MAX_VERSION:
+    if pointer.isascii() and pointer.isdigit() and len(pointer) <= 10 and 1 <= int(pointer) <= MAX_VERSION:
         return AdapterRef(name=name, version=int(pointer))
     if not NAME_PATTERN.match(pointer) or _NUMBER.match(pointer):
         raise InvalidArgument(f"{shown(spelling)}: after '@' stands a version number or an alias", field=field)

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -29,6 +29,15 @@ _BY_STATUS: Mapping[int, type[errors.SoftpromptError]] = {
 }
 
 
+def authorization(api_key: str | None) -> dict[str, str]:
+    """The header that shows an API key, where there is one; InvalidArgument for what cannot stand in a header."""
+    if not api_key:
+        return {}
+    if not api_key.isascii() or not api_key.isprintable():
+        raise errors.InvalidArgument("an API key consists of printable ASCII characters", field="api_key")
+    return {"authorization": f"Bearer {api_key}"}
+
+
 class GatewayClient:
     """A connection to a gateway; close it, or use it in a `with`. Failures raise errors of softprompt_api.errors.
 
@@ -42,12 +51,13 @@ class GatewayClient:
         self, url: str = DEFAULT_URL, *, api_key: str | None = None, tls: "ClientTls | None" = None
     ) -> None:
         self._url = url.rstrip("/").removesuffix("/v1")
-        self._http = httpx.Client(
-            base_url=self._url,
-            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=httpx.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
-            verify=True if tls is None else tls.extend(httpx.create_ssl_context()),
-        )
+        with self._translated():
+            self._http = httpx.Client(
+                base_url=self._url,
+                headers=authorization(api_key),
+                timeout=httpx.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
+                verify=True if tls is None else tls.extend(httpx.create_ssl_context()),
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -66,12 +76,18 @@ class GatewayClient:
         with self._translated():
             answer = self._http.get("/v1/models")
         _raise_for_error(answer)
-        models: list[dict[str, Any]] = answer.json()["data"]
+        try:
+            models: list[dict[str, Any]] = answer.json()["data"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise errors.Unavailable(f"what answers at {self._url} is no gateway: no /v1/models") from error
         return models
 
     def base_model(self) -> str:
         """The base model's id."""
-        return str(next(model["id"] for model in self.models() if not model.get("parent")))
+        base = next((str(model["id"]) for model in self.models() if not model.get("parent")), None)
+        if base is None:
+            raise errors.Unavailable(f"the gateway at {self._url} has no base model to name; name a model")
+        return base
 
     def complete(self, prompt: str, **body: Any) -> Iterator[str]:
         """Pieces of a completion. `body` holds further fields of `/v1/completions`, such as `model`."""
@@ -90,9 +106,9 @@ class GatewayClient:
             if answer.is_error:
                 answer.read()
             _raise_for_error(answer)
-            for line in answer.iter_lines():
-                data = line.removeprefix("data: ")
-                if data == line or data == "[DONE]":
+            for line in _lines(answer.iter_bytes()):
+                data = line.removeprefix(b"data: ")
+                if data == line or data == b"[DONE]":
                     continue
                 event: dict[str, Any] = json.loads(data)
                 if "error" in event:
@@ -109,6 +125,14 @@ class GatewayClient:
             ) from error
         except httpx.HTTPError as error:
             raise errors.Unavailable(f"the gateway at {self._url} broke off: {error}") from error
+
+
+def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """What line feeds end; httpx's own lines end at U+2028 too, which stands in texts as it is."""
+    rest = b""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from lines
 
 
 def _raise_for_error(answer: httpx.Response) -> None:

@@ -28,7 +28,7 @@ from softprompt_inference.text import Encoded, Tokenizer
 from softprompt.batch import Running, run, shown_prompt
 from softprompt.composed import Composed, Message, Places, SoftPrompts
 from softprompt.outputs import RequestOutput
-from softprompt.prompts import ParsedPrompt, Prompt, one_each, parse_prompts
+from softprompt.prompts import ParsedPrompt, Prompt, check_each, one_each, parse_prompts
 from softprompt.requests import LoRARequest, PromptAdapterRequest
 from softprompt.resident import ResidentAdapters
 from softprompt.tools import tool_text
@@ -209,9 +209,13 @@ class LLM:
         loras: Loras,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        params = one_each(sampling_params or self.get_default_sampling_params(), len(encoded), "sampling_params")
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        params = one_each(sampling_params, len(encoded), "sampling_params")
+        check_each(params, SamplingParams, "sampling_params")
         fronts: list[SoftPrompts] = one_each(adapters, len(encoded), "prompt_adapter_request")
         lora_requests = one_each(loras, len(encoded), "lora_request")
+        check_each([lora for lora in lora_requests if lora is not None], LoRARequest, "lora_request")
         prompts = [
             Composed(text=text, encoded=prompt, inside=places.requests, given=given, lora=lora)
             for (text, prompt, places), given, lora in zip(encoded, fronts, lora_requests, strict=True)

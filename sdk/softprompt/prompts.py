@@ -1,6 +1,6 @@
 """The forms in which prompts may be given, made one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, TypeVar, cast
 
@@ -112,3 +112,10 @@ def one_each(value: Each | Sequence[Each], count: int, field: str) -> list[Each]
     if len(value) != count:
         raise InvalidArgument(f"{field} has {len(value)} entries for {count} prompts", field=field)
     return list(value)
+
+
+def check_each(values: Iterable[object], kind: type, field: str) -> None:
+    """InvalidArgument where one is of another kind."""
+    for value in values:
+        if not isinstance(value, kind):
+            raise InvalidArgument(f"{field} takes {kind.__name__}, not {type(value).__name__}", field=field)

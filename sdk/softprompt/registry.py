@@ -133,9 +133,9 @@ class RegistryClient(ServiceClient):
         """
         adapter = path if isinstance(path, LocalAdapter) else find_adapter(path)
         with contextlib.suppress(AdapterNotFound):
-            [newest] = self._list_versions(name, size=1).versions
+            newest = self._list_versions(name, size=1).versions  # none, where its record cannot be read
             latest = self.get(name)
-            if adapter.digest in (latest.digest, newest.digest):
+            if adapter.digest in (latest.digest, *(version.digest for version in newest)):
                 return latest, False
         return self.add(name, adapter)[0], True
 
@@ -237,14 +237,13 @@ class RegistryClient(ServiceClient):
     def remove(self, adapter: str) -> int:
         """Delete a name with all its versions, or `name@3` alone; how many versions went."""
         ref = parse_adapter(adapter)
-        if ref.alias or (ref.is_latest and "@" in adapter):
+        if ref.digest or ref.alias or (ref.is_latest and "@" in adapter):
             raise InvalidArgument(
-                "say NAME@VERSION; aliases move, and deletions cannot be undone", field="adapter"
+                "say NAME@VERSION; aliases move, several versions may have one content, and deletions cannot be "
+                "undone",
+                field="adapter",
             )
         with self._translated():
-            if ref.digest:
-                info = info_of(self._stub.GetAdapter(pb.GetAdapterRequest(adapter=adapter)).adapter)
-                ref = parse_adapter(f"{info.name}@{info.version}")
             if ref.version is None:
                 request = pb.DeleteAdapterRequest(name=ref.name)
                 return self._stub.DeleteAdapter(request, timeout=_CALL_TIMEOUT_S).deleted_versions

@@ -58,7 +58,7 @@ class ResidentAdapters:
 
         What is wrong with the files of one is raised before any is loaded.
         """
-        known = {request: self._identify(request) for request in dict.fromkeys(requests)}
+        known = self._identify_all(dict.fromkeys(requests))
         tasks = {request: _task(request, one.local) for request, one in known.items()}
         digests = {request: with_task(one.local.digest, tasks[request]) for request, one in known.items()}
         wanted = {digest: request for request, digest in digests.items()}
@@ -99,8 +99,15 @@ class ResidentAdapters:
             digest, _resident = self._resident.popitem(last=False)
             self._engine.handle(DropAdapter(digest=digest))
 
-    def _identify(self, request: AdapterRequest) -> _Known:
-        known = self._known.get(request.adapter_id)
+    def _identify_all(self, requests: Iterable[_Request]) -> dict[_Request, _Known]:
+        """What each stands for, also where one call is the first to use an id, and uses it twice."""
+        found: dict[_Request, _Known] = {}
+        by_id = dict(self._known)
+        for request in requests:
+            found[request] = by_id[request.adapter_id] = self._identify(request, by_id.get(request.adapter_id))
+        return found
+
+    def _identify(self, request: AdapterRequest, known: _Known | None) -> _Known:
         if known is None:
             return _find(request)
         if (known.name, known.path) != (request.name, request.local_path):

@@ -508,6 +508,59 @@ def test_an_interrupted_call_leaves_nothing_running(llm: LLM, monkeypatch: pytes
     engine.check()
 
 
+def test_a_call_that_was_interrupted_within_a_step_does_not_disturb_the_next(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = llm.generate(["a"], GREEDY)
+    runner = llm._engine._runner
+    launch, calls = runner.launch, []
+
+    def interrupted(plan: object) -> object:
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return launch(plan)
+
+    monkeypatch.setattr(runner, "launch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["a", "b"], SamplingParams(max_tokens=50, ignore_eos=True))
+    monkeypatch.undo()
+    assert not llm._engine.has_work
+    llm._engine.check()
+    assert ids(llm.generate(["a"], GREEDY)) == ids(expected)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("sampling_params", {"temperature": 0}, "sampling_params takes SamplingParams, not dict"),
+        ("sampling_params", [None], "sampling_params takes SamplingParams, not NoneType"),
+        ("sampling_params", [], "sampling_params has 0 entries for 1 prompts"),
+        ("lora_request", "path", "lora_request takes LoRARequest, not str"),
+        (
+            "lora_request",
+            PromptAdapterRequest("name", 1, "x"),
+            "lora_request takes LoRARequest, not PromptAdapter",
+        ),
+        ("prompt_adapter_request", "path", "must be a PromptAdapterRequest"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_by_name(
+    llm: LLM, argument: str, value: object, message: str
+) -> None:
+    with pytest.raises(InvalidArgument, match=message) as caught:
+        llm.generate(["Hello"], **{argument: value})
+    assert caught.value.field == argument
+
+
+def test_an_id_stands_for_one_adapter_within_a_call_too(llm: LLM, adapters: list[PromptAdapterRequest]) -> None:
+    first, second = adapters[:2]
+    fresh = [PromptAdapterRequest(one.name, 77, one.local_path) for one in (first, second)]
+    with pytest.raises(InvalidArgument, match="adapter id 77 stands for") as caught:
+        llm.generate(["a", "b"], GREEDY, prompt_adapter_request=fresh)
+    assert caught.value.field == "prompt_adapter_id"
+
+
 @pytest.mark.parametrize(
     ("name", "number", "path"), [("Bad Name", 1, "x"), ("name", 0, "x"), ("name", True, "x"), ("name", 1, "")]
 )

@@ -12,6 +12,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from pydantic import ConfigDict, Field, field_validator
 from softprompt_api.errors import AdapterInvalid, InvalidArgument
 from softprompt_api.inference.v1.inference_pb2 import NearestTokensResponse
+from softprompt_api.names import MAX_VERSION
 from softprompt_api.quality import Norms, Probe
 from softprompt_api.registry.v1.registry_pb2 import (
     AdapterVersion,
@@ -36,7 +37,7 @@ Name = Annotated[str, Field(max_length=128, json_schema_extra={"pattern": "^[a-z
 Labels = Annotated[dict[str, str], Field(max_length=32, json_schema_extra=_LABELS)]
 ChangedLabels = Annotated[dict[str, str | None], Field(max_length=32, json_schema_extra=_LABEL_KEYS)]
 Key = Annotated[str, Field(max_length=128, json_schema_extra={"pattern": "^([!-~][ -~]*)?$"})]
-Version = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Version = Annotated[int, Field(ge=1, le=MAX_VERSION)]
 
 
 class RegisterRequest(RequestModel):
@@ -154,7 +155,7 @@ class AliasRequest(RequestModel):
     """Body of `PUT /v1/adapters/{adapter}/aliases/{alias}`."""
 
     version: Version = Field(description="the version that the alias shall point to")
-    expected_version: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(
+    expected_version: Annotated[int, Field(ge=0, le=MAX_VERSION)] | None = Field(
         None, description="move it only from this version; 0: only make it new"
     )
 

@@ -368,6 +368,10 @@ class Engine:
             if self._failed_steps >= MAX_FAILED_STEPS:
                 raise EngineBroken(f"the model failed in {self._failed_steps} steps in a row") from error
             return self._scheduler.fail_planned(InternalError("the model failed while computing this request"))
+        except BaseException:  # Ctrl-C: who called may go on with other requests
+            self._launched = None
+            self._scheduler.fail_planned(InternalError("the step was interrupted"))
+            raise
         self._failed_steps = 0
         return self._scheduler.commit(plan, sampled)
 

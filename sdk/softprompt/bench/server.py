@@ -10,6 +10,7 @@ import httpx
 from softprompt_api.errors import AdapterNotFound, InternalError, SoftpromptError, Unauthenticated, Unavailable
 
 from softprompt.bench.workload import Request
+from softprompt.gateway import authorization
 
 if TYPE_CHECKING:
     from softprompt_api.rpc.tls import ClientTls
@@ -65,7 +66,7 @@ class Server:
     def __init__(self, url: str, api_key: str = "", *, tls: "ClientTls | None" = None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._http = httpx.AsyncClient(
-            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+            headers=authorization(api_key),
             timeout=httpx.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
             # Requests wait for the server, never for a connection of ours.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
@@ -100,7 +101,10 @@ class Server:
 
     async def check_model(self, model: str) -> None:
         """Raise AdapterNotFound where the server does not know a model that it does not list."""
-        answer = await self._http.get(f"{self.url}/v1/models/{model}", timeout=_QUICK_TIMEOUT_S)
+        try:
+            answer = await self._http.get(f"{self.url}/v1/models/{model}", timeout=_QUICK_TIMEOUT_S)
+        except httpx.TransportError as error:
+            raise Unavailable(f"the server at {self.url} does not answer") from error
         if answer.is_error:
             raise AdapterNotFound(f"the server at {self.url} has no model {model!r}")
 

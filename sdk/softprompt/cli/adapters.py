@@ -15,6 +15,8 @@ from softprompt.inference import DEFAULT_ADDRESS as INFERENCE_ADDRESS
 from softprompt.registry import DEFAULT_ADDRESS, AdapterInfo
 
 _MAX_LINE = 1000
+# Numbers that are 0 where a kind of adapter has none.
+_OF_SOME_KINDS = ("num_virtual_tokens", "num_tasks", "rank")
 
 app = typer.Typer(
     help="Add, list, show, change and remove adapters of a running system.",
@@ -130,8 +132,9 @@ def _facts(info: AdapterInfo) -> dict[str, Any]:
         ("" if effect.task is None else f"task {effect.task}: ") + str(effect)
         for effect in (info.probe.effects if info.probe else ())
     ]
+    told = {name: value for name, value in info.as_dict().items() if value or name not in _OF_SOME_KINDS}
     return {
-        **info.as_dict(),
+        **told,
         "row_norms": info.row_norms or "not known",
         "vocabulary_norms": info.vocabulary_norms or "not known",
         "probe": "; ".join(effects) or "not measured yet; see softprompt adapter probe",

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 from softprompt_api.errors import AdapterNotFound
+from softprompt_api.names import MAX_VERSION
 
 from softprompt.cli.adapters import AsJson, Registry, parse_label, print_json
 from softprompt.cli.connections import registry_client
@@ -17,9 +18,14 @@ Version = Annotated[str, typer.Argument(help="NAME, NAME@VERSION or NAME@ALIAS")
 def alias(
     name: Name,
     alias: Annotated[str, typer.Argument(help="what stands after the @")],
-    version: Annotated[int | None, typer.Argument(min=1, help="the version it shall point to")] = None,
+    version: Annotated[
+        int | None, typer.Argument(min=1, max=MAX_VERSION, help="the version it shall point to")
+    ] = None,
     expect: Annotated[
-        int | None, typer.Option("--expect", min=0, help="move it only from this version; 0: only make it new")
+        int | None,
+        typer.Option(
+            "--expect", min=0, max=MAX_VERSION, help="move it only from this version; 0: only make it new"
+        ),
     ] = None,
     remove: Annotated[bool, typer.Option("--remove", help="remove the alias")] = False,
     registry: Registry = DEFAULT_ADDRESS,
@@ -43,7 +49,10 @@ def alias(
 def rollback(
     name: Name,
     to: Annotated[
-        int | None, typer.Option("--to", min=1, help="the version to go back to; the one before, when not given")
+        int | None,
+        typer.Option(
+            "--to", min=1, max=MAX_VERSION, help="the version to go back to; the one before, when not given"
+        ),
     ] = None,
     registry: Registry = DEFAULT_ADDRESS,
     as_json: AsJson = False,

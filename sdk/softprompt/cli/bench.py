@@ -154,7 +154,7 @@ def _lengths(flag: str, text: str) -> LengthRange:
 def _read_prompts(path: Path) -> list[str]:
     """The prompts of a file of JSON lines."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # U+2028 is no end of a line of JSON
     except (OSError, UnicodeDecodeError) as error:
         raise WrongUsage(f"--dataset: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     prompts = [_prompt_of(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]

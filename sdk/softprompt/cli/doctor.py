@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,12 +17,9 @@ from softprompt.cli.options import RunOptions, default_data_dir
 from softprompt.cli.problems import Problem, WrongUsage
 from softprompt.cli.store import find_server
 
-# What each extra must be able to import.
-_EXTRAS = {
-    "registry": ("redis", "tenacity"),
-    "gateway": ("fastapi", "uvicorn", "prometheus_client"),
-    "inference": ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "msgspec", "jinja2"),
-}
+_EXTRAS = ("registry", "gateway", "inference")
+# What the installed package says that it needs: `redis<9,>=6; extra == "registry"`.
+_REQUIREMENT = re.compile(r"""(?P<name>[\w.-]+).*extra == ["'](?P<extra>\w+)["']""")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,13 +53,23 @@ def _python() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    for extra, modules in _EXTRAS.items():
-        missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    needed = list(filter(None, map(_REQUIREMENT.match, importlib.metadata.requires("softprompt") or ())))
+    for extra in _EXTRAS:
+        names = [found["name"] for found in needed if found["extra"] == extra]
+        missing = [name for name in names if not _is_installed(name)]
         if missing:
             remedy = f"pip install 'softprompt[{extra}]'"
             yield Finding(subject=extra, state=f"not installed: {', '.join(missing)}", remedy=remedy)
         else:
             yield Finding(subject=extra, state="installed")
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _torch() -> Iterator[Finding]:

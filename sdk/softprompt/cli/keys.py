@@ -20,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Limit = Annotated[int, typer.Option(min=0, help="0: no limit")]
+Limit = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="0: no limit")]
 
 
 @app.command(help="Make an API key and print it: it cannot be shown again.")

@@ -13,9 +13,11 @@ from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from softprompt_api.rpc.channel import open_blocking_channel
 from softprompt_api.rpc.status import from_rpc_error
+from softprompt_api.settings import is_loopback
 
 from softprompt.cli.options import RunOptions
 from softprompt.cli.services import Addresses
+from softprompt.keys import KeyClient
 from softprompt.registry import AdapterInfo, RegistryClient
 
 _MAX_ADAPTERS = 12
@@ -34,6 +36,7 @@ def show(console: Console, options: RunOptions, addresses: Addresses, logs: Path
     model = get_model(addresses.inference[0])
     with RegistryClient(addresses.registry) as registry:
         adapters, total = registry.first_adapters(_MAX_ASKED)
+    needs_key = _needs_key(options, addresses)
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
@@ -41,7 +44,9 @@ def show(console: Console, options: RunOptions, addresses: Addresses, logs: Path
         facts.add_row(name, Text(value))
     console.print(Panel(facts, title="Softprompt is serving", title_align="left", expand=False))
     # Outside the frame, so that it can be copied.
-    console.print(curl(addresses, model, adapters), highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        curl(addresses, model, adapters, needs_key=needs_key), highlight=False, markup=False, soft_wrap=True
+    )
     console.print("Ctrl-C stops everything.", style="dim")
 
 
@@ -54,9 +59,19 @@ def get_model(address: str) -> pb.GetModelResponse:
             raise from_rpc_error(error) from error
 
 
-def curl(addresses: Addresses, model: pb.GetModelResponse, adapters: list[AdapterInfo]) -> str:
+def _needs_key(options: RunOptions, addresses: Addresses) -> bool:
+    """Whether the gateway asks for an API key."""
+    if options.insecure:
+        return False
+    if options.require_keys or not is_loopback(options.host):
+        return True
+    with KeyClient(addresses.registry) as keys:
+        return keys.ever_made()
+
+
+def curl(addresses: Addresses, model: pb.GetModelResponse, adapters: list[AdapterInfo], *, needs_key: bool) -> str:
     """One request to paste: the demo adapter's, else the first adapter's, else the base model's."""
-    names = [info.name for info in adapters] or [model.base_model.id]
+    names = [f"{info.name}:0" if info.num_tasks > 1 else info.name for info in adapters] or [model.base_model.id]
     name = _DEMO if _DEMO in names else names[0]
     body = {
         "model": name,
@@ -64,8 +79,10 @@ def curl(addresses: Addresses, model: pb.GetModelResponse, adapters: list[Adapte
         "max_tokens": 16,
         "temperature": 0,
     }
+    key = ' -H "Authorization: Bearer $SOFTPROMPT_API_KEY"' if needs_key else ""
     return (
-        f'curl {addresses.gateway_url}/v1/completions -H "Content-Type: application/json" \\\n  -d {_quoted(body)}'
+        f'curl {addresses.gateway_url}/v1/completions -H "Content-Type: application/json"{key} \\\n'
+        f"  -d {_quoted(body)}"
     )
 
 

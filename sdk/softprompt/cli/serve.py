@@ -22,5 +22,9 @@ def serve(
     service: Annotated[Service, typer.Argument(help="which one")],
 ) -> None:
     """Become the service: signals and exit code are its own."""
+    # What stands before the command is how services are called; they read it from their environment.
+    for flag, value in context.find_root().params.items():
+        if value is not None:
+            os.environ[f"SOFTPROMPT_{flag.upper()}"] = str(value)
     line = command(service, context.args)
     os.execv(line[0], line)

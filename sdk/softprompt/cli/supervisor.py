@@ -175,7 +175,8 @@ class Supervisor:
 
     def _end_all(self) -> None:
         if self._stop.asked():
-            self._console.print("stopping …")
+            with contextlib.suppress(OSError):  # the terminal may be what has gone
+                self._console.print("stopping …")
         # The gateway first, so that what it has taken can be answered; then the replicas, all at once.
         gateway = [child for child in self._children if child.name == "gateway"]
         for child in gateway:

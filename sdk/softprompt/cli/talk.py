@@ -1,6 +1,8 @@
 """`softprompt complete` and `softprompt chat`: a running system from the terminal."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -31,7 +33,9 @@ def complete(
     api_key: ApiKey = None,
 ) -> None:
     """Print a completion as it is generated."""
-    text = sys.stdin.read() if prompt is None else prompt
+    with _utf8():
+        text = sys.stdin.read() if prompt is None else prompt
+        text.encode()
     if not text:
         raise WrongUsage("there is no prompt: give one as an argument or on standard input")
     with gateway_client(url, api_key) as gateway:
@@ -70,5 +74,16 @@ def _next_line(name: str) -> str | None:
     """The user's next line, stripped; None at the end of the input."""
     if sys.stdin.isatty():
         typer.echo(f"{name}> ", nl=False, err=True)
-    line = sys.stdin.readline()
+    with _utf8():
+        line = sys.stdin.readline()
+        line.encode()
     return line.strip() if line else None
+
+
+@contextmanager
+def _utf8() -> Iterator[None]:
+    """WrongUsage for bytes that are no text; where they come from, Python may have let them pass as surrogates."""
+    try:
+        yield
+    except UnicodeError:
+        raise WrongUsage("the text is not UTF-8") from None
