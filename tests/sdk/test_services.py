@@ -2,13 +2,19 @@
 
 import dataclasses
 import importlib
+import os
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from softprompt.cli import main
 from softprompt.cli.options import make_options
+from softprompt.cli.panel import curl
 from softprompt.cli.problems import WrongUsage
 from softprompt.cli.services import Addresses, command, environment, refuse_tls_of_services
+from softprompt.registry import AdapterInfo
+from softprompt_api.inference.v1.inference_pb2 import GetModelResponse
+from softprompt_api.registry.v1.registry_pb2 import BaseModel
 
 
 def addresses(host: str = "127.0.0.1") -> Addresses:
@@ -164,6 +170,31 @@ def test_variables_that_would_give_services_tls_are_refused_by_name(monkeypatch:
     monkeypatch.setenv("SOFTPROMPT_REGISTRY_TLS_CERT", "cert.pem")
     with pytest.raises(WrongUsage, match="SOFTPROMPT_REGISTRY_TLS_CERT is for a service that is started alone"):
         refuse_tls_of_services()
+
+
+def test_a_service_alone_is_told_how_others_are_called(
+    monkeypatch: pytest.MonkeyPatch, authority: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("SOFTPROMPT_TLS_CA", raising=False)
+
+    def become(_program: str, line: list[str]) -> None:
+        print(os.environ["SOFTPROMPT_TLS_CA"], line[-1])
+
+    monkeypatch.setattr(os, "execv", become)
+    with pytest.raises(SystemExit):
+        main(["--tls-ca", str(authority.cert), "serve", "gateway", "--port", "0"])
+    monkeypatch.delenv("SOFTPROMPT_TLS_CA")
+    assert capsys.readouterr().out == f"{authority.cert} 0\n"
+
+
+def test_the_command_that_a_start_shows_can_be_run() -> None:
+    model = GetModelResponse(base_model=BaseModel(id="base"))
+    assert '"model": "base"' in curl(addresses(), model, [], needs_key=False)
+    several = AdapterInfo(**{field.name: None for field in dataclasses.fields(AdapterInfo)})
+    several = replace(several, name="several", num_tasks=3)
+    shown = curl(addresses(), model, [several], needs_key=True)
+    assert '"model": "several:0"' in shown
+    assert '-H "Authorization: Bearer $SOFTPROMPT_API_KEY"' in shown
 
 
 def test_a_service_runs_as_a_module_of_this_interpreter() -> None:
