@@ -21,7 +21,7 @@ help:
 	@echo "make lint     formatting, style, types, import contracts, protos, generated code"
 	@echo "make format   format and fix what can be fixed"
 	@echo "make protos   generate the code of the .proto files"
-	@echo "make test-gpu the GPU's tests, with GPU_PYTHON's own packages"
+	@echo "make test-gpu the GPU's tests, with GPU_PYTHON's own packages (PYTEST_ARGS=\"-n 8\" where xdist is)"
 	@echo "make chaos    the long forms of tests that kill services, break links and damage the store; an hour"
 	@echo "make conformance  clients and test suites of others, against a running system; needs node, and installs them apart"
 	@echo "make bench    measure beside PEFT, transformers and vLLM, on a CPU that nobody else uses (BENCH_ARGS=--quick)"
@@ -55,7 +55,7 @@ conformance: install
 # A GPU machine brings its own torch, triton and transformers, and may have nothing else of what the services need.
 GPU_PYTHON ?= python3
 test-gpu:
-	PYTHONPATH=protos:kernels:inference_service $(GPU_PYTHON) -m pytest -c /dev/null --rootdir . --import-mode=importlib -m gpu -W ignore::pytest.PytestUnknownMarkWarning tests/kernels tests/inference/model
+	PYTHONPATH=protos:kernels:inference_service $(GPU_PYTHON) -m pytest -c /dev/null --rootdir . --import-mode=importlib -m gpu -W ignore::pytest.PytestUnknownMarkWarning $(PYTEST_ARGS) tests/kernels tests/inference/model
 
 # Arguments of python -m benchmarks, or of python -m benchmarks.gpu; --help shows them.
 BENCH_ARGS ?=

@@ -213,14 +213,14 @@ def main(argv: Sequence[str]) -> int:
     results = Results(size=size.name, num_repeats=size.num_repeats, conditions=read_conditions(list(argv)))
     batches = _TINY_BATCHES if arguments.tiny else _BATCHES
     turns = {"B4": size.num_repeats * (len(batches) + len(_PEER_BATCHES)), "B5": size.num_repeats * 2}
+    arguments.out = arguments.out or results.default_path()
     progress = Progress({f"{case} {model}": turns[case] for model in models for case in cases})
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="softprompt-bench-")))
         for model in models:
             _run_model(model, cases, arguments, size, folder, results, progress)
-    path = arguments.out or results.default_path()
-    results.write(path)
-    print(f"\n{render(results.rows)}\n{render_checks(results)}\nwritten to {path}")
+    results.write(arguments.out)
+    print(f"\n{render(results.rows)}\n{render_checks(results)}\nwritten to {arguments.out}")
     return 1 if any(name.startswith(CASES) for name in results.unmeasured) else 0
 
 
@@ -270,6 +270,7 @@ def _run_model(
             if case in cases:
                 with bench.case(f"{case} {name}"):
                     run()
+                results.write(arguments.out)  # whatever ends the run takes no finished case along
             # Its memory is not needed any more.
             bench.close(BASE_ONLY)
 

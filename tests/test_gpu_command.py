@@ -35,7 +35,7 @@ def test_the_gpus_tests_are_found_without_what_only_services_need(tmp_path: Path
     assert found is not None
     (tmp_path / "hide.py").write_text(HIDE, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{found[1]}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "hide", "--collect-only", "-q", *found[2].split()]
+    command = [sys.executable, "-m", "pytest", "-p", "hide", "--collect-only", "-q", *found[2].replace("$(PYTEST_ARGS)", "").split()]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
     )

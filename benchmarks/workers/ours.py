@@ -1,5 +1,6 @@
 """Ours: the engine in this process, as its service runs it."""
 
+import gc
 import hashlib
 import time
 from collections.abc import Sequence
@@ -91,10 +92,14 @@ def make(
         num_threads=num_threads,
         kv_cache_bytes=kv_cache_bytes,
         max_model_len=max_model_len,
+        max_loras=0,
         share=share,
         native_cache_dir=str(native_kernels_dir()),
     )
-    return EngineWorker(Engine(load_runner(config, print), config))
+    worker = EngineWorker(Engine(load_runner(config, print), config))
+    gc.collect()
+    gc.freeze()  # as the engine's process does
+    return worker
 
 
 def _read(folder: Path) -> LoadAdapter:

@@ -1,5 +1,6 @@
 """transformers' continuous batching. It takes token ids only: no soft prompt, the base model alone."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,9 @@ from benchmarks.workload import Outcome, Request
 # A request is not cut off by an end of sequence that no token has.
 _NO_EOS = -1
 _WAIT_S = 1.0
+# Newer versions change the attention that was asked for, unless they are told not to.
+_FIELDS = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+_KEEP_SDPA = {"auto_switch_to_flash": False} if "auto_switch_to_flash" in _FIELDS else {}
 
 
 class TransformersContinuousBatching:
@@ -33,7 +37,7 @@ class TransformersContinuousBatching:
         loaded = loaded.to(device).eval()
         self._manager = loaded.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=_NO_EOS, pad_token_id=0),
-            continuous_batching_config=ContinuousBatchingConfig(num_blocks=num_blocks, auto_switch_to_flash=False),
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=num_blocks, **_KEEP_SDPA),
         )
         self._manager.warmup()
         self._manager.start()

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hashlib
 import random
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from itertools import islice
@@ -18,6 +19,8 @@ T = TypeVar("T")
 
 pytestmark = pytest.mark.timeout(1800)
 _PAUSE_S = 0.02
+# Nothing is away for so long.
+_AWAY_S = 120.0
 _ALIASES = ("latest", "prod", "beta")
 
 
@@ -77,10 +80,13 @@ class Writer:
         del self.versions[number]
 
     async def _acknowledged(self, call: Callable[[], Awaitable[T]]) -> T:
+        until_s = time.monotonic() + _AWAY_S
         while True:
             try:
                 return await call()
             except Unavailable:
+                if time.monotonic() > until_s:
+                    raise
                 self.num_repeated += 1
                 await asyncio.sleep(_PAUSE_S)
 
@@ -128,11 +134,12 @@ async def write_and_kill(
     """Kill a victim at a random moment, so many times, while writers write over a disk that is `sync_s` slow."""
     stop, turns = asyncio.Event(), asyncio.Queue()
     order: list[Any] = []  # of the next victims: each dies as often as any other
-    writing = [asyncio.create_task(writer.run(stop, turns)) for writer in writers]
-    try:
+    async with asyncio.TaskGroup() as group:
+        for writer in writers:
+            group.create_task(writer.run(stop, turns))
         for _ in range(kills):
             store.sync_takes(sync_s)
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(_AWAY_S):
                 for _ in range(rng.randint(*acks_between)):
                     if all(writer.lost for writer in writers):
                         break
@@ -144,9 +151,7 @@ async def write_and_kill(
             victim.kill()
             store.sync_takes(0)
             await asyncio.to_thread(victim.start)
-    finally:
         stop.set()
-        await asyncio.gather(*writing)
 
 
 async def verify(writers: list[Writer], client: Any, look: Any) -> list[str]:

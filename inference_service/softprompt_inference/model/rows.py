@@ -89,6 +89,6 @@ class KeyValueRows:
         """Forget the rows that were loaded at first_id."""
         del self._rows_at[first_id]
 
-    def find(self, first_id: int, start: int, stop: int) -> Tensor:
-        """Rows start … stop − 1 of what was loaded at first_id: [layers, 2, n, Hkv, D]."""
-        return self._rows_at[first_id][:, :, start:stop]
+    def find(self, first_id: int) -> Tensor:
+        """All that was loaded at first_id: [layers, 2, n, Hkv, D]; a part of it could not be copied without a wait."""
+        return self._rows_at[first_id]

@@ -178,9 +178,9 @@ class ModelRunner:
         return ScoredChoices(plan.chunks, choices, logits[len(samples) :]) if num_scores else choices
 
     def _write(self, pages: KVPages, write: PageWrite) -> None:
-        rows = self._key_values.find(write.first_id, write.start, write.stop)
+        rows = self._key_values.find(write.first_id).to(self.loaded.device, non_blocking=True)
         slots = page_slots(write.page_ids, write.start, write.stop, page_size=self._page_size)
-        pages.write(rows.to(self.loaded.device, non_blocking=True), self._to_device(slots))
+        pages.write(rows[:, :, write.start : write.stop], self._to_device(slots))
 
     def run(self, plan: StepPlan) -> Sequence[Sampled]:
         """Launch a step and wait for its tokens; nothing happens in one without chunks."""
@@ -284,6 +284,8 @@ def load_runner(config: EngineConfig, report: Callable[[str], None]) -> ModelRun
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     device = hardware.choose_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current device, and graphs are captured there
     budget = None
     if device.type == "cuda" and config.gpu_memory_utilization is not None:
         budget = hardware.read_gpu_budget(device, config.gpu_memory_utilization)
@@ -453,4 +455,8 @@ def _warm_up(runner: ModelRunner, config: EngineConfig) -> int:
         runner.run(StepPlan(chunks=[*chunks[:-1], replace(chunks[-1], scores=scores)]))
         if config.max_loras:
             runner.run(StepPlan(chunks=[replace(chunk, lora=0) for chunk in chunks]))
+        # And the first soft prompt is not to wait for its kernel's compiler.
+        row = torch.zeros(1, runner.loaded.hidden_size, dtype=runner.loaded.dtype, device=device)
+        place = torch.zeros(1, dtype=torch.int64, device=device)
+        embed_gather(row, row.clone(), place, place)
     return torch.cuda.max_memory_allocated(device) - before_bytes if on_cuda else 0

@@ -34,10 +34,14 @@ def _kernel(
     if count == 0:
         return
     rank = tl.load(ranks_ptr + slot * num_slices + part)
-    column = tl.load(starts_ptr + part) + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    is_column = column < tl.load(starts_ptr + part + 1)
+    begin = tl.load(starts_ptr + part) + tl.program_id(1) * BLOCK_N
+    end = tl.load(starts_ptr + part + 1)
     if rank == 0:
         return
+    if begin >= end:
+        return
+    column = begin + tl.arange(0, BLOCK_N)
+    is_column = column < end
     t = tl.arange(0, BLOCK_T)
     r = tl.arange(0, BLOCK_R)
     is_token = t < count
