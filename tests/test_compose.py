@@ -91,6 +91,19 @@ def test_services_find_each_other_under_their_names_and_ports() -> None:
     assert gateway["SOFTPROMPT_INFERENCE_ADDRESS"] == f"dns:///inference:{inference_port}"
 
 
+def test_gateways_do_not_count_in_the_store_that_waits_for_its_disk() -> None:
+    registry, gateway = (environment("docker-compose.yml", service) for service in ("registry", "gateway"))
+    store = registry["SOFTPROMPT_REGISTRY_REDIS_URL"].rpartition("/")[0]
+    assert not gateway.get("SOFTPROMPT_GATEWAY_LIMITS_REDIS_URL", "").startswith(store)
+
+
+def test_kernels_can_be_compiled_where_they_run() -> None:
+    lines = (ROOT / "docker" / "inference.Dockerfile").read_text(encoding="utf-8").splitlines()
+    [install] = [line for line in lines if "apt-get install" in line]
+    assert {"gcc", "libc6-dev", "--no-install-recommends"} <= set(install.split())
+    assert install.endswith("rm -rf /var/lib/apt/lists/*")
+
+
 @pytest.mark.parametrize("service", ["store", *SETTINGS])
 def test_every_service_has_a_health_check_and_is_waited_for(service: str) -> None:
     described = services("docker-compose.yml")

@@ -40,6 +40,14 @@ class BlobInfo:
         return self.chunk_digests[index * _DIGEST_BYTES : (index + 1) * _DIGEST_BYTES]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobUse:
+    """What must be known of a blob to delete it."""
+
+    num_versions: int
+    num_chunks: int
+
+
 class StagedBlob:
     """One upload's chunks in the store: invisible, and gone after a while unless they are published.
 
@@ -120,6 +128,15 @@ def decode_blob(fields: dict[bytes, bytes], *, sha256: str) -> BlobInfo | None:
     if info.sha256 != sha256 or info.num_chunks != -(-info.size_bytes // CHUNK_BYTES):
         raise DataCorrupted("the stored facts of a tensor file do not belong to it")
     return info
+
+
+async def read_use(pipe: Pipeline, sha256: str) -> BlobUse | None:
+    """What must be known of a blob to delete it; None where it is not there, or nothing counts its users."""
+    # Other facts may be damaged: nobody can read the blob then, and it must not hold fast who used it.
+    num_versions, digests = await reply(pipe.hmget(keys.blob(sha256), "num_versions", "chunk_digests"))
+    if not num_versions or not num_versions.isdigit():
+        return None
+    return BlobUse(num_versions=int(num_versions), num_chunks=len(digests or b"") // _DIGEST_BYTES)
 
 
 class BlobReader:

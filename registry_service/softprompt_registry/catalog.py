@@ -36,6 +36,7 @@ SERVING_DTYPES = ("float32", "bfloat16", "float16")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _PRINTABLE = re.compile(r"[\x21-\x7e][\x20-\x7e]*\Z")
 _CHECK_CHARACTERS = 8
+_MAX_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +225,7 @@ def check_probe(probe: Probe) -> None:
 
 def choose_base_model(models: Sequence[BaseModel], wanted_id: str) -> BaseModel:
     """The base model a registration is for: the named one, or the only one there is."""
-    known = ", ".join(model.id for model in models[:8])
+    known = _first([model.id for model in models])
     if not models:
         raise BaseModelUnknown(
             "the registry knows no base model to check the adapter against; start the inference service, which "
@@ -271,17 +272,23 @@ def nearest_name(name: str, names: Iterable[str]) -> str:
 
 def pinned(name: str, numbers: Sequence[int]) -> AdapterInUse:
     """The error for deleting pinned versions."""
-    spellings = ", ".join(f"{local_name(name)}@{number}" for number in numbers)
+    spellings = _first([f"{local_name(name)}@{number}" for number in numbers])
     verb = "is" if len(numbers) == 1 else "are"
     return AdapterInUse(f"{spellings} {verb} pinned; lift the pin first", field="adapter")
 
 
 def aliased(name: str, number: int, aliases: Sequence[str]) -> AdapterInUse:
     """The error for deleting a version that aliases point to."""
-    which = f"the alias {aliases[0]} points" if len(aliases) == 1 else f"the aliases {', '.join(aliases)} point"
+    which = f"the alias {aliases[0]} points" if len(aliases) == 1 else f"the aliases {_first(aliases)} point"
     return AdapterInUse(
         f"{which} to {local_name(name)}@{number}; move or remove first what points there", field="adapter"
     )
+
+
+def _first(words: Sequence[str]) -> str:
+    """The first of many words, and how many more there are: a status does not carry long messages."""
+    more = f" and {len(words) - _MAX_NAMED} more" if len(words) > _MAX_NAMED else ""
+    return ", ".join(words[:_MAX_NAMED]) + more
 
 
 def not_found(
@@ -335,8 +342,13 @@ def page_start(token: str, query: str) -> str:
         text = ""
     check, after = text[:_CHECK_CHARACTERS], text[_CHECK_CHARACTERS:]
     if not after or check != _check(query, after):
-        raise InvalidArgument("page_token is not from the page before of this list", field="page_token")
+        raise foreign_token()
     return after
+
+
+def foreign_token() -> InvalidArgument:
+    """The error for a page token of another list, or of none."""
+    return InvalidArgument("page_token is not from the page before of this list", field="page_token")
 
 
 def _check(query: str, after: str) -> str:

@@ -12,7 +12,7 @@ from softprompt_api.errors import Unavailable
 from softprompt_api.names import LATEST
 
 from softprompt_registry import catalog, events, keys, pointers
-from softprompt_registry.blobs import BlobInfo, StagedBlob, decode_blob
+from softprompt_registry.blobs import BlobUse, StagedBlob, read_use
 from softprompt_registry.catalog import AdapterVersion, Draft, EventType
 from softprompt_registry.codec import encode_version
 from softprompt_registry.connection import reply, store_errors, writes
@@ -24,7 +24,7 @@ IDEMPOTENCY_TTL_S = 7 * 24 * 3600
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Doomed:
-    """What must be known of a version to delete it; digest and sha256 are "" where its record is damaged."""
+    """What must be known of a version to delete it; digest and sha256 may be wrong where its record is damaged."""
 
     id: int
     number: int
@@ -71,9 +71,9 @@ class Changes:
     async def _publish(
         self, draft: Draft, staged: StagedBlob, *, version_id: int, key: str, content: str
     ) -> AdapterVersion:
-        async def attempt(pipe: Pipeline) -> AdapterVersion:
-            if made := await self._store.made_by(key, content):
-                return made
+        async def attempt(pipe: Pipeline) -> AdapterVersion | None:
+            if key and await reply(pipe.exists(keys.idempotency(key))):
+                return None
             if staged.keys and await reply(pipe.exists(*staged.keys)) != len(staged.keys):
                 raise Unavailable("the upload took too long and expired; register again")
             old = await pointers.read_watched(pipe, draft.name)
@@ -96,7 +96,12 @@ class Changes:
             return new.describe(version)
 
         also = [*staged.keys, *([keys.idempotency(key)] if key else [])]
-        return await transact(self._client, draft.name, attempt, also=also)
+        version = await transact(self._client, draft.name, attempt, also=also)
+        # Looked up with no connection held: holders that each wait for one more would wait for each other.
+        version = version or await self._store.made_by(key, content)
+        if version is None:
+            raise Unavailable("the idempotency key expired at this moment; register again")
+        return version
 
     @writes
     async def delete_adapter(self, name: str) -> int:
@@ -165,7 +170,7 @@ class Changes:
         doomed = []
         for version_id, number in found:
             record = await reply(pipe.hmget(keys.version(int(version_id)), "digest", "tensors_sha256", "pinned"))
-            digest, sha256, pinned = (text.decode() if text else "" for text in record)
+            digest, sha256, pinned = (text.decode(errors="replace") if text else "" for text in record)
             doomed.append(
                 _Doomed(
                     id=int(version_id), number=int(number), digest=digest, sha256=sha256, is_pinned=pinned == "1"
@@ -175,28 +180,28 @@ class Changes:
             raise catalog.pinned(name, pinned_numbers)
         return doomed
 
-    async def _blobs(self, pipe: Pipeline, doomed: Sequence[_Doomed]) -> dict[str, BlobInfo]:
-        """The blobs that versions use, watched."""
+    async def _blobs(self, pipe: Pipeline, doomed: Sequence[_Doomed]) -> dict[str, BlobUse]:
+        """The blobs that versions use, watched; without those whose users cannot be told."""
         blobs = {}
         for sha256 in {version.sha256 for version in doomed if version.sha256}:
             await pipe.watch(keys.blob(sha256))
-            if info := decode_blob(await reply(pipe.hgetall(keys.blob(sha256))), sha256=sha256):
-                blobs[sha256] = info
+            if use := await read_use(pipe, sha256):
+                blobs[sha256] = use
         return blobs
 
-    def _remove(self, pipe: Pipeline, name: str, doomed: Sequence[_Doomed], blobs: Mapping[str, BlobInfo]) -> None:
+    def _remove(self, pipe: Pipeline, name: str, doomed: Sequence[_Doomed], blobs: Mapping[str, BlobUse]) -> None:
         """Queue the removal of versions, and of the blobs that nobody uses then."""
         for version in doomed:
             pipe.unlink(keys.version(version.id))
             pipe.zrem(keys.versions(name), version.id)
             pipe.zrem(keys.digest(version.digest), version.id)
         for sha256, num_gone in Counter(version.sha256 for version in doomed).items():
-            if not (info := blobs.get(sha256)):
+            if not (use := blobs.get(sha256)):
                 continue
-            if info.num_versions > num_gone:
-                pipe.hset(keys.blob(sha256), "num_versions", str(info.num_versions - num_gone))
+            if use.num_versions > num_gone:
+                pipe.hset(keys.blob(sha256), "num_versions", str(use.num_versions - num_gone))
             else:
-                pipe.unlink(keys.blob(sha256), *(keys.chunk(sha256, index) for index in range(info.num_chunks)))
+                pipe.unlink(keys.blob(sha256), *(keys.chunk(sha256, index) for index in range(use.num_chunks)))
 
 
 def _fields(draft: Draft) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tenacity import (
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_LOST = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError)
+LOST = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError)
 
 
 def open_store(url: str, *, timeout_s: float, max_connections: int) -> Redis:
@@ -51,7 +51,7 @@ async def store_errors() -> AsyncIterator[None]:
         yield
     except redis.exceptions.OutOfMemoryError as error:
         raise Overloaded("the store is full; delete adapters or give it more memory") from error
-    except _LOST as error:
+    except LOST as error:
         raise Unavailable("the store is away; try again") from error
     except redis.exceptions.RedisError as error:
         raise Unavailable("the store refuses the command; its log has the reason") from error

@@ -9,7 +9,7 @@ from softprompt_api.access import key_sha256, new_key
 from softprompt_api.errors import DataCorrupted, InvalidArgument, KeyNotFound
 from softprompt_api.names import shown
 
-from softprompt_registry import catalog, events, keys
+from softprompt_registry import events, keys
 from softprompt_registry.api_keys import (
     SHA256_PATTERN,
     ApiKey,
@@ -21,6 +21,7 @@ from softprompt_registry.api_keys import (
 )
 from softprompt_registry.catalog import EventType
 from softprompt_registry.connection import reads, reply, writes
+from softprompt_registry.pages import read_page
 
 _log = structlog.get_logger()
 _QUERY = "keys"
@@ -72,21 +73,19 @@ class KeyStore:
     @reads
     async def page(self, *, size: int, token: str) -> KeyPage:
         """One page of the keys, in order of ids; what cannot be read is left out."""
-        size, after = catalog.page_size(size), catalog.page_start(token, _QUERY)
+        page = await read_page(self._after, query=_QUERY, size=size, token=token)
+        ever_made = bool(await reply(self._client.exists(keys.NUM_KEYS_MADE)))
+        return KeyPage(keys=page.items, next_token=page.next_token, ever_made=ever_made)
+
+    async def _after(self, after: str, limit: int) -> list[tuple[str, ApiKey | None]]:
         low = f"({after}" if after else "-"
-        found = await reply(self._client.zrangebylex(keys.API_KEYS, low, "+", start=0, num=size + 1))
-        names = [sha256.decode() for sha256 in found[:size]]
+        found = await reply(self._client.zrangebylex(keys.API_KEYS, low, "+", start=0, num=limit))
+        names = [sha256.decode() for sha256 in found]
         pipe = self._client.pipeline(transaction=False)
         for sha256 in names:
             pipe.hgetall(keys.api_key(sha256))
-        pipe.exists(keys.NUM_KEYS_MADE)
-        *records, ever_made = await pipe.execute()
-        readable = [_readable(sha256, fields) for sha256, fields in zip(names, records, strict=True)]
-        return KeyPage(
-            keys=[key for key in readable if key is not None],
-            next_token=catalog.page_token(_QUERY, names[-1]) if len(found) > size else "",
-            ever_made=bool(ever_made),
-        )
+        records = await pipe.execute()
+        return [(sha256, _readable(sha256, fields)) for sha256, fields in zip(names, records, strict=True)]
 
     @writes
     async def revoke(self, id_: str) -> str:

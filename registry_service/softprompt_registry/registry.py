@@ -30,7 +30,7 @@ from softprompt_registry.watching import Watching
 class Listing:
     """One page of names: where the stream of changes stood before it was read, and how many names there are."""
 
-    page: Page
+    page: Page[AdapterVersion]
     cursor: str
     total: int
 
@@ -100,11 +100,11 @@ class Registry:
         total = await self._store.count_names(None if all_tenants else tenant_of(prefix))
         return Listing(page=page, cursor=cursor, total=total)
 
-    async def list_versions(self, name: str, *, size: int, token: str) -> Page:
+    async def list_versions(self, name: str, *, size: int, token: str) -> Page[AdapterVersion]:
         """One page of a name's versions, newest first."""
 
         async def fetch(after: str, limit: int) -> Sequence[tuple[str, AdapterVersion | None]]:
-            found = await self._store.versions(name, below=int(after) if after else None, limit=limit)
+            found = await self._store.versions(name, below=_number(after), limit=limit)
             return [(str(number), version) for number, version in found]
 
         check_full_name(name)
@@ -196,3 +196,11 @@ class Registry:
             return catalog.not_found(ref, latest=latest, aliases=(await self._store.pointers(ref.name)).moved)
         near = catalog.nearest_name(ref.name, await self._store.names_near(ref.name))
         return catalog.not_found(ref, near=near)
+
+
+def _number(after: str) -> int | None:
+    """The number of the version that a page begins after; None on the first page."""
+    try:
+        return int(after) if after else None
+    except ValueError:
+        raise catalog.foreign_token() from None

@@ -60,7 +60,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
             all_tenants=request.all_tenants,
         )
         return pb.ListAdaptersResponse(
-            adapters=[version_to(version) for version in listing.page.versions],
+            adapters=[version_to(version) for version in listing.page.items],
             next_page_token=listing.page.next_token,
             cursor=listing.cursor,
             total_size=listing.total,
@@ -68,7 +68,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
 
     async def ListVersions(self, request: pb.ListVersionsRequest, context: Context) -> pb.ListVersionsResponse:
         page = await self._registry.list_versions(request.name, size=request.page_size, token=request.page_token)
-        versions = [version_to(version) for version in page.versions]
+        versions = [version_to(version) for version in page.items]
         return pb.ListVersionsResponse(versions=versions, next_page_token=page.next_token)
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:

@@ -12,7 +12,7 @@ from softprompt_api.errors import AdapterConflict, DataCorrupted
 from softprompt_api.names import LATEST, AdapterRef
 from softprompt_api.tenants import full_name, local_name, tenant_of
 
-from softprompt_registry import keys, pointers
+from softprompt_registry import catalog, keys, pointers
 from softprompt_registry.catalog import AdapterVersion, BaseModel
 from softprompt_registry.codec import decode_base_model, decode_version, encode_base_model
 from softprompt_registry.connection import reads, reply, writes
@@ -108,6 +108,9 @@ class Store:
         """
         low, high = ("-", "+") if all_tenants else _bounds(keys.listed(prefix))
         if after:
+            # Anybody can make a token: behind a name of another list lie other tenants' names.
+            if not all_tenants and not after.startswith(prefix):
+                raise catalog.foreign_token()
             low = f"({keys.listed(after)}"
         found = await reply(self._client.zrangebylex(keys.NAMES, low, high, start=0, num=limit))
         return [keys.unlisted(member.decode()) for member in found]
@@ -207,11 +210,11 @@ class Store:
 
     async def _oldest(self, ref: AdapterRef) -> int:
         """The oldest version with a digest, of its owner where one is named; all have the same tensors."""
-        for version_id in await reply(self._client.zrange(keys.digest(ref.digest), 0, -1 if ref.owner else 0)):
-            if not ref.owner:
-                return int(version_id)
+        last = -1 if ref.owner else _MAX_LOOKUPS - 1
+        for version_id in await reply(self._client.zrange(keys.digest(ref.digest), 0, last)):
+            # The id of a version that was deleted with its digest damaged is still there.
             name = await reply(self._client.hget(keys.version(int(version_id)), "name"))
-            if name and tenant_of(name.decode()) == ref.owner:
+            if name and ref.owner in ("", tenant_of(name.decode(errors="replace"))):
                 return int(version_id)
         return 0
 

@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
 from softprompt_registry import catalog, keys
+from softprompt_registry.connection import LOST
 
 T = TypeVar("T")
 
@@ -33,7 +34,10 @@ async def transact(
             try:
                 await pipe.watch(keys.name(name), *also)
                 return await attempt(pipe)
-            except redis.exceptions.WatchError:
+            except redis.exceptions.WatchError as error:
+                # redis-py says so of a lost connection as well, and then the transaction may be done.
+                if isinstance(lost := error.__context__, LOST):
+                    raise lost from None
                 # A connection that has seen a change fails every transaction.
                 await pipe.reset()  # type: ignore[no-untyped-call]
                 await asyncio.sleep(random.uniform(0, _MAX_JITTER_S))

@@ -52,6 +52,19 @@ async def test_a_mistyped_alias_is_told_the_near_one(client, three):
     assert missing.value.details == {"did_you_mean": "tweets@production"}
 
 
+async def test_a_deletion_is_refused_with_a_reason_however_much_stands_in_its_way(client, make_adapter):
+    name = 128 * "a"
+    for seed in range(24):
+        version = (await client.register(name, make_adapter(seed))).version
+        await client.update(f"{name}@{version}", "pinned", pinned=True)
+        await client.set_alias(name, f"b{seed:0127}", 1)
+    with pytest.raises(AdapterInUse, match="and 16 more are pinned"):
+        await client.delete(name)
+    await client.update(f"{name}@1", "pinned", pinned=False)
+    with pytest.raises(AdapterInUse, match="and 16 more point to"):
+        await client.delete(name, 1)
+
+
 async def test_aliases_of_names_are_their_own(client, three, make_adapter):
     await client.register("sms", make_adapter(9))
     await client.set_alias("tweets", "prod", 2)

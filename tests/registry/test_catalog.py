@@ -46,6 +46,15 @@ def test_an_unknown_version_is_told_the_latest():
     assert error.details == {"did_you_mean": "tweets@3"}
 
 
+def test_what_stands_in_the_way_of_a_deletion_is_told_in_few_words():
+    assert str(catalog.pinned("acme/a", [1])) == "a@1 is pinned; lift the pin first"
+    assert str(catalog.pinned("a", range(1, 9))).startswith("a@1, a@2, a@3, a@4, a@5, a@6, a@7, a@8 are pinned")
+    assert "a@7, a@8 and 142 more are pinned" in str(catalog.pinned("a", range(1, 151)))
+    aliases = [f"b{number}" for number in range(64)]
+    assert "the alias b0 points to a@1" in str(catalog.aliased("a", 1, aliases[:1]))
+    assert "b6, b7 and 56 more point to a@1" in str(catalog.aliased("a", 1, aliases))
+
+
 def test_only_near_names_are_near():
     names = ["tweet_adapter", "sms_spam", "sql_adapter"]
     assert catalog.nearest_name("tweet-adapter", names) == "tweet_adapter"

@@ -1,12 +1,14 @@
 """The store dies, hangs, comes back: what was acknowledged stays, and nothing else breaks."""
 
 import asyncio
+import contextlib
 import os
 import time
+from pathlib import Path
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from softprompt_api.errors import SoftpromptError, Unavailable
+from softprompt_api.errors import AdapterNotFound, SoftpromptError, Unavailable
 from softprompt_registry.catalog import BaseModel
 from softprompt_registry.connection import open_store
 from softprompt_registry.server import RegistryServer
@@ -90,6 +92,118 @@ async def test_a_silent_store_is_unavailable_within_its_timeout(
     valkey.resume()
     await eventually(is_serving)
     assert await client.get("tweets") == made
+
+
+class ForgetfulLink:
+    """A link to a store that ends, once, when the store says that a change was made, and does not pass it on.
+
+    Attributes:
+        forgets: whether the next change is the one.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self._path = target.with_suffix(".link")
+        self.url = f"unix://{self._path}"
+        self.forgets = False
+
+    async def __aenter__(self) -> "ForgetfulLink":
+        self._server = await asyncio.start_unix_server(self._serve, self._path)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._server.close()
+        await self._server.wait_closed()
+        self._path.unlink()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        up_reader, up_writer = await asyncio.open_unix_connection(self._target)
+        down = asyncio.create_task(self._copy(up_reader, writer))
+        if await self._copy(reader, up_writer):
+            down.cancel()
+            await asyncio.wait([down])
+            await up_reader.readuntil(b"*")  # replies to what was queued have none
+        down.cancel()
+        for end in (writer, up_writer):
+            end.transport.abort()
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Whether it ended behind a change that is to be forgotten."""
+        sent = b""
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65_536):
+                writer.write(data)
+                sent += data
+                if sent.endswith(b"EXEC\r\n"):
+                    if self.forgets and b"XADD" in sent:
+                        self.forgets = False
+                        return True
+                    sent = b""
+        return False
+
+
+@pytest.fixture
+async def link(valkey):
+    async with ForgetfulLink(valkey.socket) as link:
+        yield link
+
+
+@pytest.fixture
+async def linked(client, link, settings, connect, make_adapter):
+    """A client of a registry behind the link, where "tweets" has two versions and "prod" is the first."""
+    async with RegistryServer(settings.model_copy(update={"redis_url": link.url})) as server:
+        linked = connect(server.port)
+        for seed in range(2):
+            await linked.register("tweets", make_adapter(seed))
+        await linked.set_alias("tweets", "prod", 1)
+        yield linked
+        await linked.channel.close()
+
+
+@pytest.mark.parametrize("header", [{}, {"idempotency_key": "k"}])
+async def test_a_registration_whose_acknowledgement_is_lost_is_made_once(
+    linked, link, make_adapter, redis, header
+):
+    adapter = make_adapter(5).but(header=header)
+    num_events = await redis.xlen("sp:events")
+    link.forgets = True
+    made = await linked.register("sms", adapter)
+    assert not link.forgets
+    assert await linked.get("sms") == made
+    assert await linked.versions("sms") == [1]
+    assert await redis.xlen("sp:events") == num_events + 1
+    assert await redis.hget(f"sp:{{blob:{adapter.sha256}}}:m", "num_versions") == b"1"
+
+
+@pytest.mark.parametrize(
+    ("change", "missing"),
+    [
+        (lambda client: client.delete("tweets", 2), "tweets@2"),
+        (lambda client: client.set_alias("tweets", "prod", 0), "tweets@prod"),
+        (lambda client: client.delete("sms"), "sms"),
+    ],
+    ids=["version", "alias", "name"],
+)
+async def test_a_removal_whose_acknowledgement_is_lost_is_done_once_and_not_called_missing(
+    linked, link, make_adapter, redis, change, missing
+):
+    await linked.register("sms", make_adapter(5))
+    num_events = await redis.xlen("sp:events")
+    link.forgets = True
+    with pytest.raises(Unavailable):
+        await change(linked)
+    with pytest.raises(AdapterNotFound):
+        await linked.get(missing)
+    assert await redis.xlen("sp:events") == num_events + 1
+
+
+async def test_an_alias_whose_acknowledgement_is_lost_is_set_once(linked, link, redis):
+    num_events = await redis.xlen("sp:events")
+    link.forgets = True
+    with pytest.raises(Unavailable):
+        await linked.set_alias("tweets", "prod", 2, expected=1)
+    assert (await linked.get("tweets@prod")).version == 2
+    assert await redis.xlen("sp:events") == num_events + 1
 
 
 async def test_a_full_store_refuses_and_keeps_what_it_has(client, make_adapter, redis):

@@ -129,6 +129,20 @@ async def test_keys_are_listed_in_pages_in_order_of_ids(keys):
         await keys.page(page_token="x")
 
 
+async def test_a_page_of_keys_never_outgrows_a_message(keys):
+    adapters = [f"{number:03}" + 125 * "a" for number in range(256)]
+    ids = sorted([(await keys.create(adapters=adapters)).api_key.id for _ in range(130)])
+    listed, token = [], ""
+    while True:
+        page = await keys.page(page_size=1000, page_token=token)
+        assert page.ByteSize() < 3 * 2**20
+        listed += [key.id for key in page.api_keys]
+        token = page.next_page_token
+        if not token:
+            break
+    assert listed == ids
+
+
 async def test_what_no_key_can_be_is_refused(keys):
     for fields, field in (
         ({"scopes": [0]}, "scopes"),

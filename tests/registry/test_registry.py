@@ -17,6 +17,8 @@ from softprompt_api.errors import (
 )
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.rpc.status import from_rpc_error
+from softprompt_registry import catalog
+from softprompt_registry.server import RegistryServer
 
 
 async def test_a_registered_adapter_is_told_whole(client, make_adapter):
@@ -121,6 +123,44 @@ async def test_a_lost_chunk_is_data_loss_and_a_deleted_adapter_is_not_found(clie
     await client.delete("tweets")
     with pytest.raises(AdapterNotFound):
         await client.read(made.digest)
+
+
+@pytest.mark.parametrize(
+    ("key", "field"),
+    [
+        ("sp:{{v:{id}}}", "digest"),
+        ("sp:{{v:{id}}}", "tensors_sha256"),
+        ("sp:{{blob:{tensors_sha256}}}:m", "sha256"),
+        ("sp:{{blob:{tensors_sha256}}}:m", "size_bytes"),
+        ("sp:{{blob:{tensors_sha256}}}:m", "num_versions"),
+    ],
+)
+@pytest.mark.parametrize("number", [None, 1])
+async def test_what_is_damaged_can_be_deleted_and_made_anew(client, make_adapter, redis, key, field, number):
+    adapter = make_adapter()
+    made = await client.register("tweets", adapter)
+    key = key.format(id=made.id, tensors_sha256=made.tensors_sha256)
+    await redis.hset(key, field, b"\xff" + (await redis.hget(key, field))[1:])
+    await client.delete("tweets", number)
+    assert await client.names() == []
+    if field == "num_versions":  # nothing tells who uses the blob, and it stays
+        await redis.hset(key, field, "0")
+    made = await client.register("tweets", adapter)
+    assert made.version == 2
+    assert await client.get("tweets") == await client.get(made.digest) == made
+    assert await client.read(made.digest) == adapter.tensors
+
+
+async def test_a_blob_whose_facts_were_damaged_is_left_behind_by_nobody(client, make_adapter, redis):
+    adapter = make_adapter(num_virtual_tokens=20_000)
+    blob = f"sp:{{blob:{adapter.sha256}}}:m"
+    for name in ("tweets", "sms"):
+        await client.register(name, adapter)
+    await redis.hset(blob, "sha256", b"\xff")
+    await client.delete("tweets")
+    assert await redis.hget(blob, "num_versions") == b"1"
+    await client.delete("sms", 1)
+    assert await redis.keys("*blob*") == []
 
 
 async def test_deleting_while_others_read_ends_their_reading_cleanly(client, make_adapter):
@@ -275,6 +315,22 @@ async def test_a_page_never_outgrows_a_message(client, make_adapter):
     ]
 
 
+async def test_labels_do_not_make_a_page_outgrow_a_message(client, make_adapter):
+    labels = {f"{number:02}" + 62 * "😀": 256 * "😀" for number in range(32)}
+    adapter = make_adapter().but(header={"labels": labels})
+    await asyncio.gather(*(client.register(f"a{number:03}", adapter) for number in range(110)))
+    listed, token = [], ""
+    while True:
+        query = pb.ListAdaptersRequest(page_size=1000, page_token=token)
+        page = await client.answer(client.stub.ListAdapters(query))
+        assert page.ByteSize() < 3 * 2**20
+        listed += [adapter.name for adapter in page.adapters]
+        token = page.next_page_token
+        if not token:
+            break
+    assert listed == [f"a{number:03}" for number in range(110)]
+
+
 async def test_a_page_token_of_another_list_is_refused(client, make_adapter):
     for name in ("a1", "a2"):
         await client.register(name, make_adapter())
@@ -283,6 +339,10 @@ async def test_a_page_token_of_another_list_is_refused(client, make_adapter):
         with pytest.raises(InvalidArgument) as refused:
             await client.names(**query)
         assert refused.value.field == "page_token"
+    forged = pb.ListVersionsRequest(name="a1", page_token=catalog.page_token("versions a1", "one"))
+    with pytest.raises(InvalidArgument) as refused:
+        await client.answer(client.stub.ListVersions(forged))
+    assert refused.value.field == "page_token"
     for size in (-1, 1001):
         with pytest.raises(InvalidArgument) as refused:
             await client.names(page_size=size)
@@ -366,6 +426,18 @@ async def test_one_idempotency_key_makes_one_version(client, make_adapter):
     await client.delete("tweets")
     with pytest.raises(AdapterConflict):
         await client.register("tweets", adapter)
+
+
+async def test_registrations_with_keys_do_not_wait_for_each_others_connections(
+    client, make_adapter, monkeypatch, settings, connect
+):
+    monkeypatch.setattr("softprompt_registry.server._MAX_CONNECTIONS", 1)
+    adapter = make_adapter().but(header={"idempotency_key": "k"})
+    async with RegistryServer(settings.model_copy(update={"store_timeout_s": 5.0})) as server:
+        narrow = connect(server.port)
+        made = await asyncio.gather(*(narrow.register("tweets", adapter) for _ in range(8)))
+        await narrow.channel.close()
+    assert {version.version for version in made} == {1}
 
 
 async def test_a_raced_idempotency_key_makes_one_version(client, make_adapter, redis):

@@ -3,6 +3,7 @@
 import pytest
 from softprompt_api.errors import AdapterInUse, AdapterNotFound, AliasMoved, InvalidArgument
 from softprompt_api.registry.v1 import registry_pb2 as pb
+from softprompt_registry import catalog
 
 
 @pytest.fixture
@@ -53,6 +54,17 @@ async def test_pages_go_through_a_tenants_names_alone(client, make_adapter):
         assert listed == names
     await client.delete("acme/b")
     assert await client.names(name_prefix="acme/") == ["acme/a", "acme/c"]
+
+
+@pytest.mark.parametrize("after", ["0", "acme/", "acme/a", "umbrella", "zeta/a"])
+async def test_a_forged_page_token_leads_to_no_other_tenants_names(client, make_adapter, after):
+    for seed, name in enumerate(["a", "acme/a", "umbrella/a", "zeta/a"]):
+        await client.register(name, make_adapter(seed))
+    forged = catalog.page_token("adapters umbrella/", after)
+    with pytest.raises(InvalidArgument) as refused:
+        await client.names(name_prefix="umbrella/", page_token=forged)
+    assert refused.value.field == "page_token"
+    assert await client.names(page_token=catalog.page_token("adapters ", "acme/")) == []
 
 
 async def test_a_digest_stands_for_its_owners_version(client, make_adapter):

@@ -13,7 +13,9 @@ from softprompt_api.formats import (
     AdapterVerifier,
     Lora,
     ModelShape,
+    lora,
     parse_config,
+    patterns,
     read_adapter,
     read_folder,
 )
@@ -101,6 +103,20 @@ def test_the_folders_have_many_ranks_and_scales(peft_folders):
     lora = read_adapter(parse_config(files.config_json), files.tensors_path.read_bytes())
     assert len({module.rank for module in lora.modules}) == 4
     assert len({module.scale for module in lora.modules}) >= 6
+
+
+def test_patterns_are_prepared_and_matched_once_for_each_file(peft_folders, monkeypatch):
+    files = read_folder(peft_folders["LoRA, patterns"])
+    prepared, matched = [], []
+    matcher, values_of = patterns._Matcher, lora.values_of
+    patterns._matcher.cache_clear()
+    monkeypatch.setattr(patterns, "_Matcher", lambda found: prepared.append(found) or matcher(found))
+    monkeypatch.setattr(lora, "values_of", lambda *arguments: matched.append(1) or values_of(*arguments))
+    spec = parse_config(files.config_json)
+    verify(files.tensors_path.read_bytes(), spec, piece_bytes=1000)
+    assert len(prepared) == 2
+    assert set(prepared) == {spec.rank_pattern, spec.alpha_pattern}
+    assert len(matched) == 1
 
 
 def test_an_untrained_lora_does_nothing_and_is_refused(peft_folders):
