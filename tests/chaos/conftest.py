@@ -30,6 +30,7 @@ from safetensors.numpy import save
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc
 from softprompt_api.rpc.channel import CHUNK_BYTES, open_channel
+from softprompt_api.rpc.ending import Ending
 from softprompt_api.rpc.probe import is_serving
 from softprompt_api.rpc.status import from_rpc_error
 from softprompt_registry.server import RegistryServer
@@ -361,10 +362,11 @@ class Client:
         await self.answer(self.stub.PutBaseModel(pb.PutBaseModelRequest(base_model=BASE_MODEL)))
 
     async def answer(self, call):
+        ending = Ending(call)
         try:
             return await call
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(ending.of(error)) from None
 
 
 @pytest.fixture
