@@ -12,6 +12,11 @@ QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/metrics"}
 _ANSWERED_TO_THE_END = frozenset({"/health/live", "/metrics"})
 
 
+def stopping() -> Unavailable:
+    """What a gateway that stops tells those whom it does not answer."""
+    return Unavailable("this gateway is stopping; try again")
+
+
 class Admission:
     """Lets requests in.
 
@@ -34,7 +39,7 @@ class Admission:
     def admitted(self, path: str) -> Iterator[None]:
         """A request, for the time of the context; Overloaded or Unavailable where it must come again."""
         if self.is_stopping and path not in _ANSWERED_TO_THE_END:
-            raise Unavailable("this gateway is stopping; try again")
+            raise stopping()
         if self.num_running >= self._max_requests and path not in QUIET_PATHS:
             raise Overloaded(f"{self._max_requests} requests are being answered already; try again")
         self.num_running += 1

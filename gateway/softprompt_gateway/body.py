@@ -12,6 +12,8 @@ from softprompt_gateway.errors import ClientGone, Refused
 
 # What is read and thrown away so that a client that is still sending can read its answer.
 _DISCARDED_BYTES = 16 * 2**20
+# A larger body takes longer to parse than others should wait.
+_PARSED_AT_ONCE_BYTES = 64 * 2**10
 
 
 def content_length(request: Request) -> int | None:
@@ -83,7 +85,9 @@ async def read_json(request: Request, *, limit_bytes: int, timeout_s: float) -> 
     """The body as a JSON object."""
     check_encoding(request, "application/json")
     body = b"".join([chunk async for chunk in body_chunks(request, limit_bytes=limit_bytes, timeout_s=timeout_s)])
-    return parse_object(body)
+    if len(body) <= _PARSED_AT_ONCE_BYTES:
+        return parse_object(body)
+    return await asyncio.to_thread(parse_object, body)
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

@@ -85,8 +85,9 @@ class Catalog:
         return len(self._latest)
 
     def replace(self, latest: dict[str, Packed]) -> None:
-        """Take the registry's whole list: each name's latest version."""
+        """Take the registry's whole list: each name's latest version. What else was known may be no more."""
         self._latest = latest
+        self._remembered.clear()
         self._names = sorted(latest, key=_place)
         self.synced = True
 
@@ -113,19 +114,17 @@ class Catalog:
         """Drop an alias that points nowhere."""
         self._remembered.pop(f"{name}@{alias}", None)
 
-    def forget(self, name: str, version: int | None = None) -> bool:
-        """Drop a deleted name, or one version of it; return whether the name's latest is now unknown."""
+    def forget(self, name: str, version: int | None = None) -> None:
+        """Drop a deleted name, or one version of it."""
         text = name.encode()
         for key in [key for key, packed in self._remembered.items() if text in packed]:
             known = AdapterVersion.FromString(self._remembered[key])
             if known.name == name and version in (None, known.version):
                 del self._remembered[key]
         latest = _unpack(self._latest.get(name))
-        if latest is None or version not in (None, latest.version):
-            return False
-        del self._latest[name]
-        del self._names[bisect_left(self._names, _place(name), key=_place)]
-        return version is not None
+        if latest is not None and version in (None, latest.version):
+            del self._latest[name]
+            del self._names[bisect_left(self._names, _place(name), key=_place)]
 
     def apply(self, event: WatchAdaptersResponse) -> bool:
         """Take one event; return whether the latest version of its name must be asked for."""
@@ -134,7 +133,9 @@ class Catalog:
         elif event.type == AdapterEventType.ADAPTER_EVENT_TYPE_ALIAS_REMOVED:
             self.forget_alias(event.adapter.name, event.alias)
         elif event.type == AdapterEventType.ADAPTER_EVENT_TYPE_VERSION_DELETED:
-            return self.forget(event.adapter.name, event.adapter.version)
+            self.forget(event.adapter.name, event.adapter.version)
+            # It may be gone already: by the same event, where nobody could be asked, or by the deletion itself.
+            return event.adapter.name not in self._latest
         elif event.type == AdapterEventType.ADAPTER_EVENT_TYPE_ADAPTER_DELETED:
             self.forget(event.adapter.name)
         return False

@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from softprompt_api.errors import KeyNotFound, SoftpromptError, Unavailable
+from softprompt_api.errors import InvalidArgument, KeyNotFound, SoftpromptError, Unavailable
 from softprompt_api.inference.v1 import inference_pb2 as inference
 from softprompt_api.names import with_task
 from softprompt_api.registry.v1 import registry_pb2 as registry
 from softprompt_api.registry.v1.registry_pb2_grpc import KeyServiceStub, RegistryServiceStub
-from softprompt_api.rpc.channel import open_channel
+from softprompt_api.rpc.channel import MAX_MESSAGE_BYTES, open_channel
 from softprompt_api.rpc.context import ask, outgoing
 from softprompt_api.rpc.ending import Ending
 from softprompt_api.tracing import carrier
@@ -32,6 +32,8 @@ Response = TypeVar("Response")
 UploadCall = grpc.aio.StreamUnaryCall[registry.RegisterAdapterRequest, registry.RegisterAdapterResponse]
 
 _QUICK_TIMEOUT_S = 2.0
+# A larger message ends its stream, and with it everybody's calls; a request goes with the number of its call.
+_MAX_REQUEST_BYTES = MAX_MESSAGE_BYTES - 1024
 
 
 async def _answer(service: str, call: Awaitable[Response]) -> Response:
@@ -174,10 +176,11 @@ class InferenceClient:
         }
 
     def generate(self, place: Place, requests: Sequence[inference.GenerateRequest]) -> Calls:
-        """Start generations that belong together, on one replica."""
+        """Start generations that belong together, on one replica; InvalidArgument where one is too large."""
         context = carrier()
         for request in requests:
             request.trace_context.update(context)
+            _check_size(request)
         tried: list[Replica] = []
 
         def find() -> Session:
@@ -190,7 +193,8 @@ class InferenceClient:
         return Calls(requests, find, timeout_s=self._generate_timeout_s)
 
     async def tokenize(self, place: Place, request: inference.TokenizeRequest) -> inference.TokenizeResponse:
-        """The ids of a prompt."""
+        """The ids of a prompt; InvalidArgument where it is too large."""
+        _check_size(request)
         return await self._ask(
             place.served,
             place.key(request),
@@ -268,6 +272,15 @@ class InferenceClient:
                 return await _answer("inference", call(replica))
             except Unavailable as error:
                 failed = error
+
+
+def _check_size(request: inference.GenerateRequest | inference.TokenizeRequest) -> None:
+    size_bytes = request.ByteSize()
+    if size_bytes > _MAX_REQUEST_BYTES:
+        raise InvalidArgument(
+            f"a prompt, with all that goes with it, takes {size_bytes} bytes on its way to the inference service; "
+            f"at most {_MAX_REQUEST_BYTES} may be sent: make it shorter"
+        )
 
 
 def _num_choices(requests: Sequence[inference.GenerateRequest]) -> int:

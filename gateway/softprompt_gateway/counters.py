@@ -1,5 +1,7 @@
 """Counters for limits: in this process, or in a Redis or Valkey that several gateways share."""
 
+import asyncio
+import contextlib
 import time
 from collections import defaultdict
 from typing import Any, Protocol
@@ -10,10 +12,15 @@ from limits.aio.strategies import FixedWindowRateLimiter
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from softprompt_gateway.disconnect import stop
 
 _PREFIX = "sp:limits"
 _TIMEOUT_S = 1.0
 _MAX_CONNECTIONS = 32
+# What nobody gave back, because its gateway died or the store was away, is free again after so long.
+LEASE_S = 60.0
 
 
 class Counters(Protocol):
@@ -74,6 +81,7 @@ class SharedCounters(_Windows):
 
     def __init__(self, url: str, *, lease_s: float) -> None:
         self._lease_s = lease_s
+        self._renewing: dict[str, asyncio.Task[None]] = {}
         self._pool: BlockingConnectionPool = BlockingConnectionPool.from_url(
             url,
             max_connections=_MAX_CONNECTIONS,
@@ -95,21 +103,35 @@ class SharedCounters(_Windows):
         await self._pool.disconnect()
 
     async def enter(self, key_id: str, lease: str, most: int) -> bool:
-        """See Counters. Places whose gateway died are free again after the time of a lease."""
-        name, now = self._places(key_id), time.time()
+        """See Counters. The place is held by a lease that is renewed until `leave`."""
+        name = self._places(key_id)
+        if await self._hold(name, lease) > most:
+            await self._client.zrem(name, lease)
+            return False
+        self._renewing[lease] = asyncio.create_task(self._renew(name, lease))
+        return True
+
+    async def leave(self, key_id: str, lease: str) -> None:
+        """See Counters."""
+        await stop(self._renewing.pop(lease))
+        await self._client.zrem(self._places(key_id), lease)
+
+    async def _hold(self, name: str, lease: str) -> int:
+        """Begin or renew a lease; how many there are."""
+        now = time.time()
         async with self._client.pipeline(transaction=True) as pipe:
             pipe.zremrangebyscore(name, "-inf", now)
             pipe.zadd(name, {lease: now + self._lease_s})
             pipe.zcard(name)
             pipe.expire(name, int(self._lease_s) + 1)
             _, _, taken, _ = await pipe.execute()
-        if taken > most:
-            await self._client.zrem(name, lease)
-        return bool(taken <= most)
+        return int(taken)
 
-    async def leave(self, key_id: str, lease: str) -> None:
-        """See Counters."""
-        await self._client.zrem(self._places(key_id), lease)
+    async def _renew(self, name: str, lease: str) -> None:
+        while True:
+            await asyncio.sleep(self._lease_s / 3)
+            with contextlib.suppress(RedisError, OSError):  # the next time, if the store is back
+                await self._hold(name, lease)
 
     @staticmethod
     def _places(key_id: str) -> str:

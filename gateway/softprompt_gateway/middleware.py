@@ -3,6 +3,7 @@
 Plain ASGI, because BaseHTTPMiddleware hides the client's disconnect from the routes.
 """
 
+import asyncio
 import re
 import time
 import uuid
@@ -13,7 +14,7 @@ from softprompt_api.rpc.context import enter_request
 from softprompt_api.tracing import Span, Tracer, serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from softprompt_gateway.admission import QUIET_PATHS, Admission
+from softprompt_gateway.admission import QUIET_PATHS, Admission, stopping
 from softprompt_gateway.caller import Caller
 from softprompt_gateway.errors import ClientGone, Refused, describe
 from softprompt_gateway.metrics import METHODS, Metrics
@@ -71,6 +72,10 @@ class Edge:
                 await self._app(scope, receive, answer.send)
         except ClientGone:
             answer.status = CLIENT_GONE_STATUS
+        except asyncio.CancelledError:  # by the server, whose grace is over
+            if answer.started or not self._admission.is_stopping:
+                raise
+            await describe(stopping()).response()(scope, receive, answer.send)
         except (Refused, Overloaded, Unavailable) as error:
             await describe(error).response()(scope, receive, answer.send)
         except Exception as error:

@@ -18,7 +18,7 @@ from softprompt_api.errors import RateLimited
 from starlette.types import Scope
 
 from softprompt_gateway.caller import Caller
-from softprompt_gateway.counters import Counters, OwnCounters, SharedCounters
+from softprompt_gateway.counters import LEASE_S, Counters, OwnCounters, SharedCounters
 
 T = TypeVar("T")
 
@@ -91,10 +91,10 @@ class Limiter:
 
     Args:
         redis_url: where gateways count together; None: this one counts alone.
-        lease_s: longer than any request lasts; what a gateway that died had running is forgotten then.
+        lease_s: how long a place of a request is taken after its gateway died.
     """
 
-    def __init__(self, redis_url: str | None, *, lease_s: float) -> None:
+    def __init__(self, redis_url: str | None, *, lease_s: float = LEASE_S) -> None:
         self._own = OwnCounters()
         self._shared = SharedCounters(redis_url, lease_s=lease_s) if redis_url is not None else None
         self._away_until_s = 0.0

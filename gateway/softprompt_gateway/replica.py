@@ -16,10 +16,12 @@ from softprompt_gateway.disconnect import stop
 from softprompt_gateway.session import Session
 
 _MODEL_TIMEOUT_S = 2.0
-# gRPC ends a connection of some age minutes after it has announced that: a new call is on a new one by then.
+# A call keeps to its connection, also where gRPC ends that for its age: the next call is on a new one.
 _MAX_WATCH_S = 120.0
 # One that does not serve may be starting, and tells when it serves, or stopping, and waits for the call's end.
 _PATIENCE_S = 1.0
+# As long as any call may last: each has a deadline of its own, and ends by it.
+_MAX_CALL_S = 86_400.0
 _MIN_PAUSE_S = 0.1
 _MAX_PAUSE_S = 0.5
 _log = structlog.get_logger()
@@ -72,7 +74,7 @@ class Replica:
         self._change(is_up=False)
         self._finish()
         await asyncio.gather(*[session.reading for session in self._sessions], return_exceptions=True)
-        await self.channel.close()
+        await self.channel.close(_MAX_CALL_S)
 
     async def close(self) -> None:
         """Abort what runs, and close."""

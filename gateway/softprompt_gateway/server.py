@@ -27,6 +27,8 @@ _BACKLOG = 2048
 # How long, and how much, a refused client may go on sending before it must have read why.
 _LINGER_S = 2.0
 _LINGER_BYTES = 16 * 2**20
+# How long those that the grace was too short for have to be told, and to read it.
+_FLUSH_S = 2.0
 _log = structlog.get_logger()
 
 
@@ -164,8 +166,9 @@ def limit_unread(transport: asyncio.Transport, timeout_s: float) -> None:
 class GracefulServer(uvicorn.Server):
     """Ends with status 0 after SIGTERM or SIGINT: uvicorn's own would end by the signal.
 
-    Requests that were let in before are answered within the grace. Meanwhile it listens on, and tells others that
-    it stops: whoever balances over several gateways hears of it by an answer, not by a refused connection.
+    Requests that were let in before are answered within the grace, or told after it to come again. Meanwhile it
+    listens on, and tells others that it stops: whoever balances over several gateways hears of it by an answer,
+    not by a refused connection.
     """
 
     def __init__(self, config: uvicorn.Config, admission: Admission, *, grace_s: float) -> None:
@@ -199,6 +202,7 @@ class GracefulServer(uvicorn.Server):
         """Take no more requests, let running ones end within the grace, and end; at once when called again."""
         if self._draining is not None:
             self.force_exit = self.should_exit = True
+            self.config.timeout_graceful_shutdown = 0
             return
         self._admission.stop()
         self._draining = asyncio.create_task(self._drain())
@@ -206,12 +210,22 @@ class GracefulServer(uvicorn.Server):
     async def _drain(self) -> None:
         loop = asyncio.get_running_loop()
         ends_s = loop.time() + self._grace_s
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(ends_s):
-                await self._admission.wait_until_idle()
+        if not await self._is_idle_until(ends_s):
+            ends_s = loop.time() + _FLUSH_S
+            for task in tuple(self.server_state.tasks):
+                task.cancel()  # each is answered with an error
+            await self._is_idle_until(ends_s)
         # What uvicorn waits for then are clients that have not read their answers.
         self.config.timeout_graceful_shutdown = max(0, math.ceil(ends_s - loop.time()))
         self.should_exit = True
+
+    async def _is_idle_until(self, ends_s: float) -> bool:
+        """Wait for running requests; whether all had ended by then."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(ends_s):
+                await self._admission.wait_until_idle()
+                return True
+        return False
 
 
 def uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
@@ -232,8 +246,6 @@ def uvicorn_config(app: ASGIApp, settings: Settings) -> uvicorn.Config:
         ssl_context_factory=None if tls is None else _context_of(tls),
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        # 0 would mean "wait for ever" to uvicorn's truth test.
-        timeout_graceful_shutdown=max(1, round(settings.grace_s)),
     )
 
 

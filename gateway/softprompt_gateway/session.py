@@ -22,7 +22,7 @@ from softprompt_gateway.statuses import translate
 
 # Responses that may wait for a reader before the service is told to hold the rest back.
 _MAX_WAITING = 64
-# gRPC ends a connection of some age minutes after it has announced that; new calls must have those minutes.
+# gRPC announces that a connection of some age ends, and lets calls on it end: later ones belong on another.
 _MAX_AGE_S = 60.0
 
 

@@ -9,6 +9,7 @@ from softprompt_api.errors import InternalError, SoftpromptError
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from softprompt_gateway.admission import stopping
 from softprompt_gateway.connection import Connection
 from softprompt_gateway.errors import ClientGone, ErrorBody, describe
 
@@ -72,13 +73,20 @@ class EventStream(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             connection = Connection.of(scope)
-            failed = await _Writing(self._events, connection).ended
+            failed = await self._write(connection)
             if connection.is_gone:
                 raise ClientGone
             last = b"" if failed is None else self._broken(_described(failed, scope["state"]["request_id"]))
             await send({"type": "http.response.body", "body": last, "more_body": False})
         finally:
             self._events.close()
+
+    async def _write(self, connection: Connection) -> Exception | None:
+        """Write what comes until the last; what it broke off with."""
+        try:
+            return await _Writing(self._events, connection).ended
+        except asyncio.CancelledError:  # by the server, whose grace is over
+            return stopping()
 
 
 def _described(error: Exception, request_id: str) -> ErrorBody:

@@ -70,6 +70,7 @@ class FakeInference(InferenceServiceServicer):
         cancelled: how many ended by cancellation.
         sessions: GenerateMany streams that were opened; `open_sessions` are those that have not ended.
         pauses: how often a call's reader was slow.
+        tokenizing: Tokenize calls of "queue", which wait until `released`.
         resident: spellings of the adapters in memory, the first on the device.
         failures: what the next Generate calls fail with, in order.
     """
@@ -84,6 +85,7 @@ class FakeInference(InferenceServiceServicer):
         self.open_sessions = 0
         self.pauses = 0
         self.changed = asyncio.Condition()
+        self.tokenizing = 0
         self.released = asyncio.Event()
         self.model_error: Exception | None = None
         self.probed: list[str] = []
@@ -208,6 +210,9 @@ class FakeInference(InferenceServiceServicer):
 
     async def Tokenize(self, request: Any, context: Any) -> pb.TokenizeResponse:
         ids, text = _prompt(request)
+        if text == "queue":
+            await self._change(tokenizing=1)
+            await self.released.wait()
         return pb.TokenizeResponse(
             ids=ids,
             token_strings=list(text) if request.return_token_strings else [],

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from softprompt_api.errors import Overloaded, Unavailable
+from softprompt_gateway import server as server_module
 from softprompt_gateway.admission import Admission
 
 
@@ -69,4 +70,57 @@ async def test_a_gateway_that_stops_ends_what_runs_and_refuses_the_rest(stack: A
     stack.inference.released.set()
     assert (await running).json()["choices"][0]["text"] == "wwait"
     async with asyncio.timeout(10):
+        await stack.gateway.serving
+
+
+def _request(path: str, body: dict[str, Any]) -> bytes:
+    content = json.dumps(body).encode()
+    return f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content
+
+
+@pytest.mark.parametrize("gateway_settings", [{"grace_s": 0}])
+async def test_whom_the_grace_is_too_short_for_is_told_to_come_again(
+    stack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "_FLUSH_S", 3600.0)  # nobody waits for it who has been told
+    said = {
+        "/v1/completions": {"prompt": "stall"},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "stall"}]},
+        "/v1/responses": {"input": "stall"},
+    }
+    streams, wholes = [], []
+    for path, body in said.items():
+        reader, _ = await stack.connect(_request(path, {"model": stack.base, "stream": True} | body))
+        await reader.readuntil(b"data: ")
+        streams.append(reader)
+        wholes.append((await stack.connect(_request(path, {"model": stack.base} | body)))[0])
+    late = _request("/v1/completions", {"model": stack.base, "prompt": "hello"})
+    wholes.append((await stack.connect(late[:-5]))[0])
+    await stack.inference.until(lambda fake: fake.running == 6)
+    while stack.gateway.admission.num_running < 7:
+        await stack.http.get("/health/live")
+    async with asyncio.timeout(10):
+        stack.gateway.server.stop()
+        for reader in streams:
+            answer = await reader.read()
+            assert b'"code":"unavailable"' in answer
+            assert b"this gateway is stopping; try again" in answer
+            assert b"[DONE]" not in answer
+            assert answer.endswith(b"\r\n0\r\n\r\n")
+        for reader in wholes:
+            head, _, answer = (await reader.read()).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 503 ")
+            error = json.loads(answer)["error"]
+            assert (error["code"], error["message"]) == ("unavailable", "this gateway is stopping; try again")
+        await stack.gateway.serving
+    await stack.inference.until(lambda fake: fake.cancelled == 6)
+
+
+@pytest.mark.parametrize("gateway_settings", [{"grace_s": 3600}])
+async def test_a_gateway_that_is_stopped_twice_ends_at_once(stack: Any) -> None:
+    await stack.connect(_request("/v1/completions", {"model": stack.base, "prompt": "stall"}))
+    await stack.inference.until(lambda fake: fake.running == 1)
+    async with asyncio.timeout(10):
+        stack.gateway.server.stop()
+        stack.gateway.server.stop()
         await stack.gateway.serving

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import pytest
+from softprompt_gateway import body as body_module
 from softprompt_gateway.body import parse_object
 from softprompt_gateway.errors import Refused
 
@@ -75,3 +77,18 @@ async def test_a_body_that_does_not_come_is_not_waited_for(stack: Any) -> None:
     assert answer.startswith(b"HTTP/1.1 408")
     assert b'"request_timeout"' in answer
     writer.close()
+
+
+@pytest.mark.parametrize(("size", "is_apart"), [(1_000, False), (1_000_000, True)])
+async def test_a_large_body_is_parsed_where_nobody_waits_for_it(
+    stack: Any, monkeypatch: pytest.MonkeyPatch, size: int, is_apart: bool
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def parse(content: bytes) -> dict[str, Any]:
+        threads.append(threading.current_thread())
+        return parse_object(content)
+
+    monkeypatch.setattr(body_module, "parse_object", parse)
+    assert (await stack.post("/tokenize", prompt="x" * size)).status_code == 200
+    assert [thread is not threading.current_thread() for thread in threads] == [is_apart]

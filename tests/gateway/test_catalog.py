@@ -1,5 +1,6 @@
 """The catalogue's rules, and how the watcher keeps it in step."""
 
+import asyncio
 import hashlib
 from dataclasses import replace
 from typing import Any
@@ -102,6 +103,25 @@ def test_deleting_the_latest_version_asks_for_the_one_before() -> None:
     assert _found(catalog, _version("a", 2).digest) is None
 
 
+def test_a_name_whose_latest_version_is_not_known_is_asked_for_again() -> None:
+    catalog = Catalog()
+    catalog.learn(_version("a", 2))
+    deleted = _event(reg.ADAPTER_EVENT_TYPE_VERSION_DELETED, _version("a", 2))
+    assert catalog.apply(deleted)
+    assert catalog.apply(deleted)
+    catalog.learn(_version("a", 1, revision=3))
+    assert not catalog.apply(deleted)
+
+
+def test_a_whole_list_takes_the_place_of_all_that_was_known() -> None:
+    catalog = Catalog()
+    catalog.learn(_version("a", 1, aliases=("latest", "prod")))
+    _list(catalog, _version("a", 2))
+    for spelling in ("a@prod", "a@1", _version("a", 1).digest):
+        assert _found(catalog, spelling) is None
+    assert _found(catalog, "a") == _version("a", 2)
+
+
 def test_deleting_an_older_version_changes_nothing_else() -> None:
     catalog = Catalog()
     catalog.learn(_version("a", 1))
@@ -185,6 +205,36 @@ async def test_the_watcher_catches_up_after_an_outage(stack: Any) -> None:
     await stack.registry.add("b")
     await stack.restart_registry(address)
     await stack.until_listed("a", "b")
+
+
+async def test_the_watcher_asks_again_for_what_it_could_not_be_told(stack: Any, logged: list[Any]) -> None:
+    for _ in range(2):
+        await stack.registry.add("a")
+    await stack.until_listed("a")
+    stack.registry.answers.clear()
+    await stack.registry.DeleteVersion(reg.DeleteVersionRequest(name="a", version=2), None)
+    async with asyncio.timeout(5):
+        while not stack.registry.asked:
+            await stack.http.get("/health/live")
+    address = stack.services["registry"].port
+    await stack.services["registry"].stop(0)
+    stack.registry.answers.set()
+    async with asyncio.timeout(10):
+        while not any("registry away" in line["event"] for line in logged):
+            await stack.http.get("/health/live")
+    await stack.restart_registry(address)
+    await stack.until_listed("a")
+
+
+async def test_a_version_that_was_deleted_here_leaves_the_one_before(stack: Any) -> None:
+    for _ in range(2):
+        await stack.registry.add("a")
+    await stack.until_listed("a")
+    stack.registry.silent = True
+    assert (await stack.http.delete("/v1/adapters/a@2")).status_code == 200
+    assert await stack.listed() == [stack.base]
+    await stack.registry.tell(_event(reg.ADAPTER_EVENT_TYPE_VERSION_DELETED, _version("a", 2)))
+    await stack.until_listed("a")
 
 
 async def test_the_watcher_lists_again_when_its_cursor_has_expired(stack: Any) -> None:

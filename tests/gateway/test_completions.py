@@ -324,3 +324,18 @@ async def test_an_adapter_deleted_between_lookup_and_use_is_an_unknown_model(sta
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "model_not_found"
     assert response.json()["error"]["param"] == "model"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
+async def test_streams_are_not_obfuscated(stack: Any, path: str) -> None:
+    said = {
+        "/v1/completions": {"prompt": "hi"},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}]},
+        "/v1/responses": {"input": "hi"},
+    }[path]
+    body = {"model": stack.base, "stream": True, **said}
+    plain = await stack.post(path, **body, stream_options={"include_obfuscation": False})
+    assert plain.status_code == 200, plain.text
+    refused = await stack.post(path, **body, stream_options={"include_obfuscation": True})
+    error = refused.json()["error"]
+    assert (error["code"], error["param"]) == ("unsupported_parameter", "stream_options.include_obfuscation")

@@ -315,3 +315,38 @@ async def test_every_adapter_of_a_request_is_told_by_its_target(stack: Any, dige
         assert (await resolver.resolve(Named(model=stack.base, caller=ANYBODY))).adapters == []
     finally:
         await clients.close()
+
+
+HALF = [text("x")] * 2049
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": [text("x"), *[soft("a")] * 4096]}),
+        ("/v1/completions", {"prompt": [HALF, HALF]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": HALF}] * 2}),
+        ("/v1/responses", {"input": [{"role": "user", "content": HALF}] * 2}),
+        (
+            "/v1/responses",
+            {
+                "input": [
+                    {"role": "user", "content": HALF},
+                    {"type": "function_call_output", "call_id": "1", "output": HALF},
+                ]
+            },
+        ),
+        ("/tokenize", {"prompt": HALF * 2}),
+        ("/tokenize", {"messages": [{"role": "user", "content": HALF}] * 2}),
+    ],
+)
+async def test_a_request_has_so_many_parts_and_no_more(stack: Any, path: str, body: dict[str, Any]) -> None:
+    answer = await stack.post(path, model=stack.base, **body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "invalid_value", next(iter(body)))
+    assert "at most 4096" in error["message"]
+
+
+async def test_as_many_parts_as_are_allowed_are_served(stack: Any, digests: dict[str, str]) -> None:
+    answer = await stack.complete([text("x"), *[soft("a")] * 4095])
+    assert answer.json()["usage"]["prompt_tokens_details"]["virtual_tokens"] == 3 * 4095

@@ -18,7 +18,7 @@ from softprompt_gateway.openai.completions import CompletionRequest
 from softprompt_gateway.openai.fields import GenerationFields, StreamOptions
 from softprompt_gateway.openai.parts import SoftPromptPart, TextPart
 from softprompt_gateway.openai.responses.items import FunctionCall, FunctionCallOutput, InputMessage
-from softprompt_gateway.openai.responses.request import ResponsesRequest, ResponseStreamOptions
+from softprompt_gateway.openai.responses.request import ResponsesRequest
 from softprompt_gateway.openai.responses.tools import FunctionTool
 from softprompt_gateway.openai.tokens import DetokenizeRequest, TokenizeChatRequest, TokenizeCompletionRequest
 from softprompt_gateway.openai.tools import Function, Tool
@@ -79,7 +79,6 @@ MODELS = pytest.mark.parametrize(
         Function,
         *LOADING_MODELS,
         ResponsesRequest,
-        ResponseStreamOptions,
         InputMessage,
         FunctionCall,
         FunctionCallOutput,

@@ -1,16 +1,19 @@
 """What keys may take: counted by one gateway alone, and by several together in a real store."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
 import pytest
 import softprompt_gateway.rates
-from softprompt_api.access import Scope
+from redis.asyncio import Redis
+from softprompt_api.access import Scope, key_sha256
 from softprompt_api.errors import RateLimited
 from softprompt_api.registry.v1.registry_pb2 import KeyLimits
 from softprompt_gateway.caller import ANYBODY, Caller
+from softprompt_gateway.counters import SharedCounters
 from softprompt_gateway.rates import Limiter, Meter
 
 
@@ -128,22 +131,56 @@ async def test_a_key_without_limits_is_told_nothing(limiters: Any) -> None:
 
 async def test_a_place_of_a_gateway_that_died_is_free_after_its_lease(store: Any) -> None:
     await store.ready()
-    dead, alive = Limiter(store.url, lease_s=0.2), Limiter(store.url, lease_s=0.2)
-    who = caller(parallel_requests=1)
-    died = dead.admitted(who, Meter())
-    await died.__aenter__()
+    alive, who = Limiter(store.url, lease_s=60), caller(parallel_requests=1)
+    dead = SharedCounters(store.url, lease_s=0.5)
+    await dead._hold(dead._places(who.key_id), "a lease that nobody renews")
     with pytest.raises(RateLimited):
         await take(alive, who)
-    async with asyncio.timeout(5):
+    await until_taken(alive, who)
+    await dead.close()
+    await alive.close()
+
+
+async def test_a_place_that_could_not_be_given_back_is_free_after_its_lease(store: Any) -> None:
+    await store.ready()
+    limiter, who = Limiter(store.url, lease_s=1), caller(parallel_requests=1)
+    async with limiter.admitted(who, Meter()):
+        await store.kill()
+    await store.start()
+    await store.ready()
+    await until_taken(limiter, who)
+    await limiter.close()
+
+
+async def test_a_request_has_its_place_for_longer_than_a_lease(store: Any) -> None:
+    await store.ready()
+    limiter, who = Limiter(store.url, lease_s=0.5), caller(parallel_requests=1)
+    async with limiter.admitted(who, Meter()), asyncio.timeout(10):
+        first_s = last_s = await lease_ends_s(store, who)
+        while last_s < first_s + 1:
+            last_s = await lease_ends_s(store, who)
+            with pytest.raises(RateLimited):
+                await take(limiter, who)
+    await take(limiter, who)
+    await limiter.close()
+
+
+async def lease_ends_s(store: Any, who: Caller) -> float:
+    """When the lease of a caller's request ends, the latest if there are several."""
+    async with Redis.from_url(store.url) as client:
+        leases = await client.zrange(SharedCounters._places(who.key_id), 0, 0, desc=True, withscores=True)
+    return float(leases[0][1])
+
+
+async def until_taken(limiter: Limiter, who: Caller) -> None:
+    """Try until there is a place."""
+    async with asyncio.timeout(10):
         while True:
             try:
-                await take(alive, who)
-                break
+                await take(limiter, who)
+                return
             except RateLimited:
                 continue
-    await died.__aexit__(None, None, None)
-    for limiter in (dead, alive):
-        await limiter.close()
 
 
 async def test_while_the_store_is_away_a_gateway_counts_alone(
@@ -234,3 +271,16 @@ async def test_errors_carry_the_headers_too(stack: Any) -> None:
     key = await stack.registry.keys.make(Scope.INFER, limits=KeyLimits(requests_per_minute=5))
     answer = await post(stack, key, temperature=9)
     assert (answer.status_code, answer.headers["x-ratelimit-remaining-requests"]) == (400, "4")
+
+
+async def test_a_place_is_taken_for_a_minute_however_long_a_request_may_last(
+    store: Any, running_stack: Any
+) -> None:
+    await store.ready()
+    async with running_stack(require_keys=True, limits_redis_url=store.url) as stack:
+        key = await stack.registry.keys.make(Scope.INFER, limits=KeyLimits(parallel_requests=1))
+        running = asyncio.create_task(post(stack, key, "wait"))
+        await stack.inference.until(lambda fake: fake.running == 1)
+        assert time.time() < await lease_ends_s(store, caller(f"key-{key_sha256(key)[:12]}")) <= time.time() + 60
+        stack.inference.released.set()
+        assert (await running).status_code == 200

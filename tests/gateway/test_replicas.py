@@ -1,15 +1,19 @@
 """Several inference services behind one gateway: who gets what, and what it costs when one of them goes."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+import grpc
 import pytest
+from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.rpc.channel import open_channel
+from softprompt_gateway.clients import InferenceClient
 from softprompt_gateway.discovery import Discovery, Places
-from softprompt_gateway.placement import order
+from softprompt_gateway.placement import Place, order
 from softprompt_gateway.replicas import Replicas
 
 BASE = "acme/tiny-1"
@@ -366,3 +370,24 @@ async def test_replicas_come_and_go_with_the_addresses_of_their_name(stack: Any)
         assert [replica.name for replica in replicas.every] == [second]
     finally:
         await replicas.close()
+
+
+async def test_a_replica_that_goes_answers_what_it_was_asked(stack: Any) -> None:
+    addresses = [stack.replica_name(0)]
+
+    async def look_up(_host: str, _port: int) -> list[str]:
+        return list(addresses)
+
+    replicas = Replicas(Discovery(Places.parse("dns:///inference:1"), look_up), open_channel, look_up_s=0.01)
+    client = InferenceClient(replicas, timeout_s=60, generate_timeout_s=60)
+    place = Place(served=(await client.bases()).only())
+    asking = asyncio.create_task(client.tokenize(place, pb.TokenizeRequest(text="queue")))
+    await stack.inference.until(lambda fake: fake.tokenizing == 1)
+    [gone] = replicas.every
+    addresses[:] = [stack.replica_name(1)]
+    with contextlib.suppress(grpc.aio.UsageError):  # its channel takes no more
+        while True:
+            await gone.stub.GetLoad(pb.GetLoadRequest())
+    stack.inference.released.set()
+    assert (await asking).ids == list(b"queue")
+    await client.close()

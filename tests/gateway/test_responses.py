@@ -377,6 +377,16 @@ async def test_openais_client_sends_outputs_and_results_back(stack: Any, sdk: op
     assert result.tool_call_id == call.call_id
 
 
+async def test_a_call_is_sent_back_as_openais_client_dumps_it(stack: Any, sdk: openai.AsyncOpenAI) -> None:
+    first = await sdk.responses.create(model=stack.base, input=f"See:{CALL}", tools=[WEATHER])
+    items: Any = [item.model_dump() for item in first.output]
+    second = await sdk.responses.create(
+        model=stack.base, input=[*items, {"role": "user", "content": "and?"}], tools=[WEATHER]
+    )
+    assert second.output_text == "and?"
+    assert asked(stack).chat.messages[0].tool_calls[0].name == "get_weather"
+
+
 class Thing(pydantic.BaseModel):
     a: int
 
@@ -435,6 +445,11 @@ def said(**part: Any) -> list[Any]:
         ({"include": ["reasoning.encrypted_content"]}, "include", "reasoning.encrypted_content"),
         ({"include": [LOGPROBS], "tools": [WEATHER]}, "include", "functions"),
         ({"text": {"verbosity": "low"}}, "text.verbosity", "'medium'"),
+        (
+            {"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": "", "namespace": "x"}]},
+            "input.namespace",
+            "",
+        ),
         (
             {"stream": True, "stream_options": {"include_obfuscation": True}},
             "stream_options.include_obfuscation",

@@ -5,7 +5,13 @@ import json
 from typing import Any
 
 import pytest
+from softprompt_api.errors import InvalidArgument
+from softprompt_api.inference.v1 import inference_pb2 as pb
+from softprompt_api.rpc.channel import MAX_MESSAGE_BYTES, SERVER_OPTIONS
 from softprompt_gateway import session as session_module
+from softprompt_gateway.clients import _MAX_REQUEST_BYTES, open_clients
+from softprompt_gateway.placement import Place
+from softprompt_gateway.settings import Settings
 
 
 async def test_requests_share_a_stream(stack: Any) -> None:
@@ -58,6 +64,51 @@ async def test_a_deadline_ends_all_calls_of_a_request(stack: Any) -> None:
     assert answer.status_code == 504
     assert answer.json()["error"]["code"] == "deadline_exceeded"
     await stack.inference.until(lambda fake: fake.cancelled == 2)
+
+
+async def test_what_would_end_the_stream_is_refused_and_others_go_on(stack: Any) -> None:
+    await stack.registry.add("a")
+    reader, _ = await stack.connect(_request({"model": stack.base, "prompt": "wait", "stream": True}))
+    await reader.readuntil(b"data: ")
+    parts = [{"type": "text", "text": "x"}, *[{"type": "soft_prompt", "name": "a"}] * 100_000]
+    assert (await stack.complete(parts)).status_code == 400
+    stack.inference.released.set()
+    assert b"[DONE]" in await reader.readuntil(b"0\r\n\r\n")
+
+
+async def test_a_request_that_is_too_large_for_a_message_is_not_sent(stack: Any) -> None:
+    clients = open_clients(stack.settings)
+    place = Place(served=(await clients.inference.bases()).only())
+    other = clients.inference.generate(place, [_sized("wait", 1000)])
+    await other.wait()
+    for prompt in (pb.GenerateRequest(text="x" * MAX_MESSAGE_BYTES), _sized("hello", _MAX_REQUEST_BYTES + 1)):
+        with pytest.raises(InvalidArgument, match=f"at most {_MAX_REQUEST_BYTES} may be sent"):
+            clients.inference.generate(place, [prompt])
+    with pytest.raises(InvalidArgument, match=f"at most {_MAX_REQUEST_BYTES} may be sent"):
+        await clients.inference.tokenize(place, pb.TokenizeRequest(text="x" * MAX_MESSAGE_BYTES))
+    largest = clients.inference.generate(place, [_sized("hello", _MAX_REQUEST_BYTES)])
+    stack.inference.released.set()
+    for calls in (other, largest):
+        while not calls.is_over:
+            await calls.wait()
+            calls.take()
+    await clients.close()
+
+
+def _sized(text: str, size_bytes: int) -> pb.GenerateRequest:
+    """A request whose message has this size, or a few bytes less where it is small."""
+    request = pb.GenerateRequest(text=text, sampling=pb.SamplingParams(n=1))
+    request.request_id = "x" * (size_bytes - request.ByteSize() - 5)
+    return request
+
+
+def test_a_connection_that_is_old_lasts_until_the_longest_generation_has_ended() -> None:
+    longest_s = 86_400
+    Settings(request_timeout_s=longest_s)
+    with pytest.raises(ValueError, match="request_timeout_s"):
+        Settings(request_timeout_s=longest_s + 1)
+    grace_ms = dict(SERVER_OPTIONS)["grpc.max_connection_age_grace_ms"]
+    assert grace_ms >= 1000 * (longest_s + session_module._MAX_AGE_S)
 
 
 def _request(body: dict[str, Any]) -> bytes:

@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from softprompt_api.errors import AdapterNotFound, Unavailable
 
 DIGEST = "x-softprompt-adapter-digest"
 
@@ -67,6 +68,29 @@ async def test_what_fails_with_another_version_is_no_answer(stack: Any, told: An
     stack.registry.answers.set()
     assert (await request).status_code == 503
     assert [one.adapter for one in stack.inference.requests] == [told.digest, newer.digest]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_version_that_is_no_more_is_no_answer_where_the_name_has_another(
+    stack: Any, told: Any, stream: bool
+) -> None:
+    stack.registry.silent = True
+    del stack.registry.versions["loud"]
+    newer = await stack.registry.add("loud")
+    stack.inference.failures = [AdapterNotFound("there is no such adapter")]
+    request = await _begun(stack, "hi", stream=stream)
+    stack.registry.answers.set()
+    answer = await request
+    assert (answer.status_code, answer.headers[DIGEST]) == (200, newer.digest)
+    assert [one.adapter for one in stack.inference.requests] == [told.digest, newer.digest]
+    stack.registry.error = Unavailable("away")
+    assert (await stack.complete("hi", model="loud")).headers[DIGEST] == newer.digest  # what was told was learned
+
+
+async def test_a_version_that_only_the_registry_has_is_not_found(stack: Any, told: Any) -> None:
+    stack.inference.failures = [AdapterNotFound("there is no such adapter")]
+    answer = await stack.complete("hi", model="loud")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
 async def test_what_fails_with_the_same_version_is_the_answer(stack: Any, told: Any) -> None:

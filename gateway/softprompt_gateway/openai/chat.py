@@ -15,7 +15,7 @@ from softprompt_gateway.openai.completions import check_choices
 from softprompt_gateway.openai.fields import Count, GenerationFields, Unserved, refuse
 from softprompt_gateway.openai.generation import Choice, finish_reason, stop_reason
 from softprompt_gateway.openai.logprobs import chat_logprobs
-from softprompt_gateway.openai.parts import Content, Parts, say
+from softprompt_gateway.openai.parts import Content, Parts, check_number_of_parts, say
 from softprompt_gateway.openai.structured import ResponseFormat
 from softprompt_gateway.openai.style import Style
 from softprompt_gateway.openai.tools import (
@@ -104,6 +104,14 @@ class ChatFields(RequestModel):
         None, description="default true, unless the last message is continued"
     )
     continue_final_message: bool | None = None
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _check_number_of_parts(cls, value: object) -> object:
+        if isinstance(value, list):
+            contents = (message.get("content") for message in value if isinstance(message, dict))
+            check_number_of_parts(contents, field=_FIELD)
+        return value
 
     @model_validator(mode="after")
     def _check_conversation(self) -> "ChatFields":

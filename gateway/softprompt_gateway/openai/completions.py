@@ -13,7 +13,7 @@ from softprompt_gateway.openai import schemas
 from softprompt_gateway.openai.fields import GenerationFields, Unserved, refuse
 from softprompt_gateway.openai.generation import Choice, finish_reason, stop_reason
 from softprompt_gateway.openai.logprobs import EchoedText, completion_logprobs, echoed_logprobs, prompt_logprobs
-from softprompt_gateway.openai.parts import PROMPT_PARTS_SCHEMA, Parts, parse_parts
+from softprompt_gateway.openai.parts import PROMPT_PARTS_SCHEMA, Parts, check_number_of_parts, parse_parts
 from softprompt_gateway.openai.style import Style
 from softprompt_gateway.resolve import Target
 from softprompt_gateway.session import Delta
@@ -32,6 +32,7 @@ def parse_prompts(value: object) -> list[Prompt]:
     elif isinstance(value, list) and value and all(isinstance(one, str) for one in value):
         prompts = value
     elif isinstance(value, list) and value and all(isinstance(one, list) for one in value):
+        check_number_of_parts(filter(_are_parts, value), field="prompt")
         prompts = [_parts(one) if _are_parts(one) else _ids(one) for one in value]
     elif isinstance(value, list):
         prompts = [_ids(value)]

@@ -57,6 +57,12 @@ class StreamOptions(RequestModel):
     """How to stream."""
 
     include_usage: bool | None = Field(None, description="send a last chunk with the usage")
+    include_obfuscation: Unserved = Field(None, description="only false")
+
+    @field_validator("include_obfuscation")
+    @classmethod
+    def _refuse_obfuscation(cls, value: object) -> None:
+        refuse("stream_options.include_obfuscation", value)
 
 
 class GenerationFields(RequestModel):

@@ -37,6 +37,8 @@ class SoftPromptPart(RequestModel):
 Part = str | SoftPromptPart
 TextParts = Mapping[str, type[AnyTextPart]]
 _TEXTS: TextParts = {"text": TextPart}
+# Of one request: a part of a few bytes can be a digest that is ten times as long.
+MAX_PARTS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,13 +76,23 @@ class Parts:
         ]
 
 
-def parse_parts(parts: Iterable[object], *, field: str, between: str, texts: TextParts = _TEXTS) -> Parts:
+def check_number_of_parts(contents: Iterable[object], *, field: str) -> None:
+    """Raise InvalidArgument where what a request says, as it came, has too many parts together."""
+    number = sum(len(content) for content in contents if isinstance(content, list))
+    if number > MAX_PARTS:
+        raise InvalidArgument(
+            f"{field} has {number} content parts; send at most {MAX_PARTS} in one request", field=field
+        )
+
+
+def parse_parts(parts: list[Any], *, field: str, between: str, texts: TextParts = _TEXTS) -> Parts:
     """Parts of a request, checked; parts of other types are refused by name.
 
     Args:
         between: what stands between neighbouring texts, which become one.
         texts: the types that texts may have.
     """
+    check_number_of_parts([parts], field=field)
     checked = [_checked(part, field, texts) for part in parts]
     merged: list[Part] = []
     for are_texts, group in groupby(checked, key=lambda part: isinstance(part, str)):
@@ -131,6 +143,7 @@ def say(message: pb.ChatMessage, content: str | Parts, digests: Mapping[str, str
 PARTS_SCHEMA: dict[str, Any] = {
     "type": "array",
     "items": {"anyOf": [TextPart.model_json_schema(), SoftPromptPart.model_json_schema()]},
+    "maxItems": MAX_PARTS,
 }
 PROMPT_PARTS_SCHEMA = PARTS_SCHEMA | schemas.SOME_TEXT
 Content = Annotated[

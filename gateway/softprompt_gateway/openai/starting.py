@@ -7,7 +7,7 @@ from typing import TypeVar
 from softprompt_api.errors import SoftpromptError
 
 from softprompt_gateway.clients import InferenceClient
-from softprompt_gateway.errors import fields_spelled
+from softprompt_gateway.errors import Refused, fields_spelled
 from softprompt_gateway.openai.generation import Generation
 from softprompt_gateway.openai.job import Work
 from softprompt_gateway.resolve import Named, Resolver, Target
@@ -35,12 +35,12 @@ class Starting:
         asking = asyncio.create_task(self._resolver.resolve(named))
         asking.add_done_callback(_look_at_error)
         begun: tuple[Some, Generation] | None = None
-        failed: SoftpromptError | None = None
+        failed: SoftpromptError | Refused | None = None
         is_kept = False
         try:
             try:
                 begun = await self._start(await work_with(known))
-            except SoftpromptError as error:
+            except (SoftpromptError, Refused) as error:
                 failed = error
             target = await asking
             is_kept = target.is_same(known)

@@ -8,8 +8,16 @@ from softprompt_api.errors import InvalidArgument, Unsupported
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.names import shown
 
-from softprompt_gateway.openai.fields import refuse
-from softprompt_gateway.openai.parts import AnyTextPart, Parts, SoftPromptPart, parse_content, say
+from softprompt_gateway.openai.fields import Unserved, refuse
+from softprompt_gateway.openai.parts import (
+    MAX_PARTS,
+    AnyTextPart,
+    Parts,
+    SoftPromptPart,
+    check_number_of_parts,
+    parse_content,
+    say,
+)
 from softprompt_gateway.validation import RequestModel
 
 FIELD = "input"
@@ -43,7 +51,8 @@ def _content(value: object) -> str | Parts:
 
 
 _PART_SCHEMAS = [part.model_json_schema() for part in (InputText, OutputText, SoftPromptPart)]
-_CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": _PART_SCHEMAS}}]}
+_PARTS_SCHEMA = {"type": "array", "items": {"anyOf": _PART_SCHEMAS}, "maxItems": MAX_PARTS}
+_CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, _PARTS_SCHEMA]}
 ItemContent = Annotated[str | Parts, PlainValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)]
 CallId = Annotated[str, Field(max_length=256)]
 
@@ -76,6 +85,15 @@ class FunctionCall(_Item):
     call_id: CallId
     name: Annotated[str, Field(max_length=64)]
     arguments: str
+    async_: Unserved = Field(None, description="accepted where empty")
+    caller: Unserved = Field(None, description="accepted where empty")
+    namespace: Unserved = Field(None, description="accepted where empty")
+
+    @model_validator(mode="after")
+    def _refuse_unsupported(self) -> "FunctionCall":
+        for name in ("async_", "caller", "namespace"):
+            refuse(f"{FIELD}.{name}", getattr(self, name))
+        return self
 
 
 class FunctionCallOutput(_Item):
@@ -114,6 +132,9 @@ def _as_items(value: object) -> object:
     """A text alone is what the user says."""
     if value in ("", []):
         raise InvalidArgument("input must not be empty", field=FIELD)
+    if isinstance(value, list):
+        items = [item for item in value if isinstance(item, dict)]
+        check_number_of_parts((item.get(name) for item in items for name in ("content", "output")), field=FIELD)
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 

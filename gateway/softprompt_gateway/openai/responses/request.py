@@ -12,13 +12,7 @@ from softprompt_api.params import MAX_LOGPROBS
 from softprompt_api.structured import FIELD as STRUCTURED
 
 from softprompt_gateway.openai import schemas
-from softprompt_gateway.openai.fields import (
-    Count,
-    GenerationFields,
-    StreamOptions,
-    Unserved,
-    refuse,
-)
+from softprompt_gateway.openai.fields import Count, GenerationFields, Unserved, refuse
 from softprompt_gateway.openai.responses.items import Input, conversation, soft_prompts
 from softprompt_gateway.openai.responses.tools import (
     FunctionChoice,
@@ -83,17 +77,6 @@ class TextOptions(RequestModel):
         )
 
 
-class ResponseStreamOptions(StreamOptions):
-    """How to stream a response; the usage always comes."""
-
-    include_obfuscation: Unserved = Field(None, description="only false")
-
-    @field_validator("include_obfuscation")
-    @classmethod
-    def _refuse_obfuscation(cls, value: object) -> None:
-        refuse("stream_options.include_obfuscation", value)
-
-
 class ResponsesRequest(GenerationFields):
     """Body of `POST /v1/responses`."""
 
@@ -119,7 +102,6 @@ class ResponsesRequest(GenerationFields):
     parallel_tool_calls: bool | None = Field(None, description="whether several calls may come; default true")
     include: Annotated[list[str], Field(max_length=16)] | None = Field(None, description=f'only "{_LOGPROBS}"')
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    stream_options: ResponseStreamOptions | None = None
     n: Annotated[Any, schemas.only(1)] = Field(None, description="only 1")
     truncation: Annotated[Any, schemas.only("disabled")] = Field(None, description='only "disabled"')
     metadata: Metadata | None = Field(None, description="repeated in the answer")
