@@ -18,6 +18,8 @@ from softprompt_inference.engine.messages import Stats
 
 # What ended so long ago counts for a third of what ends now.
 _MEMORY_S = 15.0
+# Further ahead nothing can be foretold: where few have ended, the foretold wait grows without bound.
+_MAX_RETRY_S = 60.0
 
 
 class Admission:
@@ -71,12 +73,12 @@ class Admission:
                 f"{num_open} completions run or wait, and at most {self._max_open} may; try again later"
             )
         self._measure(0)
-        wait_s = self._wait_s(tenant)
+        wait_s, most_s = self._wait_s(tenant), self._max_wait_s + _MAX_RETRY_S
         if wait_s > self._max_wait_s:
+            wait = f"about {wait_s:.0f} s" if wait_s <= most_s else f"more than {most_s:.0f} s"
             raise Overloaded(
-                f"the wait would be about {wait_s:.0f} s, and at most {self._max_wait_s:g} s may be waited; "
-                "try again later",
-                details={"retry_after_ms": str(math.ceil((wait_s - self._max_wait_s) * 1000))},
+                f"the wait would be {wait}, and at most {self._max_wait_s:g} s may be waited; try again later",
+                details={"retry_after_ms": str(math.ceil((min(wait_s, most_s) - self._max_wait_s) * 1000))},
             )
 
     def _wait_s(self, tenant: str) -> float:

@@ -116,4 +116,4 @@ class Choice:
 def error_of(answer: Output | Nearest) -> SoftpromptError:
     """The error that the engine answered with."""
     leaf = BY_REASON.get(answer.error_reason, InternalError)
-    return leaf(answer.error_message or "the engine failed on this request")
+    return leaf(answer.error_message or "the engine failed on this request", field=answer.error_field)

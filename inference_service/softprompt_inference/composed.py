@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from softprompt_api.composition import Part, Role, check_front, check_inside, check_number
 from softprompt_api.errors import ContextLengthExceeded
 
-from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.adapters.adapter import AdapterInfo
 from softprompt_inference.engine.messages import SoftPromptPart, TextPart
 from softprompt_inference.prompts import text_ids_of
 from softprompt_inference.text import Encoded, SoftPrompt
@@ -75,7 +75,7 @@ class Composed:
         return num_text
 
 
-def compose(prompt: Encoded, bound: Bound, adapters: Sequence[Adapter]) -> Composed:
+def compose(prompt: Encoded, bound: Bound, adapters: Sequence[AdapterInfo]) -> Composed:
     """Put a prompt together with its adapters, which are those of `bound.every`, in that order.
 
     Raises InvalidArgument where one of them cannot stand where it is named.
@@ -114,13 +114,13 @@ def check_context(composed: Composed, *, max_tokens: int | None, limit: int) -> 
     )
 
 
-def _check(bound: Bound, found: Mapping[str, Adapter]) -> None:
+def _check(bound: Bound, found: Mapping[str, AdapterInfo]) -> None:
     check_number(len(bound.every), field="adapter")
     check_front([_named(one, found) for one in bound.front], field="adapter")
     check_inside([_named(one, found) for one in bound.inside.values()], field="prompt")
 
 
-def _named(bound: BoundAdapter, found: Mapping[str, Adapter]) -> Part:
+def _named(bound: BoundAdapter, found: Mapping[str, AdapterInfo]) -> Part:
     adapter = found[bound.digest]
     role = Role.LORA if adapter.is_lora else Role.KEY_VALUES if adapter.are_key_values else Role.EMBEDDINGS
     return Part(name=bound.spelling, role=role)

@@ -15,7 +15,7 @@ from softprompt_api.params import SamplingParams
 from softprompt_api.quality import MAX_PROBED_TASKS, Effect, Probe
 from softprompt_api.registry.v1 import registry_pb2 as pb
 
-from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.adapters.adapter import AdapterInfo
 from softprompt_inference.adapters.residency import Residency
 from softprompt_inference.adapters.source import AdapterSource
 from softprompt_inference.choice import error_of
@@ -99,7 +99,7 @@ class EffectProbe:
             own = [await self._logprobs(token_ids, adapter) for token_ids in self._token_ids]
         return compare(own, self._without, task=task)
 
-    async def _logprobs(self, token_ids: list[int], adapter: Adapter | None) -> np.ndarray:
+    async def _logprobs(self, token_ids: list[int], adapter: AdapterInfo | None) -> np.ndarray:
         """Of all tokens that may come next: [vocabulary] float32."""
         prompt: list[TextPart | SoftPromptPart] = [TextPart(token_ids=token_ids)]
         if adapter is not None and not adapter.is_lora:

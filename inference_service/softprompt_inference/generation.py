@@ -26,7 +26,7 @@ from softprompt_api.structured import FIELD as STRUCTURED
 from softprompt_api.structured import StructuredOutputsParams
 from softprompt_api.tracing import span
 
-from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.adapters.adapter import AdapterInfo
 from softprompt_inference.adapters.residency import Residency
 from softprompt_inference.adapters.source import AdapterSource
 from softprompt_inference.admission import Admission
@@ -265,7 +265,7 @@ class Generator:
                 bound = await self.bind(call.adapter, soft_prompts_in(prompt))
             digests = [adapter.digest for adapter in bound.every]
 
-            def put_together(adapters: Sequence[Adapter]) -> Composed:
+            def put_together(adapters: Sequence[AdapterInfo]) -> Composed:
                 composed = compose(prompt, bound, adapters)
                 limit = self._engine.info.max_model_len
                 check_context(composed, max_tokens=call.params.max_tokens, limit=limit)

@@ -225,6 +225,7 @@ class InferenceServer:
             max_loras=settings.max_loras,
             host_cache=lasting.host_cache,
         )
+        engine.follow_loads(self._residency.load_failed)
         prompts = PromptEncoder(
             lasting.tokenizer,
             vocab_size=engine.info.vocab_size,

@@ -55,6 +55,7 @@ class StructuredOutputsParams:
             raise _wrong(f"{kind} must be a text that is not empty")
         if len(text) > MAX_GRAMMAR_CHARACTERS:
             raise _wrong(f"{kind} has {len(text)} characters; at most {MAX_GRAMMAR_CHARACTERS}")
+        _check_unicode(text, what=kind, field=FIELD)
 
     def _holds(self, kind: str) -> bool:
         value = getattr(self, kind)
@@ -81,7 +82,7 @@ def parse_schema(text: str) -> dict[str, Any]:
 
 
 def check_object(value: Any, *, what: str, field: str) -> dict[str, Any]:
-    """The parsed JSON object; InvalidArgument where it is none, too deep, or has too many values."""
+    """The parsed JSON object; InvalidArgument where it is none, too large or deep, or has texts that are none."""
     if not isinstance(value, dict):
         raise InvalidArgument(f"{what} must be a JSON object", field=field)
     num_values = 0
@@ -98,7 +99,15 @@ def check_object(value: Any, *, what: str, field: str) -> dict[str, Any]:
             if len(open_values) > MAX_SCHEMA_DEPTH:
                 raise InvalidArgument(f"{what} is nested deeper than {MAX_SCHEMA_DEPTH}", field=field)
             open_values.append(_values(inner))
+    _check_unicode(json.dumps(value, ensure_ascii=False), what=what, field=field)
     return value
+
+
+def _check_unicode(text: str, *, what: str, field: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"{what} holds a lone surrogate, which is no character", field=field) from None
 
 
 def _values(value: dict[str, Any] | list[Any]) -> Iterator[Any]:

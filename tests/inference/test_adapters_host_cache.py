@@ -48,6 +48,44 @@ def test_an_adapter_larger_than_the_cache_is_not_kept_and_pushes_nobody_out() ->
     assert [digest for digest in "ab" if cache.get(digest)] == ["a"]
 
 
+def test_what_is_in_hand_stays_whatever_its_size_until_it_is_handed_out() -> None:
+    cache = HostCache(10)
+    large = adapter("large", 11)
+    cache.hold(large)
+    cache.put(adapter("a", 6))
+    assert cache.take_up("a")
+    cache.put(adapter("b", 6))  # in the place of a
+    assert not cache.take_up("c")
+    cache.check()
+    assert (len(cache), cache.size_bytes, list(cache.digests())) == (3, 23, ["large", "a", "b"])
+    assert cache.get("large") is cache.peek("large") is large
+    assert cache.hand_out("large") is large
+    cache.let_go("a")
+    cache.let_go("never")
+    assert (len(cache), cache.size_bytes, "large" in cache, "a" in cache) == (1, 6, False, False)
+
+
+def test_what_is_in_hand_and_within_the_limit_counts_once() -> None:
+    cache = HostCache(10)
+    cache.put(adapter("a", 6))
+    assert cache.take_up("a")
+    assert (len(cache), cache.size_bytes, list(cache.digests())) == (1, 6, ["a"])
+    cache.let_go("a")
+    assert cache.get("a") is not None
+
+
+def test_of_what_is_in_hand_the_last_few_stay_beside_what_is_wanted() -> None:
+    cache = HostCache(0)
+    for digest in "abcd":
+        cache.hold(adapter(digest, 1))
+    cache.let_go_but({"a"}, num_others=2)
+    assert list(cache.in_hand()) == ["a", "c", "d"]
+    cache.let_go_but({"d"}, num_others=5)
+    assert list(cache.in_hand()) == ["a", "c", "d"]
+    cache.let_go_but((), num_others=0)
+    assert (len(cache), cache.size_bytes) == (0, 0)
+
+
 def test_the_counters_stay_right_over_many_operations() -> None:
     draw, cache = random.Random(1), HostCache(100)
     for _ in range(1000):

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import random
+import weakref
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -33,9 +35,11 @@ class Edge:
     num_rows: dict[str, int] = field(default_factory=dict)
     fetched: list[str] = field(default_factory=list)
     engine: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)  # the engine has told of them
     commands: list[str] = field(default_factory=list)
     gates: dict[str, asyncio.Event] = field(default_factory=dict)
     failures: dict[str, Exception] = field(default_factory=dict)
+    now_s: float = 100.0
 
     async def fetch(self, digest: str) -> Adapter:
         self.fetched.append(digest)
@@ -47,10 +51,13 @@ class Edge:
     def load(self, loaded: Adapter) -> None:
         assert loaded.digest not in self.engine
         self.engine.add(loaded.digest)
+        self.failed.discard(loaded.digest)
         self.commands.append(f"load {loaded.digest}")
 
     def drop(self, digest: str) -> None:
-        self.engine.remove(digest)
+        assert digest in self.engine or digest in self.failed
+        self.engine.discard(digest)
+        self.failed.discard(digest)
         self.commands.append(f"drop {digest}")
 
 
@@ -80,6 +87,7 @@ async def make(edge: Edge) -> AsyncIterator[Callable[..., Residency]]:
             max_rows=max_rows,
             max_loras=max_loras,
             host_cache=HostCache(host_bytes),
+            now=lambda: edge.now_s,
         )
         made.append(residency)
         return residency
@@ -218,6 +226,66 @@ async def test_while_others_wait_for_room_resident_adapters_are_used_at_once(
     await settle()
     assert waiting.got.is_set()
     await waiting.end()
+
+
+async def test_who_has_waited_long_for_room_is_before_newcomers_to_what_is_resident(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    """Clients in a closed loop that overlap would keep it from ever being idle."""
+    residency = make(max_loras=1)
+    looping = User(residency, "lora a")
+    waiting = User(residency, "lora b")
+    await settle()
+    for _ in range(10):
+        follower = User(residency, "lora a")
+        await settle()
+        assert follower.got.is_set() == (edge.now_s <= 102)
+        edge.now_s += 0.25
+        residency.check()
+        if not follower.got.is_set():
+            break
+        await looping.end()
+        looping = follower
+    assert edge.now_s == 102.5
+    beside = User(residency, "soft")  # there is room for it, and nobody else needs that
+    await settle()
+    assert beside.got.is_set()
+    await looping.end()
+    await settle()
+    residency.check()
+    assert (waiting.got.is_set(), follower.got.is_set(), edge.engine) == (True, False, {"lora b", "soft"})
+    await waiting.end()
+    await settle()
+    assert (follower.got.is_set(), edge.engine) == (True, {"lora a", "soft"})
+    await follower.end()
+    await beside.end()
+
+
+async def test_two_adapters_in_endless_demand_for_one_place_have_it_in_turn(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_loras=1)
+    served: list[str] = []
+    is_over = False
+
+    async def client(digest: str) -> None:
+        while not is_over:
+            async with residency.use(digest):
+                for _ in range(3):
+                    await asyncio.sleep(0)
+                served.append(digest)
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(6):
+            group.create_task(client("lora a" if number % 2 else "lora b"))
+            await asyncio.sleep(0)
+        for _ in range(300):
+            edge.now_s += 0.25
+            await asyncio.sleep(0)
+            residency.check()
+        is_over = True
+    assert min(served.count("lora a"), served.count("lora b")) > len(served) / 4
+    assert edge.commands.count("load lora a") > 3
 
 
 async def test_those_who_wait_for_room_get_it_in_order(edge: Edge, make: Callable[..., Residency]) -> None:
@@ -368,6 +436,52 @@ async def test_who_waits_for_what_another_has_brought_in_need_not_wait_for_those
     await settle()
     assert blocked.got.is_set()
     await blocked.end()
+
+
+async def test_also_what_another_has_brought_in_is_not_used_before_who_has_waited_too_long(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    edge.num_rows = {"large": 9}
+    residency = make(max_adapters=2, max_rows=10)
+    holder = User(residency, "large")
+    await settle()
+    users = []
+    for wanted in (("a", "b"), ("c", "d"), ("b",)):
+        users.append(User(residency, *wanted))
+        await settle()
+    bringing, blocked, same = users
+    edge.now_s += 3
+    await holder.end()
+    await settle()
+    residency.check()
+    assert [user.got.is_set() for user in (bringing, blocked, same)] == [True, False, False]
+    await bringing.end()
+    await settle()
+    residency.check()
+    assert [user.got.is_set() for user in (blocked, same)] == [True, False]
+    await blocked.end()
+    await same.end()
+
+
+async def test_who_waited_behind_one_that_leaves_or_comes_in_passes_at_once(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_adapters=2)
+    first, second = User(residency, "a"), User(residency, "b")
+    await settle()
+    waiting = User(residency, "c", "d")
+    await settle()
+    edge.now_s += 3
+    newcomers = [User(residency, "e"), User(residency, "a"), User(residency, "b")]
+    await settle()
+    residency.check()
+    assert not any(user.got.is_set() for user in newcomers)
+    await waiting.cancel()
+    await settle()
+    residency.check()
+    assert [user.got.is_set() for user in newcomers] == [False, True, True]
+    for user in (first, second, *newcomers[1:], newcomers[0]):
+        await user.end()
 
 
 async def test_idle_adapters_stay_as_long_as_their_leaving_would_not_help(
@@ -557,22 +671,164 @@ async def test_without_host_memory_a_dropped_adapter_is_fetched_again(
     assert edge.fetched == ["a", "b", "a"]
 
 
-async def test_what_is_in_memory_is_listed_with_its_use(
-    edge: Edge, make: Callable[..., Residency], monkeypatch: pytest.MonkeyPatch
+async def test_few_adapters_are_fetched_at_one_time(edge: Edge, make: Callable[..., Residency]) -> None:
+    residency = make(max_adapters=20)
+    edge.gates = {str(number): asyncio.Event() for number in range(20)}
+    users = [User(residency, digest) for digest in edge.gates for _ in range(2)]
+    await settle()
+    assert edge.fetched == ["0", "1", "2", "3"]
+    await users[0].cancel()
+    edge.gates["2"].set()
+    await settle()
+    assert edge.fetched == ["0", "1", "2", "3", "4"]
+    await users[1].cancel()  # nobody waits for it any more
+    await settle()
+    assert edge.fetched[5:] == ["5"]
+    for gate in edge.gates.values():
+        gate.set()
+    for user in users[2:]:
+        await user.end()
+    assert edge.fetched == list(edge.gates)
+
+
+class Tracked(Adapter):
+    """An adapter whose end can be seen."""
+
+    __slots__ = ("__weakref__",)
+
+
+async def test_host_memory_is_bounded_however_many_wait_for_room_and_who_is_next_is_fetched_again(
+    edge: Edge, make: Callable[..., Residency]
 ) -> None:
-    now = 100.0
-    monkeypatch.setattr(residency_module, "monotonic", lambda: now)
+    residency = make(max_adapters=1, host_bytes=8)
+    made: list[weakref.ref[Adapter]] = []
+
+    async def fetch(digest: str) -> Adapter:
+        fetched = await Edge.fetch(edge, digest)
+        tracked = Tracked(digest=fetched.digest, content=fetched.content)
+        made.append(weakref.ref(tracked))
+        return tracked
+
+    residency._fetch = fetch
+    users = [User(residency, str(number // 2)) for number in range(100)]
+    for number, user in enumerate(users):
+        await settle()
+        residency.check()
+        assert user.got.is_set()
+        alive = sum(ref() is not None for ref in made)
+        # The cache's two, four that were fetched last, and the next in line's.
+        assert alive <= 7
+        assert residency.tiers()[1].num_adapters == alive
+        assert residency.tiers()[1].size_bytes == 4 * alive
+        assert edge.engine == {str(number // 2)}
+        await user.end()
+    counts = Counter(edge.fetched)
+    assert len(counts) == 50
+    assert max(counts.values()) == 2
+    assert edge.commands.count("load 49") == 1
+
+
+async def test_an_adapter_that_is_fetched_again_in_vain_fails_all_who_wait_for_it_and_nobody_else(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_adapters=1, host_bytes=0)
+    holder = User(residency, "a")
+    await settle()
+    users = []
+    for digest in "bccdefgh":
+        users.append(User(residency, digest))
+        await settle()
+    assert edge.fetched == list("abcdefgh")
+    edge.failures["c"] = Unavailable("the registry is away")
+    await holder.end()
+    await settle()
+    for user in users[1:3]:
+        with pytest.raises(Unavailable):
+            await user.task
+    residency.check()
+    assert edge.engine == {"b"}
+    for user in (users[0], *users[3:]):
+        await user.end()
+    async with residency.use("c"):
+        assert edge.fetched.count("c") == 3
+
+
+async def test_who_is_next_is_not_held_up_by_the_fetches_of_all_who_came_later(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_adapters=1, host_bytes=0)
+    holder = User(residency, "a")
+    await settle()
+    users = []
+    for digest in "bcdefg":
+        users.append(User(residency, digest))
+        await settle()
+    edge.gates = {str(number): asyncio.Event() for number in range(10)}
+    later = [User(residency, digest) for digest in edge.gates]
+    await settle()
+    await holder.end()
+    await users[0].end()
+    await users[1].end()  # c, of which nothing was left in memory
+    for user in (*users[2:], *later):
+        await user.cancel()
+
+
+async def test_what_the_engine_failed_to_load_is_loaded_anew_for_the_next_request(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_adapters=1, host_bytes=0)
+    for digest in ("lora a", "a"):
+        first = User(residency, digest)
+        await settle()
+        edge.engine.remove(digest)
+        residency.load_failed(digest)
+        residency.check()
+        assert residency.tiers()[0].num_adapters == 0
+        assert residency.resident() == []
+        second = User(residency, digest)  # beside the first, which is told by the engine
+        await settle()
+        residency.check()
+        assert second.got.is_set()
+        await first.end()
+        await second.end()
+        assert edge.fetched.count(digest) == edge.commands.count(f"load {digest}") == 2
+        async with residency.use(digest):
+            assert edge.commands.count(f"load {digest}") == 2
+        assert residency.evict(digest)
+    residency.load_failed("never")
+
+
+async def test_what_the_engine_failed_to_load_makes_room_like_any_other(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_adapters=1)
+    async with residency.use("a"):
+        waiting = User(residency, "b", "lora a")
+        await settle()
+        residency.load_failed("a")
+        residency.check()
+        both = User(residency, "a", "lora a")
+        await settle()
+        assert not waiting.got.is_set()
+    await settle()
+    residency.check()
+    assert edge.commands == ["load a", "drop a", "load b", "load lora a"]
+    await waiting.end()
+    await both.end()
+
+
+async def test_what_is_in_memory_is_listed_with_its_use(edge: Edge, make: Callable[..., Residency]) -> None:
     residency = make(max_adapters=1)
     assert residency.resident() == []
     for _ in range(3):
         async with residency.use("a"):
             pass
-    now += 5
+    edge.now_s += 5
     async with residency.use("b"):
         [b, a] = residency.resident()
         assert (b.adapter.digest, b.tier, b.hits, b.users, b.idle_s) == ("b", "device", 1, 1, 0)
         assert (a.adapter.digest, a.tier, a.hits, a.users, a.idle_s) == ("a", "host", 3, 0, 5)
-    now += 2
+    edge.now_s += 2
     assert [one.idle_s for one in residency.resident()] == [2, 7]
     async with residency.use("a"):
         assert [(one.adapter.digest, one.tier) for one in residency.resident()] == [("a", "device"), ("b", "host")]
@@ -681,13 +937,19 @@ async def test_a_storm_of_users_and_cancellations_keeps_every_invariant(
             try:
                 for _ in range(draw.randrange(4)):
                     await asyncio.sleep(0)
-                    assert set(wanted) <= edge.engine
+                    assert set(wanted) <= edge.engine | edge.failed
             finally:
                 for digest in wanted:
                     in_use.remove(digest)
 
     tasks: list[asyncio.Task[None]] = []
     for _ in range(300):
+        edge.now_s += draw.random() / 4
+        if edge.engine and draw.random() < 0.05:
+            failed = draw.choice(sorted(edge.engine))
+            edge.engine.remove(failed)
+            edge.failed.add(failed)
+            residency.load_failed(failed)
         # At most 3 soft prompts and some too large together, which are refused.
         tasks.append(asyncio.create_task(user(*draw.sample(digests, draw.choice([1, 1, 2, 3])))))
         if draw.random() < 0.3:
@@ -695,7 +957,7 @@ async def test_a_storm_of_users_and_cancellations_keeps_every_invariant(
         if draw.random() < 0.7:
             await asyncio.sleep(0)
         residency.check()
-        assert set(in_use) <= edge.engine
+        assert set(in_use) <= edge.engine | edge.failed
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(
         isinstance(result, Unavailable | InvalidArgument | asyncio.CancelledError | None) for result in results
@@ -703,5 +965,5 @@ async def test_a_storm_of_users_and_cancellations_keeps_every_invariant(
     await settle()
     residency.check()
     edge.failures.clear()
-    async with asyncio.timeout(5), residency.use("11"), residency.use("0"), residency.use("lora 1"):
+    async with asyncio.timeout(5), residency.use("11", "0", "lora 1"):
         residency.check()

@@ -130,6 +130,14 @@ def test_who_would_wait_too_long_is_told_when_to_come_back() -> None:
     assert int(refused.details["retry_after_ms"]) == pytest.approx(1000 / CAPACITY, abs=1)
 
 
+def test_what_is_told_of_a_wait_that_nothing_shows_the_end_of_has_a_bound() -> None:
+    place = saturated()
+    place.now_s += 600.0  # in which nothing has ended
+    refused = ask_until_refused(place, "noisy")
+    assert "the wait would be more than 60 s, and at most 0.5 s may be waited" in refused.message
+    assert refused.details["retry_after_ms"] == "60000"
+
+
 def test_a_tenant_that_has_asked_for_little_is_let_in_beside_one_that_has_asked_for_much() -> None:
     place = saturated()
     ask_until_refused(place, "noisy")

@@ -1,7 +1,7 @@
 """Outputs of the engine become the text of one choice and its end."""
 
 import pytest
-from softprompt_api.errors import ContextLengthExceeded, InternalError
+from softprompt_api.errors import ContextLengthExceeded, InternalError, SoftpromptError
 from softprompt_api.params import SamplingParams
 from softprompt_inference.choice import Choice, Delta, Finished, PromptLogprobs
 from softprompt_inference.engine.messages import Finish, Logprobs, Output
@@ -91,7 +91,11 @@ def test_a_choice_without_tokens_ends_all_the_same(tokenizer: Tokenizer) -> None
 @pytest.mark.parametrize(
     ("reason", "error"), [("CONTEXT_LENGTH_EXCEEDED", ContextLengthExceeded), ("WHATEVER", InternalError)]
 )
-def test_an_error_is_raised_as_what_it_is(tokenizer: Tokenizer, reason: str, error: type[Exception]) -> None:
+def test_an_error_is_raised_as_what_it_is(tokenizer: Tokenizer, reason: str, error: type[SoftpromptError]) -> None:
     choice = Choice(0, tokenizer.output_text(SamplingParams()))
-    with pytest.raises(error):
-        choice.read([Output(request_id="r", finish=Finish.ERROR, error_reason=reason, error_message="m")])
+    failed = Output(
+        request_id="r", finish=Finish.ERROR, error_reason=reason, error_message="m", error_field="max_tokens"
+    )
+    with pytest.raises(error) as raised:
+        choice.read([failed])
+    assert (raised.value.message, raised.value.field) == ("m", "max_tokens")

@@ -3,7 +3,7 @@
 import pytest
 from softprompt_api.errors import ContextLengthExceeded, InvalidArgument
 from softprompt_api.formats import Lora, LoraModule, Rows
-from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.adapters.adapter import Adapter, AdapterInfo
 from softprompt_inference.composed import Bound, BoundAdapter, Composed, check_context, compose
 from softprompt_inference.engine.messages import SoftPromptPart, TextPart
 from softprompt_inference.text import Encoded, SoftPrompt
@@ -11,12 +11,12 @@ from softprompt_inference.text import Encoded, SoftPrompt
 LENGTHS = {"a": 3, "b": 5, "k": 4, "j": 4, "lora": 0, "lora2": 0}
 
 
-def adapter(name: str) -> Adapter:
+def adapter(name: str) -> AdapterInfo:
     if name.startswith("lora"):
         module = LoraModule(
             name="q", rank=1, scale=1.0, in_features=1, out_features=1, a=bytes(4), b=bytes(4), dtype="float32"
         )
-        return Adapter(digest=f"sha256:{name}", content=Lora(modules=(module,)))
+        return Adapter(digest=f"sha256:{name}", content=Lora(modules=(module,))).info
     length = LENGTHS[name]
     rows = Rows(
         data=bytes(4 * length),
@@ -25,7 +25,7 @@ def adapter(name: str) -> Adapter:
         row_size=1,
         are_key_values=name in ("k", "j"),
     )
-    return Adapter(digest=f"sha256:{name}", content=rows)
+    return Adapter(digest=f"sha256:{name}", content=rows).info
 
 
 def bound(*front: str, inside: tuple[str, ...] = ()) -> Bound:

@@ -443,6 +443,21 @@ def test_a_lora_that_is_not_loaded_is_not_found(fakes) -> None:
         assert output.error_reason == "ADAPTER_NOT_FOUND"
 
 
+@pytest.mark.parametrize("kind", ["adapter", "lora"])
+@pytest.mark.parametrize(("error", "is_told"), [(MemoryError("no room"), True), (AdapterInvalid("not so"), False)])
+def test_a_load_that_failed_for_a_reason_that_may_pass_is_told_once_also_where_nobody_needs_it(
+    fakes, kind: str, error: Exception, is_told: bool
+) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner)
+    runner.load_error = error
+    engine.handle(fakes.adapter("a", 3) if kind == "adapter" else fakes.lora("a"))
+    assert engine.has_work == is_told
+    assert engine.step().failed_loads == (["sha256:a"] if is_told else [])
+    assert not engine.has_work
+    assert engine.step().failed_loads == []
+
+
 def test_a_lora_that_the_model_refuses_is_told_to_its_requests_until_it_is_loaded_again(fakes) -> None:
     runner = fakes.runner()
     engine = fakes.engine(runner, max_loras=1)
@@ -608,8 +623,10 @@ def test_an_adapter_that_the_device_refused_can_be_loaded_again(fakes) -> None:
     runner.load_error = MemoryError("no room")
     engine.handle(fakes.adapter("a", 3))
     engine.handle(fakes.request("0", "a", [1]))
-    [output] = fakes.drain(engine)["0"]
+    result = engine.step()
+    [output] = result.outputs
     assert (output.error_reason, "no room" in output.error_message) == ("INTERNAL", False)
+    assert result.failed_loads == ["sha256:a"]
     runner.load_error = None
     engine.handle(fakes.adapter("a", 3))
     engine.handle(fakes.request("1", "a", [1]))

@@ -109,6 +109,7 @@ def receive_until(connection: Connection, wanted: type | None = None, *, last_of
                 Nearest(search_id=3, rows=[NearRow(norm=1.5, tokens=[(5, 0.5)])]),
                 Nearest(search_id=4, error_reason="INTERNAL"),
             ],
+            failed_loads=["sha256:a"],
         ),
     ],
     ids=lambda message: type(message).__name__,

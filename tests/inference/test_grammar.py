@@ -214,8 +214,31 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "too many values": {"json": '{"enum": [' + "1," * 30_000 + "1]}"},
     "too deep": {"json": '{"items":' * 400 + "{}" + "}" * 400},
     "options of the library": {"json": {"type": "object", "x-guidance": {"lenient": True}}},
+    "a number of more than 64 bits": {"json": {"type": "integer", "maximum": 2**64}},
+    "a negative number of more than 64 bits": {"json": {"type": "integer", "minimum": -(2**63) - 1}},
+    "a length of 20 digits, as a text": {"json": '{"type": "string", "minLength": 18446744073709551616}'},
+    "an escaped lone surrogate": {"json": r'{"enum": ["\ud800"]}'},
+    "an escaped lone surrogate in a key": {"json": r'{"properties": {"\ud800": {}}}'},
+    "an escaped lone surrogate inside a grammar": {"grammar": r'start: %json {"enum": ["\ud800"]}'},
     "an unknown format": {"json": {"type": "string", "format": "palindrome"}},
 }
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"json": {"enum": ["\ud800"]}},
+        {"json": '{"enum": ["\ud800"]}'},
+        {"regex": "\ud800"},
+        {"choice": ["yes", "\ud800"]},
+        {"grammar": 'start: "\ud800"'},
+    ],
+    ids=ascii,
+)
+def test_a_lone_surrogate_is_in_no_grammar(kind: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgument, match="holds a lone surrogate, which is no character") as caught:
+        wanted(**kind)
+    assert caught.value.field == "structured_outputs"
 
 
 @pytest.mark.parametrize("name", HOSTILE)

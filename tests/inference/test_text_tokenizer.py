@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from softprompt_api.errors import ContextLengthExceeded, InvalidArgument, Unsupported
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
+from softprompt_inference.prompts import PartsPrompt, encode_parts
 from softprompt_inference.text import Tokenizer
 from transformers import AutoTokenizer
 
@@ -63,13 +64,16 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_text_that_cannot_fit_is_refused_before_it_is_encoded(tokenizer: Tokenizer) -> None:
+    text = PartsPrompt(parts=["a" * 5_000_000])
     with pytest.raises(ContextLengthExceeded, match=r"5000000 characters.*the limit is 8192") as caught:
-        tokenizer.encode("a" * 5_000_000, max_tokens=8192)
+        encode_parts(tokenizer, text, max_tokens=8192)
     assert caught.value.field == "prompt"
 
 
 def test_text_that_may_fit_is_encoded(tokenizer: Tokenizer) -> None:
-    assert len(tokenizer.encode("a b c", max_tokens=3)) == 3
+    [ids] = encode_parts(tokenizer, PartsPrompt(parts=["a b c"]), max_tokens=3)
+    assert isinstance(ids, list)
+    assert len(ids) == 3
 
 
 def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:

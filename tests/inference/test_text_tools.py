@@ -1,6 +1,7 @@
 """Functions in conversations: by templates that know them, and in words for others."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -135,7 +136,18 @@ def test_a_template_that_knows_functions_gets_them_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     "tool",
-    ["", "[]", "{", "5", "{}", '{"type": "function"}', '{"type": "function", "function": {}}', '{"a":' * 5000],
+    [
+        "",
+        "[]",
+        "{",
+        "5",
+        "{}",
+        '{"type": "function"}',
+        '{"type": "function", "function": {}}',
+        '{"a":' * 5000,
+        r'{"type": "function", "function": {"name": "f", "description": "\ud800"}}',
+        r'{"type": "function", "function": {"name": "f", "parameters": {"\ud800": 1}}}',
+    ],
 )
 def test_what_is_no_function_is_refused(tokenizer: Tokenizer, tool: str) -> None:
     with pytest.raises(InvalidArgument) as caught:
@@ -143,10 +155,31 @@ def test_what_is_no_function_is_refused(tokenizer: Tokenizer, tool: str) -> None
     assert caught.value.field == "tools"
 
 
-@pytest.mark.parametrize("arguments", ["", "[]", "{", '"x"', "{'a': 1}", '{"a":' * 5000])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "",
+        "[]",
+        "{",
+        '"x"',
+        "{'a': 1}",
+        '{"a":' * 5000,
+        r'{"a": "\ud800"}',
+        r'{"\udfff": 1}',
+        r'{"a": [{"b": "\ud800"}]}',
+    ],
+)
 def test_arguments_that_are_no_object_are_refused(tokenizer: Tokenizer, arguments: str) -> None:
     call = ToolCall(id="1", name="f", arguments=arguments)
     with pytest.raises(InvalidArgument) as caught:
+        tokenizer.encode_chat([user("x"), ChatMessage(role="assistant", content="", tool_calls=[call])])
+    assert caught.value.field == "messages"
+
+
+@pytest.mark.parametrize("name", ["id", "name"])
+def test_a_lone_surrogate_in_a_call_is_refused(tokenizer: Tokenizer, name: str) -> None:
+    call = replace(CALL, **{name: "\ud800"})
+    with pytest.raises(InvalidArgument, match="lone surrogate") as caught:
         tokenizer.encode_chat([user("x"), ChatMessage(role="assistant", content="", tool_calls=[call])])
     assert caught.value.field == "messages"
 

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 from softprompt_inference.engine.keys import VirtualIds
+from softprompt_inference.engine.lora import LoraSlots
 from softprompt_inference.engine.messages import AddRequest, TextPart
 from softprompt_inference.engine.prompt import make_sequence
 from softprompt_inference.engine.sequence import Sequence
@@ -27,7 +28,7 @@ def sequence(fakes):
             params=fakes.request("0", [1]).params,
             tenant=name[0],
         )
-        return make_sequence(request, virtual_ids=VirtualIds(50), max_model_len=32)
+        return make_sequence(request, virtual_ids=VirtualIds(50), lora_slots=LoraSlots(0), max_model_len=32)
 
     return make
 
@@ -83,6 +84,20 @@ def test_who_had_started_goes_first(line, sequence) -> None:
     line.put_back(first)
     line.add(sequence("c1"))
     assert names(line) == "a1 b1 a2 c1"
+
+
+def test_newcomers_do_not_overtake_who_starts_again(line, sequence) -> None:
+    for number in range(1, 4):
+        line.add(sequence(f"a{number}"))
+    first, second, third = (line.start() for _ in range(3))
+    line.put_back(third)
+    line.put_back(second)
+    assert line.start() is second
+    line.check([first, second, third])
+    line.add(sequence("b1"))
+    assert names(line) == "a3 b1"
+    line.add(sequence("c1"))
+    assert names(line) == "a3 b1 c1"
 
 
 def test_over_any_time_in_which_they_wait_tenants_start_alike(line, sequence) -> None:

@@ -11,6 +11,23 @@ _STORED_AS = {name: stored for stored, name in FLOAT_DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterInfo:
+    """What is known of an adapter wherever its rows or matrices are; see Adapter."""
+
+    digest: str
+    spelling: str
+    is_lora: bool
+    num_virtual_tokens: int
+    are_key_values: bool
+    size_bytes: int
+
+    @property
+    def name(self) -> str:
+        """The name of one of the versions that have it."""
+        return self.spelling.partition("@")[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
     """What a verified adapter holds: rows, one for each virtual token, or the matrices of a LoRA.
 
@@ -39,9 +56,16 @@ class Adapter:
         return cls(digest=digest, spelling=spelling, content=content)
 
     @property
-    def name(self) -> str:
-        """The name of one of these versions."""
-        return self.spelling.partition("@")[0]
+    def info(self) -> AdapterInfo:
+        """All of it but its rows or matrices."""
+        return AdapterInfo(
+            digest=self.digest,
+            spelling=self.spelling,
+            is_lora=self.is_lora,
+            num_virtual_tokens=self.num_virtual_tokens,
+            are_key_values=self.are_key_values,
+            size_bytes=self.size_bytes,
+        )
 
     @property
     def is_lora(self) -> bool:

@@ -6,14 +6,17 @@ asked for ──▶ fetching (one task per digest) ──▶ waiting for room �
                                                                                              dropped
 
 A request that needs several adapters gets all of them at once or waits for all of them, and holds none while it
-waits: two requests can never wait for each other.
+waits: two requests can never wait for each other. So it must ask for none while it holds some.
+
+Whoever waits for room holds no memory either, but for those who are next: their adapters are in hand. Others find
+theirs in the host cache when it is their turn, or have them fetched again.
 """
 
 import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from time import monotonic
 from typing import Literal
@@ -21,11 +24,16 @@ from typing import Literal
 from softprompt_api.errors import AdapterInUse, InvalidArgument, Unavailable
 from softprompt_api.tracing import span
 
-from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.adapters.adapter import Adapter, AdapterInfo
+from softprompt_inference.adapters.entry import Entry, Waiter
 from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.room import Room
 
 _MAX_REMEMBERED = 65_536
+# Each fetch holds an adapter, and for a moment its file.
+_MAX_FETCHES = 4
+# Users of what is resident come without a break: from then on they wait behind who waits for room.
+_PATIENCE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +47,7 @@ class Resident:
         users: requests that use it now.
     """
 
-    adapter: Adapter
+    adapter: AdapterInfo
     tier: Literal["host", "device"]
     idle_s: float
     hits: int
@@ -66,59 +74,14 @@ class _Usage:
     released_s: float | None = None
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Entry:
-    """An adapter that requests ask for, or that is resident.
-
-    Attributes:
-        fetched: the adapter, in host memory; a task where it has to be fetched.
-        num_asking: requests that use it, or wait for it or for another beside it.
-        num_using: requests that use it, and keep it resident.
-        waiters: requests in line for it.
-    """
-
-    digest: str
-    fetched: "Adapter | asyncio.Task[Adapter]"
-    num_asking: int = 0
-    num_using: int = 0
-    is_resident: bool = False
-    waiters: "dict[_Waiter, None]" = field(default_factory=dict)
-
-    @property
-    def adapter(self) -> Adapter:
-        """The adapter; it must have been fetched."""
-        assert isinstance(self.fetched, Adapter)
-        return self.fetched
-
-    @property
-    def tier(self) -> Literal["device", "host", "registry"]:
-        """The fastest one that holds it."""
-        if self.is_resident:
-            return "device"
-        return "host" if isinstance(self.fetched, Adapter) else "registry"
-
-    @property
-    def num_rows(self) -> int:
-        """Its virtual tokens."""
-        return self.adapter.num_virtual_tokens
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Waiter:
-    """A request in line, once for all rooms in which it has adapters; `turn` is done when it holds all of them."""
-
-    entries: Sequence[_Entry]
-    rooms: "Sequence[Room[_Waiter]]"
-    turn: "asyncio.Future[None]"
-
-
 class Residency:
     """Brings adapters in on demand and holds those in use; belongs to one event loop.
 
     Requests for one digest share one fetch. When everything resident is in use, requests for further adapters wait
-    their turn; those whose adapters are all resident never wait. Soft prompts and LoRAs have room of their own: a
-    request is in the line of each that it needs, and has its turn when it is the first in all of them. A failed
-    fetch is the failure of those who wait for it, and is tried anew by the next request.
+    their turn; those whose adapters are all resident wait only where the first in line has waited too long. Soft
+    prompts and LoRAs have room of their own: a request is in the line of each that it needs, and has its turn when
+    it is the first in all of them. A failed fetch is the failure of those who wait for it, and is tried anew by
+    the next request; so is what the engine failed to load.
 
     Args:
         fetch: gets a verified adapter by digest; may raise.
@@ -128,6 +91,7 @@ class Residency:
         max_rows: most virtual tokens of all adapters in the engine together; no adapter has more.
         max_loras: most LoRAs in the engine.
         host_cache: adapters kept in host memory.
+        now: seconds.
     """
 
     def __init__(
@@ -140,23 +104,26 @@ class Residency:
         max_rows: int,
         max_loras: int,
         host_cache: HostCache,
+        now: Callable[[], float] = monotonic,
     ) -> None:
         self._fetch = fetch
         self._load = load
         self._drop = drop
-        self._soft_prompts = Room[_Waiter](sort="soft prompts", max_adapters=max_adapters, max_rows=max_rows)
-        self._loras = Room[_Waiter](sort="LoRAs", max_adapters=max_loras)
+        self._soft_prompts = Room[Waiter](sort="soft prompts", max_adapters=max_adapters, max_rows=max_rows)
+        self._loras = Room[Waiter](sort="LoRAs", max_adapters=max_loras)
         self._rooms = (self._soft_prompts, self._loras)
         self._host_cache = host_cache
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._usage: OrderedDict[str, _Usage] = OrderedDict()  # of adapters asked for lately, the last one last
         self._hits: Counter[str] = Counter()  # requests by where their adapter was
-        self._device_bytes = 0
+        self._now = now
+        self._fetches = asyncio.Semaphore(_MAX_FETCHES)
+        self._fetches_of_next = asyncio.Semaphore(1)  # they are not held up by all who came later
 
     @asynccontextmanager
     async def use(
-        self, *digests: str, check: Callable[[Sequence[Adapter]], object] | None = None
-    ) -> AsyncIterator[Sequence[Adapter]]:
+        self, *digests: str, check: Callable[[Sequence[AdapterInfo]], object] | None = None
+    ) -> AsyncIterator[Sequence[AdapterInfo]]:
         """Hold adapters in the engine for the time of the context; waits until all of them are there.
 
         Args:
@@ -192,15 +159,15 @@ class Residency:
     @property
     def num_resident(self) -> int:
         """How many adapters are in memory."""
-        on_device = [digest for digest, entry in self._entries.items() if entry.is_resident]
-        return len(self._host_cache) + sum(digest not in self._host_cache for digest in on_device)
+        return len(self._host_cache) + sum(info.digest not in self._host_cache for info in self._on_device())
 
     def tiers(self) -> list[Tier]:
         """What each tier holds, the fastest first."""
+        on_device = self._on_device()
         device = Tier(
             name="device",
-            num_adapters=sum(room.num_adapters for room in self._rooms),
-            size_bytes=self._device_bytes,
+            num_adapters=len(on_device),
+            size_bytes=sum(info.size_bytes for info in on_device),
             hits=self._hits["device"],
         )
         host = Tier(
@@ -223,10 +190,9 @@ class Residency:
 
     def loras_asked_for(self) -> tuple[list[str], list[str]]:
         """Names of the LoRAs that requests use, and of those that requests wait for."""
-        known = [entry for entry in self._entries.values() if isinstance(entry.fetched, Adapter)]
-        loras = [entry for entry in known if entry.adapter.is_lora]
-        running = {entry.adapter.name for entry in loras if entry.num_using}
-        waiting = {entry.adapter.name for entry in loras if entry.num_asking > entry.num_using}
+        loras = [entry for entry in self._entries.values() if entry.found and entry.info.is_lora]
+        running = {entry.info.name for entry in loras if entry.num_using}
+        waiting = {entry.info.name for entry in loras if entry.num_asking > entry.num_using}
         return sorted(running), sorted(waiting)
 
     def evict(self, digest: str) -> bool:
@@ -244,9 +210,16 @@ class Residency:
         self._drop_resident(entry)
         return True
 
+    def load_failed(self, digest: str) -> None:
+        """The engine could not take an adapter: whoever asks for it next has it tried again."""
+        entry = self._entries.get(digest)
+        if entry is not None and entry.is_resident:
+            entry.has_failed = True
+            self._give_turns()
+
     async def close(self) -> None:
         """Stop bringing adapters in."""
-        tasks = [entry.fetched for entry in self._entries.values() if isinstance(entry.fetched, asyncio.Task)]
+        tasks = [entry.fetching for entry in self._entries.values() if entry.fetching is not None]
         for task in tasks:
             task.cancel()
         for waiter in {waiter for room in self._rooms for waiter in room.line}:
@@ -261,26 +234,38 @@ class Residency:
             waiter.turn.set_exception(Unavailable("the engine has ended; try again"))
 
     def check(self) -> None:
-        """Assert that the counters agree with the entries, and that nobody waits who need not."""
+        """Assert that the counters agree with the entries, and that nobody waits, or has memory, without need."""
         for entry in self._entries.values():
             assert 0 <= entry.num_using <= entry.num_asking
-            assert entry.is_resident or (entry.num_asking and not entry.num_using)
+            assert entry.is_resident or (entry.num_asking and not entry.num_using and not entry.has_failed)
         for room in self._rooms:
             held = [one for one in self._entries.values() if one.is_resident and self._room_of(one) is room]
             assert (len(held), sum(one.num_rows for one in held)) == (room.num_adapters, room.num_rows)
             assert dict(room.idle) == {one.digest: one.num_rows for one in held if not one.num_using}
-            assert self._find_turn(room) is None, "there is room and somebody waits"
-            assert not any(_are_resident(waiter.entries) for waiter in room.line), "they wait for what is there"
+            assert not any(self._may_pass(waiter) for waiter in room.line), "they wait for what is there"
             room.check()
-        on_device = [entry.adapter.size_bytes for entry in self._entries.values() if entry.is_resident]
-        assert self._device_bytes == sum(on_device)
+        in_hand, wanted = set(self._host_cache.in_hand()), self._wanted_next()
+        for waiter in self._next():
+            missing = {entry.digest for entry in waiter.missing}
+            assert not missing <= in_hand or self._find_leavers(waiter) is None, "there is room and somebody waits"
+            assert all(entry.is_coming for entry in waiter.missing if entry.digest not in in_hand)
+        assert len(in_hand - wanted) <= _MAX_FETCHES
+        assert all(self._entries[digest].num_asking for digest in in_hand)
+        assert not any(self._entries[digest].is_ready for digest in in_hand)
         self._host_cache.check()
 
-    def _ask_for(self, digest: str) -> _Entry:
+    def _on_device(self) -> list[AdapterInfo]:
+        return [entry.info for entry in self._entries.values() if entry.is_ready]
+
+    def _ask_for(self, digest: str) -> Entry:
         entry = self._entries.get(digest)
         if entry is None:
-            entry = self._entries[digest] = _Entry(digest=digest, fetched=self._find(digest))
-        self._hits[entry.tier] += 1
+            entry = self._entries[digest] = Entry(digest=digest)
+            if adapter := self._host_cache.get(digest):
+                entry.found = adapter.info
+            else:
+                self._begin_fetch(entry)
+        self._hits["device" if entry.is_ready else "host" if digest in self._host_cache else "registry"] += 1
         entry.num_asking += 1
         self._usage.setdefault(digest, _Usage()).hits += 1
         self._usage.move_to_end(digest)
@@ -288,47 +273,61 @@ class Residency:
             self._usage.popitem(last=False)
         return entry
 
-    def _find(self, digest: str) -> "Adapter | asyncio.Task[Adapter]":
-        if adapter := self._host_cache.get(digest):
-            return adapter
-        task = asyncio.create_task(self._bring(digest), name=f"fetch {digest}")
+    def _begin_fetch(self, entry: Entry) -> None:
+        entry.fetching = asyncio.create_task(self._bring(entry), name=f"fetch {entry.digest}")
         # Its failure is told to who waits for it; when they have all gone, nobody is left to be told.
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return task
+        entry.fetching.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    async def _bring(self, digest: str) -> Adapter:
-        entry = self._entries[digest]
+    async def _bring(self, entry: Entry) -> None:
         try:
-            adapter = await self._fetch(digest)
-        except BaseException:
-            if self._entries.get(digest) is entry:
-                del self._entries[digest]
+            async with self._fetches if entry.found is None else self._fetches_of_next:
+                adapter = await self._fetch(entry.digest)
+        except BaseException as error:
+            self._give_up(entry, error)
             raise
+        entry.found = adapter.info
         self._host_cache.put(adapter)
-        entry.fetched = adapter
-        return adapter
+        if entry.num_asking:
+            self._host_cache.hold(adapter)
+        self._give_turns()
 
-    async def _fetched(self, entry: _Entry) -> Adapter:
-        # The task is everybody's: one waiter's cancellation must not reach it.
-        return entry.fetched if isinstance(entry.fetched, Adapter) else await asyncio.shield(entry.fetched)
+    def _give_up(self, entry: Entry, error: BaseException) -> None:
+        """Let a failed fetch be the failure of those who are in line for it."""
+        if entry.found is None and self._entries.get(entry.digest) is entry:
+            del self._entries[entry.digest]
+        for waiter in list(entry.waiters):
+            self._leave_line(waiter)
+            waiter.turn.set_exception(error)
+        self._give_turns()
 
-    def _forget(self, entry: _Entry) -> None:
+    async def _fetched(self, entry: Entry) -> AdapterInfo:
+        if entry.found is None:
+            assert entry.fetching is not None
+            # The task is everybody's: one waiter's cancellation must not reach it.
+            await asyncio.shield(entry.fetching)
+        return entry.info
+
+    def _forget(self, entry: Entry) -> None:
         """One request less asks for it."""
         entry.num_asking -= 1
         if usage := self._usage.get(entry.digest):
-            usage.released_s = monotonic()
-        if entry.num_asking or entry.is_resident or self._entries.get(entry.digest) is not entry:
+            usage.released_s = self._now()
+        if entry.num_asking or self._entries.get(entry.digest) is not entry:
+            return
+        self._host_cache.let_go(entry.digest)
+        if entry.is_resident:
             return
         del self._entries[entry.digest]
-        if isinstance(entry.fetched, asyncio.Task):
-            entry.fetched.cancel()
+        if entry.fetching is not None:
+            entry.fetching.cancel()
 
-    async def _hold_in_turn(self, entries: Sequence[_Entry]) -> None:
+    async def _hold_in_turn(self, entries: Sequence[Entry]) -> None:
         """Keep adapters in the engine, from when it has all of them, or it is their turn to come in together."""
-        if _are_resident(entries):
+        waiter = self._make_waiter(entries)
+        if self._may_pass(waiter):
             self._hold(entries)
             return
-        waiter = self._line_up(entries)
+        self._line_up(waiter)
         self._give_turns()
         try:
             # Shielded: the turn is given or not, whatever becomes of who waits.
@@ -341,32 +340,34 @@ class Residency:
                 self._let_go(entries)
             raise
 
-    def _hold(self, entries: Iterable[_Entry]) -> None:
+    def _hold(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
             entry.num_using += 1
             self._room_of(entry).idle.pop(entry.digest, None)
 
-    def _let_go(self, entries: Iterable[_Entry]) -> None:
+    def _let_go(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
             entry.num_using -= 1
             if not entry.num_using:
                 self._room_of(entry).idle[entry.digest] = entry.num_rows
         self._give_turns()
 
-    def _line_up(self, entries: Sequence[_Entry]) -> _Waiter:
+    def _make_waiter(self, entries: Sequence[Entry]) -> Waiter:
         rooms = [room for room in self._rooms if any(self._room_of(entry) is room for entry in entries)]
         for room in rooms:
             needed = self._rows_in(room, entries)
             if not room.could_hold(needed):
                 raise InvalidArgument(f"the request needs {room.refusal(needed)}", field="adapter")
-        waiter = _Waiter(entries=entries, rooms=rooms, turn=asyncio.get_running_loop().create_future())
-        for room in rooms:
-            room.line[waiter] = None
-        for entry in entries:
-            entry.waiters[waiter] = None
-        return waiter
+        turn = asyncio.get_running_loop().create_future()
+        return Waiter(entries=entries, rooms=rooms, turn=turn, since_s=self._now())
 
-    def _leave_line(self, waiter: _Waiter) -> None:
+    def _line_up(self, waiter: Waiter) -> None:
+        for room in waiter.rooms:
+            room.line[waiter] = None
+        for entry in waiter.entries:
+            entry.waiters[waiter] = None
+
+    def _leave_line(self, waiter: Waiter) -> None:
         for room in waiter.rooms:
             del room.line[waiter]
         for entry in waiter.entries:
@@ -374,79 +375,107 @@ class Residency:
 
     def _give_turns(self) -> None:
         """Let waiters in, in order, as far as there is room; idle adapters make room."""
-        while turns := [turn for room in self._rooms if (turn := self._find_turn(room))]:
-            waiter, leavers = turns[0]
-            for entry in leavers:
-                self._drop_resident(entry)
-            self._let_in(waiter)
+        while self._let_pass() or self._let_next_in():
+            pass
+        self._host_cache.let_go_but(self._wanted_next(), num_others=_MAX_FETCHES)
 
-    def _find_turn(self, room: Room[_Waiter]) -> tuple[_Waiter, list[_Entry]] | None:
-        """The first in line, where it can come in, and the idle adapters that must leave before."""
-        waiter = room.first
-        if waiter is None or any(other.first is not waiter for other in waiter.rooms):
-            return None
-        missing = [entry for entry in waiter.entries if not entry.is_resident]
+    def _may_pass(self, waiter: Waiter) -> bool:
+        """Whether a request takes no room, so that it is before nobody, and nobody in line has waited too long."""
+        firsts = [room.first for room in waiter.rooms if room.first not in (None, waiter)]
+        earliest_s = self._now() - _PATIENCE_S
+        return not waiter.missing and all(first is None or first.since_s >= earliest_s for first in firsts)
+
+    def _let_pass(self) -> bool:
+        """Let in all who need not wait; whether there were any."""
+        passing = dict.fromkeys(waiter for room in self._rooms for waiter in room.line if self._may_pass(waiter))
+        for waiter in passing:
+            self._leave_line(waiter)
+            self._hold(waiter.entries)
+            waiter.turn.set_result(None)
+        return bool(passing)
+
+    def _next(self) -> list[Waiter]:
+        """Those who come in as soon as there is room: the first in all of their lines."""
+        firsts = dict.fromkeys(room.first for room in self._rooms)
+        return [waiter for waiter in firsts if waiter and all(room.first is waiter for room in waiter.rooms)]
+
+    def _wanted_next(self) -> set[str]:
+        return {entry.digest for waiter in self._next() for entry in waiter.missing}
+
+    def _let_next_in(self) -> bool:
+        """Let in one who is next, if one can come in; what they lack in host memory is fetched."""
+        for waiter in self._next():
+            if not self._are_in_hand(waiter.missing):
+                continue
+            leavers = self._find_leavers(waiter)
+            if leavers is not None:
+                for entry in leavers:
+                    self._drop_resident(entry)
+                self._let_in(waiter)
+                return True
+        return False
+
+    def _are_in_hand(self, entries: Sequence[Entry]) -> bool:
+        """Whether adapters can be loaded now; those that cannot are on their way."""
+        lacking = [entry for entry in entries if not self._host_cache.take_up(entry.digest)]
+        for entry in lacking:
+            if not entry.is_coming:
+                self._begin_fetch(entry)
+        return not lacking
+
+    def _find_leavers(self, waiter: Waiter) -> list[Entry] | None:
+        """The idle adapters that must leave before a waiter can come in; None: it cannot even then."""
+        newcomers = [entry for entry in waiter.entries if not entry.is_resident]
         wanted = {entry.digest for entry in waiter.entries}
-        leavers: list[_Entry] = []
-        for each in waiter.rooms:
-            digests = each.find_leavers(self._rows_in(each, missing), wanted)
+        leavers: list[Entry] = []
+        for room in waiter.rooms:
+            digests = room.find_leavers(self._rows_in(room, newcomers), wanted)
             if digests is None:
                 return None
             leavers += [self._entries[digest] for digest in digests]
-        return waiter, leavers
+        return leavers
 
-    def _let_in(self, waiter: _Waiter) -> None:
-        """Load what a waiter lacks; it holds what it waited for, and so does who now has all of theirs."""
-        missing = [entry for entry in waiter.entries if not entry.is_resident]
+    def _let_in(self, waiter: Waiter) -> None:
+        """Load what a waiter lacks; it holds what it waited for."""
         self._leave_line(waiter)
         try:
-            for entry in missing:
+            for entry in waiter.missing:
                 self._load_into_room(entry)
         except Exception as error:
             waiter.turn.set_exception(error)
         else:
             self._hold(waiter.entries)
             waiter.turn.set_result(None)
-        # These take no room, so they are before nobody.
-        for other in [one for entry in missing for one in entry.waiters if _are_resident(one.entries)]:
-            if not other.turn.done():
-                self._leave_line(other)
-                self._hold(other.entries)
-                other.turn.set_result(None)
 
-    def _load_into_room(self, entry: _Entry) -> None:
-        self._load(entry.adapter)
-        entry.is_resident = True
-        self._device_bytes += entry.adapter.size_bytes
-        self._room_of(entry).take(entry.digest, entry.num_rows)
+    def _load_into_room(self, entry: Entry) -> None:
+        self._load(self._host_cache.hand_out(entry.digest))
+        entry.has_failed = False
+        if not entry.is_resident:
+            entry.is_resident = True
+            self._room_of(entry).take(entry.digest, entry.num_rows)
 
-    def _drop_resident(self, entry: _Entry) -> None:
-        entry.is_resident = False
-        self._device_bytes -= entry.adapter.size_bytes
+    def _drop_resident(self, entry: Entry) -> None:
+        entry.is_resident = entry.has_failed = False
         self._room_of(entry).give_back(entry.digest)
         if not entry.num_asking:
             del self._entries[entry.digest]
         self._drop(entry.digest)
 
-    def _room_of(self, entry: _Entry) -> Room[_Waiter]:
-        return self._loras if entry.adapter.is_lora else self._soft_prompts
+    def _room_of(self, entry: Entry) -> Room[Waiter]:
+        return self._loras if entry.info.is_lora else self._soft_prompts
 
-    def _rows_in(self, room: Room[_Waiter], entries: Iterable[_Entry]) -> Mapping[str, int]:
+    def _rows_in(self, room: Room[Waiter], entries: Iterable[Entry]) -> Mapping[str, int]:
         return {entry.digest: entry.num_rows for entry in entries if self._room_of(entry) is room}
 
     def _find_resident(self, digest: str) -> Resident | None:
         """An adapter that is in memory."""
         entry = self._entries.get(digest)
-        if entry is not None and entry.is_resident:
-            return self._describe(entry.adapter, "device", entry.num_using)
+        if entry is not None and entry.is_ready:
+            return self._describe(entry.info, "device", entry.num_using)
         adapter = self._host_cache.peek(digest)
-        return self._describe(adapter, "host", 0) if adapter else None
+        return self._describe(adapter.info, "host", 0) if adapter else None
 
-    def _describe(self, adapter: Adapter, tier: Literal["host", "device"], users: int) -> Resident:
+    def _describe(self, adapter: AdapterInfo, tier: Literal["host", "device"], users: int) -> Resident:
         usage = self._usage.get(adapter.digest, _Usage())
-        idle_s = 0.0 if users or usage.released_s is None else monotonic() - usage.released_s
+        idle_s = 0.0 if users or usage.released_s is None else self._now() - usage.released_s
         return Resident(adapter=adapter, tier=tier, idle_s=idle_s, hits=usage.hits, users=users)
-
-
-def _are_resident(entries: Iterable[_Entry]) -> bool:
-    return all(entry.is_resident for entry in entries)

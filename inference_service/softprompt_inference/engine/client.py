@@ -37,7 +37,7 @@ ENGINE_MODULE = "softprompt_inference.engine"
 _NUM_PINGS = 4
 
 
-def _nobody() -> None:
+def _nobody(*_: str) -> None:
     """Nobody is told."""
 
 
@@ -113,6 +113,7 @@ class EngineClient:
         self._streams: dict[str, OutputStream] = {}
         self._searches: dict[int, asyncio.Future[Nearest]] = {}
         self._num_searches = 0
+        self._tell_failed_load: Callable[[str], None] = _nobody
         self._living: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._has_spoken = False  # since it was last asked to
@@ -192,6 +193,10 @@ class EngineClient:
     def outputs(self, request_id: str) -> OutputStream:
         """The outputs of a submitted request; KeyError when it is not open."""
         return self._streams[request_id]
+
+    def follow_loads(self, notify: Callable[[str], None]) -> None:
+        """Call `notify` with the digest of each adapter that was not loaded, but may be if it is sent again."""
+        self._tell_failed_load = notify
 
     async def find_nearest(self, digest: str, top_k: int) -> Nearest:
         """The tokens nearest to each row of an adapter, which must stay resident until the answer."""
@@ -275,6 +280,9 @@ class EngineClient:
 
     def _deliver(self, result: StepResult) -> None:
         self.stats = result.stats
+        # Before those who needed it hear of it, and ask again.
+        for digest in result.failed_loads:
+            self._tell_failed_load(digest)
         for output in result.outputs:
             # An aborted request may still have outputs on their way.
             stream = self._streams.get(output.request_id)

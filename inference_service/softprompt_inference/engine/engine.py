@@ -77,6 +77,7 @@ class Engine:
         self._max_lora_rank = config.max_lora_rank
         # How to make the error anew: a raised one would keep its frames, and with them the adapter's rows.
         self._load_errors: dict[str, Callable[[], SoftpromptError]] = {}
+        self._failed_loads: list[str] = []  # not told yet
         self._dropping: set[str] = set()
         self._searches: deque[tuple[int, Search]] = deque()
         self._found: list[Nearest] = []
@@ -105,7 +106,7 @@ class Engine:
 
     @property
     def _has_steps(self) -> bool:
-        has_answers = bool(self._refused or self._searches or self._found)
+        has_answers = bool(self._refused or self._searches or self._found or self._failed_loads)
         return self._scheduler.has_work or has_answers or bool(self._loading) or self._launched is not None
 
     def handle(self, command: Command) -> None:
@@ -202,6 +203,7 @@ class Engine:
         else:
             _log.error("adapter %s could not be put on the device", digest, exc_info=error)
             self._load_errors[digest] = partial(InternalError, "the adapter could not be put on the device")
+            self._failed_loads.append(digest)
 
     def _load_rows(self, adapter: LoadAdapter) -> None:
         self._check_rows(adapter)
@@ -332,11 +334,12 @@ class Engine:
         outputs += self._compute()
         self._search()
         found, self._found = self._found, []
+        failed_loads, self._failed_loads = self._failed_loads, []
         if self._dropping:
             self._drop_unused()
         resident_adapters = len(self._virtual_ids) + len(self._lora_slots)
         stats = self._scheduler.stats(resident_adapters=resident_adapters)
-        return StepResult(outputs=outputs, stats=stats, found=found)
+        return StepResult(outputs=outputs, stats=stats, found=found, failed_loads=failed_loads)
 
     def _queue_compiled(self) -> None:
         for sequence, matcher in self._compiling.take(wait_s=0.0 if self._has_steps else _COMPILING_WAIT_S):

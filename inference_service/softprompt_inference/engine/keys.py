@@ -86,16 +86,7 @@ def under_lora(parent: PageKey, lora: str) -> PageKey:
 
 def page_key(parent: PageKey, token_ids: Sequence[int], virtual_ids: VirtualIds) -> PageKey:
     """Key of a full page of `token_ids` that follows the page `parent`."""
-    return _chain(parent, token_ids, virtual_ids)
-
-
-def partial_key(parent: PageKey, token_ids: Sequence[int], virtual_ids: VirtualIds) -> PageKey:
-    """Key of the first rows, `token_ids`, of a page that follows the page `parent`; never that of a full page."""
-    return _chain(b"first rows of a page\0" + parent, token_ids, virtual_ids)
-
-
-def _chain(start: bytes, token_ids: Sequence[int], virtual_ids: VirtualIds) -> PageKey:
-    chain = hashlib.sha256(start)
+    chain = hashlib.sha256(parent)
     if max(token_ids) < virtual_ids.vocab_size:
         chain.update(array("q", token_ids).tobytes())
         return chain.digest()
@@ -107,3 +98,8 @@ def _chain(start: bytes, token_ids: Sequence[int], virtual_ids: VirtualIds) -> P
             digest, row = virtual_ids.row(token_id)
             chain.update(array("q", (-1 - row,)).tobytes() + hashlib.sha256(digest.encode()).digest())
     return chain.digest()
+
+
+def partial_key(parent: PageKey, token_ids: Sequence[int], virtual_ids: VirtualIds) -> PageKey:
+    """Key of the first rows, `token_ids`, of a page that follows the page `parent`; never that of a full page."""
+    return page_key(b"first rows of a page\0" + parent, token_ids, virtual_ids)

@@ -231,11 +231,16 @@ class Nearest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """One message per step."""
+    """One message per step.
+
+    Attributes:
+        failed_loads: digests of adapters whose load failed for a reason that may pass; to be loaded anew.
+    """
 
     outputs: Sequence[Output]
     stats: Stats
     found: list[Nearest] = field(default_factory=list)
+    failed_loads: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from softprompt_inference.engine.sequence import Sequence
 
 
 def make_sequence(
-    request: AddRequest, *, virtual_ids: VirtualIds, max_model_len: int, lora_slots: LoraSlots | None = None
+    request: AddRequest, *, virtual_ids: VirtualIds, lora_slots: LoraSlots, max_model_len: int
 ) -> Sequence:
     """Put the parts of a prompt into one list of ids.
 
@@ -41,7 +41,7 @@ def make_sequence(
             raise AdapterNotFound(f"adapter {part.digest} is not loaded", field="adapter")
     lora_slot = -1
     if request.lora:
-        if lora_slots is None or request.lora not in lora_slots:
+        if request.lora not in lora_slots:
             raise AdapterNotFound(f"adapter {request.lora} is not loaded", field="adapter")
         adapters.add(request.lora)
         lora_slot = lora_slots.find(request.lora)

@@ -411,7 +411,7 @@ class Scheduler:
         assert self._planned or not sources, "a source is held longer than a step"
         in_order = [*self._running, *self._waiting]
         assert all(older.turn <= younger.turn for older, younger in pairwise(in_order))
-        self._waiting.check()
+        self._waiting.check(each for each in in_order if each.num_cached is not None)
         assert {id(sequence) for sequence in in_order} == {id(sequence) for sequence in self._sequences.values()}
         assert all(sequence.state is State.RUNNING for sequence in self._running)
         assert all(sequence.state is State.WAITING and not sequence.page_ids for sequence in self._waiting)

@@ -6,7 +6,7 @@ sent a thousand holds up nobody who has sent one, and none saves up turns by not
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 from softprompt_inference.engine.sequence import Sequence
@@ -17,7 +17,7 @@ class WaitingLine:
 
     def __init__(self) -> None:
         self._line: deque[Sequence] = deque()
-        self._turn = 0  # of whoever started last
+        self._turn = 0  # the latest of those who have started
         self._last_turns: dict[str, int] = {}  # of tenants that have some waiting, and perhaps of others
 
     def __len__(self) -> int:
@@ -50,13 +50,14 @@ class WaitingLine:
     def start(self) -> Sequence:
         """Take the first out."""
         sequence = self._line.popleft()
-        self._turn = sequence.turn
+        self._turn = max(self._turn, sequence.turn)  # it may have started before, and others since
         return sequence
 
     def remove(self, sequence: Sequence) -> None:
         """Take one out that will not start."""
         self._line.remove(sequence)
 
-    def check(self) -> None:
-        """Verify the order; AssertionError where it is wrong."""
+    def check(self, started: Iterable[Sequence] = ()) -> None:
+        """Verify the order, also with those who have started before; AssertionError where it is wrong."""
+        assert all(sequence.turn <= self._turn for sequence in started), "newcomers could overtake it"
         assert all(first.turn <= second.turn for first, second in pairwise(self._line))

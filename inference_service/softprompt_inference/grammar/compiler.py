@@ -136,4 +136,10 @@ def _json_grammar(text: str) -> str:
     if "x-guidance" in schema:
         raise InvalidArgument("x-guidance in a schema is not supported", field=FIELD)
     check_patterns(schema)
-    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": JSON_WHITESPACE})
+    try:
+        return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": JSON_WHITESPACE})
+    except ValueError as error:
+        raise InvalidArgument(
+            f"json holds what cannot be followed, such as an integer of more than 64 bits: {one_line(str(error))}",
+            field=FIELD,
+        ) from error

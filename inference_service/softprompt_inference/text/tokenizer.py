@@ -54,14 +54,12 @@ class Tokenizer:
             knows_tools=are_told_by(definition.chat_template or ""),
         )
 
-    def encode(self, text: str, *, add_special_tokens: bool = True, max_tokens: int | None = None) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. Special tokens spelled in it are special.
 
         Args:
             add_special_tokens: add what the tokenizer adds by itself, such as BOS.
-            max_tokens: refuse a text that cannot fit in so many without encoding it (ContextLengthExceeded).
         """
-        self.check_size(len(text), 0, max_tokens=max_tokens)
         _check_unicode(text, field="prompt")
         # Only the batch call releases the interpreter lock.
         ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
@@ -76,18 +74,20 @@ class Tokenizer:
         continue_final_message: bool = False,
         max_tokens: int | None = None,
     ) -> Encoded:
-        """A conversation as ids, and soft prompts between them; `max_tokens` as in `encode`.
+        """A conversation as ids, and soft prompts between them.
 
         Special tokens in messages and tools are plain text.
 
         Args:
             tools: JSON of the functions that may be called.
+            max_tokens: refuse what cannot fit in so many without encoding it (ContextLengthExceeded).
         """
         num_characters = sum(len(message.text) for message in messages) + sum(map(len, tools))
         num_soft_prompts = sum(message.num_soft_prompts for message in messages)
         self.check_size(num_characters, num_soft_prompts, max_tokens=max_tokens)
         for message in messages:
-            _check_unicode(message.text + message.name, field="messages")
+            calls = "".join(call.id + call.name for call in message.tool_calls)
+            _check_unicode(message.text + message.name + message.tool_call_id + calls, field="messages")
         return self._chat.encode(
             messages,
             tools=tools,
