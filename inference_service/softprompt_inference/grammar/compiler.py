@@ -1,12 +1,15 @@
-"""Grammars to matchers, off everybody's loop: in threads, within limits, and once for each grammar."""
+"""Grammars to matchers, off everybody's loop: in threads, within limits, and once for each grammar.
+
+llguidance is imported when the first grammar comes: where only kernels are tested or measured, it may be absent.
+"""
 
 import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from softprompt_api.errors import InvalidArgument, SoftpromptError, Unsupported
 from softprompt_api.structured import FIELD, JSON_WHITESPACE, StructuredOutputsParams, parse_schema
 
@@ -15,19 +18,12 @@ from softprompt_inference.grammar.limits import check_lark, check_patterns, chec
 from softprompt_inference.grammar.matcher import GrammarMatcher, explain, one_line
 from softprompt_inference.text.definition import TokenizerDefinition
 
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
 # llguidance releases the interpreter while it works; more threads would only take processors from the model.
 _THREADS = 2
 _MAX_KEPT = 64
-# Some milliseconds for a step, and some MB: a grammar is a stranger's, and others wait for its steps.
-_LIMITS = LLParserLimits(
-    initial_lexer_fuel=200_000,
-    step_lexer_fuel=20_000,
-    step_max_items=20_000,
-    max_items_in_row=2_000,
-    max_lexer_states=5_000,
-    max_grammar_size=100_000,
-    verbose_errors=False,
-)
 
 
 class GrammarCompiler:
@@ -72,20 +68,22 @@ class GrammarCompiler:
             raise type(known)(known.message, field=known.field)
         return GrammarMatcher(known.deep_copy(), vocab_size=self._vocab_size)
 
-    def _find(self, key: tuple[str, str]) -> LLMatcher | SoftpromptError | None:
+    def _find(self, key: tuple[str, str]) -> "LLMatcher | SoftpromptError | None":
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
             return self._kept.get(key)
 
-    def _keep(self, key: tuple[str, str], known: LLMatcher | SoftpromptError) -> None:
+    def _keep(self, key: tuple[str, str], known: "LLMatcher | SoftpromptError") -> None:
         with self._lock:
             self._kept[key] = known
             while len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)
 
-    def _make(self, wanted: StructuredOutputsParams) -> LLMatcher:
-        matcher = LLMatcher(self._find_tokenizer(), to_grammar(wanted), log_level=0, limits=_LIMITS)
+    def _make(self, wanted: StructuredOutputsParams) -> "LLMatcher":
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._find_tokenizer(), to_grammar(wanted), log_level=0, limits=_limits())
         # Only the first mask shows whether anything can come at all, and whether a step can be afforded.
         first = matcher.deep_copy()
         mask = b"" if first.is_error() else first.compute_bitmask()
@@ -94,13 +92,15 @@ class GrammarCompiler:
             raise InvalidArgument(f"{wanted.spelled[0]} cannot be followed: {reason}", field=FIELD)
         return matcher
 
-    def _find_tokenizer(self) -> LLTokenizer:
+    def _find_tokenizer(self) -> "LLTokenizer":
         with self._lock:
             if self._tokenizer is None:
                 self._tokenizer = self._make_tokenizer()
             return self._tokenizer
 
-    def _make_tokenizer(self) -> LLTokenizer:
+    def _make_tokenizer(self) -> "LLTokenizer":
+        from llguidance import LLTokenizer
+
         definition = self._read_tokenizer()
         if not definition.eos_token_ids:
             raise Unsupported("the model names no end-of-sequence token, so no grammar can end", field=FIELD)
@@ -114,8 +114,25 @@ class GrammarCompiler:
             ) from error
 
 
+def _limits() -> "LLParserLimits":
+    """Some milliseconds for a step, and some MB: a grammar is a stranger's, and others wait for its steps."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        initial_lexer_fuel=200_000,
+        step_lexer_fuel=20_000,
+        step_max_items=20_000,
+        max_items_in_row=2_000,
+        max_lexer_states=5_000,
+        max_grammar_size=100_000,
+        verbose_errors=False,
+    )
+
+
 def to_grammar(wanted: StructuredOutputsParams) -> str:
     """What is wanted as llguidance spells it; InvalidArgument for a schema that is none."""
+    from llguidance import LLMatcher
+
     kind, text = wanted.spelled
     match kind:
         case "regex":
@@ -132,6 +149,8 @@ def to_grammar(wanted: StructuredOutputsParams) -> str:
 
 
 def _json_grammar(text: str) -> str:
+    from llguidance import LLMatcher
+
     schema = parse_schema(text)
     if "x-guidance" in schema:
         raise InvalidArgument("x-guidance in a schema is not supported", field=FIELD)

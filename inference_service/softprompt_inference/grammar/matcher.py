@@ -1,8 +1,10 @@
 """How far one output is in its grammar; llguidance does the work."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from llguidance import LLMatcher
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 _REASONS = {
     "NoExtension": "no text follows it",
@@ -23,7 +25,7 @@ class GrammarMatcher:
         error: why it cannot go on; "" while it can.
     """
 
-    def __init__(self, matcher: LLMatcher, *, vocab_size: int) -> None:
+    def __init__(self, matcher: "LLMatcher", *, vocab_size: int) -> None:
         self._matcher = matcher
         self._num_bytes = 4 * -(-vocab_size // 32)
         self.error = ""
@@ -53,7 +55,7 @@ class GrammarMatcher:
         self.error = f"the output cannot follow its grammar any further: {explain(self._matcher)}"
 
 
-def explain(matcher: LLMatcher) -> str:
+def explain(matcher: "LLMatcher") -> str:
     """Why a matcher is in error, in words."""
     error = one_line(matcher.get_error())
     return _REASONS.get(error, error)

@@ -90,5 +90,5 @@ class KeyValueRows:
         del self._rows_at[first_id]
 
     def find(self, first_id: int) -> Tensor:
-        """All that was loaded at first_id: [layers, 2, n, Hkv, D]; a part of it could not be copied without a wait."""
+        """All that was loaded at first_id: [layers, 2, n, Hkv, D]. A part could not be copied without a wait."""
         return self._rows_at[first_id]
