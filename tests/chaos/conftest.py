@@ -346,9 +346,13 @@ class Client:
         return [version.name for version in listing.adapters]
 
     async def versions(self, name: str) -> dict[int, pb.AdapterVersion]:
-        request = pb.ListVersionsRequest(name=name, page_size=1000)
-        listing = await self.answer(self.stub.ListVersions(request, timeout=self.timeout_s))
-        return {version.version: version for version in listing.versions}
+        found, token = {}, ""
+        while True:
+            request = pb.ListVersionsRequest(name=name, page_size=1000, page_token=token)
+            listing = await self.answer(self.stub.ListVersions(request, timeout=self.timeout_s))
+            found |= {version.version: version for version in listing.versions}
+            if not (token := listing.next_page_token):
+                return found
 
     async def set_alias(self, name: str, alias: str, version: int) -> None:
         request = pb.SetAliasRequest(name=name, alias=alias, version=version)
