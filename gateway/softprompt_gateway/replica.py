@@ -10,6 +10,7 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from softprompt_api.inference.v1.inference_pb2 import GetModelRequest, GetModelResponse
 from softprompt_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
+from softprompt_api.rpc.channel import MAX_CALL_S
 
 from softprompt_gateway.bases import Fingerprint, fingerprint
 from softprompt_gateway.disconnect import stop
@@ -20,8 +21,6 @@ _MODEL_TIMEOUT_S = 2.0
 _MAX_WATCH_S = 120.0
 # One that does not serve may be starting, and tells when it serves, or stopping, and waits for the call's end.
 _PATIENCE_S = 1.0
-# As long as any call may last: each has a deadline of its own, and ends by it.
-_MAX_CALL_S = 86_400.0
 _MIN_PAUSE_S = 0.1
 _MAX_PAUSE_S = 0.5
 _log = structlog.get_logger()
@@ -74,7 +73,7 @@ class Replica:
         self._change(is_up=False)
         self._finish()
         await asyncio.gather(*[session.reading for session in self._sessions], return_exceptions=True)
-        await self.channel.close(_MAX_CALL_S)
+        await self.channel.close(MAX_CALL_S)  # each call ends by its own deadline
 
     async def close(self) -> None:
         """Abort what runs, and close."""

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
+from softprompt_api.rpc.channel import MAX_CALL_S
 from softprompt_api.rpc.tls import ServerTls
 from softprompt_api.settings import ClientTlsSettings, SettingsError, is_loopback, read, refuse_unknown_variables
 
@@ -16,7 +17,7 @@ ENV_PREFIX = "SOFTPROMPT_GATEWAY_"
 _MIB = 2**20
 _REDIS_URLS = ("redis://", "rediss://", "unix://")
 
-PositiveSeconds = Annotated[float, Field(gt=0, le=86_400)]
+PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_CALL_S)]
 
 
 def _shared(name: str) -> AliasChoices:

@@ -104,11 +104,6 @@ class KeyClient(ServiceClient):
             if not token:
                 return infos
 
-    def ever_made(self) -> bool:
-        """Whether there has ever been a key: from then on gateways ask for one, also where all are revoked."""
-        with self._translated():
-            return self._stub.ListKeys(pb.ListKeysRequest(page_size=1), timeout=_CALL_TIMEOUT_S).ever_made
-
     def revoke(self, id_: str) -> None:
         """Delete a key; gateways refuse it at once."""
         with self._translated():

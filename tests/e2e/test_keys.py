@@ -93,6 +93,11 @@ def test_keys_and_tenants_of_a_running_system(system: Any, adapters: dict[str, P
     assert (unknown.returncode, unknown.stderr.count("\n")) == (1, 1)
 
 
+def test_the_command_that_a_start_shows_has_a_key_where_one_is_asked_for(system: Any, shared_system: Any) -> None:
+    key = '-H "Authorization: Bearer $SOFTPROMPT_API_KEY"'
+    assert [key in each.text() for each in (system, shared_system)] == [False, True]
+
+
 def test_beyond_this_machine_it_does_not_start_without_keys(start_system: Callable[..., Any]) -> None:
     system = start_system("--host", "0.0.0.0", wait=False)
     assert system.process.wait(240) == 1

@@ -5,7 +5,7 @@ import contextlib
 import random
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -126,6 +126,15 @@ async def settle() -> None:
     """Let everything that can run now run."""
     for _ in range(20):
         await asyncio.sleep(0)
+
+
+async def line_up(residency: Residency, wanted: Iterable[Sequence[str]]) -> list[User]:
+    """One user after the other, each with the digests that it wants."""
+    users = []
+    for digests in wanted:
+        users.append(User(residency, *digests))
+        await settle()
+    return users
 
 
 async def test_the_first_user_loads_and_later_ones_find_it_there(
@@ -445,11 +454,7 @@ async def test_also_what_another_has_brought_in_is_not_used_before_who_has_waite
     residency = make(max_adapters=2, max_rows=10)
     holder = User(residency, "large")
     await settle()
-    users = []
-    for wanted in (("a", "b"), ("c", "d"), ("b",)):
-        users.append(User(residency, *wanted))
-        await settle()
-    bringing, blocked, same = users
+    bringing, blocked, same = await line_up(residency, ("ab", "cd", "b"))
     edge.now_s += 3
     await holder.end()
     await settle()
@@ -734,10 +739,7 @@ async def test_an_adapter_that_is_fetched_again_in_vain_fails_all_who_wait_for_i
     residency = make(max_adapters=1, host_bytes=0)
     holder = User(residency, "a")
     await settle()
-    users = []
-    for digest in "bccdefgh":
-        users.append(User(residency, digest))
-        await settle()
+    users = await line_up(residency, "bccdefgh")
     assert edge.fetched == list("abcdefgh")
     edge.failures["c"] = Unavailable("the registry is away")
     await holder.end()
@@ -759,10 +761,7 @@ async def test_who_is_next_is_not_held_up_by_the_fetches_of_all_who_came_later(
     residency = make(max_adapters=1, host_bytes=0)
     holder = User(residency, "a")
     await settle()
-    users = []
-    for digest in "bcdefg":
-        users.append(User(residency, digest))
-        await settle()
+    users = await line_up(residency, "bcdefg")
     edge.gates = {str(number): asyncio.Event() for number in range(10)}
     later = [User(residency, digest) for digest in edge.gates]
     await settle()

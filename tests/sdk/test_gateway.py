@@ -1,9 +1,9 @@
 """The gateway's client, beside a server that answers what a test says."""
 
-import threading
+import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from softprompt.gateway import GatewayClient
@@ -12,30 +12,21 @@ from softprompt_api.errors import Unavailable
 
 @contextmanager
 def answering(body: bytes, content_type: str = "application/json") -> Iterator[str]:
-    """The address of a server that answers everything with this."""
+    """The address of a server that answers one request, whatever it is, with this."""
+    head = f"HTTP/1.1 200 OK\r\ncontent-type: {content_type}\r\nconnection: close\r\n\r\n".encode()
 
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            self.rfile.read(int(self.headers.get("content-length", 0)))
-            self.send_response(200)
-            self.send_header("content-type", content_type)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    def answer() -> None:
+        connection, _ = listener.accept()
+        with connection, connection.makefile("rb") as request:
+            lines = list(iter(request.readline, b"\r\n"))
+            sizes = [line.split(b":")[1] for line in lines if line.lower().startswith(b"content-length:")]
+            request.read(sum(map(int, sizes)))
+            connection.sendall(head + body)
 
-        do_GET = do_POST = answer  # noqa: N815 - http.server's names
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
+        answered = threads.submit(answer)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        answered.result()
 
 
 @pytest.mark.parametrize("line_end", ["\u2028", "\u2029", "\x85"])

@@ -7,6 +7,8 @@ import grpc
 
 from softprompt_api.rpc.tls import ClientTls
 
+# No call may last longer: the most that a deadline can be set to.
+MAX_CALL_S = 86_400
 MAX_MESSAGE_BYTES = 8 * 2**20
 CHUNK_BYTES = 2**20
 
@@ -76,9 +78,8 @@ SERVER_OPTIONS: Sequence[tuple[str, int]] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     ("grpc.max_connection_age_ms", 3_600_000),
-    # What still runs on an old connection is cut off then. A generation may take a day, and may have begun on a
-    # stream that was open a minute before.
-    ("grpc.max_connection_age_grace_ms", 86_460_000),
+    # What still runs on an old connection is cut off then; it may have begun on a stream that was a minute old.
+    ("grpc.max_connection_age_grace_ms", (MAX_CALL_S + 60) * 1000),
     # Two servers on one port would share its connections unseen.
     ("grpc.so_reuseport", 0),
 )

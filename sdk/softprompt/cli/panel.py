@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import grpc
+import httpx
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -13,17 +14,16 @@ from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from softprompt_api.rpc.channel import open_blocking_channel
 from softprompt_api.rpc.status import from_rpc_error
-from softprompt_api.settings import is_loopback
 
 from softprompt.cli.options import RunOptions
 from softprompt.cli.services import Addresses
-from softprompt.keys import KeyClient
 from softprompt.registry import AdapterInfo, RegistryClient
 
 _MAX_ADAPTERS = 12
 # The demo adapter is looked for among so many.
 _MAX_ASKED = 100
 _MIB = 2**20
+_QUICK_TIMEOUT_S = 5.0
 _DEMO = "tweet_adapter"
 _DEMO_PROMPT = (
     "Tweet text : @nationalgridus I have no water and the bill is current and paid. "
@@ -36,7 +36,6 @@ def show(console: Console, options: RunOptions, addresses: Addresses, logs: Path
     model = get_model(addresses.inference[0])
     with RegistryClient(addresses.registry) as registry:
         adapters, total = registry.first_adapters(_MAX_ASKED)
-    needs_key = _needs_key(options, addresses)
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
@@ -45,7 +44,10 @@ def show(console: Console, options: RunOptions, addresses: Addresses, logs: Path
     console.print(Panel(facts, title="Softprompt is serving", title_align="left", expand=False))
     # Outside the frame, so that it can be copied.
     console.print(
-        curl(addresses, model, adapters, needs_key=needs_key), highlight=False, markup=False, soft_wrap=True
+        curl(addresses, model, adapters, needs_key=_needs_key(addresses, model)),
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
     console.print("Ctrl-C stops everything.", style="dim")
 
@@ -59,14 +61,15 @@ def get_model(address: str) -> pb.GetModelResponse:
             raise from_rpc_error(error) from error
 
 
-def _needs_key(options: RunOptions, addresses: Addresses) -> bool:
+def _needs_key(addresses: Addresses, model: pb.GetModelResponse) -> bool:
     """Whether the gateway asks for an API key."""
-    if options.insecure:
-        return False
-    if options.require_keys or not is_loopback(options.host):
-        return True
-    with KeyClient(addresses.registry) as keys:
-        return keys.ever_made()
+    url = f"{addresses.gateway_url}/v1/models/{model.base_model.id}"
+    try:
+        # Its certificate is for names that clients use, and nothing is told here.
+        answer = httpx.get(url, timeout=_QUICK_TIMEOUT_S, trust_env=False, verify=False)
+    except httpx.HTTPError:
+        return False  # the command is shown all the same
+    return answer.status_code == httpx.codes.UNAUTHORIZED
 
 
 def curl(addresses: Addresses, model: pb.GetModelResponse, adapters: list[AdapterInfo], *, needs_key: bool) -> str:
