@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -55,16 +55,33 @@ class RequestModel(BaseModel):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            raise _refusal(cls, error.errors(include_url=False, include_input=False)[0]) from None
+            raise _refusal(cls, value, error.errors(include_url=False, include_input=False)[0]) from None
 
 
-def _refusal(model: type[RequestModel], error: ErrorDetails) -> Refused:
-    param = ".".join(str(part)[:64] for part in error["loc"])
+def _refusal(model: type[RequestModel], value: dict[str, Any], error: ErrorDetails) -> Refused:
+    param = ".".join(str(part)[:64] for part in _place(value, error))
     if error["type"] == "extra_forbidden":
         return Refused(_unknown(model, error), code="unknown_parameter", param=shown(param).strip("'"))
     if error["type"] == "missing":
         return Refused(f"{param} is required", code="missing_required_parameter", param=param)
     return Refused(f"{param}: {error['msg'].removeprefix('Input ')}", code="invalid_value", param=param)
+
+
+def _place(value: Any, error: ErrorDetails) -> Iterator[int | str]:
+    """Where in a request it is wrong.
+
+    pydantic also tells which of several kinds it took a value for: no part of the request has such a name.
+    """
+    for number, part in enumerate(error["loc"], start=1):
+        if _has(value, part):
+            yield part
+            value = value[part]
+        elif error["type"] == "missing" and number == len(error["loc"]):
+            yield part
+
+
+def _has(value: Any, part: int | str) -> bool:
+    return part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
 
 
 def _unknown(model: type[RequestModel], error: ErrorDetails) -> str:

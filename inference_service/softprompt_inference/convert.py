@@ -293,4 +293,5 @@ def _to_entry(token_id: int, logprob: float, tokenizer: Tokenizer) -> pb.Logprob
         logprob=logprob,
         token=tokenizer.token_text(token_id),
         token_bytes=tokenizer.token_bytes(token_id),
+        is_special=tokenizer.is_special(token_id),
     )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from softprompt_api.composition import Part, Role, check_front, check_inside
+from softprompt_api.composition import Part, Role, check_front, check_inside, check_number
 from softprompt_api.errors import InvalidArgument
 from softprompt_inference.engine.messages import SoftPromptPart, TextPart
 from softprompt_inference.prompts import text_ids_of
@@ -128,8 +128,10 @@ class Composed:
         return parts
 
     def check(self, role_of: Callable[[PromptAdapterRequest], Role]) -> None:
-        """Raise InvalidArgument where a soft prompt cannot stand where it does."""
+        """Raise InvalidArgument for too many adapters, and where a soft prompt cannot stand where it does."""
         front = [Part(name=repr(one.name), role=role_of(one)) for one in several(self.given)]
         inside = [Part(name=repr(one.name), role=role_of(one)) for one in self.inside.values()]
+        number = len(front) + len(set(self.inside.values())) + (self.lora is not None)
+        check_number(number, field="prompt_adapter_request")
         check_front(front, field="prompt_adapter_request")
         check_inside(inside, field="prompt")

@@ -107,10 +107,10 @@ class FakeInference(InferenceServiceServicer):
     async def Generate(self, request: Any, context: Any) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Repeat the prompt, unless it is a command.
 
-        "refuse REASON" and "refuse-grammar" fail at once, "break REASON" after one token; "crash" is a defect;
-        "stall" hangs after one token, "silence" before it is accepted; until `released`, "wait" waits after one
-        token, "think" before it, and "queue" before it is accepted; "flood" never ends. To "rank", each choice
-        says its own number, and the third is the likeliest.
+        "refuse REASON", "refuse-grammar" and "refuse-limit" fail at once, "break REASON" after one token; "crash"
+        is a defect; "stall" hangs after one token, "silence" before it is accepted; until `released`, "wait" waits
+        after one token, "think" before it, and "queue" before it is accepted; "flood" never ends. To "rank", each
+        choice says its own number, and the third is the likeliest.
         """
         self.requests.append(request)
         await self._change(running=1)
@@ -133,6 +133,8 @@ class FakeInference(InferenceServiceServicer):
             raise FAILURES[reason]("refused as asked", field="prompt")
         if command == "refuse-grammar":
             raise errors.InvalidArgument("no such grammar", field="structured_outputs")
+        if command == "refuse-limit":
+            raise errors.InvalidArgument("too many tokens", field="max_tokens")
         if command == "crash":
             raise RuntimeError("secret in /etc/passwd")
         if command == "silence":

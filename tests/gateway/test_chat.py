@@ -42,6 +42,26 @@ async def test_both_names_of_the_limit_work(stack: Any, name: str) -> None:
     assert (choice["message"]["content"], choice["finish_reason"]) == ("he", "length")
 
 
+@pytest.mark.parametrize(
+    ("content", "field", "param"),
+    [
+        ("refuse CONTEXT_LENGTH_EXCEEDED", "max_tokens", "messages"),
+        ("refuse-limit", "max_tokens", "max_tokens"),
+        ("refuse-limit", "max_completion_tokens", "max_completion_tokens"),
+    ],
+)
+async def test_what_the_service_refuses_is_named_as_it_was_sent(
+    stack: Any, content: str, field: str, param: str
+) -> None:
+    assert (await stack.chat(content, **{field: 5})).json()["error"]["param"] == param
+
+
+async def test_a_part_that_is_wrong_is_told_by_its_number(stack: Any) -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": 5}]
+    error = (await stack.chat(parts)).json()["error"]
+    assert (error["param"], error["message"][:20]) == ("messages", "content part 1: text")
+
+
 async def test_text_parts_are_joined_by_line_breaks(stack: Any) -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     assert (await stack.chat(parts)).json()["choices"][0]["message"]["content"] == "one\ntwo"

@@ -177,11 +177,11 @@ async def test_prompt_logprobs_are_by_token_id_as_in_vllm(stack: Any) -> None:
 async def test_offsets_are_characters_of_the_text(stack: Any) -> None:
     # The fake model's tokens are bytes: two of them are one character here.
     choice = (await stack.complete("né!", echo=True, logprobs=0, max_tokens=0)).json()["choices"][0]
-    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 2]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1, 2]
     events = await stack.events(
         "/v1/completions", model=stack.base, prompt="né!", echo=True, logprobs=0, max_tokens=0
     )
-    assert [event["choices"][0]["text"] for event in events[:-1]] == ["né", "!", ""]
+    assert [event["choices"][0]["text"] for event in events[:-1]] == ["n", "é!", ""]
 
 
 async def test_the_best_are_the_likeliest_per_token_and_all_are_counted(stack: Any) -> None:

@@ -322,6 +322,8 @@ async def test_a_call_that_was_cut_is_incomplete_and_one_before_is_not(stack: An
     assert ARGUMENTS.startswith(second["arguments"])
     whole = await respond(stack, CALL, tools=[WEATHER], max_output_tokens=len(CALL) - 5)
     assert (whole["output"][0]["status"], whole["status"]) == ("completed", "incomplete")
+    stopped = await respond(stack, CALL, tools=[WEATHER], stop=["}"])
+    assert (stopped["output"][0]["status"], stopped["status"]) == ("incomplete", "completed")
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,20 @@ async def test_an_output_that_was_cut_keeps_its_reason(stack: Any) -> None:
     assert ARGUMENTS.startswith(call["function"]["arguments"])
 
 
+@pytest.mark.parametrize("stop", ["city", "}"])
+async def test_a_call_that_a_stop_string_cut_is_not_told_as_whole(stack: Any, stop: str) -> None:
+    [choice] = (await stack.chat(CALL, tools=[WEATHER], stop=stop)).json()["choices"]
+    assert choice["finish_reason"] == "stop"
+    events = await stack.events(
+        "/v1/chat/completions",
+        model=stack.base,
+        messages=[{"role": "user", "content": CALL}],
+        tools=[WEATHER],
+        stop=stop,
+    )
+    assert events[-2]["choices"][0]["finish_reason"] == "stop"
+
+
 async def test_the_service_is_told_of_the_functions(stack: Any) -> None:
     await stack.chat("x", tools=[STRICT, TIME])
     assert [json.loads(tool) for tool in asked(stack).chat.tools] == [WEATHER, TIME]

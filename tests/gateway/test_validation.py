@@ -1,8 +1,13 @@
 """What all request models have in common."""
 
 from collections.abc import Iterator
+from typing import Any
 
+import pytest
 from softprompt_gateway.app import make_app
+from softprompt_gateway.errors import Refused
+from softprompt_gateway.openai.chat import ChatRequest
+from softprompt_gateway.openai.responses.request import ResponsesRequest
 from softprompt_gateway.validation import RequestModel
 
 
@@ -28,3 +33,24 @@ def test_no_check_takes_the_place_of_an_inherited_one() -> None:
     assert make_app is not None  # with it came every model
     assert any(own_checks(base) for _, base in checked)
     assert not {pair: names for pair, names in checked.items() if names}
+
+
+MESSAGES = [{"role": "user", "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "param"),
+    [
+        (ChatRequest, {"messages": MESSAGES, "tool_choice": 5}, "tool_choice"),
+        (ChatRequest, {"messages": [{"content": "x"}]}, "messages.0.role"),
+        (ChatRequest, {"messages": MESSAGES, "stop": ["a", 5]}, "stop.1"),
+        (ChatRequest, {"messages": MESSAGES, "logit_bias": {"5": "x"}}, "logit_bias.5"),
+        (ResponsesRequest, {"input": [{"role": "user", "content": "x", "name": 5}]}, "input.0.name"),
+        (ResponsesRequest, {"input": [{"role": "user"}]}, "input.0.content"),
+    ],
+)
+def test_an_error_names_what_is_in_the_request(model: type[RequestModel], fields: Any, param: str) -> None:
+    # pydantic also names the kind that it took a value for.
+    with pytest.raises(Refused) as refused:
+        model.checked({"model": "m", **fields})
+    assert refused.value.body.param == param

@@ -101,7 +101,9 @@ def test_whatever_is_chosen_is_json_of_the_schema(
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
-        ({"regex": r"\d{3}-\d{4}"}, ["555-1234"], ["555-123", "a55-1234", "555-12345"]),
+        ({"regex": r"\d{3}-\d{4}"}, ["555-1234"], ["555-123", "a55-1234", "555-12345", "٣55-1234"]),
+        ({"regex": r"[^\W\d]+\p{Nd}\D"}, ["a_٣é"], ["é٣é", "a٣3"]),
+        ({"grammar": "start: A\nA: /[\\d\\/]+/"}, ["3/3"], ["٣"]),
         (
             {"choice": ["yes", "yes!", "näin 🦜", 'a "b"\n']},
             ["yes", "yes!", "näin 🦜", 'a "b"\n'],

@@ -109,6 +109,13 @@ def test_stop_strings_do_not_count_before_min_tokens(tokenizer: Tokenizer) -> No
     assert "".join(pieces) == "a.b"
 
 
+def test_a_stop_string_that_begins_before_min_tokens_may_end_after(tokenizer: Tokenizer) -> None:
+    token_ids = tokenizer.encode("a.b.c.d.")
+    pieces, output = stream(tokenizer, token_ids, stop=["b.c"], min_tokens=4)
+    assert output.stop_string == "b.c"
+    assert "".join(pieces) == "a."
+
+
 def _sentencepiece_like() -> Backend:
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁Hello", "▁world", "!", "▁"]
     backend = Backend(

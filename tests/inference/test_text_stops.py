@@ -39,6 +39,12 @@ def test_a_prefix_that_fails_may_hold_the_beginning_of_another_match() -> None:
     assert read(["aaab"], ["aab"]) == ("aab", 4)
 
 
+def test_what_ends_too_early_may_be_the_beginning_of_another() -> None:
+    scanner = StopScanner(["aa"])
+    assert scanner.feed("aaa", counts=False) is None
+    assert scanner.feed("a") == ("aa", 1)
+
+
 @pytest.mark.parametrize(("text", "held"), [("x", 0), ("xa", 1), ("xab", 2), ("xabx", 0), ("aba", 1)])
 def test_only_what_may_become_a_stop_string_is_held(text: str, held: int) -> None:
     scanner = StopScanner(["abc"])

@@ -140,6 +140,7 @@ def test_given_keys_and_values_come_first_and_go_with_all_others(
         ({"parts": ["x", 5]}, [], r"prompts\[0\]: part 1 must be a string", "prompts[0]"),
         ({"parts": "x"}, [], r"prompts\[0\] must be a string", "prompts[0]"),
         ("x", ["a", 5], "several in a list", "prompt_adapter_request"),
+        ("x", ["a"] * 17, "17 adapters; at most 16", "prompt_adapter_request"),
     ],
 )
 def test_what_cannot_stand_where_it_is_named_is_refused_before_anything_runs(

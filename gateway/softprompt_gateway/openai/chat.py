@@ -206,6 +206,12 @@ class ChatRequest(ChatFields, GenerationFields):
         is_parallel = self.parallel_tool_calls is not False
         return wanted_with_calls(wanted, self.callable, self.tool_choice, parallel=is_parallel)
 
+    @property
+    def spelled(self) -> dict[str, str]:
+        """The inference service's own fields as this route spells them."""
+        limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return {**super().spelled, "prompt": "messages", "max_tokens": limit}
+
     def calls(self, target: Target, *, request_id: str, max_choices: int) -> list[pb.GenerateRequest]:
         """The one Generate request."""
         check_choices(1, self.choices_per_prompt, max_choices)

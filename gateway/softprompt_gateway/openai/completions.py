@@ -12,7 +12,13 @@ from softprompt_api.params import MAX_LOGPROBS, MAX_N, MAX_TOKENS_LIMIT, Samplin
 from softprompt_gateway.openai import schemas
 from softprompt_gateway.openai.fields import GenerationFields, Unserved, refuse
 from softprompt_gateway.openai.generation import Choice, finish_reason, stop_reason
-from softprompt_gateway.openai.logprobs import EchoedText, completion_logprobs, echoed_logprobs, prompt_logprobs
+from softprompt_gateway.openai.logprobs import (
+    EchoedText,
+    OutputPlaces,
+    completion_logprobs,
+    echoed_logprobs,
+    prompt_logprobs,
+)
 from softprompt_gateway.openai.parts import PROMPT_PARTS_SCHEMA, Parts, check_number_of_parts, parse_parts
 from softprompt_gateway.openai.style import Style
 from softprompt_gateway.resolve import Target
@@ -200,7 +206,8 @@ class CompletionStyle(Style):
         self._per_prompt = request.choices_per_prompt
         self._echoes = echoes
         self._tells_echo = bool(request.echo) and request.logprobs is not None
-        self._offsets = [len(echo) for echo in echoes for _ in range(self._per_prompt)]
+        self._skips_special = request.skip_special_tokens is not False
+        self._places = [self._output_places(echo) for echo in echoes for _ in range(self._per_prompt)]
         # Of each choice of a stream: its prompt, and how many tokens of it are still to be told.
         self._echoed: dict[int, EchoedText] = {}
         self._num_untold: dict[int, int] = {}
@@ -229,6 +236,9 @@ class CompletionStyle(Style):
             shape["text"] = echoed.show(is_last=not self._num_untold[index])
         return shape | self._vllm_shape([told])
 
+    def _output_places(self, echo: str) -> OutputPlaces:
+        return OutputPlaces(len(echo), skips_special=self._skips_special)
+
     def _vllm_shape(self, told: Sequence[pb.PromptLogprobs]) -> dict[str, Any]:
         if self._num_prompt_top is None:
             return {}
@@ -238,7 +248,7 @@ class CompletionStyle(Style):
         """New text."""
         shape = self._shape(index, delta.text)
         if self._num_top is not None:
-            shape["logprobs"], self._offsets[index] = completion_logprobs(delta.logprobs, self._offsets[index])
+            shape["logprobs"] = completion_logprobs(delta.logprobs, self._places[index])
         if self._with_ids:
             shape["token_ids"] = list(delta.token_ids)
         return shape
@@ -252,7 +262,7 @@ class CompletionStyle(Style):
         echo = self._echoes[index // self._per_prompt]
         shape = self._shape(index, echo + "".join(choice.text), choice.finished)
         if self._num_top is not None:
-            shape["logprobs"], _ = completion_logprobs(choice.logprobs, len(echo))
+            shape["logprobs"] = completion_logprobs(choice.logprobs, self._output_places(echo))
         if self._tells_echo:
             echoed = echoed_logprobs(choice.prompt, EchoedText(echo), num_top=self._num_top or 0)
             shape["logprobs"] = {name: echoed[name] + shape["logprobs"][name] for name in echoed}

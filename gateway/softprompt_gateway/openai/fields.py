@@ -23,7 +23,7 @@ _SAMPLING_FIELDS = (
 )
 # What a model may recommend otherwise: left to the inference service where a request does not say.
 _MODELS_OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-_TOKEN_ID = re.compile(r"[0-9]{1,10}\Z")
+_TOKEN_ID = re.compile(r"(?:0|[1-9][0-9]{0,9})\Z")  # one spelling, or one entry would hide another
 Count = Annotated[int, Field(ge=1, le=MAX_TOKENS_LIMIT)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS_LIMIT)]
 # Room for as many digests as go together.
@@ -168,6 +168,11 @@ class GenerationFields(RequestModel):
     def form_field(self) -> str:
         """The field that says what the output must be."""
         return self.form.field if self.form else STRUCTURED
+
+    @property
+    def spelled(self) -> dict[str, str]:
+        """The inference service's own fields as this route spells them."""
+        return {STRUCTURED: self.form_field}
 
     def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """The checked parameters, the same that every service checks."""

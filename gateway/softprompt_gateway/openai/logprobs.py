@@ -1,5 +1,6 @@
 """Log-probabilities in the shapes that OpenAI has, and vLLM's of prompts."""
 
+import codecs
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,41 +18,61 @@ def chat_logprobs(tokens: Iterable[pb.TokenLogprob]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(tokens: Iterable[pb.TokenLogprob], offset: int) -> tuple[dict[str, Any], int]:
-    """Parallel lists over tokens, and the text offset after the last.
+def completion_logprobs(tokens: Iterable[pb.TokenLogprob], places: "OutputPlaces") -> dict[str, Any]:
+    """Parallel lists over tokens, the next ones of an output.
 
     `top_logprobs` holds the chosen token too, so it can have one more entry than was asked for.
     """
     shape = _lists()
     for token in tokens:
-        _append(shape, token, offset=offset, num_top=len(token.top))
-        offset += len(token.chosen.token)
-    return shape, offset
+        _append(shape, token, offset=places.place(token.chosen), num_top=len(token.top))
+    return shape
+
+
+class OutputPlaces:
+    """Where the tokens of an output stand in its text, told in order. Parts of a character stand where it does.
+
+    Args:
+        start: offset of the first, in characters.
+        skips_special: whether the text leaves special tokens out.
+    """
+
+    def __init__(self, start: int, *, skips_special: bool) -> None:
+        self._offset = start
+        self._skips_special = skips_special
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def place(self, token: pb.LogprobEntry) -> int:
+        """Offset of the next token, in characters."""
+        offset = self._offset
+        if not (token.is_special and self._skips_special):
+            self._offset += len(self._decoder.decode(token.token_bytes))
+        return offset
 
 
 class EchoedText:
     """A prompt's text, and where its tokens stand in it: told in order, each by its bytes.
 
     A token that the text lacks, such as a special one that the tokenizer wrote by itself, takes no room in it.
+    Parts of a character stand where it does.
     """
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._bytes = text.encode("utf-8", "surrogatepass")
-        self._num_bytes = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._offset = 0
         self._num_shown = 0
 
     def place(self, token: bytes) -> int:
         """Offset of the next token, in characters."""
-        offset = self._offset
+        offset, before = self._offset, self._decoder.getstate()
         # Some tokenizers read the first word as if a space were before it.
         for spelled in (token, token.removeprefix(b" ")):
-            if self._bytes.startswith(spelled, self._num_bytes):
-                self._num_bytes += len(spelled)
-                # A byte that begins no character goes on with the last.
-                self._offset += sum(byte & 0xC0 != 0x80 for byte in spelled)
+            text = self._decoder.decode(spelled)
+            if self._text.startswith(text, offset):
+                self._offset += len(text)
                 break
+            self._decoder.setstate(before)
         return offset
 
     def show(self, *, is_last: bool) -> str:
@@ -90,11 +111,20 @@ def _append(
     top: dict[str, float] = {}
     for entry in (*token.top[:num_top], token.chosen):
         # Two tokens can read alike; the likelier one stands.
-        top.setdefault(entry.token, _finite(entry.logprob))
-    shape["tokens"].append(token.chosen.token)
+        top.setdefault(_spelled(entry), _finite(entry.logprob))
+    shape["tokens"].append(_spelled(token.chosen))
     shape["token_logprobs"].append(_finite(token.chosen.logprob) if is_predicted else None)
     shape["top_logprobs"].append(top if is_predicted else None)
     shape["text_offset"].append(offset)
+
+
+def _spelled(entry: pb.LogprobEntry) -> str:
+    """A token's text, or its bytes as OpenAI spells them where it is not whole UTF-8."""
+    try:
+        entry.token_bytes.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in entry.token_bytes)
+    return entry.token
 
 
 def _by_id(token: pb.TokenLogprob, num_top: int) -> dict[str, Any]:

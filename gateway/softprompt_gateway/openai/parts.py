@@ -11,6 +11,7 @@ from softprompt_api.errors import InvalidArgument, Unsupported
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.names import shown
 
+from softprompt_gateway.errors import Refused
 from softprompt_gateway.openai import schemas
 from softprompt_gateway.validation import RequestModel
 
@@ -93,7 +94,7 @@ def parse_parts(parts: list[Any], *, field: str, between: str, texts: TextParts 
         texts: the types that texts may have.
     """
     check_number_of_parts([parts], field=field)
-    checked = [_checked(part, field, texts) for part in parts]
+    checked = [_checked(part, field, number, texts) for number, part in enumerate(parts)]
     merged: list[Part] = []
     for are_texts, group in groupby(checked, key=lambda part: isinstance(part, str)):
         if are_texts:
@@ -103,14 +104,19 @@ def parse_parts(parts: list[Any], *, field: str, between: str, texts: TextParts 
     return Parts(parts=merged)
 
 
-def _checked(part: object, field: str, texts: TextParts) -> Part:
+def _checked(part: object, field: str, number: int, texts: TextParts) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(part, dict) or not isinstance(kind, str):
         raise InvalidArgument("each content part must be an object with a type", field=field)
-    if kind in texts:
-        return texts[kind].checked(part).text
-    if kind == "soft_prompt":
-        return SoftPromptPart.checked(part)
+    try:
+        if kind in texts:
+            return texts[kind].checked(part).text
+        if kind == "soft_prompt":
+            return SoftPromptPart.checked(part)
+    except Refused as error:
+        # Which message it is in is not known here.
+        body = error.body
+        raise Refused(f"content part {number}: {body.message}", code=body.answer.code, param=field) from None
     raise Unsupported(
         f"content part of type {shown(kind)} is not supported; only {', '.join(map(repr, texts))} "
         "and 'soft_prompt'",

@@ -125,7 +125,7 @@ class _Routes:
 
     async def _complete(self, body: CompletionRequest, request: Request) -> Response:
         _warn_of_old_names(body, request.state.request_id)
-        with fields_spelled(**{STRUCTURED: body.form_field}):
+        with fields_spelled(**body.spelled):
             return await self._answering.answer(
                 _named(body, request), partial(self._completion_with, body, request)
             )
@@ -162,7 +162,7 @@ class _Routes:
 
     async def _chat(self, body: ChatRequest, request: Request) -> Response:
         _warn_of_old_names(body, request.state.request_id)
-        with fields_spelled(**{STRUCTURED: body.form_field}):
+        with fields_spelled(**body.spelled):
             return await self._answering.answer(
                 _named(body, request, prompt_field="messages"), partial(self._conversation_with, body, request)
             )

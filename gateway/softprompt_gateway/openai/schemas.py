@@ -28,7 +28,7 @@ def _array(items: Schema, **bounds: int) -> Schema:
 NAME: Schema = {"pattern": "^[A-Za-z0-9_-]{1,64}$"}
 STOP_TOKEN_IDS: Schema = {"maxItems": MAX_STOP_TOKEN_IDS}
 LOGIT_BIAS: Schema = {
-    "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+    "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"},
     "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
 }
 

@@ -88,6 +88,11 @@ class CallReader:
         return said
 
     @property
+    def is_cut(self) -> bool:
+        """Whether the arguments of the call that is read have not come to their end."""
+        return self._object is not None
+
+    @property
     def _has_told(self) -> bool:
         """Whether the call that is read was told of."""
         return self._object is not None or self._has_ended

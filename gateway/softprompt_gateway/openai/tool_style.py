@@ -53,7 +53,8 @@ class ToolStyle(ChatStyle):
 
     @staticmethod
     def _told(shape: dict[str, Any], reader: CallReader) -> dict[str, Any]:
-        calls = shape["finish_reason"] == "stop" and reader.num_calls > 0
+        # A stop string may have cut a call: whoever is told of calls parses them.
+        calls = shape["finish_reason"] == "stop" and reader.num_calls > 0 and not reader.is_cut
         return {**shape, "finish_reason": "tool_calls"} if calls else shape
 
 

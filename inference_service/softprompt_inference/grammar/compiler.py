@@ -14,7 +14,8 @@ from softprompt_api.errors import InvalidArgument, SoftpromptError, Unsupported
 from softprompt_api.structured import FIELD, JSON_WHITESPACE, StructuredOutputsParams, parse_schema
 
 from softprompt_inference.engine.plan import Matcher
-from softprompt_inference.grammar.limits import check_lark, check_patterns, check_regex
+from softprompt_inference.grammar.ascii import ascii_classes
+from softprompt_inference.grammar.limits import check_lark, check_patterns, check_regex, map_expressions
 from softprompt_inference.grammar.matcher import GrammarMatcher, explain, one_line
 from softprompt_inference.text.definition import TokenizerDefinition
 
@@ -137,10 +138,10 @@ def to_grammar(wanted: StructuredOutputsParams) -> str:
     match kind:
         case "regex":
             check_regex(text)
-            return LLMatcher.grammar_from_regex(text)
+            return LLMatcher.grammar_from_regex(ascii_classes(text))
         case "grammar":
             check_lark(text)
-            return LLMatcher.grammar_from_lark(text)
+            return LLMatcher.grammar_from_lark(map_expressions(text, ascii_classes))
         case "choice":
             choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
             return LLMatcher.grammar_from_lark(f"start: {choices}")

@@ -61,6 +61,11 @@ def check_lark(text: str) -> None:
         check_patterns(schema)
 
 
+def map_expressions(text: str, change: Callable[[str], str]) -> str:
+    """A grammar with its regular expressions changed."""
+    return _LARK.sub(lambda piece: change(piece[0]) if piece.lastgroup == "regex" else piece[0], text)
+
+
 def regex_length(text: str) -> int:
     """Characters of a regular expression with its repetitions written out."""
     lengths = _Lengths()

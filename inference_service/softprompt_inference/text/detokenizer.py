@@ -55,8 +55,8 @@ class OutputText:
     def _take(self, text: str) -> str:
         if self._scanner is None:
             return text
-        # Like end tokens, stop strings do not count before min_tokens.
-        found = self._scanner.feed(text) if self._num_tokens >= self._min_tokens else None
+        # Like end tokens, stop strings do not count before min_tokens; as in vLLM, they may begin there.
+        found = self._scanner.feed(text, counts=self._num_tokens >= self._min_tokens)
         if found is not None:
             self.stop_string, num_read = found
             text = self._held + text[:num_read]

@@ -21,10 +21,13 @@ class StopScanner:
         """Length of the text's end that may be the beginning of a stop string."""
         return max(self._matched, default=0)
 
-    def feed(self, piece: str) -> tuple[str, int] | None:
+    def feed(self, piece: str, *, counts: bool = True) -> tuple[str, int] | None:
         """The stop string that was completed and the number of characters of `piece` read up to its end, or None.
 
         After a stop string was found nothing more may be fed.
+
+        Args:
+            counts: whether a stop string may end here; what begins here may end later in any case.
         """
         for position, character in enumerate(piece):
             for number, stop in enumerate(self._stops):
@@ -33,7 +36,9 @@ class StopScanner:
                     matched = self._fallbacks[number][matched - 1]
                 self._matched[number] = matched = matched + (stop[matched] == character)
                 if matched == len(stop):
-                    return stop, position + 1
+                    if counts:
+                        return stop, position + 1
+                    self._matched[number] = self._fallbacks[number][-1]
         return None
 
 

@@ -112,6 +112,10 @@ class Tokenizer:
         """Text of one token, replacement characters where it is not whole UTF-8."""
         return self._vocabulary.token_text(token_id)
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether texts leave the token out unless they are asked to have special tokens."""
+        return token_id in self._vocabulary.special_ids
+
     def check_size(self, num_characters: int, num_soft_prompts: int, *, max_tokens: int | None) -> None:
         """Raise ContextLengthExceeded where so much must have more tokens than that."""
         if max_tokens is None:

@@ -134,11 +134,14 @@ def _module(name: str, scale: float, a: RawTensor, b: RawTensor) -> LoraModule:
 
 
 def _check_init(key: str, value: Any) -> None:
-    if value not in (None, True, False, "gaussian", "eva", "orthogonal"):
+    # PEFT reads 'Gaussian' as 'gaussian', and no other so.
+    is_gaussian = isinstance(value, str) and value.lower() == "gaussian"
+    if not is_gaussian and value not in (None, True, False, "eva", "orthogonal", "mica"):
         checks.refuse(
             key,
             f"is {shown(str(value))}, which changes the model's own weights; supported: true, false, 'gaussian', "
-            "'eva', 'orthogonal', or converted by save_pretrained(path_initial_model_for_weight_conversion=...)",
+            "'eva', 'orthogonal', 'mica', or converted by "
+            "save_pretrained(path_initial_model_for_weight_conversion=...)",
         )
 
 

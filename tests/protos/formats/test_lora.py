@@ -154,7 +154,7 @@ def test_what_peft_writes_and_nobody_serves_is_refused_by_name(peft_folders, nam
         ({"use_rslora": "yes"}, "use_rslora"),
         *(
             ({"init_lora_weights": init}, "init_lora_weights")
-            for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", ["pissa"], {})
+            for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "EVA", ["pissa"], {})
         ),
         *(
             ({key: filled}, key)
@@ -211,6 +211,8 @@ def test_other_configs_are_refused_naming_the_key(changes, field):
         {"init_lora_weights": True, "corda_config": {"cache_file": "/etc/passwd"}},
         {"megatron_core": "megatron.core", "megatron_config": None, "qalora_group_size": 16},
         {"fan_in_fan_out": True, "lora_dropout": 0.1, "use_rslora": None, "rank_pattern": None},
+        {"init_lora_weights": "Gaussian"},
+        {"init_lora_weights": "mica"},
         {"a_future_feature": None},
     ],
 )

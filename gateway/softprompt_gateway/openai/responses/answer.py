@@ -71,7 +71,8 @@ class Answer:
         if self._reader is not None:
             self._add(self._reader.finish())
         is_cut = finish_reason(finished) == "length"
-        self._output.end("incomplete" if is_cut else "completed")
+        has_cut_call = self._reader is not None and self._reader.is_cut  # by a stop string
+        self._output.end("incomplete" if is_cut or has_cut_call else "completed")
         self._shape["usage"] = _usage(usage)
         if is_cut:
             self._stop("incomplete", incomplete_details={"reason": "max_output_tokens"})

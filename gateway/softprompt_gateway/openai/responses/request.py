@@ -9,7 +9,6 @@ from softprompt_api.errors import InvalidArgument, Unsupported
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.names import shown
 from softprompt_api.params import MAX_LOGPROBS
-from softprompt_api.structured import FIELD as STRUCTURED
 
 from softprompt_gateway.openai import schemas
 from softprompt_gateway.openai.fields import Count, GenerationFields, Unserved, refuse
@@ -188,13 +187,8 @@ class ResponsesRequest(GenerationFields):
 
     @property
     def spelled(self) -> dict[str, str]:
-        """The service's own fields as this route spells them."""
-        return {
-            "messages": "input",
-            "prompt": "input",
-            "max_tokens": "max_output_tokens",
-            STRUCTURED: self.form_field,
-        }
+        """The inference service's own fields as this route spells them."""
+        return {**super().spelled, "messages": "input", "prompt": "input", "max_tokens": "max_output_tokens"}
 
     def wanted(self) -> dict[str, dict[str, Any] | None]:
         """What each field wants the output to be; see `form_of`."""

@@ -1117,6 +1117,7 @@ class LogprobEntry(_message.Message):
     LOGPROB_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
     TOKEN_BYTES_FIELD_NUMBER: _builtins.int
+    IS_SPECIAL_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     """Token id."""
     logprob: _builtins.float
@@ -1125,6 +1126,8 @@ class LogprobEntry(_message.Message):
     """The token's own text, replacement characters where it is not whole UTF-8."""
     token_bytes: _builtins.bytes
     """The token's bytes."""
+    is_special: _builtins.bool
+    """Whether it is a special token, which a text has with skip_special_tokens = false alone."""
     def __init__(
         self,
         *,
@@ -1132,10 +1135,11 @@ class LogprobEntry(_message.Message):
         logprob: _builtins.float = ...,
         token: _builtins.str = ...,
         token_bytes: _builtins.bytes = ...,
+        is_special: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "token", b"token", "token_bytes", b"token_bytes", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_special", b"is_special", "logprob", b"logprob", "token", b"token", "token_bytes", b"token_bytes", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
