@@ -47,6 +47,14 @@ def test_chunks_tell_how_long_the_soft_prompt_is_that_they_begin_with(
     assert sequence.following_chunk().prefix_len == expected
 
 
+def test_what_was_generated_is_not_in_the_prompt(fakes, virtual_ids) -> None:
+    sequence = sequence_of(fakes.request("0", [7, 8]), virtual_ids)
+    sequence.num_computed = 2
+    sequence.accept(Sampled(token_id=9))
+    assert not sequence.chunk(1).in_prompt
+    assert not sequence.following_chunk().in_prompt
+
+
 def test_only_the_chunk_that_reaches_the_end_asks_for_a_token(fakes, virtual_ids) -> None:
     sequence = sequence_of(fakes.request("0", "a", [7, 8], seed=5), virtual_ids)
     first = sequence.chunk(4)
@@ -54,6 +62,8 @@ def test_only_the_chunk_that_reaches_the_end_asks_for_a_token(fakes, virtual_ids
     sequence.num_computed = 4
     last = sequence.chunk(1)
     assert (last.token_ids, last.start) == ([8], 4)
+    assert first.in_prompt
+    assert last.in_prompt
     assert last.sample is not None
     assert (last.sample.seed, last.sample.index, last.sample.prompt_ids) == (5, 0, [7, 8])
 

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -338,6 +339,24 @@ def test_a_library_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch
     assert [*cache.iterdir()] == [made]
 
 
+def test_a_damaged_library_is_made_anew(cache: Path) -> None:
+    library.load(cache)
+    [made] = cache.iterdir()
+    made.unlink()  # not written over: it is in use
+    made.write_bytes(b"")
+    assert library.load(cache).one() == 1
+
+
+def test_a_compiler_may_have_arguments_and_say_anything(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\nprintf '\\351' >&2\nexec {shutil.which('cc')} \"$@\"\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", f"{compiler} -O1")
+    assert library.load(cache).one() == 1
+
+
 def test_another_processor_gets_a_library_of_its_own(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library.load(cache)
     monkeypatch.setattr(library, "_processor", lambda: b"flags: another")
@@ -541,3 +560,23 @@ def test_beginnings_of_several_sorts_stand_in_one_step(native_chunks: None) -> N
     case = make_case([(1, 200), (3, 90), (1, 200), (1, 30), (1, 65), (1, 64)], dtype=torch.bfloat16)
     case.page_table[2, :8] = case.page_table[0, :8].clone()
     assert_close(run_with_prefixes(case, [130, 70, 130, 0, 64, 64]), plain_answer(case, scale=0.2))
+
+
+def test_a_prompts_last_piece_of_one_query_is_answered_as_within_a_longer_one(native_chunks: None) -> None:
+    whole = make_case([(20, 65), (30, 300)], dtype=torch.bfloat16, num_heads=9, num_kv_heads=3, head_dim=64)
+    last = replace(whole, q=whole.q[[19, 49]], query_start=torch.tensor([0, 1, 2], dtype=torch.int32))
+
+    def answer(case: Case) -> torch.Tensor:
+        plan = plan_paged_attention(
+            case.page_table,
+            case.query_start,
+            case.context_lens,
+            page_size=case.keys.shape[1],
+            dtype=case.q.dtype,
+            has_native=True,
+            has_native_chunks=True,
+            in_prompt=[True, True],
+        )
+        return run_reference(case, scale=0.2, plan=plan)
+
+    assert torch.equal(answer(last), answer(whole)[[19, 49]])

@@ -92,6 +92,7 @@ class Chunk:
         lora: slot of the LoRA that computes them; −1: none.
         prefix_len: positions of the soft prompt that the sequence begins with.
         scores: set when some positions' logits tell of the prompt.
+        in_prompt: whether they begin in the prompt.
     """
 
     token_ids: Sequence[int]
@@ -101,6 +102,7 @@ class Chunk:
     lora: int = -1
     prefix_len: int = 0
     scores: Scores | None = None
+    in_prompt: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

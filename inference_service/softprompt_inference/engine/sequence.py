@@ -240,6 +240,7 @@ class Sequence:
             lora=self.lora_slot,
             prefix_len=self.prefix_len,
             scores=self._scores(start, stop) if self.has_scores else None,
+            in_prompt=start < self.prompt_length,
         )
 
     def _scores(self, start: int, stop: int) -> Scores | None:

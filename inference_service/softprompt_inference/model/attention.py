@@ -149,6 +149,7 @@ class StepBatch:
     query_start   [B + 1] int32
     context_lens  [B] int32               with the step's tokens
     prefix_lens   B                       positions of the soft prompt that each sequence begins with
+    in_prompt     B                       whether each one's tokens are of its prompt
     """
 
     slots: Tensor
@@ -157,6 +158,7 @@ class StepBatch:
     context_lens: Tensor
     page_size: int
     prefix_lens: Sequence[int] = ()
+    in_prompt: Sequence[bool] = ()
     plans: dict[tuple[int | None, bool, bool], Plan] = field(default_factory=dict)
 
     def plan(self, window: int | None, keys: Tensor, *, is_plain: bool) -> Plan | None:
@@ -179,6 +181,7 @@ class StepBatch:
                 has_native=key[1],
                 has_native_chunks=key[2],
                 prefix_lens=self.prefix_lens,
+                in_prompt=self.in_prompt,
             )
         return self.plans[key]
 
@@ -189,12 +192,14 @@ def build_step_batch(
     page_size: int,
     device: torch.device,
     prefix_lens: Sequence[int] = (),
+    in_prompt: Sequence[bool] = (),
 ) -> StepBatch:
     """Lay out one step.
 
     Args:
         spans: (first position, number of new tokens, pages) of each sequence.
         prefix_lens: positions of the soft prompt that each begins with; empty: none of any.
+        in_prompt: whether each one's tokens are of its prompt; empty: of none.
     """
     page_lists = [list(page_ids[: -(-(start + count) // page_size)]) for start, count, page_ids in spans]
     width = max(map(len, page_lists))
@@ -210,6 +215,7 @@ def build_step_batch(
         context_lens=upload([start + count for start, count, _ in spans], torch.int32, device),
         page_size=page_size,
         prefix_lens=prefix_lens,
+        in_prompt=in_prompt,
     )
 
 

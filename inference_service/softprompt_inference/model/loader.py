@@ -26,6 +26,7 @@ from softprompt_inference.model.probe import (
     check_against_eager,
     eager_reference,
     find_layers,
+    refused,
     run_once,
 )
 from softprompt_inference.model.swaps.apply import apply_swaps
@@ -129,8 +130,9 @@ def load_model(config: EngineConfig, report: Callable[[str], None]) -> LoadedMod
         report("preparing weights")
         if device.type == "cpu":
             _leave_file(model)
-        apply_swaps(model, loaded.lora, lambda: run_once(model))
-        check_against_eager(loaded, reference)
+        with refused("its forward fails once its weights are prepared"):
+            apply_swaps(model, loaded.lora, lambda: run_once(model))
+            check_against_eager(loaded, reference)
     except Unsupported as error:
         raise _unsupported(type(model).__name__, error.message) from error
     return loaded
@@ -160,6 +162,8 @@ def _read_config(model_path: str) -> PreTrainedConfig:
     strange = set(getattr(text_config, "layer_types", None) or ()) - _LAYER_TYPES
     if strange:
         raise _unsupported(name, f"it has layers of type {', '.join(sorted(strange))}")
+    if text_config.model_type == "llama4_text" and text_config.attn_temperature_tuning:
+        raise _unsupported(name, "its attention is scaled by a token's place in the batch")
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise _unsupported(name, "transformers has no causal language model for it")
     return config

@@ -8,6 +8,8 @@ the model's own eager attention in one piece. The logits of the last two must ag
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,7 @@ from softprompt_inference.model.attention import (
     build_step_batch,
     detach,
 )
+from softprompt_inference.model.masks import MaskRecorder, recorded_masks
 
 if TYPE_CHECKING:
     from softprompt_inference.model.loader import LoadedModel
@@ -40,16 +43,15 @@ _CHECK_PAGE_SIZE = 4
 # float32 and 0.02 to 0.1 in 16 bits, more in deeper models; wrong positions, masks or heads give 0.2 to 1.
 _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 _SENSITIVITY_FACTOR = 4.0
+# Both sides compute the same, but for the order of sums on a GPU.
+_IDS_TOLERANCE = {torch.float32: 1e-5, torch.float16: 0.005, torch.bfloat16: 0.01}
 _LARGEST_TOLERANCE = 0.5
 
 
 def find_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
     """The attention layers in the order of their calls. Raises Unsupported."""
-    try:
+    with recorded_masks() as masks, refused("its forward fails without a mask and attention of its own"):
         recorder = run_once(model)
-    except Exception as error:
-        # Whatever it is, the model cannot do without the attention or the mask that it brings along.
-        raise Unsupported("its forward fails without a mask and attention of its own") from error
     layers = tuple(
         LayerSpec(
             module=module,
@@ -62,7 +64,19 @@ def find_layers(model: PreTrainedModel) -> tuple[LayerSpec, ...]:
     )
     _check_calls(model, recorder)
     _check_windows(model, layers)
+    _check_masks(layers, masks)
     return layers
+
+
+@contextmanager
+def refused(reason: str) -> Iterator[None]:
+    """Raise Unsupported with this reason where a model fails: whatever it is, it needs what it is not given."""
+    try:
+        yield
+    except (Unsupported, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise Unsupported(reason) from error
 
 
 def run_once(model: PreTrainedModel) -> CallRecorder:
@@ -107,6 +121,18 @@ def _check_windows(model: PreTrainedModel, layers: tuple[LayerSpec, ...]) -> Non
             )
 
 
+def _check_masks(layers: tuple[LayerSpec, ...], masks: MaskRecorder) -> None:
+    """The windows of its attention must be those of its masks; a model that asks for no mask has its own way."""
+    if masks.sees_later:
+        raise Unsupported("it attends to later tokens")
+    for index, layer in enumerate(layers):
+        if masks.windows and layer.sliding_window not in masks.windows:
+            shown = ", ".join(sorted(map(str, masks.windows)))
+            raise Unsupported(
+                f"the attention of layer {index} gets window {layer.sliding_window}, and its masks have {shown}"
+            )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EagerReference:
     """What the model's own attention answers to two sequences.
@@ -125,11 +151,23 @@ def eager_reference(loaded: LoadedModel) -> EagerReference:
     """Ask the model as it was loaded, before anything in it is replaced. Raises Unsupported."""
     generator = torch.Generator().manual_seed(0)
     sequences = [_sequence(loaded, generator) for _ in range(2)]
-    logits = torch.cat([_eager_logits(loaded, sequence) for sequence in sequences])
-    if logits.shape[1] != loaded.vocab_size:
-        raise Unsupported(f"it embeds {loaded.vocab_size} tokens and has logits for {logits.shape[1]}")
-    nudged = torch.cat([_eager_logits(loaded, _nudge(sequence, generator)) for sequence in sequences])
-    return EagerReference(sequences=sequences, logits=logits, nudged=nudged)
+    with refused("its forward fails on rows that are no token's embedding"):
+        logits = torch.cat([_eager_logits(loaded, inputs_embeds=sequence) for sequence in sequences])
+        if logits.shape[1] != loaded.vocab_size:
+            raise Unsupported(f"it embeds {loaded.vocab_size} tokens and has logits for {logits.shape[1]}")
+        nudged = [_eager_logits(loaded, inputs_embeds=_nudge(sequence, generator)) for sequence in sequences]
+    reference = EagerReference(sequences=sequences, logits=logits, nudged=torch.cat(nudged))
+    _check_ids(loaded, generator)
+    return reference
+
+
+def _check_ids(loaded: LoadedModel, generator: torch.Generator) -> None:
+    """A token must be to the model what its embedding is: nothing else of it is served."""
+    ids = _random_ids(loaded, generator)
+    by_ids = _eager_logits(loaded, input_ids=ids)
+    difference = _difference(_eager_logits(loaded, inputs_embeds=_embed(loaded.model, ids)), by_ids)
+    if not difference <= _IDS_TOLERANCE[loaded.dtype]:
+        raise Unsupported(f"it looks at token ids beside their embeddings (relative {difference:.2g})")
 
 
 def check_against_eager(loaded: LoadedModel, reference: EagerReference) -> None:
@@ -141,14 +179,19 @@ def check_against_eager(loaded: LoadedModel, reference: EagerReference) -> None:
     Raises:
         Unsupported: the logits differ by more.
     """
-    expected = reference.logits
-    actual = torch.cat(_served_logits(loaded, reference.sequences))
-    variation = (expected - expected.mean(0)).norm()
-    difference = float((actual - expected).norm() / variation)
-    sensitivity = float((reference.nudged - expected).norm() / variation)
-    tolerance = max(_CHECK_TOLERANCE[loaded.dtype], _SENSITIVITY_FACTOR * sensitivity)
-    if not difference <= min(tolerance, _LARGEST_TOLERANCE):
+    difference = _difference(torch.cat(_served_logits(loaded, reference.sequences)), reference.logits)
+    if not difference <= _tolerance(loaded, reference):
         raise Unsupported(f"paged attention gives other logits than its own attention (relative {difference:.2g})")
+
+
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    """Of logits, relative to how much they vary between positions."""
+    return float((actual - expected).norm() / (expected - expected.mean(0)).norm())
+
+
+def _tolerance(loaded: LoadedModel, reference: EagerReference) -> float:
+    sensitivity = _difference(reference.nudged, reference.logits)
+    return min(max(_CHECK_TOLERANCE[loaded.dtype], _SENSITIVITY_FACTOR * sensitivity), _LARGEST_TOLERANCE)
 
 
 def _nudge(sequence: Tensor, generator: torch.Generator) -> Tensor:
@@ -164,11 +207,14 @@ def _sequence(loaded: LoadedModel, generator: torch.Generator) -> Tensor:
 
     Not before it: many models take their first position for a sink and lose all precision over a strange one.
     """
-    ids = torch.randint(loaded.vocab_size, (_CHECK_TOKENS,), generator=generator)
-    embeddings = _embed(loaded.model, ids.to(loaded.device))
+    embeddings = _embed(loaded.model, _random_ids(loaded, generator))
     virtual = torch.randn(_CHECK_VIRTUAL_TOKENS, loaded.hidden_size, generator=generator)
     virtual = virtual.to(embeddings) * embeddings.std()
     return torch.cat([embeddings[:1], virtual, embeddings[1 + _CHECK_VIRTUAL_TOKENS :]])
+
+
+def _random_ids(loaded: LoadedModel, generator: torch.Generator) -> Tensor:
+    return torch.randint(loaded.vocab_size, (_CHECK_TOKENS,), generator=generator).to(loaded.device)
 
 
 def _embed(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -177,13 +223,15 @@ def _embed(model: PreTrainedModel, ids: Tensor) -> Tensor:
         return embeddings
 
 
-def _eager_logits(loaded: LoadedModel, sequence: Tensor) -> Tensor:
+def _eager_logits(loaded: LoadedModel, **sequence: Tensor) -> Tensor:
+    """Logits of one sequence, its `inputs_embeds` or `input_ids`: [_CHECK_TOKENS, vocabulary] float32."""
     config = loaded.model.config
     config._attn_implementation = "eager"
     try:
         with torch.inference_mode():
             # Without position_ids: the model's own idea of positions is part of what is compared.
-            logits: Tensor = loaded.model(inputs_embeds=sequence[None], use_cache=False).logits[0]
+            batch = {name: value[None] for name, value in sequence.items()}
+            logits: Tensor = loaded.model(**batch, use_cache=False).logits[0]
             return logits.float()
     finally:
         config._attn_implementation = ATTENTION

@@ -218,6 +218,7 @@ class ModelRunner:
             page_size=self._page_size,
             device=self.loaded.device,
             prefix_lens=[chunk.prefix_len for chunk in chunks],
+            in_prompt=[chunk.in_prompt for chunk in chunks],
         )
         self.loaded.lora.tiles = build_tiles(slots, self.loaded.device)
         try:
@@ -362,7 +363,7 @@ def _use_native_kernels(cache_dir: Path, report: Callable[[str], None]) -> None:
     try:
         native.load(cache_dir)
     except native.CannotCompile as error:
-        _log.warning("attention runs on torch's own operations, more slowly: %s", error)
+        _log.warning("the model runs on torch's own operations, several times as slowly: %s", error)
 
 
 def _capture_decodes(

@@ -77,7 +77,11 @@ static inline void load_padded(vec *to, const void *from, int64_t offset, int n,
 }
 
 // Halves of a and b added crosswise; four rounds of it sum the lanes of 16 vectors.
+#if defined(__clang__) || __GNUC__ >= 12
 #define FOLD(a, b, ...) (__builtin_shufflevector(a, b, __VA_ARGS__))
+#else
+#define FOLD(a, b, ...) (__builtin_shuffle(a, b, (int_vec){__VA_ARGS__}))
+#endif
 static inline vec fold8(vec a, vec b) {
     return FOLD(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
            FOLD(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);

@@ -100,6 +100,7 @@ def plan_paged_attention(
     has_native: bool = False,
     has_native_chunks: bool = False,
     prefix_lens: Sequence[int] = (),
+    in_prompt: Sequence[bool] = (),
 ) -> Plan:
     """Plan one step; arguments as in `paged_attention`, `dtype` is that of q.
 
@@ -109,6 +110,9 @@ def plan_paged_attention(
         prefix_lens: positions at the beginning of each sequence that others may have in the same pages; empty:
             nobody has. Whether others do or not, a long one is answered for apart, so that nobody's answer depends
             on who else is in the step.
+        in_prompt: whether each sequence's queries are of its prompt; empty: of none. A native kernel that answers
+            several queries then answers a single one too: how a prompt is cut into pieces depends on others, and
+            its rows must not.
     """
     starts, contexts = query_start.tolist(), context_lens.tolist()
     buckets: dict[tuple[int, int], list[int]] = {}
@@ -116,7 +120,7 @@ def plan_paged_attention(
     chunks: list[NativeChunk] = []
     for i, context_len in enumerate(contexts):
         num_queries = starts[i + 1] - starts[i]
-        if num_queries > 1 and has_native_chunks:
+        if has_native_chunks and (num_queries > 1 or (num_queries == 1 and in_prompt and in_prompt[i])):
             chunks.append(NativeChunk(sequence=i, start=starts[i], stop=starts[i + 1], context=context_len))
         elif num_queries > 1:
             buckets[(num_queries, -1 - i)] = [i]

@@ -107,6 +107,7 @@ TINY_CONFIGS: dict[str, PreTrainedConfig] = {
         sliding_window=_WINDOW,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
+    "hunyuan_moe": transformers.HunYuanMoEV1Config(**_GQA, head_dim=8, num_experts=4, moe_topk=2),
 }
 
 

@@ -5,8 +5,19 @@ from typing import Any
 import pytest
 
 # Windows of 24 end inside the text; Gemma 2 alternates them, caps its scores and scales its embedding; GPT-OSS has
-# attention sinks and experts.
-ARCHITECTURES = ["llama", "mistral", "qwen3", "gemma2", "gpt2", "phi3", "opt", "gpt_neox", "gpt_oss"]
+# attention sinks and experts; HunYuan's experts ask for the dtype of a linear's weights.
+ARCHITECTURES = [
+    "llama",
+    "mistral",
+    "qwen3",
+    "gemma2",
+    "gpt2",
+    "phi3",
+    "opt",
+    "gpt_neox",
+    "gpt_oss",
+    "hunyuan_moe",
+]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

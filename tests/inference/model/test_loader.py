@@ -26,6 +26,16 @@ def copy_with_config(path: Path, target: Path, **changes: object) -> Path:
 
 
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+# Of Gemmas whose layers look at each token's id once more.
+PER_LAYER = {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
+}
+WINDOW_ELSEWHERE = {"num_key_value_heads": 2, "intermediate_size": 64, "sliding_window": 30, "pad_token_id": 0}
 
 
 def test_layers_and_sizes_are_learned(lab: Any) -> None:
@@ -80,6 +90,35 @@ def test_the_dtype_may_be_chosen(llama: Path) -> None:
             ),
             "keys have 24 dimensions and its values 16",
         ),
+        (
+            transformers.Gemma3nTextConfig(
+                **TINY,
+                **PER_LAYER,
+                intermediate_size=[64] * 2,
+                activation_sparsity_pattern=[0.0] * 2,
+                laurel_rank=4,
+                altup_num_inputs=2,
+            ),
+            "looks at token ids beside their embeddings",
+        ),
+        (
+            transformers.Gemma4TextConfig(**TINY, **PER_LAYER, intermediate_size=64, global_head_dim=16),
+            "rows that are no token's embedding",
+        ),
+        (
+            transformers.PhimoeConfig(**TINY, **WINDOW_ELSEWHERE, num_local_experts=4),
+            "attention of layer 0 gets window None, and its masks have 30",
+        ),
+        (
+            transformers.OlmoeConfig(**TINY, **WINDOW_ELSEWHERE, num_experts=4, num_experts_per_tok=2),
+            "attention of layer 0 gets window 30, and its masks have None",
+        ),
+        (
+            transformers.Llama4TextConfig(
+                **TINY, num_key_value_heads=2, intermediate_size=64, head_dim=8, layer_types=["full_attention"] * 2
+            ),
+            "place in the batch",
+        ),
     ],
     ids=lambda value: value.model_type if isinstance(value, transformers.PreTrainedConfig) else "",
 )
@@ -88,6 +127,10 @@ def test_other_architectures_are_refused_by_name(
     config: transformers.PreTrainedConfig, reason: str, tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # some begin as 0, and would do nothing
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(tmp_path)
     with pytest.raises(Unsupported, match=reason) as caught:
         load(tmp_path)

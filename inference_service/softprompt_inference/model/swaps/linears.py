@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from softprompt_inference.model.swaps.packed import can_pack, pack
+from softprompt_inference.model.swaps.packed import can_pack, pack, trace_of
 from softprompt_inference.model.swaps.verify import Swap, random_input
 
 
@@ -114,7 +114,7 @@ def _merged(linears: Sequence[nn.Module]) -> list[nn.Module]:
     biases = [bias for linear in linears if (bias := _bias(linear)) is not None]
     product = make_linear(weight, torch.cat(biases) if biases else None)
     shared = _SharedProduct(product, [len(weight_of(linear)) for linear in linears])
-    return [MergedLinear(shared, index) for index in range(len(linears))]
+    return [MergedLinear(shared, index, weight) for index in range(len(linears))]
 
 
 def make_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -159,8 +159,9 @@ class _SharedProduct:
 class MergedLinear(nn.Module):
     """One of several linears that share a product; whoever of them is called first with an input computes it."""
 
-    def __init__(self, shared: _SharedProduct, index: int) -> None:
+    def __init__(self, shared: _SharedProduct, index: int, weight: Tensor) -> None:
         super().__init__()
+        self.weight = trace_of(weight)
         if index == 0:
             self.product = shared.product
         self._shared = shared

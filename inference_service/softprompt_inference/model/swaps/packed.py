@@ -32,6 +32,11 @@ def pack(weight: Tensor, bias: Tensor | None) -> nn.Module:
     return NativeLinear(weight, bias) if native.supports_linear(weight) else PackedLinear(weight, bias)
 
 
+def trace_of(weight: Tensor) -> Tensor:
+    """What is left of a weight, [0], for models that look at the dtype or device of it."""
+    return weight.detach().new_empty(0)
+
+
 class NativeLinear(nn.Module):
     """`nn.Linear` over weights that our kernels have packed. Each row's result is the same in any batch.
 
@@ -45,6 +50,7 @@ class NativeLinear(nn.Module):
         super().__init__()
         self.loras = native.PackedLoras()
         self.out_features, self.in_features = weight.shape
+        self.weight = trace_of(weight)
         self.packed = native.pack_linear(weight.detach())
         self.bias = None if bias is None else native.pack_bias(bias.detach())
 
@@ -104,6 +110,7 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.weight = trace_of(weight)
         self._packed = _ops._reorder_linear_weight(weight.detach().contiguous())
         self._bias = None if bias is None else bias.detach().clone()
         self._activation = activation
