@@ -13,7 +13,7 @@ from softprompt_kernels.lora_expand import lora_expand
 from softprompt_kernels.lora_shrink import lora_shrink
 from softprompt_kernels.lora_tiles import LoraTiles
 from softprompt_kernels.native import library
-from softprompt_kernels.paged_attention import plan_paged_attention, reference
+from softprompt_kernels.paged_attention import Plan, plan_paged_attention, reference
 from softprompt_kernels.rmsnorm import add_rms_norm, rms_norm
 from softprompt_kernels.rope import rope
 from softprompt_kernels.sample import sample
@@ -513,8 +513,8 @@ def shared_case(lengths: list[int], prefix_len: int, **options: Any) -> Case:
     return case
 
 
-def run_with_prefixes(case: Case, prefix_lens: list[int]) -> torch.Tensor:
-    plan = plan_paged_attention(
+def native_plan(case: Case, **known: Any) -> Plan:
+    return plan_paged_attention(
         case.page_table,
         case.query_start,
         case.context_lens,
@@ -522,8 +522,12 @@ def run_with_prefixes(case: Case, prefix_lens: list[int]) -> torch.Tensor:
         dtype=case.q.dtype,
         has_native=native.supports(case.keys),
         has_native_chunks=native.supports_chunks(case.keys),
-        prefix_lens=prefix_lens,
+        **known,
     )
+
+
+def run_with_prefixes(case: Case, prefix_lens: list[int]) -> torch.Tensor:
+    plan = native_plan(case, prefix_lens=prefix_lens)
     assert bool(plan.prefixes) == any(length >= 64 for length in prefix_lens)
     return run_reference(case, scale=0.2, plan=plan)
 
@@ -567,16 +571,6 @@ def test_a_prompts_last_piece_of_one_query_is_answered_as_within_a_longer_one(na
     last = replace(whole, q=whole.q[[19, 49]], query_start=torch.tensor([0, 1, 2], dtype=torch.int32))
 
     def answer(case: Case) -> torch.Tensor:
-        plan = plan_paged_attention(
-            case.page_table,
-            case.query_start,
-            case.context_lens,
-            page_size=case.keys.shape[1],
-            dtype=case.q.dtype,
-            has_native=True,
-            has_native_chunks=True,
-            in_prompt=[True, True],
-        )
-        return run_reference(case, scale=0.2, plan=plan)
+        return run_reference(case, scale=0.2, plan=native_plan(case, in_prompt=[True, True]))
 
     assert torch.equal(answer(last), answer(whole)[[19, 49]])
