@@ -36,14 +36,19 @@ def services(file: str) -> dict[str, Any]:
     return loader.get_single_data()["services"]
 
 
-def environment(file: str, service: str) -> dict[str, str]:
-    """Our variables as the service is given them, with the defaults that compose fills in."""
+def environment(file: str, service: str) -> dict[str, str | None]:
+    """Our variables as the service is given them, with the defaults that compose fills in; None: passed on."""
     given = services(file).get(service, {}).get("environment", {})
     return {
-        name: re.sub(r"\$\{\w+:-(.*?)\}", r"\1", str(value))
+        name: None if value is None else re.sub(r"\$\{\w+:-(.*?)\}", r"\1", str(value))
         for name, value in given.items()
         if name.startswith("SOFTPROMPT_")
     }
+
+
+def test_a_replica_is_told_its_share_where_compose_is_called() -> None:
+    given = environment("docker-compose.yml", "inference")
+    assert [given[f"SOFTPROMPT_{name}"] for name in ("NUM_THREADS", "GPU_MEMORY_UTILIZATION")] == [None, None]
 
 
 def variables(settings: type[BaseSettings]) -> set[str]:
@@ -77,7 +82,8 @@ def test_a_service_knows_every_variable_it_is_given_and_starts_with_them(
     assert given
     assert set(given) - variables(settings) == set()
     for name, value in given.items():
-        monkeypatch.setenv(name, value)
+        if value is not None:
+            monkeypatch.setenv(name, value)
     read()
 
 

@@ -13,7 +13,7 @@ from softprompt_gateway.app import make_app
 from softprompt_gateway.clients import open_clients
 from softprompt_gateway.guard import refuse_without_keys
 from softprompt_gateway.server import GracefulServer, listen, uvicorn_config
-from softprompt_gateway.settings import Settings, SettingsError, read_settings
+from softprompt_gateway.settings import ENV_PREFIX, Settings, SettingsError, read_settings
 
 
 async def serve(settings: Settings, listener: socket.socket) -> None:
@@ -38,6 +38,8 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
 
 def main() -> int:
     """Run the gateway; return the process's exit status."""
+    if sys.argv[1:]:
+        return _fail(SettingsError(f"no arguments are taken, not {sys.argv[1]!r}: set {ENV_PREFIX}… instead"))
     try:
         settings = read_settings()
         listener = listen(settings.host, settings.port)

@@ -18,7 +18,7 @@ from softprompt_gateway.disconnect import stop
 
 _PREFIX = "sp:limits"
 _TIMEOUT_S = 1.0
-_MAX_CONNECTIONS = 32
+MAX_CONNECTIONS = 32
 # What nobody gave back, because its gateway died or the store was away, is free again after so long.
 LEASE_S = 60.0
 
@@ -84,7 +84,7 @@ class SharedCounters(_Windows):
         self._renewing: dict[str, asyncio.Task[None]] = {}
         self._pool: BlockingConnectionPool = BlockingConnectionPool.from_url(
             url,
-            max_connections=_MAX_CONNECTIONS,
+            max_connections=MAX_CONNECTIONS,
             timeout=_TIMEOUT_S,
             socket_timeout=_TIMEOUT_S,
             socket_connect_timeout=_TIMEOUT_S,

@@ -69,7 +69,7 @@ def make_gateway(settings: Settings, clients: Clients) -> Gateway:
         catalog=catalog,
         keyring=keyring,
         guard=Guard(settings, clients.registry, keyring),
-        limiter=Limiter(settings.limits_redis_url),
+        limiter=Limiter(settings.limits_redis_url, max_requests=settings.max_requests),
         resolver=Resolver(clients.registry, clients.inference, catalog),
         probing=Probing(clients.inference, catalog),
         metrics=Metrics(catalog.__len__, settings.metrics_adapters),

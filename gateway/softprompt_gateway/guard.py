@@ -9,11 +9,14 @@ import re
 import time
 from collections.abc import Mapping
 from typing import ClassVar, cast
+from urllib.parse import urlsplit
 
 from fastapi.routing import APIRoute
 from softprompt_api.access import Scope, key_sha256, scope_from
-from softprompt_api.errors import SoftpromptError, Unauthenticated, Unavailable
+from softprompt_api.errors import PermissionDenied, SoftpromptError, Unauthenticated, Unavailable
+from softprompt_api.names import shown
 from softprompt_api.registry.v1.registry_pb2 import ApiKey, ListKeysRequest
+from softprompt_api.settings import is_loopback
 from starlette.datastructures import MutableHeaders
 from starlette.types import Message, Receive, Send
 from starlette.types import Scope as RequestScope
@@ -38,6 +41,7 @@ class Guard:
 
     def __init__(self, settings: Settings, registry: RegistryClient, keyring: Keyring) -> None:
         self._is_open = settings.insecure
+        self._is_local = is_loopback(settings.host)
         self._always_asks = settings.always_asks_for_keys
         self._timeout_s = settings.registry_timeout_s
         self._registry = registry
@@ -49,18 +53,36 @@ class Guard:
         Unauthenticated: no key, or none that is known. Unavailable: keys cannot be checked.
         """
         if self._is_open:
-            return ANYBODY
+            return self._anybody(headers)
         sent = _bearer(headers) if self._always_asks else b""
         try:
             async with asyncio.timeout(self._timeout_s):
                 if not self._always_asks:
                     if not await self._keyring.was_any_made():
-                        return ANYBODY
+                        return self._anybody(headers)
                     sent = _bearer(headers)
                 await self._keyring.wait()
         except TimeoutError:
             raise Unavailable("API keys cannot be checked: the registry does not answer; try again") from None
         return await self._known(sent.decode("ascii"))
+
+    def _anybody(self, headers: list[tuple[bytes, bytes]]) -> Caller:
+        """Who needs no key; PermissionDenied for web pages of others, which a browser lets send requests too.
+
+        A page tells where it comes from, unless its name was made to stand for this machine: then the request does
+        not name this machine as those do who mean it.
+        """
+        host, origin = _text_of(headers, b"host"), _text_of(headers, b"origin")
+        if self._is_local and host and not _is_this_machine(f"//{host}"):
+            raise PermissionDenied(
+                f"this server asks for no API key, and answers to names of this machine alone, not {shown(host)}; "
+                "to serve others, make a key"
+            )
+        if origin and not _is_this_machine(origin) and origin.partition("://")[2] != host:
+            raise PermissionDenied(
+                f"this server asks for no API key, and answers no web pages of {shown(origin)}; make a key for it"
+            )
+        return ANYBODY
 
     async def _known(self, text: str) -> Caller:
         sha256 = key_sha256(text)
@@ -70,6 +92,18 @@ class Guard:
             raise Unauthenticated("this API key is not known, was revoked, or has expired")
         scopes = frozenset(scope for value in key.scopes if (scope := scope_from(value)) is not None)
         return Caller.with_key(key, scopes)
+
+
+def _text_of(headers: list[tuple[bytes, bytes]], name: bytes) -> str:
+    return next((value.decode("latin-1") for key, value in headers if key == name), "")
+
+
+def _is_this_machine(url: str) -> bool:
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        return False
+    return is_loopback(host) or host.endswith(".localhost")
 
 
 def _has_expired(key: ApiKey) -> bool:

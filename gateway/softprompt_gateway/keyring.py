@@ -40,6 +40,7 @@ class Keyring:
             self._ever_made = True
         elif event.type == AdapterEventType.ADAPTER_EVENT_TYPE_KEY_REVOKED:
             self._keys.pop(event.key.sha256, None)
+            self._ever_made = True  # its creation may not have been heard of
 
     def find(self, sha256: str) -> ApiKey | None:
         """The key with this sha256, if the registry has told of it."""

@@ -4,6 +4,7 @@ Counters are shared by all gateways of one Redis or Valkey; while it is away, an
 counts for itself.
 """
 
+import asyncio
 import contextlib
 import secrets
 import time
@@ -15,16 +16,19 @@ import redis.exceptions
 import structlog
 from limits import RateLimitItemPerMinute
 from softprompt_api.errors import RateLimited
+from softprompt_api.shares import Shares
 from starlette.types import Scope
 
 from softprompt_gateway.caller import Caller
-from softprompt_gateway.counters import LEASE_S, Counters, OwnCounters, SharedCounters
+from softprompt_gateway.counters import LEASE_S, MAX_CONNECTIONS, Counters, OwnCounters, SharedCounters
 
 T = TypeVar("T")
 
 _PARALLEL_RETRY_MS = 1000
 # A store that failed is left alone for so long: every request would wait for it.
 _AWAY_S = 5.0
+# At the same time; the store has a few connections more, for what is renewed.
+_MAX_QUESTIONS = MAX_CONNECTIONS - 8
 _STATE = "meter"
 _log = structlog.get_logger()
 
@@ -90,14 +94,18 @@ class Limiter:
     """Admits requests, and counts what they took.
 
     Args:
+        max_requests: most that are answered at the same time here; tenants share them.
         redis_url: where gateways count together; None: this one counts alone.
         lease_s: how long a place of a request is taken after its gateway died.
     """
 
-    def __init__(self, redis_url: str | None, *, lease_s: float = LEASE_S) -> None:
+    def __init__(self, redis_url: str | None, *, max_requests: int, lease_s: float = LEASE_S) -> None:
+        self._shares = Shares(max_requests, what="requests are being answered")
         self._own = OwnCounters()
         self._shared = SharedCounters(redis_url, lease_s=lease_s) if redis_url is not None else None
         self._away_until_s = 0.0
+        # A flood waits here: a store that has no connection left for it is not away.
+        self._turns = asyncio.Semaphore(_MAX_QUESTIONS)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -106,23 +114,25 @@ class Limiter:
 
     @contextlib.asynccontextmanager
     async def admitted(self, caller: Caller, meter: Meter) -> AsyncIterator[dict[str, str]]:
-        """A caller's request, for the time of the context; headers that say what is left. RateLimited otherwise.
+        """A caller's request, for the time of the context; headers that say what is left. RateLimited otherwise,
+        or Overloaded where the caller's tenant has its share of this gateway.
 
         Tokens are known when they have been made: a request is let in while the minute has some left.
         """
         limits, key_id = caller.limits, caller.key_id
-        async with self._one_of(key_id, limits.parallel_requests):
-            headers: dict[str, str] = {}
-            if limits.tokens_per_minute:
-                headers |= await self._check("tokens", key_id, limits.tokens_per_minute)
-            if limits.requests_per_minute:
-                headers |= await self._check("requests", key_id, limits.requests_per_minute, cost=1)
-            try:
-                yield headers
-            finally:
-                if limits.tokens_per_minute and meter.tokens:
-                    item = RateLimitItemPerMinute(limits.tokens_per_minute)
-                    await self._ask(lambda counters: counters.add(item, "tokens", key_id, meter.tokens))
+        with self._shares.holding(caller.tenant):
+            async with self._one_of(key_id, limits.parallel_requests):
+                headers: dict[str, str] = {}
+                if limits.tokens_per_minute:
+                    headers |= await self._check("tokens", key_id, limits.tokens_per_minute)
+                if limits.requests_per_minute:
+                    headers |= await self._check("requests", key_id, limits.requests_per_minute, cost=1)
+                try:
+                    yield headers
+                finally:
+                    if limits.tokens_per_minute and meter.tokens:
+                        item = RateLimitItemPerMinute(limits.tokens_per_minute)
+                        await self._ask(lambda counters: counters.add(item, "tokens", key_id, meter.tokens))
 
     async def _check(self, unit: str, key_id: str, amount: int, *, cost: int = 0) -> dict[str, str]:
         """Take from one of the limits, or only look (0); the headers that say what is left of it."""
@@ -159,15 +169,25 @@ class Limiter:
         try:
             yield
         finally:
-            with contextlib.suppress(redis.exceptions.RedisError, OSError):  # the lease ends by itself
-                await counters.leave(key_id, lease)
+            async with self._turns:
+                with contextlib.suppress(redis.exceptions.RedisError, OSError):  # the lease ends by itself
+                    await counters.leave(key_id, lease)
 
     async def _ask(self, question: Callable[[Counters], Awaitable[T]]) -> T:
         """Ask the shared counters, or this gateway's own while those are away."""
-        if self._shared is not None and time.monotonic() >= self._away_until_s:
-            try:
-                return await question(self._shared)
-            except (redis.exceptions.RedisError, OSError) as error:
-                self._away_until_s = time.monotonic() + _AWAY_S
-                _log.warning("the store of limits is away, this gateway counts alone", cause=str(error))
+        if self._shared is not None:
+            async with self._turns:
+                if not self._is_away:
+                    try:
+                        return await question(self._shared)
+                    except (redis.exceptions.RedisError, OSError) as error:
+                        if not self._is_away:
+                            _log.warning(
+                                "the store of limits is away, this gateway counts alone", cause=str(error)
+                            )
+                        self._away_until_s = time.monotonic() + _AWAY_S
         return await question(self._own)
+
+    @property
+    def _is_away(self) -> bool:
+        return time.monotonic() < self._away_until_s

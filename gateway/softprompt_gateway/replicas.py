@@ -97,9 +97,8 @@ class Replicas:
         fit = (
             [] if self._is_closed else [replica for replica in self.every if replica.is_up and replica not in but]
         )
-        if self._bases.are_several:
-            wanted = fingerprint(served.base_model)
-            fit = [replica for replica in fit if replica.fingerprint == wanted]
+        wanted = fingerprint(served.base_model)
+        fit = [replica for replica in fit if replica.fingerprint == wanted]
         if not fit:
             raise _unavailable(served if self._bases.are_several else None)
         if len(fit) == 1:
@@ -146,7 +145,9 @@ class Replicas:
         task.add_done_callback(lambda _: self._retiring.pop(replica))
 
     def _learn(self) -> None:
-        told = [replica.served for replica in self.every if replica.served is not None]
+        # Of two that give different things one name, one that is up is meant.
+        every = sorted(self.every, key=lambda replica: not replica.is_up)
+        told = [replica.served for replica in every if replica.served is not None]
         self._bases = Bases(told, is_whole=len(told) == len(self._replicas))
 
 

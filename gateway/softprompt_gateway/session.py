@@ -178,6 +178,7 @@ class Session:
         self._numbers = itertools.count(1)
         self._takes_calls_until_s = time.monotonic() + _MAX_AGE_S
         self._has_ended = False
+        self._is_finishing = False
         self.load = 0
         self._stream = stub.GenerateMany(self._sent())
         self._ending = Ending(self._stream)
@@ -208,10 +209,17 @@ class Session:
         for number in numbers:
             if (calls := self._calls.pop(number, None)) is not None:
                 self.load -= calls.choices_per_call
+        self._end_if_idle()
 
     def finish(self) -> None:
         """Start no further calls; the stream ends with its last."""
-        self._requests.put_nowait(None)
+        self._is_finishing = True
+        self._end_if_idle()
+
+    def _end_if_idle(self) -> None:
+        # Not before: what still runs may have to be paused or cancelled.
+        if self._is_finishing and not self._calls:
+            self._requests.put_nowait(None)
 
     async def close(self) -> None:
         """Abort all calls and end the stream."""

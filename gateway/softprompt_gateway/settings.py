@@ -21,8 +21,8 @@ PositiveSeconds = Annotated[float, Field(gt=0, le=MAX_CALL_S)]
 
 
 def _shared(name: str) -> AliasChoices:
-    """A setting that all services read under one variable; the field's own name serves `Settings(...)` in code."""
-    return AliasChoices(name, f"SOFTPROMPT_{name.upper()}")
+    """A setting that all services read under one variable."""
+    return AliasChoices(f"SOFTPROMPT_{name.upper()}")
 
 
 class Settings(ClientTlsSettings):

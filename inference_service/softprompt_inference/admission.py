@@ -8,11 +8,11 @@ second of late. Tenants take turns, so before the newcomer are, of each tenant, 
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from softprompt_api.errors import Overloaded
+from softprompt_api.shares import Shares
 
 from softprompt_inference.engine.messages import Stats
 
@@ -40,11 +40,10 @@ class Admission:
         load: Callable[[], Stats],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._max_open = max_open
+        self._open = Shares(max_open, what="completions run or wait", now=now)
         self._max_wait_s = max_wait_s
         self._load = load
         self._now = now
-        self._open: Counter[str] = Counter()  # by tenant
         # Both fade, and grow only while somebody waits: otherwise few end because few have come.
         self._num_ended = 0.0
         self._seconds = 0.0
@@ -53,25 +52,16 @@ class Admission:
     @contextmanager
     def admitted(self, num: int, tenant: str) -> Iterator[None]:
         """Some completions of a tenant, for the time of the context; Overloaded where they cannot be let in."""
-        self._check(num, tenant)
-        self._open[tenant] += num
-        try:
+        self._open.check(tenant, num)
+        self._check_wait(tenant)
+        with self._open.holding(tenant, num):
             yield
-        finally:
-            self._open[tenant] -= num
-            if not self._open[tenant]:
-                del self._open[tenant]
 
     def left(self, num: int) -> None:
         """Some that the engine had been given have ended, however they did."""
         self._measure(num)
 
-    def _check(self, num: int, tenant: str) -> None:
-        num_open = self._open.total()
-        if num_open + num > self._max_open:
-            raise Overloaded(
-                f"{num_open} completions run or wait, and at most {self._max_open} may; try again later"
-            )
+    def _check_wait(self, tenant: str) -> None:
         self._measure(0)
         wait_s, most_s = self._wait_s(tenant), self._max_wait_s + _MAX_RETRY_S
         if wait_s > self._max_wait_s:
@@ -83,12 +73,13 @@ class Admission:
 
     def _wait_s(self, tenant: str) -> float:
         """How long a newcomer would wait; 0 where nothing is known."""
-        num_before = min(self._num_waiting, self._open[tenant] * len(self._open))
+        held = self._open.held
+        num_before = min(self._num_waiting, held[tenant] * len(held))
         return num_before * self._seconds / self._num_ended if self._num_ended else 0.0
 
     @property
     def _num_waiting(self) -> int:
-        return max(0, self._open.total() - self._load().running)
+        return max(0, self._open.held.total() - self._load().running)
 
     def _measure(self, num_ended: int) -> None:
         """Take in that some have ended now."""

@@ -11,8 +11,6 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 
 from softprompt_api.rpc.tls import ClientTls, ServerTls
 
-_LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
-
 S = TypeVar("S", bound=BaseSettings)
 
 
@@ -97,7 +95,8 @@ def check_reach(
     Others than this machine may, where it is explicitly allowed or they must have a certificate.
     """
     asks_who_calls = tls is not None and tls.client_ca is not None
-    if not (allow_remote or asks_who_calls or address.startswith(_LOOPBACK)):
+    is_local = address.startswith("unix:") or is_loopback(address.rpartition(":")[0])
+    if not (allow_remote or asks_who_calls or is_local):
         flaw = "without encryption" if tls is None else "and asks nobody for a certificate"
         prefix = setting.removesuffix("address")
         raise ValueError(

@@ -34,6 +34,7 @@ MAX_BASE_MODEL_ID_CHARACTERS = 256
 MAX_REASON_CHARACTERS = 256
 SERVING_DTYPES = ("float32", "bfloat16", "float16")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _PRINTABLE = re.compile(r"[\x21-\x7e][\x20-\x7e]*\Z")
 _CHECK_CHARACTERS = 8
 _MAX_NAMED = 8
@@ -161,7 +162,7 @@ def check_registration(registration: Registration, *, max_size_bytes: int) -> No
 
 
 def check_labels(labels: Mapping[str, str]) -> None:
-    """Raise InvalidArgument for too many labels, or too long ones."""
+    """Raise InvalidArgument for too many labels, too long ones, and control characters in them."""
     if len(labels) > MAX_LABELS:
         raise InvalidArgument(f"there are {len(labels)} labels; at most {MAX_LABELS}", field="labels")
     for key, value in labels.items():
@@ -171,6 +172,8 @@ def check_labels(labels: Mapping[str, str]) -> None:
                 f"values at most {MAX_LABEL_VALUE_CHARACTERS}",
                 field="labels",
             )
+        if _CONTROL.search(key + value):  # they are shown in terminals
+            raise InvalidArgument(f"label {shown(key)} has control characters", field="labels")
 
 
 def check_base_model(model: BaseModel) -> None:

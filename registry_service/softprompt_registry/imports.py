@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
-from softprompt_api.errors import DeadlineExceeded, Overloaded
+from softprompt_api.errors import DeadlineExceeded
 from softprompt_api.names import check_full_name
+from softprompt_api.shares import Shares
+from softprompt_api.tenants import tenant_of
 
 from softprompt_registry.catalog import AdapterVersion, Registration
 from softprompt_registry.sources import PIECE_BYTES, Files, Folders, FolderSource, Hub, parse_source
@@ -38,30 +40,21 @@ class Imports:
         self._folders = folders
         self._hub = hub
         self._timeout_s = timeout_s
-        self._num_running = 0
+        self._running = Shares(MAX_IMPORTS, what="imports are running")
 
     async def run(self, order: ImportOrder) -> AdapterVersion:
         """Make the next version of a name from what its source holds."""
         check_full_name(order.name)
         try:
-            async with self._slot(), asyncio.timeout(self._timeout_s), self._read(order.source) as files:
-                return await self._uploads.register(_registration(order, files), _pieces(files))
+            with self._running.holding(tenant_of(order.name)):
+                async with asyncio.timeout(self._timeout_s), self._read(order.source) as files:
+                    return await self._uploads.register(_registration(order, files), _pieces(files))
         except TimeoutError:
             raise DeadlineExceeded(f"the import took more than {self._timeout_s:g} s") from None
 
     def _read(self, spelling: str) -> AbstractAsyncContextManager[Files]:
         source = parse_source(spelling)
         return self._folders.read(source) if isinstance(source, FolderSource) else self._hub.read(source)
-
-    @asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
-        if self._num_running >= MAX_IMPORTS:
-            raise Overloaded(f"{self._num_running} imports are running, as many as are allowed; try again")
-        self._num_running += 1
-        try:
-            yield
-        finally:
-            self._num_running -= 1
 
 
 def _registration(order: ImportOrder, files: Files) -> Registration:

@@ -42,7 +42,7 @@ class Settings(BaseSettings):
     log_format: Literal["auto", "json"] = Field(
         "auto",
         description="json, or what suits the terminal",
-        validation_alias=AliasChoices("log_format", "log-format", "SOFTPROMPT_LOG_FORMAT"),
+        validation_alias=AliasChoices("log-format", "SOFTPROMPT_LOG_FORMAT"),
     )
 
     allow_file_imports: DirectoryPath | None = Field(

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import structlog
 from redis.asyncio import Redis
-from softprompt_api.errors import DeadlineExceeded, InvalidArgument, Overloaded, Unavailable
+from softprompt_api.errors import DeadlineExceeded, InvalidArgument, Unavailable
 from softprompt_api.formats import DEFAULT_MAX_LORA_RANK, AdapterVerifier, ModelShape, parse_config
+from softprompt_api.shares import Shares
+from softprompt_api.tenants import tenant_of
 
 from softprompt_registry import catalog
 from softprompt_registry.blobs import CHUNK_BYTES, StagedBlob
@@ -44,13 +46,13 @@ class Uploads:
         self._store = store
         self._changes = changes
         self._limits = limits
-        self._num_running = 0
+        self._running = Shares(limits.max_concurrent, what="uploads are running")
 
     async def register(self, registration: Registration, pieces: AsyncIterator[Piece]) -> AdapterVersion:
         """Make the next version of a name from a header and the pieces of its tensor file."""
         catalog.check_registration(registration, max_size_bytes=self._limits.max_size_bytes)
         content = registration.content()
-        async with self._slot():
+        async with self._slot(tenant_of(registration.name)):
             if made := await self._store.made_by(registration.tenants_key, content):
                 return made
             return await self._upload(registration, content, pieces)
@@ -94,18 +96,14 @@ class Uploads:
         return version
 
     @asynccontextmanager
-    async def _slot(self) -> AsyncIterator[None]:
+    async def _slot(self, tenant: str) -> AsyncIterator[None]:
         """One of a bounded number of uploads, for a bounded time."""
-        if self._num_running >= self._limits.max_concurrent:
-            raise Overloaded(f"{self._num_running} uploads are running, as many as are allowed; try again")
-        self._num_running += 1
-        try:
-            async with asyncio.timeout(self._limits.timeout_s):
-                yield
-        except TimeoutError:
-            raise DeadlineExceeded(f"the upload took more than {self._limits.timeout_s:g} s") from None
-        finally:
-            self._num_running -= 1
+        with self._running.holding(tenant):
+            try:
+                async with asyncio.timeout(self._limits.timeout_s):
+                    yield
+            except TimeoutError:
+                raise DeadlineExceeded(f"the upload took more than {self._limits.timeout_s:g} s") from None
 
 
 def _shape_of(base: BaseModel) -> ModelShape:

@@ -78,7 +78,7 @@ class Clients:
             reader._transport.pause_reading()
         content = json.dumps(body)
         headers = "".join(f"{name}: {value}\r\n" for name, value in self._headers.items())
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\n{headers}"
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n{headers}"
         writer.write(f"{head}content-length: {len(content)}\r\n\r\n{content}".encode())
         return writer
 

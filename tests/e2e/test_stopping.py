@@ -52,7 +52,7 @@ async def stop_under_load(system: Any, wait_until: Any) -> None:
     # Of this one only half has come when the system is told to stop.
     content = json.dumps(ASKED).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", system.port)
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: {headers['authorization']}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nauthorization: {headers['authorization']}\r\n"
     async with httpx.AsyncClient(base_url=system.url, headers=headers, timeout=60) as http:
         streams = [asyncio.create_task(stream(http, accepted)) for _ in range(NUM_STREAMS)]
         writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content[:20])

@@ -51,7 +51,7 @@ async def test_a_gateway_that_stops_ends_what_runs_and_refuses_the_rest(stack: A
     body = {"model": stack.base, "prompt": "wait", "max_tokens": 100}
     running = asyncio.create_task(stack.post("/v1/completions", **body))
     content = json.dumps(body | {"prompt": "hello"}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n"
     reader, writer = await stack.connect(head.encode() + content[:5])
     await stack.inference.until(lambda fake: fake.running == 1)
     while stack.gateway.admission.num_running < 2:
@@ -75,7 +75,7 @@ async def test_a_gateway_that_stops_ends_what_runs_and_refuses_the_rest(stack: A
 
 def _request(path: str, body: dict[str, Any]) -> bytes:
     content = json.dumps(body).encode()
-    return f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content
+    return f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content
 
 
 @pytest.mark.parametrize("gateway_settings", [{"grace_s": 0}])

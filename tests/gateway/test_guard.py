@@ -112,7 +112,7 @@ ODD = [
 @pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
 async def test_an_odd_authorization_is_refused(stack: Any, odd: bytes) -> None:
     key = (await stack.registry.keys.make(Scope.ADMIN)).encode()
-    request = b"GET /v1/models HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: %b\r\n\r\n"
+    request = b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nauthorization: %b\r\n\r\n"
     reader, _ = await stack.connect(request % odd.replace(b"%b", key))
     status = (await reader.readline()).split()[1]
     assert status in (b"400", b"401")
@@ -125,7 +125,7 @@ async def test_two_authorizations_are_refused(stack: Any, second: bytes) -> None
     first = b"authorization: Bearer %b\r\n" % key
     other = b"authorization: " + second.replace(b"%b", key) + b"\r\n"
     reader, _ = await stack.connect(
-        b"GET /v1/models HTTP/1.1\r\nhost: x\r\nconnection: close\r\n" + first + other + b"\r\n"
+        b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n" + first + other + b"\r\n"
     )
     assert (await reader.readline()).split()[1] == b"400"
 
@@ -182,6 +182,32 @@ async def test_on_this_machine_no_key_is_asked_for_until_the_first_was_made(stac
     await stack.registry.keys.revoke(key)
     await _until_refused(stack, key)
     assert (await stack.http.get("/v1/models")).status_code == 401, "revoking the last key opens nothing"
+
+
+@pytest.mark.parametrize("gateway_settings", [{}])
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "localhost:2242"}, 200),
+        ({"host": "[::1]:2242"}, 200),
+        ({"host": "evil.example"}, 403),
+        ({"host": "127.0.0.1.evil.example:2242", "origin": "http://127.0.0.1.evil.example:2242"}, 403),
+        ({"origin": "http://localhost:3000"}, 200),
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+    ],
+)
+async def test_web_pages_of_others_cannot_use_that_no_key_is_asked_for(
+    stack: Any, headers: dict[str, str], status: int
+) -> None:
+    answer = await stack.http.get("/v1/models", headers=headers)
+    assert answer.status_code == status
+    if status == 403:
+        assert "make a key" in answer.json()["error"]["message"]
+    assert (await stack.http.get("/health", headers=headers)).status_code == 200
+    key = await stack.registry.keys.make(Scope.ADMIN)
+    await _until_refused(stack, "none")
+    assert (await stack.http.get("/v1/models", headers=bearer(key) | headers)).status_code == 200
 
 
 async def test_keys_can_be_required_before_the_first_was_made(stack: Any) -> None:

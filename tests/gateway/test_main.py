@@ -79,7 +79,8 @@ async def _until_told(url: str) -> None:
     [
         ({"SOFTPROMPT_GATEWAY_PORT": "x"}, "softprompt gateway: port: "),
         ({"SOFTPROMPT_GATEWAY_NONSENSE": "1"}, "unknown setting SOFTPROMPT_GATEWAY_NONSENSE"),
-        ({"SOFTPROMPT_GATEWAY_HOST": "203.0.113.1"}, "cannot listen on 203.0.113.1:2242"),
+        # What others call theirs is not read.
+        ({"SOFTPROMPT_GATEWAY_HOST": "203.0.113.1", "LOG_FORMAT": "x"}, "cannot listen on 203.0.113.1:2242"),
     ],
 )
 def test_a_bad_setting_stops_the_start_in_one_line(environment: dict[str, str], message: str) -> None:
@@ -89,6 +90,14 @@ def test_a_bad_setting_stops_the_start_in_one_line(environment: dict[str, str], 
     assert done.returncode == 1
     assert re.fullmatch(r"softprompt gateway: .*\n", done.stderr)
     assert message in done.stderr
+
+
+def test_arguments_are_refused() -> None:
+    done = subprocess.run([*RUN, "--port", "1"], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "softprompt gateway: no arguments are taken, not '--port': set SOFTPROMPT_GATEWAY_… instead\n"
+    )
 
 
 def test_it_imports_neither_torch_nor_transformers() -> None:

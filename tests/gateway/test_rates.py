@@ -25,11 +25,11 @@ def caller(key_id: str = "key-1", **limits: int) -> Caller:
 async def limiters(request: pytest.FixtureRequest, store: Any) -> AsyncIterator[tuple[Limiter, Limiter]]:
     """Two that count together: one gateway's twice, or those of two gateways over one store."""
     if request.param == "alone":
-        limiter = Limiter(None, lease_s=60)
+        limiter = Limiter(None, max_requests=100, lease_s=60)
         yield limiter, limiter
         return
     await store.ready()
-    both = Limiter(store.url, lease_s=60), Limiter(store.url, lease_s=60)
+    both = Limiter(store.url, max_requests=100, lease_s=60), Limiter(store.url, max_requests=100, lease_s=60)
     yield both
     for limiter in both:
         await limiter.close()
@@ -131,7 +131,7 @@ async def test_a_key_without_limits_is_told_nothing(limiters: Any) -> None:
 
 async def test_a_place_of_a_gateway_that_died_is_free_after_its_lease(store: Any) -> None:
     await store.ready()
-    alive, who = Limiter(store.url, lease_s=60), caller(parallel_requests=1)
+    alive, who = Limiter(store.url, max_requests=100, lease_s=60), caller(parallel_requests=1)
     dead = SharedCounters(store.url, lease_s=0.5)
     await dead._hold(dead._places(who.key_id), "a lease that nobody renews")
     with pytest.raises(RateLimited):
@@ -143,7 +143,7 @@ async def test_a_place_of_a_gateway_that_died_is_free_after_its_lease(store: Any
 
 async def test_a_place_that_could_not_be_given_back_is_free_after_its_lease(store: Any) -> None:
     await store.ready()
-    limiter, who = Limiter(store.url, lease_s=1), caller(parallel_requests=1)
+    limiter, who = Limiter(store.url, max_requests=100, lease_s=1), caller(parallel_requests=1)
     async with limiter.admitted(who, Meter()):
         await store.kill()
     await store.start()
@@ -154,7 +154,7 @@ async def test_a_place_that_could_not_be_given_back_is_free_after_its_lease(stor
 
 async def test_a_request_has_its_place_for_longer_than_a_lease(store: Any) -> None:
     await store.ready()
-    limiter, who = Limiter(store.url, lease_s=0.5), caller(parallel_requests=1)
+    limiter, who = Limiter(store.url, max_requests=100, lease_s=0.5), caller(parallel_requests=1)
     async with limiter.admitted(who, Meter()), asyncio.timeout(10):
         first_s = last_s = await lease_ends_s(store, who)
         while last_s < first_s + 1:
@@ -188,7 +188,7 @@ async def test_while_the_store_is_away_a_gateway_counts_alone(
 ) -> None:
     monkeypatch.setattr(softprompt_gateway.rates, "_AWAY_S", 0.0)
     await store.ready()
-    limiter = Limiter(store.url, lease_s=60)
+    limiter = Limiter(store.url, max_requests=100, lease_s=60)
     who = caller(requests_per_minute=2, tokens_per_minute=100, parallel_requests=2)
     async with limiter.admitted(who, Meter()):
         await store.kill()

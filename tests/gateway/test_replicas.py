@@ -60,7 +60,7 @@ async def start_streams(stack: Any, count: int, model: str = BASE) -> list[async
     readers = []
     for _ in range(count):
         body = json.dumps({"model": model, "prompt": "wait", "stream": True}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n".encode()
         reader, _ = await stack.connect(head + body)
         await reader.readuntil(b"data: ")
         readers.append(reader)

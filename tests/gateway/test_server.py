@@ -36,7 +36,9 @@ async def test_the_next_request_of_a_connection_has_the_same_deadline(stack: Any
 
 @pytest.mark.parametrize("gateway_settings", [{"header_timeout_s": 0.2}])
 async def test_a_request_may_take_longer_than_its_headers(stack: Any) -> None:
-    reader, writer = await stack.connect(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n")
+    reader, writer = await stack.connect(
+        b"POST /v1/completions HTTP/1.1\r\nhost: [::1]\r\ncontent-length: 50\r\n\r\n"
+    )
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(reader.read(1), 0.5)
     writer.close()
@@ -69,7 +71,7 @@ async def test_malformed_http_is_refused_in_our_shape(stack: Any, request_: byte
 
 
 async def test_a_bad_body_ends_the_request_that_waits_for_it(stack: Any, logged: list[Any]) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: [::1]\r\ntransfer-encoding: chunked\r\n\r\n"
     assert (await _answer(stack, head + b"zz\r\n")).startswith(b"HTTP/1.1 400")
     while stack.gateway.admission.num_running:
         await stack.http.get("/health/live")
@@ -100,7 +102,7 @@ async def test_the_host_header_decides_nothing(stack: Any, host: str) -> None:
 
 async def test_content_length_with_chunks_is_one_request(stack: Any) -> None:
     smuggled = (
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 6\r\n"
+        b"POST /v1/completions HTTP/1.1\r\nhost: [::1]\r\nconnection: close\r\ncontent-length: 6\r\n"
         b"transfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /version HTTP/1.1\r\nhost: x\r\n\r\n"
     )
     answer = await _answer(stack, smuggled)

@@ -35,6 +35,26 @@ async def test_an_old_stream_takes_no_further_requests_and_lets_its_own_end(
     await stack.inference.until(lambda fake: fake.open_sessions == 1)
 
 
+async def test_who_leaves_an_old_stream_is_cancelled_and_who_is_slow_on_it_goes_on(
+    stack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "_MAX_WAITING", 4)
+    monkeypatch.setattr(session_module, "_MAX_AGE_S", 0.0)
+    body = {"model": stack.base, "prompt": "flood", "stream": True}
+    reader, writer = await stack.connect(_request(body))
+    await reader.readuntil(b"data: ")
+    assert (await stack.complete("hello")).status_code == 200
+    assert stack.inference.sessions == 2
+    reader._transport.pause_reading()  # type: ignore[attr-defined]
+    await stack.inference.until(lambda fake: fake.pauses >= 1)
+    reader._transport.resume_reading()  # type: ignore[attr-defined]
+    await reader.read(2**20)
+    reader._transport.pause_reading()  # type: ignore[attr-defined]
+    await stack.inference.until(lambda fake: fake.pauses >= 2)
+    writer.transport.abort()
+    await stack.inference.until(lambda fake: fake.cancelled == 1 and fake.open_sessions == 1)
+
+
 async def test_a_broken_stream_fails_its_requests_and_the_next_one_opens_another(stack: Any) -> None:
     reader, _ = await stack.connect(_request({"model": stack.base, "prompt": "stall", "stream": True}))
     await reader.readuntil(b"data: ")  # gRPC tries a stream again that has not been answered
@@ -113,4 +133,5 @@ def test_a_connection_that_is_old_lasts_until_the_longest_generation_has_ended()
 
 def _request(body: dict[str, Any]) -> bytes:
     content = json.dumps(body).encode()
-    return f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n"
+    return head.encode() + content

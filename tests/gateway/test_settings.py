@@ -31,9 +31,9 @@ def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SOFTPROMPT_GATEWAY_HOST", "", "host"),
         ("SOFTPROMPT_GATEWAY_GRACE_S", "-1", "grace_s"),
         ("SOFTPROMPT_GATEWAY_REQUEST_TIMEOUT_S", "inf", "request_timeout_s"),
-        ("SOFTPROMPT_LOG_FORMAT", "xml", "log_format"),
-        ("SOFTPROMPT_INFERENCE_ADDRESS", "", "inference_address"),
-        ("SOFTPROMPT_INFERENCE_ADDRESS", "a:1,a:1", "inference_address: .* names a place twice"),
+        ("SOFTPROMPT_LOG_FORMAT", "xml", "SOFTPROMPT_LOG_FORMAT: "),
+        ("SOFTPROMPT_INFERENCE_ADDRESS", "", "SOFTPROMPT_INFERENCE_ADDRESS: "),
+        ("SOFTPROMPT_INFERENCE_ADDRESS", "a:1,a:1", "SOFTPROMPT_INFERENCE_ADDRESS: .* names a place twice"),
         ("SOFTPROMPT_INFERENCE_ADDRESS", "dns:///inference", "must be dns:///name:port"),
     ],
 )

@@ -99,7 +99,7 @@ async def test_a_client_of_http_1_0_reads_events_without_chunks_until_the_end(st
 
 async def test_two_streams_asked_for_at_once_on_one_connection_come_one_after_the_other(stack: Any) -> None:
     content = json.dumps({"model": stack.base, "prompt": "hello", "stream": True}).encode()
-    request = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n%bcontent-length: %d\r\n\r\n%b"
+    request = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n%bcontent-length: %d\r\n\r\n%b"
     requests = [request % (extra, len(content), content) for extra in (b"", b"connection: close\r\n")]
     reader, _ = await stack.connect(b"".join(requests))
     async with asyncio.timeout(5):

@@ -239,6 +239,7 @@ async def test_labels_that_are_set_at_once_are_all_kept(client, make_adapter):
         (["labels"], {"labels": {"": "v"}}, "labels"),
         (["labels."], {"labels": {"": "v"}}, "labels"),
         (["labels.k"], {"labels": {"k": "v" * 257}}, "labels"),
+        (["labels.k"], {"labels": {"k": "\x1b[2J"}}, "labels"),
         (["labels"], {"labels": {str(number): "v" for number in range(33)}}, "labels"),
     ],
 )

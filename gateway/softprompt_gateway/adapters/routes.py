@@ -155,7 +155,9 @@ class _Routes:
         )
         return {
             "object": "list",
-            "data": [adapter_json(caller.told(version)) for version in page.adapters],
+            "data": [
+                adapter_json(caller.told(version)) for version in page.adapters if caller.may_use(version.name)
+            ],
             "next_page_token": page.next_page_token or None,
             "total_size": page.total_size,
         }

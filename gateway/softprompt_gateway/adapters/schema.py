@@ -31,11 +31,14 @@ from softprompt_gateway.validation import RequestModel
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # Told in the document, and checked by the registry.
-_LABEL_KEYS: dict[str, Any] = {"propertyNames": {"minLength": 1, "maxLength": 64}}
-_LABELS = _LABEL_KEYS | {"additionalProperties": {"type": "string", "maxLength": 256}}
+_WORDS = {"type": "string", "pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"}  # nothing that steers a terminal
+_LABEL_KEYS: dict[str, Any] = {"propertyNames": _WORDS | {"minLength": 1, "maxLength": 64}}
+_LABEL = _WORDS | {"maxLength": 256}
+_LABELS = _LABEL_KEYS | {"additionalProperties": _LABEL}
+_CHANGED_LABELS = _LABEL_KEYS | {"additionalProperties": {"anyOf": [_LABEL, {"type": "null"}]}}
 Name = Annotated[str, Field(max_length=128, json_schema_extra={"pattern": "^[a-z0-9][a-z0-9._-]*$"})]
 Labels = Annotated[dict[str, str], Field(max_length=32, json_schema_extra=_LABELS)]
-ChangedLabels = Annotated[dict[str, str | None], Field(max_length=32, json_schema_extra=_LABEL_KEYS)]
+ChangedLabels = Annotated[dict[str, str | None], Field(max_length=32, json_schema_extra=_CHANGED_LABELS)]
 Key = Annotated[str, Field(max_length=128, json_schema_extra={"pattern": "^([!-~][ -~]*)?$"})]
 Version = Annotated[int, Field(ge=1, le=MAX_VERSION)]
 

@@ -27,7 +27,7 @@ class Outcome:
 
     Attributes:
         event_s: when each event with text came, the first token's first.
-        end_s: when the answer was whole.
+        end_s: when the last event of the answer came, as vLLM counts it, or the error.
         error: why there is no whole answer; "": there is.
     """
 
@@ -128,6 +128,8 @@ class Server:
         try:
             async for event in self._events(request):
                 now_s = time.perf_counter() - scheduled_s
+                if event.get("choices"):
+                    outcome.end_s = now_s
                 if usage := event.get("usage"):
                     outcome.input_tokens = int(usage["prompt_tokens"])
                     outcome.output_tokens = int(usage["completion_tokens"])
@@ -137,7 +139,7 @@ class Server:
                 raise InternalError("the stream ended without its usage")
         except (httpx.HTTPError, SoftpromptError, ValueError, KeyError, TypeError, AttributeError) as error:
             outcome.error = str(error) or type(error).__name__
-        outcome.end_s = time.perf_counter() - scheduled_s
+            outcome.end_s = time.perf_counter() - scheduled_s
         return outcome
 
     async def _events(self, request: Request) -> AsyncIterator[Mapping[str, Any]]:
@@ -158,7 +160,7 @@ class Server:
             async for piece in answer.aiter_raw():
                 *lines, buffer = (buffer + piece).split(b"\n")
                 for line in lines:
-                    data = line.strip().removeprefix(b"data: ")
+                    data = line.removeprefix(b"data:").strip()
                     if not data.startswith(b"{"):  # blank lines, comments, and the end mark
                         continue
                     event: dict[str, Any] = json.loads(data)

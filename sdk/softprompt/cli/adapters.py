@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 from softprompt_api.errors import SoftpromptError
 
 from softprompt.cli.connections import inference_client, registry_client
@@ -183,7 +184,7 @@ def _table(adapters: list[AdapterInfo]) -> Table:
     for info in adapters:
         version = f"{info.version} pinned" if info.pinned else str(info.version)
         size = f"{info.size_bytes / 1024:,.1f} KiB"
-        labels = " ".join(f"{key}={value}" for key, value in sorted(info.labels.items()))
+        labels = Text(" ".join(f"{key}={value}" for key, value in sorted(info.labels.items())))
         table.add_row(
             *(
                 info.name,
