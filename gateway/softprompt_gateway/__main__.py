@@ -6,6 +6,7 @@ import socket
 import sys
 
 from softprompt_api.logs import configure_logs
+from softprompt_api.open_files import allow_many
 from softprompt_api.tracing import open_tracer
 
 from softprompt_gateway.admission import Admission
@@ -45,6 +46,7 @@ def main() -> int:
         listener = listen(settings.host, settings.port)
     except (SettingsError, OSError) as error:
         return _fail(error)
+    allow_many()  # each client is a connection
     configure_logs(settings.log_format)
     try:
         asyncio.run(serve(settings, listener))

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from softprompt_api.errors import AdapterNotFound
+from softprompt_api.open_files import allow_many
 
 from softprompt.bench.load import run
 from softprompt.bench.report import GOALS, Report, make_report
@@ -100,6 +101,7 @@ def bench(
                 outcomes, duration_s = await run(server, requests, max_concurrency=max_concurrency, tell=tell)
                 return models, outcomes, duration_s, time.process_time() - busy_s
 
+    allow_many()  # each request on its way is a connection
     models, outcomes, duration_s, busy_s = asyncio.run(measure())
     report = make_report(outcomes, duration_s, goals)
     typer.echo(report.table())
