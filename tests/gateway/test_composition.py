@@ -211,9 +211,9 @@ MIXED_UP = [
     ({"prompt": [soft("a")]}, "prompt", "must have text beside its soft prompts"),
     ({"prompt": [{"type": "image_url"}]}, "prompt", "'image_url' is not supported"),
     ({"prompt": [{"type": "text", "text": "x"}, "y"]}, "prompt", "prompt must hold"),
-    ({"prompt": [{"type": "soft_prompt"}]}, "name", "name is required"),
-    ({"prompt": [{**soft("a"), "weight": 2}]}, "weight", "unknown parameter 'weight'"),
-    ({"prompt": [{"type": "text", "text": 5}]}, "text", ""),
+    ({"prompt": [{"type": "soft_prompt"}]}, "prompt", "content part 0: name is required"),
+    ({"prompt": [{**soft("a"), "weight": 2}]}, "prompt", "content part 0: unknown parameter 'weight'"),
+    ({"prompt": [text("x"), {"type": "text", "text": 5}]}, "prompt", "content part 1: text: "),
 ]
 
 
@@ -233,7 +233,7 @@ async def test_what_does_not_go_together_is_refused_by_field(
     [
         ([soft("given"), text("x")], "messages", "given gives keys and values"),
         ([soft("lora"), text("x")], "messages", "lora is a LoRA"),
-        ([{"type": "soft_prompt", "name": 5}], "name", ""),
+        ([{"type": "soft_prompt", "name": 5}], "messages", "content part 0: name: "),
         ([{"type": "soft_prompts", "name": "a"}], "messages", "only 'text' and 'soft_prompt'"),
     ],
 )

@@ -17,6 +17,9 @@ class Tokens:
     def token_bytes(self, token_id: int) -> bytes:
         return chr(token_id).encode()
 
+    def is_special(self, token_id: int) -> bool:
+        return chr(token_id) == "z"
+
 
 def batch() -> Batch[Accepted | Delta | Finished]:
     return Batch(lambda event, response: write_response(event, response, Tokens()))  # type: ignore[arg-type]
