@@ -41,7 +41,7 @@ class Guard:
 
     def __init__(self, settings: Settings, registry: RegistryClient, keyring: Keyring) -> None:
         self._is_open = settings.insecure
-        self._is_local = is_loopback(settings.host)
+        self._is_local = is_loopback(settings.host) and not settings.insecure
         self._always_asks = settings.always_asks_for_keys
         self._timeout_s = settings.registry_timeout_s
         self._registry = registry
@@ -76,7 +76,7 @@ class Guard:
         if self._is_local and host and not _is_this_machine(f"//{host}"):
             raise PermissionDenied(
                 f"this server asks for no API key, and answers to names of this machine alone, not {shown(host)}; "
-                "to serve others, make a key"
+                "to serve others, make a key, or set insecure"
             )
         if origin and not _is_this_machine(origin) and origin.partition("://")[2] != host:
             raise PermissionDenied(

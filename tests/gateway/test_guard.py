@@ -219,8 +219,10 @@ async def test_keys_can_be_required_before_the_first_was_made(stack: Any) -> Non
 @pytest.mark.parametrize("gateway_settings", [{"insecure": True}])
 async def test_an_insecure_gateway_asks_nobody(stack: Any) -> None:
     await stack.registry.keys.make(Scope.ADMIN)
-    for headers in ({}, bearer("wrong")):
+    # A proxy before it passes on the name that its clients know.
+    for headers in ({}, bearer("wrong"), {"host": "api.example", "origin": "https://api.example"}):
         assert (await stack.http.get("/metrics", headers=headers)).status_code == 200
+    assert (await stack.http.get("/metrics", headers={"origin": "https://evil.example"})).status_code == 403
 
 
 async def test_a_key_is_good_at_once_though_nobody_told_of_it(stack: Any) -> None:
