@@ -27,7 +27,7 @@ T = TypeVar("T")
 _PARALLEL_RETRY_MS = 1000
 # A store that failed is left alone for so long: every request would wait for it.
 _AWAY_S = 5.0
-# At the same time; the store has a few connections more, for what is renewed.
+# At the same time; the store has a few connections more, for what is renewed and given back.
 _MAX_QUESTIONS = MAX_CONNECTIONS - 8
 _STATE = "meter"
 _log = structlog.get_logger()
@@ -169,9 +169,8 @@ class Limiter:
         try:
             yield
         finally:
-            async with self._turns:
-                with contextlib.suppress(redis.exceptions.RedisError, OSError):  # the lease ends by itself
-                    await counters.leave(key_id, lease)
+            with contextlib.suppress(redis.exceptions.RedisError, OSError):  # the lease ends by itself
+                await counters.leave(key_id, lease)
 
     async def _ask(self, question: Callable[[Counters], Awaitable[T]]) -> T:
         """Ask the shared counters, or this gateway's own while those are away."""

@@ -52,7 +52,6 @@ class Admission:
     @contextmanager
     def admitted(self, num: int, tenant: str) -> Iterator[None]:
         """Some completions of a tenant, for the time of the context; Overloaded where they cannot be let in."""
-        self._open.check(tenant, num)
         self._check_wait(tenant)
         with self._open.holding(tenant, num):
             yield

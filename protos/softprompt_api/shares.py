@@ -37,7 +37,7 @@ class Shares:
     @contextmanager
     def holding(self, tenant: str, num: int = 1) -> Iterator[None]:
         """Some of it, for the time of the context; Overloaded where that is too much."""
-        self.check(tenant, num)
+        self._check(tenant, num)
         self.held[tenant] += num
         try:
             yield
@@ -46,8 +46,7 @@ class Shares:
             if not self.held[tenant]:
                 del self.held[tenant]
 
-    def check(self, tenant: str, num: int = 1) -> None:
-        """Raise Overloaded where a tenant can hold no more."""
+    def _check(self, tenant: str, num: int) -> None:
         self._remember(tenant)
         total = self.held.total()
         free = self._most - total
@@ -61,7 +60,5 @@ class Shares:
         now_s = self._now()
         self._asked_s.pop(tenant, None)
         self._asked_s[tenant] = now_s
-        for other, asked_s in list(self._asked_s.items()):
-            if asked_s > now_s - _MEMORY_S:
-                break
-            del self._asked_s[other]
+        while self._asked_s[oldest := next(iter(self._asked_s))] <= now_s - _MEMORY_S:
+            del self._asked_s[oldest]

@@ -45,11 +45,12 @@ async def test_who_leaves_an_old_stream_is_cancelled_and_who_is_slow_on_it_goes_
     await reader.readuntil(b"data: ")
     assert (await stack.complete("hello")).status_code == 200
     assert stack.inference.sessions == 2
-    reader._transport.pause_reading()  # type: ignore[attr-defined]
+    assert isinstance(writer.transport, asyncio.Transport)
+    writer.transport.pause_reading()
     await stack.inference.until(lambda fake: fake.pauses >= 1)
-    reader._transport.resume_reading()  # type: ignore[attr-defined]
+    writer.transport.resume_reading()
     await reader.read(2**20)
-    reader._transport.pause_reading()  # type: ignore[attr-defined]
+    writer.transport.pause_reading()
     await stack.inference.until(lambda fake: fake.pauses >= 2)
     writer.transport.abort()
     await stack.inference.until(lambda fake: fake.cancelled == 1 and fake.open_sessions == 1)
@@ -71,7 +72,8 @@ async def test_an_unread_stream_pauses_its_call_and_no_other(stack: Any, monkeyp
     body = {"model": stack.base, "prompt": "flood", "stream": True}
     reader, writer = await stack.connect(_request(body))
     await reader.readuntil(b"data: ")
-    reader._transport.pause_reading()  # type: ignore[attr-defined]
+    assert isinstance(writer.transport, asyncio.Transport)
+    writer.transport.pause_reading()
     await stack.inference.until(lambda fake: fake.pauses >= 1)
     assert (await stack.complete("hello")).json()["choices"][0]["text"] == "hello"
     writer.transport.abort()

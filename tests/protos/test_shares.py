@@ -18,7 +18,7 @@ def test_alone_a_tenant_may_hold_everything() -> None:
     shares = Shares(4, what="things run")
     expected = pytest.raises(Overloaded, match="4 things run, and at most 4 may")
     with shares.holding("a", 3), shares.holding("a"), expected:
-        shares.check("a")
+        shares.holding("a").__enter__()
     assert not shares.held
 
 
@@ -29,9 +29,9 @@ def test_beside_others_a_tenant_leaves_as_much_as_it_has() -> None:
         for _ in range(4):
             held.enter_context(shares.holding("a"))
         with pytest.raises(Overloaded, match="4 of this tenant's things run, and the rest is for others"):
-            shares.check("a")
+            shares.holding("a").__enter__()
         held.enter_context(shares.holding("b"))
-        shares.check("c", 3)
+        shares.holding("c", 3).__enter__()
 
 
 def test_who_floods_first_gives_way_once_another_has_asked() -> None:
@@ -40,10 +40,10 @@ def test_who_floods_first_gives_way_once_another_has_asked() -> None:
     for one in flood:
         one.__enter__()
     with pytest.raises(Overloaded):
-        shares.check("b")
+        shares.holding("b").__enter__()
     flood[0].__exit__(None, None, None)
     with pytest.raises(Overloaded, match="for others"):
-        shares.check("a")
+        shares.holding("a").__enter__()
     with shares.holding("b"):
         assert shares.held == {"a": 3, "b": 1}
 
@@ -55,6 +55,6 @@ def test_who_has_not_asked_for_a_minute_is_not_reckoned_with() -> None:
         pass
     with shares.holding("a", 2):
         with pytest.raises(Overloaded):
-            shares.check("a", 2)
+            shares.holding("a", 2).__enter__()
         clock.now_s = 61.0
-        shares.check("a", 2)
+        shares.holding("a", 2).__enter__()

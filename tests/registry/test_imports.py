@@ -92,8 +92,8 @@ async def test_a_bad_name_is_refused_before_anything_is_read(client):
 
 
 async def test_more_imports_than_are_allowed_are_overload(client, write, monkeypatch):
-    check = imports.Shares.check
-    monkeypatch.setattr(imports.Shares, "check", lambda shares, tenant, _=1: check(shares, tenant, 10**6))
+    check = imports.Shares._check
+    monkeypatch.setattr(imports.Shares, "_check", lambda shares, tenant, _: check(shares, tenant, 10**6))
     with pytest.raises(Overloaded, match="0 imports are running, and at most 4 may"):
         await import_(client, "tweets", write("a"))
 

@@ -207,7 +207,7 @@ class CompletionStyle(Style):
         self._echoes = echoes
         self._tells_echo = bool(request.echo) and request.logprobs is not None
         self._skips_special = request.skip_special_tokens is not False
-        self._places = [self._output_places(echo) for echo in echoes for _ in range(self._per_prompt)]
+        self._places: dict[int, OutputPlaces] = {}  # of each choice of a stream that tells its tokens
         # Of each choice of a stream: its prompt, and how many tokens of it are still to be told.
         self._echoed: dict[int, EchoedText] = {}
         self._num_untold: dict[int, int] = {}
@@ -248,6 +248,8 @@ class CompletionStyle(Style):
         """New text."""
         shape = self._shape(index, delta.text)
         if self._num_top is not None:
+            if index not in self._places:
+                self._places[index] = self._output_places(self._echoes[index // self._per_prompt])
             shape["logprobs"] = completion_logprobs(delta.logprobs, self._places[index])
         if self._with_ids:
             shape["token_ids"] = list(delta.token_ids)

@@ -28,6 +28,7 @@ from softprompt_inference.model.attention import (
     build_step_batch,
     detach,
 )
+from softprompt_inference.model.errors import one_line
 from softprompt_inference.model.masks import MaskRecorder, recorded_masks
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def refused(reason: str) -> Iterator[None]:
     except (Unsupported, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise Unsupported(reason) from error
+        raise Unsupported(f"{reason} ({one_line(error)})") from error
 
 
 def run_once(model: PreTrainedModel) -> CallRecorder:

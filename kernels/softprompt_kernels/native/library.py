@@ -53,7 +53,10 @@ def load(cache_dir: Path) -> ctypes.CDLL:
 
 def _find_compiler() -> list[str]:
     """The command, which may have arguments, as in CC="ccache gcc"."""
-    named = shlex.split(os.environ.get("CC", ""))
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise CannotCompile(f"CC is no command: {error}") from error
     found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if not named and found is None:
         raise CannotCompile("no C compiler (cc, gcc or clang) is installed")
