@@ -88,6 +88,7 @@ class FakeInference(InferenceServiceServicer):
         self.tokenizing = 0
         self.released = asyncio.Event()
         self.model_error: Exception | None = None
+        self.vocab_size = 256
         self.probed: list[str] = []
         self.probe_error: Exception | None = None
         self.resident = ("loud@1", "loud@2", "loud@3")
@@ -230,7 +231,9 @@ class FakeInference(InferenceServiceServicer):
     async def GetModel(self, request: Any, context: Any) -> pb.GetModelResponse:
         if self.model_error is not None:
             raise self.model_error
-        model = reg.BaseModel(id=self.base, architecture="TinyForCausalLM", hidden_size=8, vocab_size=256)
+        model = reg.BaseModel(
+            id=self.base, architecture="TinyForCausalLM", hidden_size=8, vocab_size=self.vocab_size
+        )
         return pb.GetModelResponse(
             base_model=model,
             max_model_len=512,

@@ -38,6 +38,13 @@ async def test_the_first_key_is_told_of_by_an_event() -> None:
     assert keyring.find("a" * 64) == _key("a")
 
 
+async def test_a_key_that_is_only_heard_of_when_it_is_revoked_was_made() -> None:
+    keyring = Keyring(trust_s=60)
+    keyring.replace([], ever_made=False)
+    keyring.apply(_event(REVOKED, "a"))
+    assert await keyring.was_any_made()
+
+
 async def test_a_new_list_replaces_what_was_known() -> None:
     keyring = Keyring(trust_s=60)
     keyring.replace([_key("a")], ever_made=True)

@@ -203,6 +203,19 @@ async def test_while_the_store_is_away_a_gateway_counts_alone(
     await limiter.close()
 
 
+async def test_a_flood_does_not_make_a_gateway_count_alone(store: Any, logged: list[Any]) -> None:
+    await store.ready()
+    limiter = Limiter(store.url, max_requests=1000, lease_s=60)
+    assert limiter._shared is not None
+    limiter._shared._pool.timeout = 0.05  # nobody may have to wait for a connection
+    who = caller(requests_per_minute=5)
+    taken = await asyncio.gather(*[take(limiter, who) for _ in range(500)], return_exceptions=True)
+    assert sum(isinstance(each, dict) for each in taken) == 5
+    assert {type(each) for each in taken} == {dict, RateLimited}
+    assert not any("counts alone" in line["event"] for line in logged)
+    await limiter.close()
+
+
 @pytest.fixture
 def gateway_settings() -> dict[str, Any]:
     return {"require_keys": True}

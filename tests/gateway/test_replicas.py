@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from softprompt_api.errors import Unavailable
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.rpc.channel import open_channel
 from softprompt_gateway.clients import InferenceClient
@@ -368,6 +369,41 @@ async def test_replicas_come_and_go_with_the_addresses_of_their_name(stack: Any)
         addresses.remove(first)
         await until(stack, lambda: serving() == [second])
         assert [replica.name for replica in replicas.every] == [second]
+    finally:
+        await replicas.close()
+
+
+async def test_a_request_is_not_for_what_is_served_in_the_place_of_its_base_model(stack: Any) -> None:
+    addresses = [stack.replica_name(0)]
+
+    async def look_up(_host: str, _port: int) -> list[str]:
+        return list(addresses)
+
+    replicas = Replicas(Discovery(Places.parse("dns:///inference:1"), look_up), open_channel, look_up_s=0.01)
+    try:
+        served = (await replicas.bases()).only()
+        assert replicas.choose(served, bytes).name == stack.replica_name(0)
+        stack.replicas[1].vocab_size = 300
+        addresses[:] = [stack.replica_name(1)]
+        await until(stack, lambda: [replica.name for replica in replicas.every if replica.is_up] == addresses)
+        assert replicas.known_bases.only().base_model.vocab_size == 300
+        with pytest.raises(Unavailable):
+            replicas.choose(served, bytes)
+    finally:
+        await replicas.close()
+
+
+async def test_what_is_up_goes_before_what_is_down_under_the_same_name(stack: Any) -> None:
+    stack.replicas[1].vocab_size = 300
+    names = [stack.replica_name(0), stack.replica_name(1)]
+    replicas = Replicas(Discovery(Places.parse(",".join(names))), open_channel)
+    try:
+        assert (await replicas.bases()).only().base_model.vocab_size == 256
+        await stack.services["inference"].stop(0)
+        await until(stack, lambda: not replicas.every[0].is_up)
+        served = replicas.known_bases.only()
+        assert served.base_model.vocab_size == 300
+        assert replicas.choose(served, bytes).name == names[1]
     finally:
         await replicas.close()
 

@@ -258,6 +258,8 @@ async def test_a_key_for_one_adapter_uses_it_and_the_base_model_alone(
     digest = (await acme.call("GET", "/v1/adapters/sms")).json()["digest"]
     narrow = Tenant(stack, (await keys.make("acme", adapters=["tweets"]))[0])
     assert await narrow.models() == [stack.base, "tweets"]
+    listed = (await narrow.call("GET", "/v1/adapters")).json()["data"]
+    assert [adapter["name"] for adapter in listed] == ["tweets"]
     assert (await narrow.complete("tweets")).status_code == 200
     assert (await narrow.complete(stack.base)).status_code == 200
     for model in ("sms", "sms@1", "never", digest):

@@ -56,7 +56,9 @@ def test_this_machine_is_always_allowed(address: str) -> None:
     check_reach(address, allow_remote=False, setting="address", permission="allow_remote")
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "registry:1"])
+@pytest.mark.parametrize(
+    "address", ["0.0.0.0:1", "[::]:1", "registry:1", "127.evil.example:1", "localhost.evil.example:1"]
+)
 def test_other_machines_must_be_meant(address: str) -> None:
     with pytest.raises(ValueError, match=r"address .* set allow_remote"):
         check_reach(address, allow_remote=False, setting="address", permission="allow_remote")
