@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,9 @@ class Bench:
             self._missing(name, f"nothing was timed, because outputs are wrong: {error}")
         except (SideFailed, OSError) as error:
             self._missing(name, str(error))
+        except Exception as error:  # the benchmark's own, which must not take the other cases with it
+            traceback.print_exc()
+            self._missing(name, f"the benchmark failed: {type(error).__name__}: {error}")
         finally:
             self.progress.end()
 

@@ -7,6 +7,7 @@ is longer by as many tokens: all that is left is fetching, checking and loading.
 import base64
 import hashlib
 import http.client
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ _MAX_STREAMS = 8
 # Loads while others stream: how long each waits behind the one before.
 _PAUSES_S = {"soft prompts": 0.1, "LoRAs": 0.4}
 _UPLOAD_TIMEOUT_S = 60.0
+_NUMBERS = itertools.count()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,10 +105,9 @@ def _first_tokens(
     kind = what.replace(" ", "-").replace(".", "-").lower()
     for number, adapter in enumerate(adapters):
         name = f"cold-{kind}-{number}"
-        first = 4 * number
+        # No text begins as another has begun, of whatever kind: nothing but the adapter is found in the cache.
         longer, prompt, other = (
-            _request(bench, first + step, _PROMPT_TOKENS + more)
-            for step, more in enumerate((num_virtual_tokens, 0, 0))
+            _request(bench, next(_NUMBERS), _PROMPT_TOKENS + more) for more in (num_virtual_tokens, 0, 0)
         )
         base = _time_first_token(system, _BASE, longer)
         registering = _register(system, name, adapter)

@@ -21,6 +21,7 @@ from softprompt_api.rpc.channel import open_blocking_channel
 from benchmarks import goals
 from benchmarks.bench import OURS, Bench
 from benchmarks.cases.common import SEED, measured
+from benchmarks.exposition import counted, exposition
 from benchmarks.fresh import FreshAdapter, FreshAdapters, register_all
 from benchmarks.goals import Goal
 from benchmarks.http_load import stream_each, stream_one
@@ -203,19 +204,13 @@ def _until_known(port: int, count: int, start: float) -> float:
     deadline = start + _SYNC_TIMEOUT_S
     while time.perf_counter() < deadline:
         try:
-            known = _metrics(port).get("softprompt_gateway_known_adapters", 0.0)
+            known = counted(exposition(port), "softprompt_gateway_known_adapters")
         except OSError:  # it does not listen yet
             known = 0.0
         if known == count:
             return time.perf_counter() - start
         time.sleep(_POLL_S)
     raise SideFailed(f"the gateway does not know all {count} adapters after {_SYNC_TIMEOUT_S:.0f} s")
-
-
-def _metrics(port: int) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
-        lines = response.read().decode().splitlines()
-    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
 
 
 def _ask(system: System, bench: Bench, names: list[str]) -> list[list[int]]:
@@ -326,9 +321,9 @@ def _rate(bench: Bench, system: System, named: list[tuple[str, Request]]) -> flo
 
 
 def _hits(system: System) -> dict[str, float]:
-    metrics = _metrics(system.port)
+    text = exposition(system.port)
     return {
-        tier: metrics.get(f'softprompt_inference_adapter_hits_total{{tier="{tier}"}}', 0.0)
+        tier: counted(text, "softprompt_inference_adapter_hits_total", tier=tier)
         for tier in ("device", "host", "registry")
     }
 
