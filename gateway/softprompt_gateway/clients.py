@@ -211,13 +211,16 @@ class InferenceClient:
         )
         return answer.text
 
-    async def probe_adapter(self, version: registry.AdapterVersion) -> registry.AdapterVersion:
-        """Measure a version; the version with what was measured."""
-        request = inference.ProbeAdapterRequest(adapter=spelling_of(version))
+    async def probe_adapter(
+        self, version: registry.AdapterVersion, *, patience_s: float = 0.0
+    ) -> registry.AdapterVersion:
+        """Measure a version, if need be a little later, when nobody else is served; the version with what was
+        measured."""
+        request = inference.ProbeAdapterRequest(adapter=spelling_of(version), patience_ms=int(patience_s * 1000))
         answer = await self._ask(
             (await self.bases()).of(version),
             version.digest.encode(),
-            lambda replica: ask(replica.stub.ProbeAdapter, request, timeout_s=self._timeout_s),
+            lambda replica: ask(replica.stub.ProbeAdapter, request, timeout_s=self._timeout_s + patience_s),
         )
         return answer.adapter
 

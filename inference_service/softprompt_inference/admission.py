@@ -48,13 +48,22 @@ class Admission:
         self._num_ended = 0.0
         self._seconds = 0.0
         self._since_s: float | None = None  # when somebody was last seen to wait; None: nobody did
+        self._idle_since_s = now()
 
     @contextmanager
     def admitted(self, num: int, tenant: str) -> Iterator[None]:
         """Some completions of a tenant, for the time of the context; Overloaded where they cannot be let in."""
         self._check_wait(tenant)
         with self._open.holding(tenant, num):
-            yield
+            try:
+                yield
+            finally:
+                self._idle_since_s = self._now()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since a completion was in; 0 while one is."""
+        return 0.0 if self._open.held else self._now() - self._idle_since_s
 
     def left(self, num: int) -> None:
         """Some that the engine had been given have ended, however they did."""

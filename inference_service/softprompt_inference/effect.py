@@ -5,8 +5,9 @@ One prompt is in it at a time, so that nobody else waits longer for a step than 
 """
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from softprompt_api.errors import InvalidArgument
@@ -36,6 +37,10 @@ PROMPTS = (
 )
 # What a model masks has no logarithm; this is as good as none.
 _LEAST_LOGPROB = -1e4
+# So long nobody's completion ran: a good time for what nobody waits for. Who registers an adapter often uses it at
+# once, so it is counted from when the probe was asked for at the earliest.
+_LULL_S = 1.0
+MAX_PATIENCE_S = 600.0
 # No tenant's: whoever sends one of these prompts does not learn that it was measured with.
 _SALT = "probe"
 
@@ -49,6 +54,7 @@ class EffectProbe:
         residency: holds adapters in the engine.
         source: resolves adapters, and keeps what was measured of them.
         base_model: what is served.
+        idle_s: seconds since a completion ran or waited.
     """
 
     def __init__(
@@ -58,29 +64,48 @@ class EffectProbe:
         residency: Residency,
         source: AdapterSource,
         base_model: pb.BaseModel,
+        *,
+        idle_s: Callable[[], float],
     ) -> None:
         self._engine = engine
         self._prompts = prompts
         self._residency = residency
         self._source = source
         self._base_model = base_model
+        self._idle_s = idle_s
         self._one_at_a_time = asyncio.Lock()
         self._numbers = itertools.count(1)
         self._token_ids: list[list[int]] = []
         self._without: list[np.ndarray] = []  # the base model's, measured once
 
-    async def probe(self, spelling: str) -> pb.AdapterVersion:
+    async def probe(self, spelling: str, *, patience_s: float = 0.0) -> pb.AdapterVersion:
         """Measure the version that a spelling stands for, and have it recorded; the version as it is then.
 
+        With patience it waits for a lull, so long at most, and measures nothing that was measured meanwhile.
         Every SoftpromptError that it raises is meant for the caller.
         """
         ref = parse_requested(spelling)
         if ref.task is not None:
             raise InvalidArgument(f"all tasks are measured; leave ':{ref.task}' out", field="adapter")
+        if not 0 <= patience_s <= MAX_PATIENCE_S:
+            raise InvalidArgument(f"patience_ms must be 0 to {MAX_PATIENCE_S * 1000:g}", field="patience_ms")
+        await self._wait_for_lull(patience_s)
         version = await self._source.resolve(str(ref))
+        if patience_s and version.HasField("probe"):
+            return version
         effects = await self._measure(version.digest, version.num_tasks)
         probe = Probe(effects=tuple(effects), base_model_id=self._base_model.id, dtype=self._base_model.dtype)
         return await self._source.record(version, probe)
+
+    async def _wait_for_lull(self, patience_s: float) -> None:
+        if not patience_s:
+            return
+        left_s = _LULL_S
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                while left_s > 0:
+                    await asyncio.sleep(left_s)
+                    left_s = _LULL_S - self._idle_s()
 
     async def _measure(self, digest: str, num_tasks: int) -> list[Effect]:
         """The effect of an adapter, or of each of its first tasks."""

@@ -232,6 +232,11 @@ class InferenceServer:
             max_tokens=engine.info.max_model_len,
             executor=self._executor,
         )
+        admission = Admission(
+            max_open=settings.max_num_sequences + settings.max_queued_requests,
+            max_wait_s=settings.max_queue_s,
+            load=lambda: engine.stats,
+        )
         generator = Generator(
             engine=engine,
             tokenizer=lasting.tokenizer,
@@ -240,11 +245,7 @@ class InferenceServer:
             residency=self._residency,
             grammars=lasting.grammars,
             base_model_id=lasting.base_model.id,
-            admission=Admission(
-                max_open=settings.max_num_sequences + settings.max_queued_requests,
-                max_wait_s=settings.max_queue_s,
-                load=lambda: engine.stats,
-            ),
+            admission=admission,
         )
         return Front(
             engine=engine,
@@ -252,7 +253,14 @@ class InferenceServer:
             prompts=prompts,
             generator=generator,
             residency=self._residency,
-            effects=EffectProbe(engine, prompts, self._residency, lasting.source, lasting.base_model),
+            effects=EffectProbe(
+                engine,
+                prompts,
+                self._residency,
+                lasting.source,
+                lasting.base_model,
+                idle_s=lambda: admission.idle_s,
+            ),
             base_model=lasting.base_model,
             ready_unix_s=lasting.ready_unix_s,
             defaults=lasting.defaults,

@@ -196,7 +196,9 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         return pb.EvictResponse(digest=digest)
 
     async def ProbeAdapter(self, request: pb.ProbeAdapterRequest, context: Context) -> pb.ProbeAdapterResponse:
-        return pb.ProbeAdapterResponse(adapter=await self._ready().effects.probe(request.adapter))
+        effects = self._ready().effects
+        version = await effects.probe(request.adapter, patience_s=request.patience_ms / 1000)
+        return pb.ProbeAdapterResponse(adapter=version)
 
     async def NearestTokens(self, request: pb.NearestTokensRequest, context: Context) -> pb.NearestTokensResponse:
         front = self._ready()

@@ -90,6 +90,7 @@ class FakeInference(InferenceServiceServicer):
         self.model_error: Exception | None = None
         self.vocab_size = 256
         self.probed: list[str] = []
+        self.patience_ms: list[int] = []  # of each probe
         self.probe_error: Exception | None = None
         self.resident = ("loud@1", "loud@2", "loud@3")
         self.failures: list[errors.SoftpromptError] = []
@@ -243,6 +244,7 @@ class FakeInference(InferenceServiceServicer):
 
     async def ProbeAdapter(self, request: Any, context: Any) -> pb.ProbeAdapterResponse:
         self.probed.append(request.adapter)
+        self.patience_ms.append(request.patience_ms)
         await self._change()
         if self.probe_error is not None:
             raise self.probe_error

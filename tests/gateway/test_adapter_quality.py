@@ -31,6 +31,7 @@ async def test_what_was_registered_is_probed_without_anybody_waiting_for_it(stac
     assert response.status_code == 201
     assert response.json()["probe"] is None
     await until_probed(stack, "loud@1")
+    assert stack.inference.patience_ms == [30_000], "others are served first"
     async with asyncio.timeout(5):
         while (await stack.http.get("/v1/adapters/loud")).json()["probe"] != PROBE:
             pass
@@ -57,7 +58,7 @@ async def test_an_adapter_is_probed_on_demand(stack: Any) -> None:
     response = await stack.http.post("/v1/adapters/loud@1/probe")
     assert response.status_code == 200, response.text
     assert (response.json()["model"], response.json()["probe"]) == ("loud@1", PROBE)
-    assert stack.inference.probed == ["loud@1"]
+    assert (stack.inference.probed, stack.inference.patience_ms) == (["loud@1"], [0])
 
 
 async def test_norms_and_warnings_are_shown_with_a_version(stack: Any) -> None:

@@ -26,10 +26,10 @@ class Place:
     """
 
     def __init__(self, *, max_open: int = 1000, max_wait_s: float = MAX_WAIT_S) -> None:
+        self.now_s = 0.0
         self.admission = Admission(
             max_open=max_open, max_wait_s=max_wait_s, load=lambda: self._stats, now=lambda: self.now_s
         )
-        self.now_s = 0.0
         self.waits: list[float] = []
         self._stats = Stats()
         self._ends: list[tuple[float, int, AbstractContextManager[None]]] = []
@@ -164,3 +164,18 @@ def test_it_waits_for_nobody_again_once_the_line_is_gone() -> None:
     for _ in range(SLOTS):
         place.ask()
     assert place.waits[-SLOTS:] == [0.0] * SLOTS
+
+
+def test_it_is_idle_since_the_last_that_was_in_has_left() -> None:
+    now_s = 5.0
+    admission = Admission(max_open=2, max_wait_s=1.0, load=Stats, now=lambda: now_s)
+    now_s = 7.0
+    assert admission.idle_s == 2.0
+    with admission.admitted(1, "a"):
+        now_s = 8.0
+        with admission.admitted(1, "b"):
+            pass
+        now_s = 9.0
+        assert admission.idle_s == 0.0
+    now_s = 9.5
+    assert admission.idle_s == 0.5

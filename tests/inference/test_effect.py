@@ -122,7 +122,7 @@ class FakePrompts:
         return [[len(prompt.text)]]
 
 
-def make(engine: FakeEngine, source: FakeSource) -> EffectProbe:
+def make(engine: FakeEngine, source: FakeSource, *, idle_s: Callable[[], float] = lambda: 0.0) -> EffectProbe:
     async def fetch(digest: str) -> Adapter:
         return Adapter(
             digest=digest, content=Rows(data=bytes(8), dtype="float32", num_virtual_tokens=1, row_size=2)
@@ -143,6 +143,7 @@ def make(engine: FakeEngine, source: FakeSource) -> EffectProbe:
         residency,
         cast(AdapterSource, source),
         pb.BaseModel(id="org/Base", dtype="bfloat16"),
+        idle_s=idle_s,
     )
 
 
@@ -190,3 +191,44 @@ async def test_what_stops_a_measurement_is_told_and_nothing_is_recorded() -> Non
     source.is_away = True
     with pytest.raises(Unavailable):
         await make(FakeEngine(), source).probe("tweets")
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How long the probe slept each time; no time passes."""
+    seconds: list[float] = []
+
+    async def sleep(delay: float) -> None:
+        seconds.append(delay)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    return seconds
+
+
+async def test_whoever_asks_now_is_not_made_to_wait_for_a_lull(slept: list[float]) -> None:
+    source = FakeSource()
+    await make(FakeEngine(), source).probe("tweets")
+    assert (slept, len(source.recorded)) == ([], 1)
+
+
+async def test_what_has_time_waits_until_nobody_has_been_served_for_a_second(slept: list[float]) -> None:
+    idle_s = iter([0.0, 0.25, 1.0])  # a completion runs, has just ended, and ended long ago
+    source = FakeSource()
+    await make(FakeEngine(), source, idle_s=lambda: next(idle_s)).probe("tweets", patience_s=9.0)
+    assert (slept, len(source.recorded)) == ([1.0, 1.0, 0.75], 1)
+
+
+async def test_patience_has_an_end() -> None:
+    source = FakeSource()
+    await make(FakeEngine(), source).probe("tweets", patience_s=0.01)
+    assert len(source.recorded) == 1
+
+
+async def test_what_was_measured_while_it_waited_is_not_measured_again(slept: list[float]) -> None:
+    engine, source = FakeEngine(), FakeSource()
+    source.version.probe.SetInParent()
+    probe = make(engine, source, idle_s=lambda: 1.0)
+    assert await probe.probe("tweets", patience_s=9.0) is source.version
+    assert engine.requests == []
+    await probe.probe("tweets")
+    assert len(source.recorded) == 1, "whoever asks now gets a new one"

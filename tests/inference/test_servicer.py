@@ -298,7 +298,9 @@ async def world(
             prompts=prompts,
             generator=generator,
             residency=residency,
-            effects=EffectProbe(engine, prompts, residency, cast(AdapterSource, source), base_model),
+            effects=EffectProbe(
+                engine, prompts, residency, cast(AdapterSource, source), base_model, idle_s=lambda: 0.0
+            ),
             base_model=base_model,
             ready_unix_s=1,
         )
@@ -1178,6 +1180,16 @@ async def test_a_probe_compares_prompts_with_an_adapter_and_without(world: World
     assert (probed.name, probed.version) == ("tweets", 3)
     assert (effect.num_flips, effect.num_prompts) == (len(PROMPTS), len(PROMPTS))
     assert effect.mean_kl == pytest.approx(0.5 * math.log(3), abs=1e-6)
+
+
+@pytest.mark.parametrize("patience_ms", [-1, 600_001])
+async def test_a_probe_has_so_much_patience_and_no_more(world: World, patience_ms: int) -> None:
+    request = pb.ProbeAdapterRequest(adapter="tweets", patience_ms=patience_ms)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await world.stub.ProbeAdapter(request)
+    error = from_rpc_error(caught.value)
+    assert (error.reason, error.field) == ("INVALID_ARGUMENT", "patience_ms")
+    assert error.message == "patience_ms must be 0 to 600000"
 
 
 async def test_a_probe_whose_caller_leaves_is_aborted_and_lets_the_adapter_go(world: World) -> None:

@@ -13,7 +13,9 @@ from softprompt_gateway.disconnect import stop
 
 _log = structlog.get_logger()
 # Beyond these, what is registered is not measured unless somebody asks for it.
-_MAX_PENDING = 64
+_MAX_PENDING = 1000
+# So long each waits at most for a moment when nobody is served.
+_PATIENCE_S = 30.0
 
 
 class Probing:
@@ -47,6 +49,6 @@ class Probing:
         while not self._pending.empty():
             version = self._pending.get_nowait()
             try:
-                self._catalog.learn(await self._inference.probe_adapter(version))
+                self._catalog.learn(await self._inference.probe_adapter(version, patience_s=_PATIENCE_S))
             except SoftpromptError as error:
                 _log.info("an adapter was not probed", adapter=spelling_of(version), cause=error.reason)

@@ -1790,16 +1790,22 @@ class ProbeAdapterRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
+    PATIENCE_MS_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """"name", "name@version", "name@alias" or "sha256:<64 hex>"; without a task."""
+    patience_ms: _builtins.int
+    """How long it may wait, in milliseconds, for a second in which nobody's completion runs or waits; then it is measured
+    in any case, unless somebody had it measured meanwhile. 0: at once. At most 600,000.
+    """
     def __init__(
         self,
         *,
         adapter: _builtins.str = ...,
+        patience_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "patience_ms", b"patience_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -176,7 +176,8 @@ class InferenceServiceServicer:
     def ProbeAdapter(self, request, context):
         """ProbeAdapter measures what an adapter does: the distributions of the next token after a few fixed prompts, with it
         and without. The registry keeps the result with the version. Prompts run one at a time in the common batch.
-        NOT_FOUND: no such adapter. INVALID_ARGUMENT: it does not fit the model, or a task was named: all are measured.
+        NOT_FOUND: no such adapter. INVALID_ARGUMENT: it does not fit the model, a task was named (all are measured), or
+        patience_ms is out of range.
         UNAVAILABLE: the registry is away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -71,7 +71,8 @@ class InferenceServiceStub:
     ProbeAdapter: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ProbeAdapterRequest, _inference_pb2.ProbeAdapterResponse]
     """ProbeAdapter measures what an adapter does: the distributions of the next token after a few fixed prompts, with it
     and without. The registry keeps the result with the version. Prompts run one at a time in the common batch.
-    NOT_FOUND: no such adapter. INVALID_ARGUMENT: it does not fit the model, or a task was named: all are measured.
+    NOT_FOUND: no such adapter. INVALID_ARGUMENT: it does not fit the model, a task was named (all are measured), or
+    patience_ms is out of range.
     UNAVAILABLE: the registry is away.
     """
     NearestTokens: _grpc.UnaryUnaryMultiCallable[_inference_pb2.NearestTokensRequest, _inference_pb2.NearestTokensResponse]
@@ -122,7 +123,8 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     ProbeAdapter: _aio.UnaryUnaryMultiCallable[_inference_pb2.ProbeAdapterRequest, _inference_pb2.ProbeAdapterResponse]  # type: ignore[assignment]
     """ProbeAdapter measures what an adapter does: the distributions of the next token after a few fixed prompts, with it
     and without. The registry keeps the result with the version. Prompts run one at a time in the common batch.
-    NOT_FOUND: no such adapter. INVALID_ARGUMENT: it does not fit the model, or a task was named: all are measured.
+    NOT_FOUND: no such adapter. INVALID_ARGUMENT: it does not fit the model, a task was named (all are measured), or
+    patience_ms is out of range.
     UNAVAILABLE: the registry is away.
     """
     NearestTokens: _aio.UnaryUnaryMultiCallable[_inference_pb2.NearestTokensRequest, _inference_pb2.NearestTokensResponse]  # type: ignore[assignment]
@@ -230,7 +232,8 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_inference_pb2.ProbeAdapterResponse, _abc.Awaitable[_inference_pb2.ProbeAdapterResponse]]:
         """ProbeAdapter measures what an adapter does: the distributions of the next token after a few fixed prompts, with it
         and without. The registry keeps the result with the version. Prompts run one at a time in the common batch.
-        NOT_FOUND: no such adapter. INVALID_ARGUMENT: it does not fit the model, or a task was named: all are measured.
+        NOT_FOUND: no such adapter. INVALID_ARGUMENT: it does not fit the model, a task was named (all are measured), or
+        patience_ms is out of range.
         UNAVAILABLE: the registry is away.
         """
 
