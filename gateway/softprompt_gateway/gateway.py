@@ -20,6 +20,8 @@ from softprompt_gateway.resolve import Resolver
 from softprompt_gateway.settings import Settings
 from softprompt_gateway.validation import RequestModel
 
+# Fields that are not known, of one request: it may have as many as fit into its body.
+_MAX_LOGGED = 16
 _log = structlog.get_logger()
 
 Body = TypeVar("Body", bound=RequestModel)
@@ -53,8 +55,10 @@ class Gateway:
         """The request's body, checked. Unknown fields are refused, or left out where the settings say so."""
         values = await self.json(request)
         if self.settings.unknown_fields == "warn":
-            for name in sorted(values.keys() - model.model_fields.keys()):
+            unknown = [name for name in values if name not in model.model_fields]
+            for name in unknown[:_MAX_LOGGED]:
                 _log.warning("unknown field", field=shown(name), request_id=request.state.request_id)
+            for name in unknown:
                 del values[name]
         return model.checked(values)
 

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticKnownError
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.names import shown
 
@@ -39,6 +39,21 @@ def check_name(value: str, *, what: str, field: str) -> str:
     return value
 
 
+def at_most(limit: int) -> BeforeValidator:
+    """How many members an object may have, where a field takes any names.
+
+    pydantic counts them when it has looked at all of them, and makes an error of each that is wrong.
+    """
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > limit:
+            counts = {"field_type": "Dictionary", "max_length": limit, "actual_length": len(value)}
+            raise PydanticKnownError("too_long", counts)
+        return value
+
+    return BeforeValidator(check)
+
+
 class RequestModel(BaseModel):
     """A request body: exact types (no "16" for 16, no true for 1), and no field that we do not know.
 
@@ -48,6 +63,16 @@ class RequestModel(BaseModel):
 
     foreign_names: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_one_unknown(cls, value: object) -> object:
+        # The first is told of: pydantic would make an error of each, of as many as fit into a body.
+        if not isinstance(value, dict) or len(value) <= len(cls.model_fields):
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next(name for name in value if name not in known)
+        return {name: member for name, member in value.items() if name in known or name == unknown}
 
     @classmethod
     def checked(cls, value: dict[str, Any]) -> Self:

@@ -276,6 +276,13 @@ async def test_null_means_the_default(stack: Any) -> None:
 
 
 @pytest.mark.parametrize("gateway_settings", [{"unknown_fields": "warn"}])
+async def test_of_very_many_unknown_fields_a_few_are_logged(stack: Any, logged: list[Any]) -> None:
+    answer = await stack.complete("abc", **{f"odd{number}": 1 for number in range(1_000)})
+    assert answer.status_code == 200
+    assert len([line for line in logged if line["event"] == "unknown field"]) == 16
+
+
+@pytest.mark.parametrize("gateway_settings", [{"unknown_fields": "warn"}])
 async def test_where_a_setting_says_so_unknown_fields_are_left_out_and_logged(
     stack: Any, logged: list[Any]
 ) -> None:

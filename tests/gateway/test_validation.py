@@ -4,10 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
+from softprompt_gateway.adapters.schema import UpdateRequest
 from softprompt_gateway.app import make_app
 from softprompt_gateway.errors import Refused
 from softprompt_gateway.openai.chat import ChatRequest
 from softprompt_gateway.openai.responses.request import ResponsesRequest
+from softprompt_gateway.openai.tokens import DetokenizeRequest
 from softprompt_gateway.validation import RequestModel
 
 
@@ -36,6 +39,8 @@ def test_no_check_takes_the_place_of_an_inherited_one() -> None:
 
 
 MESSAGES = [{"role": "user", "content": "x"}]
+NUM = 100_000
+CHAT: dict[str, Any] = {"model": "m", "messages": MESSAGES}
 
 
 @pytest.mark.parametrize(
@@ -53,4 +58,30 @@ def test_an_error_names_what_is_in_the_request(model: type[RequestModel], fields
     # pydantic also names the kind that it took a value for.
     with pytest.raises(Refused) as refused:
         model.checked({"model": "m", **fields})
+    assert refused.value.body.param == param
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "param"),
+    [
+        (ChatRequest, {**CHAT, "stop": [1] * NUM}, "stop"),
+        (ChatRequest, {**CHAT, "stop_token_ids": [""] * NUM}, "stop_token_ids"),
+        (ChatRequest, {**CHAT, "logit_bias": {str(key): "" for key in range(NUM)}}, "logit_bias"),
+        (ChatRequest, {**CHAT, **{f"x{key}": 1 for key in range(NUM)}}, "x0"),
+        (ChatRequest, {"model": "m", "messages": [{f"x{key}": 1 for key in range(NUM)}]}, "messages.0.role"),
+        (
+            ResponsesRequest,
+            {"model": "m", "input": "x", "metadata": {str(key): 1 for key in range(NUM)}},
+            "metadata",
+        ),
+        (DetokenizeRequest, {"tokens": [-1] * NUM}, "tokens.0"),
+        (UpdateRequest, {"labels": {str(key): 1 for key in range(NUM)}}, "labels"),
+    ],
+)
+def test_of_very_much_that_is_wrong_little_is_told(model: type[RequestModel], fields: Any, param: str) -> None:
+    with pytest.raises(ValidationError) as told:
+        model.model_validate(fields)
+    assert told.value.error_count() < 5
+    with pytest.raises(Refused) as refused:
+        model.checked(fields)
     assert refused.value.body.param == param

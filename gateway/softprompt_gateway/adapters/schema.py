@@ -26,7 +26,7 @@ from starlette.datastructures import Headers
 from softprompt_gateway.body import parse_object
 from softprompt_gateway.catalog import kind_name, spelling_of
 from softprompt_gateway.errors import Refused
-from softprompt_gateway.validation import RequestModel
+from softprompt_gateway.validation import RequestModel, at_most
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -36,9 +36,12 @@ _LABEL_KEYS: dict[str, Any] = {"propertyNames": _WORDS | {"minLength": 1, "maxLe
 _LABEL = _WORDS | {"maxLength": 256}
 _LABELS = _LABEL_KEYS | {"additionalProperties": _LABEL}
 _CHANGED_LABELS = _LABEL_KEYS | {"additionalProperties": {"anyOf": [_LABEL, {"type": "null"}]}}
+_MAX_LABELS = 32
 Name = Annotated[str, Field(max_length=128, json_schema_extra={"pattern": "^[a-z0-9][a-z0-9._-]*$"})]
-Labels = Annotated[dict[str, str], Field(max_length=32, json_schema_extra=_LABELS)]
-ChangedLabels = Annotated[dict[str, str | None], Field(max_length=32, json_schema_extra=_CHANGED_LABELS)]
+Labels = Annotated[dict[str, str], Field(max_length=_MAX_LABELS, json_schema_extra=_LABELS), at_most(_MAX_LABELS)]
+ChangedLabels = Annotated[
+    dict[str, str | None], Field(max_length=_MAX_LABELS, json_schema_extra=_CHANGED_LABELS), at_most(_MAX_LABELS)
+]
 Key = Annotated[str, Field(max_length=128, json_schema_extra={"pattern": "^([!-~][ -~]*)?$"})]
 Version = Annotated[int, Field(ge=1, le=MAX_VERSION)]
 

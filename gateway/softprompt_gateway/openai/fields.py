@@ -9,12 +9,19 @@ from softprompt_api.composition import MAX_ADAPTERS
 from softprompt_api.errors import InvalidArgument, Unsupported
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.names import shown
-from softprompt_api.params import MAX_LOGIT_BIAS, MAX_N, MAX_TOKENS_LIMIT, SamplingParams
+from softprompt_api.params import (
+    MAX_LOGIT_BIAS,
+    MAX_N,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TOKENS_LIMIT,
+    SamplingParams,
+)
 from softprompt_api.structured import FIELD as STRUCTURED
 
 from softprompt_gateway.openai import schemas
 from softprompt_gateway.openai.structured import OLD_NAMES, Form, check_members, form_of, grammar_message
-from softprompt_gateway.validation import RequestModel
+from softprompt_gateway.validation import RequestModel, at_most
 
 _SAMPLING_FIELDS = (
     *("temperature", "top_p", "top_k", "min_p", "seed"),
@@ -29,7 +36,11 @@ TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS_LIMIT)]
 # Room for as many digests as go together.
 Model = Annotated[str, Field(max_length=2048)]
 Adapters = Annotated[list[Annotated[str, Field(max_length=512)]], Field(max_length=MAX_ADAPTERS)]
-LogitBias = Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS, json_schema_extra=schemas.LOGIT_BIAS)]
+LogitBias = Annotated[
+    dict[str, float],
+    Field(max_length=MAX_LOGIT_BIAS, json_schema_extra=schemas.LOGIT_BIAS),
+    at_most(MAX_LOGIT_BIAS),
+]
 
 
 def _as_list(value: object) -> object:
@@ -50,7 +61,7 @@ def refuse(field: str, value: object, *, because: str = "is not supported") -> N
 
 
 Unserved = Annotated[Any, schemas.unserved()]
-StopStrings = Annotated[list[str], BeforeValidator(_as_list), schemas.STOP]
+StopStrings = Annotated[list[str], Field(max_length=MAX_STOP_STRINGS), BeforeValidator(_as_list), schemas.STOP]
 
 
 class StreamOptions(RequestModel):
@@ -84,7 +95,7 @@ class GenerationFields(RequestModel):
     repetition_penalty: Annotated[float, Field(gt=0, le=2)] | None = None
     logit_bias: LogitBias | None = None
     stop: StopStrings | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(json_schema_extra=schemas.STOP_TOKEN_IDS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS_LIMIT)] | None = None
     ignore_eos: bool | None = None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import WithJsonSchema
-from softprompt_api.params import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS, MAX_TOKENS_LIMIT
+from softprompt_api.params import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, MAX_TOKENS_LIMIT
 from softprompt_api.structured import KINDS, MAX_CHOICES, MAX_GRAMMAR_CHARACTERS
 
 Schema = dict[str, Any]
@@ -26,7 +26,6 @@ def _array(items: Schema, **bounds: int) -> Schema:
 
 # Of names of functions and schemas; see `validation.check_name`.
 NAME: Schema = {"pattern": "^[A-Za-z0-9_-]{1,64}$"}
-STOP_TOKEN_IDS: Schema = {"maxItems": MAX_STOP_TOKEN_IDS}
 LOGIT_BIAS: Schema = {
     "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"},
     "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},

@@ -86,4 +86,5 @@ class DetokenizeRequest(RequestModel):
     """Body of `POST /detokenize`."""
 
     model: Model | None = Field(None, description="default: the base model")
-    tokens: list[TokenId]
+    # As many as fit into a body: an error of each would take a gigabyte.
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

@@ -21,7 +21,7 @@ from softprompt_gateway.openai.responses.tools import (
 )
 from softprompt_gateway.openai.tools import Tool, check_tools, tool_text, wanted_with_calls
 from softprompt_gateway.resolve import Target
-from softprompt_gateway.validation import RequestModel, check_name
+from softprompt_gateway.validation import RequestModel, at_most, check_name
 
 _FORMAT = "text.format"
 _LOGPROBS = "message.output_text.logprobs"
@@ -30,8 +30,11 @@ _NOT_SUPPORTED = (
     *("access_programs", "background_options", "context_management", "image", "moderation"),
     *("prompt_cache_options", "prompt_cache_retention"),
 )
+_MAX_METADATA = 16
 Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=_MAX_METADATA),
+    at_most(_MAX_METADATA),
 ]
 
 
