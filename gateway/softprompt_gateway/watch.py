@@ -5,6 +5,7 @@ import random
 
 import structlog
 from softprompt_api import errors
+from softprompt_api.names import shown
 from softprompt_api.registry.v1.registry_pb2 import ApiKey, ListAdaptersRequest, ListKeysRequest
 
 from softprompt_gateway.catalog import Catalog, Packed, pack
@@ -45,15 +46,19 @@ class CatalogWatcher:
             cursor = await self._list()
             await self._list_keys()
             self._cursor = cursor
+        # A stream begins with a heartbeat, before any of the changes that it is there to tell.
+        is_first = True
         async for event in self._registry.watch(self._cursor):
             if self._pause_s > _MIN_PAUSE_S:
                 _log.info("registry watched", adapters=len(self._catalog))
             self._keyring.apply(event)
-            self._keyring.hear()
             self._pause_s = _MIN_PAUSE_S
             if self._catalog.apply(event):
                 await self._ask_for_latest(event.adapter.name)
             self._cursor = event.cursor
+            if not is_first:
+                self._keyring.hear()
+            is_first = False
 
     async def _list(self) -> str:
         """Replace the catalogue; the cursor is the first page's, so that no change after it is missed."""
@@ -84,5 +89,10 @@ class CatalogWatcher:
     async def _ask_for_latest(self, name: str) -> None:
         try:
             self._catalog.learn(await self._registry.get_adapter(name))
-        except errors.AdapterNotFound:
+        except (errors.Unavailable, errors.DeadlineExceeded, errors.Overloaded):
+            raise  # the same event comes again
+        except errors.SoftpromptError as error:
+            # Of a damaged one, the same event would come again for ever, and nothing after it.
+            if not isinstance(error, errors.AdapterNotFound):
+                _log.warning("adapter cannot be asked for", adapter=shown(name), reason=error.reason)
             self._catalog.forget(name)

@@ -462,6 +462,7 @@ class FakeRegistry(RegistryServiceServicer):
         cut_uploads: how many ended before their last byte.
         error: raised by every call where set.
         silent: whether changes of adapters are not told.
+        damaged: names whose versions cannot be read.
         answers: set while questions for a version are answered; `asked` are those that came.
         watches: how many watches have begun.
         keys: the API keys.
@@ -484,6 +485,7 @@ class FakeRegistry(RegistryServiceServicer):
         self.cut_uploads = 0
         self.error: Exception | None = None
         self.silent = False
+        self.damaged: set[str] = set()
         self.asked: list[str] = []
         self.answers = asyncio.Event()
         self.answers.set()
@@ -589,6 +591,8 @@ class FakeRegistry(RegistryServiceServicer):
         self.asked.append(request.adapter)
         await self.answers.wait()
         ref = parse_adapter(request.adapter)
+        if ref.name in self.damaged:
+            raise errors.DataCorrupted("the record is not what was stored")
         if ref.digest:
             found = self.by_digest(ref.digest)
         else:
