@@ -56,10 +56,24 @@ def protocol_with_deadlines(header_timeout_s: float, write_timeout_s: float) -> 
             super().data_received(data)
             if self._is_refused:
                 return
-            if self.cycle is None or self.cycle.response_complete:
-                self._arm()
-            else:
+            if self.cycle is not None and not self.cycle.response_complete:
                 self._disarm()
+            elif self.cycle is None or self.conn.their_state is not h11.IDLE or self.conn.trailing_data[0]:
+                self._arm()
+            else:  # the rest of a request that was answered before it had come: the connection is idle again
+                self._disarm()
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
+
+        def handle_events(self) -> None:
+            super().handle_events()
+            # uvicorn reads nothing while bytes wait behind a request: then nobody would see its client leave.
+            cycle = self.cycle
+            if cycle is None or cycle.more_body or cycle.response_complete or not self.flow.read_paused:
+                return
+            if len(self.conn.trailing_data[0]) < _MAX_HEADER_BYTES:
+                self.flow.resume_reading()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._disarm()

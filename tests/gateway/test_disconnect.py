@@ -9,9 +9,9 @@ import pytest
 CHAT = "/v1/chat/completions"
 
 
-def _request(path: str, body: dict[str, Any]) -> bytes:
+def _request(path: str, body: dict[str, Any], *, headers: str = "") -> bytes:
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\n{headers}content-length: {len(content)}\r\n\r\n"
     return head.encode() + content
 
 
@@ -24,6 +24,35 @@ async def test_a_client_that_leaves_cancels_its_completion(stack: Any, prompt: s
     writer.close()
     await stack.inference.until(lambda fake: fake.cancelled == 1)
     assert stack.inference.running == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("headers", "behind"),
+    [("connection: upgrade, http2-settings\r\nupgrade: h2c\r\n", b""), ("", b"\r\n"), ("", b"GET / HTTP/1.1\r\n")],
+)
+async def test_a_client_that_leaves_is_noticed_behind_what_is_not_read_yet(
+    stack: Any, headers: str, behind: bytes, stream: bool
+) -> None:
+    body = {"model": stack.base, "prompt": "stall", "stream": stream}
+    request = _request("/v1/completions", body, headers=headers + "expect: 100-continue\r\n")
+    head, end, content = request.partition(b"\r\n\r\n")
+    reader, writer = await stack.connect(head + end)
+    await reader.readuntil(b"\r\n\r\n")  # the body is waited for
+    writer.write(content + behind)
+    await stack.inference.until(lambda fake: fake.running == 1)
+    writer.close()
+    await stack.inference.until(lambda fake: fake.cancelled == 1)
+
+
+async def test_of_what_comes_behind_a_request_little_is_read(stack: Any) -> None:
+    body = {"model": stack.base, "prompt": "stall"}
+    _, writer = await stack.connect(_request("/v1/completions", body))
+    await stack.inference.until(lambda fake: fake.running == 1)
+    writer.transport.set_write_buffer_limits(0)
+    writer.write(b"x" * 2**25)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(writer.drain(), 0.5)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -34,6 +34,18 @@ async def test_the_next_request_of_a_connection_has_the_same_deadline(stack: Any
     writer.close()
 
 
+@pytest.mark.parametrize("gateway_settings", [{"header_timeout_s": 0.2, "require_keys": True}])
+async def test_a_connection_is_idle_when_the_body_of_an_answered_request_has_come(stack: Any) -> None:
+    reader, writer = await stack.connect(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\n")
+    await reader.readuntil(b'"invalid_api_key"}}')
+    writer.write(b"body")
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(reader.read(1), 0.5)
+    writer.write(b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n")
+    await reader.readuntil(b'"ok"}')
+    writer.close()
+
+
 @pytest.mark.parametrize("gateway_settings", [{"header_timeout_s": 0.2}])
 async def test_a_request_may_take_longer_than_its_headers(stack: Any) -> None:
     reader, writer = await stack.connect(
