@@ -2,19 +2,19 @@
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib.metadata import version
 
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from softprompt_api.errors import InternalError, SoftpromptError
 from softprompt_api.names import shown
 from softprompt_api.tracing import Tracer
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match
+from starlette.routing import Match, Route
 
 from softprompt_gateway.adapters.answers import ANSWER_MODELS as ADAPTER_ANSWERS
 from softprompt_gateway.adapters.loading import REQUEST_MODELS as LOADING_MODELS
@@ -57,6 +57,7 @@ def make_app(
         watching = asyncio.create_task(CatalogWatcher(gateway.catalog, gateway.keyring, clients.registry).run())
         yield
         await stop(watching)
+        await gateway.resolver.close()
         await gateway.probing.close()
         await gateway.limiter.close()
 
@@ -117,7 +118,8 @@ def _http_explainer(routers: Sequence[APIRouter]) -> Callable[[Request, Exceptio
 
 
 def _methods(routers: Sequence[APIRouter], request: Request) -> set[str]:
-    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    every = itertools.chain(request.app.routes, *(router.routes for router in routers))
+    routes = [route for route in every if isinstance(route, Route)]
     return {
         method
         for route in routes

@@ -15,7 +15,7 @@ from softprompt_api.registry.v1.registry_pb2 import (
 from softprompt_api.tenants import DEFAULT_TENANT, local_name, tenant_of
 
 _MAX_REMEMBERED = 4096
-_MAX_COMPARED = 512
+_MAX_COMPARED = 64
 
 # A version without its config and its labels, serialised: some 300 bytes, where a parsed message takes thousands.
 Packed = bytes
@@ -80,6 +80,11 @@ class Catalog:
         self._names: list[str] = []  # of `_latest`, in order
         # By tenant/digest and by name@version, which mean one content for ever, and by name@alias.
         self._remembered: OrderedDict[str, Packed] = OrderedDict()
+        self._num_forgotten = 0
+        # By name, what the number was when something of it was last forgotten; of names that are not in it, at most
+        # `_all_forgotten`.
+        self._forgotten: OrderedDict[str, int] = OrderedDict()
+        self._all_forgotten = 0
 
     def __len__(self) -> int:
         return len(self._latest)
@@ -88,11 +93,25 @@ class Catalog:
         """Take the registry's whole list: each name's latest version. What else was known may be no more."""
         self._latest = latest
         self._remembered.clear()
+        self._forgotten.clear()
+        self._num_forgotten += 1
+        self._all_forgotten = self._num_forgotten
         self._names = sorted(latest, key=_place)
         self.synced = True
 
-    def learn(self, version: AdapterVersion) -> None:
-        """Take one version that the registry told of, and what points to it."""
+    @property
+    def moment(self) -> int:
+        """When a question is asked; see `learn`."""
+        return self._num_forgotten
+
+    def learn(self, version: AdapterVersion, *, asked_at: int | None = None) -> None:
+        """Take one version that the registry told of, and what points to it.
+
+        Args:
+            asked_at: the `moment` before it was asked for; what is known to be deleted since does not come back.
+        """
+        if asked_at is not None and self._forgotten.get(version.name, self._all_forgotten) > asked_at:
+            return
         packed = pack(version)
         aliases = [f"{version.name}@{alias}" for alias in version.aliases if alias != LATEST]
         digest = str(AdapterRef(digest=version.digest, owner=tenant_of(version.name)))
@@ -112,10 +131,12 @@ class Catalog:
 
     def forget_alias(self, name: str, alias: str) -> None:
         """Drop an alias that points nowhere."""
+        self._note_forgotten(name)
         self._remembered.pop(f"{name}@{alias}", None)
 
     def forget(self, name: str, version: int | None = None) -> None:
         """Drop a deleted name, or one version of it."""
+        self._note_forgotten(name)
         text = name.encode()
         for key in [key for key, packed in self._remembered.items() if text in packed]:
             known = AdapterVersion.FromString(self._remembered[key])
@@ -125,6 +146,13 @@ class Catalog:
         if latest is not None and version in (None, latest.version):
             del self._latest[name]
             del self._names[bisect_left(self._names, _place(name), key=_place)]
+
+    def _note_forgotten(self, name: str) -> None:
+        self._num_forgotten += 1
+        self._forgotten[name] = self._num_forgotten
+        self._forgotten.move_to_end(name)
+        if len(self._forgotten) > _MAX_REMEMBERED:
+            _, self._all_forgotten = self._forgotten.popitem(last=False)
 
     def apply(self, event: WatchAdaptersResponse) -> bool:
         """Take one event; return whether the latest version of its name must be asked for."""
@@ -140,25 +168,29 @@ class Catalog:
             self.forget(event.adapter.name)
         return False
 
-    def find(self, ref: AdapterRef) -> AdapterVersion | None:
-        """The version a spelling stood for when last heard of, without its config and labels."""
+    def find(self, ref: AdapterRef, included: Callable[[str], bool] = _any) -> AdapterVersion | None:
+        """The version a spelling stood for when last heard of, without its config and labels.
+
+        Args:
+            included: which of the names that have the same digest may be found.
+        """
         latest = _unpack(self._latest.get(ref.name))
         if ref.is_latest:
             return latest
         if latest is not None and latest.version == ref.version:
             return latest
-        return _unpack(self._remembered.get(str(ref))) or self._with_digest(ref)
+        found = _unpack(self._remembered.get(str(ref)))
+        return found if found is not None and included(found.name) else self._with_digest(ref, included)
 
-    def _with_digest(self, ref: AdapterRef) -> AdapterVersion | None:
+    def _with_digest(self, ref: AdapterRef, included: Callable[[str], bool]) -> AdapterVersion | None:
         if not ref.digest:
             return None
         # Looked for among the bytes first: parsing all of a large catalogue takes long.
         text = ref.digest.encode()
         candidates = (AdapterVersion.FromString(packed) for packed in self._latest.values() if text in packed)
         wanted = ref.digest, ref.owner
-        return next(
-            (version for version in candidates if (version.digest, tenant_of(version.name)) == wanted), None
-        )
+        same = (version for version in candidates if (version.digest, tenant_of(version.name)) == wanted)
+        return next((version for version in same if included(version.name)), None)
 
     def versions(self, included: Callable[[str], bool] = _any) -> Iterator[AdapterVersion]:
         """The latest version of each included name, in order; changes meanwhile are seen, or not."""

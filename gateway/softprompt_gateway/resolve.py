@@ -22,6 +22,7 @@ from softprompt_gateway.bases import Bases, fingerprint
 from softprompt_gateway.caller import Caller
 from softprompt_gateway.catalog import Catalog, kind_name, spelling_of
 from softprompt_gateway.clients import InferenceClient, RegistryClient
+from softprompt_gateway.disconnect import stop
 from softprompt_gateway.errors import ModelNotFound
 from softprompt_gateway.placement import Place
 
@@ -141,17 +142,32 @@ class _Asked:
     ref: AdapterRef
 
 
+class _Missing(Exception):
+    """There is no such adapter, for the caller."""
+
+    def __init__(self, asked: _Asked) -> None:
+        super().__init__(asked.spelling)
+        self.asked = asked
+
+
 class Resolver:
     """Turns what a request names into a Target.
 
     The registry is asked every time, so that the request after a registration gets what was registered. While it
-    is away, what the catalogue last heard is used. What is `known` may be begun with, never answered with.
+    is away, what the catalogue last heard is used: at once, where it has let a question time out and not answered
+    since. What is `known` may be begun with, never answered with.
     """
 
     def __init__(self, registry: RegistryClient, inference: InferenceClient, catalog: Catalog) -> None:
         self._registry = registry
         self._inference = inference
         self._catalog = catalog
+        self._looking: asyncio.Task[None] | None = None  # for a registry that let a question time out
+
+    async def close(self) -> None:
+        """Look for the registry no more."""
+        if self._looking is not None:
+            await stop(self._looking)
 
     async def bases(self) -> Bases:
         """The base models; Unavailable before the first of them is known."""
@@ -174,7 +190,10 @@ class Resolver:
         # One request never has two versions of one name: each is asked for once.
         first = {asked.ref.whole: asked for asked in reversed([*front, *inside])}
         with span("resolve"):
-            versions = await asyncio.gather(*(self._version_of(asked, named, bases) for asked in first.values()))
+            try:
+                versions = await asyncio.gather(*(self._version_of(asked, named) for asked in first.values()))
+            except _Missing as missing:  # one of them; a near name is looked for once
+                raise self._not_found(missing.asked.spelling, missing.asked.field, named, bases) from None
         return _target(named, bases, base, front, inside, dict(zip(first, versions, strict=True)))
 
     def known(self, named: Named) -> Target | None:
@@ -218,20 +237,56 @@ class Resolver:
         except errors.InvalidArgument:
             raise self._not_found(spelling, field, named, bases) from None
 
-    async def _version_of(self, asked: _Asked, named: Named, bases: Bases) -> AdapterVersion:
+    async def _version_of(self, asked: _Asked, named: Named) -> AdapterVersion:
         try:
-            whole = named.caller.own(asked.ref.whole)
-            version = await self._registry.get_adapter(str(whole))
+            return _told(await self._current(named.caller, asked.ref.whole), named.caller)
         except errors.AdapterNotFound:
-            raise self._not_found(asked.spelling, asked.field, named, bases) from None
-        except (errors.Unavailable, errors.DeadlineExceeded):
-            known = self._catalog.find(whole)
+            raise _Missing(asked) from None
+
+    async def _current(self, caller: Caller, ref: AdapterRef) -> AdapterVersion:
+        whole = caller.own(ref)
+        if self._looking is not None and not self._looking.done():
+            known = self._catalog.find(whole, caller.may_use)
+            if known is not None:
+                return known
+        moment = self._catalog.moment
+        try:
+            version = await self._registry.get_adapter(str(whole))
+        except (errors.Unavailable, errors.DeadlineExceeded) as error:
+            if isinstance(error, errors.DeadlineExceeded):
+                self._look_for_registry(str(whole))
+            known = self._catalog.find(whole, caller.may_use)
             if known is None:
                 raise
-            version = known
-        else:
-            self._catalog.learn(version)
-        return _told(version, named.caller)
+            return known
+        self._catalog.learn(version, asked_at=moment)
+        return self.usable(caller, ref, version)
+
+    def usable(self, caller: Caller, ref: AdapterRef, version: AdapterVersion) -> AdapterVersion:
+        """What the registry answered, or where that is the same files under a name that the key may not use, another.
+
+        AdapterNotFound where none of the names may be used: the key is told of none.
+        """
+        if not ref.digest or caller.may_use(version.name):
+            return version
+        known = self._catalog.find(caller.own(ref), caller.may_use)
+        if known is None:
+            raise errors.AdapterNotFound(f"there is no adapter {shown(str(ref))}", field="adapter")
+        return known
+
+    def _look_for_registry(self, spelling: str) -> None:
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._ask_until_answered(spelling))
+
+    async def _ask_until_answered(self, spelling: str) -> None:
+        while True:
+            try:
+                await self._registry.get_adapter(spelling)
+            except errors.DeadlineExceeded:
+                continue
+            except errors.SoftpromptError:  # it is away no more, or in such a way that nobody waits for it
+                return
+            return
 
     def _not_found(self, spelling: str, field: str, named: Named, bases: Bases) -> ModelNotFound:
         caller = named.caller

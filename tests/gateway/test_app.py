@@ -30,6 +30,13 @@ async def test_another_method_is_not_allowed(stack: Any, method: str, path: str)
     assert "POST" in response.headers["allow"]
 
 
+@pytest.mark.parametrize("path", ["/docs", "/openapi.json"])
+async def test_the_documentation_tells_what_is_allowed(stack: Any, path: str) -> None:
+    response = await stack.http.post(path)
+    assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD")
+    assert response.json()["error"]["message"] == "'POST' is not allowed here; GET, HEAD is"
+
+
 @pytest.mark.parametrize("sent", ["", "x" * 129, "a b", "é".encode()])
 async def test_an_odd_request_id_is_replaced(stack: Any, sent: Any) -> None:
     response = await stack.http.get("/version", headers={"x-request-id": sent})

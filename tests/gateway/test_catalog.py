@@ -197,6 +197,45 @@ def test_a_near_name_is_found_among_many() -> None:
     assert catalog.near(names[4321][:-1] + "z") == names[4321]
 
 
+def test_an_answer_from_before_a_deletion_does_not_bring_the_name_back() -> None:
+    catalog, version = Catalog(), _version("a", 1)
+    moment = catalog.moment
+    catalog.forget("a")
+    catalog.learn(version, asked_at=moment)
+    assert _found(catalog, "a") is None
+    catalog.learn(version, asked_at=catalog.moment)
+    assert _found(catalog, "a") == version
+    _list(catalog)
+    catalog.learn(version, asked_at=catalog.moment - 1)
+    assert _found(catalog, "a") is None
+
+
+def test_of_very_many_deleted_names_each_stays_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softprompt_gateway.catalog._MAX_REMEMBERED", 4)
+    catalog = Catalog()
+    moment = catalog.moment
+    for name in "abcdefgh":
+        catalog.forget(name)
+    for name in "abcdefgh":
+        catalog.learn(_version(name, 1), asked_at=moment)
+    assert len(catalog) == 0
+    for name in "bh":
+        catalog.learn(_version(name, 1), asked_at=catalog.moment)
+    assert len(catalog) == 2
+
+
+def test_a_digest_is_found_under_a_name_that_may_be_used() -> None:
+    catalog, older = Catalog(), _version("a", 1)
+    newer = _version("b", 1)
+    newer.digest = older.digest
+    for version in (newer, older):
+        catalog.learn(version)
+    ref = replace(parse_adapter(older.digest), owner="default")
+    for name, version in (("a", older), ("b", newer)):
+        assert catalog.find(ref, {name}.__contains__) == version
+    assert catalog.find(ref, set[str]().__contains__) is None
+
+
 async def test_the_watcher_catches_up_after_an_outage(stack: Any) -> None:
     await stack.registry.add("a")
     await stack.until_listed("a")

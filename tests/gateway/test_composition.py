@@ -350,3 +350,18 @@ async def test_a_request_has_so_many_parts_and_no_more(stack: Any, path: str, bo
 async def test_as_many_parts_as_are_allowed_are_served(stack: Any, digests: dict[str, str]) -> None:
     answer = await stack.complete([text("x"), *[soft("a")] * 4095])
     assert answer.json()["usage"]["prompt_tokens_details"]["virtual_tokens"] == 3 * 4095
+
+
+async def test_of_several_unknown_adapters_a_near_name_is_looked_for_once(
+    stack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_for: list[str] = []
+
+    def near(_catalog: Catalog, spelling: str, *_others: str, **_options: Any) -> str:
+        looked_for.append(spelling)
+        return ""
+
+    monkeypatch.setattr(Catalog, "near", near)
+    answer = await stack.complete("hi", adapters=[f"unknown{number}" for number in range(8)])
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+    assert len(looked_for) == 1

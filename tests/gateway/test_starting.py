@@ -114,3 +114,22 @@ async def test_an_unknown_adapter_is_asked_for_first(stack: Any, told: Any) -> N
     answer = await stack.complete("hi", model="quiet")
     assert (answer.status_code, answer.headers[DIGEST]) == (200, other.digest)
     assert [one.adapter for one in stack.inference.requests] == [other.digest]
+
+
+@pytest.mark.parametrize("gateway_settings", [{"registry_timeout_s": 0.2}])
+async def test_a_registry_that_let_one_question_time_out_is_not_waited_for_until_it_answers(
+    stack: Any, told: Any
+) -> None:
+    quiet = await stack.registry.add("quiet")
+    await stack.until_listed("loud", "quiet")
+    stack.registry.answers.clear()
+    assert (await stack.complete("hi", model="loud")).status_code == 200
+    for model in ("quiet", "quiet@1", quiet.digest):
+        assert (await stack.complete("hi", model=model)).headers[DIGEST] == quiet.digest
+    assert set(stack.registry.asked) == {"loud"}
+    unknown = await stack.complete("hi", model="unknown")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (504, "deadline_exceeded")
+    stack.registry.answers.set()
+    async with asyncio.timeout(10):
+        while "quiet" not in stack.registry.asked:
+            assert (await stack.complete("hi", model="quiet")).status_code == 200

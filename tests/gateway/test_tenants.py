@@ -262,11 +262,25 @@ async def test_a_key_for_one_adapter_uses_it_and_the_base_model_alone(
     assert [adapter["name"] for adapter in listed] == ["tweets"]
     assert (await narrow.complete("tweets")).status_code == 200
     assert (await narrow.complete(stack.base)).status_code == 200
-    for model in ("sms", "sms@1", "never", digest):
+    for model in ("sms", "sms@1", "never"):
         answer = await narrow.complete(model)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "permission_denied"), model
+    answer = await narrow.complete(digest)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
     assert (await narrow.register("other")).status_code == 403
     assert (await narrow.call("DELETE", "/v1/adapters/sms")).status_code == 403
+
+
+async def test_a_key_uses_its_own_adapter_by_a_digest_that_an_older_name_has_too(
+    stack: Any, keys: Keys, tenants: Any
+) -> None:
+    _, acme, _ = tenants
+    for name in ("older", "tweets"):
+        digest = (await acme.register(name)).json()["digest"]
+    narrow = Tenant(stack, (await keys.make("acme", adapters=["tweets"]))[0])
+    answer = await narrow.complete(digest)
+    assert (answer.status_code, answer.headers["x-softprompt-adapter"]) == (200, "tweets@1"), answer.text
+    assert (await narrow.call("GET", f"/v1/adapters/{digest}")).json()["name"] == "tweets"
 
 
 async def test_the_kv_of_tenants_is_kept_apart(stack: Any, tenants: Any) -> None:

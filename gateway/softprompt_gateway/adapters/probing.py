@@ -47,8 +47,9 @@ class Probing:
 
     async def _work(self) -> None:
         while not self._pending.empty():
-            version = self._pending.get_nowait()
+            version, moment = self._pending.get_nowait(), self._catalog.moment
             try:
-                self._catalog.learn(await self._inference.probe_adapter(version, patience_s=_PATIENCE_S))
+                probed = await self._inference.probe_adapter(version, patience_s=_PATIENCE_S)
+                self._catalog.learn(probed, asked_at=moment)
             except SoftpromptError as error:
                 _log.info("an adapter was not probed", adapter=spelling_of(version), cause=error.reason)

@@ -66,6 +66,7 @@ from softprompt_gateway.adapters.schema import (
 from softprompt_gateway.adapters.upload import register, whole
 from softprompt_gateway.body import body_chunks, check_encoding, content_length, discard
 from softprompt_gateway.caller import Caller
+from softprompt_gateway.catalog import spelling_of
 from softprompt_gateway.disconnect import unless_gone
 from softprompt_gateway.documented import answered, json_body, link
 from softprompt_gateway.errors import Refused, fields_spelled
@@ -222,9 +223,10 @@ class _Routes:
         """Measure what a version does to the next token of a few fixed prompts, and keep the result with it."""
         caller, ref = Caller.of(request), parse_adapter(adapter)
         with audited("adapter.probe", adapter=str(ref), **caller.facts()):
+            moment = self._gateway.catalog.moment
             version = await self._version(caller, ref)
             version = await unless_gone(request, self._inference.probe_adapter(version))
-        self._gateway.catalog.learn(version)
+        self._gateway.catalog.learn(version, asked_at=moment)
         return adapter_json(caller.told(version))
 
     async def nearest_tokens(self, request: Request, adapter: AnyTask, top_k: TopK = 5) -> dict[str, Any]:
@@ -239,8 +241,9 @@ class _Routes:
         caller, ref = Caller.of(request), parse_adapter(adapter)
         body = UpdateRequest.checked(await self._gateway.json(request))
         with audited("adapter.update", adapter=str(ref), **caller.facts()):
+            moment = self._gateway.catalog.moment
             version = await self._registry.update_adapter(body.call(str(caller.own(ref))))
-        self._gateway.catalog.learn(version)
+        self._gateway.catalog.learn(version, asked_at=moment)
         return adapter_json(caller.told(version))
 
     async def set_alias(self, request: Request, adapter: Name, alias: Alias) -> dict[str, Any]:
@@ -288,8 +291,8 @@ class _Routes:
     async def _version(self, caller: Caller, ref: AdapterRef) -> AdapterVersion:
         """The version of the caller's that a spelling stands for."""
         version = await self._registry.get_adapter(str(caller.own(ref)))
-        caller.check_use(version.name)
-        return version
+        usable = self._gateway.resolver.usable(caller, ref, version)
+        return version if usable is version else await self._registry.get_adapter(spelling_of(usable))
 
     @staticmethod
     def _name(caller: Caller, adapter: str) -> str:
