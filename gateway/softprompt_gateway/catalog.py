@@ -81,7 +81,7 @@ class Catalog:
         # By tenant/digest and by name@version, which mean one content for ever, and by name@alias.
         self._remembered: OrderedDict[str, Packed] = OrderedDict()
         self._num_forgotten = 0
-        # By name, what the number was when something of it was last forgotten; of names that are not in it, at most
+        # By name, what the number was when something of it was last forgotten; of other names at most
         # `_all_forgotten`.
         self._forgotten: OrderedDict[str, int] = OrderedDict()
         self._all_forgotten = 0

@@ -21,6 +21,8 @@ _MODEL_TIMEOUT_S = 2.0
 _MAX_WATCH_S = 120.0
 # One that does not serve may be starting, and tells when it serves, or stopping, and waits for the call's end.
 _PATIENCE_S = 1.0
+# One that serves may be busy, but one that is stuck is seen by this alone: gRPC's own threads answer its pings.
+_FIRST_ANSWER_S = 5.0
 _MIN_PAUSE_S = 0.1
 _MAX_PAUSE_S = 0.5
 _log = structlog.get_logger()
@@ -100,10 +102,13 @@ class Replica:
         health: Any = health_pb2_grpc.HealthStub(self.channel)  # makes its methods as it is made: no types
         watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=_MAX_WATCH_S)
         answers = aiter(watch)
+        has_answered = False
         try:
             while True:
-                async with asyncio.timeout(None if self.is_up else _PATIENCE_S):
+                patience_s = None if has_answered else _FIRST_ANSWER_S
+                async with asyncio.timeout(patience_s if self.is_up else _PATIENCE_S):
                     answer = await anext(answers)
+                has_answered = True
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
                     if not await self._ask():
                         return False

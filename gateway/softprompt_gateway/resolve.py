@@ -263,9 +263,9 @@ class Resolver:
         return self.usable(caller, ref, version)
 
     def usable(self, caller: Caller, ref: AdapterRef, version: AdapterVersion) -> AdapterVersion:
-        """What the registry answered, or where that is the same files under a name that the key may not use, another.
+        """What the registry answered, or the same files under another name, where the key may not use that one.
 
-        AdapterNotFound where none of the names may be used: the key is told of none.
+        AdapterNotFound where it may use none of the names: it is told of none.
         """
         if not ref.digest or caller.may_use(version.name):
             return version

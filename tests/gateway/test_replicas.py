@@ -9,12 +9,15 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from softprompt_api.errors import Unavailable
 from softprompt_api.inference.v1 import inference_pb2 as pb
+from softprompt_api.inference.v1.inference_pb2_grpc import add_InferenceServiceServicer_to_server
 from softprompt_api.rpc.channel import open_channel
 from softprompt_gateway.clients import InferenceClient
 from softprompt_gateway.discovery import Discovery, Places
 from softprompt_gateway.placement import Place, order
+from softprompt_gateway.replica import Replica
 from softprompt_gateway.replicas import Replicas
 
 BASE = "acme/tiny-1"
@@ -427,3 +430,31 @@ async def test_a_replica_that_goes_answers_what_it_was_asked(stack: Any) -> None
     stack.inference.released.set()
     assert (await asking).ids == list(b"queue")
     await client.close()
+
+
+class _Stuck(health_pb2_grpc.HealthServicer):
+    """Says once that it serves, and nothing any more."""
+
+    def __init__(self) -> None:
+        self._has_said = False
+
+    async def Watch(self, _request: Any, _context: Any) -> AsyncIterator[health_pb2.HealthCheckResponse]:  # noqa: N802
+        if not self._has_said:
+            self._has_said = True
+            yield health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+        await asyncio.Event().wait()
+
+
+async def test_one_that_is_stuck_serves_no_more(stack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softprompt_gateway.replica._MAX_WATCH_S", 1.0)
+    monkeypatch.setattr("softprompt_gateway.replica._FIRST_ANSWER_S", 0.1)
+    server = grpc.aio.server()
+    add_InferenceServiceServicer_to_server(stack.inference, server)
+    health_pb2_grpc.add_HealthServicer_to_server(_Stuck(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    seen: list[bool] = []
+    replica = Replica("stuck", open_channel(f"127.0.0.1:{port}"), lambda: seen.append(replica.is_up))
+    await until(stack, lambda: seen[:2] == [True, False])
+    await replica.close()
+    await server.stop(None)
