@@ -116,12 +116,13 @@ class _Writing:
             return
         events, connection = self._events, self._connection
         try:
-            has_more = True
+            has_more = not events.has_ended
             while has_more and connection.is_writable and not connection.is_gone:
                 connection.write(events.take())
                 has_more = events.has_more
         except Exception as error:
             self.ended.set_result(error)
         else:
-            if events.has_ended or connection.is_gone:
+            # The last is written when it too was read far enough: until then the connection counts the time.
+            if connection.is_gone or (events.has_ended and connection.is_writable):
                 self.ended.set_result(None)

@@ -7,6 +7,7 @@ from typing import Any
 import openai
 import pytest
 from softprompt_gateway import sse
+from softprompt_gateway.connection import Connection
 
 
 def test_an_event_is_one_data_line() -> None:
@@ -108,3 +109,38 @@ async def test_two_streams_asked_for_at_once_on_one_connection_come_one_after_th
     for one in (first, second):
         assert one.endswith(b"\n\n\r\n0\r\n\r\n")
         assert one.count(b"data: [DONE]") == 1
+
+
+class _One:
+    """One event."""
+
+    has_more = True
+    has_ended = False
+
+    def follow(self, notify: Any) -> None:
+        self.notify = notify
+
+    def take(self) -> bytes:
+        assert not self.has_ended
+        self.has_more, self.has_ended = False, True
+        return b"x"
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+async def test_a_stream_has_not_ended_before_its_last_event_is_read_or_given_up(is_read: bool) -> None:
+    written: list[bytes] = []
+
+    def write(data: bytes) -> None:
+        written.append(data)
+        connection.pause()
+
+    connection = Connection(write, write_timeout_s=60)
+    writing = sse._Writing(_One(), connection)
+    assert written == [b"x"]
+    assert not writing.ended.done()
+    (connection.resume if is_read else connection.lose)()
+    assert await writing.ended is None
+    assert written == [b"x"]
