@@ -7,6 +7,7 @@ from typing import Any
 import openai
 import pytest
 from softprompt_api import errors
+from softprompt_api.registry.v1 import registry_pb2 as reg
 from softprompt_gateway.openai.models import listing
 
 
@@ -44,9 +45,16 @@ async def test_an_adapter_has_its_version_as_root_and_the_base_model_as_parent(s
             "version": 2,
             "digest": version.digest,
             "num_virtual_tokens": 9,
+            "rank": 0,
         },
     }
     assert card in (await stack.http.get("/v1/models")).json()["data"]
+
+
+async def test_the_card_of_a_lora_tells_its_rank(stack: Any) -> None:
+    version = (await stack.registry.add("lora", kind=reg.ADAPTER_KIND_LORA)).version
+    stack.registry.versions["lora"][version].rank = 16
+    assert (await stack.http.get("/v1/models/lora")).json()["adapter"]["rank"] == 16
 
 
 async def test_the_listing_follows_the_registry(stack: Any) -> None:

@@ -213,6 +213,7 @@ class ModelAdapter(AnswerModel):
     version: int
     digest: str
     num_virtual_tokens: int
+    rank: int
 
 
 class NamedModelAdapter(ModelAdapter):

@@ -72,6 +72,7 @@ def _adapter(version: AdapterVersion) -> dict[str, Any]:
         "version": version.version,
         "digest": version.digest,
         "num_virtual_tokens": version.num_virtual_tokens,
+        "rank": version.rank,
     }
 
 
