@@ -52,6 +52,11 @@ class Bases:
         """How requests name them."""
         return list(self._by_id)
 
+    @property
+    def sole_id(self) -> str:
+        """The id of the base model that all replicas are known to serve; "" where there is none such."""
+        return self.ids[0] if self._is_whole and len(self._by_id) == 1 else ""
+
     def only(self) -> GetModelResponse:
         """The base model where there is one; InvalidArgument where a request must name one of several."""
         if len(self._by_id) > 1:

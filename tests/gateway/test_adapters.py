@@ -60,6 +60,15 @@ async def test_a_tensor_file_is_uploaded_as_it_is(stack: Any) -> None:
     assert (header.idempotency_key, header.base_model_id) == ("once", stack.base)
 
 
+async def test_an_adapter_is_for_the_base_model_that_is_served_where_nothing_is_said(stack: Any) -> None:
+    await stack.post("/v1/adapters", **_body())
+    await stack.http.post("/v1/adapters/loud", content=TENSORS, headers=_upload_headers())
+    assert [header.base_model_id for header in stack.registry.headers] == [stack.base] * 2
+    await stack.post("/v1/adapters", name="other", source="file:///srv/other")
+    await stack.post("/v1/load_lora_adapter", lora_name="third", lora_path="/srv/third")
+    assert [request.base_model_id for request in stack.registry.imports] == [stack.base] * 2
+
+
 async def test_an_invalid_adapter_is_422_with_its_field(stack: Any) -> None:
     response = await stack.post("/v1/adapters", **_body(config={"peft_type": "EXPLODE"}))
     assert response.status_code == 422

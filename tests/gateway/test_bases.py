@@ -23,6 +23,12 @@ def test_replicas_that_serve_the_same_are_one_base_model() -> None:
     assert not Bases()
 
 
+def test_there_is_a_sole_one_where_all_replicas_are_known_to_serve_it() -> None:
+    assert Bases([served("x"), served("x")], is_whole=True).sole_id == "x"
+    assert Bases([served("x"), served("y")], is_whole=True).sole_id == ""
+    assert Bases([served("x")]).sole_id == Bases(is_whole=True).sole_id == ""
+
+
 def test_a_model_is_a_base_or_adapters_with_their_base_before_them_or_without() -> None:
     bases = Bases([served("x"), served("x:y"), served("owner/z")])
     for model, base_id, named in (

@@ -1,7 +1,7 @@
 """What several routes do to adapters: told to the audit log, and then to the parts that know of adapters."""
 
 from softprompt_api.audit import audited
-from softprompt_api.errors import AdapterNotFound, InvalidArgument
+from softprompt_api.errors import AdapterNotFound, InvalidArgument, Unavailable
 from softprompt_api.names import AdapterRef, parse_adapter, shown
 from softprompt_api.registry.v1.registry_pb2 import (
     AdapterVersion,
@@ -28,8 +28,16 @@ class Changes:
 
     def __init__(self, gateway: Gateway) -> None:
         self._registry = gateway.clients.registry
+        self._inference = gateway.clients.inference
         self._catalog = gateway.catalog
         self._probing = gateway.probing
+
+    async def default_base(self) -> str:
+        """The id of the base model that an adapter is for where nothing is said; "": the registry must know."""
+        try:
+            return (await self._inference.bases()).sole_id
+        except Unavailable:
+            return ""
 
     async def import_(
         self, request: Request, call: ImportAdapterRequest, *, must_be_new: bool = False
@@ -43,6 +51,7 @@ class Changes:
         caller, name = Caller.of(request), call.name
         with audited("adapter.import", adapter=shown(name), source=shown(call.source), **caller.facts()):
             call.name = caller.new_name(name)
+            call.base_model_id = call.base_model_id or await self.default_base()
             if must_be_new:
                 await self._check_absent(call.name, name)
             answer = await unless_gone(request, self._registry.import_adapter(call))

@@ -195,6 +195,7 @@ class _Routes:
             name, tensors = caller.new_name(body.name), body.tensors()
             with fields_spelled(base_model_id="base_model", tensors_sha256="sha256"):
                 header = body.header(name, tensors)
+                header.base_model_id = header.base_model_id or await self._changes.default_base()
                 answer = await unless_gone(request, register(self._registry, header, whole(tensors)))
         return self._registered(caller, answer)
 
@@ -213,6 +214,7 @@ class _Routes:
                 with audited("adapter.register", adapter=shown(adapter), **caller.facts()):
                     name = self._name(caller, adapter)
                     header = upload_header(name, request.headers, size_bytes=size_bytes)
+                    header.base_model_id = header.base_model_id or await self._changes.default_base()
                     answer = await register(self._registry, header, chunks)
             except (SoftpromptError, Refused):
                 await discard(chunks)
