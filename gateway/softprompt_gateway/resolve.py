@@ -1,6 +1,9 @@
 """What a request's `model`, and the soft prompts inside its prompt, stand for: decided anew for every request."""
 
 import asyncio
+import contextvars
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +28,9 @@ from softprompt_gateway.clients import InferenceClient, RegistryClient
 from softprompt_gateway.disconnect import stop
 from softprompt_gateway.errors import ModelNotFound
 from softprompt_gateway.placement import Place
+
+# A question that fails sooner keeps no request waiting.
+_LONG_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,15 +160,15 @@ class Resolver:
     """Turns what a request names into a Target.
 
     The registry is asked every time, so that the request after a registration gets what was registered. While it
-    is away, what the catalogue last heard is used: at once, where it has let a question time out and not answered
-    since. What is `known` may be begun with, never answered with.
+    is away, what the catalogue last heard is used: at once, once a question has waited for that and until one is
+    answered. What is `known` may be begun with, never answered with.
     """
 
     def __init__(self, registry: RegistryClient, inference: InferenceClient, catalog: Catalog) -> None:
         self._registry = registry
         self._inference = inference
         self._catalog = catalog
-        self._looking: asyncio.Task[None] | None = None  # for a registry that let a question time out
+        self._looking: asyncio.Task[None] | None = None  # for a registry that takes long to be away
 
     async def close(self) -> None:
         """Look for the registry no more."""
@@ -249,11 +255,11 @@ class Resolver:
             known = self._catalog.find(whole, caller.may_use)
             if known is not None:
                 return known
-        moment = self._catalog.moment
+        moment, asked_s = self._catalog.moment, time.monotonic()
         try:
             version = await self._registry.get_adapter(str(whole))
-        except (errors.Unavailable, errors.DeadlineExceeded) as error:
-            if isinstance(error, errors.DeadlineExceeded):
+        except (errors.Unavailable, errors.DeadlineExceeded):
+            if time.monotonic() - asked_s > _LONG_S:
                 self._look_for_registry(str(whole))
             known = self._catalog.find(whole, caller.may_use)
             if known is None:
@@ -276,15 +282,18 @@ class Resolver:
 
     def _look_for_registry(self, spelling: str) -> None:
         if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._ask_until_answered(spelling))
+            # For all: in no request's context.
+            self._looking = asyncio.create_task(self._ask_until_answered(spelling), context=contextvars.Context())
 
     async def _ask_until_answered(self, spelling: str) -> None:
-        while True:
+        asked_s = -math.inf
+        while time.monotonic() - asked_s > _LONG_S:  # or it is away in such a way that nobody waits for it
+            asked_s = time.monotonic()
             try:
                 await self._registry.get_adapter(spelling)
-            except errors.DeadlineExceeded:
+            except (errors.Unavailable, errors.DeadlineExceeded):
                 continue
-            except errors.SoftpromptError:  # it is away no more, or in such a way that nobody waits for it
+            except errors.SoftpromptError:
                 return
             return
 

@@ -133,3 +133,18 @@ async def test_a_registry_that_let_one_question_time_out_is_not_waited_for_until
     async with asyncio.timeout(10):
         while "quiet" not in stack.registry.asked:
             assert (await stack.complete("hi", model="quiet")).status_code == 200
+
+
+async def test_nor_is_one_that_took_long_to_say_that_its_store_is_away(
+    stack: Any, told: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("softprompt_gateway.resolve._LONG_S", 0.0)
+    quiet = await stack.registry.add("quiet")
+    await stack.until_listed("loud", "quiet")
+    stack.registry.error = Unavailable("the store is away")
+    assert (await stack.complete("hi", model="loud")).status_code == 200
+    stack.registry.answers.clear()
+    stack.registry.error = None
+    assert (await stack.complete("hi", model="quiet")).headers[DIGEST] == quiet.digest
+    assert "quiet" not in stack.registry.asked
+    stack.registry.answers.set()
