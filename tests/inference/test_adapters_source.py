@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 import warnings
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -243,6 +245,12 @@ def _flip_a_byte(registry: FakeRegistry, digest: str) -> None:
     registry.files[digest] = bytes(data)
 
 
+def _break_the_header(registry: FakeRegistry, digest: str) -> None:
+    data = bytearray(registry.files[digest])
+    data[0] ^= 255
+    registry.files[digest] = bytes(data)
+
+
 def _cut_the_file(registry: FakeRegistry, digest: str) -> None:
     registry.files[digest] = registry.files[digest][:-1]
 
@@ -277,6 +285,7 @@ def _change_the_config(registry: FakeRegistry, digest: str) -> None:
     "corrupt",
     [
         _flip_a_byte,
+        _break_the_header,
         _cut_the_file,
         _make_the_file_longer,
         _send_other_offsets,
@@ -293,6 +302,62 @@ async def test_what_is_not_what_was_registered_is_never_taken(
     corrupt(registry, digest)
     with pytest.raises(DataCorrupted):
         await source.fetch(digest)
+
+
+async def test_what_was_registered_but_cannot_be_served_is_invalid_and_not_corrupted(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any]
+) -> None:
+    rows[3, 3] = np.nan
+    version = registry.add("broken", rows)
+    with pytest.raises(AdapterInvalid, match="has nan at row 3"):
+        await source.fetch(version.digest)
+
+
+async def test_a_file_that_is_as_it_should_be_is_hashed_once(
+    registry: FakeRegistry,
+    source: AdapterSource,
+    rows: np.ndarray[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    version = registry.add("tweets", rows)
+    num_bytes: list[int] = []
+
+    def count(data: bytes = b"") -> Any:
+        num_bytes.append(len(data))
+        return sha256(data)
+
+    monkeypatch.setattr("hashlib.sha256", count)
+    assert (await source.fetch(version.digest)).digest == version.digest
+    assert version.size_bytes not in num_bytes  # the verifier's is fed
+    assert 0 in num_bytes
+
+
+async def test_a_fetch_that_is_cancelled_ends_only_when_its_thread_has_let_go_of_the_file(
+    registry: FakeRegistry,
+    source: AdapterSource,
+    rows: np.ndarray[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def read(*_: object) -> Adapter:
+        has_begun.set()
+        may_end.wait()
+        raise AdapterInvalid("nobody is told")
+
+    version = registry.add("tweets", rows)
+    monkeypatch.setattr(source_module._Wanted, "read", read)
+    fetching = asyncio.create_task(source.fetch(version.digest))
+    await asyncio.to_thread(has_begun.wait)
+    fetching.cancel()
+    try:
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not fetching.done()
+    finally:
+        may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await fetching
 
 
 async def test_an_adapter_of_another_hidden_size_is_refused_with_both_sizes(

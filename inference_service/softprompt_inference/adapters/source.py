@@ -2,9 +2,9 @@
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import grpc
 import structlog
@@ -37,6 +37,7 @@ _MAX_VALUE_BYTES = 4
 _GIB = 2**30
 _SHAPE_FIELDS = ("architecture", "hidden_size", "num_layers", "num_kv_heads", "head_dim", "vocab_size")
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _log = structlog.get_logger()
@@ -94,7 +95,7 @@ class AdapterSource:
                     wanted = await self._read(transfer)
         except TimeoutError as error:
             raise Unavailable("the registry is too slow to deliver the adapter; try again later") from error
-        adapter = await asyncio.to_thread(wanted.read, transfer.data, spelling, self._base_model.dtype)
+        adapter = await _in_thread(wanted.read, transfer.data, spelling, self._base_model.dtype)
         _log.info("adapter fetched", adapter=wanted.version.name, version=wanted.version.version, digest=spelling)
         return adapter
 
@@ -178,10 +179,15 @@ class _Wanted:
     def read(self, data: bytearray, digest: str, dtype: str) -> Adapter:
         """What the whole file holds, verified; once only."""
         version = self.version
-        if hashlib.sha256(data).hexdigest() != version.tensors_sha256:
-            raise DataCorrupted("the adapter's bytes are not those that were registered")
-        self.verifier.feed(data)
-        if self.verifier.finish().digest != version.digest:
+        try:
+            self.verifier.feed(data)
+            verified = self.verifier.finish()
+        except AdapterInvalid as error:
+            # The verifier hashes what it reads. Only where it refuses that is it hashed again, to tell why.
+            if hashlib.sha256(data).hexdigest() != version.tensors_sha256:
+                raise DataCorrupted("the adapter's bytes are not those that were registered") from error
+            raise
+        if verified.digest != version.digest:
             raise DataCorrupted("the adapter's digest is not that of its config and bytes")
         spelling = with_task(f"{version.name}@{version.version}", self.ref.task)
         return Adapter.read(digest, self.spec, bytes(data), task=self.task, dtype=dtype, spelling=spelling)
@@ -194,6 +200,16 @@ class _Transfer:
     ref: AdapterRef
     wanted: _Wanted | None = None
     data: bytearray = field(default_factory=bytearray)
+
+
+async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """As asyncio.to_thread, but it is cancelled only when the thread has ended, which has memory until then."""
+    working = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait([working])
+        raise
 
 
 def _readable(message: T | None) -> T:
