@@ -272,7 +272,8 @@ class Generator:
                 return composed
 
             # What cannot be computed is refused before it waits for room.
-            async with self._residency.use(*digests, check=put_together) as adapters:
+            using = self._residency.use(*digests, tenant=call.tenant, num=call.params.n, check=put_together)
+            async with using as adapters:
                 composed = put_together(adapters)
                 choices = [self._make_choice(index, call.params, composed) for index in range(call.params.n)]
                 with self._submitted(call, composed) as streams:

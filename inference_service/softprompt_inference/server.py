@@ -216,7 +216,7 @@ class InferenceServer:
             with contextlib.suppress(Unavailable):  # an engine that has ended holds nothing
                 engine.submit(DropAdapter(digest=digest))
 
-        self._residency = Residency(
+        residency = self._residency = Residency(
             fetch=lasting.source.fetch,
             load=lambda adapter: engine.submit(adapter.load_command()),
             drop=drop,
@@ -224,8 +224,9 @@ class InferenceServer:
             max_rows=settings.max_adapter_rows,
             max_loras=settings.max_loras,
             host_cache=lasting.host_cache,
+            max_wait_s=settings.max_queue_s,
         )
-        engine.follow_loads(self._residency.load_failed)
+        engine.follow_loads(residency.load_failed)
         prompts = PromptEncoder(
             lasting.tokenizer,
             vocab_size=engine.info.vocab_size,
@@ -236,13 +237,14 @@ class InferenceServer:
             max_open=settings.max_num_sequences + settings.max_queued_requests,
             max_wait_s=settings.max_queue_s,
             load=lambda: engine.stats,
+            num_elsewhere=lambda: residency.num_waiting,
         )
         generator = Generator(
             engine=engine,
             tokenizer=lasting.tokenizer,
             prompts=prompts,
             source=lasting.source,
-            residency=self._residency,
+            residency=residency,
             grammars=lasting.grammars,
             base_model_id=lasting.base_model.id,
             admission=admission,
@@ -252,11 +254,11 @@ class InferenceServer:
             tokenizer=lasting.tokenizer,
             prompts=prompts,
             generator=generator,
-            residency=self._residency,
+            residency=residency,
             effects=EffectProbe(
                 engine,
                 prompts,
-                self._residency,
+                residency,
                 lasting.source,
                 lasting.base_model,
                 idle_s=lambda: admission.idle_s,

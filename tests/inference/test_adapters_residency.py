@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import random
 import weakref
 from collections import Counter
@@ -9,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from softprompt_api.errors import AdapterInUse, InvalidArgument, Unavailable
+from softprompt_api.errors import AdapterInUse, InvalidArgument, Overloaded, Unavailable
 from softprompt_api.formats import Lora, LoraModule, Rows
 from softprompt_inference.adapters import residency as residency_module
 from softprompt_inference.adapters.adapter import Adapter
@@ -77,7 +78,12 @@ async def make(edge: Edge) -> AsyncIterator[Callable[..., Residency]]:
     made: list[Residency] = []
 
     def make(
-        *, max_adapters: int = 2, max_rows: int = 100, max_loras: int = 2, host_bytes: int = 10_000
+        *,
+        max_adapters: int = 2,
+        max_rows: int = 100,
+        max_loras: int = 2,
+        host_bytes: int = 10_000,
+        max_wait_s: float = math.inf,
     ) -> Residency:
         residency = Residency(
             fetch=edge.fetch,
@@ -87,6 +93,7 @@ async def make(edge: Edge) -> AsyncIterator[Callable[..., Residency]]:
             max_rows=max_rows,
             max_loras=max_loras,
             host_cache=HostCache(host_bytes),
+            max_wait_s=max_wait_s,
             now=lambda: edge.now_s,
         )
         made.append(residency)
@@ -101,13 +108,13 @@ async def make(edge: Edge) -> AsyncIterator[Callable[..., Residency]]:
 class User:
     """A request that uses adapters until it is told to end."""
 
-    def __init__(self, residency: Residency, *digests: str) -> None:
+    def __init__(self, residency: Residency, *digests: str, tenant: str = "", num: int = 1) -> None:
         self._end = asyncio.Event()
         self.got = asyncio.Event()
-        self.task = asyncio.create_task(self._run(residency, digests))
+        self.task = asyncio.create_task(self._run(residency, digests, tenant, num))
 
-    async def _run(self, residency: Residency, digests: Sequence[str]) -> None:
-        async with residency.use(*digests) as held:
+    async def _run(self, residency: Residency, digests: Sequence[str], tenant: str, num: int) -> None:
+        async with residency.use(*digests, tenant=tenant, num=num) as held:
             assert [adapter.digest for adapter in held] == list(digests)
             self.got.set()
             await self._end.wait()
@@ -128,11 +135,11 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def line_up(residency: Residency, wanted: Iterable[Sequence[str]]) -> list[User]:
+async def line_up(residency: Residency, wanted: Iterable[Sequence[str]], tenant: str = "") -> list[User]:
     """One user after the other, each with the digests that it wants."""
     users = []
     for digests in wanted:
-        users.append(User(residency, *digests))
+        users.append(User(residency, *digests, tenant=tenant))
         await settle()
     return users
 
@@ -268,6 +275,169 @@ async def test_who_has_waited_long_for_room_is_before_newcomers_to_what_is_resid
     assert (follower.got.is_set(), edge.engine) == (True, {"lora a", "soft"})
     await follower.end()
     await beside.end()
+
+
+async def test_who_is_next_and_still_on_its_way_holds_up_nobody_who_uses_what_is_resident(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_loras=2, host_bytes=0)
+    holders = await line_up(residency, [("lora a",), ("lora b",)])
+    coming_in, following, *later = await line_up(residency, [(f"lora {name}",) for name in "cdefgh"])
+    edge.gates["lora d"] = asyncio.Event()  # its second fetch: of six that waited, five were kept
+    await holders[0].end()
+    await settle()
+    assert edge.fetched[-1] == "lora d"
+    edge.now_s += 60
+    await coming_in.end()
+    for digest in ("lora c", "lora b"):
+        async with residency.use(digest):
+            residency.check()
+    assert edge.engine == {"lora b", "lora c"}
+    # Once it is there, newcomers let it go first.
+    looping = await line_up(residency, [("lora c",), ("lora b",)])
+    edge.gates["lora d"].set()
+    await settle()
+    newcomer = User(residency, "lora c")
+    await settle()
+    residency.check()
+    assert [user.got.is_set() for user in (*looping, following, newcomer)] == [True, True, False, False]
+    await looping[0].end()
+    await settle()
+    assert following.got.is_set()
+    for user in (holders[1], looping[1], following, *later, newcomer):
+        await user.end()
+
+
+async def test_a_lora_that_does_not_come_holds_up_no_soft_prompt(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_adapters=1, max_loras=1, host_bytes=0)
+    holders = await line_up(residency, [("lora a",), ("a",)])
+    edge.gates = {"lora c": asyncio.Event()}
+    edge.gates["lora c"].set()
+    loras = await line_up(residency, [("lora b",), ("lora c",)])
+    soft_prompts = await line_up(residency, "bcdefg")
+    edge.gates["lora c"].clear()
+    await holders[0].end()
+    await loras[0].end()
+    await settle()
+    assert edge.fetched[-1] == "lora c"
+    await holders[1].end()
+    for user in soft_prompts:  # some of them are fetched again
+        await user.end()
+    assert len(edge.fetched) > len(set(edge.fetched)) + 1
+    edge.gates["lora c"].set()
+    await loras[1].end()
+
+
+async def test_who_would_wait_too_long_for_room_is_told_when_to_come_back(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_loras=1, max_wait_s=30.0)
+    # While nothing is known of how long each takes, all are let in.
+    users = await line_up(residency, [(f"lora {number}",) for number in range(10)])
+
+    async def end(user: User) -> None:
+        edge.now_s += 10
+        await user.end()
+        await settle()
+
+    for user in users[:4]:
+        await end(user)
+    with pytest.raises(Overloaded, match="the wait would be about 50 s, and at most 30 s may be") as refused:
+        async with residency.use("lora 10"):
+            pass
+    assert int(refused.value.details["retry_after_ms"]) == pytest.approx(20_000, abs=1)
+    residency.check()
+    async with residency.use(), residency.use("soft"):
+        residency.check()
+    resident = await line_up(residency, [("lora 4",)] * 20)
+    assert not any(user.task.done() for user in resident)
+    for user in users[4:7]:
+        await end(user)
+    assert users[7].got.is_set()
+    last = User(residency, "lora 10")
+    await settle()
+    residency.check()
+    assert not last.task.done()
+    for user in (*users[7:], *resident, last):
+        await user.end()
+
+
+async def test_who_waited_for_who_is_next_alone_says_nothing_of_the_wait_for_room(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_loras=1, max_wait_s=30.0)
+    users = await line_up(residency, [("lora a",), ("lora b",), ("lora c",)])
+    edge.now_s += 20
+    await users[0].end()
+    await settle()
+    resident = await line_up(residency, [("lora b",)] * 50)
+    await users[2].cancel()
+    await settle()
+    assert all(user.got.is_set() for user in resident)
+    waiting = await line_up(residency, [("lora c",), ("lora d",)])
+    with pytest.raises(Overloaded, match="about 40 s"):
+        async with residency.use("lora e"):
+            pass
+    for user in (users[1], *resident, *waiting):
+        await user.end()
+
+
+async def test_tenants_have_room_in_turn(edge: Edge, make: Callable[..., Residency]) -> None:
+    residency = make(max_adapters=1, max_loras=1)
+    holder = User(residency, "a", "lora a", tenant="noisy")
+    await settle()
+    noisy = await line_up(residency, [("b", "lora b"), ("c",), ("lora d",), ("e", "lora e")], tenant="noisy")
+    quiet = await line_up(residency, [("lora q",), ("q", "lora q")], tenant="quiet")
+    for user in (holder, noisy[0], quiet[0]):
+        assert user.got.is_set()
+        await user.end()
+        await settle()
+        residency.check()
+    assert edge.engine == {"c", "lora q"}
+    await noisy[1].end()
+    await settle()
+    residency.check()
+    assert edge.engine == {"q", "lora q"}
+    for user in (quiet[1], noisy[2], noisy[3]):
+        await user.end()
+
+
+async def test_tenants_fetch_in_turn(edge: Edge, make: Callable[..., Residency]) -> None:
+    residency = make(max_adapters=20)
+    edge.gates = {str(number): asyncio.Event() for number in range(20)}
+    noisy = await line_up(residency, [(digest,) for digest in edge.gates], tenant="noisy")
+    quiet = User(residency, "quiet", tenant="quiet")
+    await settle()
+    edge.gates["0"].set()
+    edge.gates["1"].set()
+    await settle()
+    assert edge.fetched == ["0", "1", "2", "3", "4", "quiet", "5"]
+    assert quiet.got.is_set()
+    for gate in edge.gates.values():
+        gate.set()
+    for user in (*noisy, quiet):
+        await user.end()
+
+
+async def test_completions_are_counted_while_their_adapters_are_on_their_way_or_in_line(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_loras=1)
+    edge.gates["lora a"] = asyncio.Event()
+    first = User(residency, "lora a", num=2)
+    await settle()
+    assert residency.num_waiting == 2
+    edge.gates["lora a"].set()
+    await settle()
+    assert residency.num_waiting == 0
+    second = User(residency, "lora b", num=3)
+    await settle()
+    assert residency.num_waiting == 3
+    await second.cancel()
+    assert residency.num_waiting == 0
+    await first.end()
 
 
 async def test_two_adapters_in_endless_demand_for_one_place_have_it_in_turn(
@@ -931,7 +1101,7 @@ async def test_a_storm_of_users_and_cancellations_keeps_every_invariant(
     async def user(*wanted: str) -> None:
         if draw.random() < 0.1:
             edge.failures[wanted[0]] = Unavailable("the registry is away")
-        async with residency.use(*wanted):
+        async with residency.use(*wanted, tenant=draw.choice("abc")):
             in_use.extend(wanted)
             try:
                 for _ in range(draw.randrange(4)):

@@ -4,7 +4,7 @@ import heapq
 import math
 import random
 from collections import deque
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 
 import pytest
 from softprompt_api.errors import Overloaded
@@ -23,12 +23,18 @@ class Place:
     Attributes:
         now_s: the time.
         waits: how long those waited who have started.
+        num_elsewhere: completions that wait for something else.
     """
 
     def __init__(self, *, max_open: int = 1000, max_wait_s: float = MAX_WAIT_S) -> None:
         self.now_s = 0.0
+        self.num_elsewhere = 0
         self.admission = Admission(
-            max_open=max_open, max_wait_s=max_wait_s, load=lambda: self._stats, now=lambda: self.now_s
+            max_open=max_open,
+            max_wait_s=max_wait_s,
+            load=lambda: self._stats,
+            num_elsewhere=lambda: self.num_elsewhere,
+            now=lambda: self.now_s,
         )
         self.waits: list[float] = []
         self._stats = Stats()
@@ -145,6 +151,17 @@ def test_a_tenant_that_has_asked_for_little_is_let_in_beside_one_that_has_asked_
     with pytest.raises(Overloaded):
         place.ask("noisy")
     ask_until_refused(place, "quiet")
+
+
+def test_who_waits_for_something_else_than_the_engine_is_before_nobody() -> None:
+    place = saturated()
+    place.pass_until(1000.0)
+    with ExitStack() as elsewhere:
+        elsewhere.enter_context(place.admission.admitted(100, "noisy"))
+        with pytest.raises(Overloaded):
+            place.ask("noisy")
+        place.num_elsewhere = 100
+        place.ask("noisy")
 
 
 def test_what_failed_takes_no_place() -> None:

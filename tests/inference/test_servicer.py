@@ -1112,6 +1112,22 @@ async def test_a_gateway_that_leaves_aborts_what_it_started(world: World) -> Non
     assert aborted.request_id == request.request_id
 
 
+@pytest.mark.parametrize("max_adapters", [1])
+async def test_who_waits_for_room_for_adapters_is_known_by_tenant_and_number_of_choices(world: World) -> None:
+    running = world.generate(adapter="tweets")
+    await world.engine.wait_for(AddRequest)
+    waiting = world.generate(adapter="notes", tenant="acme", sampling={"n": 2})
+    async with asyncio.timeout(30):
+        while not world.residency._line:
+            await asyncio.sleep(0)
+    assert [waiter.tenant for waiter in world.residency._line] == ["acme"]
+    assert world.residency.num_waiting == 2
+    running.cancel()
+    await world.engine.wait_for(AddRequest, 3)
+    assert world.residency.num_waiting == 0
+    waiting.cancel()
+
+
 async def test_a_requests_salt_and_tenant_reach_each_of_its_choices(world: World) -> None:
     call = world.generate(cache_salt="acme/", tenant="acme", sampling={"n": 2})
     requests = await world.engine.wait_for(AddRequest, 2)

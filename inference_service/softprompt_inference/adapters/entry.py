@@ -15,6 +15,7 @@ class Entry:
     Attributes:
         found: what is known of it, since it was first fetched.
         fetching: the last task that fetched it.
+        tenant: whose request is the reason to fetch it.
         num_asking: requests that use it, or wait for it or for another beside it.
         num_using: requests that use it, and keep it resident.
         is_resident: whether it has room on the device.
@@ -23,6 +24,7 @@ class Entry:
     """
 
     digest: str
+    tenant: str = ""
     found: AdapterInfo | None = None
     fetching: "asyncio.Task[None] | None" = None
     num_asking: int = 0
@@ -55,12 +57,18 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Waiter:
-    """A request in line, once for all rooms in which it has adapters; `turn` is done when it holds all of them."""
+    """A request in line for all rooms in which it has adapters; `turn` is done when it holds all of them.
 
+    Attributes:
+        is_short: whether the engine did not have all of them when it came.
+    """
+
+    tenant: str
     entries: Sequence[Entry]
-    rooms: "Sequence[Room[Waiter]]"
+    rooms: Sequence[Room]
     turn: "asyncio.Future[None]"
     since_s: float
+    is_short: bool
 
     @property
     def missing(self) -> list[Entry]:

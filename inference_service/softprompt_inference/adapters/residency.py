@@ -8,31 +8,37 @@ asked for ──▶ fetching (one task per digest) ──▶ waiting for room �
 A request that needs several adapters gets all of them at once or waits for all of them, and holds none while it
 waits: two requests can never wait for each other. So it must ask for none while it holds some.
 
+There is one line, in which tenants take turns. Where too many in it wait for a room, for the pace at which they
+come in, newcomers are told to come back.
+
 Whoever waits for room holds no memory either, but for those who are next: their adapters are in hand. Others find
 theirs in the host cache when it is their turn, or have them fetched again.
 """
 
 import asyncio
+import math
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from time import monotonic
 from typing import Literal
 
-from softprompt_api.errors import AdapterInUse, InvalidArgument, Unavailable
+from softprompt_api.errors import AdapterInUse, InvalidArgument, Overloaded, Unavailable
 from softprompt_api.tracing import span
 
 from softprompt_inference.adapters.adapter import Adapter, AdapterInfo
 from softprompt_inference.adapters.entry import Entry, Waiter
 from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.room import Room
+from softprompt_inference.adapters.turns import Places, line_up
+from softprompt_inference.pace import Pace
 
 _MAX_REMEMBERED = 65_536
 # Each fetch holds an adapter, and for a moment its file.
 _MAX_FETCHES = 4
-# Users of what is resident come without a break: from then on they wait behind who waits for room.
+# Users of what is resident come without a break: from then on they wait behind who waits for room alone.
 _PATIENCE_S = 2.0
 
 
@@ -78,10 +84,10 @@ class Residency:
     """Brings adapters in on demand and holds those in use; belongs to one event loop.
 
     Requests for one digest share one fetch. When everything resident is in use, requests for further adapters wait
-    their turn; those whose adapters are all resident wait only where the first in line has waited too long. Soft
-    prompts and LoRAs have room of their own: a request is in the line of each that it needs, and has its turn when
-    it is the first in all of them. A failed fetch is the failure of those who wait for it, and is tried anew by
-    the next request; so is what the engine failed to load.
+    their turn; those whose adapters are all resident wait only where the next has waited too long, and lacks
+    nothing but room. Soft prompts and LoRAs have room of their own: a request has its turn when nobody before it
+    needs a room that it needs. A failed fetch is the failure of those who wait for it, and is tried anew by the
+    next request; so is what the engine failed to load.
 
     Args:
         fetch: gets a verified adapter by digest; may raise.
@@ -91,6 +97,7 @@ class Residency:
         max_rows: most virtual tokens of all adapters in the engine together; no adapter has more.
         max_loras: most LoRAs in the engine.
         host_cache: adapters kept in host memory.
+        max_wait_s: longest wait for room, as far as it can be foretold.
         now: seconds.
     """
 
@@ -104,40 +111,54 @@ class Residency:
         max_rows: int,
         max_loras: int,
         host_cache: HostCache,
+        max_wait_s: float = math.inf,
         now: Callable[[], float] = monotonic,
     ) -> None:
         self._fetch = fetch
         self._load = load
         self._drop = drop
-        self._soft_prompts = Room[Waiter](sort="soft prompts", max_adapters=max_adapters, max_rows=max_rows)
-        self._loras = Room[Waiter](sort="LoRAs", max_adapters=max_loras)
+        soft_prompts_pace, loras_pace = (Pace(max_wait_s=max_wait_s, now=now) for _ in range(2))
+        self._soft_prompts = Room(
+            sort="soft prompts", max_adapters=max_adapters, max_rows=max_rows, pace=soft_prompts_pace
+        )
+        self._loras = Room(sort="LoRAs", max_adapters=max_loras, pace=loras_pace)
         self._rooms = (self._soft_prompts, self._loras)
+        self._line: list[Waiter] = []  # for all rooms: two who need the same two are never each before the other
         self._host_cache = host_cache
         self._entries: dict[str, Entry] = {}
         self._usage: OrderedDict[str, _Usage] = OrderedDict()  # of adapters asked for lately, the last one last
         self._hits: Counter[str] = Counter()  # requests by where their adapter was
         self._now = now
-        self._fetches = asyncio.Semaphore(_MAX_FETCHES)
-        self._fetches_of_next = asyncio.Semaphore(1)  # they are not held up by all who came later
+        self._fetches = Places(_MAX_FETCHES)
+        # They are not held up by all who came later.
+        self._fetches_of_next = {room: Places(1) for room in self._rooms}
+        self._num_waiting = 0
 
     @asynccontextmanager
     async def use(
-        self, *digests: str, check: Callable[[Sequence[AdapterInfo]], object] | None = None
+        self,
+        *digests: str,
+        tenant: str = "",
+        num: int = 1,
+        check: Callable[[Sequence[AdapterInfo]], object] | None = None,
     ) -> AsyncIterator[Sequence[AdapterInfo]]:
         """Hold adapters in the engine for the time of the context; waits until all of them are there.
 
         Args:
+            tenant: whose request it is.
+            num: completions that they are for.
             check: looks at them before they take room; what it raises ends the wait.
 
-        Raises InvalidArgument where they do not fit the device together, even alone.
+        Raises InvalidArgument where they do not fit the device together, even alone; Overloaded where the wait for
+        room would be too long.
         """
-        entries = {digest: self._ask_for(digest) for digest in dict.fromkeys(digests)}
+        entries = {digest: self._ask_for(digest, tenant) for digest in dict.fromkeys(digests)}
         try:
-            with span("adapters"):
+            with span("adapters"), self._waiting(num):
                 adapters = [await self._fetched(entries[digest]) for digest in digests]
                 if check is not None:
                     check(adapters)
-                await self._hold_in_turn(list(entries.values()))
+                await self._hold_in_turn(list(entries.values()), tenant)
             try:
                 yield adapters
             finally:
@@ -145,6 +166,19 @@ class Residency:
         finally:
             for entry in entries.values():
                 self._forget(entry)
+
+    @property
+    def num_waiting(self) -> int:
+        """Completions whose adapters are on their way, or in line."""
+        return self._num_waiting
+
+    @contextmanager
+    def _waiting(self, num: int) -> Iterator[None]:
+        self._num_waiting += num
+        try:
+            yield
+        finally:
+            self._num_waiting -= num
 
     def resident(self, limit: int | None = None) -> list[Resident]:
         """What is in memory, the most recently used first; no more than `limit`."""
@@ -222,14 +256,14 @@ class Residency:
         tasks = [entry.fetching for entry in self._entries.values() if entry.fetching is not None]
         for task in tasks:
             task.cancel()
-        for waiter in {waiter for room in self._rooms for waiter in room.line}:
+        for waiter in list(self._line):
             self._leave_line(waiter)
             waiter.turn.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def refuse(self) -> None:
         """End the wait of all who are in line for room: the engine has ended."""
-        for waiter in {waiter for room in self._rooms for waiter in room.line}:
+        for waiter in list(self._line):
             self._leave_line(waiter)
             waiter.turn.set_exception(Unavailable("the engine has ended; try again"))
 
@@ -238,12 +272,14 @@ class Residency:
         for entry in self._entries.values():
             assert 0 <= entry.num_using <= entry.num_asking
             assert entry.is_resident or (entry.num_asking and not entry.num_using and not entry.has_failed)
+        closed = self._closed()
         for room in self._rooms:
             held = [one for one in self._entries.values() if one.is_resident and self._room_of(one) is room]
             assert (len(held), sum(one.num_rows for one in held)) == (room.num_adapters, room.num_rows)
             assert dict(room.idle) == {one.digest: one.num_rows for one in held if not one.num_using}
-            assert not any(self._may_pass(waiter) for waiter in room.line), "they wait for what is there"
+            assert room.num_waiting == sum(room in waiter.rooms for waiter in self._line)
             room.check()
+        assert not any(_may_pass(waiter, closed) for waiter in self._line), "they wait for what is there"
         in_hand, wanted = set(self._host_cache.in_hand()), self._wanted_next()
         for waiter in self._next():
             missing = {entry.digest for entry in waiter.missing}
@@ -257,10 +293,10 @@ class Residency:
     def _on_device(self) -> list[AdapterInfo]:
         return [entry.info for entry in self._entries.values() if entry.is_ready]
 
-    def _ask_for(self, digest: str) -> Entry:
+    def _ask_for(self, digest: str, tenant: str) -> Entry:
         entry = self._entries.get(digest)
         if entry is None:
-            entry = self._entries[digest] = Entry(digest=digest)
+            entry = self._entries[digest] = Entry(digest=digest, tenant=tenant)
             if adapter := self._host_cache.get(digest):
                 entry.found = adapter.info
             else:
@@ -280,7 +316,8 @@ class Residency:
 
     async def _bring(self, entry: Entry) -> None:
         try:
-            async with self._fetches if entry.found is None else self._fetches_of_next:
+            places = self._fetches if entry.found is None else self._fetches_of_next[self._room_of(entry)]
+            async with places.taken(entry.tenant):
                 adapter = await self._fetch(entry.digest)
         except BaseException as error:
             self._give_up(entry, error)
@@ -321,14 +358,16 @@ class Residency:
         if entry.fetching is not None:
             entry.fetching.cancel()
 
-    async def _hold_in_turn(self, entries: Sequence[Entry]) -> None:
+    async def _hold_in_turn(self, entries: Sequence[Entry], tenant: str) -> None:
         """Keep adapters in the engine, from when it has all of them, or it is their turn to come in together."""
-        waiter = self._make_waiter(entries)
-        if self._may_pass(waiter):
+        waiter = self._make_waiter(entries, tenant)
+        if _may_pass(waiter, self._closed()):
             self._hold(entries)
             return
         self._line_up(waiter)
         self._give_turns()
+        for room in waiter.rooms:  # who came in at once has not waited
+            room.measure()
         try:
             # Shielded: the turn is given or not, whatever becomes of who waits.
             await asyncio.shield(waiter.turn)
@@ -352,26 +391,48 @@ class Residency:
                 self._room_of(entry).idle[entry.digest] = entry.num_rows
         self._give_turns()
 
-    def _make_waiter(self, entries: Sequence[Entry]) -> Waiter:
+    def _make_waiter(self, entries: Sequence[Entry], tenant: str) -> Waiter:
         rooms = [room for room in self._rooms if any(self._room_of(entry) is room for entry in entries)]
         for room in rooms:
             needed = self._rows_in(room, entries)
             if not room.could_hold(needed):
                 raise InvalidArgument(f"the request needs {room.refusal(needed)}", field="adapter")
         turn = asyncio.get_running_loop().create_future()
-        return Waiter(entries=entries, rooms=rooms, turn=turn, since_s=self._now())
+        return Waiter(
+            tenant=tenant,
+            entries=entries,
+            rooms=rooms,
+            turn=turn,
+            since_s=self._now(),
+            is_short=not all(entry.is_ready for entry in entries),
+        )
 
     def _line_up(self, waiter: Waiter) -> None:
-        for room in waiter.rooms:
-            room.line[waiter] = None
+        """Put a request in line; Overloaded where it would wait too long for what is not there."""
+        line_up(self._line, waiter)
         for entry in waiter.entries:
             entry.waiters[waiter] = None
-
-    def _leave_line(self, waiter: Waiter) -> None:
         for room in waiter.rooms:
-            del room.line[waiter]
+            room.measure()
+            room.num_waiting += 1
+        if not waiter.is_short:
+            return
+        # Those who were not, and wait for who is next alone, come and go at another pace.
+        before = [other for other in self._line[: self._line.index(waiter)] if other.is_short]
+        try:
+            for room in waiter.rooms:
+                room.pace.check(sum(room in other.rooms for other in before))
+        except Overloaded:
+            self._leave_line(waiter)
+            raise
+
+    def _leave_line(self, waiter: Waiter, *, comes_in: bool = False) -> None:
+        self._line.remove(waiter)
         for entry in waiter.entries:
             del entry.waiters[waiter]
+        for room in waiter.rooms:
+            room.num_waiting -= 1
+            room.measure(int(comes_in and waiter.is_short))
 
     def _give_turns(self) -> None:
         """Let waiters in, in order, as far as there is room; idle adapters make room."""
@@ -379,25 +440,37 @@ class Residency:
             pass
         self._host_cache.let_go_but(self._wanted_next(), num_others=_MAX_FETCHES)
 
-    def _may_pass(self, waiter: Waiter) -> bool:
-        """Whether a request takes no room, so that it is before nobody, and nobody in line has waited too long."""
-        firsts = [room.first for room in waiter.rooms if room.first not in (None, waiter)]
+    def _closed(self) -> set[Room]:
+        """Rooms that nobody enters any more before the next, which has waited too long and lacks nothing else."""
         earliest_s = self._now() - _PATIENCE_S
-        return not waiter.missing and all(first is None or first.since_s >= earliest_s for first in firsts)
+        return {
+            room
+            for waiter in self._next()
+            if waiter.since_s < earliest_s and all(entry.digest in self._host_cache for entry in waiter.missing)
+            for room in waiter.rooms
+        }
 
     def _let_pass(self) -> bool:
         """Let in all who need not wait; whether there were any."""
-        passing = dict.fromkeys(waiter for room in self._rooms for waiter in room.line if self._may_pass(waiter))
+        closed = self._closed()
+        passing = [waiter for waiter in self._line if _may_pass(waiter, closed)]
         for waiter in passing:
-            self._leave_line(waiter)
+            self._leave_line(waiter, comes_in=True)
             self._hold(waiter.entries)
             waiter.turn.set_result(None)
         return bool(passing)
 
     def _next(self) -> list[Waiter]:
-        """Those who come in as soon as there is room: the first in all of their lines."""
-        firsts = dict.fromkeys(room.first for room in self._rooms)
-        return [waiter for waiter in firsts if waiter and all(room.first is waiter for room in waiter.rooms)]
+        """Those who come in as soon as there is room: nobody before them needs a room that they need."""
+        needed = [room for room in self._rooms if room.num_waiting]
+        found: list[Waiter] = []
+        for waiter in self._line:
+            if not needed:
+                break
+            if all(room in needed for room in waiter.rooms):
+                found.append(waiter)
+            needed = [room for room in needed if room not in waiter.rooms]
+        return found
 
     def _wanted_next(self) -> set[str]:
         return {entry.digest for waiter in self._next() for entry in waiter.missing}
@@ -437,7 +510,7 @@ class Residency:
 
     def _let_in(self, waiter: Waiter) -> None:
         """Load what a waiter lacks; it holds what it waited for."""
-        self._leave_line(waiter)
+        self._leave_line(waiter, comes_in=True)
         try:
             for entry in waiter.missing:
                 self._load_into_room(entry)
@@ -461,10 +534,10 @@ class Residency:
             del self._entries[entry.digest]
         self._drop(entry.digest)
 
-    def _room_of(self, entry: Entry) -> Room[Waiter]:
+    def _room_of(self, entry: Entry) -> Room:
         return self._loras if entry.info.is_lora else self._soft_prompts
 
-    def _rows_in(self, room: Room[Waiter], entries: Iterable[Entry]) -> Mapping[str, int]:
+    def _rows_in(self, room: Room, entries: Iterable[Entry]) -> Mapping[str, int]:
         return {entry.digest: entry.num_rows for entry in entries if self._room_of(entry) is room}
 
     def _find_resident(self, digest: str) -> Resident | None:
@@ -479,3 +552,8 @@ class Residency:
         usage = self._usage.get(adapter.digest, _Usage())
         idle_s = 0.0 if users or usage.released_s is None else self._now() - usage.released_s
         return Resident(adapter=adapter, tier=tier, idle_s=idle_s, hits=usage.hits, users=users)
+
+
+def _may_pass(waiter: Waiter, closed: Collection[Room]) -> bool:
+    """Whether a request takes no room, so that it is before nobody, and needs no room that is closed."""
+    return not waiter.missing and not any(room in closed for room in waiter.rooms)

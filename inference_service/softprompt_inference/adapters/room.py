@@ -1,37 +1,33 @@
-"""Room on the device for adapters of one sort: how much is taken, who waits for some, and who could make some."""
+"""Room on the device for adapters of one sort: how much is taken, how many wait, and who could make some."""
 
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
-Waiter = TypeVar("Waiter")
+from softprompt_inference.pace import Pace
 
 
-@dataclass(slots=True, kw_only=True)
-class Room(Generic[Waiter]):
+@dataclass(slots=True, kw_only=True, eq=False)
+class Room:
     """A number of adapters, and of rows of all of them together.
 
     Attributes:
         sort: what its adapters are, in words.
         max_adapters, max_rows: how much there is.
+        pace: at which those come in who were short of it.
         num_adapters, num_rows: how much is taken.
         idle: adapters in it that nobody uses, the least recently used first, with their rows.
-        line: who waits, in the order in which they came.
+        num_waiting: requests that wait for some.
     """
 
     sort: str
     max_adapters: int
     max_rows: int = 0
+    pace: Pace
     num_adapters: int = 0
     num_rows: int = 0
     idle: OrderedDict[str, int] = field(default_factory=OrderedDict)
-    line: OrderedDict[Waiter, None] = field(default_factory=OrderedDict)
-
-    @property
-    def first(self) -> Waiter | None:
-        """Who came before all others that wait."""
-        return next(iter(self.line), None)
+    num_waiting: int = 0
 
     def could_hold(self, rows: Mapping[str, int]) -> bool:
         """Whether it has room for these adapters, by their rows, when it holds nothing else."""
@@ -62,6 +58,10 @@ class Room(Generic[Waiter]):
             num_adapters -= 1
             num_rows -= num_rows_of_leaver
         return leavers
+
+    def measure(self, num_came_in: int = 0) -> None:
+        """Take in that some of those who waited have come in now, and whether others still wait."""
+        self.pace.measure(num_came_in, is_awaited=self.num_waiting > 0)
 
     def take(self, digest: str, num_rows: int) -> None:
         """Count an adapter in, idle."""
