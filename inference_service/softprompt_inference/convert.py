@@ -181,6 +181,7 @@ def to_resident(resident: Resident) -> pb.ResidentAdapter:
         idle_s=resident.idle_s,
         hits=resident.hits,
         in_use=resident.users,
+        pinned=resident.is_pinned,
     )
 
 

@@ -186,6 +186,8 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         front = self._ready()
         digest = (await _bound(front, request.adapter)).digest
         async with front.residency.use(digest):
+            if request.pin:
+                front.residency.pin(digest)
             return pb.PreloadResponse(digest=digest)
 
     async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictResponse:

@@ -26,6 +26,7 @@ class ResidentInfo:
         size_bytes, num_virtual_tokens: of its rows.
         idle_s: seconds since the last request let it go.
         hits: requests that asked for it; in_use: those that use it now.
+        pinned: whether it stays on the device until it is evicted.
     """
 
     adapter: str
@@ -36,6 +37,7 @@ class ResidentInfo:
     idle_s: float
     hits: int
     in_use: int
+    pinned: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -92,18 +94,19 @@ class InferenceClient(ServiceClient):
                 idle_s=one.idle_s,
                 hits=one.hits,
                 in_use=one.in_use,
+                pinned=one.pinned,
             )
             for one in answer.adapters
         ]
         return adapters, answer.total_size
 
-    def preload(self, adapter: str) -> str:
-        """Bring an adapter to the device; its digest."""
+    def preload(self, adapter: str, *, pin: bool = False) -> str:
+        """Bring an adapter to the device, and `pin` it there until it is evicted; its digest."""
         with self._translated():
-            return self._stub.Preload(pb.PreloadRequest(adapter=adapter), timeout=_LOAD_TIMEOUT_S).digest
+            return self._stub.Preload(pb.PreloadRequest(adapter=adapter, pin=pin), timeout=_LOAD_TIMEOUT_S).digest
 
     def evict(self, adapter: str) -> str:
-        """Let an adapter that no request uses go from memory; its digest."""
+        """Let an adapter that no request uses go from memory, also a pinned one; its digest."""
         with self._translated():
             return self._stub.Evict(pb.EvictRequest(adapter=adapter), timeout=_CALL_TIMEOUT_S).digest
 

@@ -309,7 +309,7 @@ def test_a_version_is_promoted_rolled_back_and_kept_by_the_command_line(
     assert resident["staged@1"]["hits"] >= 2
     assert system.cli("adapter", "evict", "staged@1").returncode == 0
     assert "staged@1 " not in system.cli("adapter", "ps").stdout
-    assert system.cli("adapter", "preload", "staged@prod").returncode == 0
+    assert "on the device, pinned: " in system.cli("adapter", "preload", "staged@prod", "--pin").stdout
     assert "staged@1 " in system.cli("adapter", "ps").stdout
 
     assert system.cli("adapter", "unpin", "staged@2").returncode == 0

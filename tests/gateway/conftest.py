@@ -293,6 +293,7 @@ class FakeInference(InferenceServiceServicer):
                 idle_s=1.23456,
                 hits=7,
                 in_use=number % 2,
+                pinned=number == 2,
             )
             for number, spelling in enumerate(self.resident, 1)
         ]

@@ -367,6 +367,8 @@ async def test_what_is_in_memory_is_listed_with_its_tier_and_use(stack: Any) -> 
         "idle_s": 1.235,
         "hits": 7,
         "in_use": 1,
+        "pinned": False,
     }
+    assert answer["data"][1]["pinned"]
     assert len((await stack.http.get("/v1/resident_adapters")).json()["data"]) == 3
     assert (await stack.http.get("/v1/resident_adapters?limit=0")).status_code == 400

@@ -1088,6 +1088,102 @@ async def test_an_adapter_in_use_is_not_evicted(edge: Edge, make: Callable[..., 
     assert edge.engine == set()
 
 
+async def test_a_pinned_adapter_stays_until_it_is_evicted(edge: Edge, make: Callable[..., Residency]) -> None:
+    residency = make(max_adapters=2, host_bytes=0)
+    async with residency.use("a"):
+        residency.pin("a")
+        residency.pin("a")
+    for digest in "bcbc":
+        async with residency.use(digest):
+            assert edge.engine == {"a", digest}
+            residency.check()
+    assert {one.adapter.digest: one.is_pinned for one in residency.resident()} == {"a": True, "c": False}
+    assert residency.evict("a")
+    assert edge.engine == {"c"}
+    async with residency.use("a"), residency.use("b"):
+        assert not any(one.is_pinned for one in residency.resident())
+
+
+async def test_a_pinned_adapter_that_is_in_use_is_pinned_no_longer_when_it_was_to_be_evicted(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_loras=2)
+    user = User(residency, "lora a")
+    await settle()
+    residency.pin("lora a")
+    with pytest.raises(AdapterInUse):
+        residency.evict("lora a")
+    await user.end()
+    async with residency.use("lora b", "lora c"):
+        assert edge.engine == {"lora b", "lora c"}
+
+
+async def test_who_waits_for_room_has_that_of_a_pinned_adapter_once_it_is_evicted(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_loras=2)
+    async with residency.use("lora a"):
+        residency.pin("lora a")
+    holder = User(residency, "lora b")
+    await settle()
+    waiting = User(residency, "lora c")
+    await settle()
+    assert not waiting.got.is_set()
+    assert residency.evict("lora a")
+    await settle()
+    residency.check()
+    assert waiting.got.is_set()
+    await holder.end()
+    await waiting.end()
+
+
+async def test_some_room_is_left_for_others_than_what_is_pinned(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    edge.num_rows = {"large": 9, "small": 3}
+    residency = make(max_adapters=3, max_rows=10, max_loras=2)
+    async with residency.use("large"):
+        residency.pin("large")
+    async with residency.use("a"):
+        with pytest.raises(
+            Overloaded,
+            match="1 soft prompts with 9 virtual tokens are pinned, and at most 2 with 9 virtual tokens",
+        ):
+            residency.pin("a")
+    async with residency.use("lora a", "lora b"):
+        residency.pin("lora a")
+        with pytest.raises(Overloaded, match="1 LoRAs are pinned, and at most 1 may be; evict one"):
+            residency.pin("lora b")
+    residency.check()
+    for digests, message in (
+        (
+            ("small",),
+            "with 3 virtual tokens at one time; there is room for 2 with 1 virtual tokens beside 1 pinned",
+        ),
+        (("lora b", "lora c"), "needs 2 LoRAs at one time; there is room for 1 beside 1 pinned"),
+    ):
+        with pytest.raises(InvalidArgument, match=message):
+            async with residency.use(*digests):
+                pass
+    async with residency.use("lora a", "lora b", "large", "a"):
+        residency.check()
+
+
+async def test_who_waits_for_more_than_a_pinned_adapter_leaves_is_told_and_holds_up_nobody(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_adapters=2)
+    holders = await line_up(residency, "ab")
+    waiting = await line_up(residency, ["cd", "e", "ac", "c"])
+    residency.pin("a")
+    with pytest.raises(InvalidArgument, match="there is room for 1 with 99 virtual tokens beside 1 pinned"):
+        await waiting[0].task
+    residency.check()
+    await holders[1].end()
+    for user in (*waiting[1:], holders[0]):
+        await user.end()
+
+
 @pytest.mark.parametrize("seed", range(20))
 async def test_a_storm_of_users_and_cancellations_keeps_every_invariant(
     edge: Edge, make: Callable[..., Residency], seed: int
@@ -1103,6 +1199,9 @@ async def test_a_storm_of_users_and_cancellations_keeps_every_invariant(
             edge.failures[wanted[0]] = Unavailable("the registry is away")
         async with residency.use(*wanted, tenant=draw.choice("abc")):
             in_use.extend(wanted)
+            if draw.random() < 0.05:
+                with contextlib.suppress(Overloaded):
+                    residency.pin(wanted[0])
             try:
                 for _ in range(draw.randrange(4)):
                     await asyncio.sleep(0)
@@ -1119,6 +1218,9 @@ async def test_a_storm_of_users_and_cancellations_keeps_every_invariant(
             edge.engine.remove(failed)
             edge.failed.add(failed)
             residency.load_failed(failed)
+        if draw.random() < 0.1:
+            with contextlib.suppress(AdapterInUse):
+                residency.evict(draw.choice(digests))
         # At most 3 soft prompts and some too large together, which are refused.
         tasks.append(asyncio.create_task(user(*draw.sample(digests, draw.choice([1, 1, 2, 3])))))
         if draw.random() < 0.3:
@@ -1134,5 +1236,7 @@ async def test_a_storm_of_users_and_cancellations_keeps_every_invariant(
     await settle()
     residency.check()
     edge.failures.clear()
+    for digest in digests:
+        residency.evict(digest)
     async with asyncio.timeout(5), residency.use("11", "0", "lora 1"):
         residency.check()

@@ -741,6 +741,23 @@ async def test_adapters_are_brought_in_and_let_go_one_by_one(world: World, rpc: 
         assert from_rpc_error(caught.value).field == "adapter"
 
 
+@pytest.mark.parametrize("max_adapters", [2])
+async def test_an_adapter_is_pinned_as_it_is_brought_in(world: World) -> None:
+    async def listed() -> dict[str, bool]:
+        answer = await world.stub.ListResident(pb.ListResidentRequest())
+        return {one.digest: one.pinned for one in answer.adapters}
+
+    await world.stub.Preload(pb.PreloadRequest(adapter="tweets"))
+    assert await listed() == {DIGEST_A: False}
+    await world.stub.Preload(pb.PreloadRequest(adapter="tweets", pin=True))
+    assert await listed() == {DIGEST_A: True}
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await world.stub.Preload(pb.PreloadRequest(adapter="notes", pin=True))
+    assert isinstance(from_rpc_error(caught.value), Overloaded)
+    await world.stub.Evict(pb.EvictRequest(adapter="tweets"))
+    assert await listed() == {DIGEST_B: False}
+
+
 @pytest.mark.parametrize("spelling", ["", "org/Base"])
 async def test_the_base_model_needs_no_adapter(world: World, spelling: str) -> None:
     call = world.generate(adapter=spelling)
@@ -1119,7 +1136,7 @@ async def test_who_waits_for_room_for_adapters_is_known_by_tenant_and_number_of_
     waiting = world.generate(adapter="notes", tenant="acme", sampling={"n": 2})
     async with asyncio.timeout(30):
         while not world.residency._line:
-            await asyncio.sleep(0)
+            await world.stub.GetLoad(pb.GetLoadRequest())
     assert [waiter.tenant for waiter in world.residency._line] == ["acme"]
     assert world.residency.num_waiting == 2
     running.cancel()

@@ -138,6 +138,7 @@ class ResidentAdapter(AnswerModel):
     idle_s: float
     hits: int
     in_use: int
+    pinned: bool
 
 
 class ResidentList(AnswerModel):

@@ -51,4 +51,5 @@ def _resident_json(replica: str, one: ResidentAdapter) -> dict[str, Any]:
         "idle_s": round(one.idle_s, 3),
         "hits": one.hits,
         "in_use": one.in_use,
+        "pinned": one.pinned,
     }

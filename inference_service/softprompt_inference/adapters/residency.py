@@ -51,6 +51,7 @@ class Resident:
         idle_s: since the last request let it go; 0 while it is used or was never asked for.
         hits: requests that asked for it, as far as is remembered.
         users: requests that use it now.
+        is_pinned: whether it stays on the device until it is evicted.
     """
 
     adapter: AdapterInfo
@@ -58,6 +59,7 @@ class Resident:
     idle_s: float
     hits: int
     users: int
+    is_pinned: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,19 +231,41 @@ class Residency:
         waiting = {entry.info.name for entry in loras if entry.num_asking > entry.num_using}
         return sorted(running), sorted(waiting)
 
-    def evict(self, digest: str) -> bool:
-        """Let an adapter go from all memory; False when it is not there.
+    def pin(self, digest: str) -> None:
+        """Have an adapter that is in use stay on the device until it is evicted.
 
         Raises:
-            AdapterInUse: requests use it, or wait for it.
+            Overloaded: so many are pinned that there would be no room for others.
+        """
+        entry = self._entries[digest]
+        assert entry.num_using
+        room = self._room_of(entry)
+        room.pin(digest, entry.num_rows)
+        for waiter in [waiter for waiter in self._line if room in waiter.rooms]:
+            needed = self._rows_in(room, waiter.entries)
+            if not room.could_hold(needed):  # it did when it came
+                self._leave_line(waiter)
+                waiter.turn.set_exception(_never_fits(room, needed))
+        self._give_turns()
+
+    def evict(self, digest: str) -> bool:
+        """Let an adapter go from all memory, also one that is pinned; False when it is not there.
+
+        Raises:
+            AdapterInUse: requests use it, or wait for it. It is not pinned any more.
         """
         entry = self._entries.get(digest)
-        if entry is not None and entry.num_asking:
-            raise AdapterInUse("requests use the adapter; it can go when they have ended", field="adapter")
-        was_on_host = self._host_cache.discard(digest)
         if entry is None:
-            return was_on_host
-        self._drop_resident(entry)
+            return self._host_cache.discard(digest)
+        if entry.is_resident:
+            self._room_of(entry).pinned.pop(digest, None)
+        is_asked_for = entry.num_asking > 0
+        if not is_asked_for:
+            self._host_cache.discard(digest)
+            self._drop_resident(entry)
+        self._give_turns()
+        if is_asked_for:
+            raise AdapterInUse("requests use the adapter; it can go when they have ended", field="adapter")
         return True
 
     def load_failed(self, digest: str) -> None:
@@ -279,6 +303,7 @@ class Residency:
             assert dict(room.idle) == {one.digest: one.num_rows for one in held if not one.num_using}
             assert room.num_waiting == sum(room in waiter.rooms for waiter in self._line)
             room.check()
+            assert room.pinned.items() <= {one.digest: one.num_rows for one in held}.items()
         assert not any(_may_pass(waiter, closed) for waiter in self._line), "they wait for what is there"
         in_hand, wanted = set(self._host_cache.in_hand()), self._wanted_next()
         for waiter in self._next():
@@ -396,7 +421,7 @@ class Residency:
         for room in rooms:
             needed = self._rows_in(room, entries)
             if not room.could_hold(needed):
-                raise InvalidArgument(f"the request needs {room.refusal(needed)}", field="adapter")
+                raise _never_fits(room, needed)
         turn = asyncio.get_running_loop().create_future()
         return Waiter(
             tenant=tenant,
@@ -551,9 +576,16 @@ class Residency:
     def _describe(self, adapter: AdapterInfo, tier: Literal["host", "device"], users: int) -> Resident:
         usage = self._usage.get(adapter.digest, _Usage())
         idle_s = 0.0 if users or usage.released_s is None else self._now() - usage.released_s
-        return Resident(adapter=adapter, tier=tier, idle_s=idle_s, hits=usage.hits, users=users)
+        is_pinned = any(adapter.digest in room.pinned for room in self._rooms)
+        return Resident(
+            adapter=adapter, tier=tier, idle_s=idle_s, hits=usage.hits, users=users, is_pinned=is_pinned
+        )
 
 
 def _may_pass(waiter: Waiter, closed: Collection[Room]) -> bool:
     """Whether a request takes no room, so that it is before nobody, and needs no room that is closed."""
     return not waiter.missing and not any(room in closed for room in waiter.rooms)
+
+
+def _never_fits(room: Room, needed: Mapping[str, int]) -> InvalidArgument:
+    return InvalidArgument(f"the request needs {room.refusal(needed)}", field="adapter")

@@ -1,6 +1,7 @@
 """`softprompt adapter` `ps`, `preload`, `evict`: which adapters are in the memory of the inference services."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -9,6 +10,8 @@ from softprompt_api.errors import AdapterNotFound
 from softprompt.cli.adapters import Adapter, AsJson, Inference, console, print_json
 from softprompt.cli.connections import inference_client
 from softprompt.inference import DEFAULT_ADDRESS, ResidentInfo, replicas_of
+
+Pin = Annotated[bool, typer.Option("--pin", help="keep it there until it is evicted, or the engine ends")]
 
 
 def ps(inference: Inference = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
@@ -35,26 +38,29 @@ def _table(adapters: Sequence[tuple[str, ResidentInfo]]) -> Table:
     """A row for each adapter, with its replica where there are several."""
     are_several = len({replica for replica, _ in adapters}) > 1
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    columns = ["ADAPTER", "TIER", "SIZE", "IDLE", "HITS", "IN USE", "DIGEST"]
+    columns = ["ADAPTER", "TIER", "SIZE", "IDLE", "HITS", "IN USE", "PINNED", "DIGEST"]
     for column in [*columns, "REPLICA"] if are_several else columns:
         table.add_column(column, no_wrap=True)
     for replica, info in adapters:
         idle = "" if info.in_use else f"{info.idle_s:.0f} s"
         size = f"{info.size_bytes / 1024:,.1f} KiB"
-        row = [info.adapter, info.tier, size, idle, str(info.hits), str(info.in_use), info.digest[:19]]
+        pinned = "yes" if info.pinned else ""
+        row = [info.adapter, info.tier, size, idle, str(info.hits), str(info.in_use), pinned, info.digest[:19]]
         table.add_row(*row, *([replica] if are_several else []))
     return table
 
 
-def preload(adapter: Adapter, inference: Inference = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+def preload(
+    adapter: Adapter, inference: Inference = DEFAULT_ADDRESS, pin: Pin = False, as_json: AsJson = False
+) -> None:
     """Bring an adapter in before its first request, to each replica that is named."""
     for replica in replicas_of(inference):
         with inference_client(replica) as client:
-            digest = client.preload(adapter)
+            digest = client.preload(adapter, pin=pin)
     if as_json:
         print_json({"adapter": adapter, "digest": digest})
     else:
-        typer.echo(f"{adapter} is on the device: {digest}")
+        typer.echo(f"{adapter} is on the device{', pinned' if pin else ''}: {digest}")
 
 
 def evict(adapter: Adapter, inference: Inference = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:

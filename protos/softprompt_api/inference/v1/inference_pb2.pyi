@@ -1609,6 +1609,7 @@ class ResidentAdapter(_message.Message):
     IDLE_S_FIELD_NUMBER: _builtins.int
     HITS_FIELD_NUMBER: _builtins.int
     IN_USE_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """Digest of the adapter."""
     adapter: _builtins.str
@@ -1625,6 +1626,8 @@ class ResidentAdapter(_message.Message):
     """Requests that have asked for it, as far as is remembered."""
     in_use: _builtins.int
     """Requests that use it now."""
+    pinned: _builtins.bool
+    """Whether it stays on the device until Evict lets it go; see PreloadRequest."""
     def __init__(
         self,
         *,
@@ -1636,10 +1639,11 @@ class ResidentAdapter(_message.Message):
         idle_s: _builtins.float = ...,
         hits: _builtins.int = ...,
         in_use: _builtins.int = ...,
+        pinned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "digest", b"digest", "hits", b"hits", "idle_s", b"idle_s", "in_use", b"in_use", "num_virtual_tokens", b"num_virtual_tokens", "size_bytes", b"size_bytes", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "digest", b"digest", "hits", b"hits", "idle_s", b"idle_s", "in_use", b"in_use", "num_virtual_tokens", b"num_virtual_tokens", "pinned", b"pinned", "size_bytes", b"size_bytes", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1702,16 +1706,22 @@ class PreloadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
     """One adapter, as in GenerateRequest."""
+    pin: _builtins.bool
+    """Have it stay on the device until Evict, or until the engine ends. OVERLOADED where that would leave no room for
+    others: one place less than there are may be pinned, of soft prompts and of LoRAs, and one virtual token less.
+    """
     def __init__(
         self,
         *,
         adapter: _builtins.str = ...,
+        pin: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "pin", b"pin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
