@@ -14,12 +14,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar, cast
+from typing import Any, cast
 
 import grpc
 import numpy as np
@@ -44,6 +44,7 @@ from softprompt_inference.engine.messages import Command, ModelInfo, Stats, Step
 from softprompt_inference.grammar import GrammarCompiler
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 from softprompt_inference.server import InferenceServer, _Lasting
+from softprompt_inference.servicer import Front
 from softprompt_inference.settings import Settings
 from softprompt_inference.text import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -691,38 +692,76 @@ async def test_engines_that_die_are_replaced_until_they_do_so_again_and_again(
         service.end()
 
 
-async def test_what_an_engine_failed_to_load_is_sent_to_it_again(model_folder: Path, tokenizer: Tokenizer) -> None:
-    class Engine(EngineClient):
-        info = cast(ModelInfo, SimpleNamespace(vocab_size=1, max_model_len=1))
-        commands: ClassVar[list[Command]] = []
+class UnstartedEngine(EngineClient):
+    """Keeps what it is told."""
 
-        def submit(self, command: Command) -> None:
-            self.commands.append(command)
+    info = cast(ModelInfo, SimpleNamespace(vocab_size=1, max_model_len=1))
+
+    def __init__(self) -> None:
+        super().__init__(cast(asyncio.subprocess.Process, None), print)
+        self.commands: list[Command] = []
+
+    def submit(self, command: Command) -> None:
+        self.commands.append(command)
+
+
+@pytest.fixture
+async def make_front(model_folder: Path, tokenizer: Tokenizer) -> AsyncIterator[Callable[..., Front]]:
+    """Make a front over an engine: `make_front(engine, **settings)`."""
+    servers: list[InferenceServer] = []
 
     async def fetch(digest: str) -> Adapter:
         rows = Rows(data=b"rows", dtype="float32", num_virtual_tokens=1, row_size=1)
         return Adapter(digest=digest, content=rows)
 
-    server = InferenceServer(Settings(model=str(model_folder)))
-    lasting = _Lasting(
-        folder=model_folder,
-        defaults={},
-        tokenizer=tokenizer,
-        base_model=registry_pb2.BaseModel(),
-        source=cast(AdapterSource, SimpleNamespace(fetch=fetch)),
-        grammars=cast(GrammarCompiler, None),
-        host_cache=HostCache(100),
-        ready_unix_s=0,
-    )
-    engine = Engine(cast(asyncio.subprocess.Process, None), print)
-    residency = server._make_front(engine, lasting).residency
+    def make(engine: EngineClient, **settings: Any) -> Front:
+        server = InferenceServer(Settings(model=str(model_folder), **settings))
+        servers.append(server)
+        lasting = _Lasting(
+            folder=model_folder,
+            defaults={},
+            tokenizer=tokenizer,
+            base_model=registry_pb2.BaseModel(),
+            source=cast(AdapterSource, SimpleNamespace(fetch=fetch)),
+            grammars=cast(GrammarCompiler, None),
+            host_cache=HostCache(100),
+            ready_unix_s=0,
+        )
+        return server._make_front(engine, lasting)
+
+    yield make
+    for server in servers:
+        await server.stop()
+
+
+async def test_what_an_engine_failed_to_load_is_sent_to_it_again(make_front: Callable[..., Front]) -> None:
+    engine = UnstartedEngine()
+    residency = make_front(engine).residency
     for num_loads in (1, 2):
         for _ in range(2):
             async with residency.use("sha256:a"):
                 pass
         assert len(engine.commands) == num_loads
         engine._hear(StepResult(outputs=[], stats=Stats(), failed_loads=["sha256:a"]))
-    await server.stop()
+
+
+async def test_who_waits_for_an_adapter_waits_by_the_same_setting_and_not_for_the_engine(
+    make_front: Callable[..., Front],
+) -> None:
+    front = make_front(UnstartedEngine(), max_prompt_adapters=1, max_queue_s=12.0)
+    residency, admission = front.residency, front.generator._admission
+
+    async def wait() -> None:
+        async with residency.use("sha256:b"):
+            pass
+
+    async with residency.use("sha256:a"):
+        waiting = asyncio.create_task(wait())
+        await asyncio.sleep(0)
+        assert admission._num_elsewhere() == 1
+    await waiting
+    assert admission._num_elsewhere() == 0
+    assert {pace._max_wait_s for pace in (admission._pace, *(room.pace for room in residency._rooms))} == {12.0}
 
 
 def wait_until_ready_again(service: Service, ended: int) -> None:
