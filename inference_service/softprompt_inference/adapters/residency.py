@@ -18,7 +18,7 @@ theirs in the host cache when it is their turn, or have them fetched again.
 import asyncio
 import math
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -582,9 +582,9 @@ class Residency:
         )
 
 
-def _may_pass(waiter: Waiter, closed: Collection[Room]) -> bool:
+def _may_pass(waiter: Waiter, closed: set[Room]) -> bool:
     """Whether a request takes no room, so that it is before nobody, and needs no room that is closed."""
-    return not waiter.missing and not any(room in closed for room in waiter.rooms)
+    return closed.isdisjoint(waiter.rooms) and not waiter.missing
 
 
 def _never_fits(room: Room, needed: Mapping[str, int]) -> InvalidArgument:
