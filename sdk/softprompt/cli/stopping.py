@@ -18,9 +18,10 @@ class Stop:
         self._hurried = threading.Event()
 
     def listen(self) -> None:
-        """Take over the signals of this process; only in its main thread."""
+        """Take over the signals of this process; only in its main thread. With nohup, it outlives its terminal."""
         for number in _SIGNALS:
-            signal.signal(number, self._ask)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._ask)
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         (self._hurried if self._asked.is_set() else self._asked).set()

@@ -175,7 +175,8 @@ class Supervisor:
 
     def _end_all(self) -> None:
         if self._stop.asked():
-            with contextlib.suppress(OSError):  # the terminal may be what has gone
+            # The terminal may be what has gone; where it is a broken pipe, rich ends the program.
+            with contextlib.suppress(OSError, SystemExit):
                 self._console.print("stopping …")
         # The gateway first, so that what it has taken can be answered; then the replicas, all at once.
         gateway = [child for child in self._children if child.name == "gateway"]
