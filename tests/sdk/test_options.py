@@ -1,10 +1,13 @@
 """Flags, environment and config file become one set of options."""
 
+import json
 from pathlib import Path
 
 import pytest
+from softprompt.cli import app
 from softprompt.cli.options import RunOptions, make_options
 from softprompt.cli.problems import WrongUsage
+from typer.main import get_command
 
 
 def config(tmp_path: Path, text: str) -> Path:
@@ -106,3 +109,16 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_an_empty_file_leaves_the_defaults(tmp_path: Path) -> None:
     assert make_options({}, config(tmp_path, "")) == RunOptions()
+
+
+def test_the_documentation_tells_every_variable_of_run_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- settings: softprompt run -->\n")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    told = {variable.strip("`"): default for variable, default, _ in rows}
+    run = get_command(app).commands["run"]
+    assert told.keys() == {option.envvar for option in run.params if option.envvar}
+    for name, field in RunOptions.model_fields.items():
+        if (default := told.get(f"SOFTPROMPT_{name.upper()}")) is not None and name != "data_dir":
+            value = field.get_default(call_default_factory=True)
+            assert default == ("unset" if value is None else f"`{json.dumps(value).strip(chr(34))}`"), name

@@ -8,13 +8,31 @@ from typing import Any
 
 import pytest
 from softprompt.cli import main
-from softprompt.cli.options import make_options
+from softprompt.cli.options import RunOptions, make_options
 from softprompt.cli.panel import curl
 from softprompt.cli.problems import WrongUsage
-from softprompt.cli.services import Addresses, command, environment, refuse_tls_of_services
+from softprompt.cli.services import Addresses, command, environment, refuse_variables_of_services
 from softprompt.registry import AdapterInfo
 from softprompt_api.inference.v1.inference_pb2 import GetModelResponse
 from softprompt_api.registry.v1.registry_pb2 import BaseModel
+
+EVERY_OPTION = {
+    "max_prompt_adapters": 2,
+    "max_loras": 5,
+    "max_lora_rank": 128,
+    "max_num_seqs": 3,
+    "served_model_name": "x",
+    "dtype": "float32",
+    "kv_cache_gb": 1.0,
+    "gpu_memory_utilization": 0.5,
+    "enable_prefix_caching": False,
+    "share": False,
+    "native_kernels": False,
+    "require_keys": True,
+    "unknown_fields": "warn",
+    "redis_url": "redis://elsewhere",
+}
+CALLED = {"SOFTPROMPT_REGISTRY_ADDRESS", "SOFTPROMPT_INFERENCE_ADDRESS"}
 
 
 def addresses(host: str = "127.0.0.1") -> Addresses:
@@ -89,25 +107,7 @@ def test_variables_that_run_reads_do_not_reach_the_services(monkeypatch: pytest.
 def test_every_service_reads_what_it_is_given(
     service: str, expected: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = make_options(
-        {
-            "max_prompt_adapters": 2,
-            "max_loras": 5,
-            "max_lora_rank": 128,
-            "max_num_seqs": 3,
-            "served_model_name": "x",
-            "dtype": "float32",
-            "kv_cache_gb": 1.0,
-            "gpu_memory_utilization": 0.5,
-            "enable_prefix_caching": False,
-            "share": False,
-            "native_kernels": False,
-            "require_keys": True,
-            "unknown_fields": "warn",
-            "redis_url": "redis://elsewhere",
-        }
-    )
-    for name, value in environment(service, options, addresses()).items():
+    for name, value in environment(service, make_options(EVERY_OPTION), addresses()).items():
         monkeypatch.setenv(name, value)
     settings = importlib.import_module(f"softprompt_{service}.settings").read_settings()
     assert {name: getattr(settings, name) for name in expected} == expected
@@ -165,11 +165,63 @@ def test_https_is_the_gateways_alone(monkeypatch: pytest.MonkeyPatch, authority:
     assert replace(addresses(), gateway_scheme="https").gateway_url == "https://127.0.0.1:3"
 
 
-def test_variables_that_would_give_services_tls_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_tls_of_services()
-    monkeypatch.setenv("SOFTPROMPT_REGISTRY_TLS_CERT", "cert.pem")
-    with pytest.raises(WrongUsage, match="SOFTPROMPT_REGISTRY_TLS_CERT is for a service that is started alone"):
-        refuse_tls_of_services()
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("SOFTPROMPT_REGISTRY_TLS_CERT", "--tls-cert with --tls-key is for the HTTP API"),
+        ("SOFTPROMPT_GATEWAY_REQUIRE_KEYS", "--require-keys, or SOFTPROMPT_REQUIRE_KEYS"),
+        ("SOFTPROMPT_GATEWAY_INSECURE", "--insecure, or SOFTPROMPT_INSECURE"),
+        ("SOFTPROMPT_GATEWAY_HOST", "--host, or SOFTPROMPT_HOST"),
+        ("SOFTPROMPT_GATEWAY_PORT", "--port, or SOFTPROMPT_PORT"),
+        ("SOFTPROMPT_GATEWAY_UNKNOWN_FIELDS", "--unknown-fields, or SOFTPROMPT_UNKNOWN_FIELDS"),
+        ("SOFTPROMPT_REGISTRY_REDIS_URL", "--redis-url, or SOFTPROMPT_REDIS_URL"),
+        ("SOFTPROMPT_REGISTRY_ALLOW_FILE_IMPORTS", "--allow-file-imports, or SOFTPROMPT_ALLOW_FILE_IMPORTS"),
+        ("SOFTPROMPT_REGISTRY_ALLOW_HUB_IMPORTS", "--allow-hub-imports, or SOFTPROMPT_ALLOW_HUB_IMPORTS"),
+        (
+            "SOFTPROMPT_MAX_VIRTUAL_TOKENS",
+            "--max-prompt-adapter-token, or SOFTPROMPT_MAX_PROMPT_ADAPTER_TOKEN",
+        ),
+        ("SOFTPROMPT_MAX_NUM_SEQUENCES", "--max-num-seqs, or SOFTPROMPT_MAX_NUM_SEQS"),
+        ("SOFTPROMPT_KV_CACHE_BYTES", "--kv-cache-gb, or SOFTPROMPT_KV_CACHE_GB"),
+        ("SOFTPROMPT_GATEWAY_GRACE_S", "here each has 5 s to end what runs"),
+        ("SOFTPROMPT_REGISTRY_GRACE_S", "here each has 5 s to end what runs"),
+        ("SOFTPROMPT_GRACE_S", "here each has 5 s to end what runs"),
+    ],
+)
+def test_variables_that_run_would_overwrite_are_refused_by_name(
+    name: str, instead: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = make_options({**EVERY_OPTION, "allow_file_imports": "/"})
+    refuse_variables_of_services(options)
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(WrongUsage, match=f"^{name} is for a service that is started alone; .*{instead}$"):
+        refuse_variables_of_services(options)
+
+
+def test_every_variable_that_run_sets_is_its_own_or_refused_or_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = make_options({**EVERY_OPTION, "replicas": 2, "allow_file_imports": "/"})
+    services = ("registry", "inference", "gateway")
+    given = [name for service in services for name in environment(service, options, addresses())]
+    kept = {"SOFTPROMPT_NUM_THREADS", "SOFTPROMPT_GATEWAY_LIMITS_REDIS_URL", "SOFTPROMPT_LOG_FORMAT"}
+    for name in [name for name in given if name.startswith("SOFTPROMPT_")]:
+        with monkeypatch.context() as patched:
+            patched.setenv(name, "x")
+            if name in kept:
+                settings = [environment(service, options, addresses()) for service in services]
+                assert {one[name] for one in settings} == {"x"}
+            elif name.removeprefix("SOFTPROMPT_").lower() not in RunOptions.model_fields and name not in CALLED:
+                with pytest.raises(WrongUsage, match=name):
+                    refuse_variables_of_services(options)
+
+
+def test_what_other_commands_call_and_what_no_option_decides_is_no_wrong_usage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in CALLED | {"SOFTPROMPT_MAX_NUM_SEQUENCES", "SOFTPROMPT_NUM_THREADS", "SOFTPROMPT_PORT"}:
+        monkeypatch.setenv(name, "x")
+    refuse_variables_of_services(make_options({}))
 
 
 def test_a_service_alone_is_told_how_others_are_called(

@@ -2,13 +2,22 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from softprompt.adapter_files import find_adapter
+from softprompt.cli import main, run
+from softprompt.cli import supervisor as supervising
+from softprompt.cli.options import make_options
+from softprompt.cli.services import Addresses
 from softprompt.cli.stopping import Stop
+from softprompt.cli.supervisor import Supervisor
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +64,8 @@ from softprompt.cli.supervisor import Supervisor
 folder = Path(sys.argv[1])
 stop = Stop()
 stop.listen()
-supervisor = Supervisor(make_options({"data_dir": str(folder)}), Console(), stop)
-child = Child("worker", ["sleep", "600"], log=folder / "worker.log")
+supervisor = Supervisor(make_options({"data_dir": str(folder)}), {}, Console(), stop)
+child = Child("worker", [sys.executable, "-c", "import time; time.sleep(600)"], log=folder / "worker.log")
 supervisor._children.append(child)
 signal.raise_signal(signal.SIGINT)
 supervisor._end_all()
@@ -68,9 +77,46 @@ def test_children_are_ended_in_order_though_nobody_reads_what_is_said(tmp_path: 
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-c", STOP_WITH_NOBODY_READING, str(tmp_path)]
-    done = subprocess.run(
-        command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False
-    )
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     os.close(writing)
     assert done.stderr == f"{-signal.SIGTERM}\n"
     assert done.returncode == 0
+
+
+ADAPTER = Path(__file__).parents[2] / "examples" / "adapters" / "tweet_adapter"
+
+
+def test_a_stop_does_not_wait_for_a_registry_that_does_not_answer(tmp_path: Path) -> None:
+    stop = Stop()
+    options = make_options({"data_dir": str(tmp_path)})
+    supervisor = Supervisor(options, {"tweets": find_adapter(ADAPTER)}, Console(), stop)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+
+        def ask_to_stop_once_called() -> None:
+            with silent.accept()[0]:
+                stop._asked.set()
+                left.wait()
+
+        left = threading.Event()
+        caller = threading.Thread(target=ask_to_stop_once_called)
+        caller.start()
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        nowhere = Addresses(redis_url="", registry=address, inference=("",), gateway_host="", gateway_port=0)
+        try:
+            with pytest.raises(supervising._Stopped):
+                supervisor._register(nowhere)
+        finally:
+            left.set()
+            caller.join()
+
+
+def test_a_signal_while_adapters_are_fetched_ends_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(_path: str) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the signal was kept for later")
+
+    monkeypatch.setattr(run, "find_adapter", fetch)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--prompt-adapters", "tweets=owner/name"])
+    assert ended.value.code == 130

@@ -5,8 +5,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from softprompt_api.errors import SoftpromptError
 
+from softprompt.adapter_files import LocalAdapter, find_adapter
 from softprompt.cli.options import make_options
+from softprompt.cli.problems import WrongUsage
+from softprompt.cli.services import refuse_variables_of_services
 from softprompt.cli.stopping import Stop
 from softprompt.cli.supervisor import Supervisor
 
@@ -160,6 +164,16 @@ def run(
     flags = dict(locals())
     del flags["config"]
     options = make_options(flags, config)
+    refuse_variables_of_services(options)
+    # A hub may have to be asked for them: until something was started, a signal ends this command as any other.
+    adapters = {name: _find(name, path) for name, path in options.adapters.items()}
     stop = Stop()
     stop.listen()
-    Supervisor(options, Console(), stop).run()
+    Supervisor(options, adapters, Console(), stop).run()
+
+
+def _find(name: str, path: str) -> LocalAdapter:
+    try:
+        return find_adapter(path)
+    except SoftpromptError as error:
+        raise WrongUsage(f"adapter {name!r}: {error.message}") from error

@@ -19,6 +19,23 @@ _GIB = 2**30
 # Where services of other systems are called with TLS; those of this one are not.
 _CLIENT_TLS = frozenset({"SOFTPROMPT_TLS_CA", "SOFTPROMPT_TLS_CLIENT_CERT", "SOFTPROMPT_TLS_CLIENT_KEY"})
 _SERVICE_TLS = re.compile(r"SOFTPROMPT_(GATEWAY|REGISTRY|INFERENCE)_TLS_\w+")
+_READ_BY_RUN = frozenset(f"SOFTPROMPT_{name.upper()}" for name in ("config", *RunOptions.model_fields))
+# Where other commands find the services of other systems; those of this one are told where its own are.
+_CALLED = frozenset({"SOFTPROMPT_REGISTRY_ADDRESS", "SOFTPROMPT_INFERENCE_ADDRESS"})
+# What `run` calls the settings of services that have other names.
+_OPTIONS: Mapping[str, str] = {
+    "SOFTPROMPT_REGISTRY_REDIS_URL": "redis_url",
+    "SOFTPROMPT_REGISTRY_ALLOW_FILE_IMPORTS": "allow_file_imports",
+    "SOFTPROMPT_REGISTRY_ALLOW_HUB_IMPORTS": "allow_hub_imports",
+    "SOFTPROMPT_KV_CACHE_BYTES": "kv_cache_gb",
+    "SOFTPROMPT_MAX_NUM_SEQUENCES": "max_num_seqs",
+    "SOFTPROMPT_MAX_VIRTUAL_TOKENS": "max_prompt_adapter_token",
+    "SOFTPROMPT_GATEWAY_HOST": "host",
+    "SOFTPROMPT_GATEWAY_PORT": "port",
+    "SOFTPROMPT_GATEWAY_REQUIRE_KEYS": "require_keys",
+    "SOFTPROMPT_GATEWAY_INSECURE": "insecure",
+    "SOFTPROMPT_GATEWAY_UNKNOWN_FIELDS": "unknown_fields",
+}
 # Of a GPU that several replicas share, where nothing else is said.
 _GPU_SHARE = 0.9
 # A service that has not ended this long after SIGTERM is killed; running requests get half of it.
@@ -48,12 +65,24 @@ class Addresses:
         return f"{self.gateway_scheme}://{name}:{self.gateway_port}"
 
 
-def refuse_tls_of_services() -> None:
-    """WrongUsage for variables that would give services TLS with which this command does not call them."""
+def refuse_variables_of_services(options: RunOptions) -> None:
+    """WrongUsage for variables that services read which are started alone, and that `run` decides itself."""
     if found := sorted(filter(_SERVICE_TLS.fullmatch, os.environ)):
         raise WrongUsage(
             f"{found[0]} is for a service that is started alone; here services talk on loopback, and "
             "--tls-cert with --tls-key is for the HTTP API"
+        )
+    nowhere = Addresses(redis_url="", registry="", inference=("",), gateway_host="", gateway_port=0)
+    decided = {name for service in MODULES for name in _settings(service, options, nowhere)}
+    for name in sorted(decided & set(os.environ) - _READ_BY_RUN - _CALLED):
+        if name.endswith("GRACE_S"):
+            raise WrongUsage(
+                f"{name} is for a service that is started alone; here each has {GRACE_S / 2:g} s to end what runs"
+            )
+        option = _OPTIONS[name]
+        raise WrongUsage(
+            f"{name} is for a service that is started alone; here it is --{option.replace('_', '-')}, "
+            f"or SOFTPROMPT_{option.upper()}"
         )
 
 
@@ -69,17 +98,22 @@ def environment(service: str, options: RunOptions, addresses: Addresses, *, repl
         replica: which of the inference services, from 0.
     """
     # Variables that `run` reads are in `options` by now, and the services refuse variables that they do not know.
-    own = {f"SOFTPROMPT_{name.upper()}" for name in ("config", *RunOptions.model_fields)}
-    inherited = {name: value for name, value in os.environ.items() if name not in own | _CLIENT_TLS}
+    inherited = {name: value for name, value in os.environ.items() if name not in _READ_BY_RUN | _CLIENT_TLS}
+    # Records, not lines: the supervisor picks the errors out of the logs.
+    return {
+        "SOFTPROMPT_LOG_FORMAT": "json",
+        **inherited,
+        **_settings(service, options, addresses, replica=replica),
+    }
+
+
+def _settings(service: str, options: RunOptions, addresses: Addresses, *, replica: int = 0) -> dict[str, str]:
     make: Mapping[str, Callable[[RunOptions, Addresses], dict[str, object]]] = {
         "registry": _registry,
         "inference": partial(_inference, replica=replica),
         "gateway": _gateway,
     }
-    settings = make[service](options, addresses)
-    given = {name: str(value) for name, value in settings.items() if value is not None}
-    # Records, not lines: the supervisor picks the errors out of the logs.
-    return {"SOFTPROMPT_LOG_FORMAT": "json", **inherited, **given}
+    return {name: str(value) for name, value in make[service](options, addresses).items() if value is not None}
 
 
 def _registry(options: RunOptions, addresses: Addresses) -> dict[str, object]:
@@ -146,9 +180,16 @@ def _gateway(options: RunOptions, addresses: Addresses) -> dict[str, object]:
         "SOFTPROMPT_GATEWAY_REQUIRE_KEYS": options.require_keys,
         "SOFTPROMPT_GATEWAY_INSECURE": options.insecure,
         "SOFTPROMPT_GATEWAY_UNKNOWN_FIELDS": options.unknown_fields,
-        # The embedded store is this system's alone, and so is its one gateway: it counts by itself.
-        "SOFTPROMPT_GATEWAY_LIMITS_REDIS_URL": options.redis_url,
+        "SOFTPROMPT_GATEWAY_LIMITS_REDIS_URL": _limits_redis_url(options),
         "SOFTPROMPT_GATEWAY_GRACE_S": GRACE_S / 2,
         "SOFTPROMPT_REGISTRY_ADDRESS": addresses.registry,
         "SOFTPROMPT_INFERENCE_ADDRESS": ",".join(addresses.inference),
     }
+
+
+def _limits_redis_url(options: RunOptions) -> str | None:
+    """Where gateways count together, unless users have another store for it.
+
+    The embedded store is this system's alone, and so is its one gateway: it counts by itself.
+    """
+    return None if "SOFTPROMPT_GATEWAY_LIMITS_REDIS_URL" in os.environ else options.redis_url

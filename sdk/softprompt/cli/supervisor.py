@@ -7,7 +7,9 @@ Of several inference services one may end: the others serve, and it is started a
 
 import contextlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -15,14 +17,14 @@ from rich.console import Console
 from softprompt_api.errors import SoftpromptError
 from softprompt_api.rpc.probe import is_serving
 
-from softprompt.adapter_files import LocalAdapter, find_adapter
+from softprompt.adapter_files import LocalAdapter
 from softprompt.cli import panel, ports
 from softprompt.cli.options import RunOptions
 from softprompt.cli.phases import Phase, phase
-from softprompt.cli.problems import Problem, WrongUsage
+from softprompt.cli.problems import Problem
 from softprompt.cli.processes import Child
 from softprompt.cli.replicas import Replica, make_replicas
-from softprompt.cli.services import GRACE_S, Addresses, command, environment, refuse_tls_of_services
+from softprompt.cli.services import GRACE_S, Addresses, command, environment
 from softprompt.cli.stopping import Stop
 from softprompt.cli.store import EmbeddedStore, locked
 from softprompt.registry import RegistryClient
@@ -42,12 +44,16 @@ class Supervisor:
 
     Args:
         options: what to serve and where.
+        adapters: those to register, by name.
         console: where progress, the panel and the services' errors go.
         stop: already listening to signals.
     """
 
-    def __init__(self, options: RunOptions, console: Console, stop: Stop) -> None:
+    def __init__(
+        self, options: RunOptions, adapters: Mapping[str, LocalAdapter], console: Console, stop: Stop
+    ) -> None:
         self._options = options
+        self._adapters = adapters
         self._console = console
         self._stop = stop
         self._data_dir = Path(options.data_dir).expanduser().absolute()
@@ -57,8 +63,6 @@ class Supervisor:
 
     def run(self) -> None:
         """Serve until asked to stop. Problem when something does not start, or ends unasked."""
-        refuse_tls_of_services()
-        adapters = {name: _find(name, path) for name, path in self._options.adapters.items()}
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self._data_dir))
             store = None if self._options.redis_url else EmbeddedStore(self._data_dir, self._logs, self._stop)
@@ -66,7 +70,7 @@ class Supervisor:
             stack.callback(self._end_all)
             with contextlib.suppress(_Stopped):
                 self._start_all(store, addresses)
-                self._register(adapters, addresses)
+                self._register(addresses)
                 panel.show(self._console, self._options, addresses, self._logs)
                 self._watch()
 
@@ -126,14 +130,20 @@ class Supervisor:
             if self._stop.wait(_POLL_S):
                 raise _Stopped
 
-    def _register(self, adapters: dict[str, LocalAdapter], addresses: Addresses) -> None:
-        with RegistryClient(addresses.registry) as registry:
-            for name, adapter in adapters.items():
+    def _register(self, addresses: Addresses) -> None:
+        # A thread of its own, so that a stop need not wait for an upload: without its connection that ends.
+        with ThreadPoolExecutor(1) as uploading, RegistryClient(addresses.registry) as registry:
+            for name, adapter in self._adapters.items():
                 if self._stop.asked():
                     raise _Stopped
                 with self._phase("adapter") as current:
+                    ensured = uploading.submit(registry.ensure, name, adapter)
+                    while not wait([ensured], _POLL_S).done:
+                        if self._stop.asked():
+                            raise _Stopped
+                        current.tick(partial(str, name))
                     try:
-                        info, is_new = registry.ensure(name, adapter)
+                        info, is_new = ensured.result()
                     except SoftpromptError as error:
                         raise Problem(f"cannot serve the adapter {name!r}: {error.message}") from error
                     state = "registered" if is_new else "unchanged"
@@ -189,13 +199,6 @@ class Supervisor:
 
     def _phase(self, name: str) -> contextlib.AbstractContextManager[Phase]:
         return phase(name, self._console)
-
-
-def _find(name: str, path: str) -> LocalAdapter:
-    try:
-        return find_adapter(path)
-    except SoftpromptError as error:
-        raise WrongUsage(f"adapter {name!r}: {error.message}") from error
 
 
 def _is_ready(url: str) -> bool:
