@@ -157,28 +157,38 @@ class Supervisor:
                 for line in child.new_errors():
                     self._warn(f"{child.name}: {line}")
             for replica in self._replicas:
-                if not replica.has_served and replica.looks_well():
+                if not replica.has_served and replica.runs() and replica.looks_well():
                     self._console.print(f"{replica.name} serves again", highlight=False, markup=False)
             self._check_children()
 
     def _check_children(self) -> None:
         for index, child in enumerate(self._children):
             code = child.exit_code()
-            if code is not None:
-                how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-                replica = self._replaceable(child)
-                if replica is None:
-                    raise Problem(
-                        f"{child.name} ended unexpectedly ({how}); its log ends with", detail=child.log_tail()
-                    )
-                self._warn(f"{child.name} ended unexpectedly ({how}); it is started again")
+            if code is None:
+                continue
+            replica = next((one for one in self._replicas if one.child is child), None)
+            if replica is None or not replica.is_planned():
+                self._tell_end(child, replica, code)
+            if replica is not None and replica.is_due():
                 self._children[index] = replica.start()
 
-    def _replaceable(self, child: Child) -> Replica | None:
-        """The replica that this was, if others serve meanwhile and it has shown that it can be started."""
-        if self._options.replicas == 1:
-            return None
-        return next((one for one in self._replicas if one.child is child and one.has_served), None)
+    def _tell_end(self, child: Child, replica: Replica | None, code: int) -> None:
+        """Say that a child has ended, and plan its next start; Problem where it must not be missing."""
+        how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+        if replica is None or not self._is_replaceable(replica):
+            raise Problem(f"{child.name} ended unexpectedly ({how}); its log ends with", detail=child.log_tail())
+        pause_s = replica.plan_start()
+        when = f" in {pause_s:.0f} s" if pause_s else ""
+        self._warn(f"{child.name} ended unexpectedly ({how}); it is started again{when}")
+
+    def _is_replaceable(self, replica: Replica) -> bool:
+        """Whether one of several has shown that it can be started, and can be again or others run meanwhile."""
+        others = [one for one in self._replicas if one is not replica]
+        return (
+            self._options.replicas > 1
+            and replica.has_ever_served
+            and (replica.has_served or any(one.runs() for one in others))
+        )
 
     def _warn(self, line: str) -> None:
         self._console.print(line, style="red", highlight=False, markup=False)
