@@ -78,7 +78,7 @@ def _text_of(part: object) -> str:
 
 def several(value: SoftPrompts) -> tuple[PromptAdapterRequest, ...]:
     """The soft prompts in front of one prompt, in order."""
-    requests = (value,) if isinstance(value, PromptAdapterRequest) else tuple(value or ())
+    requests = tuple(value) if isinstance(value, list | tuple) else () if value is None else (value,)
     if not all(isinstance(request, PromptAdapterRequest) for request in requests):
         raise InvalidArgument(
             "prompt_adapter_request must be a PromptAdapterRequest, or a list that has one, several in a list, "

@@ -160,6 +160,13 @@ def test_what_cannot_stand_where_it_is_named_is_refused_before_anything_runs(
     assert refused.value.field == field
 
 
+@pytest.mark.parametrize("given", [LoRARequest("lora", 1, "folder"), "a", {"a": 1}, 5])
+def test_what_is_no_soft_prompt_is_refused_by_the_fields_name(llm: LLM, given: Any) -> None:
+    with pytest.raises(InvalidArgument, match="must be a PromptAdapterRequest") as refused:
+        llm.generate(["x"], PARAMS, prompt_adapter_request=given)
+    assert refused.value.field == "prompt_adapter_request"
+
+
 @pytest.mark.parametrize("content", [5, [5], [{"type": "image_url"}], [{"type": "text", "text": 5}]])
 def test_a_message_of_anything_else_is_refused(llm: LLM, content: Any) -> None:
     with pytest.raises(InvalidArgument) as refused:
