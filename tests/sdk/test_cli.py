@@ -1,11 +1,13 @@
 """Wrong arguments: one plain line on standard error, exit 2, no traceback, nothing started."""
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from softprompt.cli import doctor, main
 
 
 def softprompt(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -141,3 +143,17 @@ def test_verify_without_peft_says_what_to_install() -> None:
     assert done.returncode == 1
     assert "peft is not installed: pip install 'softprompt[inference,train]'" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_terminal_that_lacks_a_character_shows_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="iso8859-1", errors="strict"))
+    monkeypatch.setattr(
+        doctor, "_torch", lambda: [doctor.Finding(subject="torch", state="for é", remedy="another")]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor"])
+    assert ended.value.code == 1
+    text = written.getvalue().decode("iso8859-1")
+    assert "for é" in text
+    assert "? another" in text

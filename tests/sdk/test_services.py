@@ -115,7 +115,8 @@ def test_every_service_reads_what_it_is_given(
 
 
 def test_replicas_share_processors_and_the_memory_of_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 5)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)  # of which this process may use five
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3, 60}, raising=False)
     options = make_options({"replicas": 2, "kv_cache_gb": 3.0})
     for replica, address in enumerate(addresses().inference):
         settings = environment("inference", options, addresses(), replica=replica)

@@ -45,6 +45,14 @@ def test_it_answers_redis_and_writes_every_change_to_disk(data_dir: Path, childr
         assert client.config_get("port")["port"] == "0"
 
 
+@pytest.mark.parametrize("name", ["one #1", "what?x=1", "50%41", "a\tb", "ключ;"])
+def test_its_address_leads_to_it_in_a_folder_of_any_name(name: str, tmp_path: Path, children: list[Child]) -> None:
+    store = store_in(tmp_path / name)
+    children.append(store.start())
+    with redis.Redis.from_url(store.url) as client:
+        assert client.ping()
+
+
 def test_what_was_acknowledged_survives_a_kill(data_dir: Path, children: list[Child]) -> None:
     store = store_in(data_dir)
     children.append(store.start())

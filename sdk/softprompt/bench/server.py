@@ -66,7 +66,8 @@ class Server:
     def __init__(self, url: str, api_key: str = "", *, tls: "ClientTls | None" = None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._http = httpx.AsyncClient(
-            headers=authorization(api_key),
+            # Events are read as they come: nothing is to be unpacked, nor to wait until a proxy has packed it.
+            headers={**authorization(api_key), "accept-encoding": "identity"},
             timeout=httpx.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
             # Requests wait for the server, never for a connection of ours.
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),

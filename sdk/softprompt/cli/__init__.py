@@ -1,5 +1,6 @@
 """The command `softprompt`."""
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -60,6 +61,9 @@ app.command("doctor", help="Say what is installed, what is missing, and what is 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 done, 1 it could not be done, 2 wrong usage; one plain line says why."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a character shows "?" for it; standard error escapes them by itself.
+        sys.stdout.reconfigure(errors="replace")
     try:
         code = app(
             repeat_flags(sys.argv[1:] if argv is None else argv), prog_name="softprompt", standalone_mode=False

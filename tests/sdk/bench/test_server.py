@@ -34,3 +34,17 @@ async def test_a_completion_takes_until_its_last_token_with_or_without_a_space(
     first_s, last_s = outcome.event_s
     assert (outcome.ttft_s, outcome.end_s, outcome.tpot_s) == (first_s, last_s, last_s - first_s)
     assert (outcome.input_tokens, outcome.output_tokens) == (3, 2)
+
+
+async def test_events_are_asked_for_as_they_are() -> None:
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.headers["accept-encoding"])
+        return httpx.Response(200, content=sent())
+
+    server = Server("http://server")
+    server._http._transport = httpx.MockTransport(answer)
+    async with server:
+        outcome = await server.complete(Request(model="m", prompt="x", output_len=2, send_at_s=0.0), 0.0)
+    assert (outcome.error, asked) == ("", ["identity"])
