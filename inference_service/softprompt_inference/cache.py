@@ -7,9 +7,13 @@ from pathlib import Path
 
 
 def cache_root() -> Path:
-    """The folder: `$SOFTPROMPT_CACHE_DIR`, else `~/.cache/softprompt`."""
-    root = os.environ.get("SOFTPROMPT_CACHE_DIR")
-    return Path(root).expanduser() if root else Path.home() / ".cache" / "softprompt"
+    """The folder: `$SOFTPROMPT_CACHE_DIR`, else `~/.cache/softprompt`; OSError where there is no home folder."""
+    try:
+        return Path(os.environ.get("SOFTPROMPT_CACHE_DIR") or "~/.cache/softprompt").expanduser()
+    except RuntimeError:
+        raise OSError(
+            "there is no home folder to keep made files in: say where with SOFTPROMPT_CACHE_DIR"
+        ) from None
 
 
 def keep(path: Path, text: str) -> None:

@@ -86,7 +86,10 @@ def _folder(path: str) -> Path:
         return _download(match["id"], match["revision"])
     if path.startswith("file://"):
         return Path(unquote(urlsplit(path).path))
-    folder = Path(path).expanduser()
+    try:
+        folder = Path(path).expanduser()
+    except RuntimeError:
+        raise AdapterInvalid(f"there is no home folder for {shown(path)}", field="path") from None
     if folder.exists() or not _HUB_ID.fullmatch(path):
         return folder
     return _download(path)

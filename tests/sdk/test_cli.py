@@ -32,6 +32,8 @@ def softprompt(*arguments: str, **environment: str) -> subprocess.CompletedProce
         (["run", "--prompt-adapters"], "requires an argument"),
         (["run", "--prompt-adapters", "tweet"], "--prompt-adapters: 'tweet' is not NAME=PATH"),
         (["run", "--prompt-adapters", "tweet=/no/such/folder"], "adapter 'tweet': there is no folder"),
+        (["run", "--prompt-adapters", "tweet=~nobody-here/x"], "adapter 'tweet': there is no home folder for"),
+        (["run", "--data-dir", "~nobody-here/x"], "there is no home folder for ~nobody-here/x"),
         (["run", "--lora-modules", "a=/no/such/folder"], "adapter 'a': there is no folder"),
         (
             ["run", "--lora-modules", "a=x", "--prompt-adapters", "a=y"],

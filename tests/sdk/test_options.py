@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from softprompt.cli import app
-from softprompt.cli.options import RunOptions, make_options
+from softprompt.cli import app, doctor
+from softprompt.cli.options import RunOptions, default_data_dir, expand_data_dir, make_options
 from softprompt.cli.problems import WrongUsage
 from typer.main import get_command
 
@@ -105,6 +105,19 @@ def test_a_share_of_the_gpu_is_no_percentage(share: float) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(WrongUsage, match=r"cannot read the config file .*nothing.yaml: No such file"):
         make_options({}, tmp_path / "nothing.yaml")
+
+
+def test_without_a_home_folder_the_flag_for_the_data_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_uid: int) -> None:
+        raise KeyError("no such user")
+
+    for name in ("HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.raises(WrongUsage, match=r"no home folder for ~/.local/share/softprompt: .*--data-dir"):
+        expand_data_dir(make_options({}).data_dir)
+    assert doctor._folder(default_data_dir()).state == "none"
+    assert expand_data_dir(make_options({"data_dir": "/data"}).data_dir) == Path("/data")
 
 
 def test_an_empty_file_leaves_the_defaults(tmp_path: Path) -> None:

@@ -147,7 +147,11 @@ def _facts(info: AdapterInfo) -> dict[str, Any]:
     help="Delete an adapter with all its versions, or NAME@VERSION alone, unless it is pinned or has an alias. "
     "Running requests finish with it."
 )
-def rm(adapter: Adapter, registry: Registry = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+def rm(
+    adapter: Annotated[str, typer.Argument(help="[TENANT/]NAME or [TENANT/]NAME@VERSION")],
+    registry: Registry = DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+) -> None:
     """Delete a name or one version."""
     with registry_client(registry) as client:
         deleted = client.remove(adapter)

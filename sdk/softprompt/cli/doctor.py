@@ -7,13 +7,12 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from softprompt.cli import ports
-from softprompt.cli.options import RunOptions, default_data_dir
+from softprompt.cli.options import RunOptions, default_data_dir, expand_data_dir
 from softprompt.cli.problems import Problem, WrongUsage
 from softprompt.cli.store import find_server
 
@@ -100,7 +99,10 @@ def _ports() -> Iterator[Finding]:
 
 
 def _folder(data_dir: str) -> Finding:
-    folder = Path(data_dir).expanduser()
+    try:
+        folder = expand_data_dir(data_dir)
+    except WrongUsage as problem:
+        return Finding(subject="data folder", state="none", remedy=problem.message)
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if os.access(existing, os.W_OK):
         return Finding(subject="data folder", state=str(folder))

@@ -19,7 +19,17 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 def default_data_dir() -> str:
     """`$XDG_DATA_HOME/softprompt`, or `~/.local/share/softprompt`."""
-    return str(Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "softprompt")
+    return str(Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share") / "softprompt")
+
+
+def expand_data_dir(data_dir: str) -> Path:
+    """The data folder, from the root on; WrongUsage where its `~` is nobody's home folder."""
+    try:
+        return Path(data_dir).expanduser().absolute()
+    except RuntimeError:
+        raise WrongUsage(
+            f"there is no home folder for {data_dir}: choose a data folder with --data-dir, or SOFTPROMPT_DATA_DIR"
+        ) from None
 
 
 def default_model() -> str:

@@ -130,7 +130,7 @@ def _find_model(model: str | None, served_id: str) -> Path:
 
     try:
         return resolve_model(model or served_id)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         hint = "" if model else "; say with --model where the base model is on this machine"
         raise Problem(f"{str(error).rstrip('.')}{hint}") from error
 

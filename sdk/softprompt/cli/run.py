@@ -80,8 +80,16 @@ def run(
     tls_key: Annotated[
         str | None, typer.Option(envvar="SOFTPROMPT_TLS_KEY", help="private key of --tls-cert, as PEM")
     ] = None,
-    registry_port: Annotated[int | None, typer.Option(envvar="SOFTPROMPT_REGISTRY_PORT")] = None,
-    inference_port: Annotated[int | None, typer.Option(envvar="SOFTPROMPT_INFERENCE_PORT")] = None,
+    registry_port: Annotated[
+        int | None, typer.Option(envvar="SOFTPROMPT_REGISTRY_PORT", help="port of the registry's gRPC")
+    ] = None,
+    inference_port: Annotated[
+        int | None,
+        typer.Option(
+            envvar="SOFTPROMPT_INFERENCE_PORT",
+            help="port of the inference service's gRPC; replicas have those behind it",
+        ),
+    ] = None,
     replicas: Annotated[
         int | None,
         typer.Option(

@@ -10,7 +10,6 @@ import signal
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
-from pathlib import Path
 
 import httpx
 from rich.console import Console
@@ -19,7 +18,7 @@ from softprompt_api.rpc.probe import is_serving
 
 from softprompt.adapter_files import LocalAdapter
 from softprompt.cli import panel, ports
-from softprompt.cli.options import RunOptions
+from softprompt.cli.options import RunOptions, expand_data_dir
 from softprompt.cli.phases import Phase, phase
 from softprompt.cli.problems import Problem
 from softprompt.cli.processes import Child
@@ -56,7 +55,7 @@ class Supervisor:
         self._adapters = adapters
         self._console = console
         self._stop = stop
-        self._data_dir = Path(options.data_dir).expanduser().absolute()
+        self._data_dir = expand_data_dir(options.data_dir)
         self._logs = self._data_dir / "logs"
         self._children: list[Child] = []
         self._replicas: list[Replica] = []

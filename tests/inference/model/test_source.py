@@ -417,6 +417,17 @@ def test_the_cache_folder_can_be_moved(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert default_cache_dir() == tmp_path / ".cache" / "softprompt" / "models"
 
 
+def test_without_a_home_folder_the_variable_for_the_cache_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_uid: int) -> None:
+        raise KeyError("no such user")
+
+    monkeypatch.delenv("SOFTPROMPT_CACHE_DIR", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.raises(OSError, match=r"no home folder .* SOFTPROMPT_CACHE_DIR$"):
+        default_cache_dir()
+
+
 # The real default model.
 
 
