@@ -42,6 +42,10 @@ def softprompt(*arguments: str, **environment: str) -> subprocess.CompletedProce
         (["run", "--max-loras=-1"], "--max-loras: Input should be greater than or equal to 0"),
         (["run", "--config", "/no/such.yaml"], "cannot read the config file /no/such.yaml"),
         (["run", "--redis-url", ""], "--redis-url"),
+        (["run", "--redis-url", "http://x"], "--redis-url: must begin with redis://, rediss://, unix://"),
+        (["run", "--device", "gpu"], "--device: 'gpu' is none of auto, cpu, cuda, cuda:N"),
+        (["run", "--kv-cache-gb", "inf"], "--kv-cache-gb: Input should be a finite number"),
+        (["run", "--allow-file-imports", "/no/such"], "--allow-file-imports: there is no folder /no/such"),
         (["serve", "nothing"], "Invalid value"),
         (["adapter", "add", "name"], "Missing argument"),
         (["adapter", "add", "name", "path", "--label", "x"], "'x' is not KEY=VALUE"),
@@ -97,6 +101,19 @@ def test_wrong_arguments_are_told_in_one_line(arguments: list[str], message: str
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("softprompt: ")
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("group", [[], ["adapter"], ["key"]])
+def test_without_a_command_the_help_is_shown_as_it_is(
+    group: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(group)
+    assert ended.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"Usage: {' '.join(['softprompt', *group])} [OPTIONS] COMMAND")
+    assert "\nCommands:\n" in shown.err
+    assert shown.out == ""
 
 
 @pytest.mark.parametrize(

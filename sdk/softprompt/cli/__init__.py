@@ -69,7 +69,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             repeat_flags(sys.argv[1:] if argv is None else argv), prog_name="softprompt", standalone_mode=False
         )
     except typer.TyperException as error:
-        _fail(" ".join(error.format_message().split()), error.exit_code)
+        message = error.format_message()
+        if message.startswith("Usage: "):  # no command was given: this is the help
+            print(message, file=sys.stderr)
+            sys.exit(error.exit_code)
+        _fail(" ".join(message.split()), error.exit_code)
     except typer.Abort:
         sys.exit(130)
     except Problem as problem:

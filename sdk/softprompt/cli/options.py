@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +15,8 @@ from softprompt_api.rpc.tls import ServerTls
 
 from softprompt.cli.problems import WrongUsage
 
+_STORE_URLS = ("redis://", "rediss://", "unix://")
+_DEVICES = re.compile(r"auto|cpu|cuda(:\d{1,3})?|cuda:\d{1,3}(,cuda:\d{1,3})+")
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -63,9 +66,9 @@ class RunOptions(BaseModel):
     replicas: int = Field(default=1, ge=1, le=64)
     data_dir: str = Field(default_factory=default_data_dir, min_length=1)
     redis_url: str | None = Field(default=None, min_length=1)
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?|cuda:\d{1,3}(,cuda:\d{1,3})+)$")
+    device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    kv_cache_gb: float | None = Field(default=None, gt=0)
+    kv_cache_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_seqs: int | None = Field(default=None, ge=1)
@@ -87,6 +90,27 @@ class RunOptions(BaseModel):
     def adapters(self) -> dict[str, str]:
         """Every adapter to register, by its name."""
         return {**self.prompt_adapters, **self.lora_modules}
+
+    @field_validator("redis_url")
+    @classmethod
+    def _of_a_store(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(_STORE_URLS):
+            raise ValueError(f"must begin with {', '.join(_STORE_URLS)}")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _of_devices(cls, value: str) -> str:
+        if not _DEVICES.fullmatch(value):
+            raise ValueError(f"{value!r} is none of auto, cpu, cuda, cuda:N, nor several cuda:N joined by commas")
+        return value
+
+    @field_validator("allow_file_imports")
+    @classmethod
+    def _of_a_folder(cls, value: str | None) -> str | None:
+        if value is not None and not Path(value).is_dir():
+            raise ValueError(f"there is no folder {value}")
+        return value
 
     @field_validator("tls_key")
     @classmethod
