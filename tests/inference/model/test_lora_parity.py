@@ -72,6 +72,23 @@ def test_sixteen_loras_soft_prompts_and_the_base_model_in_one_batch(lab: Any, ll
     assert engine.step().stats.resident_adapters == 18
 
 
+def test_sixty_four_different_loras_in_one_batch(lab: Any, llama: Path) -> None:
+    used = [lab.lora(llama, rank=1 + seed % 8, seed=seed) for seed in range(64)]
+    requests = with_loras(lab.requests([None] * 65), [*used, None])
+    engine = lab.engine(llama, max_loras=64)
+    lab.submit(engine, requests)
+    outputs: list[list[Any]] = [[] for _ in requests]
+    largest = 0
+    while engine.has_work:
+        step = engine.step()
+        largest = max(largest, len({output.request_id for output in step.outputs}))
+        for output in step.outputs:
+            outputs[int(output.request_id)].append(output)
+    assert largest == 65, "they were never all in one step"
+    lab.compare(llama, requests, outputs).assert_equal()
+    assert engine.step().stats.resident_adapters == 64
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2"])
 def test_a_gpu_computes_the_same_in_float32(lab: Any, name: str) -> None:
