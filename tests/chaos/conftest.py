@@ -312,6 +312,17 @@ def adapter() -> Callable[..., Adapter]:
     return make
 
 
+@pytest.fixture(scope="session")
+def read_adapter() -> Callable[[Path], Adapter]:
+    """The adapter in a folder that PEFT wrote."""
+
+    def read(folder: Path) -> Adapter:
+        config_json = (folder / "adapter_config.json").read_text("utf-8")
+        return Adapter(config_json=config_json, tensors=(folder / "adapter_model.safetensors").read_bytes())
+
+    return read
+
+
 @dataclass(kw_only=True)
 class Client:
     """A client whose calls raise our own errors.
@@ -341,9 +352,13 @@ class Client:
             raise from_rpc_error(error) from None
 
     async def names(self) -> list[str]:
+        return [version.name for version in await self.latest()]
+
+    async def latest(self) -> list[pb.AdapterVersion]:
         request = pb.ListAdaptersRequest(page_size=1000)
         listing = await self.answer(self.stub.ListAdapters(request, timeout=self.timeout_s))
-        return [version.name for version in listing.adapters]
+        assert listing.total_size == len(listing.adapters)
+        return list(listing.adapters)
 
     async def versions(self, name: str) -> dict[int, pb.AdapterVersion]:
         found, token = {}, ""

@@ -34,6 +34,7 @@ class Writer:
         self._rng = rng
         self._seeds = iter(range(1_000_000 * number, 1_000_000 * (number + 1)))
         self.versions: dict[int, Any] = {}  # number → (what was answered, the adapter)
+        self._keys: dict[int, str] = {}  # number → the idempotency key that it was made with
         self.aliases: dict[str, int] = {}
         self.num_acknowledged = 0
         self.num_repeated = 0
@@ -67,12 +68,12 @@ class Writer:
     async def _register(self) -> None:
         seed = next(self._seeds)
         made_of = self._adapter(seed, num_virtual_tokens=1 + seed % 7)
-        made = await self._acknowledged(
-            lambda: self._client.register(self.name, made_of, idempotency_key=f"{self.name}-{seed}")
-        )
+        key = f"{self.name}-{seed}"
+        made = await self._acknowledged(lambda: self._client.register(self.name, made_of, idempotency_key=key))
         if made.version in self.versions:
             self.lost.append(f"{self.name}@{made.version} was given twice")
         self.versions[made.version] = (made, made_of)
+        self._keys[made.version] = key
         self.aliases["latest"] = made.version
 
     async def _delete(self, number: int) -> None:
@@ -120,6 +121,18 @@ class Writer:
             wrong.append(f"{self.name} has the aliases {aliases}, not {self.aliases}")
         return wrong
 
+    async def verify_keys(self, client: Any, *, each: int) -> list[str]:
+        """What its last idempotency keys, so many, do again that they did before."""
+        wrong = []
+        before = await client.versions(self.name)
+        for number, (made, made_of) in islice(reversed(self.versions.items()), each):
+            again = await self._client.register(self.name, made_of, idempotency_key=self._keys[number])
+            if (again.version, again.digest) != (number, made.digest):
+                wrong.append(f"{self.name}@{number} was made again as {again.version}")
+        if await client.versions(self.name) != before:
+            wrong.append(f"{self.name} was changed by keys that were used before")
+        return wrong
+
 
 async def write_and_kill(
     writers: list[Writer],
@@ -157,6 +170,11 @@ async def write_and_kill(
 async def verify(writers: list[Writer], client: Any, look: Any) -> list[str]:
     """What is not as it was acknowledged, or is there and should not be."""
     wrong = [problem for writer in writers for problem in await writer.verify(client)]
+    listed = {version.name: version.version for version in await client.latest()}
+    for writer in writers:
+        latest = writer.aliases["latest"] if writer.versions else None
+        if listed.get(writer.name) != latest:
+            wrong.append(f"{writer.name} is listed with {listed.get(writer.name)}, not with {latest}")
     users: dict[bytes, int] = {}
     for key in await look.keys("sp:{v:*"):
         sha256 = await look.hget(key, "tensors_sha256")
@@ -192,6 +210,7 @@ async def test_what_was_acknowledged_survives_kill_9(
     writers = [Writer(number, client, adapter, random.Random(rng.random())) for number in range(3)]
     await write_and_kill(writers, [store, registry], store, rng, kills=kills, acks_between=(1, 12), sync_s=sync_s)
     assert await verify(writers, client, look_into(store)) == []
+    assert [problem for writer in writers for problem in await writer.verify_keys(client, each=20)] == []
     assert sum(writer.num_acknowledged for writer in writers) >= kills
     assert sum(writer.num_repeated for writer in writers), "no kill hit a change; the test proves nothing"
 
@@ -287,6 +306,7 @@ async def test_what_was_acknowledged_survives_the_death_of_every_process_and_is_
         victims = [store, registry, inference, gateway]
         await write_and_kill(writers, victims, store, rng, kills=kills, acks_between=(1, 12))
         assert await verify(writers, client, look_into(store)) == []
+        assert [problem for writer in writers for problem in await writer.verify_keys(client, each=20)] == []
         assert await unusable(writers, over_http, each=used) == []
     assert sum(writer.num_acknowledged for writer in writers) >= kills
     assert sum(writer.num_repeated for writer in writers), "no kill hit a change; the test proves nothing"
