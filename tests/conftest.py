@@ -13,7 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 MakeAdapter = Callable[..., Path]
 
@@ -54,7 +56,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
-    """`make_adapter(seed, num_virtual_tokens, kind)` writes a PEFT folder of random values for the tiny model."""
+    """`make_adapter(seed, num_virtual_tokens, kind)` writes a PEFT folder of random values for the tiny model.
+
+    `rank` is a LoRA's, `std` that of all others' values.
+    """
     import torch
     from peft import (
         LoraConfig,
@@ -72,7 +77,9 @@ def make_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         "multitask": partial(MultitaskPromptTuningConfig, num_tasks=2),
     }
 
-    def make(seed: int, num_virtual_tokens: int = 5, kind: str = "prompt_tuning", rank: int = 4) -> Path:
+    def make(
+        seed: int, num_virtual_tokens: int = 5, kind: str = "prompt_tuning", rank: int = 4, std: float = 1.0
+    ) -> Path:
         folder = tmp_path_factory.mktemp(f"adapter-{seed}")
         torch.manual_seed(seed)
         if kind == "lora":
@@ -86,7 +93,7 @@ def make_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config)
         with torch.no_grad():
             for parameter in model.prompt_encoder.parameters() if kind != "lora" else ():
-                parameter.normal_()
+                parameter.normal_(std=std)
         model.save_pretrained(folder)
         return folder
 
@@ -270,16 +277,27 @@ def _hostile_bytes(pieces: object) -> bytes:
             return b"".join(map(_hostile_bytes, several))
         case {"repeat": piece, "times": int(times)}:
             return _hostile_bytes(piece) * times
+        case {"numbered": str(piece), "times": int(times)}:
+            return "".join(piece.replace("#", str(number)) for number in range(times)).encode()
         case {"hex": str(digits)}:
             return bytes.fromhex(digits)
         case {"u64": int(number)}:
             return number.to_bytes(8, "little")
         case {"utf16": str(text)}:
             return text.encode("utf-16")
+        case {"sized": inner}:
+            data = _hostile_bytes(inner)
+            return len(data).to_bytes(8, "little") + data
+        case {"safetensors": dict(shapes)}:
+            return save({name: np.ones(shape, np.float32) for name, shape in shapes.items()})
     raise ValueError(f"these are no bytes: {pieces}")
 
 
 @pytest.fixture(scope="session")
 def hostile_bytes() -> Callable[[object], bytes]:
-    """The bytes that rows of e2e/hostile spell: a text, {repeat, times}, {hex}, {u64}, {utf16}, or several."""
+    """The bytes that rows of e2e/hostile spell.
+
+    A text; {repeat, times}; {numbered, times}, where "#" is the number; {hex}; {u64}; {utf16}; {sized}: with its
+    number of bytes in front; {safetensors}: a file of ones, from names and shapes; or several of these.
+    """
     return _hostile_bytes

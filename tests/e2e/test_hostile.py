@@ -2,7 +2,9 @@
 
 They are data, `hostile/*.yaml`: one file for each area, one row for each kind. A row says how it is sent (`send`:
 bytes on a socket; `get`, `post`, `put`: HTTP; `call`: gRPC; `register`: an adapter, over both) and what the answer
-is. `each` makes a row of each value, in place of `$field` or as the field itself.
+is: its `status`, `code` or `reason`, and where another mistake would be answered alike, the `field` that it names
+and a piece of what it `tells`. `each` makes a row of each value, in place of `$field` or as the field itself,
+which is `$place`; a value may come with what is told of it, `{is: …, tells: …}`.
 """
 
 import asyncio
@@ -73,8 +75,13 @@ def _filled(value: Any, values: dict[str, str]) -> Any:
 def _expanded(row: Row, each: dict[str, list[Any]]) -> Iterator[Row]:
     for field, listed in each.items():
         for number, value in enumerate(listed):
-            named = row | {"name": f"{row['name']}: {field}={value!a:.60}"}
-            one = _filled(copy.deepcopy(named), {"number": str(number)})
+            told = {}
+            if isinstance(value, dict) and value.keys() == {"is", "tells"}:
+                value, told = value["is"], {"tells": value["tells"]}
+            named = row | told | {"name": f"{row['name']}: {field}={value!a:.60}"}
+            # Errors name the fields of `sampling` as HTTP has them.
+            told_place = field.removeprefix("sampling.")
+            one = _filled(copy.deepcopy(named), {"number": str(number), "place": told_place})
             if f"${field}" in str(row):
                 one = _filled(one, {field: value})
             else:
@@ -88,6 +95,13 @@ def _expanded(row: Row, each: dict[str, list[Any]]) -> Iterator[Row]:
 
 def _any_of(expected: Any) -> list[Any]:
     return expected if isinstance(expected, list) else [expected]
+
+
+def _is_told(row: Row, field: str | None, message: str) -> bool:
+    """Whether an error names the row's field, or what is in it, and says what the row tells."""
+    fields = _any_of(row.get("field", []))
+    is_named = not fields or any(re.match(rf"{re.escape(each)}(?![^.\[])", field or "") for each in fields)
+    return is_named and row.get("tells", "") in message
 
 
 class Attacker:
@@ -147,6 +161,8 @@ class Attacker:
             return told
         if "code" in row and error["code"] not in _any_of(row["code"]):
             return told
+        if not _is_told(row, error["param"], error["message"]):
+            return f"{told} (at {error['param']})"
         is_plain = error["message"] and len(error["message"]) < 1000 and not any(x in told for x in TELLTALES)
         return "" if is_plain else told
 
@@ -195,7 +211,8 @@ class Attacker:
                 return "" if code == row["status"] else told
             has_reason = any(key == "grpc-status-details-bin" for key, _ in failed.trailing_metadata() or ())
             is_plain = has_reason and code not in DEFECTS and not any(x in told for x in TELLTALES)
-            return "" if is_plain and error.reason in _any_of(row.get("reason")) else told
+            is_right = error.reason in _any_of(row.get("reason")) and _is_told(row, error.field, error.message)
+            return "" if is_plain and is_right else f"{told} (at {error.field})"
         return "" if "accepted" in row else "it was taken"
 
     async def _call(self, row: Row) -> None:
@@ -361,6 +378,11 @@ async def canaries(system: Any, headers: dict[str, str], songs: list[Any]) -> As
             stop.set()
 
 
+async def digest_of_first(system: Any, headers: dict[str, str]) -> str:
+    async with httpx.AsyncClient(base_url=system.url, headers=headers, timeout=HANGS_S) as http:
+        return str((await http.get("/v1/adapters/first")).json()["digest"])
+
+
 @pytest.mark.parametrize(
     ("areas", "times"),
     [
@@ -377,6 +399,7 @@ async def test_bad_requests_are_refused_and_disturb_nobody(
         key = headers["authorization"].removeprefix("Bearer ")
         values = {"KEY": f"authorization: Bearer {key}\r\n", "SECRET": key}
         values |= {"TRAP_URL": trap.url, "TRAP_FILE": str(trap.file)}
+        values |= {"FIRST": await digest_of_first(shared_system, headers)}
         rows = [row for area in areas * times for row in rows_of(area, values)]
         random.Random(7).shuffle(rows)
         attacker = Attacker(shared_system, headers, hostile_bytes)
