@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import httpx
@@ -20,6 +21,11 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 AT_ONCE = 8
 QUEUED = 16
 TOKENS = 20
+MAX_QUEUE_S = 0.5
+# Of the long form, about four minutes: so many rounds, each of these loads and twice the capacity for so long.
+ROUNDS = 5
+LIGHTER = (0.75, 1.0, 1.25, 1.5)
+SECONDS = 8
 BODY = {"model": "tiny", "prompt": "x", "max_tokens": TOKENS, "ignore_eos": True, "temperature": 0}
 
 
@@ -92,22 +98,38 @@ async def send_openly(http: httpx.AsyncClient, rate: float, seconds: float) -> l
     return await asyncio.gather(*tasks)
 
 
+async def measure_capacity(http: httpx.AsyncClient) -> float:
+    """Requests per second of a closed loop that keeps every place taken."""
+    began_s = time.perf_counter()
+    for _ in range(5):
+        await asyncio.gather(*[http.post("/v1/completions", json=BODY) for _ in range(AT_ONCE)])
+    return 5 * AT_ONCE / (time.perf_counter() - began_s)
+
+
+async def measure_goodput(http: httpx.AsyncClient, load: float, capacity: float) -> float:
+    """Good answers per second at so many times the capacity.
+
+    Good is what has waited no longer than it may, and was then served as fast as a full batch is.
+    """
+    limit_s = MAX_QUEUE_S + 2 * AT_ONCE / capacity
+    answers = await send_openly(http, load * capacity, SECONDS)
+    return sum(check(answer.response) and answer.seconds < limit_s for answer in answers) / SECONDS
+
+
 @pytest.mark.chaos
 @pytest.mark.parametrize("program", ["benchmarks.stub.run", "softprompt.cli"])
 async def test_at_twice_what_it_can_do_it_does_nine_tenths_of_its_best(
     start_fixed: Callable[..., Any], program: str
 ) -> None:
-    system = start_fixed(0.5, program)
+    # A machine's speed may change from one minute to the next: what is compared is measured within one round, in a
+    # random order, and the median over rounds counts.
+    system, rng = start_fixed(MAX_QUEUE_S, program), random.Random(7)
+    rounds: list[dict[float, float]] = []
     async with client(system) as http:
-        began_s = time.perf_counter()
-        for _ in range(10):
-            await asyncio.gather(*[http.post("/v1/completions", json=BODY) for _ in range(AT_ONCE)])
-        capacity = 10 * AT_ONCE / (time.perf_counter() - began_s)
-        goodput: dict[float, float] = {}
-        for load in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0):
-            answers = await send_openly(http, load * capacity, 20)
-            # Good is what has waited no longer than it may, and was then served as fast as a full batch is.
-            limit_s = 0.5 + 2 * AT_ONCE / capacity
-            good = [answer for answer in answers if check(answer.response) and answer.seconds < limit_s]
-            goodput[load] = len(good) / 20
-        assert goodput[2.0] >= 0.9 * max(goodput.values()), goodput
+        await measure_capacity(http)  # warms up
+        for _ in range(ROUNDS):
+            capacity = await measure_capacity(http)
+            loads = rng.sample((*LIGHTER, 2.0), len(LIGHTER) + 1)
+            rounds.append({load: await measure_goodput(http, load, capacity) for load in loads})
+    shares = {load: median(goodput[2.0] / goodput[load] for goodput in rounds) for load in LIGHTER}
+    assert min(shares.values()) >= 0.9, (shares, rounds)
