@@ -263,14 +263,14 @@ def make_inference(make_service: Callable[..., ServiceProcess], tiny_model: Path
 
 @pytest.fixture
 def make_gateway(make_service: Callable[..., ServiceProcess]) -> Callable[..., GatewayProcess]:
-    """Start a gateway before a registry and an inference service."""
+    """Start a gateway before a registry and inference services."""
 
-    def make(registry: ServiceProcess, inference: ServiceProcess) -> ServiceProcess:
+    def make(registry: ServiceProcess, *inferences: ServiceProcess) -> ServiceProcess:
         address = _free_address()
         environment = {
             "SOFTPROMPT_GATEWAY_PORT": address.rpartition(":")[2],
             "SOFTPROMPT_REGISTRY_ADDRESS": registry.address,
-            "SOFTPROMPT_INFERENCE_ADDRESS": inference.address,
+            "SOFTPROMPT_INFERENCE_ADDRESS": ",".join(inference.address for inference in inferences),
         }
         return make_service("softprompt_gateway", environment, address, kind=GatewayProcess)
 

@@ -1,12 +1,13 @@
-"""In a storm of registrations, moved aliases, evictions and cancellations every answer is its own adapter's."""
+"""In a storm of registrations, moved aliases, evictions and cancellations every answer is its own adapters'."""
 
 import asyncio
 import contextlib
 import json
 import random
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,42 @@ from softprompt_api.rpc.status import from_rpc_error
 
 pytestmark = pytest.mark.timeout(3600)
 
-_NAMES = ("red", "green", "blue", "grey")
-_NUM_CONTENTS = 8
 _NUM_PROMPTS = 4
 _PREFIX_TOKENS = 600
 _PAUSE_S = 0.03
 _MAX_LONGER = 5
 _BASE = "tiny"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sort:
+    """Names whose versions are made of the same contents, again and again.
+
+    Attributes:
+        contents: what make_adapter is told.
+        tasks: what stands behind the spelling of a version, or of its digest, where it is a model.
+    """
+
+    names: tuple[str, ...]
+    contents: tuple[Mapping[str, Any], ...]
+    tasks: tuple[str, ...] = ("",)
+
+
+# Some of equal length: a mix-up must not show by that alone. Keys and values are large, to tell beside the prompt.
+_SOFT = Sort(
+    names=("red", "green", "blue", "grey"),
+    contents=(
+        *({"seed": seed, "num_virtual_tokens": (16, 16, 21, 40)[seed]} for seed in range(4)),
+        *({"seed": seed, "num_virtual_tokens": 16, "kind": "prefix_tuning", "std": 6.0} for seed in (4, 5)),
+    ),
+)
+_MANY = Sort(
+    names=("many",),
+    contents=tuple({"seed": seed, "num_virtual_tokens": 16, "kind": "multitask"} for seed in (6, 7)),
+    tasks=(":0", ":1"),
+)
+_LORA = Sort(names=("loud", "low"), contents=tuple({"seed": seed, "kind": "lora"} for seed in (8, 9, 10)))
+_SORTS = (_SOFT, _MANY, _LORA)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,36 +80,71 @@ def make_prompts(rng: random.Random) -> list[Asked]:
     ]
 
 
-def solo_outputs(model: Path, contents: list[Any], prompts: list[Asked], folder: Path) -> list[list[list[int]]]:
-    """The ids of each content, the base model last, and prompt: each alone, with nothing shared or cached."""
-    from softprompt import LLM, PromptAdapterRequest, SamplingParams
+class Solo:
+    """What each request gives alone, with nothing shared or cached.
 
-    llm = LLM(
-        model=str(model),
-        dtype="float32",
-        device="cpu",
-        max_model_len=1024,
-        enable_prefix_caching=False,
-        kv_cache_gb=0.05,
-    )
-    adapters: list[PromptAdapterRequest | None] = []
-    for number, content in enumerate(contents):
-        path = folder / str(number)
-        path.mkdir()
-        (path / "adapter_config.json").write_text(content.config_json)
-        (path / "adapter_model.safetensors").write_bytes(content.tensors)
-        adapters.append(PromptAdapterRequest(f"content{number}", number + 1, str(path)))
-    outputs = []
-    for adapter in (*adapters, None):
-        outputs.append([])
-        for asked in prompts:
-            [output] = llm.generate(
-                [{"prompt_token_ids": asked.prompt_ids}],
-                SamplingParams(temperature=0, max_tokens=asked.max_tokens, ignore_eos=True),
-                prompt_adapter_request=adapter,
-            )
-            outputs[-1].append(list(output.outputs[0].token_ids))
-    return outputs
+    Args:
+        folders: the adapter of each digest.
+    """
+
+    def __init__(self, model: Path, folders: dict[str, Path], prompts: list[Asked]) -> None:
+        from softprompt import LLM
+
+        self._llm = LLM(
+            model=str(model),
+            dtype="float32",
+            device="cpu",
+            max_model_len=1024,
+            enable_prefix_caching=False,
+            kv_cache_gb=0.05,
+        )
+        self._folders = folders
+        self._prompts = prompts
+        self._ids = {digest: number for number, digest in enumerate(folders, 1)}
+        self._known: dict[tuple[str, int], list[int]] = {}
+
+    def output(self, digests: str, number: int) -> list[int]:
+        """The ids of a prompt with adapters, as an answer names their digests; "": the base model."""
+        if (digests, number) not in self._known:
+            self._known[digests, number] = self._compute(digests.split("+") if digests else [], number)
+        return self._known[digests, number]
+
+    def share_told_apart(self) -> float:
+        """How many different outputs there are of each that was asked for."""
+        return len(set(map(tuple, self._known.values()))) / len(self._known)
+
+    def _compute(self, digests: list[str], number: int) -> list[int]:
+        from softprompt import LoRARequest, PromptAdapterRequest, SamplingParams
+
+        soft, lora = None, None
+        for spelled in digests:
+            scheme, digest, *task = spelled.split(":")
+            known = f"{scheme}:{digest}"
+            folder, adapter_id = self._folders[known], self._ids[known]
+            if json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA":
+                lora = LoRARequest(f"content{adapter_id}", adapter_id, folder)
+            else:
+                of_task = int(task[0]) if task else None
+                soft = PromptAdapterRequest(f"content{adapter_id}", adapter_id, folder, of_task)
+        asked = self._prompts[number]
+        [output] = self._llm.generate(
+            [{"prompt_token_ids": asked.prompt_ids}],
+            SamplingParams(temperature=0, max_tokens=asked.max_tokens, ignore_eos=True),
+            prompt_adapter_request=soft,
+            lora_request=lora,
+            use_tqdm=False,
+        )
+        return list(output.outputs[0].token_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a request got: the digests of its adapters, joined by '+', and its ids, all or the first ones."""
+
+    digests: str
+    number: int
+    ids: tuple[int, ...]
+    whole: bool
 
 
 @dataclass(kw_only=True)
@@ -87,48 +152,70 @@ class Storm:
     """What is true by now, and what was seen.
 
     Attributes:
-        digests: of the contents, in their order.
-        versions: `name@number` to the digest that its registration was told.
+        digests: of each sort's contents, with each task.
+        versions: `name@number`, with each task, to the digest that its registration was told.
+        numbers: of each name's versions.
         seen: `name@number` to the digest that an answer was made with.
+        answers: all, each to the model that was asked for.
+        num_evicted: of each sort.
     """
 
-    digests: list[str] = field(default_factory=list)
+    digests: dict[Sort, set[str]] = field(default_factory=lambda: {sort: set() for sort in _SORTS})
     versions: dict[str, str] = field(default_factory=dict)
+    numbers: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     seen: dict[str, str] = field(default_factory=dict)
+    answers: dict[Answer, str] = field(default_factory=dict)
+    num_evicted: dict[Sort, int] = field(default_factory=lambda: dict.fromkeys(_SORTS, 0))
     num_asked: int = 0
     num_whole: int = 0
     num_cancelled: int = 0
-    num_changes: int = 0
-    num_evicted: int = 0
     wrong: list[str] = field(default_factory=list)
+
+    @property
+    def has_evicted(self) -> bool:
+        return all(self.num_evicted.values())
+
+    async def register(self, registry: Any, sort: Sort, name: str, content: Any) -> str:
+        """Make a version; its digest."""
+        made = await registry.register(name, content)
+        self.numbers[name].append(made.version)
+        for task in sort.tasks:
+            self.versions[f"{name}@{made.version}{task}"] = made.digest + task
+            self.digests[sort].add(made.digest + task)
+        return str(made.digest)
+
+    async def evict(self, inference: Any, digest: str) -> None:
+        """Let an adapter go, where it is in memory and nobody uses it."""
+        [sort] = [sort for sort in _SORTS if digest in self.digests[sort]]
+        with contextlib.suppress(AdapterInUse, AdapterNotFound):
+            try:
+                await inference.Evict(inference_pb2.EvictRequest(adapter=digest))
+                self.num_evicted[sort] += 1
+            except grpc.aio.AioRpcError as error:
+                raise from_rpc_error(error) from None
 
 
 async def change(
-    storm: Storm, registry: Any, inference: Any, contents: list[Any], rng: random.Random, stop: asyncio.Event
+    storm: Storm,
+    registry: Any,
+    inference: Any,
+    contents: dict[Sort, list[Any]],
+    rng: random.Random,
+    stop: asyncio.Event,
 ) -> None:
     """Register, move an alias, or evict, every few milliseconds."""
     while not stop.is_set():
-        kind, name = rng.choice(("register", "alias", "rollback", "evict", "evict")), rng.choice(_NAMES)
-        numbers = [
-            int(spelling.partition("@")[2]) for spelling in storm.versions if spelling.startswith(f"{name}@")
-        ]
+        kind, sort = rng.choice(("register", "alias", "rollback", "evict", "evict")), rng.choice(_SORTS)
+        name = rng.choice(sort.names)
         if kind == "register":
-            made = await registry.register(name, rng.choice(contents))
-            storm.versions[f"{name}@{made.version}"] = made.digest
+            await storm.register(registry, sort, name, rng.choice(contents[sort]))
         elif kind == "evict":
             held = await inference.ListResident(inference_pb2.ListResidentRequest())
-            idle = [one.digest for one in held.adapters if not one.in_use]
-            digest = rng.choice([*idle, rng.choice(storm.digests)])
-            with contextlib.suppress(AdapterInUse, AdapterNotFound):
-                try:
-                    await inference.Evict(inference_pb2.EvictRequest(adapter=digest))
-                    storm.num_evicted += 1
-                except grpc.aio.AioRpcError as error:
-                    raise from_rpc_error(error) from None
+            idle = {one.digest for one in held.adapters if not one.in_use} & storm.digests[sort]
+            await storm.evict(inference, rng.choice(sorted(idle or storm.digests[sort])))
         else:
             alias = "prod" if kind == "alias" else "latest"
-            await registry.set_alias(name, alias, rng.choice(numbers))
-        storm.num_changes += 1
+            await registry.set_alias(name, alias, rng.choice(storm.numbers[name]))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), _PAUSE_S)
 
@@ -136,18 +223,15 @@ async def change(
 class Users:
     """Clients that ask, check what they are told, and sometimes leave early."""
 
-    def __init__(
-        self, storm: Storm, http: httpx.AsyncClient, prompts: list[Asked], solo: list[list[list[int]]]
-    ) -> None:
+    def __init__(self, storm: Storm, http: httpx.AsyncClient, prompts: list[Asked]) -> None:
         self._storm = storm
         self._http = http
         self._prompts = prompts
-        self._solo = solo
 
     async def run(self, rng: random.Random, num_requests: int) -> None:
-        """Ask until all have asked so often together, and longer where nothing was evicted yet, up to a limit."""
+        """Ask until all have asked so often together, and longer until each sort was evicted, up to a limit."""
         storm = self._storm
-        while not storm.wrong and storm.num_asked < num_requests * (1 if storm.num_evicted else _MAX_LONGER):
+        while not storm.wrong and storm.num_asked < num_requests * (1 if storm.has_evicted else _MAX_LONGER):
             storm.num_asked += 1
             number = rng.randrange(len(self._prompts))
             model = self._model(rng)
@@ -157,15 +241,24 @@ class Users:
                 await self._ask(model, number)
 
     def _model(self, rng: random.Random) -> str:
-        storm = self._storm
-        kind = rng.randrange(10)
-        if kind == 0:
-            return _BASE
-        if kind < 3:
-            return rng.choice(storm.digests)
-        if kind < 5:
-            return rng.choice(list(storm.versions))
-        return rng.choice(_NAMES) + ("@prod" if kind < 7 else "")
+        match rng.randrange(10):
+            case 0:
+                return _BASE
+            case 1 | 2 | 3:
+                return self._spelled(_SOFT, rng)
+            case 4 | 5:
+                return self._spelled(_MANY, rng)
+            case 6 | 7:
+                return self._spelled(_LORA, rng)
+        return f"{self._spelled(rng.choice((_SOFT, _MANY)), rng)}+{self._spelled(_LORA, rng)}"
+
+    def _spelled(self, sort: Sort, rng: random.Random) -> str:
+        kind, name, task = rng.randrange(9), rng.choice(sort.names), rng.choice(sort.tasks)
+        if kind < 2:
+            return rng.choice(sorted(self._storm.digests[sort]))
+        if kind < 4:
+            return f"{name}@{rng.choice(self._storm.numbers[name])}{task}"
+        return name + ("@prod" if kind < 6 else "") + task
 
     def _body(self, model: str, number: int) -> dict[str, Any]:
         asked = self._prompts[number]
@@ -210,19 +303,15 @@ class Users:
         self, model: str, number: int, headers: httpx.Headers, ids: list[int], *, whole: bool = True
     ) -> None:
         storm = self._storm
-        digest, spelling = headers.get("x-softprompt-adapter-digest"), headers.get("x-softprompt-adapter")
-        if model == _BASE:
-            content, wanted = len(storm.digests), None
-        else:
-            content = storm.digests.index(digest)
-            wanted = model if model.startswith("sha256:") else storm.versions.get(model)
+        spellings, digests = (headers.get(f"x-softprompt-adapter{which}", "") for which in ("", "-digest"))
+        asked = "" if model == _BASE else model
+        for part, spelling, digest in zip(asked.split("+"), spellings.split("+"), digests.split("+"), strict=True):
             if storm.seen.setdefault(spelling, digest) != digest:
                 storm.wrong.append(f"{spelling} was {storm.seen[spelling]} and is {digest}")
-        if wanted not in (None, digest):
-            storm.wrong.append(f"{model} was answered with {digest}")
-        expected = self._solo[content][number]
-        if ids != (expected if whole else expected[: len(ids)]):
-            storm.wrong.append(f"{model} ({spelling}), prompt {number}: {ids} and not {expected}")
+            wanted = part if part.startswith("sha256:") else storm.versions.get(part, digest)
+            if digest != wanted or bool(digest) != bool(part):
+                storm.wrong.append(f"{model} was answered with {digests} ({spellings})")
+        storm.answers[Answer(digests=digests, number=number, ids=tuple(ids), whole=whole)] = model
 
 
 @pytest.mark.parametrize(
@@ -239,34 +328,37 @@ async def test_every_output_in_a_storm_equals_its_solo_output(
     make_inference: Any,
     make_gateway: Any,
     connect: Any,
-    adapter: Any,
+    read_adapter: Callable[[Path], Any],
+    make_adapter: Callable[..., Path],
     tiny_model: Path,
-    tmp_path: Path,
     eventually: Callable[..., Any],
     num_requests: int,
     num_users: int,
 ) -> None:
     rng = random.Random(num_requests)
-    make = partial(adapter, hidden_size=64)
-    # Some of equal length: a mix-up must not show by that alone.
-    contents = [make(seed, num_virtual_tokens=(5, 5, 16, 21)[seed % 4]) for seed in range(_NUM_CONTENTS)]
     prompts = make_prompts(rng)
-    solo = solo_outputs(tiny_model, contents, prompts, tmp_path)
-    assert len({tuple(ids) for by_prompt in solo for ids in by_prompt}) == len(solo) * len(prompts)
+    folders = {sort: [make_adapter(**content) for content in sort.contents] for sort in _SORTS}
+    contents = {sort: list(map(read_adapter, folders[sort])) for sort in _SORTS}
 
     registry = make_registry(make_store())
-    # Three places for eight adapters, a host cache for two, and pages for a fraction of what the users ask for.
+    # Three places for ten soft prompts and two for three LoRAs, a host cache for one LoRA and a few soft prompts,
+    # and pages for a fraction of what the users ask for.
     inference = make_inference(
-        registry, max_prompt_adapters=3, adapter_cache_bytes=9_000, kv_cache_bytes=4 * 2**20, max_num_sequences=12
+        registry,
+        max_prompt_adapters=3,
+        max_loras=2,
+        adapter_cache_bytes=48_000,
+        kv_cache_bytes=4 * 2**20,
+        max_num_sequences=12,
     )
     gateway = make_gateway(registry, inference)
     client, storm, stop = connect(registry.address), Storm(), asyncio.Event()
-    for number, content in enumerate(contents):
-        made = await client.register(_NAMES[number % len(_NAMES)], content)
-        storm.versions[f"{made.name}@{made.version}"] = made.digest
-        storm.digests.append(made.digest)
-    for name in _NAMES:
-        await client.set_alias(name, "prod", 1)
+    folder_of: dict[str, Path] = {}
+    for sort in _SORTS:
+        for content, folder, name in zip(contents[sort], folders[sort], cycle(sort.names), strict=False):
+            folder_of[await storm.register(client, sort, name, content)] = folder
+        for name in sort.names:
+            await client.set_alias(name, "prod", 1)
 
     limits = httpx.Limits(max_connections=num_users + 4)
     async with (
@@ -275,7 +367,7 @@ async def test_every_output_in_a_storm_equals_its_solo_output(
     ):
         stub = InferenceServiceStub(channel)
         changing = asyncio.create_task(change(storm, client, stub, contents, random.Random(rng.random()), stop))
-        users = Users(storm, http, prompts, solo)
+        users = Users(storm, http, prompts)
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(num_users):
@@ -284,7 +376,7 @@ async def test_every_output_in_a_storm_equals_its_solo_output(
             stop.set()
             await changing
         assert storm.wrong == []
-        assert all(storm.versions[spelling] == digest for spelling, digest in storm.seen.items())
+        assert all(storm.versions.get(spelling, "") == digest for spelling, digest in storm.seen.items())
 
         async def is_idle() -> bool:
             load = await stub.GetLoad(inference_pb2.GetLoadRequest())
@@ -293,4 +385,12 @@ async def test_every_output_in_a_storm_equals_its_solo_output(
         await eventually(is_idle)
     assert storm.num_whole + storm.num_cancelled == storm.num_asked >= num_requests
     assert storm.num_cancelled > num_requests / 10
-    assert storm.num_evicted, "nothing was evicted; the test proves less"
+    assert storm.has_evicted, "a sort was not evicted; the test proves less"
+
+    solo = Solo(tiny_model, folder_of, prompts)
+    for answer, model in storm.answers.items():
+        expected = solo.output(answer.digests, answer.number)
+        told = f"{model} ({answer.digests}), prompt {answer.number}"
+        assert list(answer.ids) == (expected if answer.whole else expected[: len(answer.ids)]), told
+    # Short outputs may be the same by chance; a mix-up would show in the others.
+    assert solo.share_told_apart() > 0.9
