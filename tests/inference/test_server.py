@@ -539,13 +539,22 @@ async def test_a_stream_keeps_its_version_when_its_alias_moves(
 async def test_while_all_around_it_moves_a_request_is_computed_with_the_version_it_names(
     stub: inference_pb2_grpc.InferenceServiceAsyncStub,
     registry: registry_pb2_grpc.RegistryServiceAsyncStub,
+    model_folder: Path,
+    tmp_path: Path,
     num_requests: int,
 ) -> None:
     prompt = PROMPT * 120  # all share it: several hundred tokens
-    seeds = (40, 41, 42)
-    digests = [(await register(registry, "busy", seed)).digest for seed in seeds]
+    loras = [train_lora(model_folder, tmp_path / f"lora-{seed}", seed) for seed in (43, 44)]
+    contents: list[int | Path] = [40, 41, 42, *loras]
+
+    async def make(content: int | Path) -> registry_pb2.AdapterVersion:
+        if isinstance(content, Path):
+            return await register_folder(registry, "busy", content)
+        return await register(registry, "busy", content)
+
+    digests = [(await make(content)).digest for content in contents]
     alone = {digest: (await gather(stub.Generate(request(digest, prompt)))).token_ids for digest in digests}
-    assert len({str(token_ids) for token_ids in alone.values()}) == 3
+    assert len({str(token_ids) for token_ids in alone.values()}) == len(contents)
     rng = random.Random(num_requests)
     to_do = iter(range(num_requests))
     used: set[str] = set()
@@ -566,9 +575,9 @@ async def test_while_all_around_it_moves_a_request_is_computed_with_the_version_
 
     async def move() -> None:
         while True:
-            alias, version = rng.choice(["latest", "prod"]), rng.randint(1, 3)
+            alias, version = rng.choice(["latest", "prod"]), rng.randint(1, len(contents))
             await registry.SetAlias(registry_pb2.SetAliasRequest(name="busy", alias=alias, version=version))
-            await register(registry, "busy", rng.choice(seeds))
+            await make(rng.choice(contents))
             with contextlib.suppress(grpc.aio.AioRpcError):  # it is used, or not there
                 await stub.Evict(pb.EvictRequest(adapter=rng.choice(digests)))
             await asyncio.sleep(0.03)
