@@ -3,8 +3,9 @@
 They are data, `hostile/*.yaml`: one file for each area, one row for each kind. A row says how it is sent (`send`:
 bytes on a socket; `get`, `post`, `put`: HTTP; `call`: gRPC; `register`: an adapter, over both) and what the answer
 is: its `status`, `code` or `reason`, and where another mistake would be answered alike, the `field` that it names
-and a piece of what it `tells`. `each` makes a row of each value, in place of `$field` or as the field itself,
-which is `$place`; a value may come with what is told of it, `{is: …, tells: …}`.
+and a piece of what it `tells`. Of what is `accepted`, `use` says that of a request with it. `each` makes a row of
+each value, in place of `$field` or as the field itself, which is `$place`; a value may come with what is told of
+it, `{is: …, tells: …}`.
 """
 
 import asyncio
@@ -142,13 +143,20 @@ class Attacker:
             over_grpc = await self._judge_call(row, self._register(row["register"]))
             if over_grpc or row.get("over") == "grpc":
                 return over_grpc
-            return self._judge(
-                row | {"status": 201 if "accepted" in row else [400, 413, 422]}, await self._post(row)
-            )
+            status = 201 if "accepted" in row else [400, 413, 422]
+            over_http = self._judge(row | {"status": status}, await self._post(row))
+            return over_http or await self._use(row)
         method = next(name for name in ("get", "post", "put") if name in row)
         content = json.dumps(row["json"]).encode() if "json" in row else self._bytes_of(row.get("raw", ""))
         headers = {"content-type": "application/json"}
         return self._judge(row, await self._http.request(method, row[method], content=content, headers=headers))
+
+    async def _use(self, row: Row) -> str:
+        """What is wrong with the answer of what was registered, where the row says what that is."""
+        if "use" not in row:
+            return ""
+        body = {"model": row["use"]["model"], "prompt": "x", "max_tokens": 4}
+        return self._judge(row["use"], await self._http.post("/v1/completions", json=body))
 
     def _judge(self, row: Row, answer: httpx.Response) -> str:
         told = f"{answer.status_code} {answer.text[:300]}"
