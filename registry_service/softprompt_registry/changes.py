@@ -1,5 +1,6 @@
 """Versions as they come and go: one transaction each, all or nothing."""
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -8,7 +9,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
-from softprompt_api.errors import Unavailable
+from softprompt_api.errors import DataCorrupted, Unavailable
 from softprompt_api.names import LATEST
 
 from softprompt_registry import catalog, events, keys, pointers
@@ -16,6 +17,7 @@ from softprompt_registry.blobs import BlobUse, StagedBlob, read_use
 from softprompt_registry.catalog import AdapterVersion, Draft, EventType
 from softprompt_registry.codec import encode_version
 from softprompt_registry.connection import reply, store_errors, writes
+from softprompt_registry.pointers import Pointers
 from softprompt_registry.store import Store
 from softprompt_registry.transactions import begin, transact
 
@@ -107,18 +109,24 @@ class Changes:
     async def delete_adapter(self, name: str) -> int:
         """Delete a name with all its versions and aliases; how many versions there were, 0: no such name.
 
+        Damaged counters are replaced, so that the name can be registered anew.
+
         Raises:
             AdapterInUse: a version is pinned.
         """
 
         async def attempt(pipe: Pipeline) -> int:
             doomed = await self._doomed(pipe, name, low="-inf", high="+inf")
-            if doomed:
+            old = await self._readable_pointers(pipe, name)
+            if doomed or old is None:
                 blobs = await self._blobs(pipe, doomed)
-                begin(pipe, name)
+                last = old or await self._beyond_all(doomed)
+                new = replace(last, highest=0, moved={}, revision=last.revision + 1)
+                pipe.multi()  # type: ignore[no-untyped-call]
+                pipe.hset(keys.name(name), mapping={"next": str(new.next), "revision": str(new.revision)})
                 self._remove(pipe, name, doomed, blobs)
                 pipe.unlink(keys.aliases(name))
-                pointers.unseal(pipe, name)
+                pointers.seal(pipe, name, new)
                 pipe.zrem(keys.NAMES, keys.listed(name))
                 events.append(pipe, EventType.ADAPTER_DELETED, name=name)
                 await pipe.execute()
@@ -158,6 +166,19 @@ class Changes:
             return bool(doomed)
 
         return await transact(self._client, name, attempt)
+
+    async def _readable_pointers(self, pipe: Pipeline, name: str) -> Pointers | None:
+        try:
+            return await pointers.read_watched(pipe, name)
+        except DataCorrupted:
+            return None
+
+    async def _beyond_all(self, doomed: Sequence[_Doomed]) -> Pointers:
+        """Pointers of a name whose counters are damaged: above any number and any revision that it can have had."""
+        # Each version took an id of its own, so no number is above the newest id.
+        newest_id = int(await self._client.incr(keys.IDS))
+        number = max([newest_id, *(version.number + 1 for version in doomed)])
+        return Pointers(highest=0, moved={}, revision=time.time_ns() // 1_000_000, next=number)
 
     async def _highest_but(self, pipe: Pipeline, name: str, version_id: int) -> int:
         """The version with the highest number but for one; 0: there is none."""

@@ -91,11 +91,6 @@ def seal(pipe: Pipeline, name: str, pointers: Pointers) -> None:
     pipe.hset(keys.name(name), "sha256", _sha256(pointers))
 
 
-def unseal(pipe: Pipeline, name: str) -> None:
-    """Queue the end of a name's pointers: nothing is left of them to be damaged."""
-    pipe.hdel(keys.name(name), "sha256")
-
-
 def _sha256(pointers: Pointers) -> str:
     parts = [pointers.highest, sorted(pointers.moved.items()), pointers.revision, pointers.next]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
