@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -226,8 +226,14 @@ def check_probe(probe: Probe) -> None:
             raise InvalidArgument("the numbers of an effect contradict each other", field="probe.effects")
 
 
-def choose_base_model(models: Sequence[BaseModel], wanted_id: str) -> BaseModel:
-    """The base model a registration is for: the named one, or the only one there is."""
+def choose_base_model(
+    models: Sequence[BaseModel], wanted_id: str, announced_lately: Collection[str] = ()
+) -> BaseModel:
+    """The base model a registration is for: the named one, or the only one there is.
+
+    Args:
+        announced_lately: ids of those that are served; where there are any, the others are there by name alone.
+    """
     known = _first([model.id for model in models])
     if not models:
         raise BaseModelUnknown(
@@ -236,9 +242,11 @@ def choose_base_model(models: Sequence[BaseModel], wanted_id: str) -> BaseModel:
             field="base_model_id",
         )
     if not wanted_id:
-        if len(models) > 1:
-            raise InvalidArgument(f"several base models are known; choose one of {known}", field="base_model_id")
-        return models[0]
+        served = [model for model in models if model.id in announced_lately] or models
+        if len(served) > 1:
+            choices = _first([model.id for model in served])
+            raise InvalidArgument(f"several base models are known; choose one of {choices}", field="base_model_id")
+        return served[0]
     for model in models:
         if model.id == wanted_id:
             return model

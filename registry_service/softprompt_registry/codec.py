@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from dataclasses import fields as fields_of
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -20,6 +21,7 @@ from softprompt_registry.catalog import AdapterVersion, BaseModel
 _INTEGERS = ("version", "id", "num_virtual_tokens", "hidden_size", "size_bytes")
 # Of later versions of this program; what was stored before has none.
 _LATER_INTEGERS = ("num_tasks", "rank")
+_BASE_MODEL_FIELDS = tuple(field.name for field in fields_of(BaseModel))
 _TEXTS = ("name", "digest", "kind", "dtype", "tensors_sha256", "config_json")
 
 
@@ -101,7 +103,8 @@ def encode_base_model(model: BaseModel) -> str:
 
 @lru_cache(maxsize=64)  # nearly every version has the same few
 def decode_base_model(text: str | bytes) -> BaseModel:
-    """A base model from its JSON."""
-    values = json.loads(text)
+    """A base model from its JSON, without what only other versions of this software know of it."""
+    stored = json.loads(text)
+    values = {name: stored[name] for name in _BASE_MODEL_FIELDS if name in stored}
     norms = values.pop("vocabulary_norms", None)
     return BaseModel(**values, vocabulary_norms=Norms(**norms) if norms else None)

@@ -4,6 +4,7 @@
     sp:names                         sorted set of names, for listing; those of other tenants behind "~"
     sp:events                        stream of changes
     sp:base                          hash: base model id → fingerprint
+    sp:base:announced                sorted set: base model id by the Unix time of its last announcement
     sp:{n:<name>}                    hash: next version number, revision, sha256 of what points; outlives the name
     sp:{n:<name>}:a                  hash: alias → version id; `latest` only where it is not the highest version
     sp:{n:<name>}:v                  sorted set: version id by version number
@@ -26,6 +27,7 @@ IDS = "sp:id"
 NAMES = "sp:names"
 EVENTS = "sp:events"
 BASE_MODELS = "sp:base"
+ANNOUNCED = "sp:base:announced"
 API_KEYS = "sp:keys"
 NUM_KEYS_MADE = "sp:keys:made"
 PROBE = "sp:probe"

@@ -8,7 +8,7 @@ from typing import Any
 
 import structlog
 from redis.asyncio import Redis
-from softprompt_api.errors import AdapterConflict, DataCorrupted
+from softprompt_api.errors import AdapterConflict, DataCorrupted, InvalidArgument
 from softprompt_api.names import LATEST, AdapterRef
 from softprompt_api.tenants import full_name, local_name, tenant_of
 
@@ -21,6 +21,8 @@ from softprompt_registry.pointers import Pointers
 _log = structlog.get_logger()
 _MAX_NAMES_COMPARED = 500
 _MAX_LOOKUPS = 3
+# An inference service announces its model every 15 s.
+_ANNOUNCED_LATELY_S = 60
 
 
 class Store:
@@ -156,14 +158,29 @@ class Store:
 
     @writes
     async def put_base_model(self, model: BaseModel) -> None:
-        """Add or replace a base model."""
-        await reply(self._client.hset(keys.BASE_MODELS, model.id, encode_base_model(model)))
+        """Add or replace a base model, and remember when it was announced."""
+        now_s, _ = await reply(self._client.time())
+        pipe = self._client.pipeline(transaction=True)
+        pipe.hset(keys.BASE_MODELS, model.id, encode_base_model(model))
+        pipe.zadd(keys.ANNOUNCED, {model.id: now_s})
+        await pipe.execute()
 
     @reads
     async def base_models(self) -> list[BaseModel]:
-        """All known base models, in order of ids."""
+        """All known base models, in order of ids, without those that cannot be read."""
         stored = await reply(self._client.hgetall(keys.BASE_MODELS))
-        return sorted((decode_base_model(text) for text in stored.values()), key=lambda model: model.id)
+        models = (_readable_base_model(model_id, text) for model_id, text in stored.items())
+        return sorted((model for model in models if model), key=lambda model: model.id)
+
+    @reads
+    async def announced_lately(self) -> set[str]:
+        """The ids of the base models that were announced within the last minute."""
+        # By the store's clock: several registries may be told.
+        pipe = self._client.pipeline(transaction=False)
+        pipe.time()
+        pipe.zrange(keys.ANNOUNCED, 0, -1, withscores=True)
+        (now_s, _), found = await pipe.execute()
+        return {model_id.decode(errors="replace") for model_id, at_s in found if at_s > now_s - _ANNOUNCED_LATELY_S}
 
     async def _find(self, ref: AdapterRef) -> tuple[AdapterVersion | None, Pointers | None]:
         """The version that a spelling names, and its name's pointers where they were read."""
@@ -241,6 +258,18 @@ def _readable(version_id: int, fields: Mapping[bytes, bytes]) -> AdapterVersion 
     except DataCorrupted:
         _log.error("a stored version is damaged and left out of lists", id=version_id)
         return None
+
+
+def _readable_base_model(model_id: bytes, text: bytes) -> BaseModel | None:
+    try:
+        model = decode_base_model(text)
+        catalog.check_base_model(model)
+        if model.id != model_id.decode():
+            raise ValueError("it is stored under another id")
+    except (InvalidArgument, TypeError, ValueError) as error:
+        _log.error("a stored base model is damaged and left out", model=repr(model_id), cause=str(error))
+        return None
+    return model
 
 
 def _readable_pointers(name: str, replies: Sequence[Any]) -> Pointers | None:

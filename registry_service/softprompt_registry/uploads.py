@@ -62,7 +62,8 @@ class Uploads:
     ) -> AdapterVersion:
         spec = parse_config(registration.config_json)
         models = await self._store.base_models()
-        base = catalog.choose_base_model(models, registration.base_model_id)
+        announced_lately = await self._store.announced_lately()
+        base = catalog.choose_base_model(models, registration.base_model_id, announced_lately)
         catalog.check_name_is_free_of_models(registration.name, models)
         verifier = AdapterVerifier(
             spec, size_bytes=registration.size_bytes, sha256=registration.sha256, model=_shape_of(base)

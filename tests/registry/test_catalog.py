@@ -101,6 +101,15 @@ def test_the_only_base_model_need_not_be_named():
         catalog.choose_base_model([], "")
 
 
+def test_a_base_model_that_is_served_no_longer_stands_in_the_way_of_one_that_is():
+    old, other = replace(BASE, id="org/Old"), replace(BASE, id="org/Other")
+    assert catalog.choose_base_model([old, BASE], "", {"org/Tiny"}) == BASE
+    assert catalog.choose_base_model([old, BASE], "org/Old", {"org/Tiny"}) == old
+    assert catalog.choose_base_model([old], "", {"org/Unreadable"}) == old
+    with pytest.raises(InvalidArgument, match=r"choose one of org/Tiny, org/Other$"):
+        catalog.choose_base_model([old, BASE, other], "", {"org/Tiny", "org/Other"})
+
+
 def test_everything_but_the_key_is_content():
     content = REGISTRATION.content()
     assert replace(REGISTRATION, idempotency_key="k").content() == content

@@ -372,6 +372,29 @@ async def test_the_base_model_is_the_only_one_or_must_be_named(client, make_adap
     assert [model.id for model in known.base_models] == ["org/Tiny", "org/Wide"]
 
 
+async def test_a_base_model_that_nobody_announces_any_more_need_not_be_told_apart(client, make_adapter, redis):
+    other = pb.BaseModel(id="org/Wide", hidden_size=64)
+    await client.stub.PutBaseModel(pb.PutBaseModelRequest(base_model=other))
+    await redis.zincrby("sp:base:announced", -61, "org/Tiny")
+    wide = make_adapter(hidden_size=64)
+    assert (await client.register("wide", wide)).base_model == other
+    assert (await client.register("tiny", make_adapter().but(header={"base_model_id": "org/Tiny"}))).version == 1
+    await redis.zincrby("sp:base:announced", -61, "org/Wide")
+    with pytest.raises(InvalidArgument, match="several base models"):
+        await client.register("wide", wide)
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", "5", "{}", '{"id": "org/Wide", "hidden_size": "x"}', "wrong id"])
+async def test_a_damaged_base_model_takes_no_other_along(client, make_adapter, redis, damaged):
+    stored = json.loads(await redis.hget("sp:base", "org/Tiny"))
+    await redis.hset("sp:base", "org/Wide", json.dumps(stored) if damaged == "wrong id" else damaged)
+    # As a later version of this software may write it.
+    await redis.hset("sp:base", "org/Tiny", json.dumps({**stored, "of_the_future": 1}))
+    known = await client.answer(client.stub.ListBaseModels(pb.ListBaseModelsRequest()))
+    assert [model.id for model in known.base_models] == ["org/Tiny"]
+    assert (await client.register("tweets", make_adapter())).base_model.id == "org/Tiny"
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [

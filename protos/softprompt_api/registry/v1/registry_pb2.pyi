@@ -557,7 +557,9 @@ class RegisterAdapterHeader(_message.Message):
     answers with the version it made the first time. The same key with other content: ALREADY_EXISTS. Empty: none.
     """
     base_model_id: _builtins.str
-    """Id of the base model the adapter is for. Empty: the only one the registry knows."""
+    """Id of the base model the adapter is for. Empty: the only one that was put within the last minute, or where none
+    was, the only one the registry knows. INVALID_ARGUMENT: there are several.
+    """
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Free labels: at most 32, keys at most 64 and values at most 256 characters."""

@@ -198,7 +198,8 @@ class RegistryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PutBaseModel(self, request, context):
-        """PutBaseModel tells the registry of a base model that is being served. Adapters are checked against it.
+        """PutBaseModel tells the registry of a base model that is being served; whoever serves it says so again at least every
+        30 seconds. Adapters are checked against it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

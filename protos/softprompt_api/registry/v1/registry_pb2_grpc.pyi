@@ -76,7 +76,9 @@ class RegistryServiceStub:
     OUT_OF_RANGE: the cursor is older than what is kept; list again.
     """
     PutBaseModel: _grpc.UnaryUnaryMultiCallable[_registry_pb2.PutBaseModelRequest, _registry_pb2.PutBaseModelResponse]
-    """PutBaseModel tells the registry of a base model that is being served. Adapters are checked against it."""
+    """PutBaseModel tells the registry of a base model that is being served; whoever serves it says so again at least every
+    30 seconds. Adapters are checked against it.
+    """
     ListBaseModels: _grpc.UnaryUnaryMultiCallable[_registry_pb2.ListBaseModelsRequest, _registry_pb2.ListBaseModelsResponse]
     """ListBaseModels lists the base models the registry knows."""
     RecordProbe: _grpc.UnaryUnaryMultiCallable[_registry_pb2.RecordProbeRequest, _registry_pb2.RecordProbeResponse]
@@ -138,7 +140,9 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     OUT_OF_RANGE: the cursor is older than what is kept; list again.
     """
     PutBaseModel: _aio.UnaryUnaryMultiCallable[_registry_pb2.PutBaseModelRequest, _registry_pb2.PutBaseModelResponse]  # type: ignore[assignment]
-    """PutBaseModel tells the registry of a base model that is being served. Adapters are checked against it."""
+    """PutBaseModel tells the registry of a base model that is being served; whoever serves it says so again at least every
+    30 seconds. Adapters are checked against it.
+    """
     ListBaseModels: _aio.UnaryUnaryMultiCallable[_registry_pb2.ListBaseModelsRequest, _registry_pb2.ListBaseModelsResponse]  # type: ignore[assignment]
     """ListBaseModels lists the base models the registry knows."""
     RecordProbe: _aio.UnaryUnaryMultiCallable[_registry_pb2.RecordProbeRequest, _registry_pb2.RecordProbeResponse]  # type: ignore[assignment]
@@ -263,7 +267,9 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _registry_pb2.PutBaseModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_registry_pb2.PutBaseModelResponse, _abc.Awaitable[_registry_pb2.PutBaseModelResponse]]:
-        """PutBaseModel tells the registry of a base model that is being served. Adapters are checked against it."""
+        """PutBaseModel tells the registry of a base model that is being served; whoever serves it says so again at least every
+        30 seconds. Adapters are checked against it.
+        """
 
     @_abc_1.abstractmethod
     def ListBaseModels(
