@@ -111,33 +111,42 @@ class RegistryClient(ServiceClient):
         path: str | Path | LocalAdapter,
         *,
         labels: Mapping[str, str] | None = None,
+        base_model: str = "",
         progress: Progress | None = None,
     ) -> tuple[AdapterInfo, list[str]]:
         """Upload a PEFT folder or a hub id; the version it became and the registry's warnings.
 
-        `progress` is told (bytes sent, bytes in all).
+        Args:
+            base_model: id of the base model that it is for; "": the one that is served.
+            progress: is told (bytes sent, bytes in all).
         """
         check_full_name(name)
         adapter = path if isinstance(path, LocalAdapter) else find_adapter(path)
         with self._translated():
             response = self._stub.RegisterAdapter(
-                _upload(name, adapter, labels or {}, progress), timeout=_UPLOAD_TIMEOUT_S
+                _upload(name, adapter, labels or {}, base_model, progress), timeout=_UPLOAD_TIMEOUT_S
             )
         return info_of(response.adapter), list(response.warnings)
 
-    def ensure(self, name: str, path: str | Path | LocalAdapter) -> tuple[AdapterInfo, bool]:
-        """Register this content, unless the name has it as latest or newest version.
+    def ensure(
+        self, name: str, path: str | Path | LocalAdapter, *, base_model: str = ""
+    ) -> tuple[AdapterInfo, bool]:
+        """Register this content, unless the name has it as latest or newest version for this base model.
 
         Return the latest version, and whether it is new. Where `latest` was moved back from this content, it
         stays: a start does not undo a rollback.
+
+        Args:
+            base_model: as in `add`; "": a version for any base model will do.
         """
         adapter = path if isinstance(path, LocalAdapter) else find_adapter(path)
         with contextlib.suppress(AdapterNotFound):
             newest = self._list_versions(name, size=1).versions  # none, where its record cannot be read
             latest = self.get(name)
-            if adapter.digest in (latest.digest, *(version.digest for version in newest)):
-                return latest, False
-        return self.add(name, adapter)[0], True
+            for version in (latest, *map(info_of, newest)):
+                if version.digest == adapter.digest and base_model in ("", version.base_model):
+                    return latest, False
+        return self.add(name, adapter, base_model=base_model)[0], True
 
     def get(self, adapter: str) -> AdapterInfo:
         """One version: `name`, `name@3`, `name@alias` or `sha256:…`."""
@@ -156,14 +165,16 @@ class RegistryClient(ServiceClient):
                 yield answer.chunk.data
 
     def import_from(
-        self, name: str, source: str, *, labels: Mapping[str, str] | None = None
+        self, name: str, source: str, *, labels: Mapping[str, str] | None = None, base_model: str = ""
     ) -> tuple[AdapterInfo, list[str]]:
         """Have the registry read an adapter from a source that its settings allow; as `add` otherwise.
 
         Args:
             source: `hf://owner/name`, `hf://owner/name@revision`, or `file:///folder` on the registry's machine.
         """
-        request = pb.ImportAdapterRequest(name=check_full_name(name), source=source, labels=labels or {})
+        request = pb.ImportAdapterRequest(
+            name=check_full_name(name), source=source, labels=labels or {}, base_model_id=base_model
+        )
         with self._translated():
             response = self._stub.ImportAdapter(request, timeout=_UPLOAD_TIMEOUT_S)
         return info_of(response.adapter), list(response.warnings)
@@ -254,7 +265,7 @@ class RegistryClient(ServiceClient):
 
 
 def _upload(
-    name: str, adapter: LocalAdapter, labels: Mapping[str, str], progress: Progress | None
+    name: str, adapter: LocalAdapter, labels: Mapping[str, str], base_model: str, progress: Progress | None
 ) -> Iterator[pb.RegisterAdapterRequest]:
     yield pb.RegisterAdapterRequest(
         header=pb.RegisterAdapterHeader(
@@ -263,6 +274,7 @@ def _upload(
             tensors_size_bytes=adapter.size_bytes,
             tensors_sha256=adapter.sha256,
             labels=labels,
+            base_model_id=base_model,
         )
     )
     offset = 0

@@ -58,6 +58,11 @@ def test_ctrl_c_ends_every_process_and_a_second_start_keeps_the_adapters(
     changed = start_system("--prompt-adapters", f"first={adapters['third']}", data_dir=tmp_path)
     assert "first@2, 5 virtual tokens, registered" in changed.text()
 
+    assert changed.stop() == 0
+    of_another_base = start_system("--served-model-name", "another", *flags, data_dir=tmp_path)
+    assert "first@3, 5 virtual tokens, registered" in of_another_base.text()
+    assert complete(of_another_base, "first").headers["x-softprompt-adapter"] == "first@3"
+
 
 def test_killing_the_parent_ends_every_process(start_system: StartSystem) -> None:
     system = start_system()

@@ -55,6 +55,9 @@ def add(
         ),
     ],
     label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="free text to keep with it")] = None,
+    base_model: Annotated[
+        str, typer.Option(metavar="ID", help="id of the base model that it is for; empty: the one that is served")
+    ] = "",
     probe: Annotated[
         bool, typer.Option(help="measure its effect on a few fixed prompts, where an inference service answers")
     ] = True,
@@ -72,7 +75,11 @@ def add(
     ):
         task = bar.add_task(f"uploading {name}")
         info, warnings = client.add(
-            name, path, labels=labels, progress=lambda sent, total: bar.update(task, completed=sent, total=total)
+            name,
+            path,
+            labels=labels,
+            base_model=base_model,
+            progress=lambda sent, total: bar.update(task, completed=sent, total=total),
         )
     if not as_json:
         typer.echo(f"{info.name}@{info.version} is ready: {info.size}, {info.digest}")

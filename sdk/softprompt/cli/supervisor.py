@@ -26,6 +26,7 @@ from softprompt.cli.replicas import Replica, make_replicas
 from softprompt.cli.services import GRACE_S, Addresses, command, environment
 from softprompt.cli.stopping import Stop
 from softprompt.cli.store import EmbeddedStore, locked
+from softprompt.inference import InferenceClient
 from softprompt.registry import RegistryClient
 
 # Loading a large model from a cold disk takes minutes; a hub may have to be asked for it first.
@@ -130,13 +131,18 @@ class Supervisor:
                 raise _Stopped
 
     def _register(self, addresses: Addresses) -> None:
+        if not self._adapters:
+            return
+        with InferenceClient(addresses.inference[0]) as inference:
+            # The store may know others, of earlier starts.
+            base_model = inference.model().base_model.id
         # A thread of its own, so that a stop need not wait for an upload: without its connection that ends.
         with ThreadPoolExecutor(1) as uploading, RegistryClient(addresses.registry) as registry:
             for name, adapter in self._adapters.items():
                 if self._stop.asked():
                     raise _Stopped
                 with self._phase("adapter") as current:
-                    ensured = uploading.submit(registry.ensure, name, adapter)
+                    ensured = uploading.submit(registry.ensure, name, adapter, base_model=base_model)
                     while not wait([ensured], _POLL_S).done:
                         if self._stop.asked():
                             raise _Stopped
