@@ -174,7 +174,7 @@ class Changes:
             return None
 
     async def _beyond_all(self, doomed: Sequence[_Doomed]) -> Pointers:
-        """Pointers of a name whose counters are damaged: above any number and any revision that it can have had."""
+        """Pointers of a name whose counters are damaged: above any number and revision that it can have had."""
         # Each version took an id of its own, so no number is above the newest id.
         newest_id = int(await self._client.incr(keys.IDS))
         number = max([newest_id, *(version.number + 1 for version in doomed)])
