@@ -1,6 +1,7 @@
 """How every service reads its settings: mistakes stop the start with one plain sentence."""
 
 import os
+import re
 from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
@@ -12,6 +13,11 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 from softprompt_api.rpc.tls import ClientTls, ServerTls
 
 S = TypeVar("S", bound=BaseSettings)
+
+_SERVICE_VARIABLE = re.compile(
+    r"_SERVICE_(HOST|PORT(_\w+)?)\Z|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?\Z", re.ASCII
+)
+_SERVICE_PROTOCOLS = ("tcp://", "udp://", "sctp://")
 
 
 class SettingsError(Exception):
@@ -51,11 +57,26 @@ class ClientTlsSettings(BaseSettings):
 
 
 def refuse_unknown_variables(settings: type[BaseSettings]) -> None:
-    """Raise SettingsError for a variable with the settings' own prefix that none of them is read from."""
+    """Raise SettingsError for a variable with the settings' own prefix that none of them is read from.
+
+    What Kubernetes tells every pod of a Service that is called like the prefix is left alone.
+    """
     prefix = settings.model_config["env_prefix"]
     known = {f"{prefix}{name.upper()}" for name in settings.model_fields}
-    if unknown := sorted(name for name in os.environ if name.startswith(prefix) and name not in known):
+    own = {name: value for name, value in os.environ.items() if name.startswith(prefix)}
+    of_services = {name for name, value in own.items() if _is_of_a_service(name, value)}
+    if mistaken := sorted(of_services & known):
+        raise SettingsError(
+            f"{mistaken[0]} is {own[mistaken[0]]}, which Kubernetes tells of a Service of this name; call the "
+            "Service otherwise, or set enableServiceLinks: false for the pod"
+        )
+    if unknown := sorted(own.keys() - known - of_services):
         raise SettingsError(f"unknown setting {unknown[0]}; known are {', '.join(sorted(known))}")
+
+
+def _is_of_a_service(name: str, value: str) -> bool:
+    is_link = name.endswith("_PORT") and value.startswith(_SERVICE_PROTOCOLS)
+    return is_link or _SERVICE_VARIABLE.search(name) is not None
 
 
 def read(settings: type[S], arguments: Sequence[str] | None = None, *, program: str = "") -> S:

@@ -51,6 +51,35 @@ def test_an_unknown_variable_is_named_with_the_known_ones(monkeypatch: pytest.Mo
         refuse_unknown_variables(Some)
 
 
+SERVICE = {
+    "SERVICE_HOST": "10.0.0.1",
+    "SERVICE_PORT": "50051",
+    "SERVICE_PORT_GRPC": "50051",
+    "HEADLESS_PORT": "udp://10.0.0.1:50051",
+    "PORT_50051_TCP": "tcp://10.0.0.1:50051",
+    "PORT_50051_TCP_PROTO": "tcp",
+    "PORT_50051_TCP_PORT": "50051",
+    "PORT_50051_UDP_ADDR": "10.0.0.1",
+}
+
+
+def test_what_kubernetes_tells_of_a_service_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SERVICE.items():
+        monkeypatch.setenv(f"IMAGINED_{name}", value)
+    refuse_unknown_variables(Some)
+    monkeypatch.setenv("IMAGINED_PORT", "2")
+    refuse_unknown_variables(Some)
+    monkeypatch.setenv("IMAGINED_HEADLESS_PORT", "2")
+    with pytest.raises(SettingsError, match="unknown setting IMAGINED_HEADLESS_PORT"):
+        refuse_unknown_variables(Some)
+
+
+def test_what_kubernetes_tells_in_the_place_of_a_setting_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGINED_PORT", "tcp://10.0.0.1:50051")
+    with pytest.raises(SettingsError, match=r"^IMAGINED_PORT is tcp://.*Kubernetes.*enableServiceLinks: false"):
+        refuse_unknown_variables(Some)
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1", "[::1]:1", "unix:socket"])
 def test_this_machine_is_always_allowed(address: str) -> None:
     check_reach(address, allow_remote=False, setting="address", permission="allow_remote")
