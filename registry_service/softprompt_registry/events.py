@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import redis.exceptions
+import structlog
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from softprompt_api.errors import CursorExpired, InvalidArgument
@@ -14,6 +15,7 @@ from softprompt_registry import keys
 from softprompt_registry.catalog import EventType
 from softprompt_registry.connection import reads
 
+_log = structlog.get_logger()
 MAX_KEPT_EVENTS = 10_000
 _BATCH = 100
 _START = "0-0"
@@ -85,12 +87,16 @@ class EventLog:
 
     @reads
     async def after(self, cursor: str, *, wait_s: float) -> list[Event]:
-        """Changes after a cursor, oldest first; waits for the first one, and returns [] when the time is over."""
+        """Changes after a cursor, oldest first; waits for the first one, and returns [] when the time is over.
+
+        Raises:
+            CursorExpired: one of them cannot be read; nobody may believe to have been told of it.
+        """
         answer: Any = await self._watch_client.xread(
             {keys.EVENTS: cursor}, count=_BATCH, block=max(1, int(wait_s * 1000))
         )
         streams = answer.values() if isinstance(answer, dict) else [entries for _, entries in answer or ()]
-        return [_decode(entry_id, fields) for entries in streams for entry_id, fields in _flat(entries)]
+        return [_read(entry_id, fields) for entries in streams for entry_id, fields in _flat(entries)]
 
     @reads
     async def _state(self) -> "_State":
@@ -120,13 +126,24 @@ def _flat(entries: Any) -> Any:
     return entries[0] if entries and isinstance(entries[0], list) else entries
 
 
+def _read(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Event:
+    try:
+        return _decode(entry_id, fields)
+    except (KeyError, ValueError) as error:
+        _log.error("a stored change is damaged; watchers list again", id=repr(entry_id), cause=repr(error))
+        raise CursorExpired("a change after the cursor cannot be read; list again and watch from there") from error
+
+
 def _decode(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Event:
+    version = int(fields[b"version"])
+    if not 0 <= version < 2**31:  # as many as a message can tell
+        raise ValueError("the number is no version's")
     return Event(
         cursor=entry_id.decode(),
         type=EventType(fields[b"type"].decode()),
         name=fields[b"name"].decode(),
         id=int(fields[b"id"]),
-        version=int(fields[b"version"]),
+        version=version,
         digest=fields[b"digest"].decode(),
         alias=fields.get(b"alias", b"").decode(),
     )

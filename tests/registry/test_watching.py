@@ -154,6 +154,33 @@ async def test_a_cursor_older_than_what_is_kept_has_expired(client, make_adapter
         assert (await watch.next()).type == HEARTBEAT
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"type": "x"}, {"id": "x"}, {"version": ""}, {"version": str(2**31)}, {"name": b"\xff"}, {"type": None}],
+)
+async def test_a_change_that_cannot_be_read_is_skipped_by_nobody_and_stops_nobody_who_lists_again(
+    client, make_adapter, redis, forever, damage
+):
+    async with watching(client) as watch:
+        begun = await watch.next()
+        await client.register("tweets", make_adapter())
+        told = (await watch.changes(1))[0]
+        [(_, fields)] = await redis.xrange("sp:events", told.cursor, told.cursor)
+        damaged = {name.decode(): value for name, value in fields.items()} | damage
+        await redis.xadd("sp:events", {name: value for name, value in damaged.items() if value is not None})
+        with pytest.raises(CursorExpired):
+            await forever(watch.next)
+    for cursor in (begun.cursor, told.cursor):
+        async with watching(client, cursor) as watch:
+            assert (await watch.next()).type == HEARTBEAT
+            with pytest.raises(CursorExpired):
+                await forever(watch.next)
+    listed = await client.stub.ListAdapters(pb.ListAdaptersRequest())
+    async with watching(client, listed.cursor) as watch:
+        await client.register("sms", make_adapter())
+        assert (await watch.changes(1))[0].adapter.name == "sms"
+
+
 async def test_a_watcher_that_fell_behind_is_told_so(client, make_adapter, redis, forever):
     await client.register("tweets", make_adapter())
     async with watching(client) as watch:
