@@ -17,6 +17,7 @@
     sp:k:<sha256 of key>             hash: one API key
     sp:keys                          sorted set of the API keys' sha256, for listing
     sp:keys:made                     how many API keys were ever made
+    sp:probe:<random>                what a registry that starts writes and reads back; expires
 
 Hash tags keep what belongs together in one slot of a cluster. No key holds a client's text but checked names.
 """
@@ -30,7 +31,6 @@ BASE_MODELS = "sp:base"
 ANNOUNCED = "sp:base:announced"
 API_KEYS = "sp:keys"
 NUM_KEYS_MADE = "sp:keys:made"
-PROBE = "sp:probe"
 
 
 def name(adapter: str) -> str:
@@ -81,6 +81,11 @@ def idempotency(key: str) -> str:
 def api_key(sha256: str) -> str:
     """One API key."""
     return f"sp:k:{sha256}"
+
+
+def probe(random: str) -> str:
+    """What one start of a registry writes."""
+    return f"sp:probe:{random}"
 
 
 def listed(full_name: str) -> str:

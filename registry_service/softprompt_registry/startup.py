@@ -81,12 +81,13 @@ async def check_store(client: Redis, *, durability: str) -> None:
         _log.warning("durability is weak: acknowledged adapters may be lost", problems="; ".join(problems))
     try:
         written = secrets.token_hex(8)
-        await reply(client.set(keys.PROBE, written, ex=60))
-        read = await reply(client.get(keys.PROBE))
+        key = keys.probe(written)  # of its own: other registries may start at this moment
+        await reply(client.set(key, written, ex=60))
+        read = await reply(client.get(key))
     except redis.exceptions.RedisError as error:
         raise StoreUnfit(f"the store cannot be written: {error}") from None
     if read != written.encode():
-        raise StoreUnfit("the store does not give back what was written; is another registry starting?")
+        raise StoreUnfit("the store does not give back what was written")
 
 
 async def _problems(client: Redis) -> list[str]:

@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from redis.asyncio import Redis
 from softprompt_api.rpc.tls import ServerTls
 from softprompt_registry.server import RegistryServer
 from softprompt_registry.settings import SettingsError, read_settings
-from softprompt_registry.startup import StoreUnfit, shown_url
+from softprompt_registry.startup import StoreUnfit, check_store, shown_url
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,24 @@ async def test_a_store_that_cannot_be_written_is_refused(settings, redis):
     with pytest.raises(StoreUnfit) as refused:
         await RegistryServer(settings).__aenter__()
     assert "cannot be written" in str(refused.value)
+
+
+async def test_registries_may_start_on_one_store_at_the_same_moment(settings, redis):
+    class Interleaved(Redis):
+        """A store that another registry writes to between any two commands of this one."""
+
+        async def execute_command(self, *args, **options):
+            answer = await super().execute_command(*args, **options)
+            if args[0] == "SET":
+                await check_store(redis, durability="strong")
+            return answer
+
+    client = Interleaved.from_url(settings.redis_url)
+    await check_store(client, durability="strong")
+    await client.aclose()
+    left = await redis.keys("sp:probe*")
+    assert len(left) == 2
+    assert all([0 < await redis.ttl(key) <= 60 for key in left])
 
 
 async def test_a_wrong_password_is_said_at_once_and_never_shown(settings, redis):
