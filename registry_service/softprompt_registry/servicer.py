@@ -1,4 +1,7 @@
-"""RegistryService on the wire: parse, call, format. Errors become statuses in the server's interceptor."""
+"""RegistryService on the wire: parse, call, format. Errors become statuses in the server's interceptor.
+
+Changes are logged, whoever makes them: a gateway, which logs for whom, or somebody else.
+"""
 
 # gRPC names the methods and their arguments.
 # ruff: noqa: ARG002, N802
@@ -9,7 +12,9 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import grpc
+from softprompt_api.audit import audited
 from softprompt_api.errors import InvalidArgument
+from softprompt_api.names import shown
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc
 from softprompt_api.rpc.quality import probe_from
@@ -26,6 +31,7 @@ from softprompt_registry.convert import (
 from softprompt_registry.registry import Registry
 from softprompt_registry.uploads import Piece
 
+_MAX_SHOWN = 256  # whole names
 _MAX_DRAIN_S = 60.0
 _MAX_DRAIN_IDLE_S = 1.0
 
@@ -44,9 +50,10 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         requests = aiter(request_iterator)
         async with _taken_whole(requests):
             first = await anext(requests, pb.RegisterAdapterRequest())
-            if first.WhichOneof("part") != "header":
-                raise InvalidArgument("the first message of an upload must be its header", field="header")
-            version = await self._registry.uploads.register(registration_from(first.header), _pieces(requests))
+            with audited("adapter.register", adapter=shown(first.header.name, _MAX_SHOWN), peer=context.peer()):
+                if first.WhichOneof("part") != "header":
+                    raise InvalidArgument("the first message of an upload must be its header", field="header")
+                version = await self._registry.uploads.register(registration_from(first.header), _pieces(requests))
         return pb.RegisterAdapterResponse(adapter=version_to(version), warnings=version.warnings)
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
@@ -73,18 +80,29 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: Context) -> pb.SetAliasResponse:
         expected = request.expected_version if request.HasField("expected_version") else None
-        version = await self._registry.set_alias(request.name, request.alias, request.version, expected=expected)
+        action, alias = "alias.set" if request.version else "alias.remove", shown(request.alias, _MAX_SHOWN)
+        with audited(action, adapter=shown(request.name, _MAX_SHOWN), alias=alias, peer=context.peer()) as facts:
+            facts["version"] = request.version
+            version = await self._registry.set_alias(
+                request.name, request.alias, request.version, expected=expected
+            )
         return pb.SetAliasResponse(adapter=version_to(version) if version else None)
 
     async def UpdateAdapter(self, request: pb.UpdateAdapterRequest, context: Context) -> pb.UpdateAdapterResponse:
-        version = await self._registry.update(request.adapter, update_from(request))
+        with audited("adapter.update", adapter=shown(request.adapter, _MAX_SHOWN), peer=context.peer()):
+            version = await self._registry.update(request.adapter, update_from(request))
         return pb.UpdateAdapterResponse(adapter=version_to(version))
 
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:
-        return pb.DeleteAdapterResponse(deleted_versions=await self._registry.delete_adapter(request.name))
+        with audited("adapter.delete", adapter=shown(request.name, _MAX_SHOWN), peer=context.peer()):
+            num_deleted = await self._registry.delete_adapter(request.name)
+        return pb.DeleteAdapterResponse(deleted_versions=num_deleted)
 
     async def DeleteVersion(self, request: pb.DeleteVersionRequest, context: Context) -> pb.DeleteVersionResponse:
-        await self._registry.delete_version(request.name, request.version)
+        with audited(
+            "adapter.delete", adapter=shown(f"{request.name}@{request.version}", _MAX_SHOWN), peer=context.peer()
+        ):
+            await self._registry.delete_version(request.name, request.version)
         return pb.DeleteVersionResponse()
 
     async def ReadTensors(
@@ -120,7 +138,13 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         return pb.RecordProbeResponse(adapter=version_to(version))
 
     async def ImportAdapter(self, request: pb.ImportAdapterRequest, context: Context) -> pb.ImportAdapterResponse:
-        version = await self._registry.imports.run(import_from(request))
+        with audited(
+            "adapter.import",
+            adapter=shown(request.name, _MAX_SHOWN),
+            source=shown(request.source, _MAX_SHOWN),
+            peer=context.peer(),
+        ):
+            version = await self._registry.imports.run(import_from(request))
         return pb.ImportAdapterResponse(adapter=version_to(version), warnings=version.warnings)
 
 

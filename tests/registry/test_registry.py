@@ -6,6 +6,7 @@ import json
 import grpc
 import numpy as np
 import pytest
+import structlog
 from safetensors.numpy import save
 from softprompt_api.errors import (
     AdapterConflict,
@@ -14,6 +15,7 @@ from softprompt_api.errors import (
     BaseModelUnknown,
     DataCorrupted,
     InvalidArgument,
+    SoftpromptError,
 )
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.rpc.status import from_rpc_error
@@ -382,6 +384,35 @@ async def test_a_base_model_that_nobody_announces_any_more_need_not_be_told_apar
     await redis.zincrby("sp:base:announced", -61, "org/Wide")
     with pytest.raises(InvalidArgument, match="several base models"):
         await client.register("wide", wide)
+
+
+async def test_changes_by_whoever_calls_are_audited_however_they_end(client, make_adapter):
+    with structlog.testing.capture_logs() as logged:
+        await client.register("tweets", make_adapter())
+        await client.set_alias("tweets", "prod", 1)
+        await client.set_alias("tweets", "prod", 0)
+        await client.update("tweets@1", "pinned", pinned=True)
+        for call in (
+            client.delete("tweets"),
+            client.delete("acme/tweets", 2),
+            client.register("..", make_adapter()),
+        ):
+            with pytest.raises(SoftpromptError):
+                await call
+        with pytest.raises(SoftpromptError):
+            await client.answer(client.stub.ImportAdapter(pb.ImportAdapterRequest(name="sms", source="file:///x")))
+    lines = [line for line in logged if line["event"] == "audit"]
+    assert [(line["action"], line["adapter"], line["outcome"]) for line in lines] == [
+        ("adapter.register", "'tweets'", "done"),
+        ("alias.set", "'tweets'", "done"),
+        ("alias.remove", "'tweets'", "done"),
+        ("adapter.update", "'tweets@1'", "done"),
+        ("adapter.delete", "'tweets'", "ADAPTER_IN_USE"),
+        ("adapter.delete", "'acme/tweets@2'", "ADAPTER_NOT_FOUND"),
+        ("adapter.register", "'..'", "INVALID_ARGUMENT"),
+        ("adapter.import", "'sms'", "UNSUPPORTED"),
+    ]
+    assert all(line["peer"] for line in lines)
 
 
 @pytest.mark.parametrize("damaged", ["{", "[]", "5", "{}", '{"id": "org/Wide", "hidden_size": "x"}', "wrong id"])
