@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 from softprompt_api.errors import AdapterNotFound, DataCorrupted, InvalidArgument
 from softprompt_api.names import LATEST, AdapterRef, check_alias, check_full_name, parse_adapter
 from softprompt_api.quality import Probe
-from softprompt_api.tenants import tenant_of
+from softprompt_api.tenants import local_name, tenant_of
 
 from softprompt_registry import catalog
 from softprompt_registry.amendments import Amendments, VersionUpdate
@@ -194,7 +194,7 @@ class Registry:
         latest = None if ref.is_latest else await self._store.latest_number(ref.name)
         if latest is not None:
             return catalog.not_found(ref, latest=latest, aliases=(await self._store.pointers(ref.name)).moved)
-        near = catalog.nearest_name(ref.name, await self._store.names_near(ref.name))
+        near = catalog.nearest_name(local_name(ref.name), await self._store.names_near(ref.name))
         return catalog.not_found(ref, near=near)
 
 

@@ -38,6 +38,13 @@ async def test_a_list_is_of_one_tenant_or_of_all(client, tweets, make_adapter):
             await client.names(**query)
 
 
+async def test_a_mistyped_name_is_compared_as_its_tenant_calls_it(client, make_adapter):
+    await client.register("umbrella-corporation/abc", make_adapter())
+    with pytest.raises(AdapterNotFound) as missing:
+        await client.get("umbrella-corporation/abd")
+    assert missing.value.details == {"did_you_mean": "abc"}
+
+
 async def test_pages_go_through_a_tenants_names_alone(client, make_adapter):
     for seed, name in enumerate(["a", "acme/a", "acme/b", "acme/c", "b", "umbrella/a"]):
         await client.register(name, make_adapter(seed))
