@@ -165,10 +165,15 @@ class Registry:
         if not await self._changes.delete_version(name, number):
             raise await self._not_found(ref)
 
-    async def read(self, digest: str, *, offset: int) -> AsyncIterator[tuple[AdapterVersion, Piece]]:
-        """A version's tensor file from an offset, piece by piece; every piece was compared with its sha256."""
+    async def read(
+        self, digest: str, *, offset: int, base_model_id: str = ""
+    ) -> AsyncIterator[tuple[AdapterVersion, Piece]]:
+        """A version's tensor file from an offset, piece by piece; every piece was compared with its sha256.
+
+        Of several versions with the digest, one that was registered for the base model is preferred.
+        """
         ref = parse_adapter(digest, field="digest")
-        version = await self._store.find_content(ref) if ref.digest else None
+        version = await self._store.find_content(ref, base_model_id=base_model_id) if ref.digest else None
         if version is None:
             raise catalog.not_found(ref)
         try:

@@ -109,7 +109,8 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         self, request: pb.ReadTensorsRequest, context: Context
     ) -> AsyncIterator[pb.ReadTensorsResponse]:
         is_first = True
-        async for version, piece in self._registry.read(request.digest, offset=request.offset):
+        reading = self._registry.read(request.digest, offset=request.offset, base_model_id=request.base_model_id)
+        async for version, piece in reading:
             chunk = pb.Chunk(offset=piece.offset, data=piece.data)
             yield pb.ReadTensorsResponse(
                 chunk=chunk, size_bytes=version.size_bytes, adapter=version_to(version) if is_first else None

@@ -20,6 +20,7 @@ from softprompt_registry.pointers import Pointers
 
 _log = structlog.get_logger()
 _MAX_NAMES_COMPARED = 500
+_VERSIONS_AT_ONCE = 100
 _MAX_LOOKUPS = 3
 # An inference service announces its model every 15 s.
 _ANNOUNCED_LATELY_S = 60
@@ -40,9 +41,12 @@ class Store:
         return await self._described(version, known, whatever_its_name=bool(ref.digest))
 
     @reads
-    async def find_content(self, ref: AdapterRef) -> AdapterVersion | None:
-        """The version a spelling names, without what points to it; None when there is none."""
-        version, _ = await self._find(ref)
+    async def find_content(self, ref: AdapterRef, *, base_model_id: str = "") -> AdapterVersion | None:
+        """The version a spelling names, without what points to it; None when there is none.
+
+        Of those that a digest names, one that was registered for the base model, if there is one.
+        """
+        version, _ = await self._find(ref, base_model_id)
         return version
 
     @reads
@@ -180,13 +184,17 @@ class Store:
         pipe.time()
         pipe.zrange(keys.ANNOUNCED, 0, -1, withscores=True)
         (now_s, _), found = await pipe.execute()
-        return {model_id.decode(errors="replace") for model_id, at_s in found if at_s > now_s - _ANNOUNCED_LATELY_S}
+        return {
+            model_id.decode(errors="replace") for model_id, at_s in found if at_s > now_s - _ANNOUNCED_LATELY_S
+        }
 
-    async def _find(self, ref: AdapterRef) -> tuple[AdapterVersion | None, Pointers | None]:
+    async def _find(
+        self, ref: AdapterRef, base_model_id: str = ""
+    ) -> tuple[AdapterVersion | None, Pointers | None]:
         """The version that a spelling names, and its name's pointers where they were read."""
         # A version may be deleted after its id was found; the name may have another latest version by then.
         for _ in range(_MAX_LOOKUPS):
-            version_id, known = await self._locate(ref)
+            version_id, known = await self._locate(ref, base_model_id)
             if not version_id:
                 break
             if version := await self._load(version_id):
@@ -215,25 +223,37 @@ class Store:
         replies, size = await pipe.execute(), pointers.NUM_REPLIES
         return [(name, replies[size * place : size * (place + 1)]) for place, name in enumerate(names)]
 
-    async def _locate(self, ref: AdapterRef) -> tuple[int, Pointers | None]:
+    async def _locate(self, ref: AdapterRef, base_model_id: str) -> tuple[int, Pointers | None]:
         """The id of the version that a spelling names (0: none), and its name's pointers where they were read."""
         if ref.digest:
-            return await self._oldest(ref), None
+            return await self._oldest(ref, base_model_id), None
         if ref.version is not None:
             ids = await reply(self._client.zrangebyscore(keys.versions(ref.name), ref.version, ref.version))
             return int(ids[0]) if ids else 0, None
         known = await self._pointers(ref.name)
         return known.target(ref.alias or LATEST), known
 
-    async def _oldest(self, ref: AdapterRef) -> int:
-        """The oldest version with a digest, of its owner where one is named; all have the same tensors."""
-        last = -1 if ref.owner else _MAX_LOOKUPS - 1
-        for version_id in await reply(self._client.zrange(keys.digest(ref.digest), 0, last)):
-            # The id of a version that was deleted with its digest damaged is still there.
-            name = await reply(self._client.hget(keys.version(int(version_id)), "name"))
-            if name and ref.owner in ("", tenant_of(name.decode(errors="replace"))):
-                return int(version_id)
-        return 0
+    async def _oldest(self, ref: AdapterRef, base_model_id: str) -> int:
+        """The oldest version with a digest, of its owner where one is named; all have the same tensors.
+
+        One that was registered for the base model goes before older ones that were for others.
+        """
+        oldest, start = 0, 0
+        while ids := await reply(
+            self._client.zrange(keys.digest(ref.digest), start, start + _VERSIONS_AT_ONCE - 1)
+        ):
+            pipe = self._client.pipeline(transaction=False)
+            for version_id in ids:
+                pipe.hmget(keys.version(int(version_id)), "name", "base_model")
+            for version_id, (name, base_model) in zip(ids, await pipe.execute(), strict=True):
+                # The id of a version that was deleted with its digest damaged is still there.
+                if not name or ref.owner not in ("", tenant_of(name.decode(errors="replace"))):
+                    continue
+                if not base_model_id or _is_for(base_model, base_model_id):
+                    return int(version_id)
+                oldest = oldest or int(version_id)
+            start += len(ids)
+        return oldest
 
     async def _load(self, version_id: int) -> AdapterVersion | None:
         fields = await reply(self._client.hgetall(keys.version(version_id)))
@@ -258,6 +278,13 @@ def _readable(version_id: int, fields: Mapping[bytes, bytes]) -> AdapterVersion 
     except DataCorrupted:
         _log.error("a stored version is damaged and left out of lists", id=version_id)
         return None
+
+
+def _is_for(base_model: bytes | None, model_id: str) -> bool:
+    try:
+        return decode_base_model(base_model or b"").id == model_id
+    except (TypeError, ValueError):
+        return False
 
 
 def _readable_base_model(model_id: bytes, text: bytes) -> BaseModel | None:

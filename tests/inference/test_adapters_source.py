@@ -74,6 +74,7 @@ class FakeRegistry(registry_pb2_grpc.RegistryServiceServicer):
     files: dict[str, bytes] = field(default_factory=dict)
     cuts: list[int] = field(default_factory=list)  # each read ends with UNAVAILABLE after so many chunks
     offsets: list[int] = field(default_factory=list)  # asked for
+    bases: list[str] = field(default_factory=list)  # asked for
     shift: int = 0  # added to the offset of every chunk sent
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
@@ -85,6 +86,7 @@ class FakeRegistry(registry_pb2_grpc.RegistryServiceServicer):
         self, request: pb.ReadTensorsRequest, context: Context
     ) -> AsyncIterator[pb.ReadTensorsResponse]:
         self.offsets.append(request.offset)
+        self.bases.append(request.base_model_id)
         if request.digest not in self.versions:
             raise AdapterNotFound(f"no adapter has the digest {request.digest}")
         data = self.files[request.digest]
@@ -223,6 +225,8 @@ async def test_an_interrupted_transfer_goes_on_where_it_stopped(
     adapter = await source.fetch(version.digest)
     assert rows_of(adapter).data == rows.tobytes()
     assert registry.offsets == [0, 200, 300, 400]
+    # Another version with this content may be for another model.
+    assert set(registry.bases) == {"tiny"}
 
 
 async def test_an_unknown_digest_is_not_found(source: AdapterSource) -> None:

@@ -386,6 +386,27 @@ async def test_a_base_model_that_nobody_announces_any_more_need_not_be_told_apar
         await client.register("wide", wide)
 
 
+async def test_of_equal_contents_the_one_for_the_base_model_of_whoever_reads_is_told(client, make_adapter, redis):
+    bases = [*(f"org/{number}" for number in range(4)), "org/Tiny"]
+    for base in bases[:-1]:
+        await client.stub.PutBaseModel(pb.PutBaseModelRequest(base_model=pb.BaseModel(id=base, hidden_size=32)))
+    made = {}
+    for number, base in enumerate(bases):
+        adapter = make_adapter().but(header={"base_model_id": base})
+        made[base] = await client.register(f"tenant{number}/tweets", adapter)
+    digest = made["org/Tiny"].digest
+
+    async def told(base: str) -> str:
+        request = pb.ReadTensorsRequest(digest=digest, base_model_id=base)
+        [answer] = [answer async for answer in client.stub.ReadTensors(request)]
+        return answer.adapter.name
+
+    assert [await told(base) for base in bases] == [version.name for version in made.values()]
+    assert await told("") == await told("org/None") == "tenant0/tweets"
+    await redis.hset(f"sp:{{v:{made['org/1'].id}}}", "base_model", "{")
+    assert await told("org/2") == "tenant2/tweets"
+
+
 async def test_changes_by_whoever_calls_are_audited_however_they_end(client, make_adapter):
     with structlog.testing.capture_logs() as logged:
         await client.register("tweets", make_adapter())

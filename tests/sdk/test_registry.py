@@ -22,7 +22,7 @@ BASES = ("org/One", "org/Two")
 
 @pytest.fixture(scope="module")
 def folder(make_adapter: Callable[..., Path]) -> Path:
-    return make_adapter(60, 4)
+    return make_adapter(60, 4).resolve()
 
 
 @pytest.fixture
@@ -30,9 +30,7 @@ async def address(tmp_path: Path, folder: Path) -> AsyncIterator[str]:
     """A registry that knows two base models of one shape, and may import the folder."""
     store = EmbeddedStore(tmp_path, tmp_path / "logs", Stop())
     process = store.start()
-    settings = Settings(
-        address="127.0.0.1:0", redis_url=store.url, grace_s=0, allow_file_imports=folder.resolve().parent
-    )
+    settings = Settings(address="127.0.0.1:0", redis_url=store.url, grace_s=0, allow_file_imports=folder.parent)
     try:
         async with (
             RegistryServer(settings) as server,
@@ -52,7 +50,7 @@ async def test_an_adapter_is_for_the_base_model_that_is_named(address: str, fold
             with pytest.raises(InvalidArgument, match="several base models are known"):
                 client.add("tweets", folder)
             assert client.add("tweets", folder, base_model="org/Two")[0].base_model == "org/Two"
-            source = folder.resolve().as_uri()
+            source = folder.as_uri()
             assert client.import_from("sms", source, base_model="org/One")[0].base_model == "org/One"
 
     await asyncio.to_thread(live)
@@ -61,7 +59,9 @@ async def test_an_adapter_is_for_the_base_model_that_is_named(address: str, fold
 async def test_a_content_is_ensured_for_each_base_model(address: str, folder: Path) -> None:
     def live() -> None:
         with RegistryClient(address) as client:
-            ensured = [client.ensure("tweets", folder, base_model=base) for base in ("org/One", "org/One", "org/Two")]
+            ensured = [
+                client.ensure("tweets", folder, base_model=base) for base in ("org/One", "org/One", "org/Two")
+            ]
             assert [(info.version, is_new) for info, is_new in ensured] == [(1, True), (1, False), (2, True)]
             assert client.ensure("tweets", folder)[1] is False
 

@@ -122,7 +122,9 @@ class AdapterSource:
 
     async def _read_on(self, transfer: "_Transfer") -> None:
         data = transfer.data
-        request = pb.ReadTensorsRequest(digest=transfer.ref.digest, offset=len(data))
+        request = pb.ReadTensorsRequest(
+            digest=transfer.ref.digest, offset=len(data), base_model_id=self._base_model.id
+        )
         call = self._stub.ReadTensors(request, timeout=FETCH_TIMEOUT_S, metadata=outgoing())
         try:
             async for response in call:

@@ -554,7 +554,8 @@ class RegisterAdapterHeader(_message.Message):
     """sha256 (hex) of adapter_model.safetensors; required."""
     idempotency_key: _builtins.str
     """Chosen by the client, at most 128 printable characters, each tenant's own: the same key with the same content
-    answers with the version it made the first time. The same key with other content: ALREADY_EXISTS. Empty: none.
+    answers with the version it made the first time. The same key with other content: ALREADY_EXISTS. It is remembered
+    for 7 days, and then makes another version. Empty: none.
     """
     base_model_id: _builtins.str
     """Id of the base model the adapter is for. Empty: the only one that was put within the last minute, or where none
@@ -1056,19 +1057,25 @@ class ReadTensorsRequest(_message.Message):
 
     DIGEST_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    BASE_MODEL_ID_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """"sha256:" + 64 hex digits: the version's digest."""
     offset: _builtins.int
     """First byte wanted; 0: the whole file. INVALID_ARGUMENT: beyond the file."""
+    base_model_id: _builtins.str
+    """Id of the base model that whoever asks serves. Of versions that share the digest, one that was registered for it is
+    told as `adapter`. Empty, or where there is none: any.
+    """
     def __init__(
         self,
         *,
         digest: _builtins.str = ...,
         offset: _builtins.int = ...,
+        base_model_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model_id", b"base_model_id", "digest", b"digest", "offset", b"offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
