@@ -169,24 +169,24 @@ class Store:
         pipe.zadd(keys.ANNOUNCED, {model.id: now_s})
         await pipe.execute()
 
-    @reads
     async def base_models(self) -> list[BaseModel]:
         """All known base models, in order of ids, without those that cannot be read."""
-        stored = await reply(self._client.hgetall(keys.BASE_MODELS))
-        models = (_readable_base_model(model_id, text) for model_id, text in stored.items())
-        return sorted((model for model in models if model), key=lambda model: model.id)
+        models, _ = await self.announced_base_models()
+        return models
 
     @reads
-    async def announced_lately(self) -> set[str]:
-        """The ids of the base models that were announced within the last minute."""
-        # By the store's clock: several registries may be told.
+    async def announced_base_models(self) -> tuple[list[BaseModel], set[str]]:
+        """All known base models, as above, and the ids of those that were announced within the last minute."""
         pipe = self._client.pipeline(transaction=False)
-        pipe.time()
+        pipe.hgetall(keys.BASE_MODELS)
         pipe.zrange(keys.ANNOUNCED, 0, -1, withscores=True)
-        (now_s, _), found = await pipe.execute()
-        return {
-            model_id.decode(errors="replace") for model_id, at_s in found if at_s > now_s - _ANNOUNCED_LATELY_S
+        pipe.time()  # by the store's clock: several registries may be told
+        stored, announced, (now_s, _) = await pipe.execute()
+        models = (_readable_base_model(model_id, text) for model_id, text in stored.items())
+        lately = {
+            model_id.decode(errors="replace") for model_id, at_s in announced if at_s > now_s - _ANNOUNCED_LATELY_S
         }
+        return sorted((model for model in models if model), key=lambda model: model.id), lately
 
     async def _find(
         self, ref: AdapterRef, base_model_id: str = ""

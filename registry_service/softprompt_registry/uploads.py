@@ -61,8 +61,7 @@ class Uploads:
         self, registration: Registration, content: str, pieces: AsyncIterator[Piece]
     ) -> AdapterVersion:
         spec = parse_config(registration.config_json)
-        models = await self._store.base_models()
-        announced_lately = await self._store.announced_lately()
+        models, announced_lately = await self._store.announced_base_models()
         base = catalog.choose_base_model(models, registration.base_model_id, announced_lately)
         catalog.check_name_is_free_of_models(registration.name, models)
         verifier = AdapterVerifier(
