@@ -1,5 +1,9 @@
-"""Checks for the values of config keys. Each takes the key and its value, and raises AdapterInvalid."""
+"""Checks for the values of config keys. Each takes the key and its value, and raises AdapterInvalid.
 
+Every refusal names the field, what was found in it and what is supported.
+"""
+
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -8,11 +12,28 @@ from softprompt_api.names import shown
 
 Check = Callable[[str, Any], None]
 MAX_INTEGER = 2**31 - 1
+OFF = "null, false or empty"
 
 
 def refuse(key: str, problem: str) -> NoReturn:
     """Raise AdapterInvalid for a config key."""
     raise AdapterInvalid(f"{shown(key)} in adapter_config.json {problem}", field=f"config.{printable(key)}")
+
+
+def unsupported(key: str, value: Any, supported: str, *, verb: str = "is", because: str = "") -> NoReturn:
+    """Raise AdapterInvalid for what a config key is, or has in it."""
+    what = "null or missing" if value is None and verb == "is" else found(value)
+    refuse(key, f"{verb} {what}{because and f', {because}'}; supported: {supported}")
+
+
+def found(value: Any) -> str:
+    """A value of a config for a message: as JSON, but text as `shown` has it; short and harmless in a log line."""
+    if isinstance(value, str):
+        return shown(value)
+    try:
+        return printable(json.dumps(value))
+    except RecursionError:  # it was parsed with a few frames more
+        return "nested too deeply"
 
 
 def printable(key: str) -> str:
@@ -23,19 +44,19 @@ def printable(key: str) -> str:
 def text(key: str, value: Any) -> None:
     """A string or null; kept as it is and never acted on."""
     if value is not None and not isinstance(value, str):
-        refuse(key, "must be text or null")
+        unsupported(key, value, "text or null")
 
 
 def flag(key: str, value: Any) -> None:
     """True, false or null."""
     if value is not None and not isinstance(value, bool):
-        refuse(key, "must be true, false or null")
+        unsupported(key, value, "true, false or null")
 
 
 def number(key: str, value: Any) -> None:
     """A finite number or null."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        refuse(key, "must be a number or null")
+        unsupported(key, value, "a number or null")
 
 
 def is_integer(value: Any) -> bool:
@@ -46,13 +67,19 @@ def is_integer(value: Any) -> bool:
 def count(key: str, value: Any) -> None:
     """A whole number from 0, or null."""
     if value is not None and not (is_integer(value) and 0 <= value <= MAX_INTEGER):
-        refuse(key, "must be a whole number or null")
+        unsupported(key, value, f"a whole number from 0 to {MAX_INTEGER}, or null")
 
 
 def integers(key: str, value: Any) -> None:
     """A list of integers, or null."""
-    if value is not None and not (isinstance(value, list) and all(is_integer(item) for item in value)):
-        refuse(key, "must be a list of integers or null")
+    if value is None:
+        return
+    supported = "a list of integers, or null"
+    if not isinstance(value, list):
+        unsupported(key, value, supported)
+    for item in value:
+        if not is_integer(item):
+            unsupported(key, item, supported, verb="has")
 
 
 def integers_or_one(key: str, value: Any) -> None:
@@ -63,26 +90,32 @@ def integers_or_one(key: str, value: Any) -> None:
 
 def names(key: str, value: Any) -> None:
     """Text, a list of texts, or null; kept as it is and never acted on."""
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        text(key, value)
+    supported = "text, a list of texts, or null"
+    if value is None or isinstance(value, str):
+        return
+    if not isinstance(value, list):
+        unsupported(key, value, supported)
+    for item in value:
+        if not isinstance(item, str):
+            unsupported(key, item, supported, verb="has")
 
 
 def record(key: str, value: Any) -> None:
     """An object or null; never acted on."""
     if value is not None and not isinstance(value, dict):
-        refuse(key, "must be an object or null")
+        unsupported(key, value, "an object or null")
 
 
 def factor(key: str, value: Any) -> None:
     """A required number other than 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < abs(value) <= MAX_INTEGER:
-        refuse(key, "must be a number other than 0")
+        unsupported(key, value, f"a number other than 0, of at most {MAX_INTEGER}")
 
 
 def size(key: str, value: Any) -> None:
     """A required whole number from 1."""
     if not is_integer(value) or not 1 <= value <= MAX_INTEGER:
-        refuse(key, f"must be a whole number from 1 to {MAX_INTEGER}")
+        unsupported(key, value, f"a whole number from 1 to {MAX_INTEGER}")
 
 
 def require(config: Mapping[str, Any], *sizes: str) -> None:
@@ -97,18 +130,18 @@ def one_of(*allowed: str | int | None) -> Check:
     def check(key: str, value: Any) -> None:
         # A bool equals 1 in Python; the type must agree as well.
         if not any(type(value) is type(choice) and value == choice for choice in allowed):
-            supported = ", ".join("null" if choice is None else repr(choice) for choice in allowed)
-            refuse(key, f"is {shown(str(value))}; supported: {supported}")
+            unsupported(key, value, ", ".join(found(choice) for choice in allowed))
 
     return check
 
 
-def unused(advice: str, default: str | None = None) -> Check:
+def unused(because: str, default: str | None = None) -> Check:
     """A feature that must be off: null, false, empty, or what PEFT writes when it is not used."""
+    supported = OFF if default is None else f"{default!r}, {OFF}"
 
     def check(key: str, value: Any) -> None:
         if not is_off(value) and not (default is not None and value == default):
-            refuse(key, advice)
+            unsupported(key, value, supported, because=because)
 
     return check
 

@@ -4,9 +4,7 @@ from collections.abc import Mapping
 
 from softprompt_api.formats import checks
 
-_NOT_PLAIN = (
-    "is filled, which an adapter for a causal language model never needs; train with task_type 'CAUSAL_LM'"
-)
+_NOT_PLAIN = "which an adapter for a causal language model never needs; train with task_type 'CAUSAL_LM'"
 
 # Of every kind. The dangerous ones among them must hold PEFT's default.
 GENERAL_KEYS: Mapping[str, checks.Check] = {
@@ -16,9 +14,9 @@ GENERAL_KEYS: Mapping[str, checks.Check] = {
     "peft_version": checks.text,
     "revision": checks.text,
     "auto_mapping": checks.unused(_NOT_PLAIN),
-    "modules_to_save": checks.unused("is filled, but adapters are served without trained modules of the model"),
-    "megatron_config": checks.unused("is filled, but Megatron is not supported"),
-    "megatron_core": checks.unused("must be 'megatron.core' or null", default="megatron.core"),
+    "modules_to_save": checks.unused("but adapters are served without trained modules of the model"),
+    "megatron_config": checks.unused("but Megatron is not supported"),
+    "megatron_core": checks.unused("but Megatron is not supported", default="megatron.core"),
 }
 
 # Of every kind that is made of virtual tokens.
@@ -36,5 +34,5 @@ INIT_KEYS: Mapping[str, checks.Check] = {
     "prompt_tuning_init": checks.text,
     "prompt_tuning_init_text": checks.text,
     "tokenizer_name_or_path": checks.text,
-    "tokenizer_kwargs": checks.unused("is filled, but an adapter cannot ask for a tokenizer; remove it"),
+    "tokenizer_kwargs": checks.unused("but an adapter cannot ask for a tokenizer"),
 }

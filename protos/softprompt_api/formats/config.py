@@ -21,7 +21,6 @@ from softprompt_api.formats import (
 )
 from softprompt_api.formats.spec import AdapterFormat, AdapterKind, AdapterSpec
 from softprompt_api.formats.strict_json import parse_object
-from softprompt_api.names import shown
 
 MAX_CONFIG_BYTES = 2**20
 
@@ -48,15 +47,13 @@ def parse_config(text: str | bytes) -> AdapterSpec:
         if check := format_.keys.get(key):
             check(key, value)
         elif not checks.is_off(value):
-            checks.refuse(key, f"is not known for {format_.kind} adapters, and it is filled; remove it")
+            checks.unsupported(key, value, checks.OFF, because=f"but not known for {format_.kind} adapters")
     return format_.spec(config)
 
 
 def _kind(config: Mapping[str, object]) -> AdapterKind:
     named = config.get("peft_type")
     supported = ", ".join(sorted(FORMATS))
-    if not isinstance(named, str):
-        checks.refuse("peft_type", f"is missing or not text; supported: {supported}")
-    if named not in FORMATS:
-        checks.refuse("peft_type", f"is {shown(named)}, which is not supported; supported: {supported}")
+    if not isinstance(named, str) or named not in FORMATS:
+        checks.unsupported("peft_type", named, supported)
     return AdapterKind(named)

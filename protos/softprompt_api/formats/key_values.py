@@ -80,7 +80,7 @@ def key_values_format(kind: AdapterKind, keys: Mapping[str, checks.Check]) -> Ad
         checks.require(config, *_SIZES)
         num_virtual_tokens, token_dim, num_layers, num_kv_heads = (config[key] for key in _SIZES)
         if token_dim % num_kv_heads:
-            checks.refuse("token_dim", f"is {token_dim}, no multiple of num_attention_heads, {num_kv_heads}")
+            checks.unsupported("token_dim", token_dim, f"multiples of num_attention_heads, {num_kv_heads}")
         head_dim = token_dim // num_kv_heads
         return KeyValuesSpec(
             kind=kind,

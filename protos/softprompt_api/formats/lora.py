@@ -27,7 +27,6 @@ from softprompt_api.formats.spec import (
     canonical_json,
 )
 from softprompt_api.formats.values import FLOAT_DTYPES
-from softprompt_api.names import shown
 
 _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>[\w.]{1,256})\.lora_(?P<matrix>[AB])\.weight", re.ASCII)
 _HEADS = frozenset({"lm_head", "embed_out"})
@@ -137,16 +136,17 @@ def _check_init(key: str, value: Any) -> None:
     # PEFT reads 'Gaussian' as 'gaussian', and no other so.
     is_gaussian = isinstance(value, str) and value.lower() == "gaussian"
     if not is_gaussian and value not in (None, True, False, "eva", "orthogonal", "mica"):
-        checks.refuse(
+        checks.unsupported(
             key,
-            f"is {shown(str(value))}, which changes the model's own weights; supported: true, false, 'gaussian', "
-            "'eva', 'orthogonal', 'mica', or converted by "
+            value,
+            "true, false, 'gaussian', 'eva', 'orthogonal', 'mica', or converted by "
             "save_pretrained(path_initial_model_for_weight_conversion=...)",
+            because="which changes the model's own weights",
         )
 
 
 def _off(feature: str) -> checks.Check:
-    return checks.unused(f"is filled, but {feature} not supported; supported: plain LoRA")
+    return checks.unused(f"but {feature} not supported; train plain LoRA")
 
 
 def _spec(config: Mapping[str, Any]) -> AdapterSpec:

@@ -90,10 +90,10 @@ def pattern_map(check: checks.Check) -> checks.Check:
         if value is None:
             return
         if not isinstance(value, Mapping):
-            checks.refuse(key, "must be a map of names of modules, or null")
+            checks.unsupported(key, value, "a map of names of modules, or null")
         _check_size(key, value)
-        for one in value.values():
-            check(key, one)
+        for pattern, one in value.items():
+            check(f"{key}.{pattern}", one)
         try:
             _matcher(tuple(value.items()))
         except ValueError as error:

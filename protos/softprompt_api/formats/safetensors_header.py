@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softprompt_api.errors import AdapterInvalid
-from softprompt_api.formats.checks import is_integer, printable
+from softprompt_api.formats.checks import found, is_integer, printable
 from softprompt_api.formats.strict_json import parse_object
 from softprompt_api.names import shown
 
@@ -79,7 +79,7 @@ def parse_header(text: bytes | bytearray, *, data_bytes: int) -> list[TensorInfo
         raise _invalid("the safetensors header does not begin with '{'")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _invalid("the safetensors metadata is not a map of texts")
+        raise _invalid(f"the safetensors metadata is {found(metadata)}; supported: a map of texts")
     if len(header) > MAX_TENSORS:
         raise _invalid(f"the file has {len(header)} tensors; at most {MAX_TENSORS}")
     tensors = sorted(
@@ -98,14 +98,14 @@ def parse_header(text: bytes | bytearray, *, data_bytes: int) -> list[TensorInfo
 
 def _tensor(name: str, entry: Any) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise tensor_invalid(name, "must have a dtype, a shape and data_offsets, and nothing else")
+        raise tensor_invalid(name, f"has the entry {found(entry)}; supported: dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise tensor_invalid(name, f"has an unknown dtype, {shown(str(dtype))}")
+        raise tensor_invalid(name, f"has dtype {found(dtype)}; supported: F32, F16, BF16")
     if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS:
-        raise tensor_invalid(name, "has a shape that is no list of sizes")
+        raise tensor_invalid(name, f"has shape {found(shape)}; supported: at most {_MAX_DIMENSIONS} whole numbers")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise tensor_invalid(name, "has data_offsets that are no begin and end")
+        raise tensor_invalid(name, f"has data_offsets {found(offsets)}; supported: a list of begin and end")
     begin, end = offsets
     if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise tensor_invalid(name, f"of shape {shape} and dtype {dtype} cannot take {end - begin} bytes")

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any, NoReturn
 
 from softprompt_api.errors import AdapterInvalid
+from softprompt_api.formats.checks import found
 from softprompt_api.names import shown
 
 
@@ -20,11 +21,11 @@ def parse_object(text: str | bytes | bytearray, *, what: str, field: str) -> dic
         raise AdapterInvalid(f"{what} {problem}", field=field)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        unique_pairs = dict(pairs)
+        if len(unique_pairs) < len(pairs):
             twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             refuse(f"has the key {shown(twice)} twice")
-        return found
+        return unique_pairs
 
     def finite(number: str) -> float:
         value = float(number)
@@ -49,5 +50,5 @@ def parse_object(text: str | bytes | bytearray, *, what: str, field: str) -> dic
         where = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
         refuse(f"is not JSON{where}")
     if not isinstance(value, dict):
-        refuse("is not a JSON object")
+        refuse(f"is not a JSON object, but {found(value)}")
     return value

@@ -81,7 +81,7 @@ class ValueScan:
         problem = f"has {value:g} at row {row}, column {column}"
         if np.isfinite(value):
             problem += f", which is infinite in {self._dtype}, the serving dtype"
-        raise tensor_invalid(self._info.name, problem)
+        raise tensor_invalid(self._info.name, f"{problem}; supported: finite values")
 
 
 def check_values(values: np.ndarray, name: str, serving_dtype: str) -> None:

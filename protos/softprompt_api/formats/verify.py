@@ -165,10 +165,10 @@ def _checked_tensors(spec: AdapterSpec, header: bytes | bytearray, *, data_bytes
     found = {info.name: info for info in safetensors.parse_header(header, data_bytes=data_bytes)}
     expected = spec.expected_tensors(found)
     for name in found.keys() - expected.keys():
-        raise tensor_invalid(name, f"is unknown in a {spec.kind} adapter, which has {', '.join(expected)} alone")
+        raise tensor_invalid(name, f"is unknown in a {spec.kind} adapter; supported: {', '.join(expected)}")
     for name, shape in expected.items():
         if name not in found:
-            raise tensor_invalid(name, "is missing")
+            raise tensor_invalid(name, f"is missing; the file has {shown(', '.join(found) or 'none')}")
         info = found[name]
         if info.dtype not in FLOAT_DTYPES:
             raise tensor_invalid(name, f"has dtype {info.dtype}; supported: {', '.join(FLOAT_DTYPES)}")

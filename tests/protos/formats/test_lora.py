@@ -181,9 +181,9 @@ def test_what_peft_writes_and_nobody_serves_is_refused_by_name(peft_folders, nam
         ),
         ({"target_modules": {"q_proj": 1}}, "target_modules"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
-        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
-        ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern.q_proj"),
+        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern.q_proj"),
         ({"alpha_pattern": {str(number): 1 for number in range(1025)}}, "alpha_pattern"),
         *(
             ({"alpha_pattern": {pattern: 1}}, "alpha_pattern")
