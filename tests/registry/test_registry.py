@@ -580,6 +580,31 @@ async def test_every_kind_is_stored_with_what_requests_must_know(
     assert await client.read(made.digest) == tensors
 
 
+async def test_a_multitask_adapter_is_refused_for_one_task_whose_prompt_cannot_be_served(client, make_adapter):
+    model = pb.BaseModel(id="org/Tiny", hidden_size=32, dtype="float16")
+    await client.stub.PutBaseModel(pb.PutBaseModelRequest(base_model=model))
+    cols = np.ones((3, 5, 1), np.float32)
+    cols[2] = 300
+    tensors = {
+        "prompt_embeddings": np.full((5, 32), 300, np.float32),
+        "prefix_task_cols": cols,
+        "prefix_task_rows": np.ones((3, 1, 32), np.float32),
+    }
+    config = {
+        "peft_type": "MULTITASK_PROMPT_TUNING",
+        "num_virtual_tokens": 5,
+        "token_dim": 32,
+        "num_tasks": 3,
+        "num_ranks": 1,
+    }
+    with pytest.raises(
+        AdapterInvalid, match="has 90000 at row 0, column 0, which is infinite in float16"
+    ) as refused:
+        await client.register("one", make_adapter().but(config=config, tensors=save(tensors)))
+    assert refused.value.field == "tensors.prompt of task 2"
+    assert await client.names() == []
+
+
 async def test_keys_and_values_are_refused_for_a_model_that_cannot_take_them(client, make_adapter):
     reason = "Gemma2ForCausalLM has sliding-window layers"
     model = pb.BaseModel(id="org/Tiny", hidden_size=32, no_key_values=reason)

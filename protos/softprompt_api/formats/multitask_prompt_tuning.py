@@ -1,6 +1,7 @@
 """PEFT MULTITASK_PROMPT_TUNING: one prompt that all tasks share, times a matrix of low rank for each task."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +25,8 @@ from softprompt_api.formats.spec import (
 from softprompt_api.formats.values import as_float32, check_values
 
 _SHARED, _COLS, _ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
+# What all tasks together may take to be checked when they are registered: a second or two, in 64 MiB.
+_MAX_TASKS, _MAX_VALUES, _MAX_PRODUCTS = 4096, 2**24, 2**28
 _SIZES = ("num_virtual_tokens", "token_dim", "num_tasks", "num_ranks")
 
 
@@ -49,19 +52,40 @@ class MultitaskSpec(AdapterSpec):
     def read(self, tensors: Mapping[str, RawTensor], *, task: int | None, dtype: str) -> Content:
         """The task's own prompt, in float32: shared * (cols[task] @ rows[task])."""
         assert task is not None
-        shared, cols, rows = (
-            as_float32(tensors[name].data, tensors[name].info.dtype).reshape(tensors[name].info.shape)
-            for name in (_SHARED, _COLS, _ROWS)
-        )
-        with np.errstate(over="ignore", invalid="ignore"):  # the check below says where
-            prompt = shared * (cols[task] @ rows[task])
-        check_values(prompt, f"prompt of task {task}", dtype)
         return Rows(
-            data=prompt.astype("<f4").tobytes(),
+            data=_prompt(_arrays(tensors), task, dtype).astype("<f4").tobytes(),
             dtype="float32",
             num_virtual_tokens=self.num_virtual_tokens,
             row_size=self.hidden_size,
         )
+
+    def can_check_tasks(self) -> bool:
+        """See AdapterSpec."""
+        num_products = self.num_tasks * self.num_virtual_tokens * self.hidden_size
+        num_values = sum(math.prod(shape) for shape in self.expected_tensors({}).values())
+        return self.num_tasks <= _MAX_TASKS and num_values <= _MAX_VALUES and num_products <= _MAX_PRODUCTS
+
+    def check_tasks(self, tensors: Mapping[str, RawTensor], *, dtype: str) -> None:
+        """See AdapterSpec: each tensor alone can be served, but not always their product."""
+        arrays = _arrays(tensors)
+        for task in range(self.num_tasks):
+            _prompt(arrays, task, dtype)
+
+
+def _arrays(tensors: Mapping[str, RawTensor]) -> list[np.ndarray]:
+    """The shared prompt, columns and rows, in float32."""
+    return [
+        as_float32(tensors[name].data, tensors[name].info.dtype).reshape(tensors[name].info.shape)
+        for name in (_SHARED, _COLS, _ROWS)
+    ]
+
+
+def _prompt(arrays: Sequence[np.ndarray], task: int, dtype: str) -> np.ndarray:
+    shared, cols, rows = arrays
+    with np.errstate(over="ignore", invalid="ignore"):  # the check below says where
+        prompt: np.ndarray = shared * (cols[task] @ rows[task])
+    check_values(prompt, f"prompt of task {task}", dtype)
+    return prompt
 
 
 def _spec(config: Mapping[str, Any]) -> AdapterSpec:

@@ -88,6 +88,14 @@ class AdapterSpec(ABC):
             dtype: as in ModelShape; what is computed here must be finite in it.
         """
 
+    def can_check_tasks(self) -> bool:
+        """Whether `check_tasks` has something to check, within a moment and in little memory."""
+        return False
+
+    def check_tasks(self, tensors: Mapping[str, "RawTensor"], *, dtype: str) -> None:  # noqa: ARG002
+        """Raise AdapterInvalid for a task that `read` would refuse; arguments as there."""
+        assert not self.can_check_tasks()
+
     def max_values(self) -> int | None:
         """Values that its tensors have together; None where the config does not say."""
         return sum(math.prod(shape) for shape in self.expected_tensors({}).values())

@@ -54,10 +54,18 @@ class AdapterVerifier:
         size_bytes: size of the file.
         sha256: hex digest the file must have; None: not known.
         model: the base model it is for.
+        all_tasks: check at the end also what is computed of the tensors for each task, where that takes a second
+            or two and no more than 64 MiB; otherwise `read_adapter` does, for the task that it is asked for.
     """
 
     def __init__(
-        self, spec: AdapterSpec, *, size_bytes: int, sha256: str | None = None, model: ModelShape | None = None
+        self,
+        spec: AdapterSpec,
+        *,
+        size_bytes: int,
+        sha256: str | None = None,
+        model: ModelShape | None = None,
+        all_tasks: bool = False,
     ) -> None:
         self._model = model or ModelShape()
         spec.check_fits(self._model)
@@ -72,6 +80,7 @@ class AdapterVerifier:
         self._tensors: dict[str, TensorInfo] | None = None
         self._scans: deque[ValueScan] = deque()
         self._norms: RowNorms | None = None
+        self._kept = bytearray() if all_tasks and spec.can_check_tasks() else None
 
     def feed(self, chunk: bytes | bytearray | memoryview) -> None:
         """Take the file's next bytes."""
@@ -100,6 +109,12 @@ class AdapterVerifier:
                 f"the tensors' sha256 is {sha256}, but {shown(self._expected_sha256)} was announced",
                 field="tensors_sha256",
             )
+        if self._kept is not None:
+            tensors = {
+                name: RawTensor(info=info, data=bytes(self._kept[info.begin : info.end]))
+                for name, info in self._tensors.items()
+            }
+            self._spec.check_tasks(tensors, dtype=self._model.dtype)
         return VerifiedAdapter(
             digest=adapter_digest(self._spec, sha256),
             tensor_dtype=", ".join(sorted({info.dtype for info in self._tensors.values()})),
@@ -118,6 +133,8 @@ class AdapterVerifier:
             piece = piece[missing:]
             if len(self._head) == self._head_bytes:
                 self._read_head()
+        if self._kept is not None:
+            self._kept += piece
         while piece:
             scan = self._scans[0]
             taken, piece = piece[: scan.missing_bytes], piece[scan.missing_bytes :]

@@ -25,8 +25,8 @@ def tensors(dtype: type = np.float32, **others: np.ndarray) -> dict[str, np.ndar
     }
 
 
-def verify(data: bytes, *, piece_bytes: int = 2**30, **model: object):
-    verifier = AdapterVerifier(SPEC, size_bytes=len(data), model=ModelShape(**model))
+def verify(data: bytes, *, piece_bytes: int = 2**30, all_tasks: bool = False, **model: object):
+    verifier = AdapterVerifier(SPEC, size_bytes=len(data), model=ModelShape(**model), all_tasks=all_tasks)
     for start in range(0, len(data), piece_bytes):
         verifier.feed(data[start : start + piece_bytes])
     return verifier.finish()
@@ -122,14 +122,38 @@ def test_a_bad_first_tensor_is_refused_before_the_others_arrive():
     ("factor", "dtype", "problem"),
     [(1e5, "float16", "infinite in float16"), (1e38, "float32", "inf at row"), (1e-9, "float16", "all zeros in")],
 )
-def test_a_product_that_cannot_be_served_is_refused_with_its_task(factor, dtype, problem):
-    # Each tensor alone can be served, or the registration would have failed.
+@pytest.mark.parametrize("piece_bytes", [7, 2**30])
+def test_a_product_that_cannot_be_served_is_refused_with_its_task(factor, dtype, problem, piece_bytes):
+    # Each tensor alone can be served.
     ones = {name: np.ones_like(tensor) for name, tensor in tensors().items()}
     root = np.float32(factor**0.5)
     ones["prompt_embeddings"] *= root
     ones["prefix_task_rows"] *= root * 4
-    ones["prefix_task_cols"][1] *= 1e-3
+    ones["prefix_task_cols"][[0, 1]] *= 1e-3 if factor > 1 else 1e4
     data = save(ones)
     verify(data, dtype=dtype)
-    with pytest.raises(AdapterInvalid, match=f"prompt of task 0.* {problem}"):
-        read_adapter(SPEC, data, task=0, dtype=dtype)
+    with pytest.raises(AdapterInvalid, match=f"prompt of task 2.* {problem}") as refused:
+        verify(data, dtype=dtype, all_tasks=True, piece_bytes=piece_bytes)
+    assert refused.value.field == "tensors.prompt of task 2"
+    read_adapter(SPEC, data, task=1, dtype=dtype)
+    with pytest.raises(AdapterInvalid, match=f"prompt of task 2.* {problem}"):
+        read_adapter(SPEC, data, task=2, dtype=dtype)
+
+
+def test_products_that_can_be_served_are_registered():
+    data = save(tensors())
+    assert verify(data, dtype="float16", all_tasks=True) == verify(data, dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("changes", "can"),
+    [
+        ({"num_virtual_tokens": 100, "token_dim": 4096, "num_tasks": 64, "num_ranks": 8}, True),
+        ({"num_tasks": 4096}, True),
+        ({"num_tasks": 4097}, False),
+        ({"num_ranks": 2**20}, False),
+        ({"num_virtual_tokens": 4096, "num_tasks": 1024, "token_dim": 65, "num_ranks": 1}, False),
+    ],
+)
+def test_all_tasks_are_checked_where_that_takes_little(changes, can):
+    assert parse_config(json.dumps({**PLAIN, **changes})).can_check_tasks() is can
