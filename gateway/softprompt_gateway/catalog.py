@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from softprompt_api.names import LATEST, AdapterRef
 from softprompt_api.registry.v1.registry_pb2 import (
     AdapterEventType,
-    AdapterKind,
     AdapterVersion,
     WatchAdaptersResponse,
 )
@@ -30,11 +29,6 @@ _TOLD_WHOLE = (
 def spelling_of(version: AdapterVersion) -> str:
     """`name@version`, which stands for this content for ever."""
     return f"{version.name}@{version.version}"
-
-
-def kind_name(kind: int) -> str:
-    """PEFT's name of a kind, for example "PROMPT_TUNING"."""
-    return AdapterKind.Name(AdapterKind.ValueType(kind)).removeprefix("ADAPTER_KIND_")
 
 
 def pack(version: AdapterVersion) -> Packed:

@@ -23,7 +23,7 @@ from softprompt_api.tracing import span
 
 from softprompt_gateway.bases import Bases, fingerprint
 from softprompt_gateway.caller import Caller
-from softprompt_gateway.catalog import Catalog, kind_name, spelling_of
+from softprompt_gateway.catalog import Catalog, spelling_of
 from softprompt_gateway.clients import InferenceClient, RegistryClient
 from softprompt_gateway.disconnect import stop
 from softprompt_gateway.errors import ModelNotFound
@@ -356,4 +356,4 @@ def _bind(asked: _Asked, version: AdapterVersion) -> Bound:
 
 
 def _part(asked: _Asked, bound: Bound) -> Part:
-    return Part(name=str(asked.ref), role=role_of(kind_name(bound.version.kind)))
+    return Part(name=str(asked.ref), role=role_of(bound.version.kind))

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from softprompt_api.composition import Part, Role, check_front, check_inside, check_number
+from softprompt_api.composition import Part, check_front, check_inside, check_number
 from softprompt_api.errors import ContextLengthExceeded
+from softprompt_api.formats import Role
 
 from softprompt_inference.adapters.adapter import AdapterInfo
 from softprompt_inference.engine.messages import SoftPromptPart, TextPart

@@ -9,28 +9,17 @@ on, so an adapter that gives them is the first of all. One LoRA computes a reque
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 from softprompt_api.errors import InvalidArgument
+from softprompt_api.formats import kinds
+from softprompt_api.formats.spec import Role
 
 MAX_ADAPTERS = 16
-_KEY_VALUES = "keys and values (PREFIX_TUNING, CARTRIDGE), whose positions are fixed"
-
-
-class Role(Enum):
-    """What an adapter does for a request."""
-
-    EMBEDDINGS = "embeddings"
-    KEY_VALUES = "key values"
-    LORA = "lora"
-
-
-_ROLES = {"LORA": Role.LORA, "PREFIX_TUNING": Role.KEY_VALUES, "CARTRIDGE": Role.KEY_VALUES}
 
 
 def role_of(kind: str) -> Role:
     """The role of a kind, by PEFT's name of it."""
-    return _ROLES.get(kind, Role.EMBEDDINGS)
+    return kinds.FORMATS[kind].role if kind in kinds.FORMATS else Role.EMBEDDINGS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +52,12 @@ def check_front(parts: Sequence[Part], *, field: str) -> None:
         first = soft_prompts[0]
         if first.role is Role.KEY_VALUES:
             raise InvalidArgument(
-                f"{first.name} and {part.name} both give {_KEY_VALUES}; a request has one of them at most",
+                f"{first.name} and {part.name} both give {_key_values()}; a request has one of them at most",
                 field=field,
             )
         raise InvalidArgument(
-            f"{part.name} gives {_KEY_VALUES}; it must come before the other soft prompts, so before {first.name}",
+            f"{part.name} gives {_key_values()}; it must come before the other soft prompts, so before "
+            f"{first.name}",
             field=field,
         )
 
@@ -77,7 +67,7 @@ def check_inside(parts: Sequence[Part], *, field: str) -> None:
     for part in parts:
         if part.role is Role.KEY_VALUES:
             raise InvalidArgument(
-                f"{part.name} gives {_KEY_VALUES}; it can stand in front of the whole prompt alone, "
+                f"{part.name} gives {_key_values()}; it can stand in front of the whole prompt alone, "
                 "by its name in model or adapters",
                 field=field,
             )
@@ -87,3 +77,8 @@ def check_inside(parts: Sequence[Part], *, field: str) -> None:
                 "and not inside the prompt",
                 field=field,
             )
+
+
+def _key_values() -> str:
+    names = sorted(kind for kind in kinds.FORMATS if role_of(kind) is Role.KEY_VALUES)
+    return f"keys and values ({', '.join(names)}), whose positions are fixed"

@@ -103,7 +103,7 @@ def version_to(version: AdapterVersion) -> pb.AdapterVersion:
         version=version.version,
         id=version.id,
         digest=version.digest,
-        kind=pb.AdapterKind.Value(f"ADAPTER_KIND_{version.kind}"),
+        kind=version.kind,
         num_virtual_tokens=version.num_virtual_tokens,
         hidden_size=version.hidden_size,
         dtype=version.dtype,

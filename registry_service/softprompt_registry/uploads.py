@@ -80,7 +80,7 @@ class Uploads:
             draft = Draft(
                 name=registration.name,
                 digest=verified.digest,
-                kind=spec.kind.value,
+                kind=spec.kind,
                 num_virtual_tokens=spec.num_virtual_tokens,
                 hidden_size=spec.hidden_size,
                 dtype=verified.tensor_dtype,

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from softprompt_api.composition import Part, Role, check_front, check_inside, check_number
+from softprompt_api.composition import Part, check_front, check_inside, check_number
 from softprompt_api.errors import InvalidArgument
+from softprompt_api.formats import Role
 from softprompt_inference.engine.messages import SoftPromptPart, TextPart
 from softprompt_inference.prompts import text_ids_of
 from softprompt_inference.text import ChatMessage, Encoded, SoftPrompt

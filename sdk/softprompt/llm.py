@@ -9,8 +9,8 @@ from typing import cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from softprompt_api.composition import Role
 from softprompt_api.errors import InvalidArgument, SoftpromptError
+from softprompt_api.formats import Role
 from softprompt_api.params import SamplingParams
 from softprompt_inference.choice import Choice
 from softprompt_inference.defaults import read_defaults

@@ -292,7 +292,7 @@ def info_of(version: pb.AdapterVersion) -> AdapterInfo:
         version=version.version,
         id=version.id,
         digest=version.digest,
-        kind=pb.AdapterKind.Name(version.kind).removeprefix("ADAPTER_KIND_"),
+        kind=version.kind,
         num_virtual_tokens=version.num_virtual_tokens,
         hidden_size=version.hidden_size,
         num_tasks=version.num_tasks,

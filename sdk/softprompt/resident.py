@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from softprompt_api.composition import Role
+from softprompt_api.composition import role_of
 from softprompt_api.errors import InvalidArgument
-from softprompt_api.formats import CONFIG_FILE, DEFAULT_MAX_LORA_RANK, AdapterKind, ModelShape
+from softprompt_api.formats import CONFIG_FILE, DEFAULT_MAX_LORA_RANK, ModelShape, Role
 from softprompt_api.names import AdapterRef, choose_task, with_task
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.engine.engine import Engine
@@ -149,7 +149,7 @@ def _task(request: AdapterRequest, local: LocalAdapter) -> int | None:
 
 def _find(request: AdapterRequest) -> _Known:
     local = find_adapter(request.local_path)
-    is_lora = local.spec.kind is AdapterKind.LORA
+    is_lora = role_of(local.spec.kind) is Role.LORA
     if is_lora != isinstance(request, LoRARequest):
         argument = "lora_request" if is_lora else "prompt_adapter_request"
         raise InvalidArgument(

@@ -505,7 +505,7 @@ class FakeRegistry(RegistryServiceServicer):
         *,
         virtual_tokens: int = 5,
         num_tasks: int = 0,
-        kind: reg.AdapterKind.ValueType = reg.ADAPTER_KIND_PROMPT_TUNING,
+        kind: str = "PROMPT_TUNING",
     ) -> reg.AdapterVersion:
         """Publish a version, as another client would."""
         number = self.next_versions.get(name, 1)

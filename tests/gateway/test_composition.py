@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 from softprompt_api.errors import InvalidArgument, Unavailable
 from softprompt_api.inference.v1 import inference_pb2 as pb
-from softprompt_api.registry.v1 import registry_pb2 as reg
 from softprompt_gateway.caller import ANYBODY
 from softprompt_gateway.catalog import Catalog
 from softprompt_gateway.clients import RegistryClient, open_clients
@@ -30,10 +29,10 @@ async def digests(stack: Any) -> dict[str, str]:
         await stack.registry.add("b", virtual_tokens=5),
         await stack.registry.add("b", virtual_tokens=6),
         await stack.registry.add("tasks", virtual_tokens=4, num_tasks=2),
-        await stack.registry.add("given", virtual_tokens=7, kind=reg.ADAPTER_KIND_PREFIX_TUNING),
-        await stack.registry.add("cart", virtual_tokens=8, kind=reg.ADAPTER_KIND_CARTRIDGE),
-        await stack.registry.add("lora", virtual_tokens=0, kind=reg.ADAPTER_KIND_LORA),
-        await stack.registry.add("lora2", virtual_tokens=0, kind=reg.ADAPTER_KIND_LORA),
+        await stack.registry.add("given", virtual_tokens=7, kind="PREFIX_TUNING"),
+        await stack.registry.add("cart", virtual_tokens=8, kind="CARTRIDGE"),
+        await stack.registry.add("lora", virtual_tokens=0, kind="LORA"),
+        await stack.registry.add("lora2", virtual_tokens=0, kind="LORA"),
     ]
     return {f"{version.name}@{version.version}": version.digest for version in versions}
 
@@ -195,7 +194,7 @@ MIXED_UP = [
     ({"model": "lora+lora2"}, "model", "lora and lora2 are both LoRAs"),
     ({"model": "lora+a+lora"}, "model", "lora and lora are both LoRAs"),
     ({"model": "given+cart"}, "model", "given and cart both give keys and values"),
-    ({"model": "a+given"}, "model", "given gives keys and values (PREFIX_TUNING, CARTRIDGE)"),
+    ({"model": "a+given"}, "model", "given gives keys and values (CARTRIDGE, PREFIX_TUNING)"),
     ({"adapters": ["a", "cart"]}, "adapters", "cart gives keys and values"),
     ({"adapters": ["lora", "lora2"]}, "adapters", "both LoRAs"),
     ({"model": "a", "adapters": ["b"]}, "adapters", "model names adapters already"),

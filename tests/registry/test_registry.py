@@ -26,7 +26,7 @@ from softprompt_registry.server import RegistryServer
 async def test_a_registered_adapter_is_told_whole(client, make_adapter):
     adapter = make_adapter().but(header={"labels": {"team": "tweets"}})
     made = await client.register("tweets", adapter)
-    assert (made.name, made.version, made.kind) == ("tweets", 1, pb.ADAPTER_KIND_PROMPT_TUNING)
+    assert (made.name, made.version, made.kind) == ("tweets", 1, "PROMPT_TUNING")
     assert (made.num_virtual_tokens, made.hidden_size, made.dtype) == (5, 32, "F32")
     assert (made.size_bytes, made.tensors_sha256) == (len(adapter.tensors), adapter.sha256)
     assert json.loads(made.config_json) == adapter.config
@@ -551,19 +551,19 @@ async def test_writers_and_deleters_of_equal_contents_leave_no_blob_behind(clien
         (
             {"peft_type": "PREFIX_TUNING", "token_dim": 16, "num_layers": 2, "num_attention_heads": 2},
             {"prompt_embeddings": (5, 64)},
-            pb.ADAPTER_KIND_PREFIX_TUNING,
+            "PREFIX_TUNING",
             (5, 0, 0, 0),
         ),
         (
             {"peft_type": "MULTITASK_PROMPT_TUNING", "num_tasks": 3, "num_ranks": 1},
             {"prompt_embeddings": (5, 32), "prefix_task_cols": (3, 5, 1), "prefix_task_rows": (3, 1, 32)},
-            pb.ADAPTER_KIND_MULTITASK_PROMPT_TUNING,
+            "MULTITASK_PROMPT_TUNING",
             (5, 32, 3, 0),
         ),
         (
             {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "num_virtual_tokens": None, "token_dim": None},
             {f"base_model.model.layers.0.q_proj.lora_{one}.weight": (4, 4) for one in "AB"},
-            pb.ADAPTER_KIND_LORA,
+            "LORA",
             (0, 0, 0, 4),
         ),
     ],

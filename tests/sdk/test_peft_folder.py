@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 from softprompt.peft_folder import make_config, write_folder
 from softprompt_api.formats import parse_config
 
@@ -44,7 +46,7 @@ def test_nothing_of_an_uploaded_config_is_kept_but_what_was_parsed(make_adapter:
 @pytest.mark.parametrize("kind", ["P_TUNING", "CPT"])
 def test_kinds_whose_files_have_the_same_tensor_stay_their_kinds(kind: str) -> None:
     spec = parse_config(json.dumps({"peft_type": kind, "num_virtual_tokens": 3, "token_dim": 8}))
-    config = make_config(spec, b"")
+    config = make_config(spec, save({"prompt_embeddings": np.ones((3, 8), np.float32)}))
     assert config["peft_type"] == kind
     assert (config.get("cpt_token_ids") == [0, 0, 0]) == (kind == "CPT")
 

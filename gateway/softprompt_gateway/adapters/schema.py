@@ -24,7 +24,7 @@ from softprompt_api.rpc.quality import norms_from, probe_of, warnings_of
 from starlette.datastructures import Headers
 
 from softprompt_gateway.body import parse_object
-from softprompt_gateway.catalog import kind_name, spelling_of
+from softprompt_gateway.catalog import spelling_of
 from softprompt_gateway.errors import Refused
 from softprompt_gateway.validation import RequestModel, at_most
 
@@ -216,7 +216,7 @@ def adapter_json(version: AdapterVersion, *, with_config: bool = False) -> dict[
         "version": version.version,
         "model": spelling_of(version),
         "digest": version.digest,
-        "kind": kind_name(version.kind),
+        "kind": version.kind,
         "num_virtual_tokens": version.num_virtual_tokens,
         "hidden_size": version.hidden_size,
         "num_tasks": version.num_tasks,

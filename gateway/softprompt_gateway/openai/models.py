@@ -10,7 +10,7 @@ from softprompt_api.inference.v1.inference_pb2 import GetModelResponse
 from softprompt_api.names import join_model, with_task
 from softprompt_api.registry.v1.registry_pb2 import AdapterVersion
 
-from softprompt_gateway.catalog import kind_name, spelling_of
+from softprompt_gateway.catalog import spelling_of
 from softprompt_gateway.resolve import Bound
 
 OWNER = "softprompt"
@@ -68,7 +68,7 @@ def composed_card(adapters: Sequence[Bound], served: GetModelResponse, *, id_: s
 
 def _adapter(version: AdapterVersion) -> dict[str, Any]:
     return {
-        "kind": kind_name(version.kind),
+        "kind": version.kind,
         "version": version.version,
         "digest": version.digest,
         "num_virtual_tokens": version.num_virtual_tokens,

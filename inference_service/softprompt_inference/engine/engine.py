@@ -297,8 +297,8 @@ class Engine:
             raise error
         if digest in self._lora_slots or self._virtual_ids.are_key_values(digest):
             raise InvalidArgument(
-                "only virtual tokens that are embeddings are near tokens; a LoRA has none, and those of "
-                "PREFIX_TUNING and CARTRIDGE are keys and values",
+                "only virtual tokens that are embeddings are near tokens; this adapter is a LoRA, which has none, "
+                "or gives keys and values",
                 field="adapter",
             )
         if digest not in self._virtual_ids:

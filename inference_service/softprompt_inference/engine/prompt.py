@@ -66,8 +66,7 @@ def make_sequence(
 def _check_front(ids_before: list[int]) -> None:
     if ids_before:
         raise InvalidArgument(
-            "an adapter of keys and values (PREFIX_TUNING, CARTRIDGE) can stand at the front of a prompt alone: "
-            "its positions are fixed",
+            "an adapter of keys and values can stand at the front of a prompt alone: its positions are fixed",
             field="prompt",
         )
 

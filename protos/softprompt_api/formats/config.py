@@ -6,30 +6,13 @@ is served as it was trained, or not at all.
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from softprompt_api.errors import AdapterInvalid
-from softprompt_api.formats import (
-    cartridge,
-    checks,
-    cpt,
-    lora,
-    multitask_prompt_tuning,
-    p_tuning,
-    prefix_tuning,
-    prompt_tuning,
-)
-from softprompt_api.formats.spec import AdapterFormat, AdapterKind, AdapterSpec
+from softprompt_api.formats import checks, kinds
+from softprompt_api.formats.spec import AdapterFormat, AdapterSpec
 from softprompt_api.formats.strict_json import parse_object
 
 MAX_CONFIG_BYTES = 2**20
-
-FORMATS: Mapping[AdapterKind, AdapterFormat] = MappingProxyType(
-    {
-        kind.FORMAT.kind: kind.FORMAT
-        for kind in (prompt_tuning, p_tuning, cpt, multitask_prompt_tuning, prefix_tuning, cartridge, lora)
-    }
-)
 
 
 def parse_config(text: str | bytes) -> AdapterSpec:
@@ -40,7 +23,7 @@ def parse_config(text: str | bytes) -> AdapterSpec:
             f"adapter_config.json has {size_bytes} bytes; at most {MAX_CONFIG_BYTES}", field="config_json"
         )
     config = parse_object(text, what="adapter_config.json", field="config_json")
-    format_ = FORMATS[_kind(config)]
+    format_ = _format(config)
     for key, value in config.items():
         if key == "peft_type":
             continue
@@ -51,9 +34,8 @@ def parse_config(text: str | bytes) -> AdapterSpec:
     return format_.spec(config)
 
 
-def _kind(config: Mapping[str, object]) -> AdapterKind:
-    named = config.get("peft_type")
-    supported = ", ".join(sorted(FORMATS))
-    if not isinstance(named, str) or named not in FORMATS:
-        checks.unsupported("peft_type", named, supported)
-    return AdapterKind(named)
+def _format(config: Mapping[str, object]) -> AdapterFormat:
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in kinds.FORMATS:
+        checks.unsupported("peft_type", kind, ", ".join(sorted(kinds.FORMATS)))
+    return kinds.FORMATS[kind]

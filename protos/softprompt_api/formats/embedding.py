@@ -11,10 +11,10 @@ from softprompt_api.formats.content import Content, Rows
 from softprompt_api.formats.safetensors_header import Shape, TensorInfo
 from softprompt_api.formats.spec import (
     AdapterFormat,
-    AdapterKind,
     AdapterSpec,
     ModelShape,
     RawTensor,
+    Role,
     canonical_json,
     check_equal,
     check_virtual_tokens,
@@ -37,6 +37,14 @@ class EmbeddingSpec(AdapterSpec):
         """See AdapterSpec."""
         return {TENSOR: (self.num_virtual_tokens, self.hidden_size)}
 
+    def peft_keys(self, found: Mapping[str, TensorInfo]) -> Mapping[str, object]:  # noqa: ARG002
+        """See AdapterSpec."""
+        return {
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "num_transformer_submodules": 1,
+            "token_dim": self.hidden_size,
+        }
+
     def embeddings(self) -> str:
         """See AdapterSpec."""
         return TENSOR
@@ -52,13 +60,15 @@ class EmbeddingSpec(AdapterSpec):
         )
 
 
-def embedding_format(kind: AdapterKind, keys: Mapping[str, checks.Check]) -> AdapterFormat:
+def embedding_format(
+    kind: str, keys: Mapping[str, checks.Check], spec_class: type[EmbeddingSpec] = EmbeddingSpec
+) -> AdapterFormat:
     """The format of an embedding kind with these config keys beside the common ones."""
 
     def spec(config: Mapping[str, Any]) -> AdapterSpec:
         checks.require(config, "num_virtual_tokens", "token_dim")
         num_virtual_tokens, hidden_size = config["num_virtual_tokens"], config["token_dim"]
-        return EmbeddingSpec(
+        return spec_class(
             kind=kind,
             num_virtual_tokens=num_virtual_tokens,
             hidden_size=hidden_size,
@@ -67,4 +77,6 @@ def embedding_format(kind: AdapterKind, keys: Mapping[str, checks.Check]) -> Ada
             ),
         )
 
-    return AdapterFormat(kind=kind, keys=MappingProxyType({**PROMPT_KEYS, **keys}), spec=spec)
+    return AdapterFormat(
+        kind=kind, role=Role.EMBEDDINGS, keys=MappingProxyType({**PROMPT_KEYS, **keys}), spec=spec
+    )

@@ -17,10 +17,10 @@ from softprompt_api.formats.content import Content, Rows
 from softprompt_api.formats.safetensors_header import Shape, TensorInfo
 from softprompt_api.formats.spec import (
     AdapterFormat,
-    AdapterKind,
     AdapterSpec,
     ModelShape,
     RawTensor,
+    Role,
     canonical_json,
     check_equal,
     check_virtual_tokens,
@@ -61,6 +61,16 @@ class KeyValuesSpec(AdapterSpec):
         """See AdapterSpec."""
         return {TENSOR: (self.num_virtual_tokens, self.row_size)}
 
+    def peft_keys(self, found: Mapping[str, TensorInfo]) -> Mapping[str, object]:  # noqa: ARG002
+        """See AdapterSpec."""
+        return {
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "num_transformer_submodules": 1,
+            "token_dim": self.num_kv_heads * self.head_dim,
+            "num_layers": self.num_layers,
+            "num_attention_heads": self.num_kv_heads,
+        }
+
     def read(self, tensors: Mapping[str, RawTensor], *, task: int | None, dtype: str) -> Content:  # noqa: ARG002
         """See AdapterSpec."""
         tensor = tensors[TENSOR]
@@ -73,7 +83,7 @@ class KeyValuesSpec(AdapterSpec):
         )
 
 
-def key_values_format(kind: AdapterKind, keys: Mapping[str, checks.Check]) -> AdapterFormat:
+def key_values_format(kind: str, keys: Mapping[str, checks.Check]) -> AdapterFormat:
     """The format of a kind that gives keys and values, with these config keys beside the common ones."""
 
     def spec(config: Mapping[str, Any]) -> AdapterSpec:
@@ -97,4 +107,6 @@ def key_values_format(kind: AdapterKind, keys: Mapping[str, checks.Check]) -> Ad
             ),
         )
 
-    return AdapterFormat(kind=kind, keys=MappingProxyType({**PROMPT_KEYS, **keys}), spec=spec)
+    return AdapterFormat(
+        kind=kind, role=Role.KEY_VALUES, keys=MappingProxyType({**PROMPT_KEYS, **keys}), spec=spec
+    )

@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 from typing import Any
 
 from softprompt_api.errors import AdapterInvalid
@@ -15,16 +15,12 @@ from softprompt_api.formats.safetensors_header import Shape, TensorInfo
 DEFAULT_MAX_LORA_RANK = 64
 
 
-class AdapterKind(StrEnum):
-    """How an adapter acts on the model, by PEFT's names."""
+class Role(Enum):
+    """What an adapter does for a request."""
 
-    PROMPT_TUNING = "PROMPT_TUNING"
-    P_TUNING = "P_TUNING"
-    CPT = "CPT"
-    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
-    PREFIX_TUNING = "PREFIX_TUNING"
-    CARTRIDGE = "CARTRIDGE"
-    LORA = "LORA"
+    EMBEDDINGS = "embeddings"
+    KEY_VALUES = "key values"
+    LORA = "lora"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,14 +50,14 @@ class AdapterSpec(ABC):
     """A parsed config; each family of kinds has a class of its own.
 
     Attributes:
-        kind: how the adapter acts on the model.
+        kind: how the adapter acts on the model, by PEFT's name.
         canonical_config: JSON with sorted keys of only what changes the maths; part of the digest.
         num_virtual_tokens: positions it puts before the prompt; 0 for kinds that put none.
         hidden_size: the model's, where rows have it (PEFT's `token_dim`); 0 for kinds without such rows.
         num_tasks: tasks to choose from; 0 for kinds without tasks.
     """
 
-    kind: AdapterKind
+    kind: str
     canonical_config: str
     num_virtual_tokens: int = 0
     hidden_size: int = 0
@@ -86,6 +82,14 @@ class AdapterSpec(ABC):
         Args:
             task: one of `num_tasks`; None for kinds without tasks.
             dtype: as in ModelShape; what is computed here must be finite in it.
+        """
+
+    @abstractmethod
+    def peft_keys(self, found: Mapping[str, TensorInfo]) -> Mapping[str, object]:
+        """The config keys with which PEFT computes what this says, beside those that every kind has.
+
+        Args:
+            found: the tensors of its file.
         """
 
     def can_check_tasks(self) -> bool:
@@ -122,12 +126,14 @@ class AdapterFormat:
     """One kind's config.
 
     Attributes:
-        kind: the kind.
+        kind: PEFT's name of it (`peft_type`).
+        role: what its adapters do for a request.
         keys: the config keys it may have, each with a check that raises AdapterInvalid.
         spec: makes the spec of a config whose keys were all checked.
     """
 
-    kind: AdapterKind
+    kind: str
+    role: Role
     keys: Mapping[str, Callable[[str, Any], None]]
     spec: Callable[[Mapping[str, Any]], AdapterSpec]
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from softprompt_api.errors import AdapterInvalid
@@ -165,16 +166,21 @@ class AdapterVerifier:
 
 def read_adapter(spec: AdapterSpec, data: bytes, *, task: int | None = None, dtype: str = "") -> Content:
     """What a complete file holds that an AdapterVerifier passed; arguments as in AdapterSpec.read."""
-    start = safetensors.LENGTH_BYTES + safetensors.header_length(
-        data[: safetensors.LENGTH_BYTES], size_bytes=len(data)
-    )
-    header = data[safetensors.LENGTH_BYTES : start]
-    infos = _checked_tensors(spec, header, data_bytes=len(data) - start)
+    infos = read_infos(spec, data)
+    start = len(data) - max(info.end for info in infos.values())
     tensors = {
         name: RawTensor(info=info, data=data[start + info.begin : start + info.end])
         for name, info in infos.items()
     }
     return spec.read(tensors, task=task, dtype=dtype)
+
+
+def read_infos(spec: AdapterSpec, data: bytes) -> Mapping[str, TensorInfo]:
+    """The tensors of a complete file that an AdapterVerifier passed."""
+    start = safetensors.LENGTH_BYTES + safetensors.header_length(
+        data[: safetensors.LENGTH_BYTES], size_bytes=len(data)
+    )
+    return _checked_tensors(spec, data[safetensors.LENGTH_BYTES : start], data_bytes=len(data) - start)
 
 
 def _checked_tensors(spec: AdapterSpec, header: bytes | bytearray, *, data_bytes: int) -> dict[str, TensorInfo]:

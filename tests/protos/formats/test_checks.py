@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from softprompt_api.errors import AdapterInvalid
 from softprompt_api.formats import checks, parse_config
-from softprompt_api.formats.config import FORMATS
+from softprompt_api.formats.kinds import FORMATS
 from softprompt_api.formats.patterns import pattern_map
 
 # With these a config of any kind is complete.

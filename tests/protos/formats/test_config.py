@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 from softprompt_api.errors import AdapterInvalid
-from softprompt_api.formats import MAX_CONFIG_BYTES, AdapterKind, parse_config, read_folder
-from softprompt_api.formats.config import FORMATS
+from softprompt_api.formats import MAX_CONFIG_BYTES, parse_config, read_folder
 
 PLAIN = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 5, "token_dim": 32}
 
@@ -20,14 +19,14 @@ def config(**changes: object) -> str:
 @pytest.mark.parametrize(
     ("name", "kind", "num_virtual_tokens"),
     [
-        ("prompt tuning", AdapterKind.PROMPT_TUNING, 5),
-        ("prompt tuning from vocabulary", AdapterKind.PROMPT_TUNING, 5),
-        ("prompt tuning from text", AdapterKind.PROMPT_TUNING, 5),
-        ("p-tuning, MLP", AdapterKind.P_TUNING, 5),
-        ("p-tuning, LSTM", AdapterKind.P_TUNING, 5),
-        ("CPT", AdapterKind.CPT, 4),
-        ("multitask", AdapterKind.MULTITASK_PROMPT_TUNING, 5),
-        ("multitask, from text", AdapterKind.MULTITASK_PROMPT_TUNING, 5),
+        ("prompt tuning", "PROMPT_TUNING", 5),
+        ("prompt tuning from vocabulary", "PROMPT_TUNING", 5),
+        ("prompt tuning from text", "PROMPT_TUNING", 5),
+        ("p-tuning, MLP", "P_TUNING", 5),
+        ("p-tuning, LSTM", "P_TUNING", 5),
+        ("CPT", "CPT", 4),
+        ("multitask", "MULTITASK_PROMPT_TUNING", 5),
+        ("multitask, from text", "MULTITASK_PROMPT_TUNING", 5),
     ],
 )
 def test_what_peft_writes_is_accepted(peft_folders, name, kind, num_virtual_tokens):
@@ -51,10 +50,6 @@ def test_what_peft_writes_and_nobody_serves_is_refused_by_name(peft_folders, nam
             "supported: CARTRIDGE, CPT, LORA, MULTITASK_PROMPT_TUNING, PREFIX_TUNING, PROMPT_TUNING, P_TUNING"
             in refused.value.message
         )
-
-
-def test_every_kind_has_a_format():
-    assert set(FORMATS) == set(AdapterKind)
 
 
 def test_only_what_changes_the_maths_is_canonical():

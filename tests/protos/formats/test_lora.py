@@ -9,16 +9,15 @@ import pytest
 from safetensors.numpy import load_file, save
 from softprompt_api.errors import AdapterInvalid
 from softprompt_api.formats import (
-    AdapterKind,
     AdapterVerifier,
     Lora,
     ModelShape,
-    lora,
     parse_config,
     patterns,
     read_adapter,
     read_folder,
 )
+from softprompt_api.formats.kinds import lora
 
 PLAIN = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -53,7 +52,7 @@ def verify(data: bytes, spec: Any = SPEC, *, piece_bytes: int = 2**30, **model: 
 @pytest.mark.parametrize("name", [*SERVED, "LoRA, fresh", "LoRA, orthogonal"])
 def test_what_peft_writes_is_accepted(peft_folders, name):
     spec = parse_config(read_folder(peft_folders[name]).config_json)
-    assert (spec.kind, spec.num_virtual_tokens, spec.hidden_size, spec.num_tasks) == (AdapterKind.LORA, 0, 0, 0)
+    assert (spec.kind, spec.num_virtual_tokens, spec.hidden_size, spec.num_tasks) == ("LORA", 0, 0, 0)
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -4,7 +4,8 @@ import json
 import sys
 
 from softprompt_api.errors import AdapterInvalid
-from softprompt_api.formats.config import FORMATS, parse_config
+from softprompt_api.formats import parse_config
+from softprompt_api.formats.kinds import FORMATS
 
 WATCHED = (
     *("import", "open", "exec", "compile", "ctypes.", "marshal.", "pickle.", "os.", "shutil.", "subprocess."),

@@ -21,50 +21,6 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class _AdapterKind:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _AdapterKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AdapterKind.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    ADAPTER_KIND_UNSPECIFIED: _AdapterKind.ValueType  # 0
-    """Not set; never stored."""
-    ADAPTER_KIND_PROMPT_TUNING: _AdapterKind.ValueType  # 1
-    """PEFT PROMPT_TUNING: rows put in front of the token embeddings."""
-    ADAPTER_KIND_P_TUNING: _AdapterKind.ValueType  # 2
-    """PEFT P_TUNING: the same, saved after its encoder."""
-    ADAPTER_KIND_CPT: _AdapterKind.ValueType  # 3
-    """PEFT CPT: the same, saved in final form."""
-    ADAPTER_KIND_MULTITASK_PROMPT_TUNING: _AdapterKind.ValueType  # 4
-    """PEFT MULTITASK_PROMPT_TUNING: the same, a prompt of its own for each task."""
-    ADAPTER_KIND_PREFIX_TUNING: _AdapterKind.ValueType  # 5
-    """PEFT PREFIX_TUNING: keys and values put into the KV cache, saved after the projection."""
-    ADAPTER_KIND_CARTRIDGE: _AdapterKind.ValueType  # 6
-    """PEFT CARTRIDGE: keys and values put into the KV cache."""
-    ADAPTER_KIND_LORA: _AdapterKind.ValueType  # 7
-    """PEFT LORA: matrices of low rank added to linear layers."""
-
-class AdapterKind(_AdapterKind, metaclass=_AdapterKindEnumTypeWrapper):
-    """AdapterKind is how an adapter acts on the model, by PEFT's names."""
-
-ADAPTER_KIND_UNSPECIFIED: AdapterKind.ValueType  # 0
-"""Not set; never stored."""
-ADAPTER_KIND_PROMPT_TUNING: AdapterKind.ValueType  # 1
-"""PEFT PROMPT_TUNING: rows put in front of the token embeddings."""
-ADAPTER_KIND_P_TUNING: AdapterKind.ValueType  # 2
-"""PEFT P_TUNING: the same, saved after its encoder."""
-ADAPTER_KIND_CPT: AdapterKind.ValueType  # 3
-"""PEFT CPT: the same, saved in final form."""
-ADAPTER_KIND_MULTITASK_PROMPT_TUNING: AdapterKind.ValueType  # 4
-"""PEFT MULTITASK_PROMPT_TUNING: the same, a prompt of its own for each task."""
-ADAPTER_KIND_PREFIX_TUNING: AdapterKind.ValueType  # 5
-"""PEFT PREFIX_TUNING: keys and values put into the KV cache, saved after the projection."""
-ADAPTER_KIND_CARTRIDGE: AdapterKind.ValueType  # 6
-"""PEFT CARTRIDGE: keys and values put into the KV cache."""
-ADAPTER_KIND_LORA: AdapterKind.ValueType  # 7
-"""PEFT LORA: matrices of low rank added to linear layers."""
-Global___AdapterKind: _TypeAlias = AdapterKind  # noqa: Y015
-
 class _AdapterEventType:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -391,8 +347,8 @@ class AdapterVersion(_message.Message):
     """Globally unique integer id, never reused."""
     digest: _builtins.str
     """"sha256:" + 64 hex digits over the canonical config and the tensors: the identity that caches use."""
-    kind: Global___AdapterKind.ValueType
-    """How the adapter acts on the model."""
+    kind: _builtins.str
+    """How the adapter acts on the model: PEFT's name, for example "PROMPT_TUNING"."""
     num_virtual_tokens: _builtins.int
     """Number of virtual tokens."""
     hidden_size: _builtins.int
@@ -450,7 +406,7 @@ class AdapterVersion(_message.Message):
         version: _builtins.int = ...,
         id: _builtins.int = ...,
         digest: _builtins.str = ...,
-        kind: Global___AdapterKind.ValueType = ...,
+        kind: _builtins.str = ...,
         num_virtual_tokens: _builtins.int = ...,
         hidden_size: _builtins.int = ...,
         dtype: _builtins.str = ...,

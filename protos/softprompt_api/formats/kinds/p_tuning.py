@@ -2,10 +2,9 @@
 
 from softprompt_api.formats import checks
 from softprompt_api.formats.embedding import embedding_format
-from softprompt_api.formats.spec import AdapterKind
 
 FORMAT = embedding_format(
-    AdapterKind.P_TUNING,
+    "P_TUNING",
     {
         "encoder_reparameterization_type": checks.text,
         "encoder_hidden_size": checks.count,

@@ -2,6 +2,5 @@
 
 from softprompt_api.formats.common_keys import INIT_KEYS
 from softprompt_api.formats.embedding import embedding_format
-from softprompt_api.formats.spec import AdapterKind
 
-FORMAT = embedding_format(AdapterKind.PROMPT_TUNING, INIT_KEYS)
+FORMAT = embedding_format("PROMPT_TUNING", INIT_KEYS)

@@ -20,10 +20,10 @@ from softprompt_api.formats.patterns import Patterns, pattern_map, values_of
 from softprompt_api.formats.safetensors_header import Shape, TensorInfo, tensor_invalid
 from softprompt_api.formats.spec import (
     AdapterFormat,
-    AdapterKind,
     AdapterSpec,
     ModelShape,
     RawTensor,
+    Role,
     canonical_json,
 )
 from softprompt_api.formats.values import FLOAT_DTYPES
@@ -77,6 +77,18 @@ class LoraSpec(AdapterSpec):
                 for name, scale in self.scales(names).items()
             )
         )
+
+    def peft_keys(self, found: Mapping[str, TensorInfo]) -> Mapping[str, object]:
+        """See AdapterSpec."""
+        return {
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "use_rslora": self.use_rslora,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
+            "target_modules": _modules(found),
+            "bias": "none",
+        }
 
     def max_values(self) -> int | None:
         """See AdapterSpec."""
@@ -160,7 +172,7 @@ def _spec(config: Mapping[str, Any]) -> AdapterSpec:
         "rank_pattern": tuple((config.get("rank_pattern") or {}).items()),
         "alpha_pattern": tuple((config.get("alpha_pattern") or {}).items()),
     }
-    kind = AdapterKind.LORA
+    kind = "LORA"
     return LoraSpec(kind=kind, canonical_config=canonical_json(kind=kind, **values), **values)
 
 
@@ -200,4 +212,4 @@ _KEYS: Mapping[str, checks.Check] = {
     "velora_config": _off("VeLoRA is"),
 }
 
-FORMAT = AdapterFormat(kind=AdapterKind.LORA, keys=MappingProxyType(_KEYS), spec=_spec)
+FORMAT = AdapterFormat(kind="LORA", role=Role.LORA, keys=MappingProxyType(_KEYS), spec=_spec)

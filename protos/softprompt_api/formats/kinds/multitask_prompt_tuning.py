@@ -14,10 +14,10 @@ from softprompt_api.formats.content import Content, Rows
 from softprompt_api.formats.safetensors_header import Shape, TensorInfo
 from softprompt_api.formats.spec import (
     AdapterFormat,
-    AdapterKind,
     AdapterSpec,
     ModelShape,
     RawTensor,
+    Role,
     canonical_json,
     check_equal,
     check_virtual_tokens,
@@ -59,6 +59,16 @@ class MultitaskSpec(AdapterSpec):
             row_size=self.hidden_size,
         )
 
+    def peft_keys(self, found: Mapping[str, TensorInfo]) -> Mapping[str, object]:  # noqa: ARG002
+        """See AdapterSpec."""
+        return {
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "num_transformer_submodules": 1,
+            "token_dim": self.hidden_size,
+            "num_tasks": self.num_tasks,
+            "num_ranks": self.num_ranks,
+        }
+
     def can_check_tasks(self) -> bool:
         """See AdapterSpec."""
         num_products = self.num_tasks * self.num_virtual_tokens * self.hidden_size
@@ -91,7 +101,7 @@ def _prompt(arrays: Sequence[np.ndarray], task: int, dtype: str) -> np.ndarray:
 def _spec(config: Mapping[str, Any]) -> AdapterSpec:
     checks.require(config, *_SIZES)
     num_virtual_tokens, hidden_size, num_tasks, num_ranks = (config[key] for key in _SIZES)
-    kind = AdapterKind.MULTITASK_PROMPT_TUNING
+    kind = "MULTITASK_PROMPT_TUNING"
     return MultitaskSpec(
         kind=kind,
         num_virtual_tokens=num_virtual_tokens,
@@ -109,7 +119,8 @@ def _spec(config: Mapping[str, Any]) -> AdapterSpec:
 
 
 FORMAT = AdapterFormat(
-    kind=AdapterKind.MULTITASK_PROMPT_TUNING,
+    kind="MULTITASK_PROMPT_TUNING",
+    role=Role.EMBEDDINGS,
     keys=MappingProxyType(
         {
             **PROMPT_KEYS,

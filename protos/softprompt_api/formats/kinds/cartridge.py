@@ -2,6 +2,5 @@
 
 from softprompt_api.formats import checks
 from softprompt_api.formats.key_values import key_values_format
-from softprompt_api.formats.spec import AdapterKind
 
-FORMAT = key_values_format(AdapterKind.CARTRIDGE, {"num_frozen_tokens": checks.count})
+FORMAT = key_values_format("CARTRIDGE", {"num_frozen_tokens": checks.count})

@@ -2,10 +2,9 @@
 
 from softprompt_api.formats import checks
 from softprompt_api.formats.key_values import key_values_format
-from softprompt_api.formats.spec import AdapterKind
 
 FORMAT = key_values_format(
-    AdapterKind.PREFIX_TUNING,
+    "PREFIX_TUNING",
     {
         "encoder_hidden_size": checks.count,
         "prefix_projection": checks.flag,
