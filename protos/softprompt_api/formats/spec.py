@@ -93,7 +93,7 @@ class AdapterSpec(ABC):
         """
 
     def can_check_tasks(self) -> bool:
-        """Whether `check_tasks` has something to check, within a moment and in little memory."""
+        """Whether `check_tasks` has something to check, in seconds and little memory."""
         return False
 
     def check_tasks(self, tensors: Mapping[str, "RawTensor"], *, dtype: str) -> None:  # noqa: ARG002

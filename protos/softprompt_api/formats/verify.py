@@ -55,8 +55,8 @@ class AdapterVerifier:
         size_bytes: size of the file.
         sha256: hex digest the file must have; None: not known.
         model: the base model it is for.
-        all_tasks: check at the end also what is computed of the tensors for each task, where that takes a second
-            or two and no more than 64 MiB; otherwise `read_adapter` does, for the task that it is asked for.
+        all_tasks: check at the end also what is computed of the tensors for each task, where that takes seconds
+            at most, and 64 MiB; otherwise `read_adapter` does, for the task that it is asked for.
     """
 
     def __init__(

@@ -152,7 +152,7 @@ def test_products_that_can_be_served_are_registered():
         ({"num_tasks": 4096}, True),
         ({"num_tasks": 4097}, False),
         ({"num_ranks": 2**20}, False),
-        ({"num_virtual_tokens": 4096, "num_tasks": 1024, "token_dim": 65, "num_ranks": 1}, False),
+        ({"num_virtual_tokens": 4096, "num_tasks": 1024, "token_dim": 17, "num_ranks": 1}, False),
     ],
 )
 def test_all_tasks_are_checked_where_that_takes_little(changes, can):
