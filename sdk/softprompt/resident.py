@@ -62,6 +62,7 @@ class ResidentAdapters:
         tasks = {request: _task(request, one.local) for request, one in known.items()}
         digests = {request: with_task(one.local.digest, tasks[request]) for request, one in known.items()}
         wanted = {digest: request for request, digest in digests.items()}
+        self._forget_failed()
         new = [(digest, request) for digest, request in wanted.items() if digest not in self._resident]
         adapters = [self._read(digest, known[request].local, tasks[request]) for digest, request in new]
         for digest in wanted:
@@ -93,6 +94,12 @@ class ResidentAdapters:
     def trim(self) -> None:
         """Drop the least recently used above the limit; no request may be running."""
         self._drop(len(self._resident) - self._limit)
+
+    def _forget_failed(self) -> None:
+        """Those that the engine was given but could not take to the end, or was interrupted at, come anew."""
+        for digest in [digest for digest in self._resident if self._engine.load_error(digest)]:
+            del self._resident[digest]
+            self._engine.handle(DropAdapter(digest=digest))
 
     def _drop(self, count: int) -> None:
         for _ in range(count):

@@ -111,9 +111,10 @@ class FakeRunner:
     rows: dict[int, bytes] = field(default_factory=dict)
     dropped: list[int] = field(default_factory=list)
     loras: dict[int, str] = field(default_factory=dict)  # digests, by slot
+    _begun: set[int] = field(default_factory=set)  # slots with a LoRA, or some of one
     matchers: list[Future[Matcher]] = field(default_factory=list)  # for the next requests with a grammar
     compiled: list[StructuredOutputsParams] = field(default_factory=list)
-    load_error: Exception | None = None
+    load_error: BaseException | None = None
     searches: list[FakeSearch] = field(default_factory=list)
     copied_positions: int = 0
     written_positions: int = 0
@@ -150,7 +151,8 @@ class FakeRunner:
             self._given.discard(first_id + row)
 
     def load_lora(self, slot: int, lora: LoadLora) -> Iterator[None]:
-        assert slot not in self.loras
+        assert slot not in self._begun
+        self._begun.add(slot)
         for _ in lora.modules[1:]:
             yield
         if self.load_error:
@@ -158,6 +160,7 @@ class FakeRunner:
         self.loras[slot] = lora.digest
 
     def drop_lora(self, slot: int) -> None:
+        self._begun.discard(slot)
         self.loras.pop(slot, None)
 
     def find_nearest(self, first_id: int, top_k: int) -> FakeSearch:

@@ -1,5 +1,6 @@
 """LoRAs that come in over several steps."""
 
+import pytest
 from softprompt_api.errors import AdapterInvalid
 from softprompt_inference.engine.messages import DropAdapter
 
@@ -106,3 +107,38 @@ def test_one_that_is_dropped_and_then_fails_leaves_nothing_to_drop(fakes) -> Non
     runner.load_error = None
     engine.handle(fakes.lora("y"))
     assert runner.loras == {0: "sha256:y"}
+
+
+def test_one_that_is_interrupted_is_not_there_and_comes_whole_when_it_is_loaded_again(fakes) -> None:
+    runner, engine = begin(fakes, max_loras=1)
+    engine.handle(fakes.request("0", [1], lora="x"))
+    engine.handle(DropAdapter(digest="sha256:x"))
+    runner.load_error = KeyboardInterrupt()
+    for _ in range(2):
+        engine.step()
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    runner.load_error = None
+    assert not engine.has_work
+    assert engine.load_error("sha256:x").reason == "INTERNAL"
+    engine.check()
+    engine.handle(fakes.lora("x", pieces=2))
+    engine.handle(fakes.request("1", [1], lora="x", max_tokens=1))
+    assert told(engine.step()) == [("1", "")]
+    assert runner.loras == {0: "sha256:x"}
+
+
+def test_rows_whose_loading_is_interrupted_are_not_there(fakes) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner)
+    runner.load_error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        engine.handle(fakes.adapter("a", 3))
+    runner.load_error = None
+    engine.handle(fakes.adapter("a", 3))
+    request = fakes.request("0", "a", [1, 2])
+    engine.handle(request)
+    tokens = []
+    while engine.has_work:
+        tokens += [output.token_id for output in engine.step().outputs]
+    assert tokens == fakes.solo(request, [fakes.adapter("a", 3)])

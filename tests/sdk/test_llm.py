@@ -17,7 +17,8 @@ from softprompt import (
     SamplingParams,
     StructuredOutputsParams,
 )
-from softprompt_api.errors import AdapterInvalid, ContextLengthExceeded, InvalidArgument
+from softprompt_api.errors import AdapterInvalid, ContextLengthExceeded, InternalError, InvalidArgument
+from softprompt_inference.model.lora import loras as loras_module
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 MakeAdapter = Callable[..., Path]
@@ -528,6 +529,35 @@ def test_a_call_that_was_interrupted_within_a_step_does_not_disturb_the_next(
     assert not llm._engine.has_work
     llm._engine.check()
     assert ids(llm.generate(["a"], GREEDY)) == ids(expected)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError])
+def test_a_lora_that_did_not_come_in_to_its_end_is_loaded_anew(
+    tiny_model: Path,
+    make_lora: Callable[..., LoRARequest],
+    failure: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(loras_module._PIECE_BYTES, "cpu", 1)
+    lora = make_lora(9)
+    expected = ids(make_llm(tiny_model).generate("Hello", GREEDY, lora_request=lora))
+    llm = make_llm(tiny_model, max_loras=1)
+    loading = llm._engine._loading
+    advance, calls = loading.advance, []
+
+    def failing(digest: str) -> bool:
+        calls.append(digest)
+        if len(calls) == 3:
+            raise failure
+        return advance(digest)
+
+    monkeypatch.setattr(loading, "advance", failing)
+    with pytest.raises((failure, InternalError)):
+        llm.generate("Hello", GREEDY, lora_request=lora)
+    assert not llm._engine.has_work
+    llm._engine.check()
+    assert ids(llm.generate("Hello", GREEDY, lora_request=lora)) == expected
+    llm._engine.check()
 
 
 @pytest.mark.parametrize(

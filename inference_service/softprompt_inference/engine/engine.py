@@ -212,7 +212,7 @@ class Engine:
         )
         try:
             self._runner.load_rows(ids.start, adapter)
-        except Exception:
+        except BaseException:  # Ctrl-C too: who called may go on, and load it anew
             self._virtual_ids.retire(adapter.digest)
             raise
 
@@ -231,10 +231,19 @@ class Engine:
                 return
         except Exception as error:
             self._keep_load_error(digest, error)
-            self._lora_slots.retire(digest)
-            self._dropping.discard(digest)  # nothing is left to drop
+            self._unload(digest)
+        except BaseException:  # Ctrl-C: who called may go on with other requests
+            self._load_errors[digest] = partial(InternalError, "the adapter's loading was interrupted")
+            self._unload(digest)
+            self._loading.end(digest)
+            raise
         for request in self._loading.end(digest):
             self.add(request)
+
+    def _unload(self, digest: str) -> None:
+        """Empty the slot of a LoRA that has not come in to its end."""
+        self._runner.drop_lora(self._lora_slots.retire(digest))
+        self._dropping.discard(digest)  # nothing is left to drop
 
     def _check_rows(self, adapter: LoadAdapter) -> None:
         info = self.info

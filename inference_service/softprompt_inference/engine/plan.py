@@ -202,11 +202,12 @@ class Runner(Protocol):
     def load_lora(self, slot: int, lora: LoadLora) -> Iterator[None]:
         """Make an empty slot, 0 … max_loras − 1, stand for a LoRA; it does at the end of the pieces.
 
-        Each piece is short. What one raises leaves the slot empty: AdapterInvalid where the model does not fit.
+        Each piece is short. They raise AdapterInvalid where the model does not fit. A slot that did not come to
+        that end is to be dropped.
         """
 
     def drop_lora(self, slot: int) -> None:
-        """Empty the slot."""
+        """Empty the slot, however much of a LoRA is in it."""
 
     def compile(self, wanted: StructuredOutputsParams) -> Future[Matcher]:
         """Start to make a matcher at its beginning; it is made by another thread.

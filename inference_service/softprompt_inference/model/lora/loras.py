@@ -80,30 +80,26 @@ class Loras:
         return sum(weights.num_bytes for weights in self._weights)
 
     def load(self, slot: int, lora: LoadLora) -> Iterator[None]:
-        """Fill an empty slot, piece by piece: it is filled at the end. Whatever is raised leaves it empty.
+        """Fill an empty slot, piece by piece: it is filled at the end, and to be dropped where that does not come.
 
         Raises AdapterInvalid when a module is not in the model, cannot have a LoRA, or has another shape.
         """
         for module in lora.modules:
             self._check(module, DTYPES[lora.dtype].itemsize)
         num_bytes, piece_bytes = 0, _PIECE_BYTES[self._device.type]
-        try:
-            for module in lora.modules:
-                linear, weights, index = self._places[module.name]
-                dtype = DTYPES[lora.dtype]
-                a = upload_bytes(module.a, (module.rank, linear.in_features), dtype, self._device)
-                b = upload_bytes(module.b, (linear.out_features, module.rank), dtype, self._device)
-                weights.put(slot, index, a, b, module.scale)
-                num_bytes += len(module.a) + len(module.b)
-                if num_bytes >= piece_bytes:
-                    num_bytes = 0
-                    yield
-        except Exception:
-            self.drop(slot)
-            raise
+        for module in lora.modules:
+            linear, weights, index = self._places[module.name]
+            dtype = DTYPES[lora.dtype]
+            a = upload_bytes(module.a, (module.rank, linear.in_features), dtype, self._device)
+            b = upload_bytes(module.b, (linear.out_features, module.rank), dtype, self._device)
+            weights.put(slot, index, a, b, module.scale)
+            num_bytes += len(module.a) + len(module.b)
+            if num_bytes >= piece_bytes:
+                num_bytes = 0
+                yield
 
     def drop(self, slot: int) -> None:
-        """Empty a slot."""
+        """Empty a slot, however much of a LoRA is in it."""
         for weights in self._weights:
             weights.drop(slot)
 

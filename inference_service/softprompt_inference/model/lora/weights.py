@@ -89,13 +89,13 @@ class ProductWeights:
         """Give a slot weights for the linear at `index`: a [rank, in], b [out, rank]."""
         rank = len(a)
         self._make_room(slot, rank)
+        if not self._slots and not self._is_fixed:
+            attach(self._module, self.add)
+        self._slots.add(slot)  # first: whoever is interrupted below drops it
         self._a[slot, index, :rank] = a
         self._b[slot, self._starts[index] : self._starts[index + 1], :rank] = b
         self._scales[slot, index] = scale
         self._ranks[slot, index] = rank
-        if not self._slots and not self._is_fixed:
-            attach(self._module, self.add)
-        self._slots.add(slot)
 
     def drop(self, slot: int) -> None:
         """Take a slot's weights away, if it has any."""
