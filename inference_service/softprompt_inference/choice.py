@@ -48,6 +48,7 @@ class Choice:
         num_tokens: tokens read.
         cached_tokens: prompt positions that came from the prefix cache.
         has_ended: whether `Finished` was given; outputs after it are not wanted.
+        failure: the error that ends it, which the next `read` raises.
     """
 
     def __init__(self, index: int, text: OutputText, *, told_ids: Sequence[int] = ()) -> None:
@@ -57,6 +58,7 @@ class Choice:
         self.num_tokens = 0
         self.cached_tokens = 0
         self.has_ended = False
+        self.failure: SoftpromptError | None = None
 
     @property
     def tells_prompt(self) -> bool:
@@ -67,7 +69,7 @@ class Choice:
         """The events that these outputs make: what is told of the prompt, one Delta for all tokens, and Finished
         where they end the choice.
 
-        Raises the error that an output holds.
+        Raises the error that an output holds, but what came before it is read first.
         """
         events: list[PromptLogprobs | Delta | Finished] = []
         pieces: list[str] = []
@@ -76,7 +78,8 @@ class Choice:
         finished: Finished | None = None
         for output in outputs:
             if output.finish is Finish.ERROR:
-                raise error_of(output)
+                self.failure = error_of(output)
+                break
             if output.prompt_logprobs is not None:
                 events.append(self._tell(output.prompt_logprobs))
                 continue
@@ -95,6 +98,8 @@ class Choice:
             events.append(Delta(index=self._index, text="".join(pieces), token_ids=token_ids, logprobs=logprobs))
         if finished is not None:
             events.append(finished)
+        if self.failure is not None and not events:
+            raise self.failure
         return events
 
     def _tell(self, logprobs: Sequence[Logprobs | None]) -> PromptLogprobs:

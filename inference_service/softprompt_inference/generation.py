@@ -188,7 +188,7 @@ class Generation:
         outputs = stream.take(most)
         if len(outputs) < most:
             del self._ready[index]
-        if not outputs:
+        if not outputs and choice.failure is None:
             return []
         if self.first_output_at_s is None:
             self.first_output_at_s = time.perf_counter()
@@ -197,6 +197,8 @@ class Generation:
         except SoftpromptError as error:
             self.failure = error
             raise
+        if choice.failure is not None:
+            self._ready[index] = None  # behind what others have to say
         if choice.has_ended:
             self._num_running -= 1
             self._ready.pop(index, None)

@@ -1,7 +1,7 @@
 """Outputs of the engine become the text of one choice and its end."""
 
 import pytest
-from softprompt_api.errors import ContextLengthExceeded, InternalError, SoftpromptError
+from softprompt_api.errors import ContextLengthExceeded, InternalError, SoftpromptError, Unavailable
 from softprompt_api.params import SamplingParams
 from softprompt_inference.choice import Choice, Delta, Finished, PromptLogprobs
 from softprompt_inference.engine.messages import Finish, Logprobs, Output
@@ -86,6 +86,17 @@ def test_a_choice_without_tokens_ends_all_the_same(tokenizer: Tokenizer) -> None
         Finished(index=0, reason=Finish.LENGTH)
     ]
     assert (choice.num_tokens, choice.cached_tokens, choice.has_ended) == (0, 3, True)
+
+
+def test_what_came_before_an_error_is_read_before_it_is_raised(tokenizer: Tokenizer) -> None:
+    token_ids = tokenizer.encode("one two")
+    failed = Output(request_id="r", finish=Finish.ERROR, error_reason="UNAVAILABLE", error_message="gone")
+    choice = Choice(0, tokenizer.output_text(SamplingParams()))
+    assert choice.read([*outputs(*token_ids), failed]) == [
+        Delta(index=0, text="one two", token_ids=token_ids, logprobs=[])
+    ]
+    with pytest.raises(Unavailable, match="gone"):
+        choice.read([])
 
 
 @pytest.mark.parametrize(
