@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from softprompt_inference.engine.messages import FindNearest, Nearest, NearRow
+from softprompt_inference.engine.messages import AbortSearch, FindNearest, Nearest, NearRow
 
 
 def steps_until_found(engine: Any, *, max_steps: int = 50) -> list[Nearest]:
@@ -41,7 +41,7 @@ def test_a_step_computes_its_sequences_and_one_piece_of_the_oldest_search(fakes:
         pieces.append([search.num_pieces for search in runner.searches])
         tokens.append(len(result.outputs))
         found += [answer.search_id for answer in result.found]
-    assert pieces[:6] == [[1, 0], [2, 0], [3, 0], [3, 1], [3, 2], [3, 3]]
+    assert pieces[:6] == [[1], [2], [3], [3, 1], [3, 2], [3, 3]]  # who waits holds no rows
     assert tokens == [1] * 8  # no step of the request waited
     assert found == [1, 2]
 
@@ -70,13 +70,14 @@ def test_a_search_that_fails_harms_nobody_else(fakes: Any, when: str) -> None:
     if when == "at its beginning":
         runner.load_error = RuntimeError("out of memory")
     engine.handle(FindNearest(search_id=1, digest="sha256:a", top_k=1))
+    first = engine.step().found
     runner.load_error = None
     for search in runner.searches:
         search.error = RuntimeError("out of memory")
     engine.handle(FindNearest(search_id=2, digest="sha256:a", top_k=1))
     request = fakes.request("x", "a", [1, 2, 3])
     engine.handle(request)
-    first, second = [], []
+    second = []
     while engine.has_work:
         result = engine.step()
         first += result.found
@@ -92,3 +93,18 @@ def test_an_adapter_that_could_not_be_loaded_says_why(fakes: Any) -> None:
     engine.handle(FindNearest(search_id=1, digest="sha256:a", top_k=1))
     [answer] = steps_until_found(engine)
     assert answer.error_reason == "ADAPTER_INVALID"
+
+
+@pytest.mark.parametrize("num_steps", [0, 1])
+def test_a_search_that_nobody_wants_any_more_is_not_computed(fakes: Any, num_steps: int) -> None:
+    runner = fakes.runner()
+    engine = fakes.engine(runner)
+    engine.handle(fakes.adapter("a", 3))
+    for search_id in (1, 2, 3):
+        engine.handle(FindNearest(search_id=search_id, digest="sha256:a", top_k=search_id))
+    for _ in range(num_steps):
+        engine.step()
+    for search_id in (1, 2, 99):
+        engine.handle(AbortSearch(search_id=search_id))
+    assert [answer.search_id for answer in steps_until_found(engine)] == [3]
+    assert [search.num_pieces for search in runner.searches] == [1] * num_steps + [3]

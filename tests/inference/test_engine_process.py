@@ -21,7 +21,9 @@ from softprompt_inference.engine.codec import HEADER, Message, Progress, Startup
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import (
     Abort,
+    AbortSearch,
     AddRequest,
+    Command,
     DropAdapter,
     FindNearest,
     Finish,
@@ -94,6 +96,7 @@ def receive_until(connection: Connection, wanted: type | None = None, *, last_of
         ),
         DropAdapter(digest="sha256:a"),
         FindNearest(search_id=3, digest="sha256:a", top_k=2),
+        AbortSearch(search_id=3),
         Ping(),
         Progress(text="loading"),
         StartupFailed(message="no such model"),
@@ -358,6 +361,20 @@ async def test_leaving_a_stream_aborts_its_request_and_frees_its_pages(client: E
     await collect(client.outputs("1"))
     assert (client.stats.running, client.stats.used_pages) == (0, 0)
     assert client.stats.generated_tokens - before < 400
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_leaving_a_search_takes_it_back(client: EngineClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Command] = []
+    monkeypatch.setattr(client._pipe, "send", sent.append)
+    searching = asyncio.create_task(client.find_nearest("sha256:a", 1))
+    while not sent:
+        await asyncio.sleep(0)
+    searching.cancel()
+    await asyncio.gather(searching, return_exceptions=True)
+    [asked, taken_back] = sent
+    assert isinstance(asked, FindNearest)
+    assert taken_back == AbortSearch(search_id=asked.search_id)
 
 
 @pytest.mark.asyncio(loop_scope="module")

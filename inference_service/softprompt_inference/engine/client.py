@@ -15,6 +15,7 @@ from softprompt_inference.engine.codec import Message, Progress, StartupFailed
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import (
     Abort,
+    AbortSearch,
     AddRequest,
     Command,
     FindNearest,
@@ -199,7 +200,10 @@ class EngineClient:
         self._tell_failed_load = notify
 
     async def find_nearest(self, digest: str, top_k: int) -> Nearest:
-        """The tokens nearest to each row of an adapter, which must stay resident until the answer."""
+        """The tokens nearest to each row of an adapter, which must stay resident until the answer.
+
+        Cancelling takes the search back.
+        """
         self._num_searches += 1
         search_id = self._num_searches
         self.submit(FindNearest(search_id=search_id, digest=digest, top_k=top_k))
@@ -209,6 +213,8 @@ class EngineClient:
             return await answer
         finally:
             del self._searches[search_id]
+            if answer.cancelled() and not self._is_stopping and not self.dead.done():
+                self._pipe.send(AbortSearch(search_id=search_id))
 
     async def stop(self) -> None:
         """End the engine; open requests get an error. Harmless when it has ended."""

@@ -15,6 +15,7 @@ from softprompt_api.params import SamplingParams
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import (
     Abort,
+    AbortSearch,
     AddRequest,
     DropAdapter,
     FindNearest,
@@ -67,6 +68,7 @@ Message = (
     | LoadLora
     | DropAdapter
     | FindNearest
+    | AbortSearch
     | Ping
     | Progress
     | StartupFailed
@@ -82,6 +84,7 @@ _KINDS: dict[str, type[Any]] = {
     "load-lora": LoadLora,
     "drop": DropAdapter,
     "nearest": FindNearest,
+    "abort-search": AbortSearch,
     "ping": Ping,
     "progress": Progress,
     "failed": StartupFailed,

@@ -6,7 +6,6 @@ one request holds can end another, and no exception leaves `handle` or `step` bu
 
 import itertools
 import logging
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +19,7 @@ from softprompt_inference.engine.loading import Loading
 from softprompt_inference.engine.lora import ITEM_BYTES, LoraSlots, check_lora
 from softprompt_inference.engine.messages import (
     Abort,
+    AbortSearch,
     AddRequest,
     Command,
     DropAdapter,
@@ -79,7 +79,8 @@ class Engine:
         self._load_errors: dict[str, Callable[[], SoftpromptError]] = {}
         self._failed_loads: list[str] = []  # not told yet
         self._dropping: set[str] = set()
-        self._searches: deque[tuple[int, Search]] = deque()
+        self._searches: dict[int, FindNearest] = {}  # the oldest first
+        self._search: Search | None = None  # the oldest, once it has begun
         self._found: list[Nearest] = []
         self._refused: list[Output] = []
         self._failed_steps = 0
@@ -124,6 +125,8 @@ class Engine:
                 self.drop_adapter(digest)
             case FindNearest():
                 self.find_nearest(command)
+            case AbortSearch(search_id=search_id):
+                self.abort_search(search_id)
             case Ping():  # the step behind it is the answer
                 pass
 
@@ -289,16 +292,13 @@ class Engine:
 
     def find_nearest(self, command: FindNearest) -> None:
         """Queue a search; it is answered, or refused, by a later step."""
-        try:
-            search = self._runner.find_nearest(self._find_embeddings(command.digest), command.top_k)
-        except SoftpromptError as error:
-            self._found.append(_not_found(command.search_id, error))
-        except Exception:
-            _log.exception("a search for nearest tokens could not begin")
-            broken = InternalError("the model failed before computing this request")
-            self._found.append(_not_found(command.search_id, broken))
-        else:
-            self._searches.append((command.search_id, search))
+        self._searches[command.search_id] = command
+
+    def abort_search(self, search_id: int) -> None:
+        """Forget a search; what it holds on the device is free at once."""
+        if search_id == next(iter(self._searches), None):
+            self._search = None
+        self._searches.pop(search_id, None)
 
     def _find_embeddings(self, digest: str) -> int:
         """First virtual id of an adapter whose rows are embeddings."""
@@ -314,22 +314,27 @@ class Engine:
             raise AdapterNotFound(f"adapter {digest} is not loaded", field="adapter")
         return self._virtual_ids.ids(digest).start
 
-    def _search(self) -> None:
-        """Compute one piece of the oldest search."""
-        if not self._searches:
+    def _advance_search(self) -> None:
+        """Compute one piece of the oldest search, which alone holds its rows."""
+        command = next(iter(self._searches.values()), None)
+        if command is None:
             return
-        search_id, search = self._searches[0]
         try:
-            rows = search.advance()
+            if self._search is None:
+                self._search = self._runner.find_nearest(self._find_embeddings(command.digest), command.top_k)
+            rows = self._search.advance()
+        except SoftpromptError as error:
+            answer = _not_found(command.search_id, error)
         except Exception:
             _log.exception("a search for nearest tokens failed")
             error = InternalError("the model failed while computing this request")
-            self._found.append(_not_found(search_id, error))
+            answer = _not_found(command.search_id, error)
         else:
             if rows is None:
                 return
-            self._found.append(Nearest(search_id=search_id, rows=rows))
-        self._searches.popleft()
+            answer = Nearest(search_id=command.search_id, rows=rows)
+        self._found.append(answer)
+        self.abort_search(command.search_id)
 
     def step(self) -> StepResult:
         """Compute one step for everybody, and begin the one behind it where that is possible.
@@ -341,7 +346,7 @@ class Engine:
             self._queue_compiled()
         outputs, self._refused = self._refused, []
         outputs += self._compute()
-        self._search()
+        self._advance_search()
         found, self._found = self._found, []
         failed_loads, self._failed_loads = self._failed_loads, []
         if self._dropping:

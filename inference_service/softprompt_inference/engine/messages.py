@@ -137,11 +137,18 @@ class FindNearest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AbortSearch:
+    """Forget a search; unknown ids are ignored (it may just have been answered)."""
+
+    search_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ping:
     """Say something, if only the result of a step with nothing to do: an engine that lives always answers."""
 
 
-Command = AddRequest | Abort | LoadAdapter | LoadLora | DropAdapter | FindNearest | Ping
+Command = AddRequest | Abort | LoadAdapter | LoadLora | DropAdapter | FindNearest | AbortSearch | Ping
 
 
 class Finish(StrEnum):
