@@ -44,8 +44,10 @@ from softprompt_inference.settings import Settings
 from softprompt_inference.text import Tokenizer
 from softprompt_inference.text.definition import read_definition
 
-# Encoding a prompt takes milliseconds; more threads would only take processors from the engine.
+# Encoding a prompt takes milliseconds; more threads would only take processors from the engine. Tokenize and
+# Detokenize have one of their own: they ask for no place among the generations, which must not wait behind them.
 _ENCODING_THREADS = 2
+_TOKENIZING_THREADS = 1
 _GRACE_AFTER_ENGINE_DEATH_S = 1.0
 # So many engines in a row that have generated nothing: the next would not either.
 _MAX_FUTILE_ENGINES = 3
@@ -80,7 +82,8 @@ class InferenceServer:
         self._server = ServiceServer(settings.inference_address, [service], settings.server_tls, tracer)
         self._servicer = InferenceServicer(tracer)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._servicer, self._server.server)
-        self._executor = ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="encode")
+        self._encoding = ThreadPoolExecutor(_ENCODING_THREADS, thread_name_prefix="encode")
+        self._tokenizing = ThreadPoolExecutor(_TOKENIZING_THREADS, thread_name_prefix="tokenize")
         self._channel: grpc.aio.Channel | None = None
         self._engine: EngineClient | None = None
         self._residency: Residency | None = None
@@ -171,7 +174,8 @@ class InferenceServer:
             await self._engine.stop()
         if self._channel is not None:
             await self._channel.close()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._encoding, self._tokenizing):
+            executor.shutdown(wait=False, cancel_futures=True)
         if self._lasting is not None:
             self._lasting.grammars.close()
         _log.info("inference stopped")
@@ -227,12 +231,13 @@ class InferenceServer:
             max_wait_s=settings.max_queue_s,
         )
         engine.follow_loads(residency.load_failed)
-        prompts = PromptEncoder(
+        make_encoder = partial(
+            PromptEncoder,
             lasting.tokenizer,
             vocab_size=engine.info.vocab_size,
             max_tokens=engine.info.max_model_len,
-            executor=self._executor,
         )
+        prompts = make_encoder(executor=self._encoding)
         admission = Admission(
             max_open=settings.max_num_sequences + settings.max_queued_requests,
             max_wait_s=settings.max_queue_s,
@@ -252,7 +257,7 @@ class InferenceServer:
         return Front(
             engine=engine,
             tokenizer=lasting.tokenizer,
-            prompts=prompts,
+            prompts=make_encoder(executor=self._tokenizing),
             generator=generator,
             residency=residency,
             effects=EffectProbe(

@@ -15,6 +15,7 @@ from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.inference.v1 import inference_pb2_grpc as pb_grpc
 from softprompt_api.registry.v1 import registry_pb2
 from softprompt_api.rpc.context import enter_request
+from softprompt_api.shares import Shares
 from softprompt_api.tracing import Tracer, carrier, serve
 
 from softprompt_inference.adapters.residency import Residency
@@ -40,6 +41,11 @@ from softprompt_inference.text import Tokenizer
 _LISTED = 1000
 _MAX_LISTED = 10_000
 _NAMED = 100
+# Each takes milliseconds, or some hundred steps of the engine: further ones would wait for long.
+_MAX_TOKENIZED = 64
+_MAX_SEARCHES = 32
+# These requests tell no tenant.
+_ANYBODY = ""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -49,6 +55,7 @@ class Front:
     """What answers the RPCs, once the model is loaded.
 
     Attributes:
+        prompts: encodes and decodes what Tokenize and Detokenize ask for.
         defaults: sampling parameters where a request does not say.
     """
 
@@ -70,6 +77,8 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         self._tracer = tracer
         self._front: Front | None = None
         self._sessions: set[Session[Event]] = set()
+        self._tokenized = Shares(_MAX_TOKENIZED, what="texts are tokenised or wait for it")
+        self._searches = Shares(_MAX_SEARCHES, what="searches for nearest tokens run or wait")
 
     def open(self, front: Front) -> None:
         """Answer with this front from now on."""
@@ -121,7 +130,8 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         front = self._ready()
-        prompt = await front.prompts.encode(to_prompt(request))
+        with self._tokenized.holding(_ANYBODY):
+            prompt = await front.prompts.encode(to_prompt(request))
         ids = text_ids_of(prompt)
         return pb.TokenizeResponse(
             ids=ids,
@@ -131,7 +141,9 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         )
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
-        return pb.DetokenizeResponse(text=await self._ready().prompts.decode(request.ids))
+        front = self._ready()
+        with self._tokenized.holding(_ANYBODY):
+            return pb.DetokenizeResponse(text=await front.prompts.decode(request.ids))
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         front = self._ready()
@@ -205,9 +217,10 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def NearestTokens(self, request: pb.NearestTokensRequest, context: Context) -> pb.NearestTokensResponse:
         front = self._ready()
         top_k = to_top_k(request)
-        bound = await _bound(front, request.adapter)
-        async with front.residency.use(bound.digest):
-            found = await front.engine.find_nearest(bound.digest, top_k)
+        with self._searches.holding(_ANYBODY):
+            bound = await _bound(front, request.adapter)
+            async with front.residency.use(bound.digest):
+                found = await front.engine.find_nearest(bound.digest, top_k)
         if found.error_reason:
             raise error_of(found)
         return to_nearest(bound, found, front.tokenizer)

@@ -43,6 +43,7 @@ from softprompt_inference.engine.client import EngineClient
 from softprompt_inference.engine.messages import Command, ModelInfo, Stats, StepResult
 from softprompt_inference.grammar import GrammarCompiler
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
+from softprompt_inference.prompts import TextPrompt
 from softprompt_inference.server import InferenceServer, _Lasting
 from softprompt_inference.servicer import Front
 from softprompt_inference.settings import Settings
@@ -704,7 +705,7 @@ async def test_engines_that_die_are_replaced_until_they_do_so_again_and_again(
 class UnstartedEngine(EngineClient):
     """Keeps what it is told."""
 
-    info = cast(ModelInfo, SimpleNamespace(vocab_size=1, max_model_len=1))
+    info = cast(ModelInfo, SimpleNamespace(vocab_size=49152, max_model_len=100))
 
     def __init__(self) -> None:
         super().__init__(cast(asyncio.subprocess.Process, None), print)
@@ -771,6 +772,20 @@ async def test_who_waits_for_an_adapter_waits_by_the_same_setting_and_not_for_th
     await waiting
     assert admission._num_elsewhere() == 0
     assert {pace._max_wait_s for pace in (admission._pace, *(room.pace for room in residency._rooms))} == {12.0}
+
+
+async def test_generations_do_not_wait_behind_what_is_tokenised(
+    make_front: Callable[..., Front], tokenizer: Tokenizer
+) -> None:
+    front = make_front(UnstartedEngine())
+    gate = threading.Event()
+    for _ in range(8):
+        front.prompts._executor.submit(gate.wait)
+    tokenised = asyncio.create_task(front.prompts.encode(TextPrompt(text=PROMPT)))
+    assert await front.generator._prompts.encode(TextPrompt(text=PROMPT)) == [tokenizer.encode(PROMPT)]
+    assert not tokenised.done()
+    gate.set()
+    assert await tokenised == [tokenizer.encode(PROMPT)]
 
 
 def wait_until_ready_again(service: Service, ended: int) -> None:

@@ -101,6 +101,9 @@ class FakeEngine:
         self.searches.append((digest, top_k))
         return self.nearest
 
+    def _hold(self, weight: int) -> None:
+        """Take no notice of what is not taken."""
+
     def _forget(self, request_id: str, *, abort: bool) -> None:
         if self.streams.pop(request_id, None) is not None and abort:
             self.submit(Abort(request_id=request_id))
@@ -887,6 +890,21 @@ async def test_a_slow_reader_gets_everything_in_messages_of_bounded_size(world: 
     assert max(sizes) <= 512
 
 
+async def test_tokens_that_came_before_an_error_are_told_before_it(world: World) -> None:
+    call = world.generate(sampling={"n": 2})
+    requests = await world.engine.wait_for(AddRequest, 2)
+    for request in requests:
+        world.engine.put(request, 50, 50)
+        world.engine.fail(request, "UNAVAILABLE")
+    told: list[tuple[int, int]] = []
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for event in call:
+            if event.HasField("delta"):
+                told.append((event.delta.index, len(event.delta.token_ids)))
+    assert isinstance(from_rpc_error(caught.value), Unavailable)
+    assert told == [(0, 2), (1, 2)]
+
+
 async def test_a_failed_choice_fails_the_call_and_aborts_the_others(world: World) -> None:
     call = world.generate(sampling={"n": 2})
     first, second = await world.engine.wait_for(AddRequest, 2)
@@ -1018,6 +1036,19 @@ async def test_tokenize_counts_the_adapters_virtual_tokens(world: World) -> None
     assert list(answer.ids) == ids(world.tokenizer, "Hello there")
     assert (answer.virtual_tokens, answer.max_model_len) == (10, MAX_MODEL_LEN)
     assert list(answer.token_strings) == []
+
+
+@pytest.mark.parametrize("rpc", ["Tokenize", "Detokenize", "NearestTokens"])
+async def test_what_waits_outside_the_line_of_generations_is_bounded(world: World, rpc: str) -> None:
+    places, request = {
+        "Tokenize": (world.servicer._tokenized, pb.TokenizeRequest(text="Hello")),
+        "Detokenize": (world.servicer._tokenized, pb.DetokenizeRequest(ids=[50])),
+        "NearestTokens": (world.servicer._searches, pb.NearestTokensRequest(adapter="tweets")),
+    }[rpc]
+    with places.holding("", places._most), pytest.raises(grpc.aio.AioRpcError) as caught:
+        await getattr(world.stub, rpc)(request)
+    assert isinstance(from_rpc_error(caught.value), Overloaded)
+    await getattr(world.stub, rpc)(request)
 
 
 async def test_a_generation_is_logged_once_however_it_ends(world: World) -> None:
