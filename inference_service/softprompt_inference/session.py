@@ -4,7 +4,7 @@
     the engine's step → every generation it has outputs for → the batch → message → …
 
 A batch is handed out as soon as the transport takes it. While it does not, the batch grows to a bound; beyond it
-nothing is taken from generations, and their outputs gather in the engine's client.
+nothing is taken from generations, and their outputs gather in the engine's client, as far as that lets them.
 """
 
 import asyncio

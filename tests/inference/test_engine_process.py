@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from softprompt_api.errors import Unavailable
 from softprompt_api.params import SamplingParams
+from softprompt_inference.engine import client as client_module
 from softprompt_inference.engine.client import EngineClient, EngineStartError, OutputStream
 from softprompt_inference.engine.codec import HEADER, Message, Progress, StartupFailed, decode, encode
 from softprompt_inference.engine.config import EngineConfig
@@ -375,6 +376,43 @@ async def test_leaving_a_search_takes_it_back(client: EngineClient, monkeypatch:
     [asked, taken_back] = sent
     assert isinstance(asked, FindNearest)
     assert taken_back == AbortSearch(search_id=asked.search_id)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_of_answers_that_nobody_takes_the_largest_is_broken_off(
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "_MAX_HELD", 100)
+    sent: list[Command] = []
+    monkeypatch.setattr(client._pipe, "send", sent.append)
+    for request_id in ("1-0", "2-0", "2-1", "3-0"):
+        client.submit(greedy(request_id, max_tokens=400))
+    small, first, second, read = (client.outputs(request_id) for request_id in ("1-0", "2-0", "2-1", "3-0"))
+    taken: list[Output] = []
+    read.follow(lambda: taken.extend(read.take(1)))
+    logprobs = Logprobs(chosen=-1.0, top=[(token_id, -1.0) for token_id in range(9)])
+
+    def step(*request_ids: str) -> None:
+        outputs = [Output(request_id=request_id, token_id=1, logprobs=logprobs) for request_id in request_ids]
+        client._deliver(StepResult(outputs=outputs, stats=client.stats))
+
+    for _ in range(20):
+        step("3-0")  # who reads can have any number
+    for _ in range(4):
+        step("1-0")
+    for _ in range(3):
+        step("2-0", "2-1")
+    assert len(first.take(1)) == len(second.take(1)) == 1
+    step("2-0")
+    assert client._num_held == 90
+    step("2-0", "2-1")
+    assert sent[4:] == [Abort(request_id="2-0"), Abort(request_id="2-1")]
+    for stream in (first, second):
+        [error] = stream.take(1000)
+        assert (error.finish, error.error_reason) == (Finish.ERROR, "OVERLOADED")
+    assert (len(taken), len(small.take(1000)), client._num_held) == (20, 4, 0)
+    for stream in (small, read):
+        stream.close()
 
 
 @pytest.mark.asyncio(loop_scope="module")

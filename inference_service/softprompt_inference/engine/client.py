@@ -5,11 +5,12 @@ import contextlib
 import logging
 import socket
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Self
 
-from softprompt_api.errors import Unavailable
+from softprompt_api.errors import Overloaded, Unavailable
 
 from softprompt_inference.engine.codec import Message, Progress, StartupFailed
 from softprompt_inference.engine.config import EngineConfig
@@ -34,6 +35,8 @@ _log = logging.getLogger(__name__)
 STOP_GRACE_S = 5.0
 # Run as `python -m ENGINE_MODULE --fd N`; benchmarks put an engine that computes nothing here.
 ENGINE_MODULE = "softprompt_inference.engine"
+# What readers leave lying of all requests together: entries of some 100 bytes, a token or one of its alternatives.
+_MAX_HELD = 2**21
 # How often an engine is asked for a sign of life before it is given up.
 _NUM_PINGS = 4
 
@@ -49,14 +52,19 @@ class EngineStartError(RuntimeError):
 class OutputStream:
     """The outputs of one request, until its last. Who follows it is told of each, and takes them when it likes.
 
-    It holds at most one output per token of the request, however slow its reader is. One reader only. A reader
-    that leaves before the last output closes it (or uses it in a `with` block), which aborts the request.
+    It holds what its reader leaves lying; where that is too much for all requests together, the one that holds most
+    ends with Overloaded. One reader only. A reader that leaves before the last output closes it (or uses it in a
+    `with` block), which aborts the request.
+
+    Attributes:
+        held: entries that were not taken.
     """
 
     def __init__(self, client: "EngineClient", request_id: str) -> None:
         self._client = client
         self._request_id = request_id
         self._outputs: list[Output] = []
+        self.held = 0
         self._notify: Callable[[], None] = _nobody
         self._has_ended = False  # the last output has arrived
 
@@ -75,8 +83,10 @@ class OutputStream:
         outputs = self._outputs
         if len(outputs) <= most:
             self._outputs = []
+            self._hold(-self.held)
         else:
             outputs, self._outputs = outputs[:most], outputs[most:]
+            self._hold(-sum(map(_weigh, outputs)))
         if self._has_ended and not self._outputs:
             self._client._forget(self._request_id, abort=False)
         return outputs
@@ -86,12 +96,40 @@ class OutputStream:
         self._client._forget(self._request_id, abort=not self._has_ended)
         self._has_ended = True
         self._outputs.clear()
+        self._hold(-self.held)
         self._notify = _nobody
+
+    def _hold(self, weight: int) -> None:
+        self.held += weight
+        self._client._hold(weight)
+
+    def _break_off(self) -> None:
+        """Let go of all that was not taken, and end with an error; the engine forgets the request."""
+        self._client._forget(self._request_id, abort=not self._has_ended)
+        self._outputs.clear()
+        self._hold(-self.held)
+        self._put(
+            Output(
+                request_id=self._request_id,
+                finish=Finish.ERROR,
+                error_reason=Overloaded.reason,
+                error_message="the answer was read too slowly, and too much of it waited to be read; try again",
+            )
+        )
 
     def _put(self, output: Output) -> None:
         self._outputs.append(output)
+        self._hold(_weigh(output))
         self._has_ended = output.finish is not None
         self._notify()
+
+
+def _weigh(output: Output) -> int:
+    """Entries that an output is."""
+    weight = 1 if output.logprobs is None else 1 + len(output.logprobs.top)
+    if output.prompt_logprobs is not None:
+        weight += sum(1 if told is None else 1 + len(told.top) for told in output.prompt_logprobs)
+    return weight
 
 
 class EngineClient:
@@ -112,6 +150,7 @@ class EngineClient:
         self._process = process
         self._report = report
         self._streams: dict[str, OutputStream] = {}
+        self._num_held = 0  # by all streams
         self._searches: dict[int, asyncio.Future[Nearest]] = {}
         self._num_searches = 0
         self._tell_failed_load: Callable[[str], None] = _nobody
@@ -294,10 +333,25 @@ class EngineClient:
             stream = self._streams.get(output.request_id)
             if stream is not None:
                 stream._put(output)
+        if self._num_held > _MAX_HELD:
+            self._end_slowest()
         for found in result.found:
             search = self._searches.get(found.search_id)
             if search is not None and not search.done():
                 search.set_result(found)
+
+    def _hold(self, weight: int) -> None:
+        self._num_held += weight
+
+    def _end_slowest(self) -> None:
+        """Break off the request, with all its choices, of which most was not taken."""
+        choices: defaultdict[str, list[OutputStream]] = defaultdict(list)
+        for request_id, stream in self._streams.items():
+            choices[request_id.partition("-")[0]].append(stream)
+        if not choices:
+            return
+        for stream in max(choices.values(), key=lambda streams: sum(stream.held for stream in streams)):
+            stream._break_off()
 
     def _end(self, reason: str) -> None:
         self.dead.set_result(reason)
