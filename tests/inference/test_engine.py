@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from softprompt_api.errors import AdapterInvalid
 from softprompt_api.params import SamplingParams
 from softprompt_inference.engine import scheduler
+from softprompt_inference.engine import sequence as sequence_module
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import MAX_FAILED_STEPS, Engine, EngineBroken
+from softprompt_inference.engine.keys import page_key
 from softprompt_inference.engine.messages import (
     Abort,
     AddRequest,
@@ -1004,3 +1006,26 @@ def test_the_engine_core_needs_no_wire_and_no_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert result.stderr == "set()\n"
+
+
+def test_the_choices_of_one_request_share_what_is_hashed_of_their_prompt(fakes, monkeypatch) -> None:
+    num_hashed = 0
+
+    def hash_page(*args):
+        nonlocal num_hashed
+        num_hashed += 1
+        return page_key(*args)
+
+    monkeypatch.setattr(sequence_module, "page_key", hash_page)
+    engine = fakes.engine(fakes.runner())
+    requests = [fakes.request(f"0-{index}", range(17), seed=index, max_tokens=2) for index in range(6)]
+    for request in requests:
+        engine.handle(request)
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step().outputs
+        engine.check()
+    assert num_hashed == 17 // 4
+    for request in requests:
+        tokens = [output.token_id for output in outputs if output.request_id == request.request_id]
+        assert tokens == fakes.solo(request)

@@ -1,8 +1,11 @@
 """A sequence knows what to compute next, what to ask of the sampler, and when it has ended."""
 
+from typing import Any
+
 import pytest
 from softprompt_api.params import SamplingParams
-from softprompt_inference.engine.keys import VirtualIds, page_key, partial_key, root_key, under_lora
+from softprompt_inference.engine import sequence as sequence_module
+from softprompt_inference.engine.keys import PageKey, VirtualIds, page_key, partial_key, root_key, under_lora
 from softprompt_inference.engine.lora import LoraSlots
 from softprompt_inference.engine.messages import AddRequest, Finish
 from softprompt_inference.engine.plan import Sampled
@@ -198,3 +201,50 @@ def test_cached_positions_are_told_with_the_first_output_only(fakes, virtual_ids
     sequence = sequence_of(fakes.request("0", [7, 8]), virtual_ids)
     sequence.num_cached = 1
     assert [sequence.accept(Sampled(token_id=9)).cached_tokens for _ in range(2)] == [1, None]
+
+
+def test_the_pages_of_one_prompt_are_hashed_once_for_all_its_choices(
+    fakes, virtual_ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = []
+
+    def hash_page(*args: Any) -> PageKey:
+        hashed.append(args)
+        return page_key(*args)
+
+    monkeypatch.setattr(sequence_module, "page_key", hash_page)
+    prompt = ("a", list(range(9)))  # three full pages of four
+    choices = [sequence_of(fakes.request(str(index), *prompt, seed=index), virtual_ids) for index in range(3)]
+    for newer, older in zip(choices[1:], choices, strict=False):
+        newer.share_keys(older)
+    for sequence, token_id in zip(choices, (5, 6, 7), strict=True):
+        for _ in range(4):
+            sequence.accept(Sampled(token_id=token_id))
+    assert list(choices[1].page_keys(4, 0, 2)) == list(choices[0].page_keys(4, 0, 2))
+    assert len(hashed) == 2
+    keys = [list(sequence.page_keys(4, 0, 4)) for sequence in choices]
+    assert len(hashed) == 3 + 3
+    assert keys[0][:3] == keys[1][:3] == keys[2][:3]
+    assert len({sequence_keys[3] for sequence_keys in keys}) == 3  # the outputs
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"salt": "acme"},
+        {"lora": "x"},
+        {"parts": ["a", [1, 2, 3, 4, 6]]},
+        {"parts": ["k", [1, 2, 3]]},
+        {"parts": [[1]]},
+    ],
+)
+def test_what_keys_depend_on_is_never_shared(fakes, virtual_ids, other) -> None:
+    first = sequence_of(fakes.request("0", "a", [1, 2, 3, 4, 5]), virtual_ids)
+    first_keys = list(first.page_keys(4, 0, 2))
+    fields = {"parts": ["a", [1, 2, 3, 4, 5]], **other}
+    parts = fields.pop("parts")
+    second, alone = (sequence_of(fakes.request("1", *parts, **fields), virtual_ids) for _ in range(2))
+    second.share_keys(first)
+    num_pages = second.prompt_length // 4
+    assert list(second.page_keys(4, 0, num_pages)) == list(alone.page_keys(4, 0, num_pages))
+    assert list(first.page_keys(4, 0, 2)) == first_keys

@@ -87,6 +87,7 @@ class Engine:
         self._looks_ahead = config.looks_ahead(info.device)
         self._shares = config.share
         self._own_salts = itertools.count()
+        self._newest: Sequence | None = None
         self._compiling = Compiling()
         self._launched: _Launched | None = None  # ahead of the step whose outputs were last returned
         self._scheduler = Scheduler(
@@ -157,12 +158,16 @@ class Engine:
         if soft_prompts and not self._shares:
             # Nobody else's pages begin like these; its own are still found when it was preempted.
             request = replace(request, salt=f"{request.salt}\0{next(self._own_salts)}")
-        return make_sequence(
+        sequence = make_sequence(
             request,
             virtual_ids=self._virtual_ids,
             lora_slots=self._lora_slots,
             max_model_len=self.info.max_model_len,
         )
+        if self._newest is not None:  # the choices of a request come one behind the other
+            sequence.share_keys(self._newest)
+        self._newest = sequence
+        return sequence
 
     def _has(self, request_id: str) -> bool:
         return request_id in self._scheduler or request_id in self._compiling or self._loading.holds(request_id)

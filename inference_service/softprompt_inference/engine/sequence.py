@@ -68,6 +68,7 @@ class Sequence:
         "_num_scored",
         "_num_unpredicted",
         "_partial_keys",
+        "_prompt_keys",
         "_score_rows",
         "_stop_ids",
         "_virtual_ids",
@@ -131,6 +132,7 @@ class Sequence:
         self.matcher: Matcher | None = None
         self._virtual_ids = virtual_ids
         self._keys: list[PageKey] = [root_key(request.salt)]
+        self._prompt_keys = [*self._keys]  # those of full pages of the prompt, as far as somebody has hashed them
         self._partial_keys: dict[int, PageKey] = {}
         # With a grammar, an end is chosen only where the grammar allows it, or nothing else.
         self._eos_ids = frozenset(() if params.ignore_eos and not has_grammar else request.eos_token_ids)
@@ -151,15 +153,29 @@ class Sequence:
             ]
             self._num_unpredicted = len(text_ids) - len(self._score_rows)
 
+    def share_keys(self, other: "Sequence") -> None:
+        """Hash no page of the prompt that `other` hashes too, nor the other way round, if its prompt is the same.
+
+        Keys depend on nothing but what is compared here: virtual ids are never given twice.
+        """
+        mine, its = self.request, other.request
+        if (mine.salt, mine.lora, self.token_ids) == (its.salt, its.lora, other.token_ids[: other.prompt_length]):
+            self._prompt_keys = other._prompt_keys
+
     def page_keys(self, page_size: int, start: int, stop: int) -> Iterator[PageKey]:
         """Keys of the pages start … stop − 1, which token_ids fills; hashed once, when first asked for."""
         keys = self._keys
         for page in range(start, stop):
             while len(keys) <= page + 1:
+                if len(keys) < len(self._prompt_keys):
+                    keys += self._prompt_keys[len(keys) :]
+                    continue
                 first = (len(keys) - 1) * page_size
                 end = first + page_size
                 parent = self._under_lora(keys[-1], first, end)
                 keys.append(page_key(parent, self.token_ids[first:end], self._virtual_ids))
+                if end <= self.prompt_length:
+                    self._prompt_keys.append(keys[-1])
             yield keys[page + 1]
 
     def _under_lora(self, parent: PageKey, first: int, end: int) -> PageKey:
