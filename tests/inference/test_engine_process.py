@@ -367,10 +367,15 @@ async def test_leaving_a_stream_aborts_its_request_and_frees_its_pages(client: E
 @pytest.mark.asyncio(loop_scope="module")
 async def test_leaving_a_search_takes_it_back(client: EngineClient, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Command] = []
-    monkeypatch.setattr(client._pipe, "send", sent.append)
+    was_sent = asyncio.Event()
+
+    def send(command: Command) -> None:
+        sent.append(command)
+        was_sent.set()
+
+    monkeypatch.setattr(client._pipe, "send", send)
     searching = asyncio.create_task(client.find_nearest("sha256:a", 1))
-    while not sent:
-        await asyncio.sleep(0)
+    await was_sent.wait()
     searching.cancel()
     await asyncio.gather(searching, return_exceptions=True)
     [asked, taken_back] = sent

@@ -897,10 +897,14 @@ async def test_tokens_that_came_before_an_error_are_told_before_it(world: World)
         world.engine.put(request, 50, 50)
         world.engine.fail(request, "UNAVAILABLE")
     told: list[tuple[int, int]] = []
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+
+    async def read() -> None:
         async for event in call:
             if event.HasField("delta"):
                 told.append((event.delta.index, len(event.delta.token_ids)))
+
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await read()
     assert isinstance(from_rpc_error(caught.value), Unavailable)
     assert told == [(0, 2), (1, 2)]
 

@@ -52,7 +52,7 @@ class EngineStartError(RuntimeError):
 class OutputStream:
     """The outputs of one request, until its last. Who follows it is told of each, and takes them when it likes.
 
-    It holds what its reader leaves lying; where that is too much for all requests together, the one that holds most
+    It holds what its reader leaves lying; where all requests together hold too much, the one that holds most
     ends with Overloaded. One reader only. A reader that leaves before the last output closes it (or uses it in a
     `with` block), which aborts the request.
 

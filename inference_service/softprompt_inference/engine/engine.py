@@ -332,8 +332,8 @@ class Engine:
             answer = _not_found(command.search_id, error)
         except Exception:
             _log.exception("a search for nearest tokens failed")
-            error = InternalError("the model failed while computing this request")
-            answer = _not_found(command.search_id, error)
+            broken = InternalError("the model failed while computing this request")
+            answer = _not_found(command.search_id, broken)
         else:
             if rows is None:
                 return

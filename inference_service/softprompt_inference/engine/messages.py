@@ -30,7 +30,7 @@ class AddRequest:
     """Generate one choice. Its adapters must be loaded before, and stay loaded until it has finished.
 
     Attributes:
-        request_id: unique among the unfinished; made by the front: choices of one request have the same up to a "-".
+        request_id: unique among the unfinished; made by the front. Choices of one request share it up to a "-".
         prompt: parts in order, usually a SoftPromptPart and a TextPart.
         params: `max_tokens` may be None (as many as fit), or 0 (it ends with its prompt); `n`, `stop` strings and
             `skip_special_tokens` are the front's business and ignored here.
