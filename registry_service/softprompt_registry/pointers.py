@@ -70,7 +70,7 @@ def ask(pipe: Pipeline, name: str) -> None:
 
 def decode(replies: Sequence[Any]) -> Pointers:
     """The pointers in the replies to what `ask` queued."""
-    (revision, number, sha256), moved, highest = replies
+    (revision, number, sealed), moved, highest = replies
     try:
         pointers = Pointers(
             highest=int(highest[0]) if highest else 0,
@@ -81,17 +81,18 @@ def decode(replies: Sequence[Any]) -> Pointers:
     except ValueError as error:
         raise _damaged() from error
     # Names that nobody has changed since earlier versions of this software have none.
-    if sha256 is not None and sha256 != _sha256(pointers).encode():
+    if sealed is not None and sealed != sha256(pointers).encode():
         raise _damaged()
     return pointers
 
 
 def seal(pipe: Pipeline, name: str, pointers: Pointers) -> None:
     """Queue the sha256 of a name's pointers as they are after the transaction."""
-    pipe.hset(keys.name(name), "sha256", _sha256(pointers))
+    pipe.hset(keys.name(name), "sha256", sha256(pointers))
 
 
-def _sha256(pointers: Pointers) -> str:
+def sha256(pointers: Pointers) -> str:
+    """Of all that they are, as it lies beside them."""
     parts = [pointers.highest, sorted(pointers.moved.items()), pointers.revision, pointers.next]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

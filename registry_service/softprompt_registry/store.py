@@ -17,6 +17,7 @@ from softprompt_registry.catalog import AdapterVersion, BaseModel
 from softprompt_registry.codec import decode_base_model, decode_version, encode_base_model
 from softprompt_registry.connection import reads, reply, writes
 from softprompt_registry.pointers import Pointers
+from softprompt_registry.recent import Recent, Seals
 
 _log = structlog.get_logger()
 _MAX_NAMES_COMPARED = 500
@@ -31,14 +32,25 @@ class Store:
 
     def __init__(self, client: Redis) -> None:
         self._client = client
+        self._recent = Recent(client)
 
     @reads
     async def find(self, ref: AdapterRef) -> AdapterVersion | None:
         """The version a spelling names; None when there is none."""
-        version, known = await self._find(ref)
+        if version := await self._recent.find(ref):
+            return version
+        version, sha256, known = await self._find(ref)
         if version is None:
             return None
-        return await self._described(version, known, whatever_its_name=bool(ref.digest))
+        if known is None:
+            [(name, replies)] = await self._ask_pointers([version.name])
+            # A digest names content, whatever is the matter with the name of a version that has it.
+            known = _readable_pointers(name, replies) if ref.digest else pointers.decode(replies)
+        if known is None:
+            return version
+        version = known.describe(version)
+        self._recent.keep(ref, version, Seals(pointers=pointers.sha256(known).encode(), record=sha256))
+        return version
 
     @reads
     async def find_content(self, ref: AdapterRef, *, base_model_id: str = "") -> AdapterVersion | None:
@@ -46,13 +58,13 @@ class Store:
 
         Of those that a digest names, one that was registered for the base model, if there is one.
         """
-        version, _ = await self._find(ref, base_model_id)
+        version, _, _ = await self._find(ref, base_model_id)
         return version
 
     @reads
     async def find_id(self, version_id: int) -> AdapterVersion | None:
         """The version with a global id; None when there is none."""
-        version = await self._load(version_id)
+        version, _ = await self._load(version_id)
         return (await self._pointers(version.name)).describe(version) if version else None
 
     @reads
@@ -190,30 +202,22 @@ class Store:
 
     async def _find(
         self, ref: AdapterRef, base_model_id: str = ""
-    ) -> tuple[AdapterVersion | None, Pointers | None]:
-        """The version that a spelling names, and its name's pointers where they were read."""
+    ) -> tuple[AdapterVersion | None, bytes, Pointers | None]:
+        """The version that a spelling names, its record's sha256, and its name's pointers where they were read."""
         # A version may be deleted after its id was found; the name may have another latest version by then.
         for _ in range(_MAX_LOOKUPS):
             version_id, known = await self._locate(ref, base_model_id)
             if not version_id:
                 break
-            if version := await self._load(version_id):
+            version, sha256 = await self._load(version_id)
+            if version:
                 _check_belongs(version, ref)
-                return version, known
-        return None, None
+                return version, sha256, known
+        return None, b"", None
 
     async def _pointers(self, name: str) -> Pointers:
         [(_, replies)] = await self._ask_pointers([name])
         return pointers.decode(replies)
-
-    async def _described(
-        self, version: AdapterVersion, known: Pointers | None, *, whatever_its_name: bool
-    ) -> AdapterVersion:
-        """A version with what points to it; without, where that is damaged and only its content counts."""
-        if known is None:
-            [(name, replies)] = await self._ask_pointers([version.name])
-            known = _readable_pointers(name, replies) if whatever_its_name else pointers.decode(replies)
-        return known.describe(version) if known else version
 
     async def _ask_pointers(self, names: Sequence[str]) -> list[tuple[str, Sequence[Any]]]:
         # In a transaction: what points where, and which version is the highest, must be of one moment.
@@ -255,9 +259,10 @@ class Store:
             start += len(ids)
         return oldest
 
-    async def _load(self, version_id: int) -> AdapterVersion | None:
+    async def _load(self, version_id: int) -> tuple[AdapterVersion | None, bytes]:
+        """A version, and its record's sha256."""
         fields = await reply(self._client.hgetall(keys.version(version_id)))
-        return decode_version(fields, version_id=version_id) if fields else None
+        return decode_version(fields, version_id=version_id) if fields else None, fields.get(b"sha256", b"")
 
     async def _load_readable(self, version_ids: Sequence[int]) -> list[AdapterVersion | None]:
         pipe = self._client.pipeline(transaction=False)

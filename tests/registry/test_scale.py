@@ -86,6 +86,7 @@ def calls(client, make_adapter):
     }
 
 
+@pytest.mark.usefixtures("nothing_kept")
 async def test_no_call_asks_the_store_more_when_there_are_a_hundred_times_as_many(
     client, make_adapter, redis, calls
 ):
@@ -102,6 +103,8 @@ async def test_resolving_a_name_takes_two_reads_of_its_own_records_alone(client,
     used = await commands(redis, lambda: client.get("a0005"))
     # What the name points to, at one moment; then the version.
     assert used == {"multi": 1, "exec": 1, "hmget": 1, "hgetall": 2, "zrevrange": 1}
+    # Later it asks in one turn whether they are as they were.
+    assert await commands(redis, lambda: client.get("a0005")) == {"hget": 2}
 
 
 async def test_a_registration_of_one_chunk_writes_twice(client, make_adapter, redis):
