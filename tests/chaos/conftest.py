@@ -352,13 +352,17 @@ class Client:
             raise from_rpc_error(error) from None
 
     async def names(self) -> list[str]:
-        return [version.name for version in await self.latest()]
+        return [version.name for version in (await self.listing()).adapters]
 
     async def latest(self) -> list[pb.AdapterVersion]:
-        request = pb.ListAdaptersRequest(page_size=1000)
-        listing = await self.answer(self.stub.ListAdapters(request, timeout=self.timeout_s))
+        """The latest version of each name, none of which is damaged."""
+        listing = await self.listing()
         assert listing.total_size == len(listing.adapters)
         return list(listing.adapters)
+
+    async def listing(self) -> pb.ListAdaptersResponse:
+        request = pb.ListAdaptersRequest(page_size=1000)
+        return await self.answer(self.stub.ListAdapters(request, timeout=self.timeout_s))
 
     async def versions(self, name: str) -> dict[int, pb.AdapterVersion]:
         found, token = {}, ""

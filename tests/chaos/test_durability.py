@@ -124,14 +124,21 @@ class Writer:
     async def verify_keys(self, client: Any, *, each: int) -> list[str]:
         """What its last idempotency keys, so many, do again that they did before."""
         wrong = []
-        before = await client.versions(self.name)
+        before = await self._content(client)
         for number, (made, made_of) in islice(reversed(self.versions.items()), each):
             again = await self._client.register(self.name, made_of, idempotency_key=self._keys[number])
             if (again.version, again.digest) != (number, made.digest):
                 wrong.append(f"{self.name}@{number} was made again as {again.version}")
-        if await client.versions(self.name) != before:
+        if await self._content(client) != before:
             wrong.append(f"{self.name} was changed by keys that were used before")
         return wrong
+
+    async def _content(self, client: Any) -> dict[int, tuple[str, list[str]]]:
+        """Digests and aliases of the versions: what else is told of them changes when they have been probed."""
+        return {
+            number: (version.digest, list(version.aliases))
+            for number, version in (await client.versions(self.name)).items()
+        }
 
 
 async def write_and_kill(

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
 from rich.console import Console
@@ -18,6 +19,8 @@ from softprompt.cli.options import make_options
 from softprompt.cli.services import Addresses
 from softprompt.cli.stopping import Stop
 from softprompt.cli.supervisor import Supervisor
+from softprompt_api.inference.v1.inference_pb2 import GetModelResponse
+from softprompt_api.registry.v1.registry_pb2 import BaseModel
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +89,24 @@ def test_children_are_ended_in_order_though_nobody_reads_what_is_said(tmp_path: 
 ADAPTER = Path(__file__).parents[2] / "examples" / "adapters" / "tweet_adapter"
 
 
-def test_a_stop_does_not_wait_for_a_registry_that_does_not_answer(tmp_path: Path) -> None:
+class ServedModel:
+    """An inference service that answers."""
+
+    def __init__(self, _address: str) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def model(self) -> GetModelResponse:
+        return GetModelResponse(base_model=BaseModel(id="tiny"))
+
+
+def test_a_stop_does_not_wait_for_a_registry_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervising, "InferenceClient", ServedModel)
     stop = Stop()
     options = make_options({"data_dir": str(tmp_path)})
     supervisor = Supervisor(options, {"tweets": find_adapter(ADAPTER)}, Console(), stop)
