@@ -38,7 +38,7 @@ def before_call(_context: Any, case: Any, _kwargs: Any) -> None:
     """Keep what others use, and make a well-formed request one that can be answered."""
     path = case.path_parameters
     if case.method in ("PATCH", "DELETE") and unquote(str(path.get("adapter"))).partition("@")[0] in KEPT:
-        path["adapter"] = "nobody"
+        path["adapter"] = "fuzzed"
     for field in ("lora_name", "prompt_adapter_name"):
         if isinstance(case.body, dict) and case.body.get(field) in KEPT:
             case.body[field] = "fuzzed"

@@ -52,7 +52,7 @@ async def test_an_adapter_has_its_version_as_root_and_the_base_model_as_parent(s
 
 
 async def test_the_card_of_a_lora_tells_its_rank(stack: Any) -> None:
-    version = (await stack.registry.add("lora", kind=reg.ADAPTER_KIND_LORA)).version
+    version = (await stack.registry.add("lora", kind="LORA")).version
     stack.registry.versions["lora"][version].rank = 16
     assert (await stack.http.get("/v1/models/lora")).json()["adapter"]["rank"] == 16
 
