@@ -7,7 +7,6 @@ from typing import Any
 import openai
 import pytest
 from softprompt_api import errors
-from softprompt_api.registry.v1 import registry_pb2 as reg
 from softprompt_gateway.openai.models import listing
 
 
