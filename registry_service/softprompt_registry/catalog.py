@@ -120,8 +120,9 @@ class Registration:
         return self.idempotency_key if is_own else f"{tenant}\n{self.idempotency_key}"
 
     def content(self) -> str:
-        """sha256 (hex) over everything but the idempotency key."""
-        parts = [self.name, self.config_json, self.size_bytes, self.sha256, dict(self.labels), self.base_model_id]
+        """sha256 (hex) over everything but the idempotency key, and the base model, which one attempt may name and
+        another leave out."""
+        parts = [self.name, self.config_json, self.size_bytes, self.sha256, dict(self.labels)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

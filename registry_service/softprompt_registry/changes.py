@@ -100,7 +100,7 @@ class Changes:
         also = [*staged.keys, *([keys.idempotency(key)] if key else [])]
         version = await transact(self._client, draft.name, attempt, also=also)
         # Looked up with no connection held: holders that each wait for one more would wait for each other.
-        version = version or await self._store.made_by(key, content)
+        version = version or await self._store.made_by(key, content, draft.base_model.id)
         if version is None:
             raise Unavailable("the idempotency key expired at this moment; register again")
         return version

@@ -151,21 +151,24 @@ class Store:
         return list(dict.fromkeys(local_name(near) for near in (*alike, *others)))
 
     @reads
-    async def made_by(self, key: str, content: str) -> AdapterVersion | None:
+    async def made_by(self, key: str, content: str, base_model_id: str) -> AdapterVersion | None:
         """What an idempotency key made; None when it is "" or made nothing yet.
 
+        Args:
+            base_model_id: of the one it is to be for; "": not said.
+
         Raises:
-            AdapterConflict: the key was used for other content, or what it made is deleted.
+            AdapterConflict: the key was used for other content or another base model, or what it made is deleted.
         """
         stored = await reply(self._client.get(keys.idempotency(key))) if key else None
         if stored is None:
             return None
         made_of, _, version_id = stored.decode().partition(":")
-        if made_of != content:
+        version = await self.find_id(int(version_id)) if made_of == content else None
+        if made_of != content or (version and base_model_id not in ("", version.base_model.id)):
             raise AdapterConflict(
                 "this idempotency key was used for another registration", field="idempotency_key"
             )
-        version = await self.find_id(int(version_id))
         if version is None:
             raise AdapterConflict(
                 "what this idempotency key made has been deleted; choose another key", field="idempotency_key"

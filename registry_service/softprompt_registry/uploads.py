@@ -53,7 +53,8 @@ class Uploads:
         catalog.check_registration(registration, max_size_bytes=self._limits.max_size_bytes)
         content = registration.content()
         async with self._slot(tenant_of(registration.name)):
-            if made := await self._store.made_by(registration.tenants_key, content):
+            made = await self._store.made_by(registration.tenants_key, content, registration.base_model_id)
+            if made:
                 return made
             return await self._upload(registration, content, pieces)
 

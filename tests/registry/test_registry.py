@@ -503,6 +503,20 @@ async def test_one_idempotency_key_makes_one_version(client, make_adapter):
         await client.register("tweets", adapter)
 
 
+async def test_an_attempt_with_a_key_may_name_the_base_model_that_another_left_out(client, make_adapter):
+    adapter = make_adapter()
+    unsaid, said, another = (
+        adapter.but(header={"idempotency_key": "k", "base_model_id": model_id})
+        for model_id in ("", "org/Tiny", "org/Other")
+    )
+    first = await client.register("tweets", unsaid)
+    assert await client.register("tweets", said) == first
+    assert await client.register("tweets", unsaid) == first
+    with pytest.raises(AdapterConflict) as refused:
+        await client.register("tweets", another)
+    assert refused.value.field == "idempotency_key"
+
+
 async def test_registrations_with_keys_do_not_wait_for_each_others_connections(
     client, make_adapter, monkeypatch, settings, connect
 ):
