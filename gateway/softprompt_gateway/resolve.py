@@ -294,7 +294,7 @@ class Resolver:
             except (errors.Unavailable, errors.DeadlineExceeded):
                 continue
             except errors.SoftpromptError:
-                return
+                pass  # an answer too
             return
 
     def _not_found(self, spelling: str, field: str, named: Named, bases: Bases) -> ModelNotFound:

@@ -92,12 +92,11 @@ class Amendments:
                 raise InvalidArgument(
                     f"{local_name(name)} has {MAX_ALIASES} aliases, as many as are allowed", field="alias"
                 )
-            begin(pipe, name)
+            begin(pipe, name, new)
             if alias in new.moved:
                 pipe.hset(keys.aliases(name), alias, str(version.id))
             else:
                 pipe.hdel(keys.aliases(name), alias)
-            pointers.seal(pipe, name, new)
             events.append(pipe, EventType.ALIAS_SET, name=name, id_=version.id, version=number, alias=alias)
             await pipe.execute()
             return new.describe(version)
@@ -119,9 +118,8 @@ class Amendments:
             if not target:
                 return False
             await self._compare(pipe, name, alias, target, expected)
-            begin(pipe, name)
+            begin(pipe, name, old.after(alias, 0))
             pipe.hdel(keys.aliases(name), alias)
-            pointers.seal(pipe, name, old.after(alias, 0))
             events.append(pipe, EventType.ALIAS_REMOVED, name=name, alias=alias)
             await pipe.execute()
             return True
@@ -168,8 +166,7 @@ class Amendments:
             if updated == version:
                 return old.describe(version)
             new = replace(old, revision=old.revision + 1)
-            begin(pipe, ref.name)
-            pointers.seal(pipe, ref.name, new)
+            begin(pipe, ref.name, new)
             pipe.hset(keys.version(version_id), mapping=encode_version(updated))
             events.append(pipe, EventType.UPDATED, name=ref.name, id_=version_id, version=version.version)
             await pipe.execute()

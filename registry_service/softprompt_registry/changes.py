@@ -82,11 +82,9 @@ class Changes:
             number = old.next
             version = AdapterVersion(**_fields(draft), version=number, id=version_id, created_at=datetime.now(UTC))
             new = replace(old, highest=version_id, next=number + 1).after(LATEST, version_id)
-            begin(pipe, draft.name)
+            begin(pipe, draft.name, new)
             pipe.hset(keys.version(version_id), mapping=encode_version(version))
-            pipe.hset(keys.name(draft.name), "next", str(number + 1))
             pipe.hdel(keys.aliases(draft.name), LATEST)
-            pointers.seal(pipe, draft.name, new)
             pipe.zadd(keys.versions(draft.name), {str(version_id): number})
             pipe.zadd(keys.NAMES, {keys.listed(draft.name): 0})
             pipe.zadd(keys.digest(draft.digest), {str(version_id): version_id})
@@ -122,11 +120,9 @@ class Changes:
                 blobs = await self._blobs(pipe, doomed)
                 last = old or await self._beyond_all(doomed)
                 new = replace(last, highest=0, moved={}, revision=last.revision + 1)
-                pipe.multi()  # type: ignore[no-untyped-call]
-                pipe.hset(keys.name(name), mapping={"next": str(new.next), "revision": str(new.revision)})
+                begin(pipe, name, new)
                 self._remove(pipe, name, doomed, blobs)
                 pipe.unlink(keys.aliases(name))
-                pointers.seal(pipe, name, new)
                 pipe.zrem(keys.NAMES, keys.listed(name))
                 events.append(pipe, EventType.ADAPTER_DELETED, name=name)
                 await pipe.execute()
@@ -151,13 +147,11 @@ class Changes:
                     raise catalog.aliased(name, number, free)
                 highest = await self._highest_but(pipe, name, doomed[0].id)
                 blobs = await self._blobs(pipe, doomed)
-                begin(pipe, name)
+                kept = {alias: target for alias, target in old.moved.items() if target != doomed[0].id}
+                begin(pipe, name, replace(old, highest=highest, moved=kept, revision=old.revision + 1))
                 self._remove(pipe, name, doomed, blobs)
                 if LATEST in aliases:
                     pipe.hdel(keys.aliases(name), LATEST)
-                kept = {alias: target for alias, target in old.moved.items() if target != doomed[0].id}
-                new = replace(old, highest=highest, moved=kept, revision=old.revision + 1)
-                pointers.seal(pipe, name, new)
                 events.append(pipe, EventType.VERSION_DELETED, name=name, version=number, digest=doomed[0].digest)
                 if not highest:
                     pipe.zrem(keys.NAMES, keys.listed(name))

@@ -86,11 +86,6 @@ def decode(replies: Sequence[Any]) -> Pointers:
     return pointers
 
 
-def seal(pipe: Pipeline, name: str, pointers: Pointers) -> None:
-    """Queue the sha256 of a name's pointers as they are after the transaction."""
-    pipe.hset(keys.name(name), "sha256", sha256(pointers))
-
-
 def sha256(pointers: Pointers) -> str:
     """Of all that they are, as it lies beside them."""
     parts = [pointers.highest, sorted(pointers.moved.items()), pointers.revision, pointers.next]

@@ -43,6 +43,7 @@ class Recent:
         """What a spelling named, if that has not changed; None: it must be read."""
         if ref not in self._kept:
             return None
+        self._kept.move_to_end(ref)
         version, seals = self._kept[ref]
         pipe = self._client.pipeline(transaction=False)
         pipe.hget(keys.name(version.name), "sha256")

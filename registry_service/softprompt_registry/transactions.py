@@ -13,8 +13,9 @@ import redis.exceptions
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
-from softprompt_registry import catalog, keys
+from softprompt_registry import catalog, keys, pointers
 from softprompt_registry.connection import LOST
+from softprompt_registry.pointers import Pointers
 
 T = TypeVar("T")
 
@@ -44,7 +45,8 @@ async def transact(
     raise catalog.too_many_writers(name)
 
 
-def begin(pipe: Pipeline, name: str) -> None:
-    """From here on commands are queued; the first raises the name's revision."""
+def begin(pipe: Pipeline, name: str, new: Pointers) -> None:
+    """From here on commands are queued; the first writes the name's counters and seal as they are at the end."""
     pipe.multi()  # type: ignore[no-untyped-call]
-    pipe.hincrby(keys.name(name), "revision", 1)
+    counters = ("revision", str(new.revision), "next", str(new.next), "sha256", pointers.sha256(new))
+    pipe.hset(keys.name(name), items=list(counters))

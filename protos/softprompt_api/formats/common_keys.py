@@ -36,3 +36,12 @@ INIT_KEYS: Mapping[str, checks.Check] = {
     "tokenizer_name_or_path": checks.text,
     "tokenizer_kwargs": checks.unused("but an adapter cannot ask for a tokenizer"),
 }
+
+
+def peft_prompt_keys(num_virtual_tokens: int, token_dim: int) -> dict[str, object]:
+    """What PEFT must be told of every kind that is made of virtual tokens."""
+    return {
+        "num_virtual_tokens": num_virtual_tokens,
+        "num_transformer_submodules": 1,
+        "token_dim": token_dim,
+    }

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from softprompt_api.formats import checks
-from softprompt_api.formats.common_keys import PROMPT_KEYS
+from softprompt_api.formats.common_keys import PROMPT_KEYS, peft_prompt_keys
 from softprompt_api.formats.content import Content, Rows
 from softprompt_api.formats.safetensors_header import Shape, TensorInfo
 from softprompt_api.formats.spec import (
@@ -39,11 +39,7 @@ class EmbeddingSpec(AdapterSpec):
 
     def peft_keys(self, found: Mapping[str, TensorInfo]) -> Mapping[str, object]:  # noqa: ARG002
         """See AdapterSpec."""
-        return {
-            "num_virtual_tokens": self.num_virtual_tokens,
-            "num_transformer_submodules": 1,
-            "token_dim": self.hidden_size,
-        }
+        return peft_prompt_keys(self.num_virtual_tokens, self.hidden_size)
 
     def embeddings(self) -> str:
         """See AdapterSpec."""

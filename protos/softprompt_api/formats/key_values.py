@@ -12,7 +12,7 @@ from typing import Any
 
 from softprompt_api.errors import AdapterInvalid
 from softprompt_api.formats import checks
-from softprompt_api.formats.common_keys import PROMPT_KEYS
+from softprompt_api.formats.common_keys import PROMPT_KEYS, peft_prompt_keys
 from softprompt_api.formats.content import Content, Rows
 from softprompt_api.formats.safetensors_header import Shape, TensorInfo
 from softprompt_api.formats.spec import (
@@ -64,9 +64,7 @@ class KeyValuesSpec(AdapterSpec):
     def peft_keys(self, found: Mapping[str, TensorInfo]) -> Mapping[str, object]:  # noqa: ARG002
         """See AdapterSpec."""
         return {
-            "num_virtual_tokens": self.num_virtual_tokens,
-            "num_transformer_submodules": 1,
-            "token_dim": self.num_kv_heads * self.head_dim,
+            **peft_prompt_keys(self.num_virtual_tokens, self.num_kv_heads * self.head_dim),
             "num_layers": self.num_layers,
             "num_attention_heads": self.num_kv_heads,
         }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from softprompt_api.formats import checks
-from softprompt_api.formats.common_keys import INIT_KEYS, PROMPT_KEYS
+from softprompt_api.formats.common_keys import INIT_KEYS, PROMPT_KEYS, peft_prompt_keys
 from softprompt_api.formats.content import Content, Rows
 from softprompt_api.formats.safetensors_header import Shape, TensorInfo
 from softprompt_api.formats.spec import (
@@ -62,9 +62,7 @@ class MultitaskSpec(AdapterSpec):
     def peft_keys(self, found: Mapping[str, TensorInfo]) -> Mapping[str, object]:  # noqa: ARG002
         """See AdapterSpec."""
         return {
-            "num_virtual_tokens": self.num_virtual_tokens,
-            "num_transformer_submodules": 1,
-            "token_dim": self.hidden_size,
+            **peft_prompt_keys(self.num_virtual_tokens, self.hidden_size),
             "num_tasks": self.num_tasks,
             "num_ranks": self.num_ranks,
         }
