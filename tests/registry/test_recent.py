@@ -88,8 +88,9 @@ async def test_only_what_was_asked_for_last_is_kept(client, make_adapter, redis,
     monkeypatch.setattr(recent, "_MAX_KEPT", 2)
     for name in ("a", "b", "c"):
         await client.register(name, make_adapter())
+    for name in ("a", "b", "a", "c"):
         await client.get(name)
-    for name, is_kept in (("a", False), ("c", True), ("a", True), ("b", False)):
+    for name, is_kept in (("b", False), ("c", True), ("b", True), ("a", False)):
         await redis.config_resetstat()
         await client.get(name)
         assert ("cmdstat_hget" in await redis.info("commandstats")) == is_kept, name
