@@ -3,7 +3,7 @@
 What cannot be read is an error for whoever asks for it, and is left out of lists: it must not take others along.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -25,6 +25,8 @@ _VERSIONS_AT_ONCE = 100
 _MAX_LOOKUPS = 3
 # An inference service announces its model every 15 s.
 _ANNOUNCED_LATELY_S = 60
+
+_Record = Mapping[bytes, bytes]
 
 
 class Store:
@@ -64,7 +66,8 @@ class Store:
     @reads
     async def find_id(self, version_id: int) -> AdapterVersion | None:
         """The version with a global id; None when there is none."""
-        version, _ = await self._load(version_id)
+        fields = await self._record(version_id)
+        version = decode_version(fields, version_id=version_id) if fields else None
         return (await self._pointers(version.name)).describe(version) if version else None
 
     @reads
@@ -207,14 +210,15 @@ class Store:
         self, ref: AdapterRef, base_model_id: str = ""
     ) -> tuple[AdapterVersion | None, bytes, Pointers | None]:
         """The version that a spelling names, its record's sha256, and its name's pointers where they were read."""
+        if ref.digest:
+            return *_decode(ref, *await self._oldest(ref, base_model_id)), None
         # A version may be deleted after its id was found; the name may have another latest version by then.
         for _ in range(_MAX_LOOKUPS):
-            version_id, known = await self._locate(ref, base_model_id)
+            version_id, known = await self._locate(ref)
             if not version_id:
                 break
-            version, sha256 = await self._load(version_id)
+            version, sha256 = _decode(ref, version_id, await self._record(version_id))
             if version:
-                _check_belongs(version, ref)
                 return version, sha256, known
         return None, b"", None
 
@@ -230,48 +234,48 @@ class Store:
         replies, size = await pipe.execute(), pointers.NUM_REPLIES
         return [(name, replies[size * place : size * (place + 1)]) for place, name in enumerate(names)]
 
-    async def _locate(self, ref: AdapterRef, base_model_id: str) -> tuple[int, Pointers | None]:
-        """The id of the version that a spelling names (0: none), and its name's pointers where they were read."""
-        if ref.digest:
-            return await self._oldest(ref, base_model_id), None
+    async def _locate(self, ref: AdapterRef) -> tuple[int, Pointers | None]:
+        """The id of the version that a name stands for (0: none), and its pointers where they were read."""
         if ref.version is not None:
             ids = await reply(self._client.zrangebyscore(keys.versions(ref.name), ref.version, ref.version))
             return int(ids[0]) if ids else 0, None
         known = await self._pointers(ref.name)
         return known.target(ref.alias or LATEST), known
 
-    async def _oldest(self, ref: AdapterRef, base_model_id: str) -> int:
-        """The oldest version with a digest, of its owner where one is named; all have the same tensors.
+    async def _oldest(self, ref: AdapterRef, base_model_id: str) -> tuple[int, _Record]:
+        """The oldest version with a digest, of its owner where one is named (id 0: none); all have one content.
 
         One that was registered for the base model goes before older ones that were for others.
         """
-        oldest, start = 0, 0
-        while ids := await reply(
-            self._client.zrange(keys.digest(ref.digest), start, start + _VERSIONS_AT_ONCE - 1)
-        ):
-            pipe = self._client.pipeline(transaction=False)
-            for version_id in ids:
-                pipe.hmget(keys.version(int(version_id)), "name", "base_model")
-            for version_id, (name, base_model) in zip(ids, await pipe.execute(), strict=True):
+        oldest: tuple[int, _Record] = (0, {})
+        start, at_once = 0, 1  # most digests have one version
+        while ids := await reply(self._client.zrange(keys.digest(ref.digest), start, start + at_once - 1)):
+            for version_id, fields in zip(ids, await self._records(map(int, ids)), strict=True):
+                name = fields.get(b"name")
                 # The id of a version that was deleted with its digest damaged is still there.
                 if not name or ref.owner not in ("", tenant_of(name.decode(errors="replace"))):
                     continue
-                if not base_model_id or _is_for(base_model, base_model_id):
-                    return int(version_id)
-                oldest = oldest or int(version_id)
-            start += len(ids)
+                if not base_model_id or _is_for(fields.get(b"base_model"), base_model_id):
+                    return int(version_id), fields
+                if not oldest[0]:
+                    oldest = int(version_id), fields
+            start, at_once = start + len(ids), _VERSIONS_AT_ONCE
         return oldest
 
-    async def _load(self, version_id: int) -> tuple[AdapterVersion | None, bytes]:
-        """A version, and its record's sha256."""
-        fields = await reply(self._client.hgetall(keys.version(version_id)))
-        return decode_version(fields, version_id=version_id) if fields else None, fields.get(b"sha256", b"")
+    async def _record(self, version_id: int) -> _Record:
+        record: _Record = await reply(self._client.hgetall(keys.version(version_id)))
+        return record
 
-    async def _load_readable(self, version_ids: Sequence[int]) -> list[AdapterVersion | None]:
+    async def _records(self, version_ids: Iterable[int]) -> Sequence[_Record]:
         pipe = self._client.pipeline(transaction=False)
         for version_id in version_ids:
             pipe.hgetall(keys.version(version_id))
-        return [_readable(id_, fields) for id_, fields in zip(version_ids, await pipe.execute(), strict=True)]
+        records: Sequence[_Record] = await pipe.execute()
+        return records
+
+    async def _load_readable(self, version_ids: Sequence[int]) -> list[AdapterVersion | None]:
+        records = await self._records(version_ids)
+        return [_readable(id_, fields) for id_, fields in zip(version_ids, records, strict=True)]
 
 
 def _bounds(prefix: str) -> tuple[str, str]:
@@ -315,9 +319,16 @@ def _readable_pointers(name: str, replies: Sequence[Any]) -> Pointers | None:
         return None
 
 
-def _check_belongs(version: AdapterVersion, ref: AdapterRef) -> None:
-    """Raise DataCorrupted when a pointer led to a version of something else."""
+def _decode(ref: AdapterRef, version_id: int, fields: _Record) -> tuple[AdapterVersion | None, bytes]:
+    """The version in a record that a spelling led to, and the record's sha256; None where there is none.
+
+    Raises DataCorrupted when it is a version of something else.
+    """
+    if not fields:
+        return None, b""
+    version = decode_version(fields, version_id=version_id)
     found = (version.name, version.version, version.digest)
     for wanted, has in zip((ref.name, ref.version, ref.digest), found, strict=True):
         if wanted and wanted != has:
             raise DataCorrupted(f"the store answered with {version.name}@{version.version} for {ref}")
+    return version, fields.get(b"sha256", b"")
