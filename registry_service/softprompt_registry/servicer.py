@@ -35,14 +35,23 @@ _MAX_SHOWN = 256  # whole names
 _MAX_DRAIN_S = 60.0
 _MAX_DRAIN_IDLE_S = 1.0
 
+WEAK_DURABILITY = (
+    "the registry was started with --durability weak: what it has acknowledged may be lost when its store ends"
+)
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
-    """Serve a Registry."""
+    """Serve a Registry.
 
-    def __init__(self, registry: Registry) -> None:
+    Args:
+        is_durable: whether the store keeps what was acknowledged; where it may not, new versions have a warning.
+    """
+
+    def __init__(self, registry: Registry, *, is_durable: bool = True) -> None:
         self._registry = registry
+        self._warnings = () if is_durable else (WEAK_DURABILITY,)
 
     async def RegisterAdapter(
         self, request_iterator: AsyncIterator[pb.RegisterAdapterRequest], context: Context
@@ -54,7 +63,9 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
                 if first.WhichOneof("part") != "header":
                     raise InvalidArgument("the first message of an upload must be its header", field="header")
                 version = await self._registry.uploads.register(registration_from(first.header), _pieces(requests))
-        return pb.RegisterAdapterResponse(adapter=version_to(version), warnings=version.warnings)
+        return pb.RegisterAdapterResponse(
+            adapter=version_to(version), warnings=(*version.warnings, *self._warnings)
+        )
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
         return pb.GetAdapterResponse(adapter=version_to(await self._registry.get(request.adapter)))
@@ -146,7 +157,9 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
             peer=context.peer(),
         ):
             version = await self._registry.imports.run(import_from(request))
-        return pb.ImportAdapterResponse(adapter=version_to(version), warnings=version.warnings)
+        return pb.ImportAdapterResponse(
+            adapter=version_to(version), warnings=(*version.warnings, *self._warnings)
+        )
 
 
 @asynccontextmanager

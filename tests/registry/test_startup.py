@@ -35,6 +35,19 @@ async def test_a_store_that_may_lose_writes_is_refused_unless_durability_is_weak
             assert server.port > 0
 
 
+async def test_weak_durability_is_told_with_every_new_version(client, connect, make_adapter, settings):
+    """`client`: its base model is in the store that both registries share."""
+    adapter = make_adapter()
+    strong = await client.stub.RegisterAdapter(iter(adapter.requests("tweets")))
+    async with RegistryServer(settings.model_copy(update={"durability": "weak"})) as server:
+        theirs = connect(server.port)
+        weak = await theirs.stub.RegisterAdapter(iter(adapter.requests("tweets")))
+        assert weak.warnings[:-1] == strong.warnings
+        assert "--durability weak" in weak.warnings[-1]
+        assert await theirs.get("tweets") == weak.adapter, "the version itself is as any other"
+        await theirs.channel.close()
+
+
 async def test_a_store_that_cannot_be_written_is_refused(settings, redis):
     await redis.config_set("min-replicas-to-write", "1")
     with pytest.raises(StoreUnfit) as refused:
