@@ -54,6 +54,7 @@ ANSWERS: Mapping[type[errors.SoftpromptError], Answer] = {
     errors.CursorExpired: Answer(status=410, type=INVALID_REQUEST, code="cursor_expired"),
     errors.BaseModelUnknown: Answer(status=503, type=SERVER_ERROR, code="base_model_unknown", retry_after_s=2),
     errors.Overloaded: Answer(status=503, type=SERVER_ERROR, code="overloaded", retry_after_s=1),
+    errors.AdapterLoading: Answer(status=503, type=SERVER_ERROR, code="adapter_loading", retry_after_s=1),
     errors.RateLimited: Answer(status=429, type="rate_limit_error", code="rate_limit_exceeded", retry_after_s=1),
     errors.Unavailable: Answer(status=503, type=SERVER_ERROR, code="unavailable", retry_after_s=1),
     errors.DeadlineExceeded: Answer(status=504, type=SERVER_ERROR, code="deadline_exceeded"),

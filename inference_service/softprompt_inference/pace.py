@@ -17,11 +17,19 @@ class Pace:
 
     Args:
         max_wait_s: longest wait, as far as it can be foretold.
+        refusal: of who would wait longer.
         now: seconds.
     """
 
-    def __init__(self, *, max_wait_s: float, now: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        max_wait_s: float,
+        refusal: type[Overloaded] = Overloaded,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._max_wait_s = max_wait_s
+        self._refusal = refusal
         self._now = now
         # Both fade, and grow only while somebody waits: otherwise few end because few have come.
         self._num_ended = 0.0
@@ -38,12 +46,12 @@ class Pace:
         self._since_s = now_s if is_awaited else None
 
     def check(self, num_before: int) -> None:
-        """Raise Overloaded where who has so many before it would wait too long; a wait that is unknown is not."""
+        """Raise the refusal where who has so many before it would wait too long; a wait that is unknown is not."""
         wait_s = num_before * self._seconds / self._num_ended if self._num_ended else 0.0
         most_s = self._max_wait_s + _MAX_RETRY_S
         if wait_s > self._max_wait_s:
             wait = f"about {wait_s:.0f} s" if wait_s <= most_s else f"more than {most_s:.0f} s"
-            raise Overloaded(
+            raise self._refusal(
                 f"the wait would be {wait}, and at most {self._max_wait_s:g} s may be waited; try again later",
                 details={"retry_after_ms": str(math.ceil((min(wait_s, most_s) - self._max_wait_s) * 1000))},
             )

@@ -15,6 +15,7 @@
     ├── CursorExpired          a watch must begin anew
     ├── BaseModelUnknown       no base model to check an adapter against
     ├── Overloaded             try again later
+    │   └── AdapterLoading     too many wait until there is room for their adapters
     ├── RateLimited            the key has used up what it may take for now
     ├── Unavailable            a service or the store is away, starting or stopping
     ├── DeadlineExceeded
@@ -128,6 +129,12 @@ class Overloaded(SoftpromptError):
     """Too much is queued; try again later."""
 
     reason = "OVERLOADED"
+
+
+class AdapterLoading(Overloaded):
+    """Too many wait until there is room for their adapters; try again later."""
+
+    reason = "ADAPTER_LOADING"
 
 
 class RateLimited(SoftpromptError):

@@ -157,9 +157,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
             peer=context.peer(),
         ):
             version = await self._registry.imports.run(import_from(request))
-        return pb.ImportAdapterResponse(
-            adapter=version_to(version), warnings=(*version.warnings, *self._warnings)
-        )
+        return pb.ImportAdapterResponse(adapter=version_to(version), warnings=(*version.warnings, *self._warnings))
 
 
 @asynccontextmanager

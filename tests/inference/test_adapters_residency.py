@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from softprompt_api.errors import AdapterInUse, InvalidArgument, Overloaded, Unavailable
+from softprompt_api.errors import AdapterInUse, AdapterLoading, InvalidArgument, Overloaded, Unavailable
 from softprompt_api.formats import Lora, LoraModule, Rows
 from softprompt_inference.adapters import residency as residency_module
 from softprompt_inference.adapters.adapter import Adapter
@@ -344,7 +344,7 @@ async def test_who_would_wait_too_long_for_room_is_told_when_to_come_back(
 
     for user in users[:4]:
         await end(user)
-    with pytest.raises(Overloaded, match="the wait would be about 50 s, and at most 30 s may be") as refused:
+    with pytest.raises(AdapterLoading, match="the wait would be about 50 s, and at most 30 s may be") as refused:
         async with residency.use("lora 10"):
             pass
     assert int(refused.value.details["retry_after_ms"]) == pytest.approx(20_000, abs=1)
@@ -377,7 +377,7 @@ async def test_who_waited_for_who_is_next_alone_says_nothing_of_the_wait_for_roo
     await settle()
     assert all(user.got.is_set() for user in resident)
     waiting = await line_up(residency, [("lora c",), ("lora d",)])
-    with pytest.raises(Overloaded, match="about 40 s"):
+    with pytest.raises(AdapterLoading, match="about 40 s"):
         async with residency.use("lora e"):
             pass
     for user in (users[1], *resident, *waiting):

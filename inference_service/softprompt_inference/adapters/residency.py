@@ -25,7 +25,7 @@ from itertools import chain
 from time import monotonic
 from typing import Literal
 
-from softprompt_api.errors import AdapterInUse, InvalidArgument, Overloaded, Unavailable
+from softprompt_api.errors import AdapterInUse, AdapterLoading, InvalidArgument, Overloaded, Unavailable
 from softprompt_api.tracing import span
 
 from softprompt_inference.adapters.adapter import Adapter, AdapterInfo
@@ -119,7 +119,9 @@ class Residency:
         self._fetch = fetch
         self._load = load
         self._drop = drop
-        soft_prompts_pace, loras_pace = (Pace(max_wait_s=max_wait_s, now=now) for _ in range(2))
+        soft_prompts_pace, loras_pace = (
+            Pace(max_wait_s=max_wait_s, refusal=AdapterLoading, now=now) for _ in range(2)
+        )
         self._soft_prompts = Room(
             sort="soft prompts", max_adapters=max_adapters, max_rows=max_rows, pace=soft_prompts_pace
         )

@@ -26,6 +26,7 @@ CODES: dict[type[errors.SoftpromptError], grpc.StatusCode] = {
     errors.CursorExpired: grpc.StatusCode.OUT_OF_RANGE,
     errors.BaseModelUnknown: grpc.StatusCode.FAILED_PRECONDITION,
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.AdapterLoading: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.RateLimited: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
