@@ -3,7 +3,7 @@
 What cannot be read is an error for whoever asks for it, and is left out of lists: it must not take others along.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -210,17 +210,24 @@ class Store:
         self, ref: AdapterRef, base_model_id: str = ""
     ) -> tuple[AdapterVersion | None, bytes, Pointers | None]:
         """The version that a spelling names, its record's sha256, and its name's pointers where they were read."""
-        if ref.digest:
-            return *_decode(ref, *await self._oldest(ref, base_model_id)), None
+        if ref.digest and (found := await self._find_first(ref, base_model_id)):
+            return *found, None
         # A version may be deleted after its id was found; the name may have another latest version by then.
         for _ in range(_MAX_LOOKUPS):
-            version_id, known = await self._locate(ref)
+            version_id, known = await self._locate(ref, base_model_id)
             if not version_id:
                 break
             version, sha256 = _decode(ref, version_id, await self._record(version_id))
             if version:
                 return version, sha256, known
         return None, b"", None
+
+    async def _find_first(self, ref: AdapterRef, base_model_id: str) -> tuple[AdapterVersion | None, bytes] | None:
+        """The first version with a digest, where it is the one that is meant: most digests have no other."""
+        ids = await reply(self._client.zrange(keys.digest(ref.digest), 0, 0))
+        fields = await self._record(int(ids[0])) if ids else {}
+        is_meant = _is_owned(ref, fields.get(b"name")) and _is_for(fields.get(b"base_model"), base_model_id)
+        return _decode(ref, int(ids[0]), fields) if is_meant else None
 
     async def _pointers(self, name: str) -> Pointers:
         [(_, replies)] = await self._ask_pointers([name])
@@ -234,48 +241,46 @@ class Store:
         replies, size = await pipe.execute(), pointers.NUM_REPLIES
         return [(name, replies[size * place : size * (place + 1)]) for place, name in enumerate(names)]
 
-    async def _locate(self, ref: AdapterRef) -> tuple[int, Pointers | None]:
-        """The id of the version that a name stands for (0: none), and its pointers where they were read."""
+    async def _locate(self, ref: AdapterRef, base_model_id: str) -> tuple[int, Pointers | None]:
+        """The id of the version that a spelling names (0: none), and its name's pointers where they were read."""
+        if ref.digest:
+            return await self._oldest(ref, base_model_id), None
         if ref.version is not None:
             ids = await reply(self._client.zrangebyscore(keys.versions(ref.name), ref.version, ref.version))
             return int(ids[0]) if ids else 0, None
         known = await self._pointers(ref.name)
         return known.target(ref.alias or LATEST), known
 
-    async def _oldest(self, ref: AdapterRef, base_model_id: str) -> tuple[int, _Record]:
-        """The oldest version with a digest, of its owner where one is named (id 0: none); all have one content.
+    async def _oldest(self, ref: AdapterRef, base_model_id: str) -> int:
+        """The oldest version with a digest, of its owner where one is named; all have the same tensors.
 
         One that was registered for the base model goes before older ones that were for others.
         """
-        oldest: tuple[int, _Record] = (0, {})
-        start, at_once = 0, 1  # most digests have one version
-        while ids := await reply(self._client.zrange(keys.digest(ref.digest), start, start + at_once - 1)):
-            for version_id, fields in zip(ids, await self._records(map(int, ids)), strict=True):
-                name = fields.get(b"name")
-                # The id of a version that was deleted with its digest damaged is still there.
-                if not name or ref.owner not in ("", tenant_of(name.decode(errors="replace"))):
+        oldest, start = 0, 0
+        while ids := await reply(
+            self._client.zrange(keys.digest(ref.digest), start, start + _VERSIONS_AT_ONCE - 1)
+        ):
+            pipe = self._client.pipeline(transaction=False)
+            for version_id in ids:  # whole records may be large
+                pipe.hmget(keys.version(int(version_id)), "name", "base_model")
+            for version_id, (name, base_model) in zip(ids, await pipe.execute(), strict=True):
+                if not _is_owned(ref, name):
                     continue
-                if not base_model_id or _is_for(fields.get(b"base_model"), base_model_id):
-                    return int(version_id), fields
-                if not oldest[0]:
-                    oldest = int(version_id), fields
-            start, at_once = start + len(ids), _VERSIONS_AT_ONCE
+                if _is_for(base_model, base_model_id):
+                    return int(version_id)
+                oldest = oldest or int(version_id)
+            start += len(ids)
         return oldest
 
     async def _record(self, version_id: int) -> _Record:
         record: _Record = await reply(self._client.hgetall(keys.version(version_id)))
         return record
 
-    async def _records(self, version_ids: Iterable[int]) -> Sequence[_Record]:
+    async def _load_readable(self, version_ids: Sequence[int]) -> list[AdapterVersion | None]:
         pipe = self._client.pipeline(transaction=False)
         for version_id in version_ids:
             pipe.hgetall(keys.version(version_id))
-        records: Sequence[_Record] = await pipe.execute()
-        return records
-
-    async def _load_readable(self, version_ids: Sequence[int]) -> list[AdapterVersion | None]:
-        records = await self._records(version_ids)
-        return [_readable(id_, fields) for id_, fields in zip(version_ids, records, strict=True)]
+        return [_readable(id_, fields) for id_, fields in zip(version_ids, await pipe.execute(), strict=True)]
 
 
 def _bounds(prefix: str) -> tuple[str, str]:
@@ -292,7 +297,16 @@ def _readable(version_id: int, fields: Mapping[bytes, bytes]) -> AdapterVersion 
         return None
 
 
+def _is_owned(ref: AdapterRef, name: bytes | None) -> bool:
+    """Whether a version of this name is one of the owner's that a digest names."""
+    # The id of a version that was deleted with its digest damaged is still there.
+    return bool(name) and ref.owner in ("", tenant_of((name or b"").decode(errors="replace")))
+
+
 def _is_for(base_model: bytes | None, model_id: str) -> bool:
+    """Whether a version was registered for a base model; "": for any."""
+    if not model_id:
+        return True
     try:
         return decode_base_model(base_model or b"").id == model_id
     except (TypeError, ValueError):
