@@ -35,7 +35,7 @@ _MAX_SHOWN = 256  # whole names
 _MAX_DRAIN_S = 60.0
 _MAX_DRAIN_IDLE_S = 1.0
 
-WEAK_DURABILITY = (
+_WEAK_DURABILITY = (
     "the registry was started with --durability weak: what it has acknowledged may be lost when its store ends"
 )
 
@@ -49,9 +49,9 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         is_durable: whether the store keeps what was acknowledged; where it may not, new versions have a warning.
     """
 
-    def __init__(self, registry: Registry, *, is_durable: bool = True) -> None:
+    def __init__(self, registry: Registry, *, is_durable: bool) -> None:
         self._registry = registry
-        self._warnings = () if is_durable else (WEAK_DURABILITY,)
+        self._warnings = () if is_durable else (_WEAK_DURABILITY,)
 
     async def RegisterAdapter(
         self, request_iterator: AsyncIterator[pb.RegisterAdapterRequest], context: Context

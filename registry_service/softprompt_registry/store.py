@@ -210,24 +210,18 @@ class Store:
         self, ref: AdapterRef, base_model_id: str = ""
     ) -> tuple[AdapterVersion | None, bytes, Pointers | None]:
         """The version that a spelling names, its record's sha256, and its name's pointers where they were read."""
-        if ref.digest and (found := await self._find_first(ref, base_model_id)):
-            return *found, None
         # A version may be deleted after its id was found; the name may have another latest version by then.
         for _ in range(_MAX_LOOKUPS):
             version_id, known = await self._locate(ref, base_model_id)
             if not version_id:
                 break
-            version, sha256 = _decode(ref, version_id, await self._record(version_id))
+            fields = await self._record(version_id)
+            if ref.digest and fields and not _is_owned(ref, fields.get(b"name")):
+                break
+            version, sha256 = _decode(ref, version_id, fields)
             if version:
                 return version, sha256, known
         return None, b"", None
-
-    async def _find_first(self, ref: AdapterRef, base_model_id: str) -> tuple[AdapterVersion | None, bytes] | None:
-        """The first version with a digest, where it is the one that is meant: most digests have no other."""
-        ids = await reply(self._client.zrange(keys.digest(ref.digest), 0, 0))
-        fields = await self._record(int(ids[0])) if ids else {}
-        is_meant = _is_owned(ref, fields.get(b"name")) and _is_for(fields.get(b"base_model"), base_model_id)
-        return _decode(ref, int(ids[0]), fields) if is_meant else None
 
     async def _pointers(self, name: str) -> Pointers:
         [(_, replies)] = await self._ask_pointers([name])
@@ -252,14 +246,17 @@ class Store:
         return known.target(ref.alias or LATEST), known
 
     async def _oldest(self, ref: AdapterRef, base_model_id: str) -> int:
-        """The oldest version with a digest, of its owner where one is named; all have the same tensors.
+        """The oldest version with a digest, of its owner where one is named; all have the same tensors. 0: none.
 
-        One that was registered for the base model goes before older ones that were for others.
+        One that was registered for the base model goes before older ones that were for others. Where there is one
+        alone, it may be another owner's.
         """
         oldest, start = 0, 0
         while ids := await reply(
             self._client.zrange(keys.digest(ref.digest), start, start + _VERSIONS_AT_ONCE - 1)
         ):
+            if start == 0 and len(ids) == 1:
+                return int(ids[0])  # as most digests have it; whose it is, its record tells
             pipe = self._client.pipeline(transaction=False)
             for version_id in ids:  # whole records may be large
                 pipe.hmget(keys.version(int(version_id)), "name", "base_model")
