@@ -212,15 +212,16 @@ class Store:
         """The version that a spelling names, its record's sha256, and its name's pointers where they were read."""
         # A version may be deleted after its id was found; the name may have another latest version by then.
         for _ in range(_MAX_LOOKUPS):
-            version_id, known = await self._locate(ref, base_model_id)
-            if not version_id:
+            version_ids, known = await self._locate(ref, base_model_id)
+            if not version_ids:
                 break
-            fields = await self._record(version_id)
-            if ref.digest and fields and not _is_owned(ref, fields.get(b"name")):
-                break
-            version, sha256 = _decode(ref, version_id, fields)
-            if version:
-                return version, sha256, known
+            for version_id in version_ids:
+                fields = await self._record(version_id)
+                if ref.digest and fields and not _is_owned(ref, fields.get(b"name")):
+                    return None, b"", None
+                version, sha256 = _decode(ref, version_id, fields)
+                if version:
+                    return version, sha256, known
         return None, b"", None
 
     async def _pointers(self, name: str) -> Pointers:
@@ -235,39 +236,42 @@ class Store:
         replies, size = await pipe.execute(), pointers.NUM_REPLIES
         return [(name, replies[size * place : size * (place + 1)]) for place, name in enumerate(names)]
 
-    async def _locate(self, ref: AdapterRef, base_model_id: str) -> tuple[int, Pointers | None]:
-        """The id of the version that a spelling names (0: none), and its name's pointers where they were read."""
+    async def _locate(self, ref: AdapterRef, base_model_id: str) -> tuple[list[int], Pointers | None]:
+        """Ids of versions that a spelling names, first the one that is meant, and its name's pointers where read.
+
+        Any of them may be gone by now.
+        """
         if ref.digest:
-            return await self._oldest(ref, base_model_id), None
+            return await self._with_digest(ref, base_model_id), None
         if ref.version is not None:
             ids = await reply(self._client.zrangebyscore(keys.versions(ref.name), ref.version, ref.version))
-            return int(ids[0]) if ids else 0, None
+            return [int(version_id) for version_id in ids[:1]], None
         known = await self._pointers(ref.name)
-        return known.target(ref.alias or LATEST), known
+        target = known.target(ref.alias or LATEST)
+        return [target] if target else [], known
 
-    async def _oldest(self, ref: AdapterRef, base_model_id: str) -> int:
-        """The oldest version with a digest, of its owner where one is named; all have the same tensors. 0: none.
+    async def _with_digest(self, ref: AdapterRef, base_model_id: str) -> list[int]:
+        """Versions with a digest, of its owner where one is named, the oldest first; all have the same tensors.
 
-        One that was registered for the base model goes before older ones that were for others. Where there is one
-        alone, it may be another owner's.
+        Those that were registered for the base model go before others. Where there is one alone, it may be another
+        owner's.
         """
-        oldest, start = 0, 0
-        while ids := await reply(
-            self._client.zrange(keys.digest(ref.digest), start, start + _VERSIONS_AT_ONCE - 1)
+        preferred: list[int] = []
+        others: list[int] = []
+        start = 0
+        while not preferred and (
+            ids := await reply(self._client.zrange(keys.digest(ref.digest), start, start + _VERSIONS_AT_ONCE - 1))
         ):
             if start == 0 and len(ids) == 1:
-                return int(ids[0])  # as most digests have it; whose it is, its record tells
+                return [int(ids[0])]  # as most digests have it; whose it is, its record tells
             pipe = self._client.pipeline(transaction=False)
             for version_id in ids:  # whole records may be large
                 pipe.hmget(keys.version(int(version_id)), "name", "base_model")
             for version_id, (name, base_model) in zip(ids, await pipe.execute(), strict=True):
-                if not _is_owned(ref, name):
-                    continue
-                if _is_for(base_model, base_model_id):
-                    return int(version_id)
-                oldest = oldest or int(version_id)
+                if _is_owned(ref, name):
+                    (preferred if _is_for(base_model, base_model_id) else others).append(int(version_id))
             start += len(ids)
-        return oldest
+        return preferred + others
 
     async def _record(self, version_id: int) -> _Record:
         record: _Record = await reply(self._client.hgetall(keys.version(version_id)))
