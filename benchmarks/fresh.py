@@ -14,12 +14,12 @@ from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc as pb_grpc
 from softprompt_api.rpc.channel import CHUNK_BYTES, open_channel
 
+from benchmarks.adapters import random_lora
 from benchmarks.model_files import read_embedding_rows, read_linears
 
 # Rows of all soft prompts are taken from so many of the vocabulary's, with some noise.
 _NUM_ROWS = 4096
 _NOISE_SHARE = 0.1
-_LORA_DEVIATION = 0.02
 _TIMEOUT_S = 120.0
 
 
@@ -71,19 +71,7 @@ class FreshAdapters:
 
     def lora(self, number: int, rank: int) -> FreshAdapter:
         """A LoRA on every linear of the layers, in float16."""
-        random = np.random.default_rng([number, rank])
-        tensors = {}
-        for name, (num_out, num_in) in self._linears.items():
-            for matrix, shape in (("A", (rank, num_in)), ("B", (num_out, rank))):
-                values = np.float32(_LORA_DEVIATION) * random.standard_normal(shape, dtype=np.float32)
-                tensors[f"base_model.model.{name}.lora_{matrix}.weight"] = values.astype(np.float16)
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "r": rank,
-            "lora_alpha": rank,
-            "target_modules": sorted({name.rpartition(".")[2] for name in self._linears}),
-        }
+        config, tensors = random_lora(self._linears, number, rank)
         return FreshAdapter(config_json=json.dumps(config), tensors=save(tensors))
 
 

@@ -36,8 +36,10 @@ DECODE_SHARE = {
     ("1b", 256): Goal(must=0.40),
 }
 DECODE_OVER_TRANSFORMERS = {32: Goal(must=4.0), 256: Goal(must=8.0)}
-# B5: with a soft prompt of its own in each sequence, over the base model.
+# B5: a soft prompt of its own in each sequence, and many LoRAs, over the base model; and LoRAs over PEFT's.
 SOFT_OVER_BASE = Goal(must=0.97)
+LORA_OVER_BASE = Goal(must=0.80, stretch=0.90)
+LORA_OVER_PEFT = Goal(must=5.0)
 # B6: what a soft prompt's first request waits longer than one of the base model with as many more tokens; how long
 # a LoRA's waits; and what loading does to the gaps between tokens that others see.
 COLD_SOFT_PROMPT_MS = Goal(must=5.0, at_most=True)

@@ -1,6 +1,6 @@
-"""`python -m benchmarks.gpu`: decoding on one GPU (B4, and the soft prompts of B5), with random weights, offline.
+"""`python -m benchmarks.gpu`: decoding on one GPU (B4, B5), with random weights, offline.
 
-Needs torch, triton, transformers and peft: no service and no wire. There is no LoRA to measure in B5.
+Needs torch, triton, transformers and peft: no service and no wire.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks import goals
-from benchmarks.bench import CB_BLOCK_POSITIONS, OURS, Bench
+from benchmarks.bench import CB_BLOCK_POSITIONS, ORACLE, OURS, Bench
 from benchmarks.cases.common import BASE_ONLY, check_exact, measured
 from benchmarks.conditions import read_conditions
 from benchmarks.floor import decode_floor_s
@@ -34,9 +34,13 @@ _PEER_BATCHES = (32, 256)
 _CONTEXT = 512
 _NUM_TOKENS = 128
 _NUM_VIRTUAL_TOKENS = 20
+_NUM_LORAS, _LORA_RANK = 32, 16
+# Of each output where PEFT takes part, which computes a mixed batch's LoRAs one after the other.
+_NUM_PEFT_TOKENS = 32
 _TINY_BATCHES = (1, 3)
 _TINY_CONTEXT, _TINY_NUM_TOKENS = 32, 16
-# Positions in one block of transformers' continuous batching, by its default.
+PEFT = "peft"
+PEERS = (BASE_ONLY, PEFT)
 # Room for what stays cached beside the running sequences.
 _KV_MARGIN = 1.1
 _MODEL_TIMEOUT_S = 900.0
@@ -66,42 +70,61 @@ class GpuBench:
             self._decode(batch)
 
     def run_b5(self) -> None:
-        """As many sequences, each with a soft prompt of its own, against the base model with the same text."""
+        """As many sequences, each with a soft prompt of its own or one of some LoRAs, against the base model."""
         bench, count = self._bench, max(self._batches)
-        adapters = bench.adapters.make(count, _NUM_VIRTUAL_TOKENS)
+        prompts = bench.adapters.make(count, _NUM_VIRTUAL_TOKENS)
+        loras = bench.adapters.make_loras(_NUM_LORAS, _LORA_RANK)
+        kinds: dict[str, Sequence[str | None]] = {"base": [None], "soft": prompts, "LoRA": loras}
         side = bench.side(OURS)
-        side.load(adapters)
-        side.run(self._requests(-1, count, adapters))
-        rates: dict[str, list[float]] = {"base": [], "soft": []}
+        side.load([*prompts, *loras])
+        for adapters in kinds.values():
+            side.run(self._requests(-1, count, adapters))
+        rates: dict[str, list[float]] = {kind: [] for kind in kinds}
         for repeat in range(bench.size.num_repeats):
-            for kind, used in (("base", [None]), ("soft", adapters)):
-                outcome = side.run(self._requests(repeat, count, used))
+            for kind, adapters in kinds.items():
+                outcome = side.run(self._requests(repeat, count, adapters))
                 rates[kind].append(steady_rate(outcome.token_times_s))
                 bench.progress.turn(f"{self._name}, {count} sequences, {kind}: {rates[kind][-1]:,.0f} tokens/s")
         for kind, values in rates.items():
             measured(bench, "B5", f"ours, {kind}, {self._name}", values, metric="decode", x=count)
-        soft, base = median(rates["soft"]), median(rates["base"])
-        self._row(
-            "B5",
-            f"{self._name}, {count} soft prompts of {_NUM_VIRTUAL_TOKENS}",
-            soft,
-            peer="ours, base model",
-            peer_value=base,
-            compared=soft / base,
-            goal=goals.SOFT_OVER_BASE,
-        )
+        base = median(rates["base"])
+        whats = {"soft": f"{count} soft prompts of {_NUM_VIRTUAL_TOKENS}", "LoRA": _what_loras(count)}
+        for kind, goal in (("soft", goals.SOFT_OVER_BASE), ("LoRA", goals.LORA_OVER_BASE)):
+            value, what = median(rates[kind]), f"{self._name}, {whats[kind]}"
+            self._row("B5", what, value, peer="ours, base model", peer_value=base, goal=goal)
+        self._compare_loras(count, loras)
 
-    def _requests(self, repeat: int, count: int, adapters: Sequence[str | None]) -> list[Request]:
+    def _compare_loras(self, count: int, loras: Sequence[str]) -> None:
+        """Prompts and outputs of mixed LoRAs against PEFT's mixed batch."""
+        bench, options = self._bench, {"batch_size": count, "mix_loras": True}
+        jobs: dict[str, list[float]] = {OURS: [], PEFT: []}
+        try:
+            bench.side(PEFT).load(loras)
+            bench.side(PEFT).run(self._requests(-1, count, loras, num_tokens=2), **options)
+            for repeat in range(bench.size.num_repeats):
+                requests = self._requests(repeat, count, loras, num_tokens=_NUM_PEFT_TOKENS)
+                for name, rates in jobs.items():
+                    rates.append(num_output_tokens(requests) / bench.side(name).run(requests, **options).seconds)
+                    bench.progress.turn(f"{self._name}, {_what_loras(count)}, {name}: {rates[-1]:,.0f} tokens/s")
+        except SideFailed as error:
+            self._leave_out(PEFT, f"{self._name}, LoRAs", error)
+            return
+        what = f"{self._name}, {_what_loras(count)}, prompts and {_NUM_PEFT_TOKENS} tokens"
+        ours, theirs = median(jobs[OURS]), median(jobs[PEFT])
+        self._row("B5", what, ours, peer="PEFT, mixed batch", peer_value=theirs, goal=goals.LORA_OVER_PEFT)
+
+    def _requests(
+        self, repeat: int, count: int, adapters: Sequence[str | None], *, num_tokens: int | None = None
+    ) -> list[Request]:
         """Prompts such that the mean context over the output is `context`."""
-        prompt = Lengths(
-            shortest=self._context - self._num_tokens // 2, longest=self._context - self._num_tokens // 2
-        )
+        num_tokens = num_tokens or self._num_tokens
+        length = self._context - num_tokens // 2
         return make_requests(
             seed=1,
             repeat=repeat,
             count=count,
-            prompts=prompt,
-            outputs=Lengths(shortest=self._num_tokens, longest=self._num_tokens),
+            prompts=Lengths(shortest=length, longest=length),
+            outputs=Lengths(shortest=num_tokens, longest=num_tokens),
             vocab_size=self._bench.shape.vocab_size,
             adapters=adapters,
         )
@@ -130,7 +153,6 @@ class GpuBench:
             median(decode),
             peer="the machine's floor",
             peer_value=floor,
-            compared=share,
             goal=goals.DECODE_SHARE.get((self._name, batch), goals.NONE),
             floor_share=share,
         )
@@ -142,7 +164,6 @@ class GpuBench:
                 median(jobs),
                 peer=f"{peer} (sdpa)",
                 peer_value=value,
-                compared=median(jobs) / value if value else None,
                 goal=goals.DECODE_OVER_TRANSFORMERS.get(batch, goals.NONE),
             )
 
@@ -154,11 +175,14 @@ class GpuBench:
                 side.run(self._requests(-1, len(requests), [None]))
             rate = num_output_tokens(requests) / side.run(requests).seconds
         except SideFailed as error:
-            bench.results.unmeasured[f"{peer}, {self._name}, batch {len(requests)}"] = str(error)
-            bench.progress.say(f"{peer} is left out: {error}")
+            self._leave_out(peer, f"{self._name}, batch {len(requests)}", error)
             return None
         bench.progress.turn(f"{self._name}, batch {len(requests)}, {peer}: {rate:,.0f} tokens/s")
         return rate
+
+    def _leave_out(self, peer: str, what: str, error: SideFailed) -> None:
+        self._bench.results.unmeasured[f"{peer}, {what}"] = str(error)
+        self._bench.progress.say(f"{peer} is left out: {error}")
 
     def _row(
         self,
@@ -168,7 +192,6 @@ class GpuBench:
         *,
         peer: str,
         peer_value: float | None,
-        compared: float | None,
         goal: Goal,
         floor_share: float | None = None,
     ) -> None:
@@ -180,12 +203,16 @@ class GpuBench:
                 ours=ours,
                 peer=peer,
                 peer_value=peer_value,
-                compared=compared,
+                compared=None if peer_value is None else ours / peer_value,
                 must=goal.must,
                 stretch=goal.stretch,
                 floor_share=floor_share,
             )
         )
+
+
+def _what_loras(count: int) -> str:
+    return f"{count} sequences, {_NUM_LORAS} LoRAs of rank {_LORA_RANK}"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -195,7 +222,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a tiny model: to try the bench itself")
     parser.add_argument("--only", default=",".join(CASES), help="cases")
     parser.add_argument("--models", default=",".join(MODELS), help="shapes")
-    parser.add_argument("--peers", default=BASE_ONLY, help=f"{BASE_ONLY}, or none")
+    parser.add_argument("--peers", default=",".join(PEERS), help="peers to measure, or none")
     parser.add_argument("--repeats", type=int, default=FULL.num_repeats)
     parser.add_argument(
         "--folder", type=Path, help="where models are written, and found again; default: temporary"
@@ -212,7 +239,7 @@ def main(argv: Sequence[str]) -> int:
     cases = arguments.only.split(",")
     results = Results(size=size.name, num_repeats=size.num_repeats, conditions=read_conditions(list(argv)))
     batches = _TINY_BATCHES if arguments.tiny else _BATCHES
-    turns = {"B4": size.num_repeats * (len(batches) + len(_PEER_BATCHES)), "B5": size.num_repeats * 2}
+    turns = {"B4": size.num_repeats * (len(batches) + len(_PEER_BATCHES)), "B5": size.num_repeats * 5}
     arguments.out = arguments.out or results.default_path()
     progress = Progress({f"{case} {model}": turns[case] for model in models for case in cases})
     with ExitStack() as stack:
@@ -242,14 +269,19 @@ def _run_model(
     positions = int(max(batches) * longest * _KV_MARGIN)
     num_blocks = max(batches) * -(-longest // CB_BLOCK_POSITIONS) + 1
     settings = {
-        OURS: {"kv_cache_bytes": positions * shape.kv_bytes_per_token, "max_model_len": longest},
+        OURS: {
+            "kv_cache_bytes": positions * shape.kv_bytes_per_token,
+            "max_model_len": longest,
+            "max_loras": _NUM_LORAS,
+            "max_lora_rank": _LORA_RANK,
+        },
         BASE_ONLY: {"num_blocks": num_blocks},
     }
     with Bench(
         model=model,
         device=arguments.device,
         folder=folder / name,
-        peers=() if arguments.peers == "none" else (BASE_ONLY,),
+        peers=() if arguments.peers == "none" else arguments.peers.split(","),
         size=size,
         num_threads=None,
         results=results,
@@ -263,6 +295,10 @@ def _run_model(
             # Before the sides in bfloat16 take the memory.
             adapters = bench.adapters.make(size.check_requests // 2, _NUM_VIRTUAL_TOKENS)
             check_exact(bench, "B4, B5", f"{name}, base and soft prompts in one batch", [None, *adapters])
+            for side in (OURS, PEFT):
+                bench.close(side, ORACLE)  # PEFT takes no LoRA beside soft prompts
+            loras = bench.adapters.make_loras(size.check_requests // 2, _LORA_RANK)
+            check_exact(bench, "B5", f"{name}, LoRAs in one batch", loras)
         if check in results.unmeasured:
             return
         gpu = GpuBench(name, bench, batches=batches, context=context, num_tokens=num_tokens)

@@ -12,7 +12,14 @@ from softprompt_api.params import SamplingParams
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import Engine
-from softprompt_inference.engine.messages import AddRequest, Finish, LoadAdapter, SoftPromptPart, TextPart
+from softprompt_inference.engine.messages import (
+    AddRequest,
+    Finish,
+    LoadAdapter,
+    LoadLora,
+    SoftPromptPart,
+    TextPart,
+)
 from softprompt_inference.model.runner import load_runner
 from softprompt_inference.model.source import native_kernels_dir
 
@@ -25,16 +32,17 @@ class EngineWorker:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._digests: dict[str, str] = {}
+        self._loaded: dict[str, LoadAdapter | LoadLora] = {}
         self._num_requests = 0
 
     def load(self, adapters: Sequence[str]) -> None:
         """Put adapters on the device."""
         for adapter in adapters:
-            if adapter not in self._digests:
-                command = _read(Path(adapter))
+            if adapter not in self._loaded:
+                self._loaded[adapter] = command = _read(Path(adapter))
                 self._engine.handle(command)
-                self._digests[adapter] = command.digest
+        while self._engine.has_work:  # a LoRA is loaded piece by piece
+            self._engine.step()
 
     def run(self, requests: Sequence[Request], **_options: Any) -> Outcome:
         """Add all requests, then step until the last has ended."""
@@ -60,10 +68,14 @@ class EngineWorker:
     def _command(self, request: Request) -> AddRequest:
         self._num_requests += 1
         prompt: list[TextPart | SoftPromptPart] = [TextPart(token_ids=request.prompt_ids)]
-        if request.adapter is not None:
-            prompt.insert(0, SoftPromptPart(digest=self._digests[request.adapter]))
+        lora = ""
+        match None if request.adapter is None else self._loaded[request.adapter]:
+            case LoadAdapter(digest=digest):
+                prompt.insert(0, SoftPromptPart(digest=digest))
+            case LoadLora(digest=lora):
+                pass
         params = SamplingParams(temperature=0.0, max_tokens=request.num_tokens, ignore_eos=True)
-        return AddRequest(request_id=str(self._num_requests), prompt=prompt, params=params)
+        return AddRequest(request_id=str(self._num_requests), prompt=prompt, params=params, lora=lora)
 
 
 def make(
@@ -75,6 +87,8 @@ def make(
     num_threads: int | None,
     share: bool,
     max_model_len: int | None = None,
+    max_loras: int = 0,
+    max_lora_rank: int = 64,
 ) -> EngineWorker:
     """An engine.
 
@@ -84,6 +98,7 @@ def make(
         num_threads: of torch; None: its own choice.
         share: whether the KV of soft prompts is shared between requests.
         max_model_len: longest sequence; None: the model's own limit.
+        max_loras, max_lora_rank: most LoRAs on the device, and their largest rank.
     """
     config = EngineConfig(
         model_path=model,
@@ -92,7 +107,8 @@ def make(
         num_threads=num_threads,
         kv_cache_bytes=kv_cache_bytes,
         max_model_len=max_model_len,
-        max_loras=0,
+        max_loras=max_loras,
+        max_lora_rank=max_lora_rank,
         share=share,
         native_cache_dir=str(native_kernels_dir()),
     )
@@ -102,14 +118,12 @@ def make(
     return worker
 
 
-def _read(folder: Path) -> LoadAdapter:
+def _read(folder: Path) -> LoadAdapter | LoadLora:
     files = read_folder(folder)
     spec = parse_config(files.config_json)
     data = files.tensors_path.read_bytes()
     digest = adapter_digest(spec, hashlib.sha256(data).hexdigest())
-    command = Adapter.read(digest, spec, data).load_command()
-    assert isinstance(command, LoadAdapter), "workloads name soft prompts"
-    return command
+    return Adapter.read(digest, spec, data).load_command()
 
 
 if __name__ == "__main__":

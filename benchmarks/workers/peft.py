@@ -1,4 +1,4 @@
-"""PEFT: `generate` over padded batches, one adapter at a time, as PEFT must for soft prompts."""
+"""PEFT: `generate` over padded batches, one adapter at a time, as it must for soft prompts; LoRAs also mixed."""
 
 import time
 import warnings
@@ -15,6 +15,8 @@ from benchmarks.workers.protocol import main
 from benchmarks.workload import Outcome, Request
 
 _PAD = 0
+# PEFT's name for no adapter in a mixed batch.
+_NO_ADAPTER = "__base__"
 
 
 class Peft:
@@ -45,22 +47,31 @@ class Peft:
                 self._names[adapter] = name
 
     @torch.inference_mode()
-    def run(self, requests: Sequence[Request], *, batch_size: int = 1, **_options: Any) -> Outcome:
+    def run(
+        self, requests: Sequence[Request], *, batch_size: int = 1, mix_loras: bool = False, **_options: Any
+    ) -> Outcome:
         """Sorted by adapter, then by length, and cut into batches; a batch runs until its longest output is done.
 
         Sorting by a length that no server knows beforehand favours this side.
+
+        Args:
+            mix_loras: batches hold any LoRAs side by side.
         """
         token_ids: list[list[int]] = [[] for _ in requests]
         start = time.perf_counter()
-        for batch in _batches(requests, batch_size):
-            outputs = self._generate([requests[index] for index in batch])
+        for batch in _batches(requests, batch_size, mix_loras=mix_loras):
+            outputs = self._generate([requests[index] for index in batch], mix_loras=mix_loras)
             for index, output in zip(batch, outputs, strict=True):
                 token_ids[index] = output[: requests[index].num_tokens]
         return Outcome(seconds=time.perf_counter() - start, token_ids=token_ids, token_times_s=[])
 
-    def _generate(self, requests: Sequence[Request]) -> list[list[int]]:
-        model = self._base
-        if (adapter := requests[0].adapter) is not None:
+    def _generate(self, requests: Sequence[Request], *, mix_loras: bool) -> list[list[int]]:
+        model, options = self._base, {}
+        if mix_loras:
+            model = self._adapted
+            adapters = (request.adapter for request in requests)
+            options["adapter_names"] = [_NO_ADAPTER if name is None else self._names[name] for name in adapters]
+        elif (adapter := requests[0].adapter) is not None:
             model = self._adapted
             model.set_adapter(self._names[adapter])
         input_ids, mask = _pad([request.prompt_ids for request in requests])
@@ -69,15 +80,18 @@ class Peft:
             do_sample=False, max_new_tokens=num_tokens, eos_token_id=None, pad_token_id=_PAD, use_cache=True
         )
         outputs = model.generate(
-            input_ids=input_ids.to(self._device), attention_mask=mask.to(self._device), generation_config=config
+            input_ids=input_ids.to(self._device),
+            attention_mask=mask.to(self._device),
+            generation_config=config,
+            **options,
         )
         ids: list[list[int]] = outputs[:, input_ids.shape[1] :].tolist()
         return ids
 
 
-def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[int]]:
+def _batches(requests: Sequence[Request], batch_size: int, *, mix_loras: bool) -> Iterator[list[int]]:
     def adapter(index: int) -> str:
-        return requests[index].adapter or ""
+        return "" if mix_loras else requests[index].adapter or ""
 
     def lengths(index: int) -> tuple[str, int, int]:
         return adapter(index), requests[index].num_tokens, len(requests[index].prompt_ids)

@@ -10,16 +10,17 @@ PROGRAM = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from softprompt_kernels.act_mul.kernel import _kernel as act_mul
-from softprompt_kernels.embed_gather.kernel import _kernel as embed_gather
-from softprompt_kernels.kv_write.kernel import _kernel as kv_write
+from softprompt_kernels.act_mul.kernel import _act_mul_kernel as act_mul
+from softprompt_kernels.embed_gather.kernel import _embed_gather_kernel as embed_gather
+from softprompt_kernels.kv_write.kernel import _kv_write_kernel as kv_write
 from softprompt_kernels.lora_expand.kernel import _kernel as lora_expand
 from softprompt_kernels.lora_shrink.kernel import _kernel as lora_shrink
-from softprompt_kernels.paged_attention.kernel import _combine_kernel as combine
-from softprompt_kernels.paged_attention.kernel import _kernel as paged_attention
-from softprompt_kernels.rmsnorm.kernel import _kernel as rmsnorm
-from softprompt_kernels.rope.kernel import _kernel as rope
-from softprompt_kernels.sample.kernel import _kernel as sample
+from softprompt_kernels.paged_attention.kernel import _combine_splits_kernel as combine
+from softprompt_kernels.paged_attention.kernel import _paged_attention_kernel as paged_attention
+from softprompt_kernels.rmsnorm.kernel import _rmsnorm_kernel as rmsnorm
+from softprompt_kernels.rope.kernel import _rope_kernel as rope
+from softprompt_kernels.rope_kv_write.kernel import _rope_kv_write_kernel as rope_kv_write
+from softprompt_kernels.sample.kernel import _sample_kernel as sample
 
 KINDS = {
     "page_table_ptr": "*i32", "query_start_ptr": "*i32", "context_lens_ptr": "*i32",
@@ -44,7 +45,7 @@ compile_for_gpu(kv_write, D=64, ROW=192, BLOCK=256)
 for num_splits in (1, 16):
     compile_for_gpu(
         paged_attention, PAGE_SIZE=16, D=64, GROUP=3, BLOCK_Q=5, BLOCK_M=16, BLOCK_N=64, BLOCK_D=64,
-        HAS_SOFTCAP=True, HAS_WINDOW=True, HAS_SINKS=True, NUM_SPLITS=num_splits, MIN_TILES=2, PRECISION="tf32",
+        HAS_SOFTCAP=True, HAS_WINDOW=True, HAS_SINKS=True, NUM_SPLITS=num_splits, PRECISION="tf32",
     )
 compile_for_gpu(combine, D=80, BLOCK_D=128, NUM_SPLITS=16)
 for flag in (False, True):
@@ -53,13 +54,14 @@ for flag in (False, True):
 for tokens in (16, 64):
     compile_for_gpu(lora_shrink, PRECISION="tf32", BLOCK_T=tokens, BLOCK_R=64, BLOCK_K=64)
     compile_for_gpu(lora_expand, PRECISION="tf32", BLOCK_T=tokens, BLOCK_R=64, BLOCK_N=128)
-compile_for_gpu(rope, H=9, KV_HEADS=3, HALF=32, BLOCK_H=16, BLOCK_HALF=32)
+for kernel in (rope, rope_kv_write):
+    compile_for_gpu(kernel, H=9, KV_HEADS=3, HALF=32, BLOCK_H=16, BLOCK_HALF=32)
 for flag in (False, True):
     compile_for_gpu(sample, HAS_ALLOWED=flag, KEY_BITS=16, DIGIT_BITS=4, BLOCK=2048, NUM_TILES=64)
 KINDS |= {name: "*fp32" for name in ("q_ptr", "keys_ptr", "values_ptr", "sinks_ptr", "out_ptr")}
 compile_for_gpu(
     paged_attention, PAGE_SIZE=16, D=128, GROUP=4, BLOCK_Q=4, BLOCK_M=16, BLOCK_N=16, BLOCK_D=128,
-    HAS_SOFTCAP=False, HAS_WINDOW=False, HAS_SINKS=False, NUM_SPLITS=1, MIN_TILES=2, PRECISION="ieee",
+    HAS_SOFTCAP=False, HAS_WINDOW=False, HAS_SINKS=False, NUM_SPLITS=1, PRECISION="ieee",
 )
 """
 

@@ -197,10 +197,21 @@ def test_contexts_are_split_by_shapes_and_processors_alone(monkeypatch: pytest.M
     monkeypatch.setattr(kernel, "_num_processors", lambda _: 132)
     device = torch.device("cuda")
     assert kernel._plan_splits(8, 1024, device) == 32
-    assert kernel._plan_splits(8, 10, device) == 4
+    assert kernel._plan_splits(8, 10, device) == 8
     assert kernel._plan_splits(8, 1, device) == 1
     assert kernel._plan_splits(100, 1024, device) == 2
     assert kernel._plan_splits(2048, 1024, device) == 1
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+@pytest.mark.parametrize("num_processors", [1, 8, 100], ids="{} processors".format)
+def test_decodes_are_right_whatever_tiles_are_chosen_for_them(
+    num_processors: int, head_dim: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = pytest.importorskip("softprompt_kernels.paged_attention.kernel")
+    monkeypatch.setattr(kernel, "_num_processors", lambda _: num_processors)
+    case = make_case(LONG, head_dim=head_dim, dtype=torch.float16)
+    assert_close(run_kernel(case, device, scale=0.1), plain_answer(case, scale=0.1))
 
 
 def test_strided_queries_are_read_and_written_rightly(device: str) -> None:

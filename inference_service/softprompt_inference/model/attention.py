@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from softprompt_kernels import native
 from softprompt_kernels.kv_write import kv_write
 from softprompt_kernels.paged_attention import Plan, paged_attention, plan_paged_attention
+from softprompt_kernels.rope import rope
+from softprompt_kernels.rope_kv_write import rope_kv_write
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -23,15 +25,17 @@ from softprompt_inference.model.transfer import upload
 
 ATTENTION = "softprompt"
 _HANDLER = "softprompt_attention"
+_ROTARY = "softprompt_rotary"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCall:
     """One call of an attention module, after rotary and projections.
 
-    q      [T, H, D]
-    k, v   [T, Hkv, D]
-    sinks  [H], or None
+    q       [T, H, D]
+    k, v    [T, Hkv, D]
+    sinks   [H], or None
+    rotary  cos and sin, both [T, D], by which q and k are still to be turned as `rope` does; None: they are turned
     """
 
     q: Tensor
@@ -42,6 +46,7 @@ class AttentionCall:
     softcap: float | None
     sinks: Tensor | None
     unsupported: str
+    rotary: tuple[Tensor, Tensor] | None = None
 
 
 class Handler(Protocol):
@@ -82,8 +87,28 @@ def attention_forward(
         softcap=softcap,
         sinks=s_aux,
         unsupported=unsupported,
+        rotary=_left_rotary(query, key),
     )
     return attend(module, call)[None], None
+
+
+def leave_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Let the attention call that is given these very tensors turn them; cos and sin are [T, D].
+
+    A model that computes something else from them first is not noticed: whoever lets it do so checks its answers.
+    """
+    rotary = (cos, sin)
+    for tensor in (query, key):
+        setattr(tensor, _ROTARY, rotary)
+
+
+def _left_rotary(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor] | None:
+    rotary: tuple[Tensor, Tensor] | None = getattr(query, _ROTARY, None)
+    if rotary is not getattr(key, _ROTARY, None):
+        raise RuntimeError(
+            "of queries and keys, one is to be turned by its rotary embedding, and the other is not"
+        )
+    return rotary
 
 
 def attend(module: nn.Module, call: AttentionCall) -> Tensor:
@@ -117,7 +142,8 @@ class CallRecorder:
         self.calls.append((module, call))
         if call.unsupported or call.k.shape != call.v.shape:
             return call.q.new_zeros(*call.q.shape[:2], call.v.shape[2])
-        q, k, v = (tensor.transpose(0, 1) for tensor in (call.q, call.k, call.v))
+        q, k = (call.q, call.k) if call.rotary is None else rope(call.q, call.k, *call.rotary)
+        q, k, v = (tensor.transpose(0, 1) for tensor in (q, k, call.v))
         repeats = q.shape[0] // k.shape[0]
         k, v = k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=call.scale).transpose(0, 1)
@@ -247,9 +273,13 @@ class PagedLayer:
         batch = self.context.batch
         assert batch is not None, "the model ran outside a step"
         dtype = self.keys.dtype
-        kv_write(self.keys, self.values, call.k.to(dtype), call.v.to(dtype), batch.slots)
+        q, k, v = call.q.to(dtype), call.k.to(dtype), call.v.to(dtype)
+        if call.rotary is None:
+            kv_write(self.keys, self.values, k, v, batch.slots)
+        else:
+            q = rope_kv_write(q, k, v, *call.rotary, self.keys, self.values, batch.slots)
         return paged_attention(
-            call.q.to(dtype),
+            q,
             self.keys,
             self.values,
             batch.page_table,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _kernel(
+def _act_mul_kernel(
     gate_ptr,  # [T, n]
     up_ptr,  # [T, n]
     out_ptr,  # [T, n], contiguous
@@ -39,7 +39,7 @@ def act_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     n = gate.shape[-1]
     gate_rows, up_rows = gate.view(-1, n), up.view(-1, n)
     block = min(1024, triton.next_power_of_2(n))
-    _kernel[(gate_rows.shape[0], triton.cdiv(n, block))](
+    _act_mul_kernel[(gate_rows.shape[0], triton.cdiv(n, block))](
         gate_rows,
         up_rows,
         out,

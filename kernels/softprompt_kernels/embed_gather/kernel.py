@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _kernel(
+def _embed_gather_kernel(
     out_ptr,  # [T, hidden]
     rows_ptr,  # [num_rows, hidden]
     dst_ptr,  # [n] int64
@@ -34,4 +34,4 @@ def embed_gather(out: Tensor, rows: Tensor, dst: Tensor, src: Tensor) -> None:
     hidden = out.shape[1]
     block = min(1024, triton.next_power_of_2(hidden))
     grid = (dst.shape[0], triton.cdiv(hidden, block))
-    _kernel[grid](out, rows, dst, src, hidden, out.stride(0), rows.stride(0), BLOCK=block)
+    _embed_gather_kernel[grid](out, rows, dst, src, hidden, out.stride(0), rows.stride(0), BLOCK=block)

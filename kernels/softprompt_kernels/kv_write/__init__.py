@@ -16,7 +16,7 @@ from softprompt_kernels import native
 from softprompt_kernels.kv_write.reference import kv_write as _reference
 from softprompt_kernels.native import attention
 
-__all__ = ["kv_write"]
+__all__ = ["check", "kv_write"]
 
 
 def kv_write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -25,7 +25,7 @@ def kv_write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) 
     Raises:
         ValueError: shapes, dtypes or strides are not as listed.
     """
-    _check(keys, values, k, v, slots)
+    check(keys, values, k, v, slots)
     if keys.device.type == "cuda":
         # Triton is needed on a GPU only, and need not be installed elsewhere.
         from softprompt_kernels.kv_write.kernel import kv_write as _kernel
@@ -37,7 +37,8 @@ def kv_write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) 
         _reference(keys, values, k, v, slots)
 
 
-def _check(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+def check(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """Raise ValueError unless shapes, dtypes and strides are as listed."""
     if k.shape != (slots.shape[0], *keys.shape[2:]) or v.shape != k.shape or values.shape != keys.shape:
         raise ValueError(
             f"keys {list(keys.shape)}, values {list(values.shape)}, k {list(k.shape)}, v {list(v.shape)}, "

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _kernel(
+def _kv_write_kernel(
     keys_ptr,  # [P * page_size, Hkv * D], contiguous
     values_ptr,  # [P * page_size, Hkv * D], contiguous
     k_ptr,  # [T, Hkv, D]
@@ -38,7 +38,7 @@ def kv_write(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, slots: Tensor) 
     if num_tokens == 0:
         return
     row = num_kv_heads * head_dim
-    _kernel[(num_tokens,)](
+    _kv_write_kernel[(num_tokens,)](
         keys,
         values,
         k,

@@ -9,21 +9,20 @@ were all there is and leaves its sum, maximum and weighted values, which a secon
 """
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Parts of a context that are shorter cost more to combine than they save.
-_MIN_TILES_PER_SPLIT = 2
 _MAX_SPLITS = 32
 
 
 # A batch of one sequence must not compile the search away into a loop over constants, and no step shall compile
 # anew for how many pages its longest sequence has, or how many tokens are in it.
 @triton.jit(do_not_specialize=["num_sequences", "page_table_stride", "split_stride"])
-def _kernel(
+def _paged_attention_kernel(
     q_ptr,  # [T, H, D]
     keys_ptr,  # [P, page_size, Hkv, D]
     values_ptr,  # [P, page_size, Hkv, D]
@@ -61,7 +60,6 @@ def _kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
-    MIN_TILES: tl.constexpr,  # per split
     PRECISION: tl.constexpr,
 ):
     block = tl.program_id(0)
@@ -114,7 +112,7 @@ def _kernel(
         begin = tl.maximum(block_position - window + 1, 0) // BLOCK_N * BLOCK_N
     stop = end
     if NUM_SPLITS > 1:
-        num_tiles = tl.maximum(tl.cdiv(tl.cdiv(end - begin, BLOCK_N), NUM_SPLITS), MIN_TILES)
+        num_tiles = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), NUM_SPLITS)
         begin += tl.program_id(2) * num_tiles * BLOCK_N
         stop = tl.minimum(begin + num_tiles * BLOCK_N, end)
 
@@ -161,7 +159,7 @@ def _kernel(
 
 
 @triton.jit(do_not_specialize=["split_stride"])
-def _combine_kernel(
+def _combine_splits_kernel(
     parts_ptr,  # [NUM_SPLITS, T, H, D] float32, contiguous
     top_ptr,  # [NUM_SPLITS, T, H] float32
     total_ptr,  # [NUM_SPLITS, T, H] float32
@@ -217,26 +215,23 @@ def paged_attention(
     num_sequences = context_lens.shape[0]
     group = num_heads // num_kv_heads
     is_decode = num_tokens == num_sequences
-    # Tensor cores would round float32. Without them products are unrolled: larger tiles compile for minutes and
-    # take more registers than there are, as do many rows of large heads.
-    is_float32 = q.dtype == torch.float32
-    rows_per_program = 16 if is_decode or is_float32 or head_dim > 256 else 64
-    block_m = max(rows_per_program, triton.next_power_of_2(group))
-    block_q = block_m // group
     out = torch.empty_like(q)
     if num_tokens == 0:
         return out
-    block_n = 16 if is_float32 else 32 if head_dim > 128 else 64
+    num_programs = num_sequences * num_kv_heads if is_decode else None
+    tiles = _choose_tiles(q.dtype, head_dim, num_programs, _num_processors(q.device))
+    block_m = max(tiles.rows, triton.next_power_of_2(group))
+    block_q = block_m // group
     block_d = max(16, triton.next_power_of_2(head_dim))
     if num_splits is None:
-        max_tiles = triton.cdiv(page_table.shape[1] * page_size, block_n)
-        num_splits = _plan_splits(num_sequences * num_kv_heads, max_tiles, q.device) if is_decode else 1
+        max_tiles = triton.cdiv(page_table.shape[1] * page_size, tiles.positions)
+        num_splits = 1 if num_programs is None else _plan_splits(num_programs, max_tiles, q.device)
     parts, top, total = out, out, out
     if num_splits > 1:
         parts = torch.empty((num_splits, *q.shape), dtype=torch.float32, device=q.device)
         top, total = torch.empty((2, num_splits, num_tokens, num_heads), dtype=torch.float32, device=q.device)
     grid = (num_tokens // block_q + num_sequences, num_kv_heads, num_splits)
-    _kernel[grid](
+    _paged_attention_kernel[grid](
         q,
         keys,
         values,
@@ -268,17 +263,17 @@ def paged_attention(
         GROUP=group,
         BLOCK_Q=block_q,
         BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        BLOCK_N=tiles.positions,
         BLOCK_D=block_d,
         HAS_SOFTCAP=softcap is not None,
         HAS_WINDOW=sliding_window is not None,
         HAS_SINKS=sinks is not None,
         NUM_SPLITS=num_splits,
-        MIN_TILES=_MIN_TILES_PER_SPLIT,
-        PRECISION="ieee" if is_float32 else "tf32",
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=tiles.num_warps,
     )
     if num_splits > 1:
-        _combine_kernel[(num_tokens, num_heads)](
+        _combine_splits_kernel[(num_tokens, num_heads)](
             parts,
             top,
             total,
@@ -294,9 +289,44 @@ def paged_attention(
     return out
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tiles:
+    """Constants of a launch.
+
+    Attributes:
+        rows: queries times heads that share a key head, of one program.
+        positions: keys and values that it takes at once.
+    """
+
+    rows: int
+    positions: int
+    num_warps: int = 4
+
+
+def _choose_tiles(dtype: torch.dtype, head_dim: int, num_programs: int | None, num_processors: int) -> _Tiles:
+    """What was fastest on an H200, for heads of 64 and of 128 values.
+
+    Args:
+        num_programs: of a launch that only decodes, before contexts are split; None: there are prompts.
+    """
+    if dtype == torch.float32:
+        # Tensor cores would round it. Without them products are unrolled: larger tiles compile for minutes and
+        # take more registers than there are, as do many rows of large heads.
+        return _Tiles(rows=16, positions=16)
+    if head_dim > 128:
+        return _Tiles(rows=16 if num_programs is not None or head_dim > 256 else 64, positions=32)
+    if num_programs is None:
+        return _Tiles(rows=64, positions=32)
+    if num_programs < num_processors:  # contexts are split: short tiles, so that there is something to split
+        return _Tiles(rows=16, positions=64, num_warps=8)
+    if num_programs < 4 * num_processors:
+        return _Tiles(rows=16, positions=128, num_warps=8)
+    return _Tiles(rows=16, positions=128 if head_dim <= 64 else 64)
+
+
 def _plan_splits(num_programs: int, max_tiles: int, device: torch.device) -> int:
     """A power of two from shapes alone, never from lengths, so that a captured launch holds for every context."""
-    wanted = min(2 * _num_processors(device) // num_programs, max_tiles // _MIN_TILES_PER_SPLIT, _MAX_SPLITS)
+    wanted = min(2 * _num_processors(device) // num_programs, max_tiles, _MAX_SPLITS)
     return 1 << max(wanted, 1).bit_length() - 1
 
 

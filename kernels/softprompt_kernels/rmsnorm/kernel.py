@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _kernel(
+def _rmsnorm_kernel(
     x_ptr,  # [A, B, n]
     residual_ptr,  # [A, B, n], or unused
     weight_ptr,  # [n], contiguous
@@ -74,7 +74,7 @@ def _launch(
     residual_rows = rows if residual is None else _as_rows(residual)
     num_outer, num_inner, n = rows.shape
     block = triton.next_power_of_2(n)
-    _kernel[(num_outer * num_inner,)](
+    _rmsnorm_kernel[(num_outer * num_inner,)](
         rows,
         residual_rows,
         weight,

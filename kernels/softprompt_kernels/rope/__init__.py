@@ -16,7 +16,7 @@ from torch import Tensor
 from softprompt_kernels import native
 from softprompt_kernels.rope.reference import rope as _reference
 
-__all__ = ["rope"]
+__all__ = ["check", "rope"]
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +25,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     Raises:
         ValueError: shapes, dtypes or strides are not as listed.
     """
-    _check(q, k, cos, sin)
+    check(q, k, cos, sin)
     if q.device.type == "cuda":
         # Triton is needed on a GPU only, and need not be installed elsewhere.
         from softprompt_kernels.rope.kernel import rope as _kernel
@@ -36,7 +36,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return _reference(q, k, cos, sin)
 
 
-def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raise ValueError unless shapes, dtypes and strides are as listed."""
     num_tokens, head_dim = q.shape[0], q.shape[-1]
     if (
         not q.dim() == k.dim() == 3

@@ -9,7 +9,7 @@ _VALUES_PER_PROGRAM = 1024
 
 
 @triton.jit
-def _kernel(
+def _rope_kernel(
     q_ptr,  # [T, H, D]
     k_ptr,  # [T, Hkv, D]
     cos_ptr,  # [T, D]
@@ -70,7 +70,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     block_half = triton.next_power_of_2(head_dim // 2)
     all_heads = num_heads + num_kv_heads
     block_h = min(triton.next_power_of_2(all_heads), max(1, _VALUES_PER_PROGRAM // block_half))
-    _kernel[(num_tokens, triton.cdiv(all_heads, block_h))](
+    _rope_kernel[(num_tokens, triton.cdiv(all_heads, block_h))](
         q,
         k,
         cos,

@@ -87,7 +87,7 @@ def _invert(weights, wanted, SIZE: tl.constexpr):
 @triton.jit(
     do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr", "points_ptr"]
 )
-def _kernel(
+def _sample_kernel(
     logits_ptr,  # [n, V]
     allowed_ptr,  # [n, words] int32, or unused
     temperature_ptr,  # [n] float64
@@ -206,7 +206,7 @@ def sample(
     if num_rows == 0:
         return tokens
     block = min(_BLOCK, triton.next_power_of_2(vocab_size))
-    _kernel[(num_rows,)](
+    _sample_kernel[(num_rows,)](
         logits,
         tokens if allowed is None else allowed,
         temperature,

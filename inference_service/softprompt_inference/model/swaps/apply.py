@@ -6,7 +6,17 @@ from collections.abc import Callable
 from torch import nn
 
 from softprompt_inference.model.lora.context import LoraContext
-from softprompt_inference.model.swaps import activation, gated, layers, linears, norms, rotary, stacks
+from softprompt_inference.model.swaps import (
+    activation,
+    deferred_rotary,
+    gated,
+    layers,
+    linears,
+    norms,
+    residuals,
+    rotary,
+    stacks,
+)
 from softprompt_inference.model.swaps.verify import Swap, verify
 
 _log = logging.getLogger(__name__)
@@ -26,6 +36,8 @@ def apply_swaps(model: nn.Module, lora: LoraContext, run: Callable[[], object]) 
         ("gated MLPs", lambda: gated.find(model, lora)),
         ("linears", lambda: linears.find(model, run)),
         ("decoder layers", lambda: layers.find(model, lora)),
+        ("rotary embeddings with attention", lambda: deferred_rotary.find(model, run)),
+        ("residual sums", lambda: residuals.find(model, run)),
         ("stacks of decoder layers", lambda: stacks.find(model, run)),
     )
     for kind, find in finders:

@@ -1,6 +1,6 @@
 """Another forward for one module, put over its class's own and taken off again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,20 @@ def swap_forward(
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = previous
+
+    return Swap(name=name, apply=apply, undo=undo, run=run)
+
+
+def together(parts: Sequence[Swap], *, name: str, run: Callable[[Generator], Tensor]) -> Swap:
+    """Swaps of which all are kept, or none."""
+
+    def apply() -> None:
+        for part in parts:
+            part.apply()
+
+    def undo() -> None:
+        for part in reversed(parts):
+            part.undo()
 
     return Swap(name=name, apply=apply, undo=undo, run=run)
 

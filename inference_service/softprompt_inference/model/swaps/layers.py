@@ -39,7 +39,7 @@ def find(model: nn.Module, lora: LoraContext) -> list[Swap]:
 
 def _recognise(layer: Any) -> tuple[DecoderLayer, AttentionCall, norms.Norm] | None:
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-    if not isinstance(attention, nn.Module) or not isinstance(mlp, GatedMLP) or not norms.is_fused(layer):
+    if not isinstance(attention, nn.Module) or not isinstance(mlp, GatedMLP) or norms.fused_norm(layer) is None:
         return None
     if {name for name, _ in attention.named_children()} != {*_PROJECTIONS, "o_proj"}:
         return None
@@ -48,7 +48,7 @@ def _recognise(layer: Any) -> tuple[DecoderLayer, AttentionCall, norms.Norm] | N
     if not all(isinstance(part, NativeLinear) for part in parts) or not isinstance(mlp.product, NativeGate):
         return None
     before, between = (norms.recognise(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
-    if before is None or between is None or not rotary.is_replaced(attention):
+    if before is None or between is None or rotary.function_of(attention) is None:
         return None
     recorder = CallRecorder()
     norms.run_layer(layer, layer.forward, between, Generator().manual_seed(_SEED), recorder)

@@ -123,17 +123,30 @@ def _is_llama_shaped(layer: nn.Module, norm: Norm) -> bool:
 
 
 def _layer_forward(layer: Any, norm: Norm, hidden_states: Tensor, **others: Any) -> Tensor:
+    residual, added = layer_terms(layer, norm, hidden_states, **others)
+    return residual + added
+
+
+def layer_terms(layer: Any, norm: Norm, hidden_states: Tensor, **others: Any) -> tuple[Tensor, Tensor]:
+    """The residual and the MLP's answer, whose sum is what a layer of Llama's shape answers.
+
+    Args:
+        norm: the one between its attention and its MLP.
+    """
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **others)
     normed, residual = add_rms_norm(
         attended, hidden_states, norm.weight, eps=norm.eps, unit_offset=norm.unit_offset
     )
-    return residual + layer.mlp(normed)  # type: ignore[no-any-return]
+    return residual, layer.mlp(normed)
 
 
-def is_fused(layer: Any) -> bool:
-    """Whether a layer is of Llama's shape, and its residual sum was found to go with its norm."""
+def fused_norm(layer: Any) -> Norm | None:
+    """The norm with which the residual sum before it was found to go; None: the layer is not of Llama's shape."""
     forward = getattr(layer, "__dict__", {}).get("forward")
-    return isinstance(forward, partial) and forward.func is _layer_forward
+    if not isinstance(forward, partial) or forward.func is not _layer_forward:
+        return None
+    norm: Norm = forward.args[1]
+    return norm
 
 
 def run_layer(

@@ -50,14 +50,6 @@ def find(model: nn.Module, *, everywhere: bool = False) -> list[Swap]:
     return swaps
 
 
-def is_replaced(module: nn.Module) -> bool:
-    """Whether this attention module turns queries and keys by the kernel, half-split."""
-    function = getattr(module.__dict__.get("forward"), "__func__", None)
-    return isinstance(function, types.FunctionType) and (
-        getattr(function.__globals__.get(_FUNCTION), "__module__", None) == __name__
-    )
-
-
 def _calls_rotary(function: types.FunctionType) -> bool:
     return _FUNCTION in function.__code__.co_names and callable(function.__globals__.get(_FUNCTION))
 
@@ -75,9 +67,14 @@ def _with_kernel(forward: types.FunctionType, like: Tensor) -> types.FunctionTyp
         return None
     if not relative_error(actual, expected) < _ALIKE:
         return None
+    return with_function(forward, replacement)
+
+
+def with_function(forward: types.FunctionType, function: Rotary) -> types.FunctionType:
+    """The same forward with another rotary embedding."""
     copy = types.FunctionType(
         forward.__code__,
-        {**forward.__globals__, _FUNCTION: replacement},
+        {**forward.__globals__, _FUNCTION: function},
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,
@@ -86,11 +83,25 @@ def _with_kernel(forward: types.FunctionType, like: Tensor) -> types.FunctionTyp
     return copy
 
 
+def function_of(module: nn.Module) -> Rotary | None:
+    """The kernel's function by which this attention module turns queries and keys; None: it uses another."""
+    function = getattr(module.__dict__.get("forward"), "__func__", None)
+    if not isinstance(function, types.FunctionType):
+        return None
+    rotary: Rotary | None = function.__globals__.get(_FUNCTION)
+    return rotary if getattr(rotary, "__module__", None) == __name__ else None
+
+
+def is_plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether these are q [1, H, T, D], k [1, Hkv, T, D], cos and sin [1, T, D]."""
+    plain = q.dim() == 4 and q.shape[0] == 1 and q.dtype == k.dtype
+    return plain and cos.shape == (1, q.shape[2], q.shape[3]) and sin.shape == cos.shape
+
+
 def _make_rotary(original: Rotary) -> Rotary:
     def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **named: Any) -> Any:
-        """q [1, H, T, D], k [1, Hkv, T, D], cos and sin [1, T, D]; anything else goes the original's way."""
-        plain = not others and not named and q.dim() == 4 and q.shape[0] == 1 and q.dtype == k.dtype
-        if not plain or cos.shape != (1, q.shape[2], q.shape[3]) or sin.shape != cos.shape:
+        """Plain tensors without further arguments; anything else goes the original's way."""
+        if others or named or not is_plain(q, k, cos, sin):
             return original(q, k, cos, sin, *others, **named)
         q_out, k_out = rope(q[0].transpose(0, 1), k[0].transpose(0, 1), cos[0], sin[0])
         return q_out.transpose(0, 1)[None], k_out.transpose(0, 1)[None]

@@ -22,7 +22,7 @@ from softprompt_inference.model.attention import (
     detach,
     paged_step,
 )
-from softprompt_inference.model.swaps.forward import random_like, swap_forward
+from softprompt_inference.model.swaps.forward import random_like, swap_forward, together
 from softprompt_inference.model.swaps.layers import FusedForward, fused_forward
 from softprompt_inference.model.swaps.verify import Swap
 
@@ -150,16 +150,7 @@ def _swap(calls: Sequence[_Call]) -> Swap:
     parts = [
         swap_forward(layer, forward, name="", run=run) for layer, forward in zip(layers, forwards, strict=True)
     ]
-
-    def apply() -> None:
-        for part in parts:
-            part.apply()
-
-    def undo() -> None:
-        for part in parts:
-            part.undo()
-
-    return Swap(name=f"stack of {len(layers)} decoder layers", apply=apply, undo=undo, run=run)
+    return together(parts, name=f"stack of {len(layers)} decoder layers", run=run)
 
 
 def _run(layers: Sequence[nn.Module], forwards: Sequence[FusedForward], generator: Generator) -> Tensor:

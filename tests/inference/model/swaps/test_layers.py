@@ -154,7 +154,7 @@ def test_a_layer_that_computes_something_else_is_undone(lab: Any, monkeypatch: p
         q, k, v = before(self, hidden, cos, sin, step)
         return q, k, v + 1
 
-    monkeypatch.setattr(layers.norms, "is_fused", lambda _: True)
+    monkeypatch.setattr(layers.norms, "fused_norm", lambda _: True)
     monkeypatch.setattr(layers.DecoderLayer, "before", wrong)
     swaps = layers.find(loaded.model, loaded.lora)
     assert len(swaps) == len(loaded.layers)
