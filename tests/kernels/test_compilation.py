@@ -13,8 +13,8 @@ from triton.compiler import ASTSource
 from softprompt_kernels.act_mul.kernel import _act_mul_kernel as act_mul
 from softprompt_kernels.embed_gather.kernel import _embed_gather_kernel as embed_gather
 from softprompt_kernels.kv_write.kernel import _kv_write_kernel as kv_write
-from softprompt_kernels.lora_expand.kernel import _kernel as lora_expand
-from softprompt_kernels.lora_shrink.kernel import _kernel as lora_shrink
+from softprompt_kernels.lora_expand.kernel import _lora_expand_kernel as lora_expand
+from softprompt_kernels.lora_shrink.kernel import _lora_shrink_kernel as lora_shrink
 from softprompt_kernels.paged_attention.kernel import _combine_splits_kernel as combine
 from softprompt_kernels.paged_attention.kernel import _paged_attention_kernel as paged_attention
 from softprompt_kernels.rmsnorm.kernel import _rmsnorm_kernel as rmsnorm
@@ -26,7 +26,7 @@ KINDS = {
     "page_table_ptr": "*i32", "query_start_ptr": "*i32", "context_lens_ptr": "*i32",
     "slots_ptr": "*i64", "dst_ptr": "*i64", "src_ptr": "*i64", "scale": "fp32", "softcap": "fp32",
     "ranks_ptr": "*i32", "starts_ptr": "*i32", "tiles_ptr": "*i32", "order_ptr": "*i64", "scales_ptr": "*fp32",
-    "top_ptr": "*fp32", "total_ptr": "*fp32", "parts_ptr": "*fp32", "eps": "fp32",
+    "top_ptr": "*fp32", "h_ptr": "*fp32", "total_ptr": "*fp32", "parts_ptr": "*fp32", "eps": "fp32",
     "temperature_ptr": "*fp64", "top_p_ptr": "*fp64", "min_p_ptr": "*fp64", "points_ptr": "*fp64",
     "top_k_ptr": "*i64", "tokens_ptr": "*i64", "allowed_ptr": "*i32",
 }
@@ -52,8 +52,10 @@ for flag in (False, True):
     compile_for_gpu(act_mul, GELU_TANH=flag, BLOCK=1024)
     compile_for_gpu(rmsnorm, N=576, BLOCK=1024, HAS_RESIDUAL=flag, UNIT_OFFSET=flag)
 for tokens in (16, 64):
-    compile_for_gpu(lora_shrink, PRECISION="tf32", BLOCK_T=tokens, BLOCK_R=64, BLOCK_K=64)
-    compile_for_gpu(lora_expand, PRECISION="tf32", BLOCK_T=tokens, BLOCK_R=64, BLOCK_N=128)
+    compile_for_gpu(lora_shrink, PRECISION="tf32", NUM_PARTS=4, BLOCK_T=tokens, BLOCK_R=64, BLOCK_K=64)
+    compile_for_gpu(
+        lora_expand, PRECISION="tf32", NUM_SLICES=3, NUM_PARTS=4, BLOCK_T=tokens, BLOCK_R=64, BLOCK_N=128,
+    )
 for kernel in (rope, rope_kv_write):
     compile_for_gpu(kernel, H=9, KV_HEADS=3, HALF=32, BLOCK_H=16, BLOCK_HALF=32)
 for flag in (False, True):

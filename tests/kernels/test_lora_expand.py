@@ -15,18 +15,23 @@ NUM_FILLED, MAX_RANK = 6, 64
 
 
 def inputs(
-    starts: Sequence[int], slots: Sequence[int], order: Sequence[int], dtype: torch.dtype, seed: int = 0
+    starts: Sequence[int],
+    slots: Sequence[int],
+    order: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    num_parts: int = 3,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, h, b) of sums about as large as one; whatever a rank leaves out is NaN."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     num_slices = len(starts) - 1
     out = torch.randn(len(slots), starts[-1], generator=generator).to(dtype)
-    h = poisoned(len(order), num_slices, MAX_RANK, dtype=dtype)
+    h = poisoned(num_parts, len(order), num_slices, MAX_RANK, dtype=torch.float32)
     b = poisoned(NUM_FILLED, starts[-1], MAX_RANK, dtype=dtype)
     for part, (start, stop) in enumerate(pairwise(starts)):
         for place, token in enumerate(order):
             rank = RANKS[slots[token]][part]
-            h[place, part, :rank] = torch.randn(rank, generator=generator).to(dtype)
+            h[:, place, part, :rank] = torch.randn(num_parts, rank, generator=generator) * num_parts**-0.5
         for slot in range(NUM_FILLED):
             rank = RANKS[slot][part]
             values = torch.randn(stop - start, rank, generator=generator) * max(rank, 1) ** -0.5
@@ -57,7 +62,8 @@ def plain_answer(
         slot = slots[token]
         for part, (start, stop) in enumerate(pairwise(starts)):
             rank = RANKS[slot][part]
-            expected[token, start:stop] += b[slot, start:stop, :rank].double() @ h[place, part, :rank].double()
+            summed = h[:, place, part, :rank].double().sum(0)
+            expected[token, start:stop] += b[slot, start:stop, :rank].double() @ summed
     return expected
 
 
@@ -143,11 +149,11 @@ def test_real_sizes_on_a_gpu(
     ("change", "message"),
     [
         ({"out": torch.zeros(3, 9)}, "do not fit together"),
-        ({"h": torch.zeros(1, 2, 4)}, "do not fit together"),
+        ({"h": torch.zeros(1, 1, 2, 4)}, "do not fit together"),
         ({"b": torch.zeros(5, 10, 4)}, "do not fit together"),
         ({"starts": torch.tensor([0, 10], dtype=torch.int32)}, "do not fit together"),
-        ({"h": torch.zeros(2, 2, 4).half()}, "must be the same"),
-        ({"h": torch.zeros(2, 2, 4).half(), "b": torch.zeros(4, 10, 4).half()}, "or float32"),
+        ({"h": torch.zeros(1, 2, 2, 4).half()}, "must be float32"),
+        ({"b": torch.zeros(4, 10, 4).half()}, "as out is"),
         ({"ranks": torch.zeros(4, 2, dtype=torch.int64)}, "must be int32"),
         ({"starts": torch.tensor([0, 4, 10])}, "must be int32"),
         ({"out": torch.zeros(10, 3).T}, "dense"),
@@ -159,7 +165,7 @@ def test_inputs_that_do_not_fit_are_refused(
 ) -> None:
     fitting = {
         "out": torch.zeros(3, 10),
-        "h": torch.zeros(2, 2, 4),
+        "h": torch.zeros(1, 2, 2, 4),
         "b": torch.zeros(4, 10, 4),
         "ranks": torch.zeros(4, 2, dtype=torch.int32),
         "starts": torch.tensor([0, 4, 10], dtype=torch.int32),

@@ -34,7 +34,9 @@ def shrink(
 
 def check(h: Tensor, x: Tensor, a: Tensor, scales: Tensor, slots: Sequence[int], order: Sequence[int]) -> None:
     """The docstring's semantics in float64, token by token."""
-    assert h.shape == (len(order), NUM_SLICES, MAX_RANK)
+    assert h.dtype == torch.float32
+    assert h.shape[1:] == (len(order), NUM_SLICES, MAX_RANK)
+    h = h.double().sum(0).to(a.dtype)
     for place, token in enumerate(order):
         slot = slots[token]
         for part, rank in enumerate(RANKS[slot]):
@@ -76,7 +78,6 @@ def test_inputs_of_any_size_and_dtype(
     slots = [2, 0, -1, 4, 2, 3, 1]
     tiles = make_tiles(slots, 64, device)
     h = shrink(implementation, device, x, a, scales, ranks, tiles)
-    assert h.dtype == dtype
     check(h, x, a, scales, slots, tiles.order.tolist())
 
 
@@ -91,7 +92,6 @@ def test_weights_in_float32_of_a_batch_in_16_bits(
     slots = [2, 0, -1, 4, 2, 3, 1]
     tiles = make_tiles(slots, 16, device)
     h = shrink(implementation, device, x, a, scales, ranks, tiles)
-    assert h.dtype == torch.float32
     check(h, x, a, scales, slots, tiles.order.tolist())
 
 
@@ -106,6 +106,32 @@ def test_strided_tokens_are_read_rightly(
     tiles = make_tiles(slots, 16, device)
     h = shrink(implementation, device, x, a, scales, ranks, tiles)
     check(h, x, a, scales, slots, tiles.order.tolist())
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 16])
+@pytest.mark.parametrize("size", [17, 200, 1100])
+def test_inputs_may_be_cut_into_any_number_of_parts(
+    num_parts: int, size: int, device: str, make_tiles: Callable[..., LoraTiles]
+) -> None:
+    kernel = pytest.importorskip("softprompt_kernels.lora_shrink.kernel")
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(7, size, generator=generator)
+    a, scales, ranks = weights(size, torch.float32, generator)
+    slots = [2, 0, -1, 4, 2, 3, 1]
+    tiles = make_tiles(slots, 16, device)
+    tensors = (tensor.to(device) for tensor in (x, a, scales, ranks))
+    h = kernel.lora_shrink(*tensors, tiles, num_parts=num_parts).cpu()
+    assert len(h) == num_parts
+    check(h, x, a, scales, slots, tiles.order.tolist())
+
+
+def test_parts_are_planned_by_shapes_and_processors_alone() -> None:
+    kernel = pytest.importorskip("softprompt_kernels.lora_shrink.kernel")
+    assert kernel._plan_parts(3, 8, 132) == 8
+    assert kernel._plan_parts(3, 100, 132) == 16
+    assert kernel._plan_parts(96, 16, 132) == 4
+    assert kernel._plan_parts(4096, 16, 132) == 1
+    assert kernel._plan_parts(0, 16, 132) == 16
 
 
 @pytest.mark.gpu

@@ -194,7 +194,7 @@ def test_what_is_not_a_number_in_one_split_reaches_the_answer_of_its_sequence_al
 
 def test_contexts_are_split_by_shapes_and_processors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = pytest.importorskip("softprompt_kernels.paged_attention.kernel")
-    monkeypatch.setattr(kernel, "_num_processors", lambda _: 132)
+    monkeypatch.setattr(kernel, "num_processors", lambda _: 132)
     device = torch.device("cuda")
     assert kernel._plan_splits(8, 1024, device) == 32
     assert kernel._plan_splits(8, 10, device) == 8
@@ -209,7 +209,7 @@ def test_decodes_are_right_whatever_tiles_are_chosen_for_them(
     num_processors: int, head_dim: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel = pytest.importorskip("softprompt_kernels.paged_attention.kernel")
-    monkeypatch.setattr(kernel, "_num_processors", lambda _: num_processors)
+    monkeypatch.setattr(kernel, "num_processors", lambda _: num_processors)
     case = make_case(LONG, head_dim=head_dim, dtype=torch.float16)
     assert_close(run_kernel(case, device, scale=0.1), plain_answer(case, scale=0.1))
 

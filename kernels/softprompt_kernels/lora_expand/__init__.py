@@ -4,12 +4,13 @@ Semantics:
     for slot, first, count in tiles:
         for s in range(num_slices):
             r, columns = ranks[slot, s], slice(starts[s], starts[s + 1])
-            out[order[first : first + count], columns] += h[first : first + count, s, :r] @ b[slot, columns, :r].T
+            h_t = h[:, first : first + count, s, :r].sum(0)
+            out[order[first : first + count], columns] += h_t @ b[slot, columns, :r].T
 
 out     [T, out]           bf16/fp16/fp32, last stride 1, written; other tokens are left alone
-h       [n, S, R]          same dtype or fp32, contiguous; of `lora_shrink`
-b       [filled, out, R]   like h, contiguous; values behind a slot's rank are not read. Slots from `filled` on
-                           have nothing
+h       [P, n, S, R] fp32  contiguous; of `lora_shrink`
+b       [filled, out, R]   like out, or fp32; contiguous; values behind a slot's rank are not read. Slots from
+                           `filled` on have nothing
 ranks   [slots, S] int32   contiguous; 0: the slot has nothing for this slice
 starts  [S + 1] int32      columns of each slice, one beside the other, from 0 to out
 tiles                      see `lora_tiles`
@@ -38,7 +39,7 @@ def lora_expand(out: Tensor, h: Tensor, b: Tensor, ranks: Tensor, starts: Tensor
 
         _kernel(out, h, b, ranks, starts, tiles)
     elif native.supports_lora(out, b):
-        native.lora_expand(out, h, b, ranks, starts, tiles)
+        native.lora_expand(out, h.sum(0), b, ranks, starts, tiles)
     else:
         _reference(out, h, b, ranks, starts, tiles)
 
@@ -46,13 +47,13 @@ def lora_expand(out: Tensor, h: Tensor, b: Tensor, ranks: Tensor, starts: Tensor
 def _check(out: Tensor, h: Tensor, b: Tensor, ranks: Tensor, starts: Tensor, tiles: LoraTiles) -> None:
     num_slices = len(starts) - 1
     fits = out.dim() == 2 and b.dim() == 3 and out.shape[1] == b.shape[1] and ranks.shape[1:] == (num_slices,)
-    if not fits or len(b) > len(ranks) or h.shape != (len(tiles.order), num_slices, b.shape[2]):
+    if not fits or len(b) > len(ranks) or h.shape[1:] != (len(tiles.order), num_slices, b.shape[2]):
         raise ValueError(
             f"out {list(out.shape)}, h {list(h.shape)}, b {list(b.shape)}, ranks {list(ranks.shape)}, "
             f"starts {list(starts.shape)}, order {list(tiles.order.shape)} do not fit together"
         )
-    if h.dtype != b.dtype or b.dtype not in (out.dtype, torch.float32):
-        raise ValueError(f"out is {out.dtype}, h {h.dtype}, b {b.dtype}; h and b must be the same, or float32")
+    if h.dtype != torch.float32 or b.dtype not in (out.dtype, torch.float32):
+        raise ValueError(f"out is {out.dtype}, h {h.dtype}, b {b.dtype}; h must be float32, and b it or as out is")
     if ranks.dtype != torch.int32 or starts.dtype != torch.int32:
         raise ValueError(f"ranks are {ranks.dtype}, starts {starts.dtype}; they must be int32")
     if out.stride(1) != 1 or not (h.is_contiguous() and b.is_contiguous() and ranks.is_contiguous()):

@@ -10,6 +10,7 @@ from softprompt_kernels.lora_tiles import LoraTiles, pick_rows
 
 def lora_expand(out: Tensor, h: Tensor, b: Tensor, ranks: Tensor, starts: Tensor, tiles: LoraTiles) -> None:
     """Arguments as in `softprompt_kernels.lora_expand`."""
+    h = h.sum(0).to(b.dtype)
     rank_of, columns = ranks.tolist(), list(pairwise(starts.tolist()))
     for slot, first, count in tiles.tiles.tolist():
         if not any(rank_of[slot]):

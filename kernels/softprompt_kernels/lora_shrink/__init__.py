@@ -5,7 +5,7 @@ Semantics:
         for s in range(num_slices):
             r = ranks[slot, s]
             x_t = x[order[first : first + count]]
-            h[first : first + count, s, :r] = x_t @ a[slot, s, :r].T * scales[slot, s]
+            h[:, first : first + count, s, :r].sum(0) = x_t @ a[slot, s, :r].T * scales[slot, s]
 
 A slice is one of several linears that read the same input and whose products are made as one (q, k and v).
 
@@ -15,7 +15,8 @@ a       [filled, S, R, in] same dtype or fp32, contiguous; values behind a slot'
 scales  [slots, S]         fp32, contiguous
 ranks   [slots, S] int32   contiguous; 0: the slot has nothing for this slice
 tiles                      see `lora_tiles`
-h       [n, S, R]          like a, contiguous; sums in float32, rounded once; values behind a rank are not written
+h       [P, n, S, R] fp32  contiguous: the values in parts, each of some of the inputs, as many as are fast; values
+                           behind a rank are not written
 """
 
 import torch
@@ -41,7 +42,7 @@ def lora_shrink(x: Tensor, a: Tensor, scales: Tensor, ranks: Tensor, tiles: Lora
 
         return _kernel(x, a, scales, ranks, tiles)
     if native.supports_lora(x, a):
-        return native.lora_shrink(x, a, scales, ranks, tiles)
+        return native.lora_shrink(x, a, scales, ranks, tiles)[None]
     return _reference(x, a, scales, ranks, tiles)
 
 

@@ -1,4 +1,8 @@
-"""Triton kernel of `lora_shrink`: one program per (tile, slice), of which empty tiles end at once."""
+"""Triton kernel of `lora_shrink`: one program per (tile, slice, part of the inputs).
+
+A batch of decodes has few tiles, and a program that walks through thousands of inputs alone takes longer than the
+linear itself. So the inputs are cut into parts, whose sums `lora_expand` adds up: in one order, unlike atomics.
+"""
 
 import torch
 import triton
@@ -6,11 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from softprompt_kernels.lora_tiles import LoraTiles
+from softprompt_kernels.processors import num_processors
+
+_MAX_PARTS = 16
 
 
-@triton.jit
-def _kernel(
-    h_ptr,  # [n, S, R], contiguous
+# The number of tokens changes from step to step, for which nothing shall compile anew.
+@triton.jit(do_not_specialize=["part_stride"])
+def _lora_shrink_kernel(
+    h_ptr,  # [P, n, S, R] float32, contiguous
     x_ptr,  # [T, in]
     a_ptr,  # [filled, S, R, in], contiguous
     scales_ptr,  # [slots, S]
@@ -19,21 +27,24 @@ def _kernel(
     tiles_ptr,  # [m, 3] int32
     size,  # in
     x_stride,
+    part_stride,  # n * S * R
     num_slices,
     R,
+    NUM_PARTS: tl.constexpr,  # P
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,  # ≥ a tile's tokens
     BLOCK_R: tl.constexpr,  # ≥ R
     BLOCK_K: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    part = tl.program_id(1)
+    piece = tl.program_id(1)
+    part = tl.program_id(2)
     slot = tl.load(tiles_ptr + tile * 3).to(tl.int64)
     first = tl.load(tiles_ptr + tile * 3 + 1).to(tl.int64)
     count = tl.load(tiles_ptr + tile * 3 + 2)
     if count == 0:
         return
-    rank = tl.load(ranks_ptr + slot * num_slices + part)
+    rank = tl.load(ranks_ptr + slot * num_slices + piece)
     if rank == 0:
         return
     t = tl.arange(0, BLOCK_T)
@@ -42,25 +53,42 @@ def _kernel(
     is_token = t < count
     token = tl.load(order_ptr + first + t, mask=is_token, other=0)
     x_rows = x_ptr + token[:, None] * x_stride + k[None, :]
-    a_rows = a_ptr + ((slot * num_slices + part) * R + r[None, :]) * size + k[:, None]
+    a_rows = a_ptr + ((slot * num_slices + piece) * R + r[None, :]) * size + k[:, None]
     acc = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
-    for start in range(0, size, BLOCK_K):
+    part_size = tl.cdiv(tl.cdiv(size, BLOCK_K), NUM_PARTS) * BLOCK_K
+    begin = part * part_size
+    for start in range(begin, tl.minimum(begin + part_size, size), BLOCK_K):
         is_input = start + k < size
         x = tl.load(x_rows + start, mask=is_token[:, None] & is_input[None, :], other=0.0)
         a = tl.load(a_rows + start, mask=is_input[:, None] & (r < rank)[None, :], other=0.0)
         acc += tl.dot(x.to(a.dtype), a, input_precision=PRECISION)
-    scale = tl.load(scales_ptr + slot * num_slices + part)
-    out = h_ptr + ((first + t[:, None]) * num_slices + part) * R + r[None, :]
-    tl.store(out, (acc * scale).to(h_ptr.dtype.element_ty), mask=is_token[:, None] & (r < rank)[None, :])
+    scale = tl.load(scales_ptr + slot * num_slices + piece)
+    rows = part.to(tl.int64) * part_stride + ((first + t) * num_slices + piece) * R
+    tl.store(h_ptr + rows[:, None] + r[None, :], acc * scale, mask=is_token[:, None] & (r < rank)[None, :])
 
 
-def lora_shrink(x: Tensor, a: Tensor, scales: Tensor, ranks: Tensor, tiles: LoraTiles) -> Tensor:
-    """Launch the kernel; arguments as in `softprompt_kernels.lora_shrink`."""
+def lora_shrink(
+    x: Tensor, a: Tensor, scales: Tensor, ranks: Tensor, tiles: LoraTiles, *, num_parts: int | None = None
+) -> Tensor:
+    """Launch the kernel; arguments as in `softprompt_kernels.lora_shrink`.
+
+    Args:
+        num_parts: into which inputs are cut, a power of two; None: as many as fill the device.
+    """
     _, num_slices, max_rank, size = a.shape
-    h = torch.empty((len(tiles.order), num_slices, max_rank), dtype=a.dtype, device=x.device)
-    if len(tiles.tiles) == 0:
+    num_tiles = len(tiles.tiles)
+    # tl.dot wants 16 and more along every axis.
+    block_t = max(16, triton.next_power_of_2(tiles.max_tokens))
+    block_r = max(16, triton.next_power_of_2(max_rank))
+    # Without tensor cores, and of tiles of many values, larger ones take more registers than there are.
+    is_small = a.dtype != torch.float32 and block_t * block_r <= 512
+    block_k = 256 if is_small else 64
+    if num_parts is None:
+        num_parts = _plan_parts(num_tiles * num_slices, triton.cdiv(size, block_k), num_processors(x.device))
+    h = torch.empty((num_parts, len(tiles.order), num_slices, max_rank), dtype=torch.float32, device=x.device)
+    if num_tiles == 0:
         return h
-    _kernel[(len(tiles.tiles), num_slices)](
+    _lora_shrink_kernel[(num_tiles, num_slices, num_parts)](
         h,
         x,
         a,
@@ -70,12 +98,19 @@ def lora_shrink(x: Tensor, a: Tensor, scales: Tensor, ranks: Tensor, tiles: Lora
         tiles.tiles,
         size,
         x.stride(0),
+        h.stride(0),
         num_slices,
         max_rank,
+        NUM_PARTS=num_parts,
         PRECISION="ieee" if a.dtype == torch.float32 else "tf32",
-        # tl.dot wants 16 and more along every axis.
-        BLOCK_T=max(16, triton.next_power_of_2(tiles.max_tokens)),
-        BLOCK_R=max(16, triton.next_power_of_2(max_rank)),
-        BLOCK_K=64,
+        BLOCK_T=block_t,
+        BLOCK_R=block_r,
+        BLOCK_K=block_k,
     )
     return h
+
+
+def _plan_parts(num_programs: int, num_blocks: int, num_processors: int) -> int:
+    """A power of two from shapes alone, so that a captured launch holds for every step."""
+    wanted = min(4 * num_processors // max(num_programs, 1), num_blocks, _MAX_PARTS)
+    return 1 << max(wanted, 1).bit_length() - 1

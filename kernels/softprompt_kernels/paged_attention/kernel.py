@@ -8,13 +8,14 @@ Few decodes would leave most of a GPU idle. Their contexts are split among progr
 were all there is and leaves its sum, maximum and weighted values, which a second kernel combines (flash-decoding).
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from softprompt_kernels.processors import num_processors
 
 _MAX_SPLITS = 32
 
@@ -219,7 +220,7 @@ def paged_attention(
     if num_tokens == 0:
         return out
     num_programs = num_sequences * num_kv_heads if is_decode else None
-    tiles = _choose_tiles(q.dtype, head_dim, num_programs, _num_processors(q.device))
+    tiles = _choose_tiles(q.dtype, head_dim, num_programs, num_processors(q.device))
     block_m = max(tiles.rows, triton.next_power_of_2(group))
     block_q = block_m // group
     block_d = max(16, triton.next_power_of_2(head_dim))
@@ -326,10 +327,5 @@ def _choose_tiles(dtype: torch.dtype, head_dim: int, num_programs: int | None, n
 
 def _plan_splits(num_programs: int, max_tiles: int, device: torch.device) -> int:
     """A power of two from shapes alone, never from lengths, so that a captured launch holds for every context."""
-    wanted = min(2 * _num_processors(device) // num_programs, max_tiles, _MAX_SPLITS)
+    wanted = min(2 * num_processors(device) // num_programs, max_tiles, _MAX_SPLITS)
     return 1 << max(wanted, 1).bit_length() - 1
-
-
-@functools.cache
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
