@@ -174,7 +174,7 @@ class Logprobs:
     every: bytes = b""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # frozen, it would take three times as long to make
 class Output:
     """One step's result for one request: a token, log-probabilities of its prompt, or an end without a token.
 

@@ -38,7 +38,7 @@ class Matcher(Protocol):
         """Go on by this token."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # frozen, it would take three times as long to make
 class Sample:
     """Choose the token that follows a chunk.
 
@@ -79,7 +79,7 @@ class Scores:
     num_top: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # frozen, it would take three times as long to make
 class Chunk:
     """Consecutive positions of one sequence to compute.
 
@@ -149,7 +149,7 @@ class StepPlan:
     follows: Sequence[int] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # frozen, it would take three times as long to make
 class Sampled:
     """What came of a chunk that has a sample or scores; `error` instead where its logits were not finite.
 

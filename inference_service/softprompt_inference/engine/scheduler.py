@@ -360,14 +360,21 @@ class Scheduler:
         sequence.num_computed = stop = start + num_tokens
         if start < sequence.prompt_length:
             self._computed_prompt_tokens += min(stop, sequence.prompt_length) - start
-        if self._enable_prefix_caching:
-            for page_id, key in self._full_pages(sequence, stop):
-                self._pool.register(page_id, key)
-            for page_id, key in self._ends(sequence, stop):
-                self._pool.register_partial(page_id, key)
-        sequence.num_registered = stop // self._pool.page_size
-        sequence.num_ends_registered = bisect_right(sequence.soft_prompt_ends, stop)
-        self._release_source(sequence)
+        num_full = stop // self._pool.page_size
+        # Most decodes fill no page.
+        if num_full > sequence.num_registered or sequence.num_ends_registered < len(sequence.soft_prompt_ends):
+            if self._enable_prefix_caching:
+                self._register(sequence, stop)
+            sequence.num_registered = num_full
+            sequence.num_ends_registered = bisect_right(sequence.soft_prompt_ends, stop)
+        if sequence.source_page is not None:
+            self._release_source(sequence)
+
+    def _register(self, sequence: Sequence, num_positions: int) -> None:
+        for page_id, key in self._full_pages(sequence, num_positions):
+            self._pool.register(page_id, key)
+        for page_id, key in self._ends(sequence, num_positions):
+            self._pool.register_partial(page_id, key)
 
     def _release_source(self, sequence: Sequence, *, forget: bool = False) -> None:
         if sequence.source_page is not None:

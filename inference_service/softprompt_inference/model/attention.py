@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from softprompt_kernels import native
@@ -170,6 +171,7 @@ class LayerSpec:
 class StepBatch:
     """The geometry of one step, common to all layers.
 
+    positions     [T] int64               of each token in its sequence
     slots         [T] int64               where each token's key and value go: page * page_size + offset
     page_table    [B, max_pages] int32
     query_start   [B + 1] int32
@@ -178,6 +180,7 @@ class StepBatch:
     in_prompt     B                       whether each one's tokens are of its prompt
     """
 
+    positions: Tensor
     slots: Tensor
     page_table: Tensor
     query_start: Tensor
@@ -227,18 +230,21 @@ def build_step_batch(
         prefix_lens: positions of the soft prompt that each begins with; empty: none of any.
         in_prompt: whether each one's tokens are of its prompt; empty: of none.
     """
-    page_lists = [list(page_ids[: -(-(start + count) // page_size)]) for start, count, page_ids in spans]
-    width = max(map(len, page_lists))
-    query_start, slots = [0], []
-    for (start, count, _), pages in zip(spans, page_lists, strict=True):
-        query_start.append(query_start[-1] + count)
-        slots += page_slots(pages, start, start + count, page_size=page_size)
-    table = [pages + [0] * (width - len(pages)) for pages in page_lists]
+    starts, counts = (np.array([span[i] for span in spans]) for i in (0, 1))
+    num_pages = -(-(starts + counts) // page_size)
+    table = np.zeros((len(spans), num_pages.max()), dtype=np.int32)
+    for row, (_, _, page_ids), num in zip(table, spans, num_pages.tolist(), strict=True):
+        row[:num] = page_ids[:num]
+    query_start = np.concatenate([[0], counts.cumsum()])
+    sequences = np.repeat(np.arange(len(spans)), counts)
+    positions = np.arange(query_start[-1]) + (starts - query_start[:-1])[sequences]
+    slots = table[sequences, positions // page_size].astype(np.int64) * page_size + positions % page_size
     return StepBatch(
+        positions=upload(positions, torch.int64, device),
         slots=upload(slots, torch.int64, device),
         page_table=upload(table, torch.int32, device),
         query_start=upload(query_start, torch.int32, device),
-        context_lens=upload([start + count for start, count, _ in spans], torch.int32, device),
+        context_lens=upload(starts + counts, torch.int32, device),
         page_size=page_size,
         prefix_lens=prefix_lens,
         in_prompt=in_prompt,

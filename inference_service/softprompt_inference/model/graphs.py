@@ -20,8 +20,8 @@ from softprompt_inference.engine.plan import Chunk
 from softprompt_inference.model.attention import StepBatch
 from softprompt_inference.model.lora.context import TileBuffers
 
-# Token ids [n] int64, positions [n] int64, the step's geometry and its LoRAs' tiles → logits [n, vocabulary].
-Compute = Callable[[Tensor, Tensor, StepBatch, LoraTiles | None], Tensor]
+# Token ids [n] int64, the step's geometry and its LoRAs' tiles → logits [n, vocabulary].
+Compute = Callable[[Tensor, StepBatch, LoraTiles | None], Tensor]
 # Takes what a replay shall do, and may run it; returns the replay.
 Capture = Callable[[Callable[[], None]], Callable[[], object]]
 
@@ -112,7 +112,7 @@ class DecodeGraphs:
         self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
         # What the page table holds, row by row.
         self._host_table = torch.full(table_shape, scratch_page, dtype=torch.int32).numpy()
-        self._rows: list[list[int]] = [[scratch_page] for _ in range(max_sequences)]
+        self._rows: list[Sequence[int]] = [[scratch_page]] * max_sequences
 
         self._tiles = TileBuffers(max_sequences, max_loras, device) if max_loras else None
 
@@ -163,6 +163,7 @@ class DecodeGraphs:
         token_ids, positions, slots, context_lens = self._inputs[:, :size]
         self._context_lens[:size].copy_(context_lens)
         batch = StepBatch(
+            positions=positions,
             slots=slots,
             page_table=self._page_table[:size],
             query_start=self._query_start[: size + 1],
@@ -170,14 +171,14 @@ class DecodeGraphs:
             page_size=self._page_size,
         )
         tiles = self._tiles.view(size) if with_lora and self._tiles is not None else None
-        return self._model(token_ids, positions, batch, tiles)
+        return self._model(token_ids, batch, tiles)
 
     def _fill(self, chunks: Sequence[Chunk], size: int, *, with_lora: bool = False) -> None:
         """Bring the step and its padding into the static buffers."""
         if self._copied is not None:
             self._copied.synchronize()  # the last step's copies have left the staging memory
         page_size, count = self._page_size, len(chunks)
-        rows = [list(chunk.page_ids[: chunk.start // page_size + 1]) for chunk in chunks]
+        rows = [chunk.page_ids[: chunk.start // page_size + 1] for chunk in chunks]
         inputs = self._staged_inputs.numpy()
         starts = [chunk.start for chunk in chunks]
         inputs[0, :count] = [chunk.token_ids[0] for chunk in chunks]
@@ -186,15 +187,15 @@ class DecodeGraphs:
         inputs[3, :count] = [start + 1 for start in starts]
         inputs[:, count:size] = [[0], [0], [self._scratch_page * page_size], [1]]
         self._inputs.copy_(self._staged_inputs, non_blocking=True)
-        self._fill_page_table(rows + [[self._scratch_page]] * (size - count))
+        self._fill_page_table([*rows, *[[self._scratch_page]] * (size - count)])
         if with_lora and self._tiles is not None:
             self._tiles.fill([chunk.lora for chunk in chunks])
         if self._copied is not None:
             self._copied.record()
 
-    def _fill_page_table(self, rows: list[list[int]]) -> None:
+    def _fill_page_table(self, rows: list[Sequence[int]]) -> None:
         """Most steps need no other pages than the one before: then nothing is copied."""
-        changed = [i for i, row in enumerate(rows) if row != self._rows[i]]
+        changed = [i for i, (row, previous) in enumerate(zip(rows, self._rows, strict=False)) if row != previous]
         if not changed:
             return
         for i in changed:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -202,7 +203,6 @@ class ModelRunner:
             wanted = [i for i, chunk in enumerate(chunks) if chunk.sample is not None]
             return logits if len(wanted) == len(chunks) else logits[self._to_device(wanted)]
         spans = [(chunk.start, len(chunk.token_ids), chunk.page_ids) for chunk in chunks]
-        positions = [start + i for start, count, _ in spans for i in range(count)]
         sampled_rows: list[int] = []
         scored_rows: list[int] = []
         num_tokens = 0
@@ -212,21 +212,22 @@ class ModelRunner:
             num_tokens += len(chunk.token_ids)
             if chunk.sample is not None:
                 sampled_rows.append(num_tokens - 1)
-        slots = [chunk.lora for chunk in chunks for _ in chunk.token_ids]
-        self._context.batch = build_step_batch(
+        self._context.batch = batch = build_step_batch(
             spans,
             page_size=self._page_size,
             device=self.loaded.device,
             prefix_lens=[chunk.prefix_len for chunk in chunks],
             in_prompt=[chunk.in_prompt for chunk in chunks],
         )
-        self.loaded.lora.tiles = build_tiles(slots, self.loaded.device)
+        if any(chunk.lora >= 0 for chunk in chunks):
+            slots = [chunk.lora for chunk in chunks for _ in chunk.token_ids]
+            self.loaded.lora.tiles = build_tiles(slots, self.loaded.device)
         try:
             return self.loaded.logits(
-                self._embed([token_id for chunk in chunks for token_id in chunk.token_ids])
+                self._embed(list(chain.from_iterable(chunk.token_ids for chunk in chunks)))
                 if token_ids is None
                 else self.loaded.embedding(token_ids),
-                self._to_device(positions),
+                batch.positions,
                 self._to_device(sampled_rows + scored_rows),
             )
         finally:
@@ -243,15 +244,13 @@ class ModelRunner:
             for chunk in chunks
         )
 
-    def _compute_decodes(
-        self, token_ids: Tensor, positions: Tensor, batch: StepBatch, tiles: LoraTiles | None
-    ) -> Tensor:
+    def _compute_decodes(self, token_ids: Tensor, batch: StepBatch, tiles: LoraTiles | None) -> Tensor:
         """One text token for each sequence; logits of all: [n, vocabulary]. Never waits for the device."""
         self._context.batch = batch
         self.loaded.lora.tiles = tiles
         try:
             rows = torch.arange(len(token_ids), device=token_ids.device)
-            return self.loaded.logits(self.loaded.embedding(token_ids), positions, rows)
+            return self.loaded.logits(self.loaded.embedding(token_ids), batch.positions, rows)
         finally:
             self._context.batch = None
             self.loaded.lora.tiles = None
@@ -259,9 +258,9 @@ class ModelRunner:
     def _embed(self, token_ids: list[int]) -> Tensor:
         """Text through the model's own embedding (some scale there), adapter rows as they are: [T, hidden]."""
         vocab_size = self.loaded.vocab_size
-        places = [i for i, token_id in enumerate(token_ids) if token_id >= vocab_size]
-        if not places:
+        if max(token_ids) < vocab_size:
             return self.loaded.embedding(self._to_device(token_ids))  # type: ignore[no-any-return]
+        places = [i for i, token_id in enumerate(token_ids) if token_id >= vocab_size]
         sources = self._rows.find([token_ids[i] for i in places])
         text_ids = [token_id if token_id < vocab_size else 0 for token_id in token_ids]
         embeddings: Tensor = self.loaded.embedding(self._to_device(text_ids))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+def upload(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers, or lists of one length, on the device."""
     # From memory that is not pinned, a copy may wait for all that the device has to do.
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -9,10 +9,11 @@ Semantics:
 
 out     [T, out]           bf16/fp16/fp32, last stride 1, written; other tokens are left alone
 h       [P, n, S, R] fp32  contiguous; of `lora_shrink`
-b       [filled, out, R]   like out, or fp32; contiguous; values behind a slot's rank are not read. Slots from
+b       [filled, out, R]   like out, or fp32; contiguous; values behind a slot's rank do not matter. Slots from
                            `filled` on have nothing
 ranks   [slots, S] int32   contiguous; 0: the slot has nothing for this slice
 starts  [S + 1] int32      columns of each slice, one beside the other, from 0 to out
+unit                       divides every start; of a multiple of 16 a GPU reads and writes whole vectors
 tiles                      see `lora_tiles`
 """
 
@@ -26,7 +27,9 @@ from softprompt_kernels.lora_tiles import LoraTiles
 __all__ = ["lora_expand"]
 
 
-def lora_expand(out: Tensor, h: Tensor, b: Tensor, ranks: Tensor, starts: Tensor, tiles: LoraTiles) -> None:
+def lora_expand(
+    out: Tensor, h: Tensor, b: Tensor, ranks: Tensor, starts: Tensor, tiles: LoraTiles, unit: int = 1
+) -> None:
     """See the module's docstring.
 
     Raises:
@@ -37,7 +40,7 @@ def lora_expand(out: Tensor, h: Tensor, b: Tensor, ranks: Tensor, starts: Tensor
         # Triton is needed on a GPU only, and need not be installed elsewhere.
         from softprompt_kernels.lora_expand.kernel import lora_expand as _kernel
 
-        _kernel(out, h, b, ranks, starts, tiles)
+        _kernel(out, h, b, ranks, starts, tiles, unit)
     elif native.supports_lora(out, b):
         native.lora_expand(out, h.sum(0), b, ranks, starts, tiles)
     else:

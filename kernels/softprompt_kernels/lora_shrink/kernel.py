@@ -12,6 +12,7 @@ from torch import Tensor
 from softprompt_kernels.lora_tiles import LoraTiles
 from softprompt_kernels.processors import num_processors
 
+_PROGRAMS_PER_PROCESSOR = 4
 _MAX_PARTS = 16
 
 
@@ -44,14 +45,16 @@ def _lora_shrink_kernel(
     count = tl.load(tiles_ptr + tile * 3 + 2)
     if count == 0:
         return
-    rank = tl.load(ranks_ptr + slot * num_slices + piece)
-    if rank == 0:
-        return
     t = tl.arange(0, BLOCK_T)
     r = tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
     is_token = t < count
+    # All that the tile leads to at once: each load that waits for another costs as much as a block of inputs.
+    rank = tl.load(ranks_ptr + slot * num_slices + piece)
+    scale = tl.load(scales_ptr + slot * num_slices + piece)
     token = tl.load(order_ptr + first + t, mask=is_token, other=0)
+    if rank == 0:
+        return
     x_rows = x_ptr + token[:, None] * x_stride + k[None, :]
     a_rows = a_ptr + ((slot * num_slices + piece) * R + r[None, :]) * size + k[:, None]
     acc = tl.zeros([BLOCK_T, BLOCK_R], dtype=tl.float32)
@@ -62,7 +65,6 @@ def _lora_shrink_kernel(
         x = tl.load(x_rows + start, mask=is_token[:, None] & is_input[None, :], other=0.0)
         a = tl.load(a_rows + start, mask=is_input[:, None] & (r < rank)[None, :], other=0.0)
         acc += tl.dot(x.to(a.dtype), a, input_precision=PRECISION)
-    scale = tl.load(scales_ptr + slot * num_slices + piece)
     rows = part.to(tl.int64) * part_stride + ((first + t) * num_slices + piece) * R
     tl.store(h_ptr + rows[:, None] + r[None, :], acc * scale, mask=is_token[:, None] & (r < rank)[None, :])
 
@@ -80,9 +82,7 @@ def lora_shrink(
     # tl.dot wants 16 and more along every axis.
     block_t = max(16, triton.next_power_of_2(tiles.max_tokens))
     block_r = max(16, triton.next_power_of_2(max_rank))
-    # Without tensor cores, and of tiles of many values, larger ones take more registers than there are.
-    is_small = a.dtype != torch.float32 and block_t * block_r <= 512
-    block_k = 256 if is_small else 64
+    block_k = _plan_block(a.dtype, max(block_t, block_r))
     if num_parts is None:
         num_parts = _plan_parts(num_tiles * num_slices, triton.cdiv(size, block_k), num_processors(x.device))
     h = torch.empty((num_parts, len(tiles.order), num_slices, max_rank), dtype=torch.float32, device=x.device)
@@ -110,7 +110,13 @@ def lora_shrink(
     return h
 
 
+def _plan_block(dtype: torch.dtype, block_rows: int) -> int:
+    """Inputs that one program reads at once, of as many tokens or rows of a: as many as its memory holds well."""
+    # Without tensor cores, more take more registers than there are.
+    return 64 if dtype == torch.float32 else max(64, min(256, 2**13 // block_rows))
+
+
 def _plan_parts(num_programs: int, num_blocks: int, num_processors: int) -> int:
     """A power of two from shapes alone, so that a captured launch holds for every step."""
-    wanted = min(4 * num_processors // max(num_programs, 1), num_blocks, _MAX_PARTS)
+    wanted = min(_PROGRAMS_PER_PROCESSOR * num_processors // max(num_programs, 1), num_blocks, _MAX_PARTS)
     return 1 << max(wanted, 1).bit_length() - 1

@@ -42,21 +42,22 @@ class Model:
     """Notes what it is asked to compute, and answers every token with logits of its own."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Tensor, Tensor, StepBatch]] = []
+        self.calls: list[tuple[Tensor, StepBatch]] = []
         self.tiles: list[LoraTiles | None] = []
 
-    def __call__(self, token_ids: Tensor, positions: Tensor, batch: StepBatch, tiles: LoraTiles | None) -> Tensor:
+    def __call__(self, token_ids: Tensor, batch: StepBatch, tiles: LoraTiles | None) -> Tensor:
         self.tiles.append(tiles)
         copies = [tensor.clone() for tensor in (batch.slots, batch.page_table, batch.query_start)]
         noted = StepBatch(
+            positions=batch.positions.clone(),
             slots=copies[0],
             page_table=copies[1],
             query_start=copies[2],
             context_lens=batch.context_lens.clone(),
             page_size=batch.page_size,
         )
-        self.calls.append((token_ids.clone(), positions.clone(), noted))
-        return (token_ids * 1000 + positions)[:, None].float().expand(-1, VOCAB_SIZE)
+        self.calls.append((token_ids.clone(), noted))
+        return (token_ids * 1000 + batch.positions)[:, None].float().expand(-1, VOCAB_SIZE)
 
 
 def make_graphs(model: Model, *, max_sequences: int = 20, max_pages: int = 5, max_loras: int = 0) -> DecodeGraphs:
@@ -100,12 +101,12 @@ def test_a_step_takes_the_next_bucket_and_pads_it_with_the_scratch_page(count: i
     graphs = make_graphs(model)
     logits = graphs.run([chunk(3 + i, i, [50 + i] * 5) for i in range(count)])
     assert torch.equal(logits[:, 0], torch.tensor([1000.0 * (3 + i) + i for i in range(count)]))
-    [(token_ids, positions, batch)] = model.calls
+    [(token_ids, batch)] = model.calls
     size = len(token_ids)
     assert size == min(bucket for bucket in decode_buckets(20) if bucket >= count)
     assert batch.query_start.tolist() == list(range(size + 1))
     padding = slice(count, size)
-    assert token_ids[padding].tolist() == positions[padding].tolist() == [0] * (size - count)
+    assert token_ids[padding].tolist() == batch.positions[padding].tolist() == [0] * (size - count)
     assert batch.slots[padding].tolist() == [SCRATCH * PAGE_SIZE] * (size - count)
     assert batch.context_lens[padding].tolist() == [1] * (size - count)
     assert batch.page_table[padding, 0].tolist() == [SCRATCH] * (size - count)
@@ -123,9 +124,10 @@ def test_static_buffers_hold_what_an_eager_step_would(monkeypatch: pytest.Monkey
             sequences.append((start, [generator.randrange(90) for _ in range(5)]))
         sequences = [((start + 1) % 20, pages) for start, pages in sequences]
         graphs.run([chunk(5, start, pages) for start, pages in sequences])
-        *_, batch = model.calls.pop()
+        _, batch = model.calls.pop()
         expected = build_step_batch([(s, 1, pages) for s, pages in sequences], page_size=PAGE_SIZE, device=CPU)
         count = len(sequences)
+        assert torch.equal(batch.positions[:count], expected.positions)
         assert torch.equal(batch.slots[:count], expected.slots)
         assert torch.equal(batch.context_lens[:count], expected.context_lens)
         assert batch.context_lens.dtype == batch.page_table.dtype == torch.int32
@@ -141,9 +143,9 @@ def test_token_ids_of_the_device_take_the_place_of_those_of_the_chunks(count: in
     graphs = make_graphs(model)
     chunks = [chunk(3, i, [50 + i] * 5) for i in range(count)]
     graphs.run(chunks, torch.arange(count) + 20)
-    token_ids, positions, _ = model.calls[-1]
+    token_ids, batch = model.calls[-1]
     assert token_ids.tolist() == [*range(20, 20 + count), *[0] * (len(token_ids) - count)]
-    assert positions[:count].tolist() == list(range(count))
+    assert batch.positions[:count].tolist() == list(range(count))
     graphs.run(chunks)
     assert model.calls[-1][0][:count].tolist() == [3] * count
 

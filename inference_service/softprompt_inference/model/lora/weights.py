@@ -1,5 +1,6 @@
 """The LoRA weights of one product, for all slots, and what they add to it."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -62,6 +63,7 @@ class ProductWeights:
         widths = [linear.out_features for linear in product.linears]
         self._starts = [sum(widths[:i]) for i in range(len(widths) + 1)]
         self._device_starts = torch.tensor(self._starts, dtype=torch.int32, device=device)
+        self._unit = math.gcd(*widths)
         self._in_features = product.linears[0].in_features
         # On a processor, small products are faster in float32 than in 16 bits; PEFT has its adapters in it too.
         self._dtype = torch.float32 if device.type == "cpu" else product.linears[0].dtype
@@ -132,5 +134,5 @@ class ProductWeights:
         tiles = self._context.tiles
         if tiles is not None:
             h = lora_shrink(x[0].contiguous(), self._a, self._scales, self._ranks, tiles)
-            lora_expand(out[0], h, self._b, self._ranks, self._device_starts, tiles)
+            lora_expand(out[0], h, self._b, self._ranks, self._device_starts, tiles, self._unit)
         return out
