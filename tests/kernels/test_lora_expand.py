@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -40,7 +41,14 @@ def inputs(
 
 
 def expand(
-    implementation: str, device: str, out: Tensor, h: Tensor, b: Tensor, starts: Sequence[int], tiles: LoraTiles
+    implementation: str,
+    device: str,
+    out: Tensor,
+    h: Tensor,
+    b: Tensor,
+    starts: Sequence[int],
+    tiles: LoraTiles,
+    unit: int = 1,
 ) -> Tensor:
     """A copy of `out` after the operation."""
     operation = lora_expand
@@ -49,7 +57,7 @@ def expand(
     written = out.to(device).as_strided(out.shape, out.stride()) if device == "cuda" else out.clone()
     ranks = torch.tensor(RANKS, dtype=torch.int32, device=device)[:, : len(starts) - 1].contiguous()
     columns = torch.tensor(starts, dtype=torch.int32, device=device)
-    operation(written, h.to(device), b.to(device), ranks, columns, tiles)
+    operation(written, h.to(device), b.to(device), ranks, columns, tiles, unit)
     return written.cpu()
 
 
@@ -62,7 +70,7 @@ def plain_answer(
         slot = slots[token]
         for part, (start, stop) in enumerate(pairwise(starts)):
             rank = RANKS[slot][part]
-            summed = h[:, place, part, :rank].double().sum(0)
+            summed = h[:, place, part, :rank].sum(0).to(b.dtype).double()
             expected[token, start:stop] += b[slot, start:stop, :rank].double() @ summed
     return expected
 
@@ -130,18 +138,98 @@ def test_a_slice_whose_rank_is_zero_is_left_alone(
         assert torch.equal(written[token, start:stop], out[token, start:stop])
 
 
+@pytest.mark.parametrize("implementation", ["reference", "kernel"])
+@pytest.mark.parametrize(
+    ("starts", "unit"),
+    [((0, 48, 64, 352), 16), ((0, 64, 128, 192), 64), ((0, 40, 80, 100), 20), ((0, 320), 320), ((0, 16, 32), 1)],
+)
+def test_slices_may_begin_at_multiples_of_any_unit(
+    implementation: str, starts: tuple[int, ...], unit: int, device: str, make_tiles: Callable[..., LoraTiles]
+) -> None:
+    slots = [2, 0, -1, 4, 2, 3, 1]
+    tiles = make_tiles(slots, 16, device)
+    order = tiles.order.tolist()
+    out, h, b = inputs(starts, slots, order, torch.float32)
+    written = expand(implementation, device, out, h, b, starts, tiles, unit)
+    assert_close(written, plain_answer(out, h, b, starts, slots, order))
+
+
+@pytest.mark.parametrize("max_rank", [1, 8, 12, 24])
+def test_rows_of_any_number_of_ranks_are_read_rightly(
+    max_rank: int, device: str, make_tiles: Callable[..., LoraTiles]
+) -> None:
+    kernel = pytest.importorskip("softprompt_kernels.lora_expand.kernel")
+    generator = torch.Generator().manual_seed(1)
+    rank = max_rank * 2 // 3 or 1
+    tiles = make_tiles([0, -1, 1, 1], 16, device)
+    out = torch.randn(4, 80, generator=generator)
+    h, b = poisoned(2, 3, 1, max_rank, dtype=torch.float32), poisoned(2, 80, max_rank, dtype=torch.float32)
+    h[0, ..., :rank], h[1, ..., :rank] = torch.randn(2, 3, 1, rank, generator=generator) * rank**-0.5
+    b[..., :rank] = torch.randn(2, 80, rank, generator=generator)
+    written = out.to(device, copy=True)
+    ranks = torch.full((2, 1), rank, dtype=torch.int32, device=device)
+    starts = torch.tensor([0, 80], dtype=torch.int32, device=device)
+    kernel.lora_expand(written, h.to(device), b.to(device), ranks, starts, tiles, 80)
+    expected = out.double()
+    for place, (token, slot) in enumerate([(0, 0), (2, 1), (3, 1)]):
+        expected[token] += b[slot, :, :rank].double() @ h[:, place, 0, :rank].double().sum(0)
+    assert_close(written.cpu(), expected)
+
+
+@pytest.mark.parametrize("num_parts", [1, 8])
+def test_no_more_is_read_than_shrink_has_written(
+    num_parts: int, device: str, make_tiles: Callable[..., LoraTiles], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = pytest.importorskip("softprompt_kernels.lora_shrink.kernel")
+    generator = torch.Generator().manual_seed(2)
+    slots = [3, 1, -1, 5, 4, 3]
+    tiles = make_tiles(slots, 16, device)
+    # As the buffers of captured steps, there is room for more tokens than the step has.
+    tiles = replace(tiles, order=torch.cat([tiles.order, tiles.order.new_zeros(3)]))
+    starts = (0, 48, 64, 73)
+    out, _, b = inputs(starts, slots, tiles.order.tolist()[:5], torch.float32)
+    x, a = torch.randn(6, 150, generator=generator), torch.randn(NUM_FILLED, 3, MAX_RANK, 150, generator=generator)
+    a *= 150**-0.5
+    ranks, scales = torch.tensor(RANKS, dtype=torch.int32), torch.ones(len(RANKS), 3)
+
+    def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return poisoned(*shape, dtype=dtype, device=str(device))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel.torch, "empty", empty)
+        h = kernel.lora_shrink(*(each.to(device) for each in (x, a, scales, ranks)), tiles, num_parts=num_parts)
+    assert h.isnan().any()
+    written = expand("kernel", device, out, h, b, starts, tiles)
+    summed = torch.einsum("ti,tsri->tsr", x, a[slots])[tiles.order.cpu()][None]
+    assert_close(written, plain_answer(out, summed, b, starts, slots, tiles.order.tolist()[:5]))
+
+
+def test_columns_of_one_program_are_planned_by_shapes_and_processors_alone() -> None:
+    kernel = pytest.importorskip("softprompt_kernels.lora_expand.kernel")
+    assert kernel._plan_block(48, 4096, 16, 132) == 256
+    assert kernel._plan_block(48, 4096, 128, 132) == 128
+    assert kernel._plan_block(48, 4096, 1024, 132) == 64
+    assert kernel._plan_block(9, 4096, 16, 132) == 128
+    assert kernel._plan_block(1, 4096, 16, 132) == 64
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [1, 256, 4096])
+@pytest.mark.parametrize(("num_tokens", "max_tokens"), [(1, 16), (256, 16), (256, 64), (4096, 64)])
+@pytest.mark.parametrize("unit", [1, 1024])
 def test_real_sizes_on_a_gpu(
-    num_tokens: int, popular_slots: Callable[[str, int], list[int]], make_tiles: Callable[..., LoraTiles]
+    num_tokens: int,
+    max_tokens: int,
+    unit: int,
+    popular_slots: Callable[[str, int], list[int]],
+    make_tiles: Callable[..., LoraTiles],
 ) -> None:
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
     starts, slots = (0, 4096, 5120, 6144), popular_slots("zipf", num_tokens)
-    tiles = make_tiles(slots, 64, "cuda")
+    tiles = make_tiles(slots, max_tokens, "cuda")
     order = tiles.order.tolist()
     out, h, b = inputs(starts, slots, order, torch.bfloat16)
-    written = expand("operation", "cuda", out, h, b, starts, tiles)
+    written = expand("operation", "cuda", out, h, b, starts, tiles, unit)
     assert_close(written, plain_answer(out, h, b, starts, slots, order))
 
 

@@ -4,7 +4,7 @@ Semantics:
     for slot, first, count in tiles:
         for s in range(num_slices):
             r, columns = ranks[slot, s], slice(starts[s], starts[s + 1])
-            h_t = h[:, first : first + count, s, :r].sum(0)
+            h_t = h[:, first : first + count, s, :r].sum(0)  # rounded to the dtype of b
             out[order[first : first + count], columns] += h_t @ b[slot, columns, :r].T
 
 out     [T, out]           bf16/fp16/fp32, last stride 1, written; other tokens are left alone

@@ -105,8 +105,7 @@ def lora_expand(
         out.stride(0),
         h.stride(0),
         max_rank,
-        # No more than the compiler asks for, or it would compile anew for every unit.
-        16 if unit % 16 == 0 else 1,
+        unit,
         NUM_SLICES=num_slices,
         NUM_PARTS=num_parts,
         PRECISION="ieee" if b.dtype == torch.float32 else "tf32",

@@ -272,6 +272,7 @@ def paged_attention(
         NUM_SPLITS=num_splits,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
     )
     if num_splits > 1:
         _combine_splits_kernel[(num_tokens, num_heads)](
@@ -297,11 +298,13 @@ class _Tiles:
     Attributes:
         rows: queries times heads that share a key head, of one program.
         positions: keys and values that it takes at once.
+        num_stages: of them that are on their way at once.
     """
 
     rows: int
     positions: int
     num_warps: int = 4
+    num_stages: int = 3
 
 
 def _choose_tiles(dtype: torch.dtype, head_dim: int, num_programs: int | None, num_processors: int) -> _Tiles:
@@ -317,7 +320,7 @@ def _choose_tiles(dtype: torch.dtype, head_dim: int, num_programs: int | None, n
     if head_dim > 128:
         return _Tiles(rows=16 if num_programs is not None or head_dim > 256 else 64, positions=32)
     if num_programs is None:
-        return _Tiles(rows=64, positions=32)
+        return _Tiles(rows=64, positions=32, num_stages=2)
     if num_programs < num_processors:  # contexts are split: short tiles, so that there is something to split
         return _Tiles(rows=16, positions=64, num_warps=8)
     if num_programs < 4 * num_processors:
