@@ -134,10 +134,19 @@ def test_parts_are_planned_by_shapes_and_processors_alone() -> None:
     assert kernel._plan_parts(0, 16, 132) == 16
 
 
+def test_a_program_reads_fewer_inputs_at_once_of_more_rows() -> None:
+    kernel = pytest.importorskip("softprompt_kernels.lora_shrink.kernel")
+    assert [kernel._plan_block(torch.bfloat16, rows) for rows in (16, 32, 64, 128, 512)] == [256, 256, 128, 64, 64]
+    assert kernel._plan_block(torch.float32, 16) == 64
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [1, 256, 4096])
+@pytest.mark.parametrize(("num_tokens", "max_tokens"), [(1, 16), (256, 16), (256, 64), (4096, 64)])
 def test_real_sizes_on_a_gpu(
-    num_tokens: int, popular_slots: Callable[[str, int], list[int]], make_tiles: Callable[..., LoraTiles]
+    num_tokens: int,
+    max_tokens: int,
+    popular_slots: Callable[[str, int], list[int]],
+    make_tiles: Callable[..., LoraTiles],
 ) -> None:
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
@@ -145,9 +154,13 @@ def test_real_sizes_on_a_gpu(
     x = torch.randn(num_tokens, 4096, generator=generator).bfloat16()
     a, scales, ranks = weights(4096, torch.bfloat16, generator)
     slots = popular_slots("zipf", num_tokens)
-    tiles = make_tiles(slots, 64, "cuda")
+    tiles = make_tiles(slots, max_tokens, "cuda")
     h = shrink("operation", "cuda", x, a, scales, ranks, tiles)
     check(h, x, a, scales, slots, tiles.order.tolist())
+    again = shrink("operation", "cuda", x, a, scales, ranks, tiles)
+    for place, token in enumerate(tiles.order.tolist()):
+        for part, rank in enumerate(RANKS[slots[token]]):
+            assert torch.equal(again[:, place, part, :rank], h[:, place, part, :rank])
 
 
 @pytest.mark.parametrize(

@@ -96,3 +96,20 @@ def test_a_slot_that_is_used_again_keeps_nothing_of_the_former(
     expected = module(x)
     expected[0, 0, 7:] += other[1] @ other[0] @ x[0, 0]
     torch.testing.assert_close(compute(module, context, x, [0]), expected)
+
+
+@pytest.mark.parametrize(("widths", "unit"), [((2048, 512, 512), 512), ((96, 48), 48), ((64,), 64), (WIDTHS, 1)])
+def test_kernels_are_told_what_divides_the_columns_of_every_linear(
+    widths: tuple[int, ...], unit: int, context: LoraContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = nn.Linear(SIZE, sum(widths), dtype=torch.float32)
+    linears = tuple(
+        Linear(name=str(i), in_features=SIZE, out_features=width, dtype=torch.float32)
+        for i, width in enumerate(widths)
+    )
+    weights = ProductWeights(Product(module=module, linears=linears), context, MAX_LORAS, CPU)
+    weights.put(0, 0, torch.ones(1, SIZE), torch.ones(widths[0], 1), 1.0)
+    told = []
+    monkeypatch.setattr("softprompt_inference.model.lora.weights.lora_expand", lambda *args: told.append(args[-1]))
+    compute(module, context, torch.ones(1, 1, SIZE), [0])
+    assert told == [unit]
