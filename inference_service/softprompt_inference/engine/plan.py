@@ -38,7 +38,7 @@ class Matcher(Protocol):
         """Go on by this token."""
 
 
-@dataclass(slots=True, kw_only=True)  # frozen, it would take three times as long to make
+@dataclass(slots=True)  # frozen, or by keywords, it would take several times as long to make
 class Sample:
     """Choose the token that follows a chunk.
 
@@ -79,15 +79,15 @@ class Scores:
     num_top: int
 
 
-@dataclass(slots=True, kw_only=True)  # frozen, it would take three times as long to make
+@dataclass(slots=True)  # frozen, or by keywords, it would take several times as long to make
 class Chunk:
     """Consecutive positions of one sequence to compute.
 
     Attributes:
         token_ids: ids to compute; an id ≥ vocab_size is a virtual token.
         start: absolute position of the first; KV of all positions before it is in the pages.
-        page_ids: pages of the sequence in order, covering start + len(token_ids) positions or more; live, not to
-            be kept.
+        page_ids: pages of the sequence in order, covering start + len(token_ids) positions or more; live: the same
+            list as long as the sequence runs, which only grows.
         sample: set when the last position's logits choose a token.
         lora: slot of the LoRA that computes them; −1: none.
         prefix_len: positions of the soft prompt that the sequence begins with.
@@ -149,7 +149,7 @@ class StepPlan:
     follows: Sequence[int] = ()
 
 
-@dataclass(slots=True, kw_only=True)  # frozen, it would take three times as long to make
+@dataclass(slots=True)  # frozen, or by keywords, it would take several times as long to make
 class Sampled:
     """What came of a chunk that has a sample or scores; `error` instead where its logits were not finite.
 

@@ -208,11 +208,19 @@ class Scheduler:
         self._planned.append(sequence)
         if chunk.scores is not None:
             self._scores_left -= len(chunk.scores.rows)
-        if self._enable_prefix_caching:
-            self._coming.update(key for _, key in self._full_pages(sequence, sequence.num_computed + num_tokens))
-            self._coming.update(key for _, key in self._ends(sequence, sequence.num_computed + num_tokens))
-        is_whole = sequence.num_computed + num_tokens == len(sequence.token_ids)
-        return budget - num_tokens if is_whole else 0
+        stop = sequence.num_computed + num_tokens
+        if self._enable_prefix_caching and self._fills_more(sequence, stop):
+            self._coming.update(key for _, key in self._full_pages(sequence, stop))
+            self._coming.update(key for _, key in self._ends(sequence, stop))
+        return budget - num_tokens if stop == len(sequence.token_ids) else 0
+
+    def _fills_more(self, sequence: Sequence, num_positions: int) -> bool:
+        """Whether that many positions may fill pages, or hold soft prompts, that are not yet registered; those of
+        most decodes do not."""
+        return (
+            num_positions // self._pool.page_size > sequence.num_registered
+            or len(sequence.soft_prompt_ends) > sequence.num_ends_registered
+        )
 
     def _full_pages(self, sequence: Sequence, num_positions: int) -> Iterable[tuple[int, PageKey]]:
         """(page, key) of the full pages of that many positions which are not yet registered."""
@@ -360,12 +368,10 @@ class Scheduler:
         sequence.num_computed = stop = start + num_tokens
         if start < sequence.prompt_length:
             self._computed_prompt_tokens += min(stop, sequence.prompt_length) - start
-        num_full = stop // self._pool.page_size
-        # Most decodes fill no page.
-        if num_full > sequence.num_registered or sequence.num_ends_registered < len(sequence.soft_prompt_ends):
+        if self._fills_more(sequence, stop):
             if self._enable_prefix_caching:
                 self._register(sequence, stop)
-            sequence.num_registered = num_full
+            sequence.num_registered = stop // self._pool.page_size
             sequence.num_ends_registered = bisect_right(sequence.soft_prompt_ends, stop)
         if sequence.source_page is not None:
             self._release_source(sequence)

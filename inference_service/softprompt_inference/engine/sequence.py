@@ -249,14 +249,14 @@ class Sequence:
         token_ids = self.token_ids
         is_last = stop == len(token_ids) and self._max_outputs > 0
         return Chunk(
-            token_ids=token_ids[start:stop],
-            start=start,
-            page_ids=self.page_ids,
-            sample=self._sample(len(self.output_ids)) if is_last else None,
-            lora=self.lora_slot,
-            prefix_len=self.prefix_len,
-            scores=self._scores(start, stop) if self.has_scores else None,
-            in_prompt=start < self.prompt_length,
+            token_ids[start:stop],
+            start,
+            self.page_ids,
+            self._sample(len(self.output_ids)) if is_last else None,
+            self.lora_slot,
+            self.prefix_len,
+            self._scores(start, stop) if self.has_scores else None,
+            start < self.prompt_length,
         )
 
     def _scores(self, start: int, stop: int) -> Scores | None:
@@ -285,26 +285,22 @@ class Sequence:
 
     def following_chunk(self) -> Chunk:
         """The position behind token_ids, whose token is being chosen and stands here as 0."""
-        return Chunk(
-            token_ids=(0,),
-            start=len(self.token_ids),
-            page_ids=self.page_ids,
-            sample=self._sample(len(self.output_ids) + 1),
-            lora=self.lora_slot,
-            prefix_len=self.prefix_len,
-        )
+        sample = self._sample(len(self.output_ids) + 1)
+        return Chunk((0,), len(self.token_ids), self.page_ids, sample, self.lora_slot, self.prefix_len)
 
     def _sample(self, num_outputs: int) -> Sample:
-        params = self.request.params
+        request = self.request
+        params = request.params
+        banned_ids = self._banned_ids if num_outputs < params.min_tokens else self._ignored_ids
         return Sample(
-            params=params,
-            seed=self.request.seed,
-            index=num_outputs,
-            prompt_ids=self.text_ids,
-            output_ids=self.output_ids,
-            banned_ids=self._banned_ids if num_outputs < params.min_tokens else self._ignored_ids,
-            all_logprobs=self.request.all_logprobs,
-            matcher=self.matcher,
+            params,
+            request.seed,
+            num_outputs,
+            self.text_ids,
+            self.output_ids,
+            banned_ids,
+            request.all_logprobs,
+            self.matcher,
         )
 
     def reset(self, state: State) -> None:
@@ -354,11 +350,7 @@ class Sequence:
             finish, stop_token_id = Finish.STOP, token_id
         elif num_outputs >= self._max_outputs:
             finish = Finish.LENGTH
-        return Output(
-            request_id=self.request.request_id,
-            token_id=token_id,
-            logprobs=sampled.logprobs,
-            finish=finish,
-            stop_token_id=stop_token_id,
-            cached_tokens=self.num_cached if num_outputs == 1 else None,
-        )
+        output = Output(self.request.request_id, token_id, sampled.logprobs, finish, stop_token_id)
+        if num_outputs == 1:
+            output.cached_tokens = self.num_cached
+        return output

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from softprompt_kernels.lora_tiles import LoraTiles
 from torch import Tensor
@@ -110,9 +111,11 @@ class DecodeGraphs:
         self._staged_inputs = torch.zeros(4, max_sequences, dtype=torch.int64, pin_memory=on_cuda)
         self._staged_table = torch.zeros(max_sequences * max_pages, dtype=torch.int32, pin_memory=on_cuda)
         self._copied = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
-        # What the page table holds, row by row.
+        # What the page table holds: so many of the pages in each row's list, which grows but never changes.
         self._host_table = torch.full(table_shape, scratch_page, dtype=torch.int32).numpy()
-        self._rows: list[Sequence[int]] = [[scratch_page]] * max_sequences
+        self._padding = (scratch_page,)
+        self._page_lists: list[Sequence[int]] = [self._padding] * max_sequences
+        self._num_pages = np.ones(max_sequences, dtype=np.int64)
 
         self._tiles = TileBuffers(max_sequences, max_loras, device) if max_loras else None
 
@@ -177,31 +180,36 @@ class DecodeGraphs:
         """Bring the step and its padding into the static buffers."""
         if self._copied is not None:
             self._copied.synchronize()  # the last step's copies have left the staging memory
-        page_size, count = self._page_size, len(chunks)
-        rows = [chunk.page_ids[: chunk.start // page_size + 1] for chunk in chunks]
-        inputs = self._staged_inputs.numpy()
-        starts = [chunk.start for chunk in chunks]
-        inputs[0, :count] = [chunk.token_ids[0] for chunk in chunks]
-        inputs[1, :count] = starts
-        inputs[2, :count] = [row[-1] * page_size + p % page_size for row, p in zip(rows, starts, strict=True)]
-        inputs[3, :count] = [start + 1 for start in starts]
-        inputs[:, count:size] = [[0], [0], [self._scratch_page * page_size], [1]]
+        count = len(chunks)
+        token_ids, positions, slots, context_lens = self._staged_inputs.numpy()[:, :size]
+        token_ids[:count] = [chunk.token_ids[0] for chunk in chunks]
+        positions[:count] = [chunk.start for chunk in chunks]
+        token_ids[count:] = positions[count:] = 0
+        pages, offsets = np.divmod(positions, self._page_size)
+        self._fill_page_table([chunk.page_ids for chunk in chunks] + [self._padding] * (size - count), pages + 1)
+        slots[:] = self._host_table[np.arange(size), pages] * self._page_size + offsets
+        context_lens[:] = positions + 1
         self._inputs.copy_(self._staged_inputs, non_blocking=True)
-        self._fill_page_table([*rows, *[[self._scratch_page]] * (size - count)])
         if with_lora and self._tiles is not None:
             self._tiles.fill([chunk.lora for chunk in chunks])
         if self._copied is not None:
             self._copied.record()
 
-    def _fill_page_table(self, rows: list[Sequence[int]]) -> None:
-        """Most steps need no other pages than the one before: then nothing is copied."""
-        changed = [i for i, (row, previous) in enumerate(zip(rows, self._rows, strict=False)) if row != previous]
-        if not changed:
+    def _fill_page_table(self, page_lists: list[Sequence[int]], num_pages: np.ndarray) -> None:
+        """Most rows need no other pages than in the step before; where none does, nothing is copied."""
+        size = len(page_lists)
+        for i, (page_ids, former) in enumerate(zip(page_lists, self._page_lists, strict=False)):
+            if page_ids is not former:
+                self._num_pages[i] = 0
+                self._page_lists[i] = page_ids
+        held = self._num_pages[:size]
+        [changed] = np.nonzero(held < num_pages)
+        if not len(changed):
             return
-        for i in changed:
-            self._host_table[i, : len(rows[i])] = rows[i]
-            self._rows[i] = rows[i]
-        size, width = len(rows), max(map(len, rows))
+        for i, start, stop in np.stack([changed, held[changed], num_pages[changed]], axis=1).tolist():
+            self._host_table[i, start:stop] = page_lists[i][start:stop]
+        width = int(num_pages.max())
         staged = self._staged_table[: size * width].view(size, width)
         staged.numpy()[:] = self._host_table[:size, :width]
         self._page_table[:size, :width].copy_(staged.to(self._device, non_blocking=True))
+        held[changed] = num_pages[changed]

@@ -190,7 +190,10 @@ class ModelRunner:
     def _find_tokens(self, follows: Sequence[int]) -> Tensor:
         """[n] int64: tokens of the step launched last. One that must not be an index becomes one that can be."""
         assert self._last_tokens is not None, "there is no step to follow"
-        return self._last_tokens[self._to_device(follows)].clamp(0, self.loaded.vocab_size - 1)
+        tokens = self._last_tokens
+        if list(follows) != list(range(len(tokens))):  # mostly, everybody goes on
+            tokens = tokens[self._to_device(follows)]
+        return tokens.clamp(0, self.loaded.vocab_size - 1)
 
     def _forward(self, chunks: Sequence[Chunk], token_ids: Tensor | None) -> Tensor:
         """Write the chunks' KV; logits of the last token of each chunk that has a sample, and then of the rows of

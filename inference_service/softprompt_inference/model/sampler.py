@@ -98,9 +98,7 @@ class Choices:
         token_ids, *lists = self._download.lists()
         logprobs = self._read_logprobs(lists)
         return [
-            Sampled(token_id=0, error=NOT_FINITE)
-            if token_id == NO_TOKEN
-            else Sampled(token_id=token_id, logprobs=logprobs.get(i))
+            Sampled(0, error=NOT_FINITE) if token_id == NO_TOKEN else Sampled(token_id, logprobs.get(i))
             for i, token_id in enumerate(token_ids)
         ]
 
@@ -166,6 +164,18 @@ def _choose(logits: Tensor, samples: Sequence[Sample], allowed: Tensor | None) -
     """[n] int64"""
     params = [s.params for s in samples]
     drawn = [p.temperature >= _LEAST_TEMPERATURE for p in params]
+    if not any(drawn):
+        # Nothing else is read of greedy rows, so there is nothing to bring to the device.
+        zeros = torch.zeros(len(samples), dtype=torch.float64, device=logits.device)
+        return draw(
+            logits,
+            temperature=zeros,
+            top_k=zeros.long(),
+            top_p=torch.ones_like(zeros),
+            min_p=zeros,
+            points=zeros,
+            allowed=allowed,
+        )
     temperature, top_p, min_p, points = upload(
         [
             [p.temperature * is_drawn for p, is_drawn in zip(params, drawn, strict=True)],

@@ -12,7 +12,7 @@ def upload(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: torch
     """Numbers, or lists of one length, on the device."""
     tensor = torch.tensor(np.asarray(values), dtype=dtype)  # which reads a list faster than torch
     # From memory that is not pinned, a copy may wait for all that the device has to do.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def upload_bytes(data: bytes, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -137,6 +137,35 @@ def test_static_buffers_hold_what_an_eager_step_would(monkeypatch: pytest.Monkey
         assert (batch.page_table[count:, 0] == SCRATCH).all()
 
 
+def test_page_tables_follow_lists_that_grow_move_up_and_come_back() -> None:
+    """As the scheduler has them: a running sequence keeps its list, and one that was preempted gets another."""
+    generator, model = random.Random(1), Model()
+    graphs = make_graphs(model, max_sequences=12)
+    running: list[tuple[int, list[int]]] = []
+    waiting: list[int] = []
+    for _ in range(600):
+        running = [(start + 1, pages) for start, pages in running if start < 19]
+        for leaving in [each for each in running if generator.random() < 0.05]:
+            running.remove(leaving)
+            waiting.append(leaving[0])
+        while not running or (len(running) < 12 and generator.random() < 0.5):
+            start = waiting.pop() if waiting and generator.random() < 0.5 else generator.randrange(19)
+            running.append((start, [generator.randrange(90) for _ in range(start // PAGE_SIZE)]))
+        for start, pages in running:
+            missing = start // PAGE_SIZE + 1 - len(pages)
+            pages += [generator.randrange(90) for _ in range(missing)]
+        graphs.run([chunk(5, start, pages) for start, pages in running])
+        _, batch = model.calls.pop()
+        count = len(running)
+        assert batch.slots[:count].tolist() == [
+            pages[-1] * PAGE_SIZE + start % PAGE_SIZE for start, pages in running
+        ]
+        for row, (_, pages) in zip(batch.page_table.tolist(), running, strict=False):
+            assert row[: len(pages)] == pages
+        assert (batch.page_table[count:, 0] == SCRATCH).all()
+        assert batch.slots[count:].tolist() == [SCRATCH * PAGE_SIZE] * (len(batch.slots) - count)
+
+
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
 def test_token_ids_of_the_device_take_the_place_of_those_of_the_chunks(count: int) -> None:
     model = Model()
