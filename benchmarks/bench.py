@@ -47,7 +47,7 @@ class Bench:
         folder: for adapters and logs of this run.
         peers: names of PEERS to measure.
         num_threads: of each side's torch; None: its own choice.
-        settings: further settings of some sides' workers, by side.
+        settings: further settings of some sides' workers, by side, or by side and dtype.
     """
 
     def __init__(
@@ -132,7 +132,9 @@ class Bench:
         side = Side(
             f"{name} {dtype}",
             command,
-            settings=settings | dict(self._settings.get(name, {})),
+            settings=settings
+            | dict(self._settings.get(name, {}))
+            | dict(self._settings.get(f"{name} {dtype}", {})),
             env=env,
             logs=self.folder / "logs",
         )

@@ -87,6 +87,7 @@ def make(
     num_threads: int | None,
     share: bool,
     max_model_len: int | None = None,
+    max_num_sequences: int = 256,
     max_loras: int = 0,
     max_lora_rank: int = 64,
 ) -> EngineWorker:
@@ -98,6 +99,7 @@ def make(
         num_threads: of torch; None: its own choice.
         share: whether the KV of soft prompts is shared between requests.
         max_model_len: longest sequence; None: the model's own limit.
+        max_num_sequences: most sequences in one batch.
         max_loras, max_lora_rank: most LoRAs on the device, and their largest rank.
     """
     config = EngineConfig(
@@ -107,6 +109,7 @@ def make(
         num_threads=num_threads,
         kv_cache_bytes=kv_cache_bytes,
         max_model_len=max_model_len,
+        max_num_sequences=max_num_sequences,
         max_loras=max_loras,
         max_lora_rank=max_lora_rank,
         share=share,

@@ -123,6 +123,8 @@ class FakeRunner:
     _tokens: list[int] = field(default_factory=list)  # of the last step, as the device has them
     _cells: dict[tuple[int, int], tuple[int, bytes]] = field(default_factory=dict)
     _lengths: dict[int, int] = field(default_factory=dict)
+    # What pages each list has held, by its id.
+    _page_lists: dict[int, tuple[Sequence[int], list[int]]] = field(default_factory=dict)
 
     @property
     def computed_ids(self) -> list[int]:
@@ -207,7 +209,15 @@ class FakeRunner:
         ]
         return replace(plan, chunks=chunks)
 
+    def _check_page_lists(self, plan: StepPlan) -> None:
+        """Nothing but growth: the real runner reads only what a list has more than in the step before."""
+        for chunk in plan.chunks:
+            page_ids, held = self._page_lists.setdefault(id(chunk.page_ids), (chunk.page_ids, []))
+            assert list(page_ids[: len(held)]) == held, "a sequence has other pages in the list that it had"
+            held[:] = page_ids
+
     def _compute(self, plan: StepPlan) -> list[Sampled]:
+        self._check_page_lists(plan)
         written = [cell for chunk in plan.chunks for cell in self._slots(chunk, chunk.start)]
         written += [cell for write in plan.writes for _, cell in self._given_slots(write)]
         assert len(written) == len(set(written)), "two sequences write one cell"
