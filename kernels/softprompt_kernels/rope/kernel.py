@@ -5,7 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_VALUES_PER_PROGRAM = 1024
+VALUES_PER_PROGRAM = 1024
+
+
+@triton.jit
+def turn(first, second, cos_ptr, sin_ptr, token, cos_stride, sin_stride, dims, dim_mask, HALF: tl.constexpr):
+    """Halves of one token's heads, [BLOCK_H, BLOCK_HALF] float32 each, turned by its row of the tables [T, D]."""
+    cos_offsets = token * cos_stride + dims
+    sin_offsets = token * sin_stride + dims
+    cos_first = tl.load(cos_ptr + cos_offsets, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
+    cos_second = tl.load(cos_ptr + cos_offsets + HALF, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
+    sin_first = tl.load(sin_ptr + sin_offsets, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
+    sin_second = tl.load(sin_ptr + sin_offsets + HALF, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
+    return first * cos_first - second * sin_first, second * cos_second + first * sin_second
 
 
 @triton.jit
@@ -31,12 +43,6 @@ def _rope_kernel(
     token = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK_HALF)
     dim_mask = dims < HALF
-    cos_offsets = token * cos_stride + dims
-    sin_offsets = token * sin_stride + dims
-    cos_first = tl.load(cos_ptr + cos_offsets, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
-    cos_second = tl.load(cos_ptr + cos_offsets + HALF, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
-    sin_first = tl.load(sin_ptr + sin_offsets, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
-    sin_second = tl.load(sin_ptr + sin_offsets + HALF, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
 
     # The heads of the queries come first, then those of the keys: a lane works on one of the two.
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -50,8 +56,9 @@ def _rope_kernel(
     second = tl.load(q_ptr + q_offsets + HALF, mask=q_mask, other=0.0).to(tl.float32)
     second += tl.load(k_ptr + k_offsets + HALF, mask=k_mask, other=0.0).to(tl.float32)
 
-    out_first = (first * cos_first - second * sin_first).to(q_out_ptr.dtype.element_ty)
-    out_second = (second * cos_second + first * sin_second).to(q_out_ptr.dtype.element_ty)
+    first, second = turn(first, second, cos_ptr, sin_ptr, token, cos_stride, sin_stride, dims, dim_mask, HALF)
+    out_first = first.to(q_out_ptr.dtype.element_ty)
+    out_second = second.to(q_out_ptr.dtype.element_ty)
     q_out_offsets = (token * H + head)[:, None] * (2 * HALF) + dims[None, :]
     tl.store(q_out_ptr + q_out_offsets, out_first, mask=q_mask)
     tl.store(q_out_ptr + q_out_offsets + HALF, out_second, mask=q_mask)
@@ -69,7 +76,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         return q_out, k_out
     block_half = triton.next_power_of_2(head_dim // 2)
     all_heads = num_heads + num_kv_heads
-    block_h = min(triton.next_power_of_2(all_heads), max(1, _VALUES_PER_PROGRAM // block_half))
+    block_h = min(triton.next_power_of_2(all_heads), max(1, VALUES_PER_PROGRAM // block_half))
     _rope_kernel[(num_tokens, triton.cdiv(all_heads, block_h))](
         q,
         k,

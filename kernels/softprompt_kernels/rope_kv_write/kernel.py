@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_VALUES_PER_PROGRAM = 1024
+from softprompt_kernels.rope.kernel import VALUES_PER_PROGRAM, turn
 
 
 @triton.jit
@@ -36,12 +36,6 @@ def _rope_kv_write_kernel(
     token = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK_HALF)
     dim_mask = dims < HALF
-    cos_offsets = token * cos_stride + dims
-    sin_offsets = token * sin_stride + dims
-    cos_first = tl.load(cos_ptr + cos_offsets, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
-    cos_second = tl.load(cos_ptr + cos_offsets + HALF, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
-    sin_first = tl.load(sin_ptr + sin_offsets, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
-    sin_second = tl.load(sin_ptr + sin_offsets + HALF, mask=dim_mask, other=0.0).to(tl.float32)[None, :]
 
     # First the heads of the queries, then of the keys, then of the values: a lane works on one of them.
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -60,8 +54,9 @@ def _rope_kv_write_kernel(
     v_first = tl.load(v_ptr + v_offsets, mask=v_mask, other=0.0)
     v_second = tl.load(v_ptr + v_offsets + HALF, mask=v_mask, other=0.0)
 
-    out_first = (first * cos_first - second * sin_first).to(out_ptr.dtype.element_ty)
-    out_second = (second * cos_second + first * sin_second).to(out_ptr.dtype.element_ty)
+    first, second = turn(first, second, cos_ptr, sin_ptr, token, cos_stride, sin_stride, dims, dim_mask, HALF)
+    out_first = first.to(out_ptr.dtype.element_ty)
+    out_second = second.to(out_ptr.dtype.element_ty)
     out_offsets = (token * H + head)[:, None] * (2 * HALF) + dims[None, :]
     tl.store(out_ptr + out_offsets, out_first, mask=q_mask)
     tl.store(out_ptr + out_offsets + HALF, out_second, mask=q_mask)
@@ -85,7 +80,7 @@ def rope_kv_write(
         return out
     block_half = triton.next_power_of_2(head_dim // 2)
     all_heads = num_heads + 2 * num_kv_heads
-    block_h = min(triton.next_power_of_2(all_heads), max(1, _VALUES_PER_PROGRAM // block_half))
+    block_h = min(triton.next_power_of_2(all_heads), max(1, VALUES_PER_PROGRAM // block_half))
     _rope_kv_write_kernel[(num_tokens, triton.cdiv(all_heads, block_h))](
         q,
         k,
