@@ -1,6 +1,6 @@
 """What the registry does, in words of its own: the servicer puts them on the wire."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from softprompt_api.tenants import local_name, tenant_of
 from softprompt_registry import catalog
 from softprompt_registry.amendments import Amendments, VersionUpdate
 from softprompt_registry.blobs import BlobReader
-from softprompt_registry.catalog import AdapterVersion, BaseModel
+from softprompt_registry.catalog import AdapterVersion, BaseModel, check_labels
 from softprompt_registry.changes import Changes
 from softprompt_registry.events import EventLog
 from softprompt_registry.imports import Imports
@@ -81,22 +81,43 @@ class Registry:
             raise await self._not_found(ref)
         return version
 
-    async def list_adapters(self, *, size: int, token: str, prefix: str, all_tenants: bool = False) -> Listing:
+    async def list_adapters(
+        self,
+        *,
+        size: int,
+        token: str,
+        prefix: str,
+        all_tenants: bool = False,
+        labels: Mapping[str, str] | None = None,
+        descending: bool = False,
+    ) -> Listing:
         """One page of the names that begin with a prefix, each with its latest version.
 
         They are of the tenant that the prefix begins with, or without one of the default tenant, or of all.
+
+        Args:
+            labels: which the latest version must all have.
         """
         if (all_tenants and prefix) or "~" in prefix:
             raise InvalidArgument(
                 "name_prefix must be the beginning of a name, and empty for all_tenants", field="name_prefix"
             )
+        wanted = dict(labels or {})
+        check_labels(wanted)
 
         async def fetch(after: str, limit: int) -> Sequence[tuple[str, AdapterVersion | None]]:
-            names = await self._store.names(prefix=prefix, after=after, limit=limit, all_tenants=all_tenants)
-            return list(zip(names, await self._store.latest(names), strict=True))
+            names = await self._store.names(
+                prefix=prefix, after=after, limit=limit, all_tenants=all_tenants, descending=descending
+            )
+            versions = await self._store.latest(names)
+            return [
+                (name, version if version and wanted.items() <= version.labels.items() else None)
+                for name, version in zip(names, versions, strict=True)
+            ]
 
         cursor = await self._events.position()
-        page = await read_page(fetch, query=f"adapters {'*' if all_tenants else prefix}", size=size, token=token)
+        query = f"adapters {'*' if all_tenants else prefix} {sorted(wanted.items())} {descending}"
+        page = await read_page(fetch, query=query, size=size, token=token, is_sparse=bool(wanted))
         total = await self._store.count_names(None if all_tenants else tenant_of(prefix))
         return Listing(page=page, cursor=cursor, total=total)
 

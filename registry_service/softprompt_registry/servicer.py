@@ -76,6 +76,8 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
             token=request.page_token,
             prefix=request.name_prefix,
             all_tenants=request.all_tenants,
+            labels=request.labels,
+            descending=request.descending,
         )
         return pb.ListAdaptersResponse(
             adapters=[version_to(version) for version in listing.page.items],

@@ -122,18 +122,25 @@ class Store:
         ]
 
     @reads
-    async def names(self, *, prefix: str, after: str, limit: int, all_tenants: bool = False) -> list[str]:
+    async def names(
+        self, *, prefix: str, after: str, limit: int, all_tenants: bool = False, descending: bool = False
+    ) -> list[str]:
         """Names in order that begin with a prefix, behind the name `after` ("": from the first).
 
         They are those of the tenant that the prefix begins with; without one, of the default tenant or of all.
         """
         low, high = ("-", "+") if all_tenants else _bounds(keys.listed(prefix))
         if after:
-            # Anybody can make a token: behind a name of another list lie other tenants' names.
-            if not all_tenants and not after.startswith(prefix):
+            member = keys.listed(after)
+            # Anybody can make a token: beside the names of this list lie other tenants' names.
+            is_among = after.startswith(prefix) and ("/" in after) == ("/" in prefix)
+            if not (all_tenants or is_among):
                 raise catalog.foreign_token()
-            low = f"({keys.listed(after)}"
-        found = await reply(self._client.zrangebylex(keys.NAMES, low, high, start=0, num=limit))
+            low, high = (low, f"({member}") if descending else (f"({member}", high)
+        if descending:
+            found = await reply(self._client.zrevrangebylex(keys.NAMES, high, low, start=0, num=limit))
+        else:
+            found = await reply(self._client.zrangebylex(keys.NAMES, low, high, start=0, num=limit))
         return [keys.unlisted(member.decode()) for member in found]
 
     @reads

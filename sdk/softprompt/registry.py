@@ -179,12 +179,22 @@ class RegistryClient(ServiceClient):
             response = self._stub.ImportAdapter(request, timeout=_UPLOAD_TIMEOUT_S)
         return info_of(response.adapter), list(response.warnings)
 
-    def adapters(self, *, prefix: str = "", all_tenants: bool = False) -> list[AdapterInfo]:
-        """The latest version of every name, in order of names: of the default tenant, or of all."""
+    def adapters(
+        self, *, prefix: str = "", all_tenants: bool = False, labels: Mapping[str, str] | None = None
+    ) -> list[AdapterInfo]:
+        """The latest version of every name, in order of names: of the default tenant, or of all.
+
+        Args:
+            labels: which it must all have.
+        """
         infos, token = [], ""
         while True:
             request = pb.ListAdaptersRequest(
-                page_size=_PAGE_SIZE, page_token=token, name_prefix=prefix, all_tenants=all_tenants
+                page_size=_PAGE_SIZE,
+                page_token=token,
+                name_prefix=prefix,
+                all_tenants=all_tenants,
+                labels=labels or {},
             )
             with self._translated():
                 page = self._stub.ListAdapters(request, timeout=_CALL_TIMEOUT_S)

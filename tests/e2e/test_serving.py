@@ -258,6 +258,11 @@ def test_an_adapter_added_while_serving_is_used_by_the_next_request(
 
     listed = json.loads(system.cli("adapter", "ls", "--json").stdout)
     assert {info["name"]: info["version"] for info in listed}["added"] == 2
+    assert system.cli("adapter", "label", "added", "team=a").returncode == 0
+    labelled = json.loads(system.cli("adapter", "ls", "--label", "team=a", "--json").stdout)
+    assert [info["name"] for info in labelled] == ["added"]
+    assert "no adapters with these labels" in system.cli("adapter", "ls", "--label", "team=b").stdout
+    assert "is not KEY=VALUE" in system.cli("adapter", "ls", "--label", "team").stderr
     shown = json.loads(system.cli("adapter", "show", "added", "--json").stdout)
     assert shown["versions"] == [2, 1]
     assert "PROMPT_TUNING" in system.cli("adapter", "show", "added@1").stdout

@@ -33,6 +33,24 @@ async def _upload(stack: Any, name: str, tensors: bytes, config: dict[str, Any] 
     return await stack.http.post(f"/v1/adapters/{name}", content=tensors, headers=headers)
 
 
+async def test_adapters_are_listed_by_labels_and_from_either_end(stack: Any) -> None:
+    for name, team in (("loud", "a"), ("calm", "b"), ("mild", "a")):
+        body = {"name": name, "config": CONFIG, "tensors_base64": base64.b64encode(_tensors()).decode()}
+        assert (await stack.post("/v1/adapters", **body, labels={"team": team, "is": "x=y"})).status_code == 201
+
+    async def names(query: str) -> list[str]:
+        listed = await stack.http.get(f"/v1/adapters?{query}")
+        return [each["name"] for each in listed.json()["data"]]
+
+    assert await names("labels=team%3Da") == ["loud", "mild"]
+    assert await names("labels=team=a&labels=is=x=y&descending=true") == ["mild", "loud"]
+    assert await names("labels=team=c") == []
+    assert await names("descending=true&page_size=2") == ["mild", "loud"]
+    for query, field in (("labels=team", "labels"), ("labels==a", "labels"), ("descending=up", "descending")):
+        refused = await stack.http.get(f"/v1/adapters?{query}")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
+
+
 async def test_an_adapter_lives_from_its_upload_to_its_deletion(stack: Any) -> None:
     first = await _upload(stack, "loud", _tensors(1))
     assert first.status_code == 201, first.text

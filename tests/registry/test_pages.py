@@ -69,3 +69,25 @@ async def test_every_item_is_on_one_page_whatever_their_sizes(sizes, page_size):
             break
         assert page.items
     assert listed == [text for text in texts if text is not None]
+
+
+async def test_of_a_sparse_list_a_bounded_number_of_items_is_looked_at_for_a_page():
+    fetched: list[int] = []
+
+    async def fetch(after: str, limit: int):
+        first = int(after or 0) + 1
+        fetched.append(limit)
+        return [(str(n), n if n % 1500 == 0 else None) for n in range(first, min(first + limit, 4001))]
+
+    found, token = [], ""
+    while True:
+        fetched.clear()
+        page = await read_page(fetch, query="q", size=1, token=token, is_sparse=True)
+        assert sum(fetched) < 1300
+        assert len(fetched) < 30
+        found.append(list(page.items))
+        token = page.next_token
+        if not token:
+            break
+    assert [item for items in found for item in items] == [1500, 3000]
+    assert [] in found

@@ -304,6 +304,48 @@ async def test_versions_are_listed_in_pages_newest_first(client, make_adapter):
         await client.versions("nobody")
 
 
+async def test_names_are_listed_by_the_labels_of_their_latest_version(client, make_adapter):
+    adapter = make_adapter()
+    for number in range(12):
+        labels = {"team": "a" if number % 3 else "b", "stage": "prod" if number % 2 else "test"}
+        await client.register(f"n{number:02}", adapter.but(header={"labels": labels}))
+    assert await client.names(labels={"team": "b"}) == ["n00", "n03", "n06", "n09"]
+    assert await client.names(labels={"team": "b", "stage": "prod"}) == ["n03", "n09"]
+    assert await client.names(labels={"team": "c"}) == await client.names(labels={"stage": ""}) == []
+    await client.register("n03", make_adapter(1))  # whose newer version has none
+    assert await client.names(labels={"team": "b"}) == ["n00", "n06", "n09"]
+    listed, token = [], ""
+    while True:
+        query = pb.ListAdaptersRequest(page_size=1, page_token=token, labels={"team": "b"}, descending=True)
+        page = await client.answer(client.stub.ListAdapters(query))
+        listed += [adapter.name for adapter in page.adapters]
+        assert len(page.adapters) <= 1
+        assert page.total_size == 12
+        token = page.next_page_token
+        if not token:
+            break
+    assert listed == ["n09", "n06", "n00"]
+    with pytest.raises(InvalidArgument) as refused:
+        await client.names(labels={"": "x"})
+    assert refused.value.field == "labels"
+
+
+async def test_names_are_listed_from_either_end(client, make_adapter):
+    names = ["a", "ab", "b1", "b2", "c"]
+    for name in names:
+        await client.register(name, make_adapter())
+    assert await client.names(descending=True) == names[::-1]
+    assert await client.names(descending=True, name_prefix="b") == ["b2", "b1"]
+    first = await client.stub.ListAdapters(pb.ListAdaptersRequest(page_size=2, descending=True))
+    rest = pb.ListAdaptersRequest(page_token=first.next_page_token, descending=True)
+    assert await client.names(page_size=2, descending=True) == ["c", "b2"]
+    assert [each.name for each in (await client.stub.ListAdapters(rest)).adapters] == ["b1", "ab", "a"]
+    for other in ({}, {"descending": True, "labels": {"a": "b"}}):
+        with pytest.raises(InvalidArgument) as refused:
+            await client.names(page_token=first.next_page_token, **other)
+        assert refused.value.field == "page_token"
+
+
 async def test_a_page_never_outgrows_a_message(client, make_adapter):
     big = make_adapter()
     big = big.but(config={**big.config, "prompt_tuning_init_text": "x" * 900_000})

@@ -63,15 +63,16 @@ async def test_pages_go_through_a_tenants_names_alone(client, make_adapter):
     assert await client.names(name_prefix="acme/") == ["acme/a", "acme/c"]
 
 
+@pytest.mark.parametrize("descending", [False, True])
 @pytest.mark.parametrize("after", ["0", "acme/", "acme/a", "umbrella", "zeta/a"])
-async def test_a_forged_page_token_leads_to_no_other_tenants_names(client, make_adapter, after):
+async def test_a_forged_page_token_leads_to_no_other_tenants_names(client, make_adapter, after, descending):
     for seed, name in enumerate(["a", "acme/a", "umbrella/a", "zeta/a"]):
         await client.register(name, make_adapter(seed))
-    forged = catalog.page_token("adapters umbrella/", after)
-    with pytest.raises(InvalidArgument) as refused:
-        await client.names(name_prefix="umbrella/", page_token=forged)
-    assert refused.value.field == "page_token"
-    assert await client.names(page_token=catalog.page_token("adapters ", "acme/")) == []
+    for prefix, position in (("umbrella/", after), ("", "acme/"), ("", "zeta/a")):
+        forged = catalog.page_token(f"adapters {prefix} [] {descending}", position)
+        with pytest.raises(InvalidArgument) as refused:
+            await client.names(name_prefix=prefix, page_token=forged, descending=descending)
+        assert refused.value.field == "page_token"
 
 
 async def test_a_digest_stands_for_its_owners_version(client, make_adapter):

@@ -37,6 +37,17 @@ Prefix = Annotated[
     ),
 ]
 
+Labels = Annotated[
+    list[str],
+    Query(
+        max_length=32,
+        description="only adapters whose latest version has all of these, each KEY=VALUE; "
+        "a page may then be short, or empty, and not be the last",
+        json_schema_extra={"items": {"type": "string", "pattern": "^[^=]+="}},
+    ),
+]
+Descending = Annotated[bool, Query(description="the last name first")]
+
 UPLOAD: dict[str, Any] = {
     "requestBody": {
         "required": True,

@@ -45,6 +45,8 @@ from softprompt_gateway.adapters.parameters import (
     Alias,
     AnyTask,
     AnyVersion,
+    Descending,
+    Labels,
     Name,
     NamedVersion,
     NameOrVersion,
@@ -134,6 +136,13 @@ def adapters_router(gateway: Gateway) -> APIRouter:
     return router
 
 
+def _parse_label(text: str) -> tuple[str, str]:
+    key, sign, value = text.partition("=")
+    if not key or not sign:
+        raise InvalidArgument("each of labels must be KEY=VALUE", field="labels")
+    return key, value
+
+
 class _Routes:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -143,7 +152,13 @@ class _Routes:
         self._changes = Changes(gateway)
 
     async def list_(
-        self, request: Request, page_size: PageSize = 100, page_token: PageToken = "", prefix: Prefix = ""
+        self,
+        request: Request,
+        page_size: PageSize = 100,
+        page_token: PageToken = "",
+        prefix: Prefix = "",
+        labels: Labels = [],  # noqa: B006 - as FastAPI wants it
+        descending: Descending = False,
     ) -> dict[str, Any]:
         """List the latest version of every adapter, in order of names, in pages."""
         caller = Caller.of(request)
@@ -151,7 +166,11 @@ class _Routes:
             raise InvalidArgument("prefix must be the beginning of an adapter's name", field="prefix")
         page = await self._registry.list_adapters(
             ListAdaptersRequest(
-                page_size=page_size, page_token=page_token, name_prefix=full_name(caller.tenant, prefix)
+                page_size=page_size,
+                page_token=page_token,
+                name_prefix=full_name(caller.tenant, prefix),
+                labels=dict(map(_parse_label, labels)),
+                descending=descending,
             )
         )
         return {

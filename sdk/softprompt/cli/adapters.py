@@ -105,12 +105,21 @@ def _probe(inference: str, info: AdapterInfo) -> AdapterInfo:
 
 
 @app.command(help="List the adapters of all tenants, the latest version of each.")
-def ls(registry: Registry = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
-    """List every name."""
+def ls(
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="only those whose latest version has it")
+    ] = None,
+    registry: Registry = DEFAULT_ADDRESS,
+    as_json: AsJson = False,
+) -> None:
+    """List every name, or those with some labels."""
+    labels = dict(parse_label(text) for text in label or ())
     with registry_client(registry) as client:
-        adapters = client.adapters(all_tenants=True)
+        adapters = client.adapters(all_tenants=True, labels=labels)
     if as_json:
         print_json([info.as_dict() for info in adapters])
+    elif not adapters and labels:
+        typer.echo("no adapters with these labels")
     elif not adapters:
         typer.echo("no adapters; add one with: softprompt adapter add NAME PATH")
     else:

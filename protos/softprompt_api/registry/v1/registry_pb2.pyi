@@ -650,10 +650,32 @@ class ListAdaptersRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     NAME_PREFIX_FIELD_NUMBER: _builtins.int
     ALL_TENANTS_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    DESCENDING_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """1 to 1000; 0: 100."""
     page_token: _builtins.str
@@ -662,6 +684,14 @@ class ListAdaptersRequest(_message.Message):
     """Only names that start with this: of the tenant whose "tenant/" it begins with, otherwise of the default tenant."""
     all_tenants: _builtins.bool
     """Whether to list all tenants' names; name_prefix must be empty."""
+    descending: _builtins.bool
+    """Whether the last name stands first."""
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Only names whose latest version has all of these labels. Some 1,000 names are looked at for a page at most: it may be
+        short, or empty, and not be the last.
+        """
+
     def __init__(
         self,
         *,
@@ -669,10 +699,12 @@ class ListAdaptersRequest(_message.Message):
         page_token: _builtins.str = ...,
         name_prefix: _builtins.str = ...,
         all_tenants: _builtins.bool = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        descending: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_tenants", b"all_tenants", "name_prefix", b"name_prefix", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_tenants", b"all_tenants", "descending", b"descending", "labels", b"labels", "name_prefix", b"name_prefix", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -693,10 +725,10 @@ class ListAdaptersResponse(_message.Message):
     cursor: _builtins.str
     """Position in the stream of changes taken before this page was read; watch from the first page's to miss nothing."""
     total_size: _builtins.int
-    """Number of the tenant's names, or of all."""
+    """Number of the tenant's names, or of all, whatever their labels."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterVersion]:
-        """The latest version of each name, in order of names."""
+        """The latest version of each name, in the order that was asked for."""
 
     def __init__(
         self,
