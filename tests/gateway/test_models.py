@@ -45,6 +45,7 @@ async def test_an_adapter_has_its_version_as_root_and_the_base_model_as_parent(s
             "digest": version.digest,
             "num_virtual_tokens": 9,
             "rank": 0,
+            "state": "ready",
         },
     }
     assert card in (await stack.http.get("/v1/models")).json()["data"]

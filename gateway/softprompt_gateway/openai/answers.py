@@ -214,6 +214,7 @@ class ModelAdapter(AnswerModel):
     digest: str
     num_virtual_tokens: int
     rank: int
+    state: Literal["ready"]
 
 
 class NamedModelAdapter(ModelAdapter):

@@ -73,6 +73,7 @@ def _adapter(version: AdapterVersion) -> dict[str, Any]:
         "digest": version.digest,
         "num_virtual_tokens": version.num_virtual_tokens,
         "rank": version.rank,
+        "state": "ready",  # whatever cannot be used is no model: it is not told of at all
     }
 
 
