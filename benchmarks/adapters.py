@@ -16,7 +16,7 @@ _NOISE_SHARE = 0.1
 _LORA_DEVIATION = 0.02
 
 
-def random_lora(
+def peft_lora(
     linears: Mapping[str, tuple[int, int]], number: int, rank: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """PEFT's config and tensors, in float16, of a LoRA on all these linears (outputs, inputs)."""
@@ -80,7 +80,7 @@ class AdapterMaker:
     def _make_lora(self, number: int, rank: int) -> str:
         folder = self._folder / f"lora{rank}-{number}"
         if not folder.exists():
-            _write(folder, *random_lora(read_linears(self._model), number, rank))
+            _write(folder, *peft_lora(read_linears(self._model), number, rank))
         return str(folder)
 
     def _rows(self, number: int, num_virtual_tokens: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc as pb_grpc
 from softprompt_api.rpc.channel import CHUNK_BYTES, open_channel
 
-from benchmarks.adapters import random_lora
+from benchmarks.adapters import peft_lora
 from benchmarks.model_files import read_embedding_rows, read_linears
 
 # Rows of all soft prompts are taken from so many of the vocabulary's, with some noise.
@@ -71,7 +71,7 @@ class FreshAdapters:
 
     def lora(self, number: int, rank: int) -> FreshAdapter:
         """A LoRA on every linear of the layers, in float16."""
-        config, tensors = random_lora(self._linears, number, rank)
+        config, tensors = peft_lora(self._linears, number, rank)
         return FreshAdapter(config_json=json.dumps(config), tensors=save(tensors))
 
 

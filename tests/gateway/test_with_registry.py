@@ -44,9 +44,15 @@ async def test_adapters_are_listed_by_labels_and_from_either_end(stack: Any) -> 
 
     assert await names("labels=team%3Da") == ["loud", "mild"]
     assert await names("labels=team=a&labels=is=x=y&descending=true") == ["mild", "loud"]
+    assert await names("labels=team=a&labels=team=a") == ["loud", "mild"]
     assert await names("labels=team=c") == []
     assert await names("descending=true&page_size=2") == ["mild", "loud"]
-    for query, field in (("labels=team", "labels"), ("labels==a", "labels"), ("descending=up", "descending")):
+    for query, field in (
+        ("labels=team", "labels"),
+        ("labels==a", "labels"),
+        ("labels=a=b&labels=a=c", "labels"),
+        ("descending=up", "descending"),
+    ):
         refused = await stack.http.get(f"/v1/adapters?{query}")
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
 

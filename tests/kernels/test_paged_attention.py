@@ -192,17 +192,6 @@ def test_what_is_not_a_number_in_one_split_reaches_the_answer_of_its_sequence_al
     assert_close(answer[1:], expected[1:])
 
 
-def test_contexts_are_split_by_shapes_and_processors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = pytest.importorskip("softprompt_kernels.paged_attention.kernel")
-    monkeypatch.setattr(kernel, "num_processors", lambda _: 132)
-    device = torch.device("cuda")
-    assert kernel._plan_splits(8, 1024, device) == 32
-    assert kernel._plan_splits(8, 10, device) == 8
-    assert kernel._plan_splits(8, 1, device) == 1
-    assert kernel._plan_splits(100, 1024, device) == 2
-    assert kernel._plan_splits(2048, 1024, device) == 1
-
-
 @pytest.mark.parametrize("head_dim", [64, 80, 256])
 @pytest.mark.parametrize("num_processors", [1, 8, 100], ids="{} processors".format)
 def test_decodes_are_right_whatever_tiles_are_chosen_for_them(

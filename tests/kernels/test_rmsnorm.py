@@ -98,8 +98,6 @@ def test_epsilon_is_added_to_the_mean_square(implementation: str, device: str) -
 @pytest.mark.gpu
 @pytest.mark.parametrize(("num_tokens", "size"), [(1, 576), (256, 4096), (4096, 8192)])
 def test_real_sizes_on_a_gpu(num_tokens: int, size: int) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
     x, residual = torch.randn(2, 1, num_tokens, size).bfloat16()
     weight = torch.randn(size).bfloat16()
     out, h = added("operation", "cuda", x, residual, weight)

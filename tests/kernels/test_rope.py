@@ -88,8 +88,6 @@ def test_slices_of_a_merged_projection_are_read_and_not_changed(implementation: 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [1, 256, 4096])
 def test_real_sizes_on_a_gpu(num_tokens: int) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
     q, k = torch.randn(num_tokens, 32, 128).bfloat16(), torch.randn(num_tokens, 8, 128).bfloat16()
     cos, sin = tables(torch.arange(num_tokens), 128, torch.bfloat16)
     q_out, k_out = rotated("operation", "cuda", q, k, cos, sin)

@@ -237,8 +237,6 @@ def test_the_reference_looks_further_where_its_candidates_do_not_reach_top_p(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_rows", "vocab_size"), [(1, 49_152), (256, 128_256), (3, 262_144)])
 def test_real_sizes_on_a_gpu(num_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(num_rows, vocab_size, generator=generator) * 4).to(dtype)
     points = torch.rand(num_rows, generator=generator, dtype=torch.float64)

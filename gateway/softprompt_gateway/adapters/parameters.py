@@ -40,6 +40,7 @@ Prefix = Annotated[
 Labels = Annotated[
     list[str],
     Query(
+        default_factory=list,
         max_length=32,
         description="only adapters whose latest version has all of these, each KEY=VALUE; "
         "a page may then be short, or empty, and not be the last",

@@ -10,6 +10,7 @@ An adapter is registered in one of three ways:
 """
 
 import re
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -136,11 +137,15 @@ def adapters_router(gateway: Gateway) -> APIRouter:
     return router
 
 
-def _parse_label(text: str) -> tuple[str, str]:
-    key, sign, value = text.partition("=")
-    if not key or not sign:
-        raise InvalidArgument("each of labels must be KEY=VALUE", field="labels")
-    return key, value
+def _parse_labels(texts: Sequence[str]) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for text in texts:
+        key, sign, value = text.partition("=")
+        if not key or not sign:
+            raise InvalidArgument("each of labels must be KEY=VALUE", field="labels")
+        if labels.setdefault(key, value) != value:
+            raise InvalidArgument("labels want two values of one key, and no adapter has both", field="labels")
+    return labels
 
 
 class _Routes:
@@ -154,10 +159,10 @@ class _Routes:
     async def list_(
         self,
         request: Request,
+        labels: Labels,
         page_size: PageSize = 100,
         page_token: PageToken = "",
         prefix: Prefix = "",
-        labels: Labels = [],  # noqa: B006 - as FastAPI wants it
         descending: Descending = False,
     ) -> dict[str, Any]:
         """List the latest version of every adapter, in order of names, in pages."""
@@ -169,7 +174,7 @@ class _Routes:
                 page_size=page_size,
                 page_token=page_token,
                 name_prefix=full_name(caller.tenant, prefix),
-                labels=dict(map(_parse_label, labels)),
+                labels=_parse_labels(labels),
                 descending=descending,
             )
         )

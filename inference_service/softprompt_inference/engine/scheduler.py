@@ -373,8 +373,7 @@ class Scheduler:
                 self._register(sequence, stop)
             sequence.num_registered = stop // self._pool.page_size
             sequence.num_ends_registered = bisect_right(sequence.soft_prompt_ends, stop)
-        if sequence.source_page is not None:
-            self._release_source(sequence)
+        self._release_source(sequence)
 
     def _register(self, sequence: Sequence, num_positions: int) -> None:
         for page_id, key in self._full_pages(sequence, num_positions):

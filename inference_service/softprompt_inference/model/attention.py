@@ -31,7 +31,7 @@ _ROTARY = "softprompt_rotary"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionCall:
-    """One call of an attention module, after rotary and projections.
+    """One call of an attention module, after its projections.
 
     q       [T, H, D]
     k, v    [T, Hkv, D]

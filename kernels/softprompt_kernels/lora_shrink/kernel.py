@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from softprompt_kernels.lora_tiles import LoraTiles
-from softprompt_kernels.processors import num_processors
+from softprompt_kernels.processors import num_processors, plan_parts
 
 _PROGRAMS_PER_PROCESSOR = 4
 _MAX_PARTS = 16
@@ -84,7 +84,11 @@ def lora_shrink(
     block_r = max(16, triton.next_power_of_2(max_rank))
     block_k = _plan_block(a.dtype, max(block_t, block_r))
     if num_parts is None:
-        num_parts = _plan_parts(num_tiles * num_slices, triton.cdiv(size, block_k), num_processors(x.device))
+        num_parts = plan_parts(
+            num_tiles * num_slices,
+            wanted=_PROGRAMS_PER_PROCESSOR * num_processors(x.device),
+            most=min(triton.cdiv(size, block_k), _MAX_PARTS),
+        )
     h = torch.empty((num_parts, len(tiles.order), num_slices, max_rank), dtype=torch.float32, device=x.device)
     if num_tiles == 0:
         return h
@@ -114,9 +118,3 @@ def _plan_block(dtype: torch.dtype, block_rows: int) -> int:
     """Inputs that one program reads at once, of as many tokens or rows of a: as many as its memory holds well."""
     # Without tensor cores, more take more registers than there are.
     return 64 if dtype == torch.float32 else max(64, min(256, 2**13 // block_rows))
-
-
-def _plan_parts(num_programs: int, num_blocks: int, num_processors: int) -> int:
-    """A power of two from shapes alone, so that a captured launch holds for every step."""
-    wanted = min(_PROGRAMS_PER_PROCESSOR * num_processors // max(num_programs, 1), num_blocks, _MAX_PARTS)
-    return 1 << max(wanted, 1).bit_length() - 1

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softprompt_kernels.processors import num_processors
+from softprompt_kernels.processors import num_processors, plan_parts
 
 _MAX_SPLITS = 32
 
@@ -226,7 +226,11 @@ def paged_attention(
     block_d = max(16, triton.next_power_of_2(head_dim))
     if num_splits is None:
         max_tiles = triton.cdiv(page_table.shape[1] * page_size, tiles.positions)
-        num_splits = 1 if num_programs is None else _plan_splits(num_programs, max_tiles, q.device)
+        num_splits = (
+            1
+            if num_programs is None
+            else plan_parts(num_programs, wanted=2 * num_processors(q.device), most=min(max_tiles, _MAX_SPLITS))
+        )
     parts, top, total = out, out, out
     if num_splits > 1:
         parts = torch.empty((num_splits, *q.shape), dtype=torch.float32, device=q.device)
@@ -326,9 +330,3 @@ def _choose_tiles(dtype: torch.dtype, head_dim: int, num_programs: int | None, n
     if num_programs < 4 * num_processors:
         return _Tiles(rows=16, positions=128, num_warps=8)
     return _Tiles(rows=16, positions=128 if head_dim <= 64 else 64)
-
-
-def _plan_splits(num_programs: int, max_tiles: int, device: torch.device) -> int:
-    """A power of two from shapes alone, never from lengths, so that a captured launch holds for every context."""
-    wanted = min(2 * num_processors(device) // num_programs, max_tiles, _MAX_SPLITS)
-    return 1 << max(wanted, 1).bit_length() - 1

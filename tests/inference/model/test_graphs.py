@@ -440,8 +440,6 @@ LOGPROB_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 def test_graphs_answer_as_eager_steps_do_at_real_shapes(
     lab: Any, tmp_path: Path, shape: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
     torch.manual_seed(0)
     config = LlamaConfig(**REAL_SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=True)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)

@@ -183,8 +183,6 @@ def test_requests_and_adapters_that_come_and_go_leave_the_others_as_they_are(lab
 def test_a_gpu_chooses_the_same_and_never_waits_in_a_step_that_follows(
     lab: Any, name: str, graphs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
     path = lab.model(name)
     runner = lab.runner(path, device="cuda", max_num_sequences=12)
     if not graphs:

@@ -247,8 +247,6 @@ def test_what_a_choice_is_made_of_goes_to_the_device_without_a_wait(monkeypatch:
 
 @pytest.mark.gpu
 def test_a_gpu_chooses_what_a_cpu_chooses_and_never_waits() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
     logits = torch.randn(35, 3000, generator=torch.Generator().manual_seed(5)).bfloat16()
     samples = [ask(seed=i, **EVERY_WAY[i % len(EVERY_WAY)]) for i in range(35)]
     on_device = logits.cuda()

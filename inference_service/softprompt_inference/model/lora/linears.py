@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from softprompt_inference.model.swaps.forward import run_hooked
 from softprompt_inference.model.swaps.gated import GatedMLP
 from softprompt_inference.model.swaps.linears import MergedLinear, linears_of, weight_of
 
@@ -51,11 +52,7 @@ def find_linears(model: nn.Module, head: nn.Module | None, run: Callable[[], obj
         place.module.register_forward_pre_hook(lambda _, args, name=place.name: note(name, args[0]))
         for place in places
     ]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_hooked(run, hooks)
     found = []
     for place in places:
         match calls.get(place.name):

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 
 from softprompt_inference.model.attention import CallRecorder, attach, detach, leave_rotary
 from softprompt_inference.model.swaps import rotary
-from softprompt_inference.model.swaps.forward import swap_forward
+from softprompt_inference.model.swaps.forward import run_hooked, swap_forward
 from softprompt_inference.model.swaps.verify import Swap
 
 
@@ -35,11 +35,7 @@ def find(model: nn.Module, run: Callable[[], object], *, everywhere: bool = Fals
         calls.append((module, args, named))
 
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in names]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_hooked(run, hooks)
     return [_swap(names[module], module, args, named) for module, args, named in calls]
 
 

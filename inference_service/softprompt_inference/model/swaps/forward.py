@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from softprompt_inference.model.swaps.verify import Swap
 
@@ -43,6 +44,15 @@ def together(parts: Sequence[Swap], *, name: str, run: Callable[[Generator], Ten
             part.undo()
 
     return Swap(name=name, apply=apply, undo=undo, run=run)
+
+
+def run_hooked(run: Callable[[], object], hooks: Sequence[RemovableHandle]) -> None:
+    """Run a model with hooks on its modules, and take them off again."""
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def random_like(like: Tensor, *shape: int, generator: Generator) -> Tensor:

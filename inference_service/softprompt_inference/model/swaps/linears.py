@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from softprompt_inference.model.swaps.forward import run_hooked
 from softprompt_inference.model.swaps.packed import can_pack, pack, trace_of
 from softprompt_inference.model.swaps.verify import Swap, random_input
 
@@ -76,11 +77,7 @@ def _shared_inputs(linears: list[Place], run: Callable[[], object]) -> list[list
         place.module.register_forward_pre_hook(lambda _, args, place=place: calls.append((place, args[0])))
         for place in linears
     ]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_hooked(run, hooks)
     called = [id(place.module) for place, _ in calls]
     once = [(place, x) for place, x in calls if called.count(id(place.module)) == 1]
     groups: list[list[Place]] = []

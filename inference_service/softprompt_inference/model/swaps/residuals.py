@@ -10,7 +10,7 @@ import torch
 from softprompt_kernels.rmsnorm import add_rms_norm
 from torch import Generator, Tensor, nn
 
-from softprompt_inference.model.swaps.forward import swap_forward, together
+from softprompt_inference.model.swaps.forward import run_hooked, swap_forward, together
 from softprompt_inference.model.swaps.norms import Norm, fused_norm, layer_terms, recognise, run_layer
 from softprompt_inference.model.swaps.verify import Swap
 
@@ -51,11 +51,7 @@ def _observe(
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     hooks = [layer.register_forward_hook(answered) for layer in layers]
     hooks += [norm.register_forward_pre_hook(given) for norm in norms]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_hooked(run, hooks)
     return pairs
 
 

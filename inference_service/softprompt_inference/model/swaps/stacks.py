@@ -22,7 +22,7 @@ from softprompt_inference.model.attention import (
     detach,
     paged_step,
 )
-from softprompt_inference.model.swaps.forward import random_like, swap_forward, together
+from softprompt_inference.model.swaps.forward import random_like, run_hooked, swap_forward, together
 from softprompt_inference.model.swaps.layers import FusedForward, fused_forward
 from softprompt_inference.model.swaps.verify import Swap
 
@@ -61,11 +61,7 @@ def _observe(model: nn.Module, run: Callable[[], object]) -> list[_Call]:
         for layer in model.modules()
         if (forward := fused_forward(layer)) is not None
     ]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    run_hooked(run, hooks)
     return calls
 
 

@@ -30,8 +30,6 @@ def test_on_a_cpu_each_lora_is_one_tile() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("num_tokens", "count"), [(1, 1), (256, 16), (257, 5), (4096, 64)])
 def test_on_a_gpu_tiles_are_as_large_as_a_program_takes(num_tokens: int, count: int) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
     tiles = build_tiles([1] * num_tokens, torch.device("cuda"))
     assert tiles is not None
     assert len(tiles.tiles) == count

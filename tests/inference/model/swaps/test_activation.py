@@ -85,8 +85,6 @@ def test_an_mlp_that_does_more_is_undone() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi3"])
 def test_all_swaps_verify_on_a_gpu(lab: Any, name: str, dtype: torch.dtype) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
     swaps = activation.find(load(lab.model(name), dtype).cuda())
     assert swaps
     assert all(verify(swap) for swap in swaps)

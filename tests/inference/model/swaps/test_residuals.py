@@ -6,24 +6,15 @@ import pytest
 import torch
 from softprompt_inference.model.swaps import norms, residuals
 from softprompt_inference.model.swaps.verify import Swap, verify
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+
+from tests.inference.model.swaps import test_norms
+from tests.inference.model.swaps.test_norms import logits
 
 
 def load(lab: Any, name: str, dtype: torch.dtype = torch.float32) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(lab.model(name), dtype=dtype, attn_implementation="eager").eval()
-    for norm in model.modules():
-        if type(norm).__name__.endswith("RMSNorm"):
-            # As loaded they are all ones or zeros.
-            norm.weight.data += torch.randn(norm.weight.shape, generator=torch.Generator().manual_seed(1)) * 0.2
+    model = test_norms.load(lab.model(name), dtype)
+    test_norms.vary_norms(model)
     return model
-
-
-@torch.inference_mode()
-def logits(model: Any) -> Tensor:
-    ids = torch.randint(3, 256, (1, 30), generator=torch.Generator().manual_seed(0))
-    device = next(model.parameters()).device
-    return model(input_ids=ids.to(device), use_cache=False).logits
 
 
 def found(model: Any) -> list[Swap]:
@@ -91,8 +82,6 @@ def test_layers_of_another_shape_and_those_on_a_cpu_are_left_alone(lab: Any) -> 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_sums_verify_on_a_gpu(lab: Any, dtype: torch.dtype) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
     swaps = found(load(lab, "llama", dtype).cuda())
     assert len(swaps) == 2
     assert all(verify(swap) for swap in swaps)

@@ -100,8 +100,6 @@ def test_another_layout_is_left_alone() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_all_swaps_verify_on_a_gpu(lab: Any, llama: Path, dtype: torch.dtype) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("there is no GPU")
     swaps = rotary.find(load(llama, dtype).cuda())
     assert len(swaps) == 2
     assert all(verify(swap) for swap in swaps)
