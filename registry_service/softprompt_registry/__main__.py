@@ -1,6 +1,7 @@
 """`python -m softprompt_registry`: serve until SIGTERM or SIGINT, then drain."""
 
 import asyncio
+import gc
 import sys
 
 from softprompt_api.logs import configure_logs
@@ -22,6 +23,9 @@ async def serve(settings: Settings) -> None:
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             await starting
+            # What the start has made lives as long as the process: later collections need not look at it.
+            gc.collect()
+            gc.freeze()
             await stopping
     finally:
         starting.cancel()

@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,18 @@ class BlobInfo:
     def digest_of(self, index: int) -> bytes:
         """sha256 of a chunk."""
         return self.chunk_digests[index * _DIGEST_BYTES : (index + 1) * _DIGEST_BYTES]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobStart:
+    """What the store holds of a blob, and one of its chunks: most blobs have no other.
+
+    Attributes:
+        chunk: None where it is missing.
+    """
+
+    facts: Mapping[bytes, bytes]
+    chunk: bytes | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +124,7 @@ class StagedBlob:
         await self._client.set(keys.staged(self._sha256, self._upload, index), chunk, ex=self._ttl_s)
 
 
-def decode_blob(fields: dict[bytes, bytes], *, sha256: str) -> BlobInfo | None:
+def decode_blob(fields: Mapping[bytes, bytes], *, sha256: str) -> BlobInfo | None:
     """A blob's facts from its hash; None when there is no such blob."""
     if not fields:
         return None
@@ -139,22 +151,34 @@ async def read_use(pipe: Pipeline, sha256: str) -> BlobUse | None:
     return BlobUse(num_versions=int(num_versions), num_chunks=len(digests or b"") // _DIGEST_BYTES)
 
 
+def chunk_of(offset: int) -> int:
+    """The chunk of a blob that an offset lies in."""
+    return max(0, offset) // CHUNK_BYTES
+
+
 class BlobReader:
     """Read published blobs."""
 
     def __init__(self, client: Redis) -> None:
         self._client = client
 
-    async def read(self, sha256: str, *, offset: int) -> AsyncIterator[tuple[int, bytes]]:
+    async def read(
+        self, sha256: str, *, offset: int, start: BlobStart | None = None
+    ) -> AsyncIterator[tuple[int, bytes]]:
         """A blob's bytes from an offset, as (offset, piece); each chunk is compared with its sha256 first.
+
+        Args:
+            start: its facts with the chunk that the offset lies in, where they were read already.
 
         Raises:
             AdapterNotFound: there is no such blob, or it was deleted while it was read.
             InvalidArgument: the offset lies beyond the file.
             DataCorrupted: a chunk is not what was stored; no byte of it is given out.
         """
-        first = max(0, offset) // CHUNK_BYTES
-        info, chunk = await self._info_and_chunk(sha256, first)
+        first = chunk_of(offset)
+        if start is None:
+            start = await self._start(sha256, first)
+        info, chunk = decode_blob(start.facts, sha256=sha256), start.chunk
         if info is None:
             raise _deleted()
         if not 0 <= offset <= info.size_bytes:
@@ -171,13 +195,12 @@ class BlobReader:
                 yield index * CHUNK_BYTES + skipped, chunk[skipped:]
 
     @reads
-    async def _info_and_chunk(self, sha256: str, index: int) -> tuple[BlobInfo | None, bytes | None]:
-        """A blob's facts and one of its chunks, in one turn: most blobs have no other."""
+    async def _start(self, sha256: str, index: int) -> BlobStart:
         pipe = self._client.pipeline(transaction=False)
         pipe.hgetall(keys.blob(sha256))
         pipe.get(keys.chunk(sha256, index))
-        fields, chunk = await pipe.execute()
-        return decode_blob(fields, sha256=sha256), chunk
+        facts, chunk = await pipe.execute()
+        return BlobStart(facts=facts, chunk=chunk)
 
     @reads
     async def _info(self, sha256: str) -> BlobInfo | None:

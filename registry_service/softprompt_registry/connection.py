@@ -1,7 +1,8 @@
 """The connection to Redis or Valkey: timeouts, retries of reads, and its failures in our words."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,6 +22,8 @@ from tenacity import (
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_FIRST_WAIT_S = 0.05
+_BROKEN = (redis.exceptions.ConnectionError, OSError)
 LOST = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError)
 
 
@@ -73,13 +76,17 @@ def reads(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutin
 
     @wraps(function)
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type((redis.exceptions.ConnectionError, OSError)),
-            stop=stop_after_attempt(3) | stop_after_delay(0.5),
-            wait=wait_random_exponential(multiplier=0.05, max=0.4),
-            reraise=True,
-        )
         async with store_errors():
+            # Nearly every read succeeds at once, and need not pay for what repeats it.
+            with suppress(*_BROKEN):
+                return await function(*args, **kwargs)
+            await asyncio.sleep(_FIRST_WAIT_S)
+            retrying = AsyncRetrying(
+                retry=retry_if_exception_type(_BROKEN),
+                stop=stop_after_attempt(2) | stop_after_delay(0.5),
+                wait=wait_random_exponential(multiplier=0.05, max=0.4),
+                reraise=True,
+            )
             return await retrying(function, *args, **kwargs)
 
     return call

@@ -48,7 +48,7 @@ def versions(adapter: str) -> str:
     return f"sp:{{n:{adapter}}}:v"
 
 
-def version(version_id: int) -> str:
+def version(version_id: int | str) -> str:
     """One version."""
     return f"sp:{{v:{version_id}}}"
 
@@ -63,7 +63,7 @@ def blob(sha256: str) -> str:
     return f"sp:{{blob:{sha256}}}:m"
 
 
-def chunk(sha256: str, index: int) -> str:
+def chunk(sha256: str, index: int | str) -> str:
     """A published chunk."""
     return f"sp:{{blob:{sha256}}}:c:{index}"
 

@@ -13,7 +13,7 @@ from softprompt_api.tenants import local_name, tenant_of
 
 from softprompt_registry import catalog
 from softprompt_registry.amendments import Amendments, VersionUpdate
-from softprompt_registry.blobs import BlobReader
+from softprompt_registry.blobs import BlobReader, chunk_of
 from softprompt_registry.catalog import AdapterVersion, BaseModel, check_labels
 from softprompt_registry.changes import Changes
 from softprompt_registry.events import EventLog
@@ -194,12 +194,17 @@ class Registry:
         Of several versions with the digest, one that was registered for the base model is preferred.
         """
         ref = parse_adapter(digest, field="digest")
-        version = await self._store.find_content(ref, base_model_id=base_model_id) if ref.digest else None
-        if version is None:
+        found = (
+            await self._store.find_content(ref, chunk=chunk_of(offset), base_model_id=base_model_id)
+            if ref.digest
+            else None
+        )
+        if found is None:
             raise catalog.not_found(ref)
+        version, start = found
         try:
-            async for start, data in self._blobs.read(version.tensors_sha256, offset=offset):
-                yield version, Piece(offset=start, data=data)
+            async for at, data in self._blobs.read(version.tensors_sha256, offset=offset, start=start):
+                yield version, Piece(offset=at, data=data)
         except AdapterNotFound:
             if await self._store.find_content(ref) is None:
                 raise

@@ -13,20 +13,19 @@ from softprompt_api.names import LATEST, AdapterRef
 from softprompt_api.tenants import full_name, local_name, tenant_of
 
 from softprompt_registry import catalog, keys, pointers
+from softprompt_registry.blobs import BlobStart
 from softprompt_registry.catalog import AdapterVersion, BaseModel
 from softprompt_registry.codec import decode_base_model, decode_version, encode_base_model
 from softprompt_registry.connection import reads, reply, writes
+from softprompt_registry.lookups import Found, FoundContent, Lookups, Seals
 from softprompt_registry.pointers import Pointers
-from softprompt_registry.recent import Recent, Seals
+from softprompt_registry.recent import Recent
 
 _log = structlog.get_logger()
 _MAX_NAMES_COMPARED = 500
 _VERSIONS_AT_ONCE = 100
-_MAX_LOOKUPS = 3
 # An inference service announces its model every 15 s.
 _ANNOUNCED_LATELY_S = 60
-
-_Record = Mapping[bytes, bytes]
 
 
 class Store:
@@ -34,20 +33,21 @@ class Store:
 
     def __init__(self, client: Redis) -> None:
         self._client = client
-        self._recent = Recent(client)
+        self._lookups = Lookups(client)
+        self._recent = Recent()
 
     @reads
     async def find(self, ref: AdapterRef) -> AdapterVersion | None:
         """The version a spelling names; None when there is none."""
-        if version := await self._recent.find(ref):
-            return version
-        version, sha256, known = await self._find(ref)
-        if version is None:
+        kept, seals = self._recent.find(ref) or (None, None)
+        found = await self._look_up(ref, kept.id if kept else 0, seals)
+        if kept and found and found.is_unchanged:
+            return kept
+        version, sha256 = _decode(ref, found)
+        if found is None or version is None:
             return None
-        if known is None:
-            [(name, replies)] = await self._ask_pointers([version.name])
-            # A digest names content, whatever is the matter with the name of a version that has it.
-            known = _readable_pointers(name, replies) if ref.digest else pointers.decode(replies)
+        # A digest names content, whatever is the matter with the name of a version that has it.
+        known = _readable_pointers(version.name, found.pointers) if ref.digest else pointers.decode(found.pointers)
         if known is None:
             return version
         version = known.describe(version)
@@ -55,20 +55,26 @@ class Store:
         return version
 
     @reads
-    async def find_content(self, ref: AdapterRef, *, base_model_id: str = "") -> AdapterVersion | None:
-        """The version a spelling names, without what points to it; None when there is none.
+    async def find_content(
+        self, ref: AdapterRef, *, chunk: int = 0, base_model_id: str = ""
+    ) -> tuple[AdapterVersion, BlobStart | None] | None:
+        """The version with a digest, without what points to it, and a chunk of its file; None when there is none.
 
-        Of those that a digest names, one that was registered for the base model, if there is one.
+        Of several, one that was registered for the base model, if there is one; the chunk is then left out.
         """
-        version, _, _ = await self._find(ref, base_model_id)
-        return version
+        content = await self._lookups.content(ref.digest, chunk=chunk)
+        if content is None:
+            version, _ = _decode(ref, await self._oldest(await self._with_digest(ref, base_model_id)))
+            return (version, None) if version else None
+        version, _ = _decode(ref, content)
+        return (version, BlobStart(facts=content.blob, chunk=content.chunk)) if version else None
 
     @reads
     async def find_id(self, version_id: int) -> AdapterVersion | None:
         """The version with a global id; None when there is none."""
-        fields = await self._record(version_id)
-        version = decode_version(fields, version_id=version_id) if fields else None
-        return (await self._pointers(version.name)).describe(version) if version else None
+        found = await self._lookups.by_id(version_id)
+        version, _ = _decode(AdapterRef(), found)
+        return pointers.decode(found.pointers).describe(version) if found and version else None
 
     @reads
     async def find_ids(self, version_ids: Sequence[int]) -> list[AdapterVersion | None]:
@@ -213,23 +219,23 @@ class Store:
         }
         return sorted((model for model in models if model), key=lambda model: model.id), lately
 
-    async def _find(
-        self, ref: AdapterRef, base_model_id: str = ""
-    ) -> tuple[AdapterVersion | None, bytes, Pointers | None]:
-        """The version that a spelling names, its record's sha256, and its name's pointers where they were read."""
-        # A version may be deleted after its id was found; the name may have another latest version by then.
-        for _ in range(_MAX_LOOKUPS):
-            version_ids, known = await self._locate(ref, base_model_id)
-            if not version_ids:
-                break
-            for version_id in version_ids:
-                fields = await self._record(version_id)
-                if ref.digest and fields and not _is_owned(ref, fields.get(b"name")):
-                    return None, b"", None
-                version, sha256 = _decode(ref, version_id, fields)
-                if version:
-                    return version, sha256, known
-        return None, b"", None
+    async def _look_up(self, ref: AdapterRef, kept_id: int, seals: Seals | None) -> Found | None:
+        """What the store has under a spelling, or that it is what was kept under these seals."""
+        if not ref.digest:
+            return await self._lookups.by_name(ref.name, alias=ref.alias, number=ref.version, seals=seals)
+        # What a digest has named it names as long as that is there.
+        if kept_id and (found := await self._lookups.by_id(kept_id, seals=seals)) and found.is_unchanged:
+            return found
+        if found := await self._lookups.by_digest(ref.digest):
+            return found
+        return await self._oldest(await self._with_digest(ref, ""))
+
+    async def _oldest(self, version_ids: Sequence[int]) -> Found | None:
+        """The first of these that is still there."""
+        for version_id in version_ids:
+            if found := await self._lookups.by_id(version_id):
+                return found
+        return None
 
     async def _pointers(self, name: str) -> Pointers:
         [(_, replies)] = await self._ask_pointers([name])
@@ -242,20 +248,6 @@ class Store:
             pointers.ask(pipe, name)
         replies, size = await pipe.execute(), pointers.NUM_REPLIES
         return [(name, replies[size * place : size * (place + 1)]) for place, name in enumerate(names)]
-
-    async def _locate(self, ref: AdapterRef, base_model_id: str) -> tuple[list[int], Pointers | None]:
-        """Ids of versions that a spelling names, first the one that is meant, and its name's pointers where read.
-
-        Any of them may be gone by now.
-        """
-        if ref.digest:
-            return await self._with_digest(ref, base_model_id), None
-        if ref.version is not None:
-            ids = await reply(self._client.zrangebyscore(keys.versions(ref.name), ref.version, ref.version))
-            return [int(version_id) for version_id in ids[:1]], None
-        known = await self._pointers(ref.name)
-        target = known.target(ref.alias or LATEST)
-        return [target] if target else [], known
 
     async def _with_digest(self, ref: AdapterRef, base_model_id: str) -> list[int]:
         """Versions with a digest, of its owner where one is named, the oldest first; all have the same tensors.
@@ -279,10 +271,6 @@ class Store:
                     (preferred if _is_for(base_model, base_model_id) else others).append(int(version_id))
             start += len(ids)
         return preferred + others
-
-    async def _record(self, version_id: int) -> _Record:
-        record: _Record = await reply(self._client.hgetall(keys.version(version_id)))
-        return record
 
     async def _load_readable(self, version_ids: Sequence[int]) -> list[AdapterVersion | None]:
         pipe = self._client.pipeline(transaction=False)
@@ -341,16 +329,16 @@ def _readable_pointers(name: str, replies: Sequence[Any]) -> Pointers | None:
         return None
 
 
-def _decode(ref: AdapterRef, version_id: int, fields: _Record) -> tuple[AdapterVersion | None, bytes]:
-    """The version in a record that a spelling led to, and the record's sha256; None where there is none.
+def _decode(ref: AdapterRef, found: Found | FoundContent | None) -> tuple[AdapterVersion | None, bytes]:
+    """The version that a spelling led to, and its record's sha256; None where there is none.
 
     Raises DataCorrupted when it is a version of something else.
     """
-    if not fields:
+    if found is None or (ref.digest and not _is_owned(ref, found.record.get(b"name"))):
         return None, b""
-    version = decode_version(fields, version_id=version_id)
-    found = (version.name, version.version, version.digest)
-    for wanted, has in zip((ref.name, ref.version, ref.digest), found, strict=True):
-        if wanted and wanted != has:
+    version = decode_version(found.record, version_id=found.version_id)
+    has = (version.name, version.version, version.digest)
+    for wanted, it_has in zip((ref.name, ref.version, ref.digest), has, strict=True):
+        if wanted and wanted != it_has:
             raise DataCorrupted(f"the store answered with {version.name}@{version.version} for {ref}")
-    return version, fields.get(b"sha256", b"")
+    return version, found.record.get(b"sha256", b"")

@@ -98,13 +98,23 @@ async def test_no_call_asks_the_store_more_when_there_are_a_hundred_times_as_man
     assert not _SCANS & {command for used in many.values() for command in used}
 
 
-async def test_resolving_a_name_takes_two_reads_of_its_own_records_alone(client, make_adapter, redis):
+async def test_resolving_takes_one_turn_that_reads_its_own_records_alone(client, make_adapter, redis):
     await fill(client, make_adapter, range(FEW))
-    used = await commands(redis, lambda: client.get("a0005"))
-    # What the name points to, at one moment; then the version.
-    assert used == {"multi": 1, "exec": 1, "hmget": 1, "hgetall": 2, "zrevrange": 1}
-    # Later it asks in one turn whether they are as they were.
-    assert await commands(redis, lambda: client.get("a0005")) == {"hget": 2}
+    # Which version it is, that it is there, what points to its name, and the version.
+    told = {"eval": 1, "exists": 1, "hmget": 1, "hgetall": 2}
+    for_name = {"hget": 1, "zrange": 2}
+    assert await commands(redis, lambda: client.get("a0005")) == {**told, **for_name}
+    # Later only whether they are as they were.
+    assert await commands(redis, lambda: client.get("a0005")) == {**told, "hget": 2, "zrange": 2, "hgetall": 1}
+    digest = (await client.get("a0006")).digest
+    assert await commands(redis, lambda: client.get(digest)) == {**told, **for_name}
+    assert await commands(redis, lambda: client.get(digest)) == {**told, "hget": 2, "zrange": 1, "hgetall": 1}
+
+
+async def test_the_tensors_of_one_chunk_come_in_one_turn(client, make_adapter, redis):
+    digest = (await client.register("tweets", make_adapter())).digest
+    used = await commands(redis, lambda: client.read(digest))
+    assert used == {"eval": 1, "zrange": 1, "hget": 1, "hgetall": 2, "get": 1}
 
 
 async def test_a_registration_of_one_chunk_writes_twice(client, make_adapter, redis):
