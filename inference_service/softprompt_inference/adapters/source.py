@@ -4,7 +4,8 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import grpc
 import structlog
@@ -34,10 +35,10 @@ RESUME_DELAYS_S: Sequence[float] = (0.1, 0.3, 1.0, 2.0)
 
 _MAX_HEADER_BYTES = 2**20 + 8
 _MAX_VALUE_BYTES = 4
+_SMALL_FILE_BYTES = 2**17
 _GIB = 2**30
 _SHAPE_FIELDS = ("architecture", "hidden_size", "num_layers", "num_kv_heads", "head_dim", "vocab_size")
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 _log = structlog.get_logger()
@@ -95,7 +96,9 @@ class AdapterSource:
                     wanted = await self._read(transfer)
         except TimeoutError as error:
             raise Unavailable("the registry is too slow to deliver the adapter; try again later") from error
-        adapter = await _in_thread(wanted.read, transfer.data, spelling, self._base_model.dtype)
+        read = partial(wanted.read, transfer.data, spelling, self._base_model.dtype)
+        # To another thread and back takes longer than to read a small file, which takes less than a millisecond.
+        adapter = read() if len(transfer.data) <= _SMALL_FILE_BYTES else await _in_thread(read)
         _log.info("adapter fetched", adapter=wanted.version.name, version=wanted.version.version, digest=spelling)
         return adapter
 
@@ -135,6 +138,8 @@ class AdapterSource:
                 if chunk.offset != len(data) or len(data) + len(chunk.data) > transfer.wanted.version.size_bytes:
                     raise DataCorrupted("the registry sent other bytes of the adapter than were asked for")
                 data += chunk.data
+                if len(data) == transfer.wanted.version.size_bytes:
+                    return  # nothing follows, and what is whole is compared with its sha256
         finally:
             call.cancel()
 
@@ -204,9 +209,9 @@ class _Transfer:
     data: bytearray = field(default_factory=bytearray)
 
 
-async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+async def _in_thread(function: Callable[[], T]) -> T:
     """As asyncio.to_thread, but it is cancelled only when the thread has ended, which has memory until then."""
-    working = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
+    working = asyncio.ensure_future(asyncio.to_thread(function))
     try:
         return await asyncio.shield(working)
     except asyncio.CancelledError:
