@@ -1,7 +1,7 @@
 """CPU kernels in C, used where `load` could compile them; without them torch's operations do the same.
 
 They are plain C over pointers: every shape, dtype and stride is checked here or by the operation that calls.
-`ops.c` is for any processor; the others are for those that multiply pairs of bfloat16 themselves.
+`ops.c` is for any processor, `wide.c` for most, the others for those that multiply pairs of bfloat16 themselves.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from softprompt_kernels.native.library import CannotCompile
 from softprompt_kernels.native.library import load as _load
 from softprompt_kernels.native.lora import LoraStep, PackedLoras
 from softprompt_kernels.native.memory import HugePages
-from softprompt_kernels.native.panels import PANEL, pack_panels
+from softprompt_kernels.native.panels import PANEL, pack_panels, pack_wide_panels
 
 __all__ = [
     "CannotCompile",
@@ -34,6 +34,9 @@ __all__ = [
     "pack_gated",
     "pack_gated_bias",
     "pack_linear",
+    "pack_wide",
+    "pack_wide_bias",
+    "pack_wide_gated",
     "rms_norm",
     "rope",
     "supports",
@@ -41,7 +44,9 @@ __all__ = [
     "supports_linear",
     "supports_lora",
     "supports_rows",
+    "supports_wide",
     "unload",
+    "wide_linear",
 ]
 
 MAX_HEAD_DIM = 256
@@ -79,6 +84,9 @@ def load(cache_dir: Path) -> None:
     library.softprompt_has_linear.restype = c_int
     library.softprompt_linear.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 2, *[c_void_p] * 2, c_int]
     library.softprompt_linear.restype = c_int
+    library.softprompt_has_wide.restype = c_int
+    library.softprompt_wide_linear.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 3]
+    library.softprompt_wide_linear.restype = None
     library.softprompt_paged_chunk.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 5, c_float, c_int]
     library.softprompt_paged_chunk.restype = c_int
     library.softprompt_layer_before.argtypes = [*[c_void_p] * 8, *[c_int64] * 3, c_int, c_void_p, c_int]
@@ -341,4 +349,66 @@ def linear(
     )
     if failed:
         raise MemoryError("a product found no memory for LoRA")
+    return out
+
+
+def supports_wide(weight: Tensor) -> bool:
+    """Whether kernels are loaded for products in float32 with such weights [out, in], which bfloat16 must hold."""
+    if _library is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
+        return False
+    return bool(_library.softprompt_has_wide()) and torch.equal(weight, weight.bfloat16().float())
+
+
+def pack_wide(weight: Tensor) -> Tensor:
+    """Weights [out, in] as `wide_linear` reads them: [panels, in, 16] bfloat16, padded with zeros."""
+    return _weights.copy(pack_wide_panels(weight.bfloat16()))
+
+
+def pack_wide_gated(gate: Tensor, up: Tensor) -> Tensor:
+    """Both weights [out, in] as `wide_linear` reads them when `gated`: their panels take turns."""
+    both = [pack_wide_panels(weight.bfloat16()) for weight in (gate, up)]
+    return _weights.copy(torch.stack(both, 1).flatten(0, 1))
+
+
+def pack_wide_bias(bias: Tensor) -> Tensor:
+    """A bias [out] beside `pack_wide`'s weights: [panels * 16] float32."""
+    return F.pad(bias, (0, -len(bias) % PANEL))
+
+
+def wide_linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    *,
+    columns: int,
+    activation: str = "identity",
+    gated: bool = False,
+) -> Tensor:
+    """act(x @ weight.T + bias), or, gated, act(x @ gate.T) * (x @ up.T): [..., columns] float32.
+
+    Each row's sums are made in the same order however many there are.
+
+    x       [..., in]               float32
+    packed  by `pack_wide`, or by `pack_wide_gated`
+    bias    [panels * 16] float32   in the columns' order of `packed`, or None
+    """
+    assert _library is not None
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
+    _library.softprompt_wide_linear(
+        out.data_ptr(),
+        rows.data_ptr(),
+        packed.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None,
+        rows.shape[0],
+        rows.stride(0),
+        columns,
+        packed.shape[1],
+        ACTIVATIONS[activation],
+        gated,
+        torch.get_num_threads(),
+    )
     return out

@@ -41,6 +41,12 @@ void softprompt_rope(void *q_out, void *k_out, const void *q, const void *k, con
 
 int softprompt_has_linear(void);
 
+int softprompt_has_wide(void);
+
+void softprompt_wide_linear(float *out, const float *x, const uint16_t *weights, const float *bias, const float *addend,
+                            int64_t rows, int64_t x_row, int64_t columns, int64_t size, int activation, int gated,
+                            int num_threads);
+
 // Whether this process may use the tiles of AMX.
 int softprompt_has_amx(void);
 

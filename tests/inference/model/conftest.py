@@ -350,12 +350,12 @@ class Lab:
     folder: Path
     _oracles: dict[Path, Oracle] = field(default_factory=dict)
 
-    def model(self, name: str) -> Path:
-        """Folder of the tiny random model of that architecture."""
-        path = self.folder / name
+    def model(self, name: str, dtype: torch.dtype = torch.float32) -> Path:
+        """Folder of the tiny random model of that architecture, its weights in that dtype."""
+        path = self.folder / str(dtype) / name
         if not path.exists():
             torch.manual_seed(0)
-            AutoModelForCausalLM.from_config(TINY_CONFIGS[name]).save_pretrained(path)
+            AutoModelForCausalLM.from_config(TINY_CONFIGS[name]).to(dtype).save_pretrained(path)
         return path
 
     def runner(self, model_path: Path, **settings: object) -> ModelRunner:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from softprompt_inference.engine import sequence as sequence_module
 from softprompt_inference.engine.messages import DropAdapter
 from softprompt_inference.model import runner as runner_module
@@ -98,6 +99,12 @@ def test_a_gpu_computes_the_same_in_float32(lab: Any, name: str) -> None:
     requests = with_loras(lab.requests([None, soft, None, soft, soft, None]), [*used, None, None])
     outputs = lab.serve(lab.engine(path, device="cuda"), requests)
     lab.compare(path, requests, outputs).assert_equal()
+
+
+def test_weights_that_are_kept_in_bfloat16(lab: Any) -> None:
+    path = lab.model("llama", torch.bfloat16)
+    requests = mixed(lab, path)
+    lab.compare(path, requests, lab.serve(lab.engine(path), requests)).assert_equal()
 
 
 def test_without_native_kernels(lab: Any, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

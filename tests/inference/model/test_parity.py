@@ -46,6 +46,14 @@ def test_every_kind_and_the_base_model_in_one_batch_of_sixteen(lab: Any, llama: 
     lab.compare(llama, requests, outputs).assert_equal()
 
 
+def test_weights_that_are_kept_in_bfloat16(lab: Any) -> None:
+    path = lab.model("llama", torch.bfloat16)
+    engine = lab.engine(path)
+    adapters = [lab.adapter(path, kind, count) for kind, count in zip([*KINDS, *KEY_VALUES], COUNTS, strict=False)]
+    requests = lab.requests([*adapters, None, *adapters, None])
+    lab.compare(path, requests, lab.serve(engine, requests)).assert_equal()
+
+
 def test_without_native_kernels(lab: Any, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = lab.engine(llama)
     monkeypatch.setattr(native, "_library", None)

@@ -1,5 +1,7 @@
 """Linear layers whose weights are laid out once, for CPUs: by our kernels where they can, else by oneDNN.
 
+Our kernels multiply bfloat16 on processors that do so themselves, and float32 with weights that are bfloat16's.
+
 An ordinary linear has its weights reordered, or read in an order that suits the product badly, in every call.
 """
 
@@ -14,7 +16,7 @@ _ops = torch.ops.mkldnn
 
 def can_pack(weight: Tensor) -> bool:
     """Whether this machine has packed products for such weights, in our kernels or in its build of torch."""
-    if native.supports_linear(weight):
+    if native.supports_linear(weight) or native.supports_wide(weight):
         return True
     if weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
@@ -29,7 +31,9 @@ def can_pack(weight: Tensor) -> bool:
 
 def pack(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A linear with these weights [out, in] and bias [out]; only for what `can_pack`."""
-    return NativeLinear(weight, bias) if native.supports_linear(weight) else PackedLinear(weight, bias)
+    if native.supports_linear(weight):
+        return NativeLinear(weight, bias)
+    return WideLinear(weight, bias) if native.supports_wide(weight) else PackedLinear(weight, bias)
 
 
 def trace_of(weight: Tensor) -> Tensor:
@@ -93,6 +97,53 @@ class NativeGate(nn.Module):
             loras=self.loras,
             step=None if self.lora is None else self.lora.step,
         )
+
+
+class WideLinear(nn.Module):
+    """`nn.Linear` in float32 over weights that our kernels keep in bfloat16, where that loses nothing.
+
+    Each row's result is the same in any batch.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = trace_of(weight)
+        self.packed = native.pack_wide(weight.detach())
+        self.bias = None if bias is None else native.pack_wide_bias(bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out]"""
+        return native.wide_linear(x, self.packed, self.bias, columns=self.out_features)
+
+
+class WideGate(nn.Module):
+    """act(gate(x)) * up(x) in one pass over both weights, kept as those of WideLinear are.
+
+    Args:
+        gate, up: linears of one shape, of which both or none have a bias.
+        activation: one of `native.ACTIVATIONS`.
+    """
+
+    def __init__(self, gate: nn.Linear, up: nn.Linear, activation: str) -> None:
+        super().__init__()
+        self.out_features = gate.out_features
+        self.activation = activation
+        self.packed = native.pack_wide_gated(gate.weight.detach(), up.weight.detach())
+        self.bias = None if gate.bias is None else native.pack_gated_bias(gate.bias.detach(), up.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out]"""
+        return native.wide_linear(
+            x, self.packed, self.bias, columns=self.out_features, activation=self.activation, gated=True
+        )
+
+    def forward_apart(self, x: Tensor) -> Tensor:
+        """gate(x) beside up(x), without the activation: x [..., in] → [..., 2 * out]"""
+        panels, _, width = self.packed.shape
+        both = native.wide_linear(x, self.packed, self.bias, columns=panels * width)
+        gate, up = both.view(*x.shape[:-1], panels // 2, 2, width).unbind(-2)
+        return torch.cat([part.flatten(-2)[..., : self.out_features] for part in (gate, up)], dim=-1)
 
 
 class PackedLinear(nn.Module):

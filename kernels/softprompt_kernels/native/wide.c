@@ -1,0 +1,182 @@
+// Products in float32 with weights that are kept in bfloat16, where that loses nothing: half the bytes to read, and the
+// same sums. For processors that add products of 8 or 16 floats in one instruction; elsewhere `softprompt_has_wide` says
+// no, and oneDNN does it.
+//
+// Each sum is made in the order of its inputs, however many rows there are and however they are cut.
+
+#include "native.h"
+
+#include <math.h>
+#include <string.h>
+
+#if (defined(__AVX2__) && defined(__FMA__)) || defined(__AVX512F__) || defined(__ARM_NEON)
+
+// Sums of MAX_ROWS rows and one panel, what they are made of and a panel's inputs fit the registers.
+#ifdef __AVX512F__
+enum { WIDTH = 16, MAX_ROWS = 12 };
+#else
+enum { WIDTH = 8, MAX_ROWS = 6 };
+#endif
+enum { PARTS = LANES / WIDTH, FEW_ROWS = 2 * MAX_ROWS, BLOCK_ROWS = 240, CUT = 256 };
+enum { IDENTITY = 0, SILU = 1, GELU_TANH = 2 };
+
+typedef float vec __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4)));
+typedef uint32_t int_vec __attribute__((vector_size(WIDTH * sizeof(uint32_t))));
+typedef uint16_t half_vec __attribute__((vector_size(WIDTH * sizeof(uint16_t)), aligned(2)));
+
+int softprompt_has_wide(void) { return 1; }
+
+static inline vec widen(const uint16_t *from) {
+    return (vec)(__builtin_convertvector(*(const half_vec *)from, int_vec) << 16);
+}
+
+// sums [rows][LANES] = or += x [rows, size] times a panel: [size][LANES] in float32, or in bfloat16. `rows` and `dtype` are
+// numbers the compiler knows, so the sums stay in registers. `next`, unless NULL, is fetched into the cache meanwhile.
+static inline __attribute__((always_inline)) void multiply(int rows, float *sums, int first, const float *x, int64_t x_row,
+                                                           const void *panel, int64_t size, int dtype,
+                                                           const uint16_t *next) {
+    vec held[MAX_ROWS][PARTS];
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++)
+        for (int p = 0; p < PARTS; p++) held[m][p] = first ? (vec){0} : *(const vec *)(sums + m * LANES + p * WIDTH);
+    for (int64_t k = 0; k < size; k++) {
+        vec w[PARTS];
+        for (int p = 0; p < PARTS; p++)
+            w[p] = dtype == FLOAT32 ? *((const vec *)panel + k * PARTS + p)
+                                    : widen((const uint16_t *)panel + k * LANES + p * WIDTH);
+        if (next) __builtin_prefetch(next + k * LANES);
+#pragma GCC unroll 12
+        for (int m = 0; m < rows; m++) {
+            const vec each = x[m * x_row + k] - (vec){0};
+            for (int p = 0; p < PARTS; p++) held[m][p] += each * w[p];
+        }
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; m++)
+        for (int p = 0; p < PARTS; p++) *(vec *)(sums + m * LANES + p * WIDTH) = held[m][p];
+}
+
+
+// One case for each number of rows, for `multiply` to know it.
+static void some_rows(int64_t rows, float *sums, int first, const float *x, int64_t x_row, const void *panel,
+                      int64_t size, int dtype, const uint16_t *next) {
+    switch (rows) {
+#define CASE(n)                                                                        \
+    case n:                                                                            \
+        if (n > MAX_ROWS) break;                                                       \
+        if (dtype == FLOAT32) multiply(n, sums, first, x, x_row, panel, size, FLOAT32, 0); \
+        else multiply(n, sums, first, x, x_row, panel, size, BFLOAT16, next);          \
+        break;
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#ifdef __AVX512F__
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+#undef CASE
+    }
+}
+
+// sums [rows][LANES] = x times one panel, in blocks of rows.
+static void product(float *sums, const float *x, int64_t x_row, int64_t rows, const uint16_t *panel, int64_t size,
+                    const uint16_t *next) {
+    const int64_t blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    vec wide[CUT * PARTS] __attribute__((aligned(64)));
+    // Few rows read the panel as it lies; for many, a part of it at a time is widened once.
+    const int64_t cut = rows <= FEW_ROWS ? size : CUT;
+    for (int64_t k = 0; k < size; k += cut) {
+        const int64_t length = size - k < cut ? size - k : cut;
+        const uint16_t *part = panel + k * LANES;
+        for (int64_t i = 0; rows > FEW_ROWS && i < length * PARTS; i++) wide[i] = widen(part + i * WIDTH);
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t start = rows * block / blocks, count = rows * (block + 1) / blocks - start;
+            some_rows(count, sums + start * LANES, k == 0, x + start * x_row + k, x_row,
+                      rows <= FEW_ROWS ? (const void *)part : wide, length, rows <= FEW_ROWS ? BFLOAT16 : FLOAT32,
+                      block == blocks - 1 ? next : 0);
+        }
+    }
+}
+
+// e^x, relative error below 3e-7, by the same reduction as in ops.c; infinity above 88, and a NaN stays one.
+static inline float exp_of(float of) {
+    const float x = of < -87.0f ? -87.0f : of > 88.0f ? 88.0f : of;
+    const float n = rintf(x * 1.44269504f);
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
+    float scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return of > 88.0f ? INFINITY : p * scale;
+}
+
+// SiLU is x * sigmoid(x); GELU by tanh is x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3).
+static inline void activate(float *values, int activation) {
+    for (int j = 0; activation == SILU && j < LANES; j++) values[j] = values[j] / (1 + exp_of(-values[j]));
+    for (int j = 0; activation == GELU_TANH && j < LANES; j++) {
+        const float x = values[j], z = (x + x * x * (x * 0.044715f)) * 1.59576912f;
+        values[j] = x / (1 + exp_of(-z));
+    }
+}
+
+// One row of a panel, or of gate's and up's: bias, activation, gate times up, what is added.
+static inline void finish(float *out, const float *addend, const float *sums, const float *up, const float *bias,
+                          int64_t columns, int activation) {
+    float values[LANES], added[LANES] = {0};
+    const int64_t count = columns < LANES ? columns : LANES;
+    const int is_whole = count == LANES;
+    if (addend && !is_whole) memcpy(added, addend, (size_t)count * sizeof *addend), addend = added;
+    vec *v = (vec *)(is_whole ? out : values);
+    for (int p = 0; p < PARTS; p++) {
+        vec sum = ((const vec *)sums)[p];
+        v[p] = bias ? sum + ((const vec *)bias)[p] : sum;
+    }
+    if (activation != IDENTITY) activate((float *)v, activation);
+    for (int p = 0; up && p < PARTS; p++) {
+        vec sum = ((const vec *)up)[p];
+        v[p] *= bias ? sum + ((const vec *)bias)[PARTS + p] : sum;
+    }
+    for (int p = 0; addend && p < PARTS; p++) v[p] += ((const vec *)addend)[p];
+    if (!is_whole) memcpy(out, values, (size_t)count * sizeof *out);
+}
+
+// out [rows, columns] = act(x [rows, size] @ w.T + bias) + addend (like out, or NULL); gated: act(x @ gate.T + bias) *
+// (x @ up.T + bias), where gate's and up's panels take turns. The weights are [panels][size][LANES] in bfloat16; their
+// columns, and the bias, are padded to whole panels.
+void softprompt_wide_linear(float *out, const float *x, const uint16_t *weights, const float *bias, const float *addend,
+                            int64_t rows, int64_t x_row, int64_t columns, int64_t size, int activation, int gated,
+                            int num_threads) {
+    const int64_t panels = (columns + LANES - 1) / LANES, each = gated ? 2 : 1, step = size * LANES;
+#pragma omp parallel for schedule(static) num_threads(num_threads) \
+    if (num_threads > 1 && rows * panels * each * step > PARALLEL_WORK)
+    for (int64_t panel = 0; panel < panels; panel++) {
+        float sums[2][BLOCK_ROWS * LANES];
+        const uint16_t *mine = weights + panel * each * step;
+        for (int64_t start = 0; start < rows; start += BLOCK_ROWS) {
+            const int64_t count = rows - start < BLOCK_ROWS ? rows - start : BLOCK_ROWS;
+            for (int64_t part = 0; part < each; part++) {
+                const int is_last = panel + 1 == panels && part + 1 == each;
+                product(sums[part], x + start * x_row, x_row, count, mine + part * step, size,
+                        is_last ? 0 : mine + (part + 1) * step);
+            }
+            for (int64_t m = 0; m < count; m++) {
+                const int64_t place = (start + m) * columns + panel * LANES;
+                finish(out + place, addend ? addend + place : 0, sums[0] + m * LANES, gated ? sums[1] + m * LANES : 0,
+                       bias ? bias + panel * each * LANES : 0, columns - panel * LANES, activation);
+            }
+        }
+    }
+}
+
+#else
+
+int softprompt_has_wide(void) { return 0; }
+
+void softprompt_wide_linear(float *out, const float *x, const uint16_t *weights, const float *bias, const float *addend,
+                            int64_t rows, int64_t x_row, int64_t columns, int64_t size, int activation, int gated,
+                            int num_threads) {}
+
+#endif
