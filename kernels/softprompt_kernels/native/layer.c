@@ -1,5 +1,5 @@
-// Decoder layers of Llama's shape in bfloat16: one but for its attention, in a call before it and one after; or several
-// in a row with their attention over pages, in one call.
+// Decoder layers of Llama's shape, in bfloat16 or float32: one but for its attention, in a call before it and one after;
+// or several in a row with their attention over pages, in one call.
 
 #include "native.h"
 
@@ -10,16 +10,16 @@ typedef struct {
 } Norm;
 
 typedef struct {
-    const void *weights;  // packed, see linear.c
+    const void *weights;  // packed, see linear.c, and wide.c for float32
     const float *bias;    // or NULL
     int64_t columns, size;
-    const LoraTable *loras;
+    const LoraTable *loras;  // or NULL: none, as in float32
 } Linear;
 
 typedef struct {
     Norm before, between;
     Linear qkv, out, gated, down;
-    int activation, num_heads, num_kv_heads, head_dim;
+    int activation, num_heads, num_kv_heads, head_dim, dtype;
     float scale;
     int window;  // 0: none
 } Layer;
@@ -37,13 +37,20 @@ typedef struct {
     int page_size;
 } Step;
 
-static int norm(void *out, const void *x, const Norm *n, int64_t rows, int64_t size, int num_threads) {
-    return softprompt_rms_norm(out, 0, x, 0, n->weight, 1, rows, size, rows * size, size, 0, 0, BFLOAT16,
-                               n->unit_offset, n->eps, num_threads);
+static inline int64_t item_bytes(const Layer *layer) { return layer->dtype == FLOAT32 ? 4 : 2; }
+
+static int norm(void *out, const void *x, const Norm *n, int64_t rows, int64_t size, int dtype, int num_threads) {
+    return softprompt_rms_norm(out, 0, x, 0, n->weight, 1, rows, size, rows * size, size, 0, 0, dtype, n->unit_offset,
+                               n->eps, num_threads);
 }
 
 static int product(void *out, const void *x, const Linear *l, const void *addend, int64_t rows, int activation,
-                   int gated, const LoraStep *step, int num_threads) {
+                   int gated, int dtype, const LoraStep *step, int num_threads) {
+    if (dtype == FLOAT32) {
+        softprompt_wide_linear(out, x, l->weights, l->bias, addend, rows, l->size, l->columns, l->size, activation,
+                               gated, num_threads);
+        return 0;
+    }
     return softprompt_linear(out, x, l->weights, l->bias, addend, rows, l->size, l->columns, l->size / 2, activation,
                              gated, l->loras, step, num_threads);
 }
@@ -54,12 +61,13 @@ static int product(void *out, const void *x, const Linear *l, const void *addend
 int softprompt_layer_before(const Layer *layer, void *q, void *k, void *qkv, void *normed, const void *hidden,
                             const void *cosines, const void *sines, int64_t rows, int64_t cos_stride,
                             int64_t sin_stride, int table_dtype, const LoraStep *step, int num_threads) {
-    if (norm(normed, hidden, &layer->before, rows, layer->qkv.size, num_threads)) return 1;
-    if (product(qkv, normed, &layer->qkv, 0, rows, 0, 0, step, num_threads)) return 1;
-    const uint16_t *keys = (const uint16_t *)qkv + layer->num_heads * layer->head_dim;
+    const int dtype = layer->dtype;
+    if (norm(normed, hidden, &layer->before, rows, layer->qkv.size, dtype, num_threads)) return 1;
+    if (product(qkv, normed, &layer->qkv, 0, rows, 0, 0, dtype, step, num_threads)) return 1;
+    const char *keys = (const char *)qkv + layer->num_heads * layer->head_dim * item_bytes(layer);
     softprompt_rope(q, k, qkv, keys, cosines, sines, rows, layer->qkv.columns, layer->head_dim, layer->qkv.columns,
                     layer->head_dim, cos_stride, sin_stride, layer->num_heads, layer->num_kv_heads, layer->head_dim,
-                    BFLOAT16, table_dtype, num_threads);
+                    dtype, table_dtype, num_threads);
     return 0;
 }
 
@@ -67,19 +75,20 @@ int softprompt_layer_before(const Layer *layer, void *q, void *k, void *qkv, voi
 // but for the gate's product [rows, intermediate]. Returns as above.
 int softprompt_layer_after(const Layer *layer, void *out, void *sum, void *normed, void *gated, const void *attended,
                            const void *hidden, int64_t rows, const LoraStep *step, int num_threads) {
-    return product(sum, attended, &layer->out, hidden, rows, 0, 0, step, num_threads) ||
-           norm(normed, sum, &layer->between, rows, layer->out.columns, num_threads) ||
-           product(gated, normed, &layer->gated, 0, rows, layer->activation, 1, step, num_threads) ||
-           product(out, gated, &layer->down, sum, rows, 0, 0, step, num_threads);
+    const int dtype = layer->dtype;
+    return product(sum, attended, &layer->out, hidden, rows, 0, 0, dtype, step, num_threads) ||
+           norm(normed, sum, &layer->between, rows, layer->out.columns, dtype, num_threads) ||
+           product(gated, normed, &layer->gated, 0, rows, layer->activation, 1, dtype, step, num_threads) ||
+           product(out, gated, &layer->down, sum, rows, 0, 0, dtype, step, num_threads);
 }
 
 // Writes the new keys and values into their pages, and attends to all of each sequence's.
-static int attend(const Layer *layer, const Step *step, void *out, const uint16_t *q, void *keys, void *values,
-                  const void *k, const uint16_t *qkv, int64_t rows, int num_threads) {
+static int attend(const Layer *layer, const Step *step, char *out, const char *q, void *keys, void *values,
+                  const void *k, const char *qkv, int64_t rows, int num_threads) {
     const int dim = layer->head_dim, heads = layer->num_heads, kv_heads = layer->num_kv_heads;
-    const int64_t q_row = (int64_t)heads * dim;
-    softprompt_kv_write(keys, values, k, qkv + q_row + kv_heads * dim, step->slots, rows, kv_heads * dim, dim,
-                        layer->qkv.columns, dim, kv_heads, dim, sizeof *q);
+    const int64_t q_row = (int64_t)heads * dim, bytes = item_bytes(layer);
+    softprompt_kv_write(keys, values, k, qkv + (q_row + kv_heads * dim) * bytes, step->slots, rows, kv_heads * dim, dim,
+                        layer->qkv.columns, dim, kv_heads, dim, (int)bytes);
     int failed = 0;
     for (int64_t i = 0; i < step->num_prefixes; i++) {
         const int64_t *prefix = step->prefixes[i];
@@ -91,10 +100,10 @@ static int attend(const Layer *layer, const Step *step, void *out, const uint16_
         failed |= softprompt_paged_decode(
             out, q, keys, values, step->page_table, step->context_lens, step->rows, step->sequences, 0, step->starts,
             step->prefix, step->num_decodes, step->table_width, q_row, dim, heads, kv_heads, dim, step->page_size,
-            BFLOAT16, layer->window, layer->scale, 0, num_threads);
+            layer->dtype, layer->window, layer->scale, 0, num_threads);
     for (int64_t i = 0; i < step->num_chunks; i++) {
-        const int64_t *chunk = step->chunks[i], start = chunk[1] * q_row;
-        failed |= softprompt_paged_chunk((uint16_t *)out + start, q + start, keys, values,
+        const int64_t *chunk = step->chunks[i], start = chunk[1] * q_row * bytes;
+        failed |= softprompt_paged_chunk(out + start, q + start, keys, values,
                                          step->page_table + chunk[0] * step->table_width, chunk[2] - chunk[1],
                                          chunk[3], q_row, dim, heads, kv_heads, dim, step->page_size, layer->window,
                                          layer->scale, num_threads);
@@ -105,13 +114,14 @@ static int attend(const Layer *layer, const Step *step, void *out, const uint16_
 // Layers of one shape, each with its pages. `scratch` has room for, of each row, twice the queries, the keys, the
 // products for them, the gate's product, and three times the hidden states. Returns as above.
 int softprompt_layers(const Layer *layers, void *const *keys, void *const *values, int64_t num_layers,
-                      const Step *step, void *out, uint16_t *scratch, const void *hidden, const void *cosines,
+                      const Step *step, void *out, char *scratch, const void *hidden, const void *cosines,
                       const void *sines, int64_t rows, int64_t cos_stride, int64_t sin_stride, int table_dtype,
                       const LoraStep *loras, int num_threads) {
-    const int64_t width = layers->out.columns, q_width = (int64_t)layers->num_heads * layers->head_dim;
-    uint16_t *q = scratch, *attended = q + rows * q_width, *qkv = attended + rows * q_width;
-    uint16_t *k = qkv + rows * layers->qkv.columns, *normed = k + rows * layers->num_kv_heads * layers->head_dim;
-    uint16_t *sum = normed + rows * width, *between = sum + rows * width, *gated = between + rows * width;
+    const int64_t each = rows * item_bytes(layers), width = each * layers->out.columns;
+    const int64_t q_width = each * layers->num_heads * layers->head_dim;
+    char *q = scratch, *attended = q + q_width, *qkv = attended + q_width;
+    char *k = qkv + each * layers->qkv.columns, *normed = k + each * layers->num_kv_heads * layers->head_dim;
+    char *sum = normed + width, *between = sum + width, *gated = between + width;
     for (int64_t i = 0; i < num_layers; i++) {
         const Layer *layer = layers + i;
         // A layer may write where it read: by then it needs the sum alone.

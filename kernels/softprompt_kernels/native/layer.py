@@ -1,4 +1,4 @@
-"""Decoder layers of Llama's shape in bfloat16: one but for its attention, or several in a row with it."""
+"""Decoder layers of Llama's shape, in 16 or 32 bits: one but for its attention, or several in a row with it."""
 
 import ctypes
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class _Layer(ctypes.Structure):
         ("out", _Linear),
         ("gated", _Linear),
         ("down", _Linear),
-        *[(name, c_int) for name in ("activation", "num_heads", "num_kv_heads", "head_dim")],
+        *[(name, c_int) for name in ("activation", "num_heads", "num_kv_heads", "head_dim", "dtype")],
         ("scale", c_float),
         ("window", c_int),
     ]
@@ -61,17 +61,17 @@ class NormWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearWeights:
-    """A linear as `native.pack_linear`, `pack_bias` or their gated forms laid it out.
+    """A linear as `native.pack_linear`, `pack_bias` or their gated forms laid it out; in float32, the wide ones.
 
     Attributes:
         columns: of its result.
-        loras: that may change it.
+        loras: that may change it; None: none may, as in float32.
     """
 
     packed: Tensor
     bias: Tensor | None
     columns: int
-    loras: native.PackedLoras
+    loras: native.PackedLoras | None
 
 
 class DecoderLayer:
@@ -82,6 +82,7 @@ class DecoderLayer:
         qkv: queries, keys and values side by side.
         gated: gate and up together.
         activation: one of `native.ACTIVATIONS`.
+        dtype: of the hidden states, and so of everything but the weights.
         scale: of the attention's scores.
         sliding_window: positions a query sees, itself among them; None: all.
     """
@@ -95,6 +96,7 @@ class DecoderLayer:
         gated: LinearWeights,
         down: LinearWeights,
         activation: str,
+        dtype: torch.dtype,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
@@ -105,11 +107,14 @@ class DecoderLayer:
         self._weights: Sequence[object] = (norms, qkv, out, gated, down)
         self._heads = (num_heads, num_kv_heads, head_dim)
         self._columns = (qkv.columns, gated.columns)
+        self.dtype = dtype
+        self.takes_loras = all(part.loras is not None for part in (qkv, out, gated, down))
         self._layer = _Layer(
             *(_Norm(norm.weight.data_ptr(), norm.eps, norm.unit_offset) for norm in norms),
             *(_linear(part) for part in (qkv, out, gated, down)),
             native.ACTIVATIONS[activation],
             *self._heads,
+            native.DTYPES[dtype],
             scale,
             sliding_window or 0,
         )
@@ -125,15 +130,15 @@ class DecoderLayer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, D], and keys and values [T, Hkv, D], of hidden states.
 
-        hidden    [T, hidden] bfloat16   contiguous
-        cos, sin  [T, D]                 dense rows
-        step                             which LoRAs the tokens use; None: none
+        hidden    [T, hidden]   contiguous
+        cos, sin  [T, D]        dense rows
+        step                    which LoRAs the tokens use; None: none
         """
         rows = len(hidden)
         num_heads, num_kv_heads, dim = self._heads
-        q = torch.empty(rows, num_heads, dim, dtype=torch.bfloat16)
-        k = torch.empty(rows, num_kv_heads, dim, dtype=torch.bfloat16)
-        qkv = torch.empty(rows, self._columns[0], dtype=torch.bfloat16)
+        q = torch.empty(rows, num_heads, dim, dtype=self.dtype)
+        k = torch.empty(rows, num_kv_heads, dim, dtype=self.dtype)
+        qkv = torch.empty(rows, self._columns[0], dtype=self.dtype)
         normed = torch.empty_like(hidden)
         failed = native.loaded().softprompt_layer_before(
             self._pointer,
@@ -163,7 +168,7 @@ class DecoderLayer:
         """
         rows = len(hidden)
         out, total, normed = (torch.empty_like(hidden) for _ in range(3))
-        gated = torch.empty(rows, self._columns[1], dtype=torch.bfloat16)
+        gated = torch.empty(rows, self._columns[1], dtype=self.dtype)
         failed = native.loaded().softprompt_layer_after(
             self._pointer,
             out.data_ptr(),
@@ -182,13 +187,13 @@ class DecoderLayer:
 
 
 class DecoderLayers:
-    """Layers of one shape, each of which takes what the one before it answers; one call for all of them.
+    """Layers of one shape and dtype, each of which takes what the one before it answers; one call for all of them.
 
-    Raises ValueError where their shapes differ.
+    Raises ValueError where their shapes or dtypes differ.
     """
 
     def __init__(self, layers: Sequence[DecoderLayer]) -> None:
-        if len({layer.shape for layer in layers}) != 1:
+        if len({(*layer.shape, layer.dtype) for layer in layers}) != 1:
             raise ValueError(f"layers of one shape are needed, not of {sorted({each.shape for each in layers})}")
         self._weights = tuple(layers)
         self._layers = (_Layer * len(layers))(*(layer._layer for layer in layers))
@@ -196,7 +201,7 @@ class DecoderLayers:
         self._heads = (heads, dim)
         self._row_elements = 2 * heads * dim + kv_heads * dim + qkv + gated + 3 * hidden
         # Kept from step to step: memory that is new costs a fault for each of its pages.
-        self._scratch = torch.empty(0, dtype=torch.bfloat16)
+        self._scratch = torch.empty(0, dtype=layers[0].dtype)
 
     def __call__(
         self,
@@ -213,18 +218,18 @@ class DecoderLayers:
     ) -> Tensor:
         """The last layer's answer [T, hidden]; keys and values are written.
 
-        hidden    [T, hidden] bfloat16   contiguous
-        cos, sin  [T, D]                 dense rows
-        pages                            keys and values of each layer, which `native.supports`
-        plan                             of `paged_attention`, without groups
-        loras                            which LoRAs the tokens use; None: none
+        hidden    [T, hidden]   contiguous
+        cos, sin  [T, D]        dense rows
+        pages                   keys and values of each layer, which `native.supports`
+        plan                    of `paged_attention`, without groups
+        loras                   which LoRAs the tokens use; None: none
 
         The others as in `paged_attention` and `kv_write`.
         """
         assert not plan.groups, "torch's part of a plan is not done here"
         rows, (keys, values) = len(hidden), zip(*pages, strict=True)
         if self._scratch.numel() < rows * self._row_elements:
-            self._scratch = torch.empty(rows * self._row_elements, dtype=torch.bfloat16)
+            self._scratch = torch.empty(rows * self._row_elements, dtype=self._scratch.dtype)
         decodes = plan.decodes
         prefix = prefix_room(rows if plan.prefixes else 0, *self._heads)
         chunks = torch.tensor([(each.sequence, each.start, each.stop, each.context) for each in plan.chunks])
@@ -277,4 +282,6 @@ def _pointers(tensors: Sequence[Tensor]) -> "ctypes.Array[c_void_p]":
 
 def _linear(part: LinearWeights) -> _Linear:
     bias = None if part.bias is None else part.bias.data_ptr()
-    return _Linear(part.packed.data_ptr(), bias, part.columns, 2 * part.packed.shape[1], part.loras.address)
+    # [panels, pairs of inputs, 16, 2], or [panels, inputs, 16]
+    size = part.packed.shape[1] * (2 if part.packed.dim() == 4 else 1)
+    return _Linear(part.packed.data_ptr(), bias, part.columns, size, part.loras and part.loras.address)

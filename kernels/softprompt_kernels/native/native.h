@@ -8,6 +8,13 @@
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 enum { LANES = 16 };
 
+// Floats in a vector: one register, or two where registers hold four.
+#ifdef __AVX512F__
+enum { WIDTH = 16 };
+#else
+enum { WIDTH = 8 };
+#endif
+
 // Below so many multiplications, waking another thread costs more than it saves.
 static const int64_t PARALLEL_WORK = 150000;
 

@@ -12,7 +12,7 @@
 #include <immintrin.h>
 #endif
 
-enum { MAX_VECTORS = 16, MAX_HEADS = 4 };
+enum { MAX_VECTORS = 256 / WIDTH, MAX_HEADS = 4 };
 
 static inline float from_bf16(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
@@ -65,23 +65,24 @@ static inline float exp_of_negative(float x) {
     return p * scale;
 }
 
-// 16 lanes: one AVX-512 register, or as many smaller ones as the machine needs. A head is padded with zeros to whole
-// vectors.
-typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
-typedef uint32_t int_vec __attribute__((vector_size(LANES * sizeof(uint32_t))));
-typedef uint16_t half_vec __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(2)));
+// A head is padded with zeros to whole vectors.
+typedef float vec __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
+typedef uint32_t int_vec __attribute__((vector_size(WIDTH * sizeof(uint32_t))));
+typedef uint16_t half_vec __attribute__((vector_size(WIDTH * sizeof(uint16_t)), aligned(2), may_alias));
 
 static inline void load_padded(vec *to, const void *from, int64_t offset, int n, int vectors, int dtype) {
-    if (n < vectors * LANES) memset(to + n / LANES, 0, (size_t)(vectors - n / LANES) * sizeof(vec));
+    if (n < vectors * WIDTH) memset(to + n / WIDTH, 0, (size_t)(vectors - n / WIDTH) * sizeof(vec));
     load((float *)to, from, offset, n, dtype);
 }
 
-// Halves of a and b added crosswise; four rounds of it sum the lanes of 16 vectors.
+// Halves of a and b added crosswise; four rounds of it sum the lanes of 16 vectors, three those of 8: lane j of
+// sum_lanes' answer is the sum of v[j]'s.
 #if defined(__clang__) || __GNUC__ >= 12
 #define FOLD(a, b, ...) (__builtin_shufflevector(a, b, __VA_ARGS__))
 #else
 #define FOLD(a, b, ...) (__builtin_shuffle(a, b, (int_vec){__VA_ARGS__}))
 #endif
+#ifdef __AVX512F__
 static inline vec fold8(vec a, vec b) {
     return FOLD(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
            FOLD(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
@@ -99,13 +100,29 @@ static inline vec fold1(vec a, vec b) {
            FOLD(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-// Lane j of the answer is the sum of the lanes of v[j].
 static inline vec sum_lanes(const vec *v) {
     vec halves[8], quarters[4];
     for (int i = 0; i < 8; i++) halves[i] = fold8(v[2 * i], v[2 * i + 1]);
     for (int i = 0; i < 4; i++) quarters[i] = fold4(halves[2 * i], halves[2 * i + 1]);
     return fold1(fold2(quarters[0], quarters[1]), fold2(quarters[2], quarters[3]));
 }
+#else
+static inline vec fold4(vec a, vec b) {
+    return FOLD(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + FOLD(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+static inline vec fold2(vec a, vec b) {
+    return FOLD(a, b, 0, 1, 4, 5, 8, 9, 12, 13) + FOLD(a, b, 2, 3, 6, 7, 10, 11, 14, 15);
+}
+static inline vec fold1(vec a, vec b) {
+    return FOLD(a, b, 0, 2, 4, 6, 8, 10, 12, 14) + FOLD(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+}
+
+static inline vec sum_lanes(const vec *v) {
+    vec halves[4];
+    for (int i = 0; i < 4; i++) halves[i] = fold4(v[2 * i], v[2 * i + 1]);
+    return fold1(fold2(halves[0], halves[1]), fold2(halves[2], halves[3]));
+}
+#endif
 
 typedef struct {
     const void *keys, *values;
@@ -115,7 +132,7 @@ typedef struct {
     int page_size, dtype, dim;
 } Head;
 
-// Where the head's rows of LANES positions from `first` on lie, as far as there are any, in elements from the start.
+// Where the head's rows of WIDTH positions from `first` on lie, as far as there are any, in elements from the start.
 static inline void find_rows(int64_t *rows, const Head *head, int first, int count) {
     int page = first / head->page_size, offset = first - page * head->page_size;
     for (int j = 0; j < count; j++) {
@@ -124,25 +141,18 @@ static inline void find_rows(int64_t *rows, const Head *head, int first, int cou
     }
 }
 
-// 16 elements from a row on, widened.
+// The elements of a vector, widened.
 static inline vec load_vector(const void *from, int64_t offset, int dtype) {
-    vec wide;
-    if (dtype == FLOAT32) {
-        memcpy(&wide, (const float *)from + offset, sizeof wide);
-    } else {
-        half_vec bits;
-        memcpy(&bits, (const uint16_t *)from + offset, sizeof bits);
-        int_vec shifted = __builtin_convertvector(bits, int_vec) << 16;
-        memcpy(&wide, &shifted, sizeof wide);
-    }
-    return wide;
+    // Copied with memcpy, GCC takes a vector through memory in pieces.
+    if (dtype == FLOAT32) return *(const vec *)((const float *)from + offset);
+    return (vec)(__builtin_convertvector(*(const half_vec *)((const uint16_t *)from + offset), int_vec) << 16);
 }
 
 // One row; whole vectors where it has no rest.
 static inline __attribute__((always_inline)) void load_row(vec *to, const void *from, int64_t offset, int dim,
                                                            int vectors, int dtype) {
-    if (dim == vectors * LANES)
-        for (int c = 0; c < vectors; c++) to[c] = load_vector(from, offset + c * LANES, dtype);
+    if (dim == vectors * WIDTH)
+        for (int c = 0; c < vectors; c++) to[c] = load_vector(from, offset + c * WIDTH, dtype);
     else
         load_padded(to, from, offset, dim, vectors, dtype);
 }
@@ -206,7 +216,7 @@ static inline __attribute__((always_inline)) void add_columns(
     if (heads > 3) d0 = sums[3 * vectors], d1 = sums[3 * vectors + 1];
     for (int j = 0; j < count; j++) {
         vec low = load_vector(values, rows[j] + column, dtype);
-        vec high = load_vector(values, rows[j] + column + LANES, dtype);
+        vec high = load_vector(values, rows[j] + column + WIDTH, dtype);
         a0 += weights[j] * low, a1 += weights[j] * high;
         if (heads > 1) b0 += weights[padded + j] * low, b1 += weights[padded + j] * high;
         if (heads > 2) c0 += weights[2 * padded + j] * low, c1 += weights[2 * padded + j] * high;
@@ -222,16 +232,16 @@ static inline __attribute__((always_inline)) void add_columns(
 static inline __attribute__((always_inline)) void attend(
     const Head *head, vec *restrict out, const vec *restrict q, float *restrict scores, Start start, int first,
     int length, int64_t padded, int heads, int vectors, int dtype, float scale, float softcap) {
-    int64_t rows[LANES], next[LANES];
-    vec row[MAX_VECTORS], products[MAX_HEADS][LANES];
+    int64_t rows[WIDTH], next[WIDTH];
+    vec row[MAX_VECTORS], products[MAX_HEADS][WIDTH];
     memset(products, 0, sizeof products);  // what is past the end must be finite
-    find_rows(next, head, first, length < LANES ? length : LANES);
-    for (int begin = 0; begin < length; begin += LANES) {
-        int left = length - begin, count = left < LANES ? left : LANES, ahead = left - count;
+    find_rows(next, head, first, length < WIDTH ? length : WIDTH);
+    for (int begin = 0; begin < length; begin += WIDTH) {
+        int left = length - begin, count = left < WIDTH ? left : WIDTH, ahead = left - count;
         memcpy(rows, next, sizeof rows);
         if (ahead) {
-            ahead = ahead < LANES ? ahead : LANES;
-            find_rows(next, head, first + begin + LANES, ahead);
+            ahead = ahead < WIDTH ? ahead : WIDTH;
+            find_rows(next, head, first + begin + WIDTH, ahead);
             prefetch_rows(head->keys, next, ahead, head->dim, dtype);
         }
         for (int j = 0; j < count; j++) {
@@ -253,20 +263,20 @@ static inline __attribute__((always_inline)) void attend(
         const float rest = softmax(scores + g * padded, length, seen_by(&start, g), softcap);
         const float *prefix = prefix_of(&start, g);
         for (int c = 0; prefix && c < vectors; c++)
-            sums[g * vectors + c] = load_vector(prefix, c * LANES, FLOAT32) * rest;
+            sums[g * vectors + c] = load_vector(prefix, c * WIDTH, FLOAT32) * rest;
     }
-    find_rows(next, head, first, length < LANES ? length : LANES);
-    for (int begin = 0; begin < length; begin += LANES) {
-        int left = length - begin, count = left < LANES ? left : LANES, ahead = left - count;
+    find_rows(next, head, first, length < WIDTH ? length : WIDTH);
+    for (int begin = 0; begin < length; begin += WIDTH) {
+        int left = length - begin, count = left < WIDTH ? left : WIDTH, ahead = left - count;
         memcpy(rows, next, sizeof rows);
         if (ahead) {
-            ahead = ahead < LANES ? ahead : LANES;
-            find_rows(next, head, first + begin + LANES, ahead);
+            ahead = ahead < WIDTH ? ahead : WIDTH;
+            find_rows(next, head, first + begin + WIDTH, ahead);
             prefetch_rows(head->values, next, ahead, head->dim, dtype);
         }
-        if (head->dim % (2 * LANES) == 0)
+        if (head->dim % (2 * WIDTH) == 0)
             for (int c = 0; c < vectors; c += 2)
-                add_columns(sums + c, scores + begin, head->values, rows, c * LANES, padded, count, heads, vectors,
+                add_columns(sums + c, scores + begin, head->values, rows, c * WIDTH, padded, count, heads, vectors,
                             dtype);
         else
             for (int j = 0; j < count; j++) {
@@ -288,25 +298,25 @@ static inline __attribute__((always_inline)) void attend_pairs(
     uint16_t *restrict weights, Start start, int first, int length, int64_t padded, int heads, int halves, float scale,
     float softcap) {
     const uint16_t *keys = head->keys, *values = head->values;
-    int64_t rows[LANES], next[LANES];
-    find_rows(next, head, first, length < LANES ? length : LANES);
-    for (int begin = 0; begin < length; begin += LANES) {
-        int left = length - begin, count = left < LANES ? left : LANES, ahead = left - count;
+    int64_t rows[WIDTH], next[WIDTH];
+    find_rows(next, head, first, length < WIDTH ? length : WIDTH);
+    for (int begin = 0; begin < length; begin += WIDTH) {
+        int left = length - begin, count = left < WIDTH ? left : WIDTH, ahead = left - count;
         memcpy(rows, next, sizeof rows);
-        for (int j = count; j < LANES; j++) rows[j] = rows[count - 1];  // what is past the end must be finite
+        for (int j = count; j < WIDTH; j++) rows[j] = rows[count - 1];  // what is past the end must be finite
         if (ahead) {
-            ahead = ahead < LANES ? ahead : LANES;
-            find_rows(next, head, first + begin + LANES, ahead);
+            ahead = ahead < WIDTH ? ahead : WIDTH;
+            find_rows(next, head, first + begin + WIDTH, ahead);
             prefetch_rows(keys, next, ahead, head->dim, BFLOAT16);
         }
         for (int g = 0; g < heads; g++) {
-            vec products[LANES];
+            vec products[WIDTH];
 #pragma GCC unroll 16
-            for (int j = 0; j < LANES; j++) {
+            for (int j = 0; j < WIDTH; j++) {
                 __m512 sum = _mm512_setzero_ps();
                 for (int c = 0; c < halves; c++)
-                    sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(keys + rows[j] + c * 2 * LANES),
-                                           (__m512bh)_mm512_loadu_si512(q + g * q_head_stride + c * 2 * LANES));
+                    sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(keys + rows[j] + c * 2 * WIDTH),
+                                           (__m512bh)_mm512_loadu_si512(q + g * q_head_stride + c * 2 * WIDTH));
                 products[j] = (vec)sum;
             }
             vec dots = sum_lanes(products) * scale;
@@ -316,8 +326,8 @@ static inline __attribute__((always_inline)) void attend_pairs(
     float rests[MAX_HEADS];
     for (int g = 0; g < heads; g++) {
         rests[g] = softmax(scores + g * padded, length, seen_by(&start, g), softcap);
-        for (int j = length; j < (length + LANES - 1) / LANES * LANES; j++) scores[g * padded + j] = 0;
-        for (int j = 0; j < length; j += LANES)
+        for (int j = length; j < (length + WIDTH - 1) / WIDTH * WIDTH; j++) scores[g * padded + j] = 0;
+        for (int j = 0; j < length; j += WIDTH)
             _mm256_storeu_si256((__m256i *)(weights + g * padded + j),
                                 (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(scores + g * padded + j)));
     }
@@ -325,14 +335,14 @@ static inline __attribute__((always_inline)) void attend_pairs(
     __m512 sums[MAX_HEADS][4][2];
     for (int g = 0; g < heads; g++)
         for (int c = 0; c < halves; c++) sums[g][c][0] = sums[g][c][1] = _mm512_setzero_ps();
-    find_rows(next, head, first, length < LANES ? length : LANES);
-    for (int begin = 0; begin < length; begin += LANES) {
-        int left = length - begin, count = left < LANES ? left : LANES, ahead = left - count;
+    find_rows(next, head, first, length < WIDTH ? length : WIDTH);
+    for (int begin = 0; begin < length; begin += WIDTH) {
+        int left = length - begin, count = left < WIDTH ? left : WIDTH, ahead = left - count;
         memcpy(rows, next, sizeof rows);
-        if (count < LANES) rows[count] = rows[count - 1];
+        if (count < WIDTH) rows[count] = rows[count - 1];
         if (ahead) {
-            ahead = ahead < LANES ? ahead : LANES;
-            find_rows(next, head, first + begin + LANES, ahead);
+            ahead = ahead < WIDTH ? ahead : WIDTH;
+            find_rows(next, head, first + begin + WIDTH, ahead);
             prefetch_rows(values, next, ahead, head->dim, BFLOAT16);
         }
         for (int j = 0; j < count; j += 2) {
@@ -343,8 +353,8 @@ static inline __attribute__((always_inline)) void attend_pairs(
                 pairs[g] = (__m512bh)_mm512_set1_epi32(pair);
             }
             for (int c = 0; c < halves; c++) {
-                __m512i one = _mm512_loadu_si512(values + rows[j] + c * 2 * LANES);
-                __m512i other = _mm512_loadu_si512(values + rows[j + 1] + c * 2 * LANES);
+                __m512i one = _mm512_loadu_si512(values + rows[j] + c * 2 * WIDTH);
+                __m512i other = _mm512_loadu_si512(values + rows[j + 1] + c * 2 * WIDTH);
                 __m512bh low = (__m512bh)_mm512_unpacklo_epi16(one, other);
                 __m512bh high = (__m512bh)_mm512_unpackhi_epi16(one, other);
                 for (int g = 0; g < heads; g++) {
@@ -363,7 +373,7 @@ static inline __attribute__((always_inline)) void attend_pairs(
             to[2 * c + 1] = (vec)_mm512_permutex2var_ps(sums[g][c][0], back, sums[g][c][1]);
         }
         const float *prefix = prefix_of(&start, g);
-        for (int c = 0; prefix && c < 2 * halves; c++) to[c] += load_vector(prefix, c * LANES, FLOAT32) * rests[g];
+        for (int c = 0; prefix && c < 2 * halves; c++) to[c] += load_vector(prefix, c * WIDTH, FLOAT32) * rests[g];
     }
 }
 
@@ -405,7 +415,7 @@ int softprompt_paged_decode(
     const int32_t *starts, const float *prefix, int64_t n, int64_t table_width, int64_t q_row_stride,
     int64_t q_head_stride, int num_heads, int num_kv_heads, int dim, int page_size, int dtype, int window, float scale,
     float softcap, int num_threads) {
-    int group = num_heads / num_kv_heads, vectors = (dim + LANES - 1) / LANES, longest = 0, failed = 0;
+    int group = num_heads / num_kv_heads, vectors = (dim + WIDTH - 1) / WIDTH, longest = 0, failed = 0;
     int64_t work = 0;
     for (int64_t i = 0; i < n; i++) {
         int context = context_lens[sequences[i]] - (starts ? starts[i] : 0);
@@ -416,7 +426,7 @@ int softprompt_paged_decode(
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1 && work > PARALLEL_WORK)
     {
         // The last tile's scores may reach past the longest length.
-        int64_t padded = (int64_t)(longest + LANES - 1) / LANES * LANES;
+        int64_t padded = (int64_t)(longest + WIDTH - 1) / WIDTH * WIDTH;
         size_t score_bytes = (size_t)padded * (sizeof(float) + sizeof(uint16_t));
         vec *buffer = malloc((size_t)group * (2 * (size_t)vectors * sizeof(vec) + score_bytes));
         if (!buffer) {
@@ -467,12 +477,13 @@ int softprompt_paged_decode(
         else                                                                   \
             ATTEND(HEADS, VECTORS, BFLOAT16);                                  \
     } while (0)
-                if (vectors == 4 && count >= 4) ATTEND_SOME(4, 4);
-                else if (vectors == 4 && count == 3) ATTEND_SOME(3, 4);
-                else if (vectors == 4 && count == 2) ATTEND_SOME(2, 4);
-                else if (vectors == 4) ATTEND_SOME(1, 4);
-                else if (vectors == 8 && count >= 2) ATTEND_SOME(2, 8);
-                else if (vectors == 8) ATTEND_SOME(1, 8);
+                enum { OF_64 = 64 / WIDTH, OF_128 = 128 / WIDTH };
+                if (vectors == OF_64 && count >= 4) ATTEND_SOME(4, OF_64);
+                else if (vectors == OF_64 && count == 3) ATTEND_SOME(3, OF_64);
+                else if (vectors == OF_64 && count == 2) ATTEND_SOME(2, OF_64);
+                else if (vectors == OF_64) ATTEND_SOME(1, OF_64);
+                else if (vectors == OF_128 && count >= 2) ATTEND_SOME(2, OF_128);
+                else if (vectors == OF_128) ATTEND_SOME(1, OF_128);
                 else ATTEND_SOME(1, vectors);
             }
             for (int g = 0; g < group; g++)
@@ -551,7 +562,7 @@ int softprompt_rms_norm(
 
 static inline void rotate(void *out, const void *x, int64_t to, int64_t from, const float *restrict cosine,
                           const float *restrict sine, int half, int dtype) {
-    float first[MAX_VECTORS * LANES / 2], second[MAX_VECTORS * LANES / 2], turned[MAX_VECTORS * LANES];
+    float first[MAX_VECTORS * WIDTH / 2], second[MAX_VECTORS * WIDTH / 2], turned[MAX_VECTORS * WIDTH];
     load(first, x, from, half, dtype);
     load(second, x, from + half, half, dtype);
     for (int d = 0; d < half; d++) {
@@ -569,7 +580,7 @@ void softprompt_rope(
     int64_t work = n * (num_heads + num_kv_heads) * dim;
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && work > PARALLEL_WORK)
     for (int64_t t = 0; t < n; t++) {
-        float cosine[MAX_VECTORS * LANES], sine[MAX_VECTORS * LANES];
+        float cosine[MAX_VECTORS * WIDTH], sine[MAX_VECTORS * WIDTH];
         load(cosine, cosines, t * cos_stride, dim, table_dtype);
         load(sine, sines, t * sin_stride, dim, table_dtype);
         for (int h = 0; h < num_heads; h++)
@@ -619,22 +630,22 @@ void softprompt_argmax(int64_t *columns, const void *x, int64_t n, int64_t size,
 // `size` elements of x times each of `count` rows of a, which lie `a_row` elements apart: lane j is row j's sum. What is
 // behind the last element may be anything.
 static inline vec dots(const float *x, const float *a, int64_t a_row, int64_t count, int64_t size) {
-    vec products[LANES], rest, part;
-    const int64_t whole = size / LANES * LANES, left = size - whole;
+    vec products[WIDTH], rest, part;
+    const int64_t whole = size / WIDTH * WIDTH, left = size - whole;
     int_vec kept;
     load_padded(&rest, x, whole, (int)left, 1, FLOAT32);
-    for (int lane = 0; lane < LANES; lane++) kept[lane] = lane < left ? ~0u : 0;
-    for (int64_t j = 0; j < LANES; j += 4) {
+    for (int lane = 0; lane < WIDTH; lane++) kept[lane] = lane < left ? ~0u : 0;
+    for (int64_t j = 0; j < WIDTH; j += 4) {
         vec sums[4] = {{0}, {0}, {0}, {0}};
         const float *rows[4];
         for (int i = 0; i < 4; i++) rows[i] = a + (j + i < count ? j + i : count - 1) * a_row;
         if (j < count) {
-            for (int64_t k = 0; k < whole; k += LANES) {
+            for (int64_t k = 0; k < whole; k += WIDTH) {
                 const vec values = load_vector(x, k, FLOAT32);
                 for (int i = 0; i < 4; i++) sums[i] += values * load_vector(rows[i], k, FLOAT32);
             }
             for (int i = 0; i < 4 && left; i++) {
-                if (whole + LANES <= a_row)
+                if (whole + WIDTH <= a_row)
                     part = (vec)((int_vec)load_vector(rows[i], whole, FLOAT32) & kept);
                 else
                     load_padded(&part, rows[i], whole, (int)left, 1, FLOAT32);
@@ -660,7 +671,7 @@ int softprompt_lora_shrink_rows(float *h, const void *x, const float *a, const f
                                 int64_t slices, int64_t max_rank, int64_t size, int64_t x_row, int dtype,
                                 int num_threads) {
     int failed = 0;
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && places * slices * size * LANES > PARALLEL_WORK)
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && places * slices * size * WIDTH > PARALLEL_WORK)
     {
         float *row = malloc((size_t)size * sizeof(float));
         if (!row) {
@@ -673,8 +684,8 @@ int softprompt_lora_shrink_rows(float *h, const void *x, const float *a, const f
             const int64_t at = slot * slices + slice, rank = slot < 0 ? 0 : ranks[at];
             if (!row || !rank) continue;
             load(row, x, order[place] * x_row, (int)size, dtype);
-            for (int64_t r = 0; r < rank; r += LANES) {
-                const int64_t count = rank - r < LANES ? rank - r : LANES;
+            for (int64_t r = 0; r < rank; r += WIDTH) {
+                const int64_t count = rank - r < WIDTH ? rank - r : WIDTH;
                 const vec sums = dots(row, a + (at * max_rank + r) * size, size, count, size) * scales[at];
                 memcpy(h + task * max_rank + r, &sums, (size_t)count * sizeof(float));
             }
@@ -690,12 +701,12 @@ void softprompt_lora_expand_rows(void *out, const float *h, const float *b, cons
                                  int64_t slices, int64_t max_rank, int64_t out_row, int dtype, int num_threads) {
     const int64_t width = starts[slices];
 #pragma omp parallel for schedule(static) num_threads(num_threads) \
-    if (num_threads > 1 && places * width * LANES > PARALLEL_WORK)
+    if (num_threads > 1 && places * width * WIDTH > PARALLEL_WORK)
     for (int64_t task = 0; task < places * slices; task++) {
         const int64_t place = task / slices, slice = task % slices, slot = slot_at(tiles, num_tiles, place);
         const int64_t rank = slot < 0 ? 0 : ranks[slot * slices + slice];
-        for (int64_t column = starts[slice]; rank && column < starts[slice + 1]; column += LANES) {
-            const int64_t left = starts[slice + 1] - column, count = left < LANES ? left : LANES;
+        for (int64_t column = starts[slice]; rank && column < starts[slice + 1]; column += WIDTH) {
+            const int64_t left = starts[slice + 1] - column, count = left < WIDTH ? left : WIDTH;
             const int64_t to = order[place] * out_row + column;
             vec sums = dots(h + task * max_rank, b + (slot * width + column) * max_rank, max_rank, count, rank), held;
             load((float *)&held, out, to, (int)count, dtype);

@@ -11,18 +11,14 @@
 
 #if (defined(__AVX2__) && defined(__FMA__)) || defined(__AVX512F__) || defined(__ARM_NEON)
 
-// Sums of MAX_ROWS rows and one panel, what they are made of and a panel's inputs fit the registers.
-#ifdef __AVX512F__
-enum { WIDTH = 16, MAX_ROWS = 12 };
-#else
-enum { WIDTH = 8, MAX_ROWS = 6 };
-#endif
+// Sums of MAX_ROWS rows and one panel, and what they are made of, fit the registers.
+enum { MAX_ROWS = WIDTH == 16 ? 12 : 6 };
 enum { PARTS = LANES / WIDTH, FEW_ROWS = 2 * MAX_ROWS, BLOCK_ROWS = 240, CUT = 256 };
 enum { IDENTITY = 0, SILU = 1, GELU_TANH = 2 };
 
-typedef float vec __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4)));
+typedef float vec __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
 typedef uint32_t int_vec __attribute__((vector_size(WIDTH * sizeof(uint32_t))));
-typedef uint16_t half_vec __attribute__((vector_size(WIDTH * sizeof(uint16_t)), aligned(2)));
+typedef uint16_t half_vec __attribute__((vector_size(WIDTH * sizeof(uint16_t)), aligned(2), may_alias));
 
 int softprompt_has_wide(void) { return 1; }
 
@@ -131,13 +127,14 @@ static inline void finish(float *out, const float *addend, const float *sums, co
     if (addend && !is_whole) memcpy(added, addend, (size_t)count * sizeof *addend), addend = added;
     vec *v = (vec *)(is_whole ? out : values);
     for (int p = 0; p < PARTS; p++) {
-        vec sum = ((const vec *)sums)[p];
-        v[p] = bias ? sum + ((const vec *)bias)[p] : sum;
+        v[p] = ((const vec *)sums)[p];
+        if (bias) v[p] += ((const vec *)bias)[p];
     }
     if (activation != IDENTITY) activate((float *)v, activation);
     for (int p = 0; up && p < PARTS; p++) {
         vec sum = ((const vec *)up)[p];
-        v[p] *= bias ? sum + ((const vec *)bias)[PARTS + p] : sum;
+        if (bias) sum += ((const vec *)bias)[PARTS + p];
+        v[p] *= sum;
     }
     for (int p = 0; addend && p < PARTS; p++) v[p] += ((const vec *)addend)[p];
     if (!is_whole) memcpy(out, values, (size_t)count * sizeof *out);

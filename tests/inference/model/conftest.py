@@ -1,6 +1,7 @@
 """Tiny random models, adapters written by PEFT, and PEFT itself as the oracle."""
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -355,7 +356,9 @@ class Lab:
         path = self.folder / str(dtype) / name
         if not path.exists():
             torch.manual_seed(0)
-            AutoModelForCausalLM.from_config(TINY_CONFIGS[name]).to(dtype).save_pretrained(path)
+            # The model notes its dtype in its config, which others are made of too.
+            config = copy.deepcopy(TINY_CONFIGS[name])
+            AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(path)
         return path
 
     def runner(self, model_path: Path, **settings: object) -> ModelRunner:

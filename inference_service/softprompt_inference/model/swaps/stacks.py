@@ -77,6 +77,7 @@ def _stacks(calls: Sequence[_Call]) -> list[list[_Call]]:
             and call.given is last.answer
             and call.tables is last.tables
             and call.forward.decoder.shape == last.forward.decoder.shape
+            and call.forward.decoder.dtype == last.forward.decoder.dtype
             # What a step's plan answers for once, for several sequences, depends on the window.
             and call.forward.call.sliding_window == last.forward.call.sliding_window
         ):

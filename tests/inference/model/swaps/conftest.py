@@ -13,14 +13,29 @@ from softprompt_kernels import native
 
 @pytest.fixture
 def native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Native kernels are in use that can compute layers."""
+    """Native kernels are in use."""
     monkeypatch.setattr(native, "_library", None)
     try:
         native.load(native_kernels_dir())
     except native.CannotCompile as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def pairs(native_kernels: None) -> None:
+    """Native kernels are in use that can compute layers in bfloat16."""
     if not native.supports_linear(torch.zeros(2, 2, dtype=torch.bfloat16)):
         pytest.skip("this processor does not multiply pairs of bfloat16")
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
+def dtype(native_kernels: None, request: pytest.FixtureRequest) -> torch.dtype:
+    """Every dtype in which native kernels can compute layers."""
+    chosen: torch.dtype = request.param
+    supports = native.supports_linear if chosen == torch.bfloat16 else native.supports_wide
+    if not supports(torch.zeros(2, 2, dtype=chosen)):
+        pytest.skip(f"this processor has no products of ours in {chosen}")
+    return chosen
 
 
 @pytest.fixture

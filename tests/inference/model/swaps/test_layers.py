@@ -15,8 +15,10 @@ from softprompt_kernels import native
 pytestmark = pytest.mark.usefixtures("native_kernels")
 
 
-def load(lab: Any, kind: str, dtype: str = "bfloat16") -> LoadedModel:
-    config = EngineConfig(model_path=str(lab.model(kind)), device="cpu", dtype=dtype)
+def load(lab: Any, kind: str, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
+    """A model of weights in bfloat16."""
+    path = lab.model(kind, torch.bfloat16)
+    config = EngineConfig(model_path=str(path), device="cpu", dtype=str(dtype).removeprefix("torch."))
     return load_model(config, lambda _: None)
 
 
@@ -32,36 +34,37 @@ def fused(loaded: LoadedModel) -> list[torch.nn.Module]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
-def test_layers_of_llamas_shape_are_fused(lab: Any, kind: str) -> None:
-    loaded = load(lab, kind)
+def test_layers_of_llamas_shape_are_fused(lab: Any, kind: str, dtype: torch.dtype) -> None:
+    loaded = load(lab, kind, dtype)
     assert len(fused(loaded)) == len(loaded.layers)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2", "phi3", "gpt2"])
-def test_layers_of_another_shape_are_left_alone(lab: Any, kind: str) -> None:
-    assert fused(load(lab, kind)) == []
+def test_layers_of_another_shape_are_left_alone(lab: Any, kind: str, dtype: torch.dtype) -> None:
+    assert fused(load(lab, kind, dtype)) == []
 
 
-def test_layers_in_float32_are_left_alone(lab: Any) -> None:
-    assert fused(load(lab, "llama", "float32")) == []
+def test_layers_of_weights_that_need_float32_are_left_alone(lab: Any) -> None:
+    config = EngineConfig(model_path=str(lab.model("llama")), device="cpu", dtype="float32")
+    assert fused(load_model(config, lambda _: None)) == []
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 13, 40])
-def test_a_model_answers_as_without_fused_layers(lab: Any, num_tokens: int) -> None:
-    loaded = load(lab, "llama")
-    x = torch.randn(1, num_tokens, loaded.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+def test_a_model_answers_as_without_fused_layers(lab: Any, num_tokens: int, dtype: torch.dtype) -> None:
+    loaded = load(lab, "llama", dtype)
+    x = torch.randn(1, num_tokens, loaded.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
     replaced = _logits(loaded, x)
     for layer in fused(loaded):
         del layer.__dict__["forward"]
-    assert relative_error(replaced, _logits(loaded, x)) < 1e-2
+    assert relative_error(replaced, _logits(loaded, x)) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
-def test_a_token_has_the_same_answer_in_any_batch(lab: Any) -> None:
+def test_a_token_has_the_same_answer_in_any_batch(lab: Any, dtype: torch.dtype) -> None:
     """In bfloat16 too, where a sum in another order would round differently."""
-    loaded = load(lab, "llama")
+    loaded = load(lab, "llama", dtype)
     [layer, *_] = fused(loaded)
-    x = torch.randn(30, loaded.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
-    cos, sin = torch.randn(2, 30, loaded.layers[0].head_dim, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x = torch.randn(30, loaded.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    cos, sin = torch.randn(2, 30, loaded.layers[0].head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
     decoder = _decoder(layer)
     with torch.inference_mode():
         q, k, v = decoder.before(x, cos, sin)
@@ -82,6 +85,7 @@ def _logits_with(loaded: LoadedModel, x: torch.Tensor, slots: list[int]) -> torc
         loaded.lora.tiles = None
 
 
+@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("num_tokens", [1, 2, 13, 40])
 def test_a_model_with_loras_answers_as_without_fused_layers(
     lab: Any, load_loras: Any, num_tokens: int, monkeypatch: pytest.MonkeyPatch
@@ -100,6 +104,7 @@ def test_a_model_with_loras_answers_as_without_fused_layers(
     assert calls == []
 
 
+@pytest.mark.usefixtures("pairs")
 def test_a_token_has_the_same_answer_beside_any_loras(lab: Any, load_loras: Any) -> None:
     loaded = load(lab, "llama")
     load_loras(loaded)
@@ -123,6 +128,7 @@ def test_a_token_has_the_same_answer_beside_any_loras(lab: Any, load_loras: Any)
             assert torch.equal(decoder.after(some[0], own, step(start, stop)), after[start:stop])
 
 
+@pytest.mark.usefixtures("pairs")
 def test_parts_that_cannot_add_a_lora_go_one_by_one_in_steps_that_have_one(
     lab: Any, load_loras: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,8 +150,33 @@ def test_parts_that_cannot_add_a_lora_go_one_by_one_in_steps_that_have_one(
     assert len(calls) == len(loaded.layers)
 
 
-def test_a_layer_that_computes_something_else_is_undone(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = load(lab, "llama")
+@pytest.mark.parametrize("num_tokens", [1, 9])
+def test_in_float32_steps_with_loras_go_part_by_part(
+    lab: Any, load_loras: Any, num_tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if dtype != torch.float32:
+        pytest.skip("other layers compute them")
+    x = torch.randn(1, num_tokens, 32, generator=torch.Generator().manual_seed(0))
+    loaded, calls = load(lab, "llama", dtype), []
+    plain = _logits(loaded, x)
+    load_loras(loaded)
+    before = layers.DecoderLayer.before
+    monkeypatch.setattr(layers.DecoderLayer, "before", lambda *args: calls.append(None) or before(*args))
+    slots = ([2, 0, -1] * 3)[:num_tokens]
+    with_loras = _logits_with(loaded, x, slots)
+    assert calls == []
+    assert relative_error(with_loras, plain) > 0.1
+    assert torch.equal(_logits(loaded, x), plain)
+    assert len(calls) == len(loaded.layers)
+    for layer in fused(loaded):
+        del layer.__dict__["forward"]
+    assert torch.equal(_logits_with(loaded, x, slots), with_loras)
+
+
+def test_a_layer_that_computes_something_else_is_undone(
+    lab: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(lab, "llama", dtype)
     for layer in fused(loaded):
         del layer.__dict__["forward"]
     before = layers.DecoderLayer.before

@@ -41,8 +41,10 @@ _PREFIX_LENS = (*[()] * 5, (68, 68, 0))
 pytestmark = pytest.mark.usefixtures("native_kernels")
 
 
-def load(lab: Any, kind: str) -> LoadedModel:
-    config = EngineConfig(model_path=str(lab.model(kind)), device="cpu", dtype="bfloat16")
+def load(lab: Any, kind: str, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
+    """A model of weights in bfloat16."""
+    path = lab.model(kind, torch.bfloat16)
+    config = EngineConfig(model_path=str(path), device="cpu", dtype=str(dtype).removeprefix("torch."))
     return load_model(config, lambda _: None)
 
 
@@ -86,7 +88,7 @@ def answers(loaded: LoadedModel, slots: Sequence[int] = ()) -> list[Tensor]:
             spans, page_size=_PAGE_SIZE, device=loaded.device, prefix_lens=prefix_lens
         )
         positions = torch.cat([torch.arange(start, start + count) for start, count, _ in spans])
-        x = torch.randn(len(positions), loaded.hidden_size, generator=generator).bfloat16()
+        x = torch.randn(len(positions), loaded.hidden_size, generator=generator).to(loaded.dtype)
         used = [slots[token % len(slots)] for token in range(len(x))] if slots else [-1]
         loaded.lora.tiles = build_tiles(used, loaded.device)
         with torch.inference_mode():
@@ -109,6 +111,7 @@ def answers(loaded: LoadedModel, slots: Sequence[int] = ()) -> list[Tensor]:
         ("qwen2", [2, 3]),
     ],
 )
+@pytest.mark.usefixtures("pairs")
 def test_a_model_answers_the_same_with_stacks_and_without(
     lab: Any, kind: str, tokens: list[int], calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +124,23 @@ def test_a_model_answers_the_same_with_stacks_and_without(
         assert torch.equal(one, other)
 
 
+def test_in_float32_a_stack_computes_steps_of_decodes(
+    lab: Any, calls: list[int], load_loras: Any, dtype: torch.dtype
+) -> None:
+    if dtype != torch.float32:
+        pytest.skip("other stacks compute prompts too")
+    loaded = load(lab, "llama", dtype)
+    calls.clear()
+    stacked = answers(loaded)
+    assert calls == [2, 3]
+    load_loras(loaded)
+    answers(loaded, slots=[2, -1, 0])
+    assert calls == [2, 3]
+    for one, other in zip(stacked, answers(without_stacks(loaded)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("pairs")
 def test_a_stack_computes_loras_as_its_layers_do(lab: Any, calls: list[int], load_loras: Any) -> None:
     loaded = load(lab, "llama_wide")
     load_loras(loaded)
@@ -133,11 +153,11 @@ def test_a_stack_computes_loras_as_its_layers_do(lab: Any, calls: list[int], loa
         assert torch.equal(one, other)
 
 
-def test_steps_that_do_not_fit_go_through_the_layers(lab: Any, calls: list[int]) -> None:
-    loaded = load(lab, "llama")
+def test_steps_that_do_not_fit_go_through_the_layers(lab: Any, calls: list[int], dtype: torch.dtype) -> None:
+    loaded = load(lab, "llama", dtype)
     for spec in loaded.layers:
         attach(spec.module, CallRecorder())
-    x = torch.randn(1, 3, loaded.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(1, 3, loaded.hidden_size, generator=torch.Generator().manual_seed(0)).to(loaded.dtype)
     calls.clear()
     with torch.inference_mode():
         plain = loaded.model(inputs_embeds=x, use_cache=False).logits
@@ -148,16 +168,18 @@ def test_steps_that_do_not_fit_go_through_the_layers(lab: Any, calls: list[int])
     assert plain.shape == with_tiles.shape
 
 
-def test_layers_of_another_shape_stand_in_no_stack(lab: Any, calls: list[int]) -> None:
-    loaded = load(lab, "qwen3")
+def test_layers_of_another_shape_stand_in_no_stack(lab: Any, calls: list[int], dtype: torch.dtype) -> None:
+    loaded = load(lab, "qwen3", dtype)
     calls.clear()
     answers(loaded)
     assert calls == []
 
 
-def test_a_stack_that_computes_something_else_is_undone(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stack_that_computes_something_else_is_undone(
+    lab: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stacks, "find", lambda *_: [])
-    loaded = load(lab, "llama")
+    loaded = load(lab, "llama", dtype)
     monkeypatch.undo()
     native.load(native_kernels_dir())
     original = DecoderLayers.__call__
@@ -169,7 +191,7 @@ def test_a_stack_that_computes_something_else_is_undone(lab: Any, monkeypatch: p
     def run() -> None:
         for spec in loaded.layers:
             attach(spec.module, CallRecorder())
-        loaded.model(inputs_embeds=torch.ones(1, 3, loaded.hidden_size).bfloat16(), use_cache=False)
+        loaded.model(inputs_embeds=torch.ones(1, 3, loaded.hidden_size, dtype=loaded.dtype), use_cache=False)
 
     [swap] = stacks.find(loaded.model, run)
     assert not verify(swap)
