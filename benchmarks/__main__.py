@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from softprompt_inference.model.hardware import cpu_has_bfloat16
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 
 from benchmarks.bench import PEERS, Bench
@@ -53,6 +54,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder, .gguf file or hub id")
     parser.add_argument("--threads", type=int, default=_NUM_THREADS, help="of each side's torch")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16" if cpu_has_bfloat16() else "float32",
+        help="of all sides; default: bfloat16 where this processor multiplies it",
+    )
     parser.add_argument("--out", type=Path, help="the JSON file; default: a new one in benchmarks/results")
     parser.set_defaults(size=FULL.name)
     arguments = parser.parse_args(argv)
@@ -95,6 +102,7 @@ def main(argv: Sequence[str]) -> int:
             peers=arguments.peers,
             size=size,
             num_threads=arguments.threads,
+            dtype=arguments.dtype,
             results=results,
             progress=progress,
         ) as bench,

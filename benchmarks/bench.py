@@ -47,6 +47,7 @@ class Bench:
         folder: for adapters and logs of this run.
         peers: names of PEERS to measure.
         num_threads: of each side's torch; None: its own choice.
+        dtype: that all sides are timed in.
         settings: further settings of some sides' workers, by side, or by side and dtype.
     """
 
@@ -61,6 +62,7 @@ class Bench:
         num_threads: int | None,
         results: Results,
         progress: Progress,
+        dtype: str = "bfloat16",
         settings: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self.model = model
@@ -69,6 +71,7 @@ class Bench:
         self.peers = tuple(peers)
         self.size = size
         self.num_threads = num_threads
+        self.dtype = dtype
         self.results = results
         self.progress = progress
         self.shape = read_shape(model)
@@ -96,10 +99,13 @@ class Bench:
 
     def measure_limits(self) -> None:
         """Measure the machine's limits, keep them with the results and say what they are."""
-        limits = measure_limits(self.device, self.num_threads or len(os.sched_getaffinity(0)), self.environment())
+        num_threads = self.num_threads or len(os.sched_getaffinity(0))
+        limits = measure_limits(self.device, num_threads, self.dtype, self.environment())
         self.results.limits.append(limits)
         copy, matmul = limits.copy_bytes_per_s / 1e9, limits.matmul_flops_per_s / 1e9
-        self.progress.say(f"this machine copies {copy:,.0f} GB/s and multiplies {matmul:,.0f} GFLOP/s in bfloat16")
+        self.progress.say(
+            f"this machine copies {copy:,.0f} GB/s and multiplies {matmul:,.0f} GFLOP/s in {self.dtype}"
+        )
 
     def environment(self, **more: str) -> dict[str, str]:
         """The environment of a process that can import `benchmarks` and what we can import."""
@@ -110,17 +116,22 @@ class Bench:
         offline = {"HF_HUB_OFFLINE": "1"}
         return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **threads, **offline, **more}
 
-    def side(self, name: str, dtype: str = "bfloat16") -> Side:
-        """The running side of this name, started when first asked for. SideFailed says why it cannot."""
-        key = name if dtype == "bfloat16" else f"{name} {dtype}"
+    def side(self, name: str, dtype: str | None = None) -> Side:
+        """The running side of this name, started when first asked for. SideFailed says why it cannot.
+
+        Args:
+            dtype: for a check; None: to be timed.
+        """
+        key = self._key(name, dtype)
+        if dtype is None and name in PEERS and name not in self.peers:
+            self.results.unmeasured[key] = "not asked for (--peers)"
+            raise SideFailed(self.results.unmeasured[key])
         if key in self._failures:
             raise SideFailed(self._failures[key])
         if key not in self._sides:
             try:
-                if name in PEERS and name not in self.peers and dtype != ORACLE:
-                    raise SideFailed("not asked for (--peers)")
                 self.progress.say(f"starting {key}")
-                self._sides[key] = self._start_side(name, dtype)
+                self._sides[key] = self._start_side(name, dtype or self.dtype)
             except SideFailed as error:
                 # Starting it again would fail again, after minutes.
                 self._failures[key] = self.results.unmeasured[key] = str(error)
@@ -141,9 +152,12 @@ class Bench:
         self.results.versions[name] = side.versions
         return side
 
-    def close(self, name: str, dtype: str = "bfloat16") -> None:
+    def _key(self, name: str, dtype: str | None) -> str:
+        return name if dtype in (None, self.dtype) else f"{name} {dtype}"
+
+    def close(self, name: str, dtype: str | None = None) -> None:
         """End a side that is not needed any more."""
-        key = name if dtype == "bfloat16" else f"{name} {dtype}"
+        key = self._key(name, dtype)
         if side := self._sides.pop(key, None):
             side.close()
 
@@ -160,7 +174,8 @@ class Bench:
             case "peft":
                 return [*here, "benchmarks.workers.peft"], torch, self.environment()
             case "transformers-cb":
-                num_blocks = _KV_CACHE_BYTES // (CB_BLOCK_POSITIONS * self.shape.kv_bytes_per_token)
+                position_bytes = self.shape.kv_bytes_per_token * (2 if dtype == ORACLE else 1)
+                num_blocks = _KV_CACHE_BYTES // (CB_BLOCK_POSITIONS * position_bytes)
                 settings = torch | {"num_blocks": num_blocks}
                 return [*here, "benchmarks.workers.transformers_cb"], settings, self.environment()
             case "vllm-cpu":

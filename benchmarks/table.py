@@ -42,7 +42,7 @@ def render_markdown(results: Results) -> str:
         f"{conditions.num_cpus} CPUs ({conditions.cpu}), load average {load:.2f} before the start; "
         f"{results.size} size, {repeats}; {versions}. "
         f"Limits measured in the same run: {_per_s(limits.copy_bytes_per_s, 'GB')}, "
-        f"{_per_s(limits.matmul_flops_per_s, 'GFLOP')} in bfloat16.",
+        f"{_per_s(limits.matmul_flops_per_s, 'GFLOP')} in {limits.dtype}.",
     ]
     lines += [f"* {note}" for note in _notes(results.rows)]
     lines += [f"* {name}: not measured: {reason}" for name, reason in results.unmeasured.items()]

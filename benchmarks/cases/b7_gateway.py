@@ -75,7 +75,7 @@ def _with_model(bench: Bench, adapter: str) -> None:
         system.wait_until_ready()
         streams = stream_all(system.port, _ADAPTER, warm_up, with_ids=True)
         share = equal_share(expected, [stream.token_ids for stream in streams])
-        what = "over HTTP, bfloat16, engine alone"
+        what = f"over HTTP, {bench.dtype}, engine alone"
         bench.results.checks.append(Check(case=CASE, what=what, share=share, is_required=False))
         for repeat in range(bench.size.num_repeats):
             requests = _requests(bench, repeat, adapter)

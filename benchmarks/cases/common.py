@@ -135,14 +135,14 @@ def contest(
 
 
 def note_equal_ids(bench: Bench, case: str, label: str, entrants: Sequence[Entrant]) -> None:
-    """How many ids of the timed turns are equal in bfloat16, where the last bit may decide between two tokens."""
+    """How many ids of the timed turns are equal, of which in 16 bits the last may decide between two tokens."""
     ours = next((entrant for entrant in entrants if entrant.side == OURS), None)
     for entrant in entrants:
         if entrant is ours or ours is None or entrant.side == BASE_ONLY or not entrant.outcomes:
             continue
         share = equal_share(ours.outcomes[0].token_ids, entrant.outcomes[0].token_ids)
         bench.results.checks.append(
-            Check(case=case, what=f"{label}, bfloat16, {entrant.side}", share=share, is_required=False)
+            Check(case=case, what=f"{label}, {bench.dtype}, {entrant.side}", share=share, is_required=False)
         )
 
 
