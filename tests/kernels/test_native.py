@@ -32,6 +32,39 @@ def test_decodes_and_chunks_together(native_kernels: None, options: dict[str, ob
     assert_close(run_reference(case, scale=0.2, **options), plain_answer(case, scale=0.2, **options))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("most", [0, 64, 2**20])
+def test_chunks_by_torch_or_query_by_query(
+    native_kernels: None,
+    options: dict[str, object],
+    dtype: torch.dtype,
+    most: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "supports_chunks", lambda _: False)
+    monkeypatch.setattr(reference, "_MAX_ONE_BY_ONE", most)
+    case = make_case([(9, 30), (1, 33), (5, 12), (2, 2)], dtype=dtype)
+    assert_close(run_reference(case, scale=0.2, **options), plain_answer(case, scale=0.2, **options))
+
+
+def test_queries_that_are_answered_one_by_one_see_what_was_before_them() -> None:
+    plan = plan_paged_attention(
+        torch.zeros(3, 300, dtype=torch.int32),
+        torch.tensor([0, 3, 4, 84], dtype=torch.int32),
+        torch.tensor([10, 7, 103], dtype=torch.int32),
+        page_size=1,
+        dtype=torch.float32,
+        has_native=True,
+    )
+    assert plan.decodes is not None
+    assert plan.decodes.rows.tolist() == [0, 1, 2, 3]
+    assert plan.decodes.sequences.tolist() == [0, 0, 0, 1]
+    assert plan.decodes.ends.tolist() == [8, 9, 10, 7]
+    [group] = plan.groups  # 80 queries of 103 positions are too many
+    assert group.rows.tolist() == list(range(4, 84))
+
+
 @pytest.mark.parametrize("context", [*AWKWARD_SIZES, 1000])
 @pytest.mark.parametrize("page_size", [1, 5, 16])
 def test_contexts_around_pages_and_tiles(native_kernels: None, context: int, page_size: int) -> None:

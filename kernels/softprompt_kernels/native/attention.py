@@ -18,9 +18,9 @@ def paged_decode(
     keys: Tensor,
     values: Tensor,
     page_table: Tensor,
-    context_lens: Tensor,
     rows: Tensor,
     sequences: Tensor,
+    ends: Tensor,
     *,
     scale: float,
     sliding_window: int | None,
@@ -29,11 +29,12 @@ def paged_decode(
     starts: Tensor | None = None,
     prefix: Tensor | None = None,
 ) -> None:
-    """Attention of sequences with one query each; arguments as in `softprompt_kernels.paged_attention` and
+    """Attention of queries, each by itself; arguments as in `softprompt_kernels.paged_attention` and
 
     out        [T, H, D]   contiguous, like q; written at `rows`
     rows       [n] int32   rows of q and out
     sequences  [n] int32   their sequences
+    ends       [n] int32   how many positions of these each sees
     starts     [n] int32   positions of each that `paged_prefix` has answered for; None: none of any
     prefix                 what it wrote
     """
@@ -44,7 +45,7 @@ def paged_decode(
         keys.data_ptr(),
         values.data_ptr(),
         page_table.data_ptr(),
-        context_lens.data_ptr(),
+        ends.data_ptr(),
         rows.data_ptr(),
         sequences.data_ptr(),
         None if scores is None else scores.data_ptr(),

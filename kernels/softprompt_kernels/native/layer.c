@@ -27,10 +27,10 @@ typedef struct {
 // What the layers of a step have in common; see paged_attention.
 typedef struct {
     const int64_t *slots;
-    const int32_t *page_table, *context_lens;
-    const int32_t *rows, *sequences;  // of those with one query
-    const int32_t *starts;            // positions of those with one query that are in prefixes; or NULL
-    const int64_t (*chunks)[4];       // of those with more: sequence, first row, row behind the last, context
+    const int32_t *page_table;
+    const int32_t *rows, *sequences, *ends;  // of queries that are answered by themselves, see softprompt_paged_decode
+    const int32_t *starts;                   // positions of these that are in prefixes; or NULL
+    const int64_t (*chunks)[4];  // of sequences with more: sequence, first row, row behind the last, context
     const int64_t (*prefixes)[4];     // addresses of the rows and of the pages, number of rows, positions
     float *prefix;                    // room for what prefixes give
     int64_t num_decodes, num_chunks, num_prefixes, table_width;
@@ -98,7 +98,7 @@ static int attend(const Layer *layer, const Step *step, char *out, const char *q
     }
     if (step->num_decodes)
         failed |= softprompt_paged_decode(
-            out, q, keys, values, step->page_table, step->context_lens, step->rows, step->sequences, 0, step->starts,
+            out, q, keys, values, step->page_table, step->ends, step->rows, step->sequences, 0, step->starts,
             step->prefix, step->num_decodes, step->table_width, q_row, dim, heads, kv_heads, dim, step->page_size,
             layer->dtype, layer->window, layer->scale, 0, num_threads);
     for (int64_t i = 0; i < step->num_chunks; i++) {

@@ -43,7 +43,7 @@ class _Layer(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *[(name, c_void_p) for name in ("slots", "page_table", "context_lens", "rows", "sequences", "starts")],
+        *[(name, c_void_p) for name in ("slots", "page_table", "rows", "sequences", "ends", "starts")],
         *[(name, c_void_p) for name in ("chunks", "prefixes", "prefix")],
         *[(name, c_int64) for name in ("num_decodes", "num_chunks", "num_prefixes", "table_width")],
         ("page_size", c_int),
@@ -212,7 +212,6 @@ class DecoderLayers:
         *,
         slots: Tensor,
         page_table: Tensor,
-        context_lens: Tensor,
         plan: Plan,
         loras: native.LoraStep | None = None,
     ) -> Tensor:
@@ -239,9 +238,9 @@ class DecoderLayers:
         step = _Step(
             slots=slots.data_ptr(),
             page_table=page_table.data_ptr(),
-            context_lens=context_lens.data_ptr(),
             rows=None if decodes is None else decodes.rows.data_ptr(),
             sequences=None if decodes is None else decodes.sequences.data_ptr(),
+            ends=None if decodes is None else decodes.ends.data_ptr(),
             starts=None if decodes is None or decodes.starts is None else decodes.starts.data_ptr(),
             chunks=chunks.data_ptr(),
             prefixes=prefixes.data_ptr(),

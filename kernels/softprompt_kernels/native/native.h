@@ -19,7 +19,7 @@ enum { WIDTH = 8 };
 static const int64_t PARALLEL_WORK = 150000;
 
 int softprompt_paged_decode(void *out, const void *q, const void *keys, const void *values, const int32_t *page_table,
-                            const int32_t *context_lens, const int32_t *rows, const int32_t *sequences,
+                            const int32_t *ends, const int32_t *rows, const int32_t *sequences,
                             const float *sinks, const int32_t *starts, const float *prefix, int64_t n,
                             int64_t table_width, int64_t q_row_stride, int64_t q_head_stride, int num_heads, int num_kv_heads, int dim, int page_size, int dtype,
                             int window, float scale, float softcap, int num_threads);

@@ -406,19 +406,19 @@ static int attend_some_pairs(const Head *head, vec *out, const uint16_t *q, int6
 
 #endif
 
-// Decodes: n sequences with one query each. q is read and out written at rows[i]; pages of sequence sequences[i]. Unless
-// `starts` is NULL, positions before starts[i] are in `prefix` [rows, num_heads, dim + LANES] already. Returns 0, or 1
-// where memory for the scores was refused.
+// n queries, each by itself. q is read and out written at rows[i]; it sees the first ends[i] positions of sequence
+// sequences[i]. Unless `starts` is NULL, those before starts[i] are in `prefix` [rows, num_heads, dim + LANES] already.
+// Returns 0, or 1 where memory for the scores was refused.
 int softprompt_paged_decode(
     void *out, const void *q, const void *keys, const void *values, const int32_t *page_table,
-    const int32_t *context_lens, const int32_t *rows, const int32_t *sequences, const float *sinks,
+    const int32_t *ends, const int32_t *rows, const int32_t *sequences, const float *sinks,
     const int32_t *starts, const float *prefix, int64_t n, int64_t table_width, int64_t q_row_stride,
     int64_t q_head_stride, int num_heads, int num_kv_heads, int dim, int page_size, int dtype, int window, float scale,
     float softcap, int num_threads) {
     int group = num_heads / num_kv_heads, vectors = (dim + WIDTH - 1) / WIDTH, longest = 0, failed = 0;
     int64_t work = 0;
     for (int64_t i = 0; i < n; i++) {
-        int context = context_lens[sequences[i]] - (starts ? starts[i] : 0);
+        int context = ends[i] - (starts ? starts[i] : 0);
         int length = window > 0 && window < context ? window : context;
         longest = length > longest ? length : longest;
         work += (int64_t)length * num_heads * dim;
@@ -439,7 +439,7 @@ int softprompt_paged_decode(
         for (int64_t task = 0; task < n * num_kv_heads; task++) {
             if (!buffer) continue;
             int64_t i = task / num_kv_heads;
-            int kv_head = (int)(task % num_kv_heads), end = context_lens[sequences[i]];
+            int kv_head = (int)(task % num_kv_heads), end = ends[i];
             int first = window > 0 && window < end ? end - window : starts ? starts[i] : 0;
             vec *queries = buffer, *answer = queries + group * vectors;
             float *scores = (float *)(answer + group * vectors);

@@ -17,6 +17,8 @@ from torch import Tensor
 # Shorter beginnings are not worth a product of their own: of 512 positions, one sequence alone pays half as much
 # again for it, three as much as without, and 32 half.
 _MIN_PREFIX = 256
+# So many queries times positions are answered sooner one by one than gathered and multiplied by torch.
+_MAX_ONE_BY_ONE = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,15 +39,17 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decodes:
-    """Sequences of one query that a native kernel answers, straight from their pages.
+    """Queries that a native kernel answers each by itself, straight from their sequences' pages.
 
     rows       [n] int32   their rows in q and out
-    sequences  [n] int32   which they are
+    sequences  [n] int32   whose they are
+    ends       [n] int32   positions that each sees
     starts     [n] int32   positions of each that prefixes answer for; None: none of any
     """
 
     rows: Tensor
     sequences: Tensor
+    ends: Tensor
     starts: Tensor | None = None
 
 
@@ -105,8 +109,8 @@ def plan_paged_attention(
     """Plan one step; arguments as in `paged_attention`, `dtype` is that of q.
 
     Args:
-        has_native: decodes are answered by a native kernel.
-        has_native_chunks: so are sequences of several queries.
+        has_native: decodes are answered by a native kernel, and short sequences of several queries one by one.
+        has_native_chunks: sequences of several queries have a native kernel of their own.
         prefix_lens: positions at the beginning of each sequence that others may have in the same pages; empty:
             nobody has. Whether others do or not, a long one is answered for apart, so that nobody's answer depends
             on who else is in the step.
@@ -116,16 +120,16 @@ def plan_paged_attention(
     """
     starts, contexts = query_start.tolist(), context_lens.tolist()
     buckets: dict[tuple[int, int], list[int]] = {}
-    decodes: list[int] = []
+    decodes: list[tuple[int, int, int]] = []
     chunks: list[NativeChunk] = []
     for i, context_len in enumerate(contexts):
         num_queries = starts[i + 1] - starts[i]
         if has_native_chunks and (num_queries > 1 or (num_queries == 1 and in_prompt and in_prompt[i])):
             chunks.append(NativeChunk(sequence=i, start=starts[i], stop=starts[i + 1], context=context_len))
+        elif has_native and (num_queries == 1 or num_queries * context_len <= _MAX_ONE_BY_ONE):
+            decodes += [(starts[i] + j, i, context_len - num_queries + j + 1) for j in range(num_queries)]
         elif num_queries > 1:
             buckets[(num_queries, -1 - i)] = [i]
-        elif num_queries == 1 and has_native:
-            decodes.append(i)
         elif num_queries == 1:
             num_pages = _last_page(context_len, page_size) - _first_page(context_len, 1, page_size, sliding_window)
             buckets.setdefault((1, num_pages.bit_length()), []).append(i)
@@ -145,30 +149,31 @@ def plan_paged_attention(
         )
     if not decodes:
         return Plan(groups=tuple(groups), chunks=tuple(chunks))
-    sequences = torch.tensor(decodes, dtype=torch.int32)
-    rows, shared = query_start[sequences], [0] * len(decodes)
+    rows, sequences, ends = torch.tensor(decodes, dtype=torch.int32).T.contiguous()
+    shared = [0] * len(decodes)
     if has_native_chunks and sliding_window is None and prefix_lens:
         # A piece of a prompt may be one query too, and end before its soft prompt does.
-        whole_pages = [min(prefix_lens[i], contexts[i] - 1) // page_size * page_size for i in decodes]
+        whole_pages = [min(prefix_lens[i], end - 1) // page_size * page_size for _, i, end in decodes]
         shared = [length if length >= _MIN_PREFIX else 0 for length in whole_pages]
     return Plan(
         groups=tuple(groups),
         decodes=Decodes(
             rows=rows,
             sequences=sequences,
+            ends=ends,
             starts=torch.tensor(shared, dtype=torch.int32) if any(shared) else None,
         ),
         chunks=tuple(chunks),
-        prefixes=_find_prefixes(page_table, page_size, decodes, rows.tolist(), shared),
+        prefixes=_find_prefixes(page_table, page_size, decodes, shared),
     )
 
 
 def _find_prefixes(
-    page_table: Tensor, page_size: int, decodes: Sequence[int], rows: Sequence[int], lengths: Sequence[int]
+    page_table: Tensor, page_size: int, decodes: Sequence[tuple[int, int, int]], lengths: Sequence[int]
 ) -> tuple[NativePrefix, ...]:
     """One for all sequences whose beginnings lie in the same pages."""
     found: dict[tuple[int, ...], list[int]] = {}
-    for sequence, row, length in zip(decodes, rows, lengths, strict=True):
+    for (row, sequence, _), length in zip(decodes, lengths, strict=True):
         if length:
             found.setdefault(tuple(page_table[sequence, : length // page_size].tolist()), []).append(row)
     return tuple(

@@ -119,7 +119,6 @@ class _Stack:
             step.pages,
             slots=step.batch.slots,
             page_table=step.batch.page_table,
-            context_lens=step.batch.context_lens,
             plan=step.plan,
             loras=forward.lora.step,
         )
