@@ -52,6 +52,7 @@ __all__ = [
 MAX_HEAD_DIM = 256
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"identity": 0, "silu": 1, "gelu_tanh": 2}
+_ROWS_AT_ONCE = 1024
 _library: ctypes.CDLL | None = None
 _weights = HugePages()
 
@@ -356,7 +357,12 @@ def supports_wide(weight: Tensor) -> bool:
     """Whether kernels are loaded for products in float32 with such weights [out, in], which bfloat16 must hold."""
     if _library is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
         return False
-    return bool(_library.softprompt_has_wide()) and torch.equal(weight, weight.bfloat16().float())
+    if not _library.softprompt_has_wide():
+        return False
+    # Some rows at a time: copies of a whole head may be gigabytes.
+    starts = range(0, len(weight), _ROWS_AT_ONCE)
+    parts = (weight[start : start + _ROWS_AT_ONCE] for start in starts)
+    return all(torch.equal(rows, rows.bfloat16().float()) for rows in parts)
 
 
 def pack_wide(weight: Tensor) -> Tensor:
