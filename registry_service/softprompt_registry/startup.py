@@ -1,4 +1,4 @@
-"""Before the first request: is the store there, and does it keep what it acknowledges?"""
+"""Before the first request: is the store there, does it keep what it acknowledges, and does it run scripts?"""
 
 import asyncio
 import secrets
@@ -20,6 +20,7 @@ _REPORT_S = 5.0
 
 # What makes an acknowledged write survive the death of every process, the store's own too.
 _REQUIRED: Mapping[str, str] = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
+_READ = 'return redis.call("GET", ARGV[1])'
 
 
 class StoreUnfit(Exception):
@@ -69,7 +70,7 @@ def _is_refused_login(error: BaseException | None) -> bool:
 
 
 async def check_store(client: Redis, *, durability: str) -> None:
-    """Raise StoreUnfit unless the store can be written and, for "strong", keeps every acknowledged write."""
+    """Raise StoreUnfit unless the store can be written, runs scripts and, for "strong", keeps what it took."""
     problems = await _problems(client)
     if problems and durability == "strong":
         raise StoreUnfit(
@@ -83,9 +84,12 @@ async def check_store(client: Redis, *, durability: str) -> None:
         written = secrets.token_hex(8)
         key = keys.probe(written)  # of its own: other registries may start at this moment
         await reply(client.set(key, written, ex=60))
-        read = await reply(client.get(key))
     except redis.exceptions.RedisError as error:
         raise StoreUnfit(f"the store cannot be written: {error}") from None
+    try:
+        read = await reply(client.eval(_READ, 0, key))
+    except redis.exceptions.RedisError as error:
+        raise StoreUnfit(f"the store runs no scripts: {error}. Allow EVAL to the registry") from None
     if read != written.encode():
         raise StoreUnfit("the store does not give back what was written")
 

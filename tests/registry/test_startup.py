@@ -55,6 +55,15 @@ async def test_a_store_that_cannot_be_written_is_refused(settings, redis):
     assert "cannot be written" in str(refused.value)
 
 
+async def test_a_store_that_runs_no_scripts_is_refused(settings, redis):
+    await redis.acl_setuser("default", enabled=True, nopass=True, commands=["-eval"])
+    with pytest.raises(StoreUnfit, match=r"runs no scripts.*EVAL"):
+        await RegistryServer(settings).__aenter__()
+    await redis.acl_setuser("default", enabled=True, nopass=True, commands=["+eval"])
+    async with RegistryServer(settings):
+        pass
+
+
 async def test_registries_may_start_on_one_store_at_the_same_moment(settings, redis):
     class Interleaved(Redis):
         """A store that another registry writes to between any two commands of this one."""
