@@ -34,6 +34,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     that it is made for.
     """
 
+    def __init__(self) -> None:
+        # By method: the handler that was wrapped, which without tracing is the same in every call, and its wrapping.
+        self._wrapped: dict[str, tuple[Any, Any]] = {}
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
@@ -44,12 +48,20 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = handler_call_details.method
-        check = _all_decoded if handler.request_streaming else _decoded
-        wrap = _streaming if handler.response_streaming else _unary
-        return handler._replace(
-            request_deserializer=_decoder(handler.request_deserializer),
-            **{name: wrap(method, getattr(handler, name), check) for name in _behaviours(handler)},
-        )
+        known, wrapped = self._wrapped.get(method, (None, None))
+        if known is not handler:
+            wrapped = _wrap(method, handler)
+            self._wrapped[method] = (handler, wrapped)
+        return wrapped
+
+
+def _wrap(method: str, handler: Any) -> Any:
+    check = _all_decoded if handler.request_streaming else _decoded
+    wrap = _streaming if handler.response_streaming else _unary
+    return handler._replace(
+        request_deserializer=_decoder(handler.request_deserializer),
+        **{name: wrap(method, getattr(handler, name), check) for name in _behaviours(handler)},
+    )
 
 
 def _behaviours(handler: Any) -> list[str]:
