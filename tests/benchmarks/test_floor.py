@@ -15,6 +15,13 @@ def test_a_decode_step_reads_weights_once_and_every_context() -> None:
     assert decode_floor_s(3, 10, SHAPE, SLOW_ARITHMETIC) == pytest.approx(6.0)
 
 
+def test_in_float32_weights_are_read_as_they_are_on_disk_and_contexts_as_they_are_computed() -> None:
+    limits = MachineLimits(device="cpu", copy_bytes_per_s=1000.0, matmul_flops_per_s=1e12, dtype="float32")
+    assert decode_floor_s(3, 10, SHAPE, limits) == pytest.approx(8.0)
+    requests = [Request(prompt_ids=[1], num_tokens=4)]
+    assert job_floor_s(requests, SHAPE, limits) == pytest.approx(8.0 + 2 * 1.2)
+
+
 def test_a_job_computes_every_token_but_no_virtual_one() -> None:
     requests = [Request(prompt_ids=[1, 2, 3], num_tokens=2), Request(prompt_ids=[1], num_tokens=4)]
     assert job_floor_s(requests, SHAPE, SLOW_ARITHMETIC, num_virtual_tokens=50) == pytest.approx(20.0)

@@ -35,7 +35,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """
 
     def __init__(self) -> None:
-        # By method: the handler that was wrapped, which without tracing is the same in every call, and its wrapping.
+        # By method: the handler that was wrapped, nearly always the same one, and its wrapping.
         self._wrapped: dict[str, tuple[Any, Any]] = {}
 
     async def intercept_service(
