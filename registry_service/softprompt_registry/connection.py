@@ -2,8 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import wraps
+from time import monotonic
 from typing import Any, ParamSpec, TypeVar
 
 import redis.exceptions
@@ -23,6 +24,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _FIRST_WAIT_S = 0.05
+_MAX_REPEATING_S = 0.5
 _BROKEN = (redis.exceptions.ConnectionError, OSError)
 LOST = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, OSError)
 
@@ -78,12 +80,16 @@ def reads(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutin
     async def call(*args: P.args, **kwargs: P.kwargs) -> T:
         async with store_errors():
             # Nearly every read succeeds at once, and need not pay for what repeats it.
-            with suppress(*_BROKEN):
+            begun_s = monotonic()
+            try:
                 return await function(*args, **kwargs)
+            except _BROKEN:
+                if monotonic() - begun_s > _MAX_REPEATING_S:
+                    raise
             await asyncio.sleep(_FIRST_WAIT_S)
             retrying = AsyncRetrying(
                 retry=retry_if_exception_type(_BROKEN),
-                stop=stop_after_attempt(2) | stop_after_delay(0.5),
+                stop=stop_after_attempt(2) | stop_after_delay(_MAX_REPEATING_S),
                 wait=wait_random_exponential(multiplier=0.05, max=0.4),
                 reraise=True,
             )

@@ -351,6 +351,7 @@ async def test_a_fetch_that_is_cancelled_ends_only_when_its_thread_has_let_go_of
 
     version = registry.add("tweets", rows)
     monkeypatch.setattr(source_module._Wanted, "read", read)
+    monkeypatch.setattr(source_module, "_SMALL_FILE_BYTES", 0)  # it goes to a thread, as a large one does
     fetching = asyncio.create_task(source.fetch(version.digest))
     await asyncio.to_thread(has_begun.wait)
     fetching.cancel()

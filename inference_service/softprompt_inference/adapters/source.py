@@ -138,8 +138,6 @@ class AdapterSource:
                 if chunk.offset != len(data) or len(data) + len(chunk.data) > transfer.wanted.version.size_bytes:
                     raise DataCorrupted("the registry sent other bytes of the adapter than were asked for")
                 data += chunk.data
-                if len(data) == transfer.wanted.version.size_bytes:
-                    return  # nothing follows, and what is whole is compared with its sha256
         finally:
             call.cancel()
 
