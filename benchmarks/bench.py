@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.adapters import AdapterMaker
 from benchmarks.conditions import ROOT
 from benchmarks.environments import vllm_cpu_python
-from benchmarks.floor import MachineLimits
+from benchmarks.floor import KV_GROWTH, MachineLimits
 from benchmarks.limits import measure_limits
 from benchmarks.model_files import read_shape
 from benchmarks.progress import Progress
@@ -174,7 +174,7 @@ class Bench:
             case "peft":
                 return [*here, "benchmarks.workers.peft"], torch, self.environment()
             case "transformers-cb":
-                position_bytes = self.shape.kv_bytes_per_token * (2 if dtype == ORACLE else 1)
+                position_bytes = self.shape.kv_bytes_per_token * KV_GROWTH[dtype]
                 num_blocks = _KV_CACHE_BYTES // (CB_BLOCK_POSITIONS * position_bytes)
                 settings = torch | {"num_blocks": num_blocks}
                 return [*here, "benchmarks.workers.transformers_cb"], settings, self.environment()

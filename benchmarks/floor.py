@@ -8,7 +8,8 @@ from benchmarks.workload import Request
 
 # Weights are read as they are on disk, keys and values as they are computed.
 _BYTES_PER_PARAMETER = 2
-_KV_GROWTH = {"bfloat16": 1, "float32": 2}
+# Over ModelShape.kv_bytes_per_token.
+KV_GROWTH = {"bfloat16": 1, "float32": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ def job_floor_s(
     steps = max(request.num_tokens for request in requests)
     arithmetic_s = 2 * shape.num_parameters * tokens / limits.matmul_flops_per_s
     weights_bytes = steps * shape.num_parameters * _BYTES_PER_PARAMETER
-    kv_bytes = positions * shape.kv_bytes_per_token * _KV_GROWTH[limits.dtype]
+    kv_bytes = positions * shape.kv_bytes_per_token * KV_GROWTH[limits.dtype]
     memory_s = (weights_bytes + kv_bytes) / limits.copy_bytes_per_s
     return max(arithmetic_s, memory_s)
 
@@ -52,6 +53,6 @@ def job_floor_s(
 def decode_floor_s(batch: int, context: float, shape: ModelShape, limits: MachineLimits) -> float:
     """Least seconds for one decode step of `batch` sequences of `context` positions each."""
     weights_bytes = shape.num_parameters * _BYTES_PER_PARAMETER
-    kv_bytes = batch * context * shape.kv_bytes_per_token * _KV_GROWTH[limits.dtype]
+    kv_bytes = batch * context * shape.kv_bytes_per_token * KV_GROWTH[limits.dtype]
     memory_s = (weights_bytes + kv_bytes) / limits.copy_bytes_per_s
     return max(memory_s, 2 * shape.num_parameters * batch / limits.matmul_flops_per_s)

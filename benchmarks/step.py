@@ -37,7 +37,6 @@ _PARTS: Sequence[tuple[str, Any, str]] = (
     ("layers", DecoderLayers, "__call__"),
     ("attention", attention, "paged_attention"),
     ("products", native, "linear"),
-    ("products", native, "wide_linear"),
     ("norms", native, "rms_norm"),
     ("keys, values", attention, "kv_write"),
     ("sampler", sampler, "launch"),

@@ -87,9 +87,10 @@ def reads(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutin
                 if monotonic() - begun_s > _MAX_REPEATING_S:
                     raise
             await asyncio.sleep(_FIRST_WAIT_S)
+            left_s = _MAX_REPEATING_S - (monotonic() - begun_s)
             retrying = AsyncRetrying(
                 retry=retry_if_exception_type(_BROKEN),
-                stop=stop_after_attempt(2) | stop_after_delay(_MAX_REPEATING_S),
+                stop=stop_after_attempt(2) | stop_after_delay(left_s),
                 wait=wait_random_exponential(multiplier=0.05, max=0.4),
                 reraise=True,
             )

@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 from softprompt_api.names import LATEST
 
 from softprompt_registry import keys
+from softprompt_registry.blobs import BlobStart
 from softprompt_registry.connection import reply
 
 Record = Mapping[bytes, bytes]
@@ -46,16 +47,11 @@ class Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundContent:
-    """A version as it lies in the store, the facts of its tensor file, and one of that file's chunks.
-
-    Attributes:
-        chunk: None where it is missing.
-    """
+    """A version as it lies in the store, and of its tensor file what `blobs` reads first."""
 
     version_id: int
     record: Record
-    blob: Record
-    chunk: bytes | None
+    start: BlobStart
 
 
 _UNCHANGED = 1
@@ -142,7 +138,8 @@ class Lookups:
         if not answer:
             return None
         version_id, record, blob, data = answer
-        return FoundContent(version_id=int(version_id), record=_pairs(record), blob=_pairs(blob), chunk=data)
+        start = BlobStart(facts=_pairs(blob), chunk=data)
+        return FoundContent(version_id=int(version_id), record=_pairs(record), start=start)
 
     async def _version(self, script: str, seals: Seals | None, *arguments: Any) -> Found | None:
         known = seals or _NO_SEALS

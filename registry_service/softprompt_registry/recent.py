@@ -1,6 +1,7 @@
 """Versions that were read lately: told again where the store says that nothing of them has changed."""
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 from softprompt_api.names import AdapterRef
 
@@ -10,21 +11,29 @@ from softprompt_registry.lookups import Seals
 _MAX_KEPT = 10_000  # some 3 kB each
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A version, and the seals under which it was read."""
+
+    version: AdapterVersion
+    seals: Seals
+
+
 class Recent:
     """Keeps versions by the spellings that named them, the least recently asked for forgotten first."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[AdapterRef, tuple[AdapterVersion, Seals]] = OrderedDict()
+        self._kept: OrderedDict[AdapterRef, Kept] = OrderedDict()
 
-    def keep(self, ref: AdapterRef, version: AdapterVersion, seals: Seals) -> None:
-        """Keep what a spelling named, as it was read under these seals."""
-        self._kept[ref] = (version, seals)
+    def keep(self, ref: AdapterRef, kept: Kept) -> None:
+        """Keep what a spelling named."""
+        self._kept[ref] = kept
         self._kept.move_to_end(ref)
         if len(self._kept) > _MAX_KEPT:
             self._kept.popitem(last=False)
 
-    def find(self, ref: AdapterRef) -> tuple[AdapterVersion, Seals] | None:
-        """What a spelling named when it was last read, and its seals."""
+    def find(self, ref: AdapterRef) -> Kept | None:
+        """What a spelling named when it was last read."""
         if ref in self._kept:
             self._kept.move_to_end(ref)
         return self._kept.get(ref)

@@ -194,11 +194,9 @@ class Registry:
         Of several versions with the digest, one that was registered for the base model is preferred.
         """
         ref = parse_adapter(digest, field="digest")
-        found = (
-            await self._store.find_content(ref, chunk=chunk_of(offset), base_model_id=base_model_id)
-            if ref.digest
-            else None
-        )
+        if not ref.digest:
+            raise catalog.not_found(ref)
+        found = await self._store.find_content(ref, chunk=chunk_of(offset), base_model_id=base_model_id)
         if found is None:
             raise catalog.not_found(ref)
         version, start = found
@@ -206,7 +204,7 @@ class Registry:
             async for at, data in self._blobs.read(version.tensors_sha256, offset=offset, start=start):
                 yield version, Piece(offset=at, data=data)
         except AdapterNotFound:
-            if await self._store.find_content(ref) is None:
+            if await self._store.find(ref) is None:
                 raise
             raise DataCorrupted("the stored tensors are missing; register the adapter again") from None
 

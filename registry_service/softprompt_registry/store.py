@@ -19,7 +19,7 @@ from softprompt_registry.codec import decode_base_model, decode_version, encode_
 from softprompt_registry.connection import reads, reply, writes
 from softprompt_registry.lookups import Found, FoundContent, Lookups, Seals
 from softprompt_registry.pointers import Pointers
-from softprompt_registry.recent import Recent
+from softprompt_registry.recent import Kept, Recent
 
 _log = structlog.get_logger()
 _MAX_NAMES_COMPARED = 500
@@ -39,10 +39,10 @@ class Store:
     @reads
     async def find(self, ref: AdapterRef) -> AdapterVersion | None:
         """The version a spelling names; None when there is none."""
-        kept, seals = self._recent.find(ref) or (None, None)
-        found = await self._look_up(ref, kept.id if kept else 0, seals)
+        kept = self._recent.find(ref)
+        found = await self._look_up(ref, kept)
         if kept and found and found.is_unchanged:
-            return kept
+            return kept.version
         version, sha256 = _decode(ref, found)
         if found is None or version is None:
             return None
@@ -51,12 +51,13 @@ class Store:
         if known is None:
             return version
         version = known.describe(version)
-        self._recent.keep(ref, version, Seals(pointers=pointers.sha256(known).encode(), record=sha256))
+        seals = Seals(pointers=pointers.sha256(known).encode(), record=sha256)
+        self._recent.keep(ref, Kept(version=version, seals=seals))
         return version
 
     @reads
     async def find_content(
-        self, ref: AdapterRef, *, chunk: int = 0, base_model_id: str = ""
+        self, ref: AdapterRef, *, chunk: int, base_model_id: str
     ) -> tuple[AdapterVersion, BlobStart | None] | None:
         """The version with a digest, without what points to it, and a chunk of its file; None when there is none.
 
@@ -67,7 +68,7 @@ class Store:
             version, _ = _decode(ref, await self._oldest(await self._with_digest(ref, base_model_id)))
             return (version, None) if version else None
         version, _ = _decode(ref, content)
-        return (version, BlobStart(facts=content.blob, chunk=content.chunk)) if version else None
+        return (version, content.start) if version else None
 
     @reads
     async def find_id(self, version_id: int) -> AdapterVersion | None:
@@ -219,12 +220,13 @@ class Store:
         }
         return sorted((model for model in models if model), key=lambda model: model.id), lately
 
-    async def _look_up(self, ref: AdapterRef, kept_id: int, seals: Seals | None) -> Found | None:
-        """What the store has under a spelling, or that it is what was kept under these seals."""
+    async def _look_up(self, ref: AdapterRef, kept: Kept | None) -> Found | None:
+        """What the store has under a spelling, or that it is what was kept."""
+        seals = kept.seals if kept else None
         if not ref.digest:
             return await self._lookups.by_name(ref.name, alias=ref.alias, number=ref.version, seals=seals)
         # What a digest has named it names as long as that is there.
-        if kept_id and (found := await self._lookups.by_id(kept_id, seals=seals)) and found.is_unchanged:
+        if kept and (found := await self._lookups.by_id(kept.version.id, seals=seals)) and found.is_unchanged:
             return found
         if found := await self._lookups.by_digest(ref.digest):
             return found

@@ -33,10 +33,10 @@ def assert_product(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize(("columns", "size"), [(16, 1), (40, 63), (15, 256), (17, 257), (100, 576)])
 def test_products_of_any_size(wide_kernels: None, rows: int, columns: int, size: int) -> None:
     x, weight, bias = random(rows, size), weights(columns, size), random(columns)
-    packed = native.pack_wide(weight)
+    packed = native.pack_linear(weight)
     expected = x.double() @ weight.double().T
-    assert_product(native.wide_linear(x, packed, None, columns=columns), expected)
-    assert_product(native.wide_linear(x, packed, native.pack_wide_bias(bias), columns=columns), expected + bias)
+    assert_product(native.linear(x, packed, None, columns=columns), expected)
+    assert_product(native.linear(x, packed, native.pack_bias(bias), columns=columns), expected + bias)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -49,46 +49,46 @@ def test_activations_and_gates_in_the_same_pass(
     biases = random(2, columns)
     left, right = (x.double() @ weight.double().T + bias for weight, bias in zip((gate, up), biases, strict=True))
     activated = ACTIVATIONS[activation](left)
-    out = native.wide_linear(
-        x, native.pack_wide(gate), native.pack_wide_bias(biases[0]), columns=columns, activation=activation
+    out = native.linear(
+        x, native.pack_linear(gate), native.pack_bias(biases[0]), columns=columns, activation=activation
     )
     assert_product(out, activated)
-    packed = native.pack_wide_gated(gate, up)
+    packed = native.pack_gated(gate, up)
     for bias, expected in (
         (native.pack_gated_bias(*biases), activated * right),
         (None, ACTIVATIONS[activation](left - biases[0]) * (right - biases[1])),
     ):
-        out = native.wide_linear(x, packed, bias, columns=columns, activation=activation, gated=True)
+        out = native.linear(x, packed, bias, columns=columns, activation=activation, gated=True)
         assert_product(out, expected)
 
 
 def test_activations_far_from_zero(wide_kernels: None) -> None:
     x = torch.tensor([[-3e38], [-1e3], [-90], [90], [1e3], [float("nan")]])
-    packed = native.pack_wide(torch.ones(16, 1))
+    packed = native.pack_linear(torch.ones(16, 1))
     for activation in ("silu", "gelu_tanh"):
-        out = native.wide_linear(x, packed, None, columns=16, activation=activation)
+        out = native.linear(x, packed, None, columns=16, activation=activation)
         expected = ACTIVATIONS[activation](x).expand(-1, 16)
         torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
 def test_a_row_has_the_same_product_in_any_batch(wide_kernels: None) -> None:
-    x, packed = random(300, 576), native.pack_wide(weights(90, 576))
-    together = native.wide_linear(x, packed, None, columns=90)
+    x, packed = random(300, 576), native.pack_linear(weights(90, 576))
+    together = native.linear(x, packed, None, columns=90)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert torch.equal(native.wide_linear(x, packed, None, columns=90), together)
+        assert torch.equal(native.linear(x, packed, None, columns=90), together)
     finally:
         torch.set_num_threads(threads)
     for count in (1, 5, 12, 13, 25, 250):
-        assert torch.equal(native.wide_linear(x[7 : 7 + count], packed, None, columns=90), together[7 : 7 + count])
+        assert torch.equal(native.linear(x[7 : 7 + count], packed, None, columns=90), together[7 : 7 + count])
 
 
 def test_products_of_rows_where_they_lie(wide_kernels: None) -> None:
     merged, weight = random(1, 9, 100), weights(48, 64)
-    packed = native.pack_wide(weight)
+    packed = native.pack_linear(weight)
     for x in (merged[..., 20:84], merged.transpose(1, 2)[:, :64, :].transpose(1, 2), merged[0, 3, 4:68]):
-        assert_product(native.wide_linear(x, packed, None, columns=48), F.linear(x, weight))
+        assert_product(native.linear(x, packed, None, columns=48), F.linear(x, weight))
 
 
 def test_only_weights_that_bfloat16_holds_are_taken(native_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,9 +75,9 @@ async def test_a_digest_leads_to_its_version_where_there_is_one_alone(client, lo
     found = await lookups.by_digest(digest)
     assert (found.version_id, pointers.decode(found.pointers).highest) == (tweets[0].id, tweets[1].id)
     content = await lookups.content(digest, chunk=0)
-    blob = decode_blob(content.blob, sha256=tweets[0].tensors_sha256)
-    assert (content.version_id, len(content.chunk)) == (tweets[0].id, blob.size_bytes)
-    assert (await lookups.content(digest, chunk=1)).chunk is None
+    blob = decode_blob(content.start.facts, sha256=tweets[0].tensors_sha256)
+    assert (content.version_id, len(content.start.chunk)) == (tweets[0].id, blob.size_bytes)
+    assert (await lookups.content(digest, chunk=1)).start.chunk is None
     await client.register("copies", make_adapter(0))
     assert await lookups.by_digest(digest) is None
     assert await lookups.content(digest, chunk=0) is None

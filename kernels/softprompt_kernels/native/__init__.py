@@ -17,7 +17,7 @@ from softprompt_kernels.native.library import CannotCompile
 from softprompt_kernels.native.library import load as _load
 from softprompt_kernels.native.lora import LoraStep, PackedLoras
 from softprompt_kernels.native.memory import HugePages
-from softprompt_kernels.native.panels import PANEL, pack_panels, pack_wide_panels
+from softprompt_kernels.native.panels import PANEL, pack_panels
 
 __all__ = [
     "CannotCompile",
@@ -34,9 +34,6 @@ __all__ = [
     "pack_gated",
     "pack_gated_bias",
     "pack_linear",
-    "pack_wide",
-    "pack_wide_bias",
-    "pack_wide_gated",
     "rms_norm",
     "rope",
     "supports",
@@ -46,7 +43,6 @@ __all__ = [
     "supports_rows",
     "supports_wide",
     "unload",
-    "wide_linear",
 ]
 
 MAX_HEAD_DIM = 256
@@ -287,13 +283,19 @@ def supports_linear(weight: Tensor) -> bool:
 
 
 def pack_linear(weight: Tensor) -> Tensor:
-    """Weights [out, in] as `linear` reads them: [panels, in / 2, 16, 2], padded with zeros to pairs of panels."""
-    return _weights.copy(pack_panels(weight, together=2))
+    """Weights [out, in] as `linear` reads them, in bfloat16: [panels, in / 2, 16, 2], or [panels, in, 16, 1] for
+    products in float32; padded with zeros to pairs of panels."""
+    return _weights.copy(_panels(weight, together=2))
 
 
 def pack_gated(gate: Tensor, up: Tensor) -> Tensor:
     """Both weights [out, in] as `linear` reads them when `gated`: their panels take turns."""
-    return _weights.copy(torch.stack([pack_panels(gate), pack_panels(up)], 1).flatten(0, 1))
+    return _weights.copy(torch.stack([_panels(gate), _panels(up)], 1).flatten(0, 1))
+
+
+def _panels(weight: Tensor, *, together: int = 1) -> Tensor:
+    beside = 1 if weight.dtype == torch.float32 else 2
+    return pack_panels(weight.bfloat16(), together=together, beside=beside)
 
 
 def pack_bias(bias: Tensor) -> Tensor:
@@ -318,13 +320,13 @@ def linear(
     loras: PackedLoras | None = None,
     step: LoraStep | None = None,
 ) -> Tensor:
-    """act(x @ weight.T + bias), or, gated, act(x @ gate.T) * (x @ up.T): [..., columns] bfloat16.
+    """act(x @ weight.T + bias), or, gated, act(x @ gate.T) * (x @ up.T): [..., columns] like x.
 
     Sums are made in float32, and each row's in the same order however many there are. With `loras`, those that the
-    step's rows use change weight, or gate and up.
+    step's rows use change weight, or gate and up; there are none in float32.
 
-    x       [..., in]               bfloat16
-    packed  by `pack_linear`, or by `pack_gated`
+    x       [..., in]               bfloat16, or float32
+    packed  by `pack_linear`, or by `pack_gated`, of weights in x's dtype
     bias    [panels * 16] float32   in the columns' order of `packed`, or None
     """
     assert _library is not None
@@ -332,7 +334,7 @@ def linear(
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
-    failed = _library.softprompt_linear(
+    arguments = (
         out.data_ptr(),
         rows.data_ptr(),
         packed.data_ptr(),
@@ -344,6 +346,12 @@ def linear(
         packed.shape[1],
         ACTIVATIONS[activation],
         gated,
+    )
+    if x.dtype == torch.float32:
+        _library.softprompt_wide_linear(*arguments, torch.get_num_threads())
+        return out
+    failed = _library.softprompt_linear(
+        *arguments,
         None if loras is None else loras.address,
         None if step is None else step.address,
         torch.get_num_threads(),
@@ -363,58 +371,3 @@ def supports_wide(weight: Tensor) -> bool:
     starts = range(0, len(weight), _ROWS_AT_ONCE)
     parts = (weight[start : start + _ROWS_AT_ONCE] for start in starts)
     return all(torch.equal(rows, rows.bfloat16().float()) for rows in parts)
-
-
-def pack_wide(weight: Tensor) -> Tensor:
-    """Weights [out, in] as `wide_linear` reads them: [panels, in, 16] bfloat16, padded with zeros."""
-    return _weights.copy(pack_wide_panels(weight.bfloat16()))
-
-
-def pack_wide_gated(gate: Tensor, up: Tensor) -> Tensor:
-    """Both weights [out, in] as `wide_linear` reads them when `gated`: their panels take turns."""
-    both = [pack_wide_panels(weight.bfloat16()) for weight in (gate, up)]
-    return _weights.copy(torch.stack(both, 1).flatten(0, 1))
-
-
-def pack_wide_bias(bias: Tensor) -> Tensor:
-    """A bias [out] beside `pack_wide`'s weights: [panels * 16] float32."""
-    return F.pad(bias, (0, -len(bias) % PANEL))
-
-
-def wide_linear(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    *,
-    columns: int,
-    activation: str = "identity",
-    gated: bool = False,
-) -> Tensor:
-    """act(x @ weight.T + bias), or, gated, act(x @ gate.T) * (x @ up.T): [..., columns] float32.
-
-    Each row's sums are made in the same order however many there are.
-
-    x       [..., in]               float32
-    packed  by `pack_wide`, or by `pack_wide_gated`
-    bias    [panels * 16] float32   in the columns' order of `packed`, or None
-    """
-    assert _library is not None
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
-    _library.softprompt_wide_linear(
-        out.data_ptr(),
-        rows.data_ptr(),
-        packed.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        None,
-        rows.shape[0],
-        rows.stride(0),
-        columns,
-        packed.shape[1],
-        ACTIVATIONS[activation],
-        gated,
-        torch.get_num_threads(),
-    )
-    return out

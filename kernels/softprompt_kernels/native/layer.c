@@ -30,9 +30,9 @@ typedef struct {
     const int32_t *page_table;
     const int32_t *rows, *sequences, *ends;  // of queries that are answered by themselves, see softprompt_paged_decode
     const int32_t *starts;                   // positions of these that are in prefixes; or NULL
-    const int64_t (*chunks)[4];  // of sequences with more: sequence, first row, row behind the last, context
-    const int64_t (*prefixes)[4];     // addresses of the rows and of the pages, number of rows, positions
-    float *prefix;                    // room for what prefixes give
+    const int64_t (*chunks)[4];              // of others: sequence, first row, row behind the last, context
+    const int64_t (*prefixes)[4];            // addresses of the rows and of the pages, number of rows, positions
+    float *prefix;                           // room for what prefixes give
     int64_t num_decodes, num_chunks, num_prefixes, table_width;
     int page_size;
 } Step;

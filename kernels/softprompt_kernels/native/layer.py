@@ -61,7 +61,7 @@ class NormWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearWeights:
-    """A linear as `native.pack_linear`, `pack_bias` or their gated forms laid it out; in float32, the wide ones.
+    """A linear as `native.pack_linear`, `pack_bias` or their gated forms laid it out.
 
     Attributes:
         columns: of its result.
@@ -281,6 +281,5 @@ def _pointers(tensors: Sequence[Tensor]) -> "ctypes.Array[c_void_p]":
 
 def _linear(part: LinearWeights) -> _Linear:
     bias = None if part.bias is None else part.bias.data_ptr()
-    # [panels, pairs of inputs, 16, 2], or [panels, inputs, 16]
-    size = part.packed.shape[1] * (2 if part.packed.dim() == 4 else 1)
+    size = part.packed.shape[1] * part.packed.shape[3]
     return _Linear(part.packed.data_ptr(), bias, part.columns, size, part.loras and part.loras.address)

@@ -46,24 +46,8 @@ static inline void store(void *to, int64_t offset, const float *restrict from, i
     }
 }
 
-// e^x for x <= 0: range reduction to |r| <= ln(2)/2 and a polynomial of degree 6, relative error below 3e-7. A NaN
-// stays one.
-static inline float exp_of_negative(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float n = rintf(x * 1.44269504f);
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return p * scale;
-}
+// e^x for x <= 0.
+static inline float exp_of_negative(float x) { return exp_within(x < -87.0f ? -87.0f : x); }
 
 // A head is padded with zeros to whole vectors.
 typedef float vec __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));

@@ -1,23 +1,14 @@
-"""How the products in C want a matrix: in panels of columns, input by input or two inputs side by side."""
+"""How the products in C want a matrix: in panels of columns, where some inputs lie side by side."""
 
 from torch import Tensor
 
 PANEL = 16
 
 
-def pack_panels(weight: Tensor, *, together: int = 1) -> Tensor:
-    """[columns, size] → [panels, size / 2, 16, 2]; zeros fill the last pair and multiples of `together` panels."""
+def pack_panels(weight: Tensor, *, together: int = 1, beside: int = 2) -> Tensor:
+    """[columns, size] → [panels, size / beside, 16, beside]; zeros fill it to multiples of both."""
     columns, size = weight.shape
     panels = -(-columns // (together * PANEL)) * together
-    padded = weight.new_zeros(panels * PANEL, size + size % 2)
+    padded = weight.new_zeros(panels * PANEL, size + -size % beside)
     padded[:columns, :size] = weight
-    return padded.view(panels, PANEL, -1, 2).transpose(1, 2)
-
-
-def pack_wide_panels(weight: Tensor) -> Tensor:
-    """[columns, size] → [panels, size, 16]; zeros fill the last panel."""
-    columns, size = weight.shape
-    panels = -(-columns // PANEL)
-    padded = weight.new_zeros(panels * PANEL, size)
-    padded[:columns] = weight
-    return padded.view(panels, PANEL, size).transpose(1, 2)
+    return padded.view(panels, PANEL, -1, beside).transpose(1, 2)

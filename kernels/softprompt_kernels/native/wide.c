@@ -6,9 +6,6 @@
 
 #include "native.h"
 
-#include <math.h>
-#include <string.h>
-
 #if (defined(__AVX2__) && defined(__FMA__)) || defined(__AVX512F__) || defined(__ARM_NEON)
 
 // Sums of MAX_ROWS rows and one panel, and what they are made of, fit the registers.
@@ -57,11 +54,10 @@ static inline __attribute__((always_inline)) void multiply(int rows, float *sums
 static void some_rows(int64_t rows, float *sums, int first, const float *x, int64_t x_row, const void *panel,
                       int64_t size, int dtype, const uint16_t *next) {
     switch (rows) {
-#define CASE(n)                                                                        \
-    case n:                                                                            \
-        if (n > MAX_ROWS) break;                                                       \
+#define CASE(n)                                                                            \
+    case n:                                                                                \
         if (dtype == FLOAT32) multiply(n, sums, first, x, x_row, panel, size, FLOAT32, 0); \
-        else multiply(n, sums, first, x, x_row, panel, size, BFLOAT16, next);          \
+        else multiply(n, sums, first, x, x_row, panel, size, BFLOAT16, next);              \
         break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #ifdef __AVX512F__
@@ -77,36 +73,25 @@ static void product(float *sums, const float *x, int64_t x_row, int64_t rows, co
     const int64_t blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
     vec wide[CUT * PARTS] __attribute__((aligned(64)));
     // Few rows read the panel as it lies; for many, a part of it at a time is widened once.
-    const int64_t cut = rows <= FEW_ROWS ? size : CUT;
+    const int is_few = rows <= FEW_ROWS;
+    const int64_t cut = is_few ? size : CUT;
     for (int64_t k = 0; k < size; k += cut) {
         const int64_t length = size - k < cut ? size - k : cut;
         const uint16_t *part = panel + k * LANES;
-        for (int64_t i = 0; rows > FEW_ROWS && i < length * PARTS; i++) wide[i] = widen(part + i * WIDTH);
+        for (int64_t i = 0; !is_few && i < length * PARTS; i++) wide[i] = widen(part + i * WIDTH);
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t start = rows * block / blocks, count = rows * (block + 1) / blocks - start;
             some_rows(count, sums + start * LANES, k == 0, x + start * x_row + k, x_row,
-                      rows <= FEW_ROWS ? (const void *)part : wide, length, rows <= FEW_ROWS ? BFLOAT16 : FLOAT32,
+                      is_few ? (const void *)part : wide, length, is_few ? BFLOAT16 : FLOAT32,
                       block == blocks - 1 ? next : 0);
         }
     }
 }
 
-// e^x, relative error below 3e-7, by the same reduction as in ops.c; infinity above 88, and a NaN stays one.
-static inline float exp_of(float of) {
-    const float x = of < -87.0f ? -87.0f : of > 88.0f ? 88.0f : of;
-    const float n = rintf(x * 1.44269504f);
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
-    float scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return of > 88.0f ? INFINITY : p * scale;
+// e^x; infinity above 88.
+static inline float exp_of(float x) {
+    const float within = exp_within(x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x);
+    return x > 88.0f ? INFINITY : within;
 }
 
 // SiLU is x * sigmoid(x); GELU by tanh is x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3).

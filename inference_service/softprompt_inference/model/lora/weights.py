@@ -27,13 +27,14 @@ def make_packed(
         memory: for each slot.
     """
     module, widths = product.module, [linear.out_features for linear in product.linears]
-    is_gate = isinstance(module, NativeGate)
-    if not (is_gate or (isinstance(module, NativeLinear) and native.PackedLoras.can_hold(widths))):
+    if not isinstance(module, NativeGate | NativeLinear) or module.loras is None:
         return None
-    module.lora = context  # type: ignore[assignment]
-    loras: native.PackedLoras = module.loras  # type: ignore[assignment]
-    loras.prepare(widths, gated=is_gate, num_slots=max_loras, memory=memory)
-    return loras
+    is_gate = isinstance(module, NativeGate)
+    if not (is_gate or native.PackedLoras.can_hold(widths)):
+        return None
+    module.lora = context
+    module.loras.prepare(widths, gated=is_gate, num_slots=max_loras, memory=memory)
+    return module.loras
 
 
 class ProductWeights:

@@ -7,14 +7,13 @@ products, a step that has one for them computes both, and then their gate.
 from functools import partial
 
 import torch
-from softprompt_kernels import native
 from softprompt_kernels.act_mul import act_mul
 from torch import Generator, Tensor, nn
 from transformers.activations import ACT2FN
 
 from softprompt_inference.model.lora.context import LoraContext, is_attached
 from softprompt_inference.model.swaps.linears import Place, places
-from softprompt_inference.model.swaps.packed import NativeGate, PackedLinear, WideGate, can_pack, pack
+from softprompt_inference.model.swaps.packed import NativeGate, PackedLinear, can_pack, is_native, pack
 from softprompt_inference.model.swaps.verify import Swap, random_input
 
 _CHILDREN = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -32,7 +31,8 @@ class GatedMLP(nn.Module):
     def __init__(self, mlp: nn.Module, lora: LoraContext) -> None:
         super().__init__()
         self.product = _gate(mlp.gate_proj, mlp.up_proj, mlp.act_fn)  # type: ignore[arg-type]
-        self.apart = None if isinstance(self.product, NativeGate) else _Apart(self.product)
+        takes_loras = isinstance(self.product, NativeGate) and self.product.loras is not None
+        self.apart = None if takes_loras else _Apart(self.product)
         self.down = pack(mlp.down_proj.weight, mlp.down_proj.bias)  # type: ignore[arg-type,union-attr]
         self._activation, *_ = _ACTIVATIONS[type(mlp.act_fn)]
         self._lora = lora
@@ -60,7 +60,7 @@ class GatedMLP(nn.Module):
 class _Apart(nn.Module):
     """gate(x) beside up(x), over the weights of a fused product."""
 
-    def __init__(self, product: "WideGate | PackedGate") -> None:
+    def __init__(self, product: "NativeGate | PackedGate") -> None:
         super().__init__()
         self._compute = product.forward_apart
 
@@ -99,13 +99,10 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     return all(type(linear) is nn.Linear and can_pack(linear.weight) for linear in linears)
 
 
-def _gate(gate: nn.Linear, up: nn.Linear, function: nn.Module) -> NativeGate | WideGate | PackedGate:
+def _gate(gate: nn.Linear, up: nn.Linear, function: nn.Module) -> NativeGate | PackedGate:
     ours, activation, algorithm = _ACTIVATIONS[type(function)]
-    if (gate.bias is None) == (up.bias is None):
-        if native.supports_linear(gate.weight):
-            return NativeGate(gate, up, ours)
-        if native.supports_wide(gate.weight) and native.supports_wide(up.weight):
-            return WideGate(gate, up, ours)
+    if (gate.bias is None) == (up.bias is None) and is_native(gate.weight) and is_native(up.weight):
+        return NativeGate(gate, up, ours)
     return PackedGate(gate, up, activation, algorithm)
 
 

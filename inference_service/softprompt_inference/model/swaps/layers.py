@@ -19,7 +19,7 @@ from softprompt_inference.model.swaps import norms, rotary
 from softprompt_inference.model.swaps.forward import swap_forward
 from softprompt_inference.model.swaps.gated import GatedMLP
 from softprompt_inference.model.swaps.linears import product_of
-from softprompt_inference.model.swaps.packed import NativeGate, NativeLinear, WideGate, WideLinear
+from softprompt_inference.model.swaps.packed import NativeGate, NativeLinear
 from softprompt_inference.model.swaps.verify import Swap
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -45,10 +45,7 @@ def _recognise(layer: Any) -> tuple[DecoderLayer, AttentionCall, norms.Norm] | N
         return None
     qkv = product_of([getattr(attention, name) for name in _PROJECTIONS])
     parts = (qkv, attention.o_proj, mlp.down)
-    if not isinstance(mlp.product, NativeGate | WideGate):
-        return None
-    kind = NativeLinear if isinstance(mlp.product, NativeGate) else WideLinear
-    if not all(isinstance(part, kind) for part in parts):
+    if not all(isinstance(part, NativeLinear) for part in parts) or not isinstance(mlp.product, NativeGate):
         return None
     before, between = (norms.recognise(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
     if before is None or between is None or rotary.function_of(attention) is None:
@@ -78,9 +75,7 @@ def _norm(norm: norms.Norm) -> NormWeights:
 
 
 def _linear(part: Any) -> LinearWeights:
-    return LinearWeights(
-        packed=part.packed, bias=part.bias, columns=part.out_features, loras=getattr(part, "loras", None)
-    )
+    return LinearWeights(packed=part.packed, bias=part.bias, columns=part.out_features, loras=part.loras)
 
 
 class FusedForward:

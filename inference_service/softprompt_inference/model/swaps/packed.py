@@ -15,9 +15,11 @@ _ops = torch.ops.mkldnn
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether this machine has packed products for such weights, in our kernels or in its build of torch."""
-    if native.supports_linear(weight) or native.supports_wide(weight):
-        return True
+    """Whether this machine has packed products for such weights, in its build of torch or in our kernels."""
+    return _has_onednn(weight) or is_native(weight)
+
+
+def _has_onednn(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     if not all(hasattr(_ops, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
@@ -29,11 +31,14 @@ def can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float16 and bool(_ops._is_mkldnn_fp16_supported())
 
 
+def is_native(weight: Tensor) -> bool:
+    """Whether our kernels multiply with these weights; of float32 it looks at every one."""
+    return native.supports_linear(weight) or native.supports_wide(weight)
+
+
 def pack(weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A linear with these weights [out, in] and bias [out]; only for what `can_pack`."""
-    if native.supports_linear(weight):
-        return NativeLinear(weight, bias)
-    return WideLinear(weight, bias) if native.supports_wide(weight) else PackedLinear(weight, bias)
+    return NativeLinear(weight, bias) if is_native(weight) else PackedLinear(weight, bias)
 
 
 def trace_of(weight: Tensor) -> Tensor:
@@ -45,14 +50,14 @@ class NativeLinear(nn.Module):
     """`nn.Linear` over weights that our kernels have packed. Each row's result is the same in any batch.
 
     Attributes:
-        loras: that may change it, in the steps of `lora`.
+        loras: that may change it, in the steps of `lora`; None: the kernel for its dtype takes none.
     """
 
     lora: LoraContext | None = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.loras = native.PackedLoras()
+        self.loras = _loras(weight)
         self.out_features, self.in_features = weight.shape
         self.weight = trace_of(weight)
         self.packed = native.pack_linear(weight.detach())
@@ -72,14 +77,14 @@ class NativeGate(nn.Module):
         activation: one of `native.ACTIVATIONS`.
 
     Attributes:
-        loras: that may change gate and up, in the steps of `lora`.
+        loras: that may change gate and up, in the steps of `lora`; None: the kernel for their dtype takes none.
     """
 
     lora: LoraContext | None = None
 
     def __init__(self, gate: nn.Linear, up: nn.Linear, activation: str) -> None:
         super().__init__()
-        self.loras = native.PackedLoras()
+        self.loras = _loras(gate.weight)
         self.out_features = gate.out_features
         self.activation = activation
         self.packed = native.pack_gated(gate.weight.detach(), up.weight.detach())
@@ -98,52 +103,16 @@ class NativeGate(nn.Module):
             step=None if self.lora is None else self.lora.step,
         )
 
-
-class WideLinear(nn.Module):
-    """`nn.Linear` in float32 over weights that our kernels keep in bfloat16, where that loses nothing.
-
-    Each row's result is the same in any batch.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.weight = trace_of(weight)
-        self.packed = native.pack_wide(weight.detach())
-        self.bias = None if bias is None else native.pack_wide_bias(bias.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] → [..., out]"""
-        return native.wide_linear(x, self.packed, self.bias, columns=self.out_features)
-
-
-class WideGate(nn.Module):
-    """act(gate(x)) * up(x) in one pass over both weights, kept as those of WideLinear are.
-
-    Args:
-        gate, up: linears of one shape, of which both or none have a bias.
-        activation: one of `native.ACTIVATIONS`.
-    """
-
-    def __init__(self, gate: nn.Linear, up: nn.Linear, activation: str) -> None:
-        super().__init__()
-        self.out_features = gate.out_features
-        self.activation = activation
-        self.packed = native.pack_wide_gated(gate.weight.detach(), up.weight.detach())
-        self.bias = None if gate.bias is None else native.pack_gated_bias(gate.bias.detach(), up.bias.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] → [..., out]"""
-        return native.wide_linear(
-            x, self.packed, self.bias, columns=self.out_features, activation=self.activation, gated=True
-        )
-
     def forward_apart(self, x: Tensor) -> Tensor:
-        """gate(x) beside up(x), without the activation: x [..., in] → [..., 2 * out]"""
-        panels, _, width = self.packed.shape
-        both = native.wide_linear(x, self.packed, self.bias, columns=panels * width)
+        """gate(x) beside up(x), without activation and LoRA: x [..., in] → [..., 2 * out]"""
+        panels, _, width, _ = self.packed.shape
+        both = native.linear(x, self.packed, self.bias, columns=panels * width)
         gate, up = both.view(*x.shape[:-1], panels // 2, 2, width).unbind(-2)
         return torch.cat([part.flatten(-2)[..., : self.out_features] for part in (gate, up)], dim=-1)
+
+
+def _loras(weight: Tensor) -> native.PackedLoras | None:
+    return native.PackedLoras() if weight.dtype == torch.bfloat16 else None
 
 
 class PackedLinear(nn.Module):

@@ -28,6 +28,13 @@ def pairs(native_kernels: None) -> None:
         pytest.skip("this processor does not multiply pairs of bfloat16")
 
 
+@pytest.fixture
+def wide(native_kernels: None) -> None:
+    """Native kernels are in use that can compute layers in float32."""
+    if not native.supports_wide(torch.zeros(2, 2)):
+        pytest.skip("this processor has no wide vectors")
+
+
 @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
 def dtype(native_kernels: None, request: pytest.FixtureRequest) -> torch.dtype:
     """Every dtype in which native kernels can compute layers."""

@@ -150,14 +150,13 @@ def test_parts_that_cannot_add_a_lora_go_one_by_one_in_steps_that_have_one(
     assert len(calls) == len(loaded.layers)
 
 
+@pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("num_tokens", [1, 9])
 def test_in_float32_steps_with_loras_go_part_by_part(
-    lab: Any, load_loras: Any, num_tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    lab: Any, load_loras: Any, num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if dtype != torch.float32:
-        pytest.skip("other layers compute them")
     x = torch.randn(1, num_tokens, 32, generator=torch.Generator().manual_seed(0))
-    loaded, calls = load(lab, "llama", dtype), []
+    loaded, calls = load(lab, "llama", torch.float32), []
     plain = _logits(loaded, x)
     load_loras(loaded)
     before = layers.DecoderLayer.before

@@ -1,8 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from softprompt_inference.model.swaps.packed import PackedLinear, WideGate, WideLinear, can_pack, pack
-from softprompt_kernels import native
+from softprompt_inference.model.swaps.packed import NativeGate, NativeLinear, PackedLinear, can_pack, pack
 from torch import nn
 
 
@@ -35,17 +34,12 @@ def test_without_the_ops_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> N
     assert not can_pack(torch.randn(4, 4))
 
 
-@pytest.fixture
-def wide() -> None:
-    if not native.supports_wide(torch.zeros(1, 1)):
-        pytest.skip("no compiler is installed, or this processor has no wide vectors")
-
-
 @pytest.mark.parametrize("bias", [False, True])
 def test_float32_weights_that_bfloat16_holds_are_kept_in_it(wide: None, bias: bool) -> None:
     weight, x, b = torch.randn(24, 40).bfloat16().float(), torch.randn(1, 3, 40), torch.randn(24) if bias else None
     product = pack(weight, b)
-    assert isinstance(product, WideLinear)
+    assert isinstance(product, NativeLinear)
+    assert product.loras is None
     assert product.packed.dtype == torch.bfloat16
     torch.testing.assert_close(product(x), F.linear(x, weight, b), rtol=1e-5, atol=1e-5)
     assert isinstance(pack(torch.randn(24, 40), b), PackedLinear)
@@ -56,7 +50,7 @@ def test_gate_and_up_of_such_weights_apart(wide: None, bias: bool) -> None:
     gate, up = (nn.Linear(40, 41, bias=bias).bfloat16().float() for _ in range(2))
     x = torch.randn(1, 3, 40)
     with torch.inference_mode():
-        product = WideGate(gate, up, "silu")
+        product = NativeGate(gate, up, "silu")
         torch.testing.assert_close(product(x), F.silu(gate(x)) * up(x), rtol=1e-5, atol=1e-5)
         both = torch.cat([gate(x), up(x)], dim=-1)
         torch.testing.assert_close(product.forward_apart(x), both, rtol=1e-5, atol=1e-5)

@@ -124,12 +124,9 @@ def test_a_model_answers_the_same_with_stacks_and_without(
         assert torch.equal(one, other)
 
 
-def test_in_float32_a_stack_computes_steps_with_short_prompts(
-    lab: Any, calls: list[int], load_loras: Any, dtype: torch.dtype
-) -> None:
-    if dtype != torch.float32:
-        pytest.skip("other stacks compute prompts too")
-    loaded = load(lab, "llama", dtype)
+@pytest.mark.usefixtures("wide")
+def test_in_float32_a_stack_computes_steps_with_short_prompts(lab: Any, calls: list[int], load_loras: Any) -> None:
+    loaded = load(lab, "llama", torch.float32)
     calls.clear()
     stacked = answers(loaded)
     assert calls == [8, 7, 2, 9, 70, 3]
