@@ -19,11 +19,14 @@ POPULARITIES = ["identical", "distinct", "uniform", "zipf", "skewed", "none"]
 Tiles = Callable[[Sequence[int]], LoraTiles]
 
 
-@pytest.fixture(autouse=True)
-def needs_products(native_kernels: None) -> None:
-    """Kernels, and a processor that can run them."""
-    if not native.supports_linear(torch.zeros(2, 2, dtype=torch.bfloat16)):
-        pytest.skip("this processor does not multiply pairs of bfloat16")
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
+def dtype(native_kernels: None, request: pytest.FixtureRequest) -> torch.dtype:
+    """Of products that this processor has a kernel for."""
+    chosen: torch.dtype = request.param
+    supports = native.supports_linear if chosen == torch.bfloat16 else native.supports_wide
+    if not supports(torch.zeros(2, 2, dtype=chosen)):
+        pytest.skip(f"this processor has no products of ours in {chosen}")
+    return chosen
 
 
 @pytest.fixture
@@ -31,26 +34,30 @@ def tiles(make_tiles: Callable[..., LoraTiles]) -> Tiles:
     return lambda slots: make_tiles(slots, max(len(slots), 1), "cpu")
 
 
-def bfloat16(*shape: int, size: float = 1.0, seed: int = 0) -> Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * size).bfloat16()
+def random(*shape: int, dtype: torch.dtype, size: float = 1.0, seed: int = 0) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
 
 
 class Product:
     """Linears side by side, or a gate and what it gates, with LoRAs of random weights."""
 
-    def __init__(self, widths: Sequence[int], size: int, *, gated: bool = False) -> None:
-        self.widths, self.size, self.gated = widths, size, gated
-        self.weights = [bfloat16(width, size, size=size**-0.5, seed=i) for i, width in enumerate(widths)]
+    def __init__(self, widths: Sequence[int], size: int, dtype: torch.dtype, *, gated: bool = False) -> None:
+        self.widths, self.size, self.dtype, self.gated = widths, size, dtype, gated
+        # In either dtype, weights of products are kept in bfloat16.
+        self.weights = [
+            random(width, size, dtype=torch.bfloat16, size=size**-0.5, seed=i).to(dtype)
+            for i, width in enumerate(widths)
+        ]
         self.packed = native.pack_gated(*self.weights) if gated else native.pack_linear(torch.cat(self.weights))
-        self.loras = PackedLoras()
+        self.loras = PackedLoras(dtype)
         memory = [HugePages(2**16) for _ in range(NUM_SLOTS)]
         self.loras.prepare(widths, gated=gated, num_slots=NUM_SLOTS, memory=memory)
         self.held: dict[tuple[int, int], tuple[Tensor, Tensor, float]] = {}
 
     def put(self, slot: int, index: int, rank: int) -> None:
         seed = 100 + 10 * slot + index
-        a = bfloat16(rank, self.size, size=self.size**-0.5, seed=seed)
-        b = bfloat16(self.widths[index], rank, size=rank**-0.5, seed=seed + 1000)
+        a = random(rank, self.size, dtype=self.dtype, size=self.size**-0.5, seed=seed)
+        b = random(self.widths[index], rank, dtype=self.dtype, size=rank**-0.5, seed=seed + 1000)
         scale = (0.5, 1.0, 0.3)[(slot + index) % 3]
         self.held[slot, index] = a, b, scale
         self.loras.put(slot, index, a, b, scale)
@@ -88,10 +95,14 @@ class Product:
 @pytest.mark.parametrize("popularity", POPULARITIES)
 @pytest.mark.parametrize("num_tokens", [1, 17, 65])
 def test_every_token_gets_what_its_lora_adds_to_each_linear(
-    popularity: str, num_tokens: int, popular_slots: Callable[[str, int], list[int]], tiles: Tiles
+    dtype: torch.dtype,
+    popularity: str,
+    num_tokens: int,
+    popular_slots: Callable[[str, int], list[int]],
+    tiles: Tiles,
 ) -> None:
-    product, slots = Product((48, 16, 32), 64).fill(), popular_slots(popularity, num_tokens)
-    x = bfloat16(num_tokens, 64, seed=5)
+    product, slots = Product((48, 16, 32), 64, dtype).fill(), popular_slots(popularity, num_tokens)
+    x = random(num_tokens, 64, dtype=dtype, seed=5)
     out = product.compute(x, tiles(slots))
     assert_close(out, torch.cat(product.plain_answers(x, slots), 1))
     plain, others = product.compute(x, None), [token for token, slot in enumerate(slots) if slot < 0]
@@ -100,27 +111,29 @@ def test_every_token_gets_what_its_lora_adds_to_each_linear(
 
 @pytest.mark.parametrize("widths", [(1,), (16,), (40,), (32, 16, 23), (16, 48), (112, 16, 16)])
 @pytest.mark.parametrize("size", [2, 30, 32, 62, 96, 576])
-def test_products_of_any_shape(widths: tuple[int, ...], size: int, tiles: Tiles) -> None:
+def test_products_of_any_shape(dtype: torch.dtype, widths: tuple[int, ...], size: int, tiles: Tiles) -> None:
     slots = [2, 0, 0, -1, 4, 2, 3, 1, 1, 1]
-    product, x = Product(widths, size).fill(), bfloat16(len(slots), size, seed=6)
+    product, x = Product(widths, size, dtype).fill(), random(len(slots), size, dtype=dtype, seed=6)
     assert_close(product.compute(x, tiles(slots)), torch.cat(product.plain_answers(x, slots), 1))
 
 
 @pytest.mark.parametrize("width", [16, 41, 96])
 @pytest.mark.parametrize("num_tokens", [1, 13, 40])
-def test_a_gate_and_what_it_gates_are_changed_before_they_meet(width: int, num_tokens: int, tiles: Tiles) -> None:
+def test_a_gate_and_what_it_gates_are_changed_before_they_meet(
+    dtype: torch.dtype, width: int, num_tokens: int, tiles: Tiles
+) -> None:
     slots = [(token % 6) - 1 for token in range(num_tokens)]
-    product, x = Product((width, width), 64, gated=True).fill(), bfloat16(num_tokens, 64, seed=7)
+    product, x = Product((width, width), 64, dtype, gated=True).fill(), random(num_tokens, 64, dtype=dtype, seed=7)
     gate, up = product.plain_answers(x, slots)
     assert_close(product.compute(x, tiles(slots), "silu"), F.silu(gate) * up)
 
 
 @pytest.mark.parametrize("size", [62, 576])
-def test_a_token_has_the_same_answer_in_any_batch(size: int, tiles: Tiles) -> None:
+def test_a_token_has_the_same_answer_in_any_batch(dtype: torch.dtype, size: int, tiles: Tiles) -> None:
     generator = torch.Generator().manual_seed(0)
     slots = torch.randint(-1, NUM_SLOTS, (70,), generator=generator).tolist()
     slots[20:60] = [2] * 40
-    product, x = Product((48, 16, 32), size).fill(), bfloat16(70, size, seed=8)
+    product, x = Product((48, 16, 32), size, dtype).fill(), random(70, size, dtype=dtype, seed=8)
     together = product.compute(x, tiles(slots))
     for start, stop in ((0, 70), (3, 4), (10, 27), (20, 60), (33, 70)):
         alone = product.compute(x[start:stop], tiles(slots[start:stop]))
@@ -130,9 +143,9 @@ def test_a_token_has_the_same_answer_in_any_batch(size: int, tiles: Tiles) -> No
     assert torch.equal(shuffled, together[order])
 
 
-def test_several_threads_answer_as_one(tiles: Tiles) -> None:
+def test_several_threads_answer_as_one(dtype: torch.dtype, tiles: Tiles) -> None:
     slots = [(token % 6) - 1 for token in range(64)]
-    product, x = Product((48, 16, 32), 576).fill(), bfloat16(64, 576, seed=9)
+    product, x = Product((48, 16, 32), 576, dtype).fill(), random(64, 576, dtype=dtype, seed=9)
     threads, answers = torch.get_num_threads(), []
     try:
         for count in (1, 2):
@@ -143,8 +156,8 @@ def test_several_threads_answer_as_one(tiles: Tiles) -> None:
     assert torch.equal(*answers)
 
 
-def test_a_slot_that_is_filled_anew_keeps_nothing_of_the_former(tiles: Tiles) -> None:
-    product, x = Product((32, 16), 64), bfloat16(3, 64, seed=10)
+def test_a_slot_that_is_filled_anew_keeps_nothing_of_the_former(dtype: torch.dtype, tiles: Tiles) -> None:
+    product, x = Product((32, 16), 64, dtype), random(3, 64, dtype=dtype, seed=10)
     slots = [1, 0, 1]
     plain = product.compute(x, None)
     assert torch.equal(product.compute(x, tiles(slots)), plain)
@@ -161,12 +174,15 @@ def test_a_slot_that_is_filled_anew_keeps_nothing_of_the_former(tiles: Tiles) ->
         assert torch.equal(product.compute(x, tiles(slots)), plain)
 
 
-def test_weights_take_the_memory_of_their_own_ranks() -> None:
-    product = Product((32, 16), 64)
+def test_weights_take_the_memory_of_their_own_ranks(dtype: torch.dtype) -> None:
+    product = Product((32, 16), 64, dtype)
     product.put(0, 0, 16)
-    assert product.loras.num_bytes == 2 * 16 * (64 + 32)
+    num_values = 16 * (64 + 32)
+    assert product.loras.num_bytes == num_values * dtype.itemsize
     product.put(3, 1, 1)
-    assert product.loras.num_bytes == 2 * 16 * (64 + 32) + 2 * (16 * 64 + 2 * 16)
+    # Of b, pairs of ranks lie together in bfloat16.
+    num_values += 16 * 64 + 16 * (2 if dtype == torch.bfloat16 else 1)
+    assert product.loras.num_bytes == num_values * dtype.itemsize
 
 
 def test_linears_that_begin_within_a_panel_are_known() -> None:
@@ -175,17 +191,17 @@ def test_linears_that_begin_within_a_panel_are_known() -> None:
     assert not PackedLoras.can_hold([8, 16])
 
 
-def test_panels_are_counted_as_the_products_lay_them_out() -> None:
+def test_panels_are_counted_as_the_products_lay_them_out(dtype: torch.dtype) -> None:
     """What the kernel takes for a linear's columns are that linear's."""
     for widths, gated in (((48, 16, 23), False), ((41, 41), True)):
-        product = Product(widths, 32, gated=gated)
+        product = Product(widths, 32, dtype, gated=gated)
         starts = [0, *accumulate(widths)]
         for index, (start, stop) in enumerate(pairwise(starts)):
             product.put(0, index, 4)
             step = LoraStep(
                 LoraTiles(order=torch.tensor([0]), tiles=torch.tensor([[0, 0, 1]]).int(), max_tokens=1)
             )
-            x = bfloat16(1, 32, seed=11)
+            x = random(1, 32, dtype=dtype, seed=11)
             columns = 16 * len(product.packed)
             changed, plain = (
                 native.linear(x, product.packed, None, columns=columns, loras=product.loras, step=each)

@@ -1,8 +1,10 @@
 """One adapter in host memory."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from softprompt_api.formats import AdapterSpec, Content, Lora, read_adapter
+from softprompt_api.formats.safetensors_header import TensorInfo
 from softprompt_api.formats.values import FLOAT_DTYPES, as_float32
 
 from softprompt_inference.engine.messages import LoadAdapter, LoadLora, LoraModule
@@ -45,14 +47,15 @@ class Adapter:
         cls,
         digest: str,
         spec: AdapterSpec,
-        data: bytes,
+        data: bytes | bytearray,
         *,
+        infos: Mapping[str, TensorInfo] | None = None,
         task: int | None = None,
         dtype: str = "",
         spelling: str = "",
     ) -> "Adapter":
-        """The adapter in a complete file that was verified; `task` and `dtype` are as in AdapterSpec.read."""
-        content = read_adapter(spec, data, task=task, dtype=dtype)
+        """The adapter in a complete file that was verified; further arguments as in read_adapter."""
+        content = read_adapter(spec, data, infos=infos, task=task, dtype=dtype)
         return cls(digest=digest, spelling=spelling, content=content)
 
     @property

@@ -195,7 +195,9 @@ class _Wanted:
         if verified.digest != version.digest:
             raise DataCorrupted("the adapter's digest is not that of its config and bytes")
         spelling = with_task(f"{version.name}@{version.version}", self.ref.task)
-        return Adapter.read(digest, self.spec, bytes(data), task=self.task, dtype=dtype, spelling=spelling)
+        return Adapter.read(
+            digest, self.spec, data, infos=verified.tensors, task=self.task, dtype=dtype, spelling=spelling
+        )
 
 
 @dataclass(slots=True, kw_only=True)

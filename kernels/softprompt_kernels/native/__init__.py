@@ -82,8 +82,8 @@ def load(cache_dir: Path) -> None:
     library.softprompt_linear.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 2, *[c_void_p] * 2, c_int]
     library.softprompt_linear.restype = c_int
     library.softprompt_has_wide.restype = c_int
-    library.softprompt_wide_linear.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 3]
-    library.softprompt_wide_linear.restype = None
+    library.softprompt_wide_linear.argtypes = library.softprompt_linear.argtypes
+    library.softprompt_wide_linear.restype = c_int
     library.softprompt_paged_chunk.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 5, c_float, c_int]
     library.softprompt_paged_chunk.restype = c_int
     library.softprompt_layer_before.argtypes = [*[c_void_p] * 8, *[c_int64] * 3, c_int, c_void_p, c_int]
@@ -323,18 +323,20 @@ def linear(
     """act(x @ weight.T + bias), or, gated, act(x @ gate.T) * (x @ up.T): [..., columns] like x.
 
     Sums are made in float32, and each row's in the same order however many there are. With `loras`, those that the
-    step's rows use change weight, or gate and up; there are none in float32.
+    step's rows use change weight, or gate and up.
 
     x       [..., in]               bfloat16, or float32
     packed  by `pack_linear`, or by `pack_gated`, of weights in x's dtype
     bias    [panels * 16] float32   in the columns' order of `packed`, or None
+    loras   in x's dtype
     """
     assert _library is not None
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype)
-    arguments = (
+    multiply = _library.softprompt_wide_linear if x.dtype == torch.float32 else _library.softprompt_linear
+    failed = multiply(
         out.data_ptr(),
         rows.data_ptr(),
         packed.data_ptr(),
@@ -346,12 +348,6 @@ def linear(
         packed.shape[1],
         ACTIVATIONS[activation],
         gated,
-    )
-    if x.dtype == torch.float32:
-        _library.softprompt_wide_linear(*arguments, torch.get_num_threads())
-        return out
-    failed = _library.softprompt_linear(
-        *arguments,
         None if loras is None else loras.address,
         None if step is None else step.address,
         torch.get_num_threads(),

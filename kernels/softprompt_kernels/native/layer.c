@@ -13,7 +13,7 @@ typedef struct {
     const void *weights;  // packed, see linear.c, and wide.c for float32
     const float *bias;    // or NULL
     int64_t columns, size;
-    const LoraTable *loras;  // or NULL: none, as in float32
+    const LoraTable *loras;  // or NULL: none
 } Linear;
 
 typedef struct {
@@ -46,11 +46,9 @@ static int norm(void *out, const void *x, const Norm *n, int64_t rows, int64_t s
 
 static int product(void *out, const void *x, const Linear *l, const void *addend, int64_t rows, int activation,
                    int gated, int dtype, const LoraStep *step, int num_threads) {
-    if (dtype == FLOAT32) {
-        softprompt_wide_linear(out, x, l->weights, l->bias, addend, rows, l->size, l->columns, l->size, activation,
-                               gated, num_threads);
-        return 0;
-    }
+    if (dtype == FLOAT32)
+        return softprompt_wide_linear(out, x, l->weights, l->bias, addend, rows, l->size, l->columns, l->size,
+                                      activation, gated, l->loras, step, num_threads);
     return softprompt_linear(out, x, l->weights, l->bias, addend, rows, l->size, l->columns, l->size / 2, activation,
                              gated, l->loras, step, num_threads);
 }

@@ -65,13 +65,13 @@ class LinearWeights:
 
     Attributes:
         columns: of its result.
-        loras: that may change it; None: none may, as in float32.
+        loras: that may change it.
     """
 
     packed: Tensor
     bias: Tensor | None
     columns: int
-    loras: native.PackedLoras | None
+    loras: native.PackedLoras
 
 
 class DecoderLayer:
@@ -108,7 +108,6 @@ class DecoderLayer:
         self._heads = (num_heads, num_kv_heads, head_dim)
         self._columns = (qkv.columns, gated.columns)
         self.dtype = dtype
-        self.takes_loras = all(part.loras is not None for part in (qkv, out, gated, down))
         self._layer = _Layer(
             *(_Norm(norm.weight.data_ptr(), norm.eps, norm.unit_offset) for norm in norms),
             *(_linear(part) for part in (qkv, out, gated, down)),
@@ -282,4 +281,4 @@ def _pointers(tensors: Sequence[Tensor]) -> "ctypes.Array[c_void_p]":
 def _linear(part: LinearWeights) -> _Linear:
     bias = None if part.bias is None else part.bias.data_ptr()
     size = part.packed.shape[1] * part.packed.shape[3]
-    return _Linear(part.packed.data_ptr(), bias, part.columns, size, part.loras and part.loras.address)
+    return _Linear(part.packed.data_ptr(), bias, part.columns, size, part.loras.address)

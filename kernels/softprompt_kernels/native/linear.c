@@ -130,7 +130,7 @@ int softprompt_linear(void *out, const void *x, const void *weights, const float
                       int64_t rows, int64_t x_row, int64_t columns, int64_t pairs, int activation, int gated,
                       const LoraTable *table, const LoraStep *step, int num_threads) {
     LoraRows lora;
-    if (softprompt_lora_begin(&lora, table, step, rows)) return 1;
+    if (softprompt_lora_begin(&lora, table, step, rows, sizeof(uint16_t))) return 1;
     const int64_t width = gated ? LANES : PANELS * LANES, both = pairs * 2 * LANES * PANELS;
     const int amx = has_amx && pairs % AMX_PAIRS == 0, most = amx ? AMX_ROWS : MAX_ROWS;
     const int64_t groups = (columns + width - 1) / width, blocks = (rows + most - 1) / most;

@@ -2,14 +2,10 @@
 
 #include "lora.h"
 
-#ifdef __AVX512BF16__
-
-#include "amx.h"
-#include "tile.h"
-
 #include <stdlib.h>
 
-int softprompt_lora_begin(LoraRows *lora, const LoraTable *table, const LoraStep *step, int64_t rows) {
+int softprompt_lora_begin(LoraRows *lora, const LoraTable *table, const LoraStep *step, int64_t rows,
+                          int64_t item_bytes) {
     *lora = (LoraRows){.table = table};
     if (!table || !step || !table->max_rank) return 0;
     int changes = 0;
@@ -18,9 +14,9 @@ int softprompt_lora_begin(LoraRows *lora, const LoraTable *table, const LoraStep
             changes |= step->tiles[3 * i + 2] && table->ranks[step->tiles[3 * i] * table->num_slices + slice];
     if (!changes) return 0;
     const size_t values = (size_t)rows * table->num_slices * table->max_rank;
-    lora->slots = malloc((size_t)rows * sizeof *lora->slots + values * sizeof *lora->h);
+    lora->slots = malloc((size_t)rows * sizeof *lora->slots + values * (size_t)item_bytes);
     if (!lora->slots) return 1;
-    lora->h = (uint16_t *)(lora->slots + rows);
+    lora->h = lora->slots + rows;
     for (int64_t row = 0; row < rows; row++) lora->slots[row] = -1;
     for (int64_t i = 0; i < step->num_tiles; i++) {
         const int32_t *tile = step->tiles + 3 * i;
@@ -28,6 +24,11 @@ int softprompt_lora_begin(LoraRows *lora, const LoraTable *table, const LoraStep
     }
     return 0;
 }
+
+#ifdef __AVX512BF16__
+
+#include "amx.h"
+#include "tile.h"
 
 static inline __m512 dot_pair(__m512 sums, const uint16_t *pair, const uint16_t *panel) {
     int32_t both;
@@ -88,13 +89,6 @@ static inline void put(uint16_t *h, __m512 sums, float scale) {
     _mm256_storeu_si256((__m256i *)h, (__m256i)_mm512_cvtneps_pbh(sums));
 }
 
-// How many of the rows follow one another in the batch, `most` at most.
-static inline int64_t run_length(const int64_t *rows, int64_t count, int64_t most) {
-    int64_t n = 1;
-    while (n < count && n < most && rows[n] == rows[0] + n) n++;
-    return n;
-}
-
 void softprompt_lora_shrink(const LoraRows *lora, const LoraStep *step, const uint16_t *x, int64_t x_row,
                             int64_t pairs) {
     const LoraTable *table = lora->table;
@@ -106,12 +100,12 @@ void softprompt_lora_shrink(const LoraRows *lora, const LoraStep *step, const ui
         const int32_t *tile = step->tiles + task / (slices * panels) * 3;
         const int64_t slice = task / panels % slices, panel = task % panels, at = tile[0] * slices + slice;
         if (panel * LANES >= table->ranks[at]) continue;
-        const uint16_t *a = table->a[at] + panel * pairs * 2 * LANES;
+        const uint16_t *a = (const uint16_t *)table->a[at] + panel * pairs * 2 * LANES;
         const int64_t *rows = step->order + tile[1];
         for (int64_t i = 0, count; i < tile[2]; i += count) {
-            uint16_t *h = lora->h + rows[i] * h_row + slice * table->max_rank + panel * LANES;
+            uint16_t *h = (uint16_t *)lora->h + rows[i] * h_row + slice * table->max_rank + panel * LANES;
             const uint16_t *from = x + rows[i] * x_row;
-            count = run_length(rows + i, tile[2] - i, amx ? AMX_ROWS : 1);
+            count = lora_run(rows + i, tile[2] - i, amx ? AMX_ROWS : 1);
             if (amx) {
                 float sums[2][AMX_ROWS][LANES];
                 if (count != shaped) amx_shape(shaped = count);
@@ -146,13 +140,13 @@ static void add_panel(float *sums, const LoraRows *lora, int64_t first, int64_t 
     const LoraTable *table = lora->table;
     const int64_t slice = table->slices[panel], h_row = table->num_slices * table->max_rank;
     for (int64_t i = 0, n; slice >= 0 && i < count; i += n) {
-        const int32_t *slots = lora->slots + first + i;
-        for (n = 1; i + n < count && n < MAX_ROWS && slots[n] == slots[0]; n++) {}
-        const int64_t at = slots[0] * table->num_slices + slice;
-        if (slots[0] < 0 || !table->ranks[at]) continue;
+        const int32_t slot = lora->slots[first + i];
+        n = lora_share(lora, first + i, count - i < MAX_ROWS ? count - i : MAX_ROWS);
+        const int64_t at = slot * table->num_slices + slice;
+        if (slot < 0 || !table->ranks[at]) continue;
         const int64_t pairs = (table->ranks[at] + 1) / 2;
-        const uint16_t *h = lora->h + (first + i) * h_row + slice * table->max_rank;
-        const uint16_t *b = table->b[at] + table->places[panel] * pairs * 2 * LANES;
+        const uint16_t *h = (const uint16_t *)lora->h + (first + i) * h_row + slice * table->max_rank;
+        const uint16_t *b = (const uint16_t *)table->b[at] + table->places[panel] * pairs * 2 * LANES;
         float *to = sums + i * PANELS * LANES;
         // The next group of columns.
         for (int64_t k = 0; k < pairs; k++)

@@ -1,4 +1,4 @@
-// LoRA within products over packed weights: for linear.c.
+// LoRA within products over packed weights: for linear.c and wide.c.
 //
 // h = scale * (a @ x) of every token is made before the product; b @ h joins its sums before they are rounded.
 // Both are made for each token by itself, so its answer is the same in every batch.
@@ -12,17 +12,32 @@
 typedef struct {
     const LoraTable *table;
     int32_t *slots;  // of each row; -1: none
-    uint16_t *h;     // [rows][slices][max_rank] bfloat16
+    void *h;         // [rows][slices][max_rank], of the product's dtype
 } LoraRows;
 
 // Returns 0, or 1 where memory was refused. Table and step may be NULL: no token has a LoRA. `slots` is to be freed.
-int softprompt_lora_begin(LoraRows *lora, const LoraTable *table, const LoraStep *step, int64_t rows);
+int softprompt_lora_begin(LoraRows *lora, const LoraTable *table, const LoraStep *step, int64_t rows,
+                          int64_t item_bytes);
 
-// Makes h. To be called by all threads of a team; it is there for all of them when they return.
+// Makes h in bfloat16. To be called by all threads of a team; it is there for all of them when they return.
 void softprompt_lora_shrink(const LoraRows *lora, const LoraStep *step, const uint16_t *x, int64_t x_row,
                             int64_t pairs);
 
-// Adds to the sums of so many rows in two panels, [count][2 * LANES], what their LoRAs add.
+// Adds to the sums of so many rows in two panels, [count][2 * LANES], what their LoRAs add, h in bfloat16.
 void softprompt_lora_add(float *sums, const LoraRows *lora, int64_t first, int64_t count, int64_t panel);
+
+// How many of these rows follow one another in the batch, `most` at most.
+static inline int64_t lora_run(const int64_t *rows, int64_t count, int64_t most) {
+    int64_t n = 1;
+    while (n < count && n < most && rows[n] == rows[0] + n) n++;
+    return n;
+}
+
+// How many rows from `row` on use one slot, `most` at most.
+static inline int64_t lora_share(const LoraRows *lora, int64_t row, int64_t most) {
+    int64_t n = 1;
+    while (n < most && lora->slots[row + n] == lora->slots[row]) n++;
+    return n;
+}
 
 #endif

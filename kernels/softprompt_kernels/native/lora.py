@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,11 +44,15 @@ class LoraStep:
 class PackedLoras:
     """The LoRAs of one product by slot, where its kernel finds them; none before `prepare`.
 
+    Args:
+        dtype: of the product, and so of what is kept: bfloat16 or float32.
+
     Attributes:
         address: of the structure that it reads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
         self._table = _Table()
         self.address = ctypes.addressof(self._table)
 
@@ -67,14 +72,15 @@ class PackedLoras:
         self._memory = memory
         self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         shape = (num_slots, len(widths))
-        self._a, self._b = torch.zeros(2, *shape, dtype=torch.int64)  # addresses
-        self._ranks = torch.zeros(shape, dtype=torch.int32)
-        self._scales = torch.zeros(shape, dtype=torch.float32)
-        self._panels = torch.tensor(_lay_out(widths, gated=gated), dtype=torch.int32).T.contiguous()
+        # Arrays, not tensors: a LoRA of many modules sets a thousand of their values.
+        self._a, self._b = np.zeros((2, *shape), dtype=np.uintp)  # addresses
+        self._ranks = np.zeros(shape, dtype=np.int32)
+        self._scales = np.zeros(shape, dtype=np.float32)
+        self._panels = np.array(_lay_out(widths, gated=gated), dtype=np.int32).T.copy()
         slices, places = self._panels
         tables = (self._a, self._b, self._ranks, self._scales, slices, places)
         for name, table in zip(_ARRAYS, tables, strict=True):
-            setattr(self._table, name, table.data_ptr())
+            setattr(self._table, name, table.ctypes.data)
         self._table.num_slices = len(widths)
         self._table.stride = 1 if gated else _GROUP
         self._note_max_rank()
@@ -85,11 +91,11 @@ class PackedLoras:
         return sum(tensor.nbytes for held in self._held.values() for tensor in held)
 
     def put(self, slot: int, index: int, a: Tensor, b: Tensor, scale: float) -> None:
-        """Give an empty slot weights for the linear at `index`: a [rank, in], b [out, rank]. Kept in bfloat16."""
-        copy = self._memory[slot].copy
-        held = copy(pack_panels(a.bfloat16())), copy(pack_panels(b.bfloat16()))
-        self._held[slot, index] = held
-        self._a[slot, index], self._b[slot, index] = (tensor.data_ptr() for tensor in held)
+        """Give an empty slot weights for the linear at `index`: a [rank, in], b [out, rank]."""
+        copy, beside = self._memory[slot].copy, 1 if self._dtype == torch.float32 else 2
+        held_a, held_b = (copy(pack_panels(matrix.to(self._dtype), beside=beside)) for matrix in (a, b))
+        self._held[slot, index] = held_a, held_b
+        self._a[slot, index], self._b[slot, index] = held_a.data_ptr(), held_b.data_ptr()
         self._scales[slot, index] = scale
         self._ranks[slot, index] = len(a)
         self._note_max_rank()

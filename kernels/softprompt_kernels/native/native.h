@@ -70,22 +70,18 @@ int softprompt_has_linear(void);
 
 int softprompt_has_wide(void);
 
-void softprompt_wide_linear(float *out, const float *x, const uint16_t *weights, const float *bias, const float *addend,
-                            int64_t rows, int64_t x_row, int64_t columns, int64_t size, int activation, int gated,
-                            int num_threads);
-
 // Whether this process may use the tiles of AMX.
 int softprompt_has_amx(void);
 
 // The LoRAs of one product, by slot; for what a slot does not change, ranks are 0. A product may compute several linears:
-// its slices. All of it in bfloat16, laid out as weights are.
+// its slices. All of it in the product's dtype, and laid out as its weights are; in float32, without pairs.
 typedef struct {
-    const uint16_t *const *a;  // [slots][slices], each [rank / LANES][K / 2][LANES][2]
-    const uint16_t *const *b;  // [slots][slices], each [panels of the slice][rank / 2][LANES][2]
-    const int32_t *ranks;      // [slots][slices]
-    const float *scales;       // [slots][slices]
-    const int32_t *slices;     // of the product's panels; -1: padding
-    const int32_t *places;     // of the product's panels, among those of their slices
+    const void *const *a;    // [slots][slices], each [rank / LANES][K / 2][LANES][2]
+    const void *const *b;    // [slots][slices], each [panels of the slice][rank / 2][LANES][2]
+    const int32_t *ranks;    // [slots][slices]
+    const float *scales;     // [slots][slices]
+    const int32_t *slices;   // of the product's panels; -1: padding
+    const int32_t *places;   // of the product's panels, among those of their slices
     int32_t num_slices, stride;  // from one group of panels to the next, so many places
     int32_t max_rank;            // a multiple of LANES; 0: no slot changes the product
 } LoraTable;
@@ -101,5 +97,9 @@ typedef struct {
 int softprompt_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
                       int64_t rows, int64_t x_row, int64_t columns, int64_t pairs, int activation, int gated,
                       const LoraTable *table, const LoraStep *step, int num_threads);
+
+int softprompt_wide_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
+                           int64_t rows, int64_t x_row, int64_t columns, int64_t size, int activation, int gated,
+                           const LoraTable *table, const LoraStep *step, int num_threads);
 
 #endif

@@ -4,7 +4,9 @@
 //
 // Each sum is made in the order of its inputs, however many rows there are and however they are cut.
 
-#include "native.h"
+#include "lora.h"
+
+#include <stdlib.h>
 
 #if (defined(__AVX2__) && defined(__FMA__)) || defined(__AVX512F__) || defined(__ARM_NEON)
 
@@ -48,7 +50,6 @@ static inline __attribute__((always_inline)) void multiply(int rows, float *sums
     for (int m = 0; m < rows; m++)
         for (int p = 0; p < PARTS; p++) *(vec *)(sums + m * LANES + p * WIDTH) = held[m][p];
 }
-
 
 // One case for each number of rows, for `multiply` to know it.
 static void some_rows(int64_t rows, float *sums, int first, const float *x, int64_t x_row, const void *panel,
@@ -125,40 +126,89 @@ static inline void finish(float *out, const float *addend, const float *sums, co
     if (!is_whole) memcpy(out, values, (size_t)count * sizeof *out);
 }
 
+// Makes h of every token, see lora.h. To be called by all threads of a team.
+static void shrink(const LoraRows *lora, const LoraStep *step, const float *x, int64_t x_row, int64_t size) {
+    const LoraTable *table = lora->table;
+    const int64_t slices = table->num_slices, panels = table->max_rank / LANES, h_row = slices * table->max_rank;
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < step->num_tiles * slices * panels; task++) {
+        const int32_t *tile = step->tiles + task / (slices * panels) * 3;
+        const int64_t slice = task / panels % slices, panel = task % panels, at = tile[0] * slices + slice;
+        if (panel * LANES >= table->ranks[at]) continue;
+        const float *a = (const float *)table->a[at] + panel * size * LANES;
+        const int64_t *rows = step->order + tile[1];
+        for (int64_t i = 0, count; i < tile[2]; i += count) {
+            float sums[MAX_ROWS * LANES];
+            float *h = (float *)lora->h + rows[i] * h_row + slice * table->max_rank + panel * LANES;
+            count = lora_run(rows + i, tile[2] - i, MAX_ROWS);
+            some_rows(count, sums, 1, x + rows[i] * x_row, x_row, a, size, FLOAT32, 0);
+            for (int64_t m = 0; m < count; m++)
+                for (int j = 0; j < LANES; j++) h[m * h_row + j] = table->scales[at] * sums[m * LANES + j];
+        }
+    }
+}
+
+// Adds to the sums of so many rows in one panel, [count][LANES], what their LoRAs add.
+static void expand(float *sums, const LoraRows *lora, int64_t first, int64_t count, int64_t panel) {
+    const LoraTable *table = lora->table;
+    const int64_t slice = table->slices[panel], h_row = table->num_slices * table->max_rank;
+    for (int64_t i = 0, n; i < count; i += n) {
+        const int32_t slot = lora->slots[first + i];
+        n = lora_share(lora, first + i, count - i < MAX_ROWS ? count - i : MAX_ROWS);
+        const int64_t at = slot * table->num_slices + slice;
+        if (slot < 0 || !table->ranks[at]) continue;
+        const int64_t rank = table->ranks[at];
+        const float *h = (const float *)lora->h + (first + i) * h_row + slice * table->max_rank;
+        const float *b = (const float *)table->b[at] + table->places[panel] * rank * LANES;
+        some_rows(n, sums + i * LANES, 0, h, h_row, b, rank, FLOAT32, 0);
+    }
+}
+
 // out [rows, columns] = act(x [rows, size] @ w.T + bias) + addend (like out, or NULL); gated: act(x @ gate.T + bias) *
 // (x @ up.T + bias), where gate's and up's panels take turns. The weights are [panels][size][LANES] in bfloat16; their
-// columns, and the bias, are padded to whole panels.
-void softprompt_wide_linear(float *out, const float *x, const uint16_t *weights, const float *bias, const float *addend,
-                            int64_t rows, int64_t x_row, int64_t columns, int64_t size, int activation, int gated,
-                            int num_threads) {
-    const int64_t panels = (columns + LANES - 1) / LANES, each = gated ? 2 : 1, step = size * LANES;
-#pragma omp parallel for schedule(static) num_threads(num_threads) \
-    if (num_threads > 1 && rows * panels * each * step > PARALLEL_WORK)
-    for (int64_t panel = 0; panel < panels; panel++) {
-        float sums[2][BLOCK_ROWS * LANES];
-        const uint16_t *mine = weights + panel * each * step;
-        for (int64_t start = 0; start < rows; start += BLOCK_ROWS) {
-            const int64_t count = rows - start < BLOCK_ROWS ? rows - start : BLOCK_ROWS;
-            for (int64_t part = 0; part < each; part++) {
-                const int is_last = panel + 1 == panels && part + 1 == each;
-                product(sums[part], x + start * x_row, x_row, count, mine + part * step, size,
-                        is_last ? 0 : mine + (part + 1) * step);
-            }
-            for (int64_t m = 0; m < count; m++) {
-                const int64_t place = (start + m) * columns + panel * LANES;
-                finish(out + place, addend ? addend + place : 0, sums[0] + m * LANES, gated ? sums[1] + m * LANES : 0,
-                       bias ? bias + panel * each * LANES : 0, columns - panel * LANES, activation);
+// columns, and the bias, are padded to whole panels. `table` and `step`: LoRA, or NULL.
+int softprompt_wide_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
+                           int64_t rows, int64_t x_row, int64_t columns, int64_t size, int activation, int gated,
+                           const LoraTable *table, const LoraStep *step, int num_threads) {
+    LoraRows lora;
+    if (softprompt_lora_begin(&lora, table, step, rows, sizeof(float))) return 1;
+    const int64_t panels = (columns + LANES - 1) / LANES, each = gated ? 2 : 1, whole = size * LANES;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && rows * panels * each * whole > PARALLEL_WORK)
+    {
+        if (lora.h) shrink(&lora, step, x, x_row, size);
+#pragma omp for schedule(static)
+        for (int64_t panel = 0; panel < panels; panel++) {
+            float sums[2][BLOCK_ROWS * LANES];
+            const uint16_t *mine = (const uint16_t *)weights + panel * each * whole;
+            for (int64_t start = 0; start < rows; start += BLOCK_ROWS) {
+                const int64_t count = rows - start < BLOCK_ROWS ? rows - start : BLOCK_ROWS;
+                for (int64_t part = 0; part < each; part++) {
+                    const int is_last = panel + 1 == panels && part + 1 == each;
+                    product(sums[part], (const float *)x + start * x_row, x_row, count, mine + part * whole, size,
+                            is_last ? 0 : mine + (part + 1) * whole);
+                    if (lora.h) expand(sums[part], &lora, start, count, panel * each + part);
+                }
+                for (int64_t m = 0; m < count; m++) {
+                    const int64_t place = (start + m) * columns + panel * LANES;
+                    finish((float *)out + place, addend ? (const float *)addend + place : 0, sums[0] + m * LANES,
+                           gated ? sums[1] + m * LANES : 0, bias ? bias + panel * each * LANES : 0,
+                           columns - panel * LANES, activation);
+                }
             }
         }
     }
+    free(lora.slots);
+    return 0;
 }
 
 #else
 
 int softprompt_has_wide(void) { return 0; }
 
-void softprompt_wide_linear(float *out, const float *x, const uint16_t *weights, const float *bias, const float *addend,
-                            int64_t rows, int64_t x_row, int64_t columns, int64_t size, int activation, int gated,
-                            int num_threads) {}
+int softprompt_wide_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
+                           int64_t rows, int64_t x_row, int64_t columns, int64_t size, int activation, int gated,
+                           const LoraTable *table, const LoraStep *step, int num_threads) {
+    return 0;
+}
 
 #endif

@@ -28,6 +28,7 @@ class VerifiedAdapter:
         rank: the highest of a LoRA; 0 for other kinds.
         size_bytes: size of the file.
         sha256: hex, of the file.
+        tensors: what is in it, by name, in order of their bytes.
         row_norms: of the rows that stand for token embeddings; None for kinds without such rows.
     """
 
@@ -36,6 +37,7 @@ class VerifiedAdapter:
     rank: int
     size_bytes: int
     sha256: str
+    tensors: Mapping[str, TensorInfo]
     row_norms: Norms | None = None
 
 
@@ -122,6 +124,7 @@ class AdapterVerifier:
             rank=self._spec.max_rank(self._tensors),
             size_bytes=self._size_bytes,
             sha256=sha256,
+            tensors=self._tensors,
             row_norms=self._norms.norms() if self._norms else None,
         )
 
@@ -164,21 +167,30 @@ class AdapterVerifier:
         self._head.clear()
 
 
-def read_adapter(spec: AdapterSpec, data: bytes, *, task: int | None = None, dtype: str = "") -> Content:
-    """What a complete file holds that an AdapterVerifier passed; arguments as in AdapterSpec.read."""
-    infos = read_infos(spec, data)
-    start = len(data) - max(info.end for info in infos.values())
-    tensors = {
-        name: RawTensor(info=info, data=data[start + info.begin : start + info.end])
-        for name, info in infos.items()
-    }
+def read_adapter(
+    spec: AdapterSpec,
+    data: bytes | bytearray,
+    *,
+    infos: Mapping[str, TensorInfo] | None = None,
+    task: int | None = None,
+    dtype: str = "",
+) -> Content:
+    """What a complete file holds that an AdapterVerifier passed.
+
+    Args:
+        infos: its tensors, where they are known.
+        task, dtype: as in AdapterSpec.read.
+    """
+    infos = infos or read_infos(spec, data)
+    view = memoryview(data)[len(data) - max(info.end for info in infos.values()) :]
+    tensors = {name: RawTensor(info=info, data=bytes(view[info.begin : info.end])) for name, info in infos.items()}
     return spec.read(tensors, task=task, dtype=dtype)
 
 
-def read_infos(spec: AdapterSpec, data: bytes) -> Mapping[str, TensorInfo]:
+def read_infos(spec: AdapterSpec, data: bytes | bytearray) -> Mapping[str, TensorInfo]:
     """The tensors of a complete file that an AdapterVerifier passed."""
     start = safetensors.LENGTH_BYTES + safetensors.header_length(
-        data[: safetensors.LENGTH_BYTES], size_bytes=len(data)
+        bytes(data[: safetensors.LENGTH_BYTES]), size_bytes=len(data)
     )
     return _checked_tensors(spec, data[safetensors.LENGTH_BYTES : start], data_bytes=len(data) - start)
 

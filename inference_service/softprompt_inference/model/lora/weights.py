@@ -27,7 +27,7 @@ def make_packed(
         memory: for each slot.
     """
     module, widths = product.module, [linear.out_features for linear in product.linears]
-    if not isinstance(module, NativeGate | NativeLinear) or module.loras is None:
+    if not isinstance(module, NativeGate | NativeLinear):
         return None
     is_gate = isinstance(module, NativeGate)
     if not (is_gate or native.PackedLoras.can_hold(widths)):

@@ -1,7 +1,7 @@
 """Gated MLPs on CPUs: act(gate(x)) * up(x) without a pass of its own.
 
-A LoRA changes gate(x) and up(x) themselves. Our kernels for bfloat16 add it within their pass; with other
-products, a step that has one for them computes both, and then their gate.
+A LoRA changes gate(x) and up(x) themselves. Our kernels add it within their pass; with other products, a step that
+has one for them computes both, and then their gate.
 """
 
 from functools import partial
@@ -31,8 +31,7 @@ class GatedMLP(nn.Module):
     def __init__(self, mlp: nn.Module, lora: LoraContext) -> None:
         super().__init__()
         self.product = _gate(mlp.gate_proj, mlp.up_proj, mlp.act_fn)  # type: ignore[arg-type]
-        takes_loras = isinstance(self.product, NativeGate) and self.product.loras is not None
-        self.apart = None if takes_loras else _Apart(self.product)
+        self.apart = _Apart(self.product) if isinstance(self.product, PackedGate) else None
         self.down = pack(mlp.down_proj.weight, mlp.down_proj.bias)  # type: ignore[arg-type,union-attr]
         self._activation, *_ = _ACTIVATIONS[type(mlp.act_fn)]
         self._lora = lora
@@ -60,7 +59,7 @@ class GatedMLP(nn.Module):
 class _Apart(nn.Module):
     """gate(x) beside up(x), over the weights of a fused product."""
 
-    def __init__(self, product: "NativeGate | PackedGate") -> None:
+    def __init__(self, product: "PackedGate") -> None:
         super().__init__()
         self._compute = product.forward_apart
 

@@ -122,7 +122,7 @@ class FusedForward:
         """Whether the LoRAs of the step, if there are any, can be computed within the products."""
         if self.lora.step is None:
             return True
-        return self.decoder.takes_loras and not any(map(is_attached, self._products))
+        return not any(map(is_attached, self._products))
 
     def fits(
         self,

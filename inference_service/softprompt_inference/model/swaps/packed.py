@@ -50,14 +50,14 @@ class NativeLinear(nn.Module):
     """`nn.Linear` over weights that our kernels have packed. Each row's result is the same in any batch.
 
     Attributes:
-        loras: that may change it, in the steps of `lora`; None: the kernel for its dtype takes none.
+        loras: that may change it, in the steps of `lora`.
     """
 
     lora: LoraContext | None = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.loras = _loras(weight)
+        self.loras = native.PackedLoras(weight.dtype)
         self.out_features, self.in_features = weight.shape
         self.weight = trace_of(weight)
         self.packed = native.pack_linear(weight.detach())
@@ -77,14 +77,14 @@ class NativeGate(nn.Module):
         activation: one of `native.ACTIVATIONS`.
 
     Attributes:
-        loras: that may change gate and up, in the steps of `lora`; None: the kernel for their dtype takes none.
+        loras: that may change gate and up, in the steps of `lora`.
     """
 
     lora: LoraContext | None = None
 
     def __init__(self, gate: nn.Linear, up: nn.Linear, activation: str) -> None:
         super().__init__()
-        self.loras = _loras(gate.weight)
+        self.loras = native.PackedLoras(gate.weight.dtype)
         self.out_features = gate.out_features
         self.activation = activation
         self.packed = native.pack_gated(gate.weight.detach(), up.weight.detach())
@@ -102,17 +102,6 @@ class NativeGate(nn.Module):
             loras=self.loras,
             step=None if self.lora is None else self.lora.step,
         )
-
-    def forward_apart(self, x: Tensor) -> Tensor:
-        """gate(x) beside up(x), without activation and LoRA: x [..., in] → [..., 2 * out]"""
-        panels, _, width, _ = self.packed.shape
-        both = native.linear(x, self.packed, self.bias, columns=panels * width)
-        gate, up = both.view(*x.shape[:-1], panels // 2, 2, width).unbind(-2)
-        return torch.cat([part.flatten(-2)[..., : self.out_features] for part in (gate, up)], dim=-1)
-
-
-def _loras(weight: Tensor) -> native.PackedLoras | None:
-    return native.PackedLoras() if weight.dtype == torch.bfloat16 else None
 
 
 class PackedLinear(nn.Module):

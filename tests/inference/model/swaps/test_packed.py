@@ -39,18 +39,15 @@ def test_float32_weights_that_bfloat16_holds_are_kept_in_it(wide: None, bias: bo
     weight, x, b = torch.randn(24, 40).bfloat16().float(), torch.randn(1, 3, 40), torch.randn(24) if bias else None
     product = pack(weight, b)
     assert isinstance(product, NativeLinear)
-    assert product.loras is None
     assert product.packed.dtype == torch.bfloat16
     torch.testing.assert_close(product(x), F.linear(x, weight, b), rtol=1e-5, atol=1e-5)
     assert isinstance(pack(torch.randn(24, 40), b), PackedLinear)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_gate_and_up_of_such_weights_apart(wide: None, bias: bool) -> None:
+def test_gate_and_up_of_such_weights(wide: None, bias: bool) -> None:
     gate, up = (nn.Linear(40, 41, bias=bias).bfloat16().float() for _ in range(2))
     x = torch.randn(1, 3, 40)
     with torch.inference_mode():
         product = NativeGate(gate, up, "silu")
         torch.testing.assert_close(product(x), F.silu(gate(x)) * up(x), rtol=1e-5, atol=1e-5)
-        both = torch.cat([gate(x), up(x)], dim=-1)
-        torch.testing.assert_close(product.forward_apart(x), both, rtol=1e-5, atol=1e-5)
