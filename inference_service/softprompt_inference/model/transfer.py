@@ -17,6 +17,8 @@ def upload(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: torch
 
 def upload_bytes(data: bytes, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Raw little-endian values on the device, in a tensor of that shape and dtype."""
+    if device.type == "cpu":
+        return torch.frombuffer(bytearray(data), dtype=dtype).view(tuple(shape))
     # Pinned, so that the steps of others need not wait for the copy; torch keeps the memory until it is done.
     staged = torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type == "cuda")
     staged.view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(data, dtype=np.uint8)

@@ -1,12 +1,14 @@
 """CPU kernels in C, used where `load` could compile them; without them torch's operations do the same.
 
 They are plain C over pointers: every shape, dtype and stride is checked here or by the operation that calls.
-`ops.c` is for any processor, `wide.c` for most, the others for those that multiply pairs of bfloat16 themselves.
+`ops.c` and `panels.c` are for any processor, `wide.c` is for most, the others are for those that multiply pairs of
+bfloat16 themselves.
 """
 
 import ctypes
 from ctypes import c_float, c_int, c_int64, c_void_p
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +17,14 @@ from torch import Tensor
 from softprompt_kernels.lora_tiles import LoraTiles
 from softprompt_kernels.native.library import CannotCompile
 from softprompt_kernels.native.library import load as _load
-from softprompt_kernels.native.lora import LoraStep, PackedLoras
 from softprompt_kernels.native.memory import HugePages
 from softprompt_kernels.native.panels import PANEL, pack_panels
 
+if TYPE_CHECKING:
+    from softprompt_kernels.native.lora import LoraStep, PackedLoras
+
 __all__ = [
     "CannotCompile",
-    "LoraStep",
-    "PackedLoras",
     "argmax",
     "is_loaded",
     "linear",
@@ -102,6 +104,8 @@ def load(cache_dir: Path) -> None:
     library.softprompt_layers.restype = c_int
     library.softprompt_argmax.argtypes = [c_void_p, c_void_p, *[c_int64] * 3, c_int, c_int]
     library.softprompt_argmax.restype = None
+    library.softprompt_pack_panels.argtypes = [c_void_p, c_void_p, *[c_int64] * 4, c_int, c_int]
+    library.softprompt_pack_panels.restype = None
     library.softprompt_lora_shrink_rows.argtypes = [*[c_void_p] * 7, *[c_int64] * 6, c_int, c_int]
     library.softprompt_lora_shrink_rows.restype = c_int
     library.softprompt_lora_expand_rows.argtypes = [*[c_void_p] * 7, *[c_int64] * 5, c_int, c_int]
@@ -285,17 +289,18 @@ def supports_linear(weight: Tensor) -> bool:
 def pack_linear(weight: Tensor) -> Tensor:
     """Weights [out, in] as `linear` reads them, in bfloat16: [panels, in / 2, 16, 2], or [panels, in, 16, 1] for
     products in float32; padded with zeros to pairs of panels."""
-    return _weights.copy(_panels(weight, together=2))
+    return _pack(weight, together=2)
 
 
 def pack_gated(gate: Tensor, up: Tensor) -> Tensor:
     """Both weights [out, in] as `linear` reads them when `gated`: their panels take turns."""
-    return _weights.copy(torch.stack([_panels(gate), _panels(up)], 1).flatten(0, 1))
+    return _pack(gate, up)
 
 
-def _panels(weight: Tensor, *, together: int = 1) -> Tensor:
-    beside = 1 if weight.dtype == torch.float32 else 2
-    return pack_panels(weight.bfloat16(), together=together, beside=beside)
+def _pack(*weights: Tensor, together: int = 1) -> Tensor:
+    beside = 1 if weights[0].dtype == torch.float32 else 2
+    in_bfloat16 = [weight.bfloat16() for weight in weights]
+    return pack_panels(loaded(), in_bfloat16, _weights, beside=beside, together=together)
 
 
 def pack_bias(bias: Tensor) -> Tensor:
@@ -317,8 +322,8 @@ def linear(
     columns: int,
     activation: str = "identity",
     gated: bool = False,
-    loras: PackedLoras | None = None,
-    step: LoraStep | None = None,
+    loras: "PackedLoras | None" = None,
+    step: "LoraStep | None" = None,
 ) -> Tensor:
     """act(x @ weight.T + bias), or, gated, act(x @ gate.T) * (x @ up.T): [..., columns] like x.
 

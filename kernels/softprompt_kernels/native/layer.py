@@ -10,6 +10,7 @@ from torch import Tensor
 
 from softprompt_kernels import native
 from softprompt_kernels.native.attention import prefix_room
+from softprompt_kernels.native.lora import LoraStep, PackedLoras
 from softprompt_kernels.paged_attention.reference import Plan
 
 
@@ -71,7 +72,7 @@ class LinearWeights:
     packed: Tensor
     bias: Tensor | None
     columns: int
-    loras: native.PackedLoras
+    loras: PackedLoras
 
 
 class DecoderLayer:
@@ -125,7 +126,7 @@ class DecoderLayer:
         return (*self._heads, *self._columns, self._layer.out.columns)
 
     def before(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, step: native.LoraStep | None = None
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, step: LoraStep | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, D], and keys and values [T, Hkv, D], of hidden states.
 
@@ -159,7 +160,7 @@ class DecoderLayer:
             raise MemoryError("a norm found no memory for a row")
         return q, k, qkv[:, -num_kv_heads * dim :].view(rows, num_kv_heads, dim)
 
-    def after(self, attended: Tensor, hidden: Tensor, step: native.LoraStep | None = None) -> Tensor:
+    def after(self, attended: Tensor, hidden: Tensor, step: LoraStep | None = None) -> Tensor:
         """The layer's answer [T, hidden].
 
         attended      [T, H, D]     contiguous
@@ -212,7 +213,7 @@ class DecoderLayers:
         slots: Tensor,
         page_table: Tensor,
         plan: Plan,
-        loras: native.LoraStep | None = None,
+        loras: LoraStep | None = None,
     ) -> Tensor:
         """The last layer's answer [T, hidden]; keys and values are written.
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from softprompt_kernels import native
 from softprompt_kernels.lora_tiles import LoraTiles
 from softprompt_kernels.native.memory import HugePages
 from softprompt_kernels.native.panels import PANEL, pack_panels
@@ -83,7 +84,7 @@ class PackedLoras:
             setattr(self._table, name, table.ctypes.data)
         self._table.num_slices = len(widths)
         self._table.stride = 1 if gated else _GROUP
-        self._note_max_rank()
+        self._table.max_rank = 0
 
     @property
     def num_bytes(self) -> int:
@@ -92,22 +93,26 @@ class PackedLoras:
 
     def put(self, slot: int, index: int, a: Tensor, b: Tensor, scale: float) -> None:
         """Give an empty slot weights for the linear at `index`: a [rank, in], b [out, rank]."""
-        copy, beside = self._memory[slot].copy, 1 if self._dtype == torch.float32 else 2
-        held_a, held_b = (copy(pack_panels(matrix.to(self._dtype), beside=beside)) for matrix in (a, b))
+        held_a, held_b = self._pack(slot, a), self._pack(slot, b)
         self._held[slot, index] = held_a, held_b
         self._a[slot, index], self._b[slot, index] = held_a.data_ptr(), held_b.data_ptr()
         self._scales[slot, index] = scale
         self._ranks[slot, index] = len(a)
-        self._note_max_rank()
+        self._table.max_rank = max(self._table.max_rank, _whole_panels(len(a)))
+
+    def _pack(self, slot: int, matrix: Tensor) -> Tensor:
+        beside = 1 if self._dtype == torch.float32 else 2
+        return pack_panels(native.loaded(), [matrix.to(self._dtype)], self._memory[slot], beside=beside)
 
     def drop(self, slot: int) -> None:
         """Empty a slot."""
         self._ranks[slot] = 0
         self._held = {key: held for key, held in self._held.items() if key[0] != slot}
-        self._note_max_rank()
+        self._table.max_rank = _whole_panels(int(self._ranks.max()))
 
-    def _note_max_rank(self) -> None:
-        self._table.max_rank = -(-int(self._ranks.max()) // PANEL) * PANEL
+
+def _whole_panels(rank: int) -> int:
+    return -(-rank // PANEL) * PANEL
 
 
 def _lay_out(widths: Sequence[int], *, gated: bool) -> list[tuple[int, int]]:

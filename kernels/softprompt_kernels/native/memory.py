@@ -7,6 +7,7 @@ virtual machine, twice.
 import contextlib
 import math
 import mmap
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,22 +25,23 @@ class HugePages:
 
     def __init__(self, region_bytes: int | None = None) -> None:
         self._region_bytes = region_bytes
-        self._left = torch.empty(0, dtype=torch.uint8)
+        self._region: mmap.mmap | None = None
+        self._taken = 0
 
-    def copy(self, tensor: Tensor) -> Tensor:
-        """A contiguous copy, in huge pages where the system has some."""
-        size = tensor.numel() * tensor.element_size()
-        taken = math.ceil(size / _ALIGNMENT) * _ALIGNMENT
-        if taken > len(self._left):
-            self._left = _map(max(taken, self._region_bytes or _REGION_BYTES))
-        place, self._left = self._left[:size], self._left[taken:]
-        return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor of at least one value, in huge pages where the system has some."""
+        count = math.prod(shape)
+        size = math.ceil(count * dtype.itemsize / _ALIGNMENT) * _ALIGNMENT
+        if self._region is None or self._taken + size > len(self._region):
+            self._region, self._taken = _map(max(size, self._region_bytes or _REGION_BYTES)), 0
+        place, self._taken = self._taken, self._taken + size
+        return torch.frombuffer(self._region, dtype=dtype, count=count, offset=place).view(tuple(shape))
 
 
-def _map(size: int) -> Tensor:
+def _map(size: int) -> mmap.mmap:
     region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         # A system without them says so; ordinary pages do too.
         with contextlib.suppress(OSError):
             region.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(region, dtype=torch.uint8)
+    return region

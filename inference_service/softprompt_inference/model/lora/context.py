@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from softprompt_kernels import native
 from softprompt_kernels.lora_tiles import LoraTiles, cut_tiles
+from softprompt_kernels.native.lora import LoraStep
 from torch import Tensor, nn
 
 from softprompt_inference.model.transfer import upload
@@ -22,7 +22,7 @@ class LoraContext:
 
     def __init__(self) -> None:
         self._tiles: LoraTiles | None = None
-        self.step: native.LoraStep | None = None
+        self.step: LoraStep | None = None
 
     @property
     def tiles(self) -> LoraTiles | None:
@@ -32,7 +32,7 @@ class LoraContext:
     @tiles.setter
     def tiles(self, tiles: LoraTiles | None) -> None:
         self._tiles = tiles
-        self.step = None if tiles is None or tiles.order.is_cuda else native.LoraStep(tiles)
+        self.step = None if tiles is None or tiles.order.is_cuda else LoraStep(tiles)
 
 
 def build_tiles(slots: Sequence[int], device: torch.device) -> LoraTiles | None:

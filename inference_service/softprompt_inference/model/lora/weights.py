@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from softprompt_kernels import native
 from softprompt_kernels.lora_expand import lora_expand
 from softprompt_kernels.lora_shrink import lora_shrink
+from softprompt_kernels.native.lora import PackedLoras
 from softprompt_kernels.native.memory import HugePages
 from torch import Tensor
 
@@ -20,7 +20,7 @@ _FIRST_SLOTS, _FIRST_RANK = 2, 16
 
 def make_packed(
     product: Product, context: LoraContext, max_loras: int, memory: Sequence[HugePages]
-) -> native.PackedLoras | None:
+) -> PackedLoras | None:
     """Room for LoRAs that the product's own kernel adds; None: it does not.
 
     Args:
@@ -30,7 +30,7 @@ def make_packed(
     if not isinstance(module, NativeGate | NativeLinear):
         return None
     is_gate = isinstance(module, NativeGate)
-    if not (is_gate or native.PackedLoras.can_hold(widths)):
+    if not (is_gate or PackedLoras.can_hold(widths)):
         return None
     module.lora = context
     module.loras.prepare(widths, gated=is_gate, num_slots=max_loras, memory=memory)

@@ -7,6 +7,7 @@ An ordinary linear has its weights reordered, or read in an order that suits the
 
 import torch
 from softprompt_kernels import native
+from softprompt_kernels.native.lora import PackedLoras
 from torch import Tensor, nn
 
 from softprompt_inference.model.lora.context import LoraContext
@@ -57,7 +58,7 @@ class NativeLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.loras = native.PackedLoras(weight.dtype)
+        self.loras = PackedLoras(weight.dtype)
         self.out_features, self.in_features = weight.shape
         self.weight = trace_of(weight)
         self.packed = native.pack_linear(weight.detach())
@@ -84,7 +85,7 @@ class NativeGate(nn.Module):
 
     def __init__(self, gate: nn.Linear, up: nn.Linear, activation: str) -> None:
         super().__init__()
-        self.loras = native.PackedLoras(gate.weight.dtype)
+        self.loras = PackedLoras(gate.weight.dtype)
         self.out_features = gate.out_features
         self.activation = activation
         self.packed = native.pack_gated(gate.weight.detach(), up.weight.detach())

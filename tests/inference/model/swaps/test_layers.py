@@ -10,7 +10,7 @@ from softprompt_inference.model.loader import LoadedModel, load_model
 from softprompt_inference.model.lora.context import build_tiles
 from softprompt_inference.model.swaps import layers, stacks
 from softprompt_inference.model.swaps.verify import relative_error, verify
-from softprompt_kernels import native
+from softprompt_kernels.native.lora import LoraStep, PackedLoras
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 
@@ -112,9 +112,9 @@ def test_a_token_has_the_same_answer_beside_any_loras(lab: Any, load_loras: Any,
     cos, sin = torch.randn(2, 30, loaded.layers[0].head_dim, generator=torch.Generator().manual_seed(1)).to(dtype)
     slots = [2, 0, 0, -1, 2, 1] * 5
 
-    def step(start: int, stop: int) -> native.LoraStep | None:
+    def step(start: int, stop: int) -> LoraStep | None:
         tiles = build_tiles(slots[start:stop], torch.device("cpu"))
-        return None if tiles is None else native.LoraStep(tiles)
+        return None if tiles is None else LoraStep(tiles)
 
     with torch.inference_mode():
         whole = decoder.before(x, cos, sin, step(0, 30))
@@ -135,7 +135,7 @@ def test_parts_that_cannot_add_a_lora_go_one_by_one_in_steps_that_have_one(
     loaded = load(lab, "llama", dtype)
     load_loras(loaded)
     expected = _logits_with(loaded, x, slots)
-    monkeypatch.setattr(native.PackedLoras, "can_hold", lambda _: False)
+    monkeypatch.setattr(PackedLoras, "can_hold", lambda _: False)
     loaded = load(lab, "llama", dtype)
     loras = load_loras(loaded)
     before = layers.DecoderLayer.before
