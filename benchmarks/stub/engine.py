@@ -1,8 +1,5 @@
-"""`python -m benchmarks.stub.engine --fd N`: the engine over a model that takes a fixed time for each step."""
+"""`python -m benchmarks.stub.engine`: the engine over a model that takes a fixed time for each step."""
 
-import argparse
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -14,7 +11,7 @@ from softprompt_api.structured import StructuredOutputsParams
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import LoadAdapter, LoadLora, Logprobs, ModelInfo
 from softprompt_inference.engine.plan import Chunk, Matcher, Pending, Runner, Sampled, Search, StepPlan
-from softprompt_inference.engine.process import end_with_parent, serve
+from softprompt_inference.engine.process import serve_parent
 
 from benchmarks.model_files import read_shape
 
@@ -97,16 +94,5 @@ def _load(config: EngineConfig, _report: Callable[[str], None]) -> Runner:
     return FixedStepRunner(config)
 
 
-def main() -> None:
-    """Serve the socket until its other end closes."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--fd", type=int, required=True)
-    fd = parser.parse_args().fd
-    end_with_parent()
-    os.set_inheritable(fd, False)
-    with socket.socket(fileno=fd) as stream:
-        serve(stream, _load)
-
-
 if __name__ == "__main__":
-    main()
+    serve_parent(_load)

@@ -18,7 +18,15 @@ from softprompt_api.errors import Unavailable
 from softprompt_api.params import SamplingParams
 from softprompt_inference.engine import client as client_module
 from softprompt_inference.engine.client import EngineClient, EngineStartError, OutputStream
-from softprompt_inference.engine.codec import HEADER, Message, Progress, StartupFailed, decode, encode
+from softprompt_inference.engine.codec import (
+    HEADER,
+    Message,
+    Progress,
+    StartupFailed,
+    contents_of,
+    decode,
+    encode,
+)
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import (
     Abort,
@@ -49,15 +57,16 @@ CONFIG = EngineConfig(model_path="", max_num_sequences=8, max_step_tokens=16)
 @contextmanager
 def serving(load: Callable[..., object]) -> Iterator[Connection]:
     """The front's end of a `serve` in a thread."""
-    ours, theirs = socket.socketpair()
-    thread = threading.Thread(target=serve, args=(theirs, load))
+    (ours, theirs), (to_files, from_files) = socket.socketpair(), socket.socketpair()
+    thread = threading.Thread(target=serve, args=(theirs, from_files, load))
     thread.start()
     try:
-        with ours:
-            yield Connection(ours)
+        with ours, to_files:
+            yield Connection(ours, to_files)
     finally:
         thread.join(timeout=10)
         theirs.close()
+        from_files.close()
     assert not thread.is_alive()
 
 
@@ -121,7 +130,23 @@ def receive_until(connection: Connection, wanted: type | None = None, *, last_of
 def test_every_message_survives_the_wire(message: Message) -> None:
     frame = encode(message)
     assert HEADER.unpack(frame[: HEADER.size])[0] == len(frame) - HEADER.size
-    assert decode(frame[HEADER.size :]) == message
+    contents = memoryview(b"".join(contents_of(message)))
+    assert decode(frame[HEADER.size :], lambda: contents) == message
+
+
+def test_matrices_of_other_sizes_than_they_should_have_are_refused() -> None:
+    module = LoraModule(name="layers.0.q", rank=2, scale=0.5, a=bytes(8), b=bytes(4))
+    frame = encode(LoadLora(digest="sha256:b", modules=[module, module], dtype="bfloat16"))
+    assert len(frame) < 200
+    for size in (0, 23, 25):
+        with pytest.raises(msgspec.DecodeError, match=f"a LoRA of 24 bytes came with {size}"):
+            decode(frame[HEADER.size :], lambda size=size: memoryview(bytes(size)))
+    with pytest.raises(msgspec.DecodeError, match="nothing came beside"):
+        decode(frame[HEADER.size :])
+    below_zero = frame[HEADER.size :].replace(msgspec.msgpack.encode({"a": 8})[1:], b"\xa1a\xf8")
+    assert below_zero != frame[HEADER.size :]
+    with pytest.raises(msgspec.DecodeError):
+        decode(below_zero, lambda: memoryview(bytes(8)))
 
 
 @pytest.mark.parametrize(
@@ -134,9 +159,9 @@ def test_a_frame_that_is_no_message_is_refused(body: bytes) -> None:
 
 
 def test_messages_may_arrive_in_any_pieces() -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        connection = Connection(theirs)
+    (ours, theirs), (to_files, from_files) = socket.socketpair(), socket.socketpair()
+    with ours, theirs, to_files, from_files:
+        connection = Connection(theirs, from_files)
         frames = b"".join(encode(Abort(request_id=str(index))) for index in range(3))
         assert connection.receive(wait=False) == []
         ours.sendall(frames[:5])
@@ -521,11 +546,12 @@ async def test_the_engine_dies_with_its_parent(config: EngineConfig) -> None:
 
 
 async def test_what_breaks_in_the_engine_is_logged_as_one_json_line(config: EngineConfig) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
+    (ours, theirs), (to_files, from_files) = socket.socketpair(), socket.socketpair()
+    with ours, theirs, to_files, from_files:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "softprompt_inference.engine", "--fd", str(theirs.fileno())),
-            pass_fds=[theirs.fileno()],
+            *(sys.executable, "-m", "softprompt_inference.engine"),
+            *("--fd", str(theirs.fileno()), "--files-fd", str(from_files.fileno())),
+            pass_fds=[theirs.fileno(), from_files.fileno()],
             stderr=asyncio.subprocess.PIPE,
             env={**os.environ, "SOFTPROMPT_LOG_FORMAT": "json"},
         )

@@ -127,5 +127,5 @@ def _load_lora(digest: str, lora: Lora) -> LoadLora:
     )
 
 
-def _in_dtype(values: bytes, dtype: str, wanted: str) -> bytes:
+def _in_dtype(values: memoryview, dtype: str, wanted: str) -> bytes | memoryview:
     return values if dtype == wanted else as_float32(values, _STORED_AS[dtype]).tobytes()

@@ -134,10 +134,11 @@ class AdapterSource:
                 message = _readable(response)
                 if transfer.wanted is None:
                     transfer.wanted = self._check(transfer.ref, message.adapter)
-                chunk = message.chunk
-                if chunk.offset != len(data) or len(data) + len(chunk.data) > transfer.wanted.version.size_bytes:
+                piece = message.chunk.data  # each look at it is a copy
+                size_bytes = transfer.wanted.version.size_bytes
+                if message.chunk.offset != len(data) or len(data) + len(piece) > size_bytes:
                     raise DataCorrupted("the registry sent other bytes of the adapter than were asked for")
-                data += chunk.data
+                data += piece
         finally:
             call.cancel()
 

@@ -1,9 +1,7 @@
-"""`python -m softprompt_inference.engine --fd N`: an engine on the socket that it inherits as descriptor N."""
+"""`python -m softprompt_inference.engine --fd N --files-fd M`: an engine on the sockets that it inherits."""
 
-import argparse
 import logging
 import os
-import socket
 import sys
 from collections.abc import Callable
 
@@ -13,7 +11,7 @@ from softprompt_api.logs import configure_logs
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import EngineBroken
 from softprompt_inference.engine.plan import Runner
-from softprompt_inference.engine.process import end_with_parent, serve
+from softprompt_inference.engine.process import serve_parent
 
 
 class _ToStructlog(logging.Handler):
@@ -28,20 +26,14 @@ class _ToStructlog(logging.Handler):
 
 
 def main() -> None:
-    """Serve the socket until its other end closes."""
-    parser = argparse.ArgumentParser(prog="softprompt_inference.engine", description=__doc__)
-    parser.add_argument("--fd", type=int, required=True, help="descriptor of a connected stream socket")
-    fd = parser.parse_args().fd
-    end_with_parent()
+    """Serve until the other end closes."""
     configure_logs(os.environ.get("SOFTPROMPT_LOG_FORMAT", "auto"))
     logging.basicConfig(level=logging.WARNING, handlers=[_ToStructlog()])
-    os.set_inheritable(fd, False)
-    with socket.socket(fileno=fd) as stream:
-        try:
-            serve(stream, _load)
-        except EngineBroken as error:
-            logging.getLogger(__name__).critical("%s; the engine ends", error)
-            sys.exit(1)
+    try:
+        serve_parent(_load)
+    except EngineBroken as error:
+        logging.getLogger(__name__).critical("%s; the engine ends", error)
+        sys.exit(1)
 
 
 def _load(config: EngineConfig, report: Callable[[str], None]) -> Runner:

@@ -33,7 +33,7 @@ from softprompt_inference.engine.pipe import Pipe
 _log = logging.getLogger(__name__)
 
 STOP_GRACE_S = 5.0
-# Run as `python -m ENGINE_MODULE --fd N`; benchmarks put an engine that computes nothing here.
+# Run as `python -m ENGINE_MODULE --fd N --files-fd M`; benchmarks put an engine that computes nothing here.
 ENGINE_MODULE = "softprompt_inference.engine"
 # What readers leave lying of all requests together: entries of some 100 bytes, a token or one of its alternatives.
 _MAX_HELD = 2**21
@@ -177,23 +177,22 @@ class EngineClient:
         Raises EngineStartError when it cannot start. Cancelling ends the process.
         """
         ours, theirs = socket.socketpair()
+        to_files, from_files = socket.socketpair()
         try:
-            with theirs:
+            with theirs, from_files:
                 process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-P",  # the working directory is no place to import from
-                    "-m",
-                    ENGINE_MODULE,
-                    "--fd",
-                    str(theirs.fileno()),
+                    *(sys.executable, "-P"),  # the working directory is no place to import from
+                    *("-m", ENGINE_MODULE),
+                    *("--fd", str(theirs.fileno()), "--files-fd", str(from_files.fileno())),
                     stdin=asyncio.subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[theirs.fileno(), from_files.fileno()],
                 )
         except BaseException:
             ours.close()
+            to_files.close()
             raise
         client = cls(process, report)
-        client._pipe = await Pipe.connect(ours, client._hear)
+        client._pipe = await Pipe.connect(ours, to_files, client._hear)
         try:
             client._pipe.send(config)
             client.info = await client._wait_until_ready()

@@ -2,12 +2,15 @@
 
     frame = length of the body: 4 bytes, little-endian | body
 
+The matrices of a LoRA are megabytes. They go beside the frame, one behind the other, and it has their sizes alone.
 Decoding checks every type; nothing in a frame can name code.
 """
 
+import itertools
 import struct
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 from softprompt_api.params import SamplingParams
@@ -21,6 +24,7 @@ from softprompt_inference.engine.messages import (
     FindNearest,
     LoadAdapter,
     LoadLora,
+    LoraModule,
     ModelInfo,
     Ping,
     SoftPromptPart,
@@ -60,6 +64,26 @@ class _AddRequest:
     all_logprobs: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LoraModule:
+    """A LoraModule on the wire: the sizes of its matrices, in bytes."""
+
+    name: str
+    rank: int
+    scale: float
+    a: int
+    b: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LoadLora:
+    """A LoadLora on the wire."""
+
+    digest: str
+    modules: list[_LoraModule]
+    dtype: str
+
+
 Message = (
     EngineConfig
     | AddRequest
@@ -81,7 +105,7 @@ _KINDS: dict[str, type[Any]] = {
     "add": _AddRequest,
     "abort": Abort,
     "load": LoadAdapter,
-    "load-lora": LoadLora,
+    "load-lora": _LoadLora,
     "drop": DropAdapter,
     "nearest": FindNearest,
     "abort-search": AbortSearch,
@@ -101,7 +125,16 @@ def encode(message: Message) -> bytes:
     """The frame of a message."""
     if isinstance(message, AddRequest):
         return _frame("add", _to_wire(message))
+    if isinstance(message, LoadLora):
+        return _frame("load-lora", _without_matrices(message))
     return _frame(_KIND_OF[type(message)], message)
+
+
+def contents_of(message: Message) -> Sequence[bytes | memoryview]:
+    """What goes beside the frame of a message, before it; most have nothing."""
+    if isinstance(message, LoadLora):
+        return [matrix for module in message.modules for matrix in (module.a, module.b) if matrix]
+    return ()
 
 
 def _frame(kind: str, message: object) -> bytes:
@@ -109,13 +142,23 @@ def _frame(kind: str, message: object) -> bytes:
     return HEADER.pack(len(body)) + body
 
 
-def decode(body: bytes | memoryview) -> Message:
-    """The message of a frame's body; raises msgspec.DecodeError when it is none of ours."""
+def _nothing() -> NoReturn:
+    raise msgspec.DecodeError("nothing came beside a message that needs it")
+
+
+def decode(body: bytes | memoryview, take_contents: Callable[[], memoryview] = _nothing) -> Message:
+    """The message of a frame's body; raises msgspec.DecodeError when it is none of ours.
+
+    Args:
+        take_contents: gets what came beside the frame, of messages that have something there.
+    """
     kind, raw = _ENVELOPE.decode(body)
     if kind not in _DECODERS:
         raise msgspec.DecodeError(f"unknown kind of message: {kind!r}")
-    message: Message | _AddRequest = _DECODERS[kind].decode(raw)
-    return _from_wire(message) if isinstance(message, _AddRequest) else message
+    message: Message | _AddRequest | _LoadLora = _DECODERS[kind].decode(raw)
+    if isinstance(message, _AddRequest):
+        return _from_wire(message)
+    return _with_matrices(message, take_contents) if isinstance(message, _LoadLora) else message
 
 
 def _to_wire(request: AddRequest) -> _AddRequest:
@@ -146,4 +189,32 @@ def _from_wire(request: _AddRequest) -> AddRequest:
         tenant=request.tenant,
         lora=request.lora,
         all_logprobs=request.all_logprobs,
+    )
+
+
+def _without_matrices(lora: LoadLora) -> _LoadLora:
+    return _LoadLora(
+        digest=lora.digest,
+        modules=[
+            _LoraModule(name=each.name, rank=each.rank, scale=each.scale, a=len(each.a), b=len(each.b))
+            for each in lora.modules
+        ],
+        dtype=lora.dtype,
+    )
+
+
+def _with_matrices(lora: _LoadLora, take_contents: Callable[[], memoryview]) -> LoadLora:
+    sizes = [size for module in lora.modules for size in (module.a, module.b)]
+    starts = list(itertools.accumulate(sizes, initial=0))
+    contents = take_contents() if starts[-1] else memoryview(b"")
+    if min(sizes, default=0) < 0 or len(contents) != starts[-1]:
+        raise msgspec.DecodeError(f"a LoRA of {starts[-1]} bytes came with {len(contents)}")
+    matrices = iter([contents[start : start + size] for start, size in zip(starts, sizes, strict=False)])
+    return LoadLora(
+        digest=lora.digest,
+        modules=[
+            LoraModule(name=each.name, rank=each.rank, scale=each.scale, a=next(matrices), b=next(matrices))
+            for each in lora.modules
+        ],
+        dtype=lora.dtype,
     )

@@ -94,8 +94,8 @@ class LoraModule:
     name: str
     rank: int
     scale: float
-    a: bytes
-    b: bytes
+    a: bytes | memoryview
+    b: bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

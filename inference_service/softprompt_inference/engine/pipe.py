@@ -1,11 +1,13 @@
 """The front's end of the socket to the engine: a message is handed out where its last byte arrives."""
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable
 from typing import Self, cast
 
-from softprompt_inference.engine.codec import HEADER, Message, decode, encode
+from softprompt_inference.engine import files
+from softprompt_inference.engine.codec import HEADER, Message, contents_of, decode, encode
 
 # Holds a step's results; longer messages make it grow.
 _BUFFER_BYTES = 2**16
@@ -16,6 +18,7 @@ class Pipe(asyncio.BufferedProtocol):
 
     Args:
         hear: is called with each message.
+        to_files: the socket that takes files.
 
     Attributes:
         ended: done when the socket has; the error is what a message, or `hear`, failed with.
@@ -23,22 +26,30 @@ class Pipe(asyncio.BufferedProtocol):
 
     _transport: asyncio.Transport
 
-    def __init__(self, hear: Callable[[Message], None]) -> None:
+    def __init__(self, hear: Callable[[Message], None], to_files: socket.socket) -> None:
         """Made by `connect`."""
         self._hear = hear
+        self._to_files = to_files
         self._buffer = bytearray(_BUFFER_BYTES)
         self._num_read = 0
         self._error: Exception | None = None
         self.ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
 
     @classmethod
-    async def connect(cls, connected: socket.socket, hear: Callable[[Message], None]) -> Self:
-        """Over a connected socket, which it owns from now on."""
-        _, pipe = await asyncio.get_running_loop().create_unix_connection(lambda: cls(hear), sock=connected)
+    async def connect(
+        cls, connected: socket.socket, to_files: socket.socket, hear: Callable[[Message], None]
+    ) -> Self:
+        """Over connected sockets, which it owns from now on."""
+        _, pipe = await asyncio.get_running_loop().create_unix_connection(
+            lambda: cls(hear, to_files), sock=connected
+        )
         return pipe
 
     def send(self, message: Message) -> None:
-        """Send a message; it is lost where the socket has ended."""
+        """Send a message; it is lost where the socket has ended. Raises Unavailable where no file is taken."""
+        if contents := contents_of(message):
+            with contextlib.suppress(ConnectionError):
+                files.hand_over(self._to_files, contents)
         self._transport.write(encode(message))
 
     def close(self) -> None:
@@ -51,6 +62,7 @@ class Pipe(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - an end is an end
         """The socket has ended."""
+        self._to_files.close()
         self.ended.set_result(self._error)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - a hint

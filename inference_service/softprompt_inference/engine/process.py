@@ -4,21 +4,26 @@ The conversation: EngineConfig comes in; Progress goes out while the model loads
 from then on commands come in and one StepResult per step goes out. The end of the socket is the end of the engine.
 """
 
+import argparse
 import ctypes
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from softprompt_api.errors import SoftpromptError
 
+from softprompt_inference.engine import files
 from softprompt_inference.engine.codec import (
     HEADER,
     Message,
     Progress,
     StartupFailed,
+    contents_of,
     decode,
     encode,
 )
@@ -38,14 +43,21 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Connection:
-    """Whole messages over a stream socket, blocking or not."""
+    """Whole messages over a stream socket, blocking or not.
 
-    def __init__(self, stream: socket.socket) -> None:
+    Args:
+        files: the socket for contents that go beside messages.
+    """
+
+    def __init__(self, stream: socket.socket, files: socket.socket) -> None:
         self._stream = stream
+        self._files = files
         self._buffer = bytearray()
 
     def send(self, message: Message) -> None:
         """Send one message; raises OSError when the other side is gone."""
+        if contents := contents_of(message):
+            files.hand_over(self._files, contents)
         self._stream.sendall(encode(message))
 
     def receive(self, *, wait: bool) -> list[Message]:
@@ -79,20 +91,20 @@ class Connection:
                 stop = start + HEADER.size + HEADER.unpack_from(view, start)[0]
                 if stop > len(view):
                     break
-                messages.append(decode(view[start + HEADER.size : stop]))
+                messages.append(decode(view[start + HEADER.size : stop], partial(files.take, self._files)))
                 start = stop
         del self._buffer[:start]
         return messages
 
 
-def serve(stream: socket.socket, load: Load) -> None:
+def serve(stream: socket.socket, from_files: socket.socket, load: Load) -> None:
     """Load a model and run its engine until the socket ends.
 
     Args:
-        stream: connected to the front.
+        stream, from_files: connected to the front.
         load: makes the runner from the config, and reports slow phases.
     """
-    connection = Connection(stream)
+    connection = Connection(stream, from_files)
     try:
         engine = _start(connection, load)
         if engine is not None:
@@ -133,6 +145,19 @@ def _run(connection: Connection, engine: Engine) -> None:
             assert isinstance(command, Command)
             engine.handle(command)
         connection.send(engine.step())
+
+
+def serve_parent(load: Load) -> None:
+    """Serve on the sockets that this process has inherited, as its arguments say; `load` as in `serve`."""
+    parser = argparse.ArgumentParser(description="An engine on sockets that it inherits.")
+    parser.add_argument("--fd", type=int, required=True, help="descriptor of a connected stream socket")
+    parser.add_argument("--files-fd", type=int, required=True, help="descriptor of another, over which files come")
+    arguments = parser.parse_args()
+    end_with_parent()
+    for descriptor in (arguments.fd, arguments.files_fd):
+        os.set_inheritable(descriptor, False)
+    with socket.socket(fileno=arguments.fd) as stream, socket.socket(fileno=arguments.files_fd) as from_files:
+        serve(stream, from_files, load)
 
 
 def end_with_parent() -> None:

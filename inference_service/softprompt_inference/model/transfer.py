@@ -15,10 +15,17 @@ def upload(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: torch
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def upload_bytes(data: bytes, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Raw little-endian values on the device, in a tensor of that shape and dtype."""
+def upload_bytes(
+    data: bytes | memoryview, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Raw little-endian values on the device, in a tensor of that shape and dtype; never to be written to."""
     if device.type == "cpu":
-        return torch.frombuffer(bytearray(data), dtype=dtype).view(tuple(shape))
+        view = memoryview(data)
+        # torch warns of memory that cannot be written to, whatever is done with it.
+        values = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=dtype)
+        if values.data_ptr() % dtype.itemsize:  # as files may have them
+            values = torch.frombuffer(bytearray(view), dtype=dtype)
+        return values.view(tuple(shape))
     # Pinned, so that the steps of others need not wait for the copy; torch keeps the memory until it is done.
     staged = torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type == "cuda")
     staged.view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(data, dtype=np.uint8)

@@ -27,7 +27,7 @@ class LoraModule:
 
     Attributes:
         name: of the module in the model, for example "model.layers.0.self_attn.q_proj".
-        a: `[rank, in_features]`, row-major, little endian.
+        a: `[rank, in_features]`, row-major, little endian; in the memory of the whole file.
         b: `[out_features, rank]`, row-major, little endian.
         dtype: of both, "float32", "float16" or "bfloat16".
     """
@@ -37,8 +37,8 @@ class LoraModule:
     scale: float
     in_features: int
     out_features: int
-    a: bytes
-    b: bytes
+    a: memoryview
+    b: memoryview
     dtype: str
 
 

@@ -115,10 +115,10 @@ class AdapterSpec(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawTensor:
-    """One tensor of a file with its bytes, row-major and little endian."""
+    """One tensor of a file with its bytes, row-major and little endian: a part of the file's memory."""
 
     info: TensorInfo
-    data: bytes
+    data: memoryview
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

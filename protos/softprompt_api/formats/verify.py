@@ -113,8 +113,9 @@ class AdapterVerifier:
                 field="tensors_sha256",
             )
         if self._kept is not None:
+            kept = memoryview(self._kept)
             tensors = {
-                name: RawTensor(info=info, data=bytes(self._kept[info.begin : info.end]))
+                name: RawTensor(info=info, data=kept[info.begin : info.end])
                 for name, info in self._tensors.items()
             }
             self._spec.check_tasks(tensors, dtype=self._model.dtype)
@@ -175,7 +176,7 @@ def read_adapter(
     task: int | None = None,
     dtype: str = "",
 ) -> Content:
-    """What a complete file holds that an AdapterVerifier passed.
+    """What a complete file holds that an AdapterVerifier passed; it may be a part of the file's memory.
 
     Args:
         infos: its tensors, where they are known.
@@ -183,7 +184,7 @@ def read_adapter(
     """
     infos = infos or read_infos(spec, data)
     view = memoryview(data)[len(data) - max(info.end for info in infos.values()) :]
-    tensors = {name: RawTensor(info=info, data=bytes(view[info.begin : info.end])) for name, info in infos.items()}
+    tensors = {name: RawTensor(info=info, data=view[info.begin : info.end]) for name, info in infos.items()}
     return spec.read(tensors, task=task, dtype=dtype)
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from softprompt_inference.model.transfer import Download, upload
+from softprompt_inference.model.transfer import Download, upload, upload_bytes
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -18,6 +18,16 @@ def test_what_is_uploaded_is_on_the_device_as_it_was(
     tensor = upload(values, dtype, device)
     assert (tensor.device.type, tensor.dtype) == (device.type, dtype)
     assert tensor.tolist() == values
+
+
+@pytest.mark.parametrize("start", [0, 1, 4])
+@pytest.mark.parametrize("make", [bytes, bytearray])
+def test_bytes_are_uploaded_wherever_they_lie(device: torch.device, make: type, start: int) -> None:
+    values = torch.arange(6).view(2, 3).float()
+    data = memoryview(make(bytes(start) + values.numpy().tobytes() + b"more"))
+    tensor = upload_bytes(data[start:-4], (2, 3), torch.float32, device)
+    assert tensor.device.type == device.type
+    assert torch.equal(tensor.cpu(), values)
 
 
 def test_what_is_downloaded_is_what_the_device_held_then(device: torch.device) -> None:
