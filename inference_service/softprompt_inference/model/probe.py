@@ -152,21 +152,24 @@ def eager_reference(loaded: LoadedModel) -> EagerReference:
     """Ask the model as it was loaded, before anything in it is replaced. Raises Unsupported."""
     generator = torch.Generator().manual_seed(0)
     sequences = [_sequence(loaded, generator) for _ in range(2)]
+    nudged = [_nudge(sequence, generator) for sequence in sequences]
     with refused("its forward fails on rows that are no token's embedding"):
-        logits = torch.cat([_eager_logits(loaded, inputs_embeds=sequence) for sequence in sequences])
-        if logits.shape[1] != loaded.vocab_size:
-            raise Unsupported(f"it embeds {loaded.vocab_size} tokens and has logits for {logits.shape[1]}")
-        nudged = [_eager_logits(loaded, inputs_embeds=_nudge(sequence, generator)) for sequence in sequences]
-    reference = EagerReference(sequences=sequences, logits=logits, nudged=torch.cat(nudged))
+        # All at once: reading the weights takes longer than computing with them.
+        logits = _eager_logits(loaded, inputs_embeds=torch.stack([*sequences, *nudged]))
+        if logits.shape[2] != loaded.vocab_size:
+            raise Unsupported(f"it embeds {loaded.vocab_size} tokens and has logits for {logits.shape[2]}")
     _check_ids(loaded, generator)
-    return reference
+    return EagerReference(
+        sequences=sequences, logits=logits[:2].flatten(end_dim=1), nudged=logits[2:].flatten(end_dim=1)
+    )
 
 
 def _check_ids(loaded: LoadedModel, generator: torch.Generator) -> None:
     """A token must be to the model what its embedding is: nothing else of it is served."""
     ids = _random_ids(loaded, generator)
-    by_ids = _eager_logits(loaded, input_ids=ids)
-    difference = _difference(_eager_logits(loaded, inputs_embeds=_embed(loaded.model, ids)), by_ids)
+    [by_ids] = _eager_logits(loaded, input_ids=ids[None])
+    [by_embeddings] = _eager_logits(loaded, inputs_embeds=_embed(loaded.model, ids)[None])
+    difference = _difference(by_embeddings, by_ids)
     if not difference <= _IDS_TOLERANCE[loaded.dtype]:
         raise Unsupported(f"it looks at token ids beside their embeddings (relative {difference:.2g})")
 
@@ -224,15 +227,14 @@ def _embed(model: PreTrainedModel, ids: Tensor) -> Tensor:
         return embeddings
 
 
-def _eager_logits(loaded: LoadedModel, **sequence: Tensor) -> Tensor:
-    """Logits of one sequence, its `inputs_embeds` or `input_ids`: [_CHECK_TOKENS, vocabulary] float32."""
+def _eager_logits(loaded: LoadedModel, **batch: Tensor) -> Tensor:
+    """Logits of sequences by `inputs_embeds` or `input_ids`: [sequences, _CHECK_TOKENS, vocabulary] float32."""
     config = loaded.model.config
     config._attn_implementation = "eager"
     try:
         with torch.inference_mode():
             # Without position_ids: the model's own idea of positions is part of what is compared.
-            batch = {name: value[None] for name, value in sequence.items()}
-            logits: Tensor = loaded.model(**batch, use_cache=False).logits[0]
+            logits: Tensor = loaded.model(**batch, use_cache=False).logits
             return logits.float()
     finally:
         config._attn_implementation = ATTENTION

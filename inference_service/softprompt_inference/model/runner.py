@@ -53,6 +53,8 @@ from softprompt_inference.model.transfer import upload
 from softprompt_inference.text.definition import read_definition
 
 _log = logging.getLogger(__name__)
+# Of a prompt and a decode.
+_CPU_WARM_UP_TOKENS = 32
 
 
 class ModelRunner:
@@ -417,11 +419,14 @@ class _AnyToken:
 
 
 def _warm_up(runner: ModelRunner, config: EngineConfig) -> int:
-    """Run the largest step; returns the device memory it took beside weights and pages (0 on a CPU)."""
+    """Run the largest step, on a CPU a small one; returns the device memory it took beside weights and pages.
+
+    That is 0 on a CPU, where nothing is compiled either.
+    """
     device = runner.loaded.device
     on_cuda = device.type == "cuda"
-    num_tokens = config.step_tokens(device.type)
-    num_decodes = min(config.max_num_sequences, num_tokens) - 1
+    num_tokens = config.step_tokens(device.type) if on_cuda else _CPU_WARM_UP_TOKENS
+    num_decodes = min(config.max_num_sequences, num_tokens if on_cuda else 2) - 1
     lengths = [1] * num_decodes + [min(num_tokens - num_decodes, runner.loaded.max_positions)]
     sample = Sample(params=SamplingParams(), seed=0, index=0, prompt_ids=(), output_ids=())
     chunks, num_pages = [], 0

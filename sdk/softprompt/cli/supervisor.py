@@ -1,6 +1,7 @@
 """All services on one machine, as processes that live and end together.
 
-store → registry → gateway and inference → adapters → serve until asked to stop → all ended, last started first
+inference begins to load → store → registry → gateway → inference is ready → adapters → serve until asked to stop
+    → gateway, inference, registry and store ended, one after the other
 
 Of several inference services one may end: the others serve, and it is started again.
 """
@@ -91,6 +92,8 @@ class Supervisor:
             )
 
     def _start_all(self, store: EmbeddedStore | None, addresses: Addresses) -> None:
+        first, *others = make_replicas(self._options, addresses, self._logs)
+        self._start_replica(first)  # before all others: its model takes longest, and it waits for the registry
         if store is not None:
             with self._phase("store") as current:
                 self._children.append(store.start())
@@ -99,19 +102,21 @@ class Supervisor:
             registry = self._start("registry", addresses)
             self._await(registry, lambda: is_serving(addresses.registry, 1.0), current)
             current.result = f"gRPC on {addresses.registry}"
+        gateway = self._start("gateway", addresses)
         # One after the other: each plans its memory from what those before it have left.
-        gateway: Child | None = None
-        for replica in make_replicas(self._options, addresses, self._logs):
+        for replica in (first, *others):
             with self._phase(replica.name) as current:
-                self._children.append(replica.start())
-                self._replicas.append(replica)
-                gateway = gateway or self._start("gateway", addresses)
+                if replica is not first:
+                    self._start_replica(replica)
                 self._await(replica.child, replica.looks_well, current)
                 current.result = f"gRPC on {replica.address}, {self._options.model}"
-        assert gateway is not None, "there is a replica"
         with self._phase("gateway") as current:
             self._await(gateway, lambda: _is_ready(addresses.gateway_url), current)
             current.result = f"HTTP on {addresses.gateway_url}"
+
+    def _start_replica(self, replica: Replica) -> None:
+        self._children.append(replica.start())
+        self._replicas.append(replica)
 
     def _start(self, service: str, addresses: Addresses) -> Child:
         env = environment(service, self._options, addresses)
@@ -203,13 +208,15 @@ class Supervisor:
             # The terminal may be what has gone; where it is a broken pipe, rich ends the program.
             with contextlib.suppress(OSError, SystemExit):
                 self._console.print("stopping …")
-        # The gateway first, so that what it has taken can be answered; then the replicas, all at once.
-        gateway = [child for child in self._children if child.name == "gateway"]
+        # The gateway first, so that what it has taken can be answered; then the replicas, at once; then the rest.
+        replicas = [replica.child for replica in self._replicas]
+        others = [child for child in self._children if child not in replicas]
+        gateway = [child for child in others if child.name == "gateway"]
         for child in gateway:
             child.end(GRACE_S, hurried=self._stop.hurried)
-        for replica in self._replicas:
-            replica.child.ask_to_end()
-        for child in reversed(self._children):
+        for child in replicas:
+            child.ask_to_end()
+        for child in (*replicas, *reversed(others)):
             child.end(GRACE_S, hurried=self._stop.hurried)
 
     def _phase(self, name: str) -> contextlib.AbstractContextManager[Phase]:
