@@ -46,18 +46,18 @@ class Connection:
     """Whole messages over a stream socket, blocking or not.
 
     Args:
-        files: the socket for contents that go beside messages.
+        for_files: another, for contents that go beside messages.
     """
 
-    def __init__(self, stream: socket.socket, files: socket.socket) -> None:
+    def __init__(self, stream: socket.socket, for_files: socket.socket) -> None:
         self._stream = stream
-        self._files = files
+        self._for_files = for_files
         self._buffer = bytearray()
 
     def send(self, message: Message) -> None:
         """Send one message; raises OSError when the other side is gone."""
         if contents := contents_of(message):
-            files.hand_over(self._files, contents)
+            files.hand_over(self._for_files, contents)
         self._stream.sendall(encode(message))
 
     def receive(self, *, wait: bool) -> list[Message]:
@@ -91,7 +91,7 @@ class Connection:
                 stop = start + HEADER.size + HEADER.unpack_from(view, start)[0]
                 if stop > len(view):
                     break
-                messages.append(decode(view[start + HEADER.size : stop], partial(files.take, self._files)))
+                messages.append(decode(view[start + HEADER.size : stop], partial(files.take, self._for_files)))
                 start = stop
         del self._buffer[:start]
         return messages

@@ -2,9 +2,9 @@
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,17 +72,17 @@ class PackedLoras:
         """
         self._memory = memory
         self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        shape = (num_slots, len(widths))
+        self._num_slices = len(widths)
+        count = num_slots * self._num_slices
         # Arrays, not tensors: a LoRA of many modules sets a thousand of their values.
-        self._a, self._b = np.zeros((2, *shape), dtype=np.uintp)  # addresses
-        self._ranks = np.zeros(shape, dtype=np.int32)
-        self._scales = np.zeros(shape, dtype=np.float32)
-        self._panels = np.array(_lay_out(widths, gated=gated), dtype=np.int32).T.copy()
-        slices, places = self._panels
-        tables = (self._a, self._b, self._ranks, self._scales, slices, places)
-        for name, table in zip(_ARRAYS, tables, strict=True):
-            setattr(self._table, name, table.ctypes.data)
-        self._table.num_slices = len(widths)
+        self._a, self._b = (c_void_p * count)(), (c_void_p * count)()
+        self._ranks, self._scales = (c_int32 * count)(), (c_float * count)()
+        panels = _lay_out(widths, gated=gated)
+        self._slices, self._places = ((c_int32 * len(panels))(*column) for column in zip(*panels, strict=True))
+        arrays: Sequence[Any] = (self._a, self._b, self._ranks, self._scales, self._slices, self._places)
+        for name, array in zip(_ARRAYS, arrays, strict=True):
+            setattr(self._table, name, ctypes.addressof(array))
+        self._table.num_slices = self._num_slices
         self._table.stride = 1 if gated else _GROUP
         self._table.max_rank = 0
 
@@ -95,9 +95,10 @@ class PackedLoras:
         """Give an empty slot weights for the linear at `index`: a [rank, in], b [out, rank]."""
         held_a, held_b = self._pack(slot, a), self._pack(slot, b)
         self._held[slot, index] = held_a, held_b
-        self._a[slot, index], self._b[slot, index] = held_a.data_ptr(), held_b.data_ptr()
-        self._scales[slot, index] = scale
-        self._ranks[slot, index] = len(a)
+        at = slot * self._num_slices + index
+        self._a[at], self._b[at] = held_a.data_ptr(), held_b.data_ptr()
+        self._scales[at] = scale
+        self._ranks[at] = len(a)
         self._table.max_rank = max(self._table.max_rank, _whole_panels(len(a)))
 
     def _pack(self, slot: int, matrix: Tensor) -> Tensor:
@@ -106,9 +107,10 @@ class PackedLoras:
 
     def drop(self, slot: int) -> None:
         """Empty a slot."""
-        self._ranks[slot] = 0
+        for at in range(slot * self._num_slices, (slot + 1) * self._num_slices):
+            self._ranks[at] = 0
         self._held = {key: held for key, held in self._held.items() if key[0] != slot}
-        self._table.max_rank = _whole_panels(int(self._ranks.max()))
+        self._table.max_rank = _whole_panels(max(self._ranks))
 
 
 def _whole_panels(rank: int) -> int:

@@ -2,7 +2,8 @@
 
 #include "native.h"
 
-// One panel: out [units][LANES] of `unit` bytes each, from rows of `row_bytes`. `unit` is a number the compiler knows.
+// One panel: out [units][LANES] of `unit` bytes each, from rows of `row_bytes`. The compiler knows `unit` and, of whole
+// panels, `columns`.
 static inline __attribute__((always_inline)) void pack(char *out, const char *rows, int64_t columns, int64_t row_bytes,
                                                        int64_t unit) {
     const int64_t whole = row_bytes / unit, rest = row_bytes % unit;
@@ -24,7 +25,8 @@ void softprompt_pack_panels(char *out, const char *matrix, int64_t columns, int6
         const int64_t count = left < LANES ? left : LANES;
         char *to = out + panel * stride;
         const char *from = matrix + (count ? first * row_bytes : 0);
-        if (unit_bytes == 2) pack(to, from, count, row_bytes, 2);
+        if (unit_bytes == 2 && count == LANES) pack(to, from, LANES, row_bytes, 2);
+        else if (unit_bytes == 2) pack(to, from, count, row_bytes, 2);
         else if (count == LANES) pack(to, from, LANES, row_bytes, 4);
         else pack(to, from, count, row_bytes, 4);
     }
