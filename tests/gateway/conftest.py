@@ -44,7 +44,7 @@ from softprompt_api.rpc.tls import ServerTls
 from softprompt_api.tracing import Tracer
 from softprompt_gateway.admission import Admission
 from softprompt_gateway.app import make_app
-from softprompt_gateway.clients import open_clients
+from softprompt_gateway.clients import Clients, open_clients
 from softprompt_gateway.errors import ANSWERS
 from softprompt_gateway.server import GracefulServer, listen, uvicorn_config
 from softprompt_gateway.settings import Settings
@@ -711,6 +711,7 @@ class FakeRegistry(RegistryServiceServicer):
 class Running:
     """A gateway that serves; `serving` ends when it has stopped."""
 
+    clients: Clients
     port: int
     server: GracefulServer
     admission: Admission
@@ -827,7 +828,7 @@ async def _running(settings: Settings, tracer: Tracer | None = None) -> AsyncIte
     server = GracefulServer(config, admission, grace_s=settings.grace_s)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
-        yield Running(listener.getsockname()[1], server, admission, serving)
+        yield Running(clients, listener.getsockname()[1], server, admission, serving)
     finally:
         server.stop()
         await serving
@@ -845,6 +846,13 @@ def logged() -> Iterator[list[Any]]:
 def gateway_settings() -> dict[str, Any]:
     """Settings other than the defaults; tests override this by parametrising it."""
     return {}
+
+
+async def _until_heard_of(clients: Clients) -> None:
+    """A replica whose first answer is late is told to be away until the next."""
+    async with asyncio.timeout(10):
+        while not await clients.inference.serving():
+            pass
 
 
 @contextlib.asynccontextmanager
@@ -867,6 +875,8 @@ async def _running_stack(
     async with _running(settings) as running:
         if "registry_address" not in gateway_settings:
             await registry.until_watched()
+        if "inference_address" not in gateway_settings:
+            await _until_heard_of(running.clients)
         url = f"http://127.0.0.1:{running.port}"
         async with httpx.AsyncClient(base_url=url, timeout=10) as http:
             stack = Stack(
