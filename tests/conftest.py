@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -33,6 +34,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("there is no GPU")
+
+
+@pytest.fixture(params=["bfloat16", "float32"])
+def dtype(native_kernels: None, request: pytest.FixtureRequest) -> Any:
+    """Each dtype that native kernels can have products in, where this processor has the instructions."""
+    import torch
+    from softprompt_kernels import native
+
+    chosen: torch.dtype = getattr(torch, request.param)
+    supports = native.supports_linear if chosen == torch.bfloat16 else native.supports_wide
+    if not supports(torch.zeros(2, 2, dtype=chosen)):
+        pytest.skip(f"this processor has no products of ours in {chosen}")
+    return chosen
 
 
 @pytest.fixture(scope="session")

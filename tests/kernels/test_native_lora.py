@@ -19,16 +19,6 @@ POPULARITIES = ["identical", "distinct", "uniform", "zipf", "skewed", "none"]
 Tiles = Callable[[Sequence[int]], LoraTiles]
 
 
-@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
-def dtype(native_kernels: None, request: pytest.FixtureRequest) -> torch.dtype:
-    """Of products that this processor has a kernel for."""
-    chosen: torch.dtype = request.param
-    supports = native.supports_linear if chosen == torch.bfloat16 else native.supports_wide
-    if not supports(torch.zeros(2, 2, dtype=chosen)):
-        pytest.skip(f"this processor has no products of ours in {chosen}")
-    return chosen
-
-
 @pytest.fixture
 def tiles(make_tiles: Callable[..., LoraTiles]) -> Tiles:
     return lambda slots: make_tiles(slots, max(len(slots), 1), "cpu")

@@ -23,7 +23,6 @@ from softprompt_inference.engine.codec import (
     Message,
     Progress,
     StartupFailed,
-    contents_of,
     decode,
     encode,
 )
@@ -46,18 +45,16 @@ class Connection:
     """Whole messages over a stream socket, blocking or not.
 
     Args:
-        for_files: another, for contents that go beside messages.
+        from_files: another, over which contents come that go beside messages; what is sent has none.
     """
 
-    def __init__(self, stream: socket.socket, for_files: socket.socket) -> None:
+    def __init__(self, stream: socket.socket, from_files: socket.socket) -> None:
         self._stream = stream
-        self._for_files = for_files
+        self._take_contents = partial(files.take, from_files)
         self._buffer = bytearray()
 
     def send(self, message: Message) -> None:
         """Send one message; raises OSError when the other side is gone."""
-        if contents := contents_of(message):
-            files.hand_over(self._for_files, contents)
         self._stream.sendall(encode(message))
 
     def receive(self, *, wait: bool) -> list[Message]:
@@ -91,7 +88,7 @@ class Connection:
                 stop = start + HEADER.size + HEADER.unpack_from(view, start)[0]
                 if stop > len(view):
                     break
-                messages.append(decode(view[start + HEADER.size : stop], partial(files.take, self._for_files)))
+                messages.append(decode(view[start + HEADER.size : stop], self._take_contents))
                 start = stop
         del self._buffer[:start]
         return messages

@@ -92,29 +92,26 @@ static inline void put(uint16_t *h, __m512 sums, float scale) {
 void softprompt_lora_shrink(const LoraRows *lora, const LoraStep *step, const uint16_t *x, int64_t x_row,
                             int64_t pairs) {
     const LoraTable *table = lora->table;
-    const int64_t slices = table->num_slices, panels = table->max_rank / LANES, h_row = slices * table->max_rank;
+    const int64_t h_row = table->num_slices * table->max_rank;
     const int amx = softprompt_has_amx() && pairs % AMX_PAIRS == 0;
     int64_t shaped = 0;
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < step->num_tiles * slices * panels; task++) {
-        const int32_t *tile = step->tiles + task / (slices * panels) * 3;
-        const int64_t slice = task / panels % slices, panel = task % panels, at = tile[0] * slices + slice;
-        if (panel * LANES >= table->ranks[at]) continue;
-        const uint16_t *a = (const uint16_t *)table->a[at] + panel * pairs * 2 * LANES;
-        const int64_t *rows = step->order + tile[1];
-        for (int64_t i = 0, count; i < tile[2]; i += count) {
-            uint16_t *h = (uint16_t *)lora->h + rows[i] * h_row + slice * table->max_rank + panel * LANES;
-            const uint16_t *from = x + rows[i] * x_row;
-            count = lora_run(rows + i, tile[2] - i, amx ? AMX_ROWS : 1);
+    for (int64_t index = 0; index < lora_num_parts(table, step); index++) {
+        const LoraPart part = lora_part(table, step, index);
+        const uint16_t *a = (const uint16_t *)table->a[part.at] + part.panel * pairs * 2 * LANES;
+        for (int64_t i = 0, count; i < part.count; i += count) {
+            uint16_t *h = (uint16_t *)lora->h + part.rows[i] * h_row + part.column;
+            const uint16_t *from = x + part.rows[i] * x_row;
+            count = lora_run(part.rows + i, part.count - i, amx ? AMX_ROWS : 1);
             if (amx) {
                 float sums[2][AMX_ROWS][LANES];
                 if (count != shaped) amx_shape(shaped = count);
                 shrink_tiles(count, sums, from, x_row, a, pairs);
                 for (int64_t m = 0; m < count; m++)
                     put(h + m * h_row, _mm512_add_ps(_mm512_loadu_ps(sums[0][m]), _mm512_loadu_ps(sums[1][m])),
-                        table->scales[at]);
+                        table->scales[part.at]);
             } else {
-                put(h, shrink_row(from, a, pairs), table->scales[at]);
+                put(h, shrink_row(from, a, pairs), table->scales[part.at]);
             }
         }
     }

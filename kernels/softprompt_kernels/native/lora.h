@@ -26,6 +26,29 @@ void softprompt_lora_shrink(const LoraRows *lora, const LoraStep *step, const ui
 // Adds to the sums of so many rows in two panels, [count][2 * LANES], what their LoRAs add, h in bfloat16.
 void softprompt_lora_add(float *sums, const LoraRows *lora, int64_t first, int64_t count, int64_t panel);
 
+// What of h one thread makes at a time: of the rows of a tile, the values from `column` on that one panel of a slot's
+// matrix gives.
+typedef struct {
+    const int64_t *rows;
+    int64_t count, at, panel, column;  // at: of the slot's matrix for the slice, in the tables
+} LoraPart;
+
+static inline int64_t lora_num_parts(const LoraTable *table, const LoraStep *step) {
+    return step->num_tiles * table->num_slices * (table->max_rank / LANES);
+}
+
+// Part `index`; count 0 where the slot's rank is lower.
+static inline LoraPart lora_part(const LoraTable *table, const LoraStep *step, int64_t index) {
+    const int64_t slices = table->num_slices, panels = table->max_rank / LANES;
+    const int32_t *tile = step->tiles + index / (slices * panels) * 3;
+    const int64_t slice = index / panels % slices, panel = index % panels, at = tile[0] * slices + slice;
+    return (LoraPart){.rows = step->order + tile[1],
+                      .count = panel * LANES < table->ranks[at] ? tile[2] : 0,
+                      .at = at,
+                      .panel = panel,
+                      .column = slice * table->max_rank + panel * LANES};
+}
+
 // How many of these rows follow one another in the batch, `most` at most.
 static inline int64_t lora_run(const int64_t *rows, int64_t count, int64_t most) {
     int64_t n = 1;

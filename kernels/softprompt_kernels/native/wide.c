@@ -129,21 +129,18 @@ static inline void finish(float *out, const float *addend, const float *sums, co
 // Makes h of every token, see lora.h. To be called by all threads of a team.
 static void shrink(const LoraRows *lora, const LoraStep *step, const float *x, int64_t x_row, int64_t size) {
     const LoraTable *table = lora->table;
-    const int64_t slices = table->num_slices, panels = table->max_rank / LANES, h_row = slices * table->max_rank;
+    const int64_t h_row = table->num_slices * table->max_rank;
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < step->num_tiles * slices * panels; task++) {
-        const int32_t *tile = step->tiles + task / (slices * panels) * 3;
-        const int64_t slice = task / panels % slices, panel = task % panels, at = tile[0] * slices + slice;
-        if (panel * LANES >= table->ranks[at]) continue;
-        const float *a = (const float *)table->a[at] + panel * size * LANES;
-        const int64_t *rows = step->order + tile[1];
-        for (int64_t i = 0, count; i < tile[2]; i += count) {
+    for (int64_t index = 0; index < lora_num_parts(table, step); index++) {
+        const LoraPart part = lora_part(table, step, index);
+        const float *a = (const float *)table->a[part.at] + part.panel * size * LANES;
+        for (int64_t i = 0, count; i < part.count; i += count) {
             float sums[MAX_ROWS * LANES];
-            float *h = (float *)lora->h + rows[i] * h_row + slice * table->max_rank + panel * LANES;
-            count = lora_run(rows + i, tile[2] - i, MAX_ROWS);
-            some_rows(count, sums, 1, x + rows[i] * x_row, x_row, a, size, FLOAT32, 0);
+            float *h = (float *)lora->h + part.rows[i] * h_row + part.column;
+            count = lora_run(part.rows + i, part.count - i, MAX_ROWS);
+            some_rows(count, sums, 1, x + part.rows[i] * x_row, x_row, a, size, FLOAT32, 0);
             for (int64_t m = 0; m < count; m++)
-                for (int j = 0; j < LANES; j++) h[m * h_row + j] = table->scales[at] * sums[m * LANES + j];
+                for (int j = 0; j < LANES; j++) h[m * h_row + j] = table->scales[part.at] * sums[m * LANES + j];
         }
     }
 }

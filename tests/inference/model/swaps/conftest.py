@@ -35,16 +35,6 @@ def wide(native_kernels: None) -> None:
         pytest.skip("this processor has no wide vectors")
 
 
-@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=str)
-def dtype(native_kernels: None, request: pytest.FixtureRequest) -> torch.dtype:
-    """Every dtype in which native kernels can compute layers."""
-    chosen: torch.dtype = request.param
-    supports = native.supports_linear if chosen == torch.bfloat16 else native.supports_wide
-    if not supports(torch.zeros(2, 2, dtype=chosen)):
-        pytest.skip(f"this processor has no products of ours in {chosen}")
-    return chosen
-
-
 @pytest.fixture
 def load_loras() -> Callable[[LoadedModel], Loras]:
     """`load_loras(loaded)`: random LoRAs of all linears in the slots 0 and 2."""
