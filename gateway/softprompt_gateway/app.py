@@ -55,7 +55,9 @@ def make_app(
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         watching = asyncio.create_task(CatalogWatcher(gateway.catalog, gateway.keyring, clients.registry).run())
+        leasing = asyncio.create_task(gateway.lease.run())
         yield
+        await stop(leasing)
         await stop(watching)
         await gateway.resolver.close()
         await gateway.probing.close()

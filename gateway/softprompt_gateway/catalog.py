@@ -1,5 +1,7 @@
-"""The adapters that this gateway has heard of: for listings, near names, and while the registry is away."""
+"""The adapters that this gateway has heard of: for listings, near names, and requests that need ask nobody."""
 
+import asyncio
+import contextlib
 import difflib
 from bisect import bisect_left, insort
 from collections import OrderedDict
@@ -65,11 +67,15 @@ def _any(_name: str) -> bool:
 class Catalog:
     """The latest version of every name, and versions that were asked for lately.
 
-    `synced` is true once everything the registry has was listed.
+    Attributes:
+        synced: whether everything the registry has was listed.
+        cursor: all its changes up to here are known; "" before that.
     """
 
     def __init__(self) -> None:
         self.synced = False
+        self.cursor = ""
+        self._has_moved = asyncio.Event()
         self._latest: dict[str, Packed] = {}
         self._names: list[str] = []  # of `_latest`, in order
         # By tenant/digest and by name@version, which mean one content for ever, and by name@alias.
@@ -92,6 +98,20 @@ class Catalog:
         self._all_forgotten = self._num_forgotten
         self._names = sorted(latest, key=_place)
         self.synced = True
+
+    def take(self, cursor: str) -> None:
+        """All changes up to here are known from now on."""
+        if cursor != self.cursor:
+            self.cursor = cursor
+            self._has_moved.set()
+
+    async def move(self, cursor: str, *, patience_s: float) -> None:
+        """Return when other changes than those up to here are known, or the patience has ended."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                while self.cursor == cursor:
+                    self._has_moved.clear()
+                    await self._has_moved.wait()
 
     @property
     def moment(self) -> int:
@@ -151,6 +171,9 @@ class Catalog:
     def apply(self, event: WatchAdaptersResponse) -> bool:
         """Take one event; return whether the latest version of its name must be asked for."""
         if event.type in _TOLD_WHOLE:
+            if not event.adapter.digest:  # deleted since, or damaged: what its aliases were is not what they are
+                self.forget(event.adapter.name)
+                return True
             self.learn(event.adapter)
         elif event.type == AdapterEventType.ADAPTER_EVENT_TYPE_ALIAS_REMOVED:
             self.forget_alias(event.adapter.name, event.alias)

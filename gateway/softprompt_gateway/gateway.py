@@ -14,6 +14,7 @@ from softprompt_gateway.catalog import Catalog
 from softprompt_gateway.clients import Clients
 from softprompt_gateway.guard import Guard, GuardedRoute, guarded
 from softprompt_gateway.keyring import Keyring
+from softprompt_gateway.lease import Lease
 from softprompt_gateway.metrics import Metrics
 from softprompt_gateway.rates import Limiter
 from softprompt_gateway.resolve import Resolver
@@ -35,6 +36,7 @@ class Gateway:
     clients: Clients
     catalog: Catalog
     keyring: Keyring
+    lease: Lease
     guard: Guard
     limiter: Limiter
     resolver: Resolver
@@ -67,14 +69,16 @@ def make_gateway(settings: Settings, clients: Clients) -> Gateway:
     """Build the parts over connected clients."""
     catalog = Catalog()
     keyring = Keyring(trust_s=settings.key_trust_s)
+    lease = Lease(catalog, clients.registry)
     return Gateway(
         settings=settings,
         clients=clients,
         catalog=catalog,
         keyring=keyring,
+        lease=lease,
         guard=Guard(settings, clients.registry, keyring),
         limiter=Limiter(settings.limits_redis_url, max_requests=settings.max_requests),
-        resolver=Resolver(clients.registry, clients.inference, catalog),
+        resolver=Resolver(clients.registry, clients.inference, catalog, lease),
         probing=Probing(clients.inference, catalog),
         metrics=Metrics(catalog.__len__, settings.metrics_adapters),
     )

@@ -27,6 +27,7 @@ from softprompt_gateway.catalog import Catalog, spelling_of
 from softprompt_gateway.clients import InferenceClient, RegistryClient
 from softprompt_gateway.disconnect import stop
 from softprompt_gateway.errors import ModelNotFound
+from softprompt_gateway.lease import Lease
 from softprompt_gateway.placement import Place
 
 # A question that fails sooner keeps no request waiting.
@@ -159,15 +160,18 @@ class _Missing(Exception):
 class Resolver:
     """Turns what a request names into a Target.
 
-    The registry is asked every time, so that the request after a registration gets what was registered. While it
-    is away, what the catalogue last heard is used: at once, once a question has waited for that and until one is
-    answered. What is `known` may be begun with, never answered with.
+    The registry is asked, or its lease is held, so that the request after a registration gets what was registered.
+    While it is away, what the catalogue last heard is used: at once, once a question has waited for that and until
+    one is answered. What is `known` may be begun with, and answered with where `knows_all`.
     """
 
-    def __init__(self, registry: RegistryClient, inference: InferenceClient, catalog: Catalog) -> None:
+    def __init__(
+        self, registry: RegistryClient, inference: InferenceClient, catalog: Catalog, lease: Lease
+    ) -> None:
         self._registry = registry
         self._inference = inference
         self._catalog = catalog
+        self._lease = lease
         self._looking: asyncio.Task[None] | None = None  # for a registry that takes long to be away
 
     async def close(self) -> None:
@@ -201,6 +205,10 @@ class Resolver:
             except _Missing as missing:  # one of them; a near name is looked for once
                 raise self._not_found(missing.asked.spelling, missing.asked.field, named, bases) from None
         return _target(named, bases, base, front, inside, dict(zip(first, versions, strict=True)))
+
+    def knows_all(self) -> bool:
+        """Whether what is `known` in this turn of the event loop is what there is."""
+        return self._lease.is_held()
 
     def known(self, named: Named) -> Target | None:
         """The same by what was last heard, without asking anybody; None where that is not enough to answer."""
@@ -251,6 +259,9 @@ class Resolver:
 
     async def _current(self, caller: Caller, ref: AdapterRef) -> AdapterVersion:
         whole = caller.own(ref)
+        # As in `known`, digests are asked for.
+        if self.knows_all() and not whole.digest and (sure := self._catalog.find(whole)) is not None:
+            return sure
         if self._looking is not None and not self._looking.done():
             known = self._catalog.find(whole, caller.may_use)
             if known is not None:

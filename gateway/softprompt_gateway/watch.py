@@ -25,7 +25,6 @@ class CatalogWatcher:
         self._catalog = catalog
         self._keyring = keyring
         self._registry = registry
-        self._cursor = ""
         self._pause_s = _MIN_PAUSE_S
 
     async def run(self) -> None:
@@ -34,7 +33,7 @@ class CatalogWatcher:
             try:
                 await self._follow()
             except errors.CursorExpired:
-                self._cursor = ""
+                self._catalog.take("")
             except errors.SoftpromptError as error:
                 if self._pause_s == _MIN_PAUSE_S:
                     _log.warning("registry away, serving known adapters", reason=error.reason)
@@ -42,20 +41,20 @@ class CatalogWatcher:
             self._pause_s = min(2 * self._pause_s, _MAX_PAUSE_S)
 
     async def _follow(self) -> None:
-        if not self._cursor:
+        if not self._catalog.cursor:
             cursor = await self._list()
             await self._list_keys()
-            self._cursor = cursor
+            self._catalog.take(cursor)
         # A stream begins with a heartbeat, before any of the changes that it is there to tell.
         is_first = True
-        async for event in self._registry.watch(self._cursor):
+        async for event in self._registry.watch(self._catalog.cursor):
             if self._pause_s > _MIN_PAUSE_S:
                 _log.info("registry watched", adapters=len(self._catalog))
             self._keyring.apply(event)
             self._pause_s = _MIN_PAUSE_S
             if self._catalog.apply(event):
                 await self._ask_for_latest(event.adapter.name)
-            self._cursor = event.cursor
+            self._catalog.take(event.cursor)
             if not is_first:
                 self._keyring.hear()
             is_first = False

@@ -19,6 +19,7 @@ _log = structlog.get_logger()
 MAX_KEPT_EVENTS = 10_000
 _BATCH = 100
 _START = "0-0"
+Position = tuple[int, int]
 _CURSOR = re.compile(r"(\d{1,20})-(\d{1,20})\Z", re.ASCII)
 
 
@@ -78,11 +79,11 @@ class EventLog:
 
     async def check(self, cursor: str) -> None:
         """Raise InvalidArgument for what is no cursor, CursorExpired when changes after it are lost."""
-        asked = _parse(cursor)
+        asked = position_of(cursor)
         state = await self._state()
-        if asked > _parse(state.last):
+        if asked > position_of(state.last):
             raise CursorExpired("the cursor is not of this store; list again and watch from there")
-        if state.is_trimmed and asked < _parse(state.first):
+        if state.is_trimmed and asked < position_of(state.first):
             raise CursorExpired("changes after the cursor are not kept any more; list again and watch from there")
 
     @reads
@@ -149,7 +150,8 @@ def _decode(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Event:
     )
 
 
-def _parse(cursor: str) -> tuple[int, int]:
+def position_of(cursor: str) -> Position:
+    """Where a cursor stands among others; InvalidArgument for what is none."""
     match = _CURSOR.match(cursor)
     if match is None:
         raise InvalidArgument("this is not a cursor of the registry", field="cursor")

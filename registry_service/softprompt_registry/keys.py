@@ -17,6 +17,7 @@
     sp:k:<sha256 of key>             hash: one API key
     sp:keys                          sorted set of the API keys' sha256, for listing
     sp:keys:made                     how many API keys were ever made
+    sp:leases                        which registry gives leases
     sp:probe:<random>                what a registry that starts writes and reads back; expires
 
 Hash tags keep what belongs together in one slot of a cluster. No key holds a client's text but checked names.
@@ -30,6 +31,7 @@ EVENTS = "sp:events"
 BASE_MODELS = "sp:base"
 ANNOUNCED = "sp:base:announced"
 API_KEYS = "sp:keys"
+LEASES = "sp:leases"
 NUM_KEYS_MADE = "sp:keys:made"
 
 

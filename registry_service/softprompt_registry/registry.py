@@ -16,11 +16,14 @@ from softprompt_registry.amendments import Amendments, VersionUpdate
 from softprompt_registry.blobs import BlobReader, chunk_of
 from softprompt_registry.catalog import AdapterVersion, BaseModel, check_labels
 from softprompt_registry.changes import Changes
+from softprompt_registry.claim import Claim
 from softprompt_registry.events import EventLog
 from softprompt_registry.imports import Imports
 from softprompt_registry.key_store import KeyStore
+from softprompt_registry.leases import Leases
 from softprompt_registry.pages import Page, read_page
 from softprompt_registry.sources import Folders, Hub
+from softprompt_registry.stopping import Stopping
 from softprompt_registry.store import Store
 from softprompt_registry.uploads import Piece, UploadLimits, Uploads
 from softprompt_registry.watching import Watching
@@ -41,6 +44,7 @@ class Registry:
     Args:
         client: the store, for short commands.
         watch_client: the same store, for commands that wait up to `heartbeat_s`.
+        lease_s: for how long leases hold; 0: none are given.
         import_root: folders below it may be imported; None: none may.
         allow_hub_imports: whether repositories of the hub may be imported.
     """
@@ -52,6 +56,7 @@ class Registry:
         *,
         limits: UploadLimits,
         heartbeat_s: float,
+        lease_s: float,
         max_watchers: int,
         import_root: Path | None = None,
         allow_hub_imports: bool = False,
@@ -69,9 +74,17 @@ class Registry:
             Hub(is_allowed=allow_hub_imports, max_size_bytes=limits.max_size_bytes),
             timeout_s=limits.timeout_s,
         )
+        self.stopping = Stopping()
         self.watching = Watching(
-            self._store, self.keys, self._events, heartbeat_s=heartbeat_s, max_watchers=max_watchers
+            self._store,
+            self.keys,
+            self._events,
+            self.stopping,
+            heartbeat_s=heartbeat_s,
+            max_watchers=max_watchers,
         )
+        claim = Claim(client, lease_s=lease_s)
+        self.leases = Leases(self._events, claim, self.stopping, lease_s=lease_s, max_holders=max_watchers)
 
     async def get(self, spelling: str) -> AdapterVersion:
         """The version a spelling names; AdapterNotFound tells what may have been meant."""

@@ -1,6 +1,7 @@
 """The registry as a running server: store, service, health that follows the store, graceful stop."""
 
 import asyncio
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -45,6 +46,7 @@ class RegistryServer:
                 timeout_s=settings.upload_timeout_s,
             ),
             heartbeat_s=settings.heartbeat_s,
+            lease_s=settings.lease_s,
             max_watchers=settings.max_watchers,
             import_root=settings.allow_file_imports,
             allow_hub_imports=settings.allow_hub_imports,
@@ -86,8 +88,10 @@ class RegistryServer:
         """End watches at once, let other calls end within the grace; also after a start that failed."""
         if self._probing:
             self._probing.cancel()
-            self._registry.watching.stop()
+            self._registry.stopping.begin()
             await self._server.stop(self._settings.grace_s)
+            with suppress(SoftpromptError):  # a store that is away keeps what it has
+                await self._registry.leases.close()
             _log.info("registry stopped")
         await self._close_clients()
 

@@ -7,9 +7,9 @@ Changes are logged, whoever makes them: a gateway, which logs for whom, or someb
 # ruff: noqa: ARG002, N802
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from softprompt_api.audit import audited
@@ -28,6 +28,7 @@ from softprompt_registry.convert import (
     update_from,
     version_to,
 )
+from softprompt_registry.leases import Taken
 from softprompt_registry.registry import Registry
 from softprompt_registry.uploads import Piece
 
@@ -39,6 +40,7 @@ _WEAK_DURABILITY = (
     "the registry was started with --durability weak: what it has acknowledged may be lost when its store ends"
 )
 
+Outcome = TypeVar("Outcome")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -62,7 +64,9 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
             with audited("adapter.register", adapter=shown(first.header.name, _MAX_SHOWN), peer=context.peer()):
                 if first.WhichOneof("part") != "header":
                     raise InvalidArgument("the first message of an upload must be its header", field="header")
-                version = await self._registry.uploads.register(registration_from(first.header), _pieces(requests))
+                version = await self._settled(
+                    self._registry.uploads.register(registration_from(first.header), _pieces(requests))
+                )
         return pb.RegisterAdapterResponse(
             adapter=version_to(version), warnings=(*version.warnings, *self._warnings)
         )
@@ -96,8 +100,8 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         action, alias = "alias.set" if request.version else "alias.remove", shown(request.alias, _MAX_SHOWN)
         with audited(action, adapter=shown(request.name, _MAX_SHOWN), alias=alias, peer=context.peer()) as facts:
             facts["version"] = request.version
-            version = await self._registry.set_alias(
-                request.name, request.alias, request.version, expected=expected
+            version = await self._settled(
+                self._registry.set_alias(request.name, request.alias, request.version, expected=expected)
             )
         return pb.SetAliasResponse(adapter=version_to(version) if version else None)
 
@@ -108,14 +112,14 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
 
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> pb.DeleteAdapterResponse:
         with audited("adapter.delete", adapter=shown(request.name, _MAX_SHOWN), peer=context.peer()):
-            num_deleted = await self._registry.delete_adapter(request.name)
+            num_deleted = await self._settled(self._registry.delete_adapter(request.name))
         return pb.DeleteAdapterResponse(deleted_versions=num_deleted)
 
     async def DeleteVersion(self, request: pb.DeleteVersionRequest, context: Context) -> pb.DeleteVersionResponse:
         with audited(
             "adapter.delete", adapter=shown(f"{request.name}@{request.version}", _MAX_SHOWN), peer=context.peer()
         ):
-            await self._registry.delete_version(request.name, request.version)
+            await self._settled(self._registry.delete_version(request.name, request.version))
         return pb.DeleteVersionResponse()
 
     async def ReadTensors(
@@ -135,6 +139,12 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
     ) -> AsyncIterator[pb.WatchAdaptersResponse]:
         async for change in self._registry.watching.watch(request.cursor):
             yield change_to(change)
+
+    async def HoldLease(
+        self, request_iterator: AsyncIterator[pb.HoldLeaseRequest], context: Context
+    ) -> AsyncIterator[pb.HoldLeaseResponse]:
+        async for lease_s in self._registry.leases.hold(_taken(request_iterator)):
+            yield pb.HoldLeaseResponse(lease_ms=int(lease_s * 1000))
 
     async def PutBaseModel(self, request: pb.PutBaseModelRequest, context: Context) -> pb.PutBaseModelResponse:
         await self._registry.put_base_model(base_model_from(request.base_model))
@@ -158,8 +168,14 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
             source=shown(request.source, _MAX_SHOWN),
             peer=context.peer(),
         ):
-            version = await self._registry.imports.run(import_from(request))
+            version = await self._settled(self._registry.imports.run(import_from(request)))
         return pb.ImportAdapterResponse(adapter=version_to(version), warnings=(*version.warnings, *self._warnings))
+
+    async def _settled(self, change: Awaitable[Outcome]) -> Outcome:
+        """What became of a change of what names stand for, once nobody answers from before it."""
+        outcome = await change
+        await self._registry.leases.settle()
+        return outcome
 
 
 @asynccontextmanager
@@ -182,6 +198,11 @@ async def _drain(requests: AsyncIterator[pb.RegisterAdapterRequest]) -> None:
             while True:
                 # A client that sends nothing is not writing, and can be answered.
                 await asyncio.wait_for(anext(requests), _MAX_DRAIN_IDLE_S)
+
+
+async def _taken(requests: AsyncIterator[pb.HoldLeaseRequest]) -> AsyncIterator[Taken]:
+    async for request in requests:
+        yield Taken(holder=request.holder, cursor=request.cursor)
 
 
 async def _pieces(requests: AsyncIterator[pb.RegisterAdapterRequest]) -> AsyncIterator[Piece]:

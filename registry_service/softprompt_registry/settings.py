@@ -51,9 +51,16 @@ class Settings(BaseSettings):
     allow_hub_imports: bool = Field(False, description="import public repositories of the hub")
     max_upload_bytes: int = Field(2 * _GIB, ge=1024, description="largest tensor file")
     max_uploads: int = Field(64, ge=1, le=4096, description="uploads at the same time")
-    max_watchers: int = Field(256, ge=1, le=4096, description="watchers at the same time")
+    max_watchers: int = Field(256, ge=1, le=4096, description="watchers, and holders of leases, at the same time")
     upload_timeout_s: PositiveSeconds = Field(900.0, description="for one upload")
     heartbeat_s: PositiveSeconds = Field(5.0, description="between heartbeats of a quiet watch")
+    lease_s: float = Field(
+        2.0,
+        ge=0,
+        le=60,
+        description="for which gateways may answer without asking; for as long a change may wait for one that is "
+        "gone; 0: they ask each time",
+    )
     store_timeout_s: PositiveSeconds = Field(5.0, description="for one command of the store")
     start_timeout_s: PositiveSeconds = Field(30.0, description="to wait for the store at the start")
     probe_interval_s: PositiveSeconds = Field(1.0, description="between looks whether the store answers")

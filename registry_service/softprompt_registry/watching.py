@@ -1,15 +1,15 @@
 """Watch: every change after a cursor, heartbeats in between, until the client leaves or the registry stops."""
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from softprompt_api.errors import DataCorrupted, Overloaded, Unavailable
+from softprompt_api.errors import DataCorrupted, Overloaded
 
 from softprompt_registry.api_keys import ApiKey
 from softprompt_registry.catalog import AdapterVersion, EventType
 from softprompt_registry.events import Event, EventLog
 from softprompt_registry.key_store import KeyStore
+from softprompt_registry.stopping import Stopping
 from softprompt_registry.store import Store
 
 _TOLD_WHOLE = (EventType.REGISTERED, EventType.ALIAS_SET, EventType.UPDATED)
@@ -22,7 +22,8 @@ class Change:
     Attributes:
         cursor: watch from here to continue.
         event: what happened; None: nothing, the stream is alive.
-        version: the whole version, for REGISTERED, ALIAS_SET and UPDATED.
+        version: the whole version, for REGISTERED, ALIAS_SET and UPDATED; None where it was deleted since, or
+            cannot be read: watchers must not go on with what they know.
         key: the whole key, for KEY_CREATED.
     """
 
@@ -33,22 +34,25 @@ class Change:
 
 
 class Watching:
-    """Serve watchers, a bounded number of them."""
+    """Serve watchers, a bounded number of them, until the registry stops."""
 
     def __init__(
-        self, store: Store, keys: KeyStore, events: EventLog, *, heartbeat_s: float, max_watchers: int
+        self,
+        store: Store,
+        keys: KeyStore,
+        events: EventLog,
+        stopping: Stopping,
+        *,
+        heartbeat_s: float,
+        max_watchers: int,
     ) -> None:
         self._store = store
         self._keys = keys
         self._events = events
         self._heartbeat_s = heartbeat_s
         self._max_watchers = max_watchers
+        self._stopping = stopping
         self._num_watchers = 0
-        self._stopping = asyncio.Event()
-
-    def stop(self) -> None:
-        """End every watch with Unavailable, so that the watchers turn elsewhere."""
-        self._stopping.set()
 
     async def watch(self, cursor: str) -> AsyncIterator[Change]:
         """Changes after a cursor ("": from now on), beginning with a heartbeat.
@@ -78,16 +82,7 @@ class Watching:
             self._num_watchers -= 1
 
     async def _next(self, cursor: str) -> list[Event]:
-        reading = asyncio.create_task(self._events.after(cursor, wait_s=self._heartbeat_s))
-        stopping = asyncio.create_task(self._stopping.wait())
-        try:
-            await asyncio.wait({reading, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():
-                raise Unavailable("the registry is stopping")
-            events = reading.result()
-        finally:
-            reading.cancel()
-            stopping.cancel()
+        events = await self._stopping.or_else(self._events.after(cursor, wait_s=self._heartbeat_s))
         if events:  # the stream may have lost some just before the first of them
             await self._events.check(cursor)
         return events
@@ -98,14 +93,13 @@ class Watching:
         found = await self._store.find_ids([event.id for event in told_whole]) if told_whole else []
         versions = {event.cursor: version for event, version in zip(told_whole, found, strict=True)}
         keys = {event.cursor: await self._key(event) for event in events if event.type is EventType.KEY_CREATED}
-        subjects = {**versions, **keys}
         return [
             Change(
                 cursor=event.cursor, event=event, version=versions.get(event.cursor), key=keys.get(event.cursor)
             )
             for event in events
-            # Without what was deleted since, which a later event says, and what cannot be read.
-            if subjects.get(event.cursor, event)
+            # Without keys that were revoked since, which a later event says, or that cannot be read.
+            if keys.get(event.cursor, event)
         ]
 
     async def _key(self, event: Event) -> ApiKey | None:

@@ -85,9 +85,10 @@ async def test_a_damaged_version_does_not_hold_up_watchers(
     with pytest.raises(DataCorrupted):
         await client.get("damaged")
     call = client.stub.WatchAdapters(pb.WatchAdaptersRequest(cursor="0-0"), timeout=20)
-    told = [(await call.read()).adapter.name for _ in range(2)]
+    told = [(await call.read()).adapter for _ in range(3)]
     call.cancel()
-    assert told == ["", "whole"]  # a heartbeat first
+    assert [version.name for version in told] == ["", "damaged", "whole"]  # a heartbeat first
+    assert [bool(version.digest) for version in told] == [False, False, True]
     assert await client.versions("damaged") == {}
     # It can be deleted, and made anew.
     await client.delete("damaged", 1)

@@ -466,12 +466,17 @@ class FakeRegistry(RegistryServiceServicer):
         damaged: names whose versions cannot be read.
         answers: set while questions for a version are answered; `asked` are those that came.
         watches: how many watches have begun.
+        lease_s: for how long a lease holds that is given to whoever has taken every change; changes do not wait.
+        leases: how many were given; `given_back` streams of them were ended by the gateway.
         keys: the API keys.
     """
 
     def __init__(self) -> None:
         self.keys = FakeKeys(self)
         self.watches = 0
+        self.lease_s = 0.0
+        self.leases = 0
+        self.given_back = 0
         self.versions: dict[str, dict[int, reg.AdapterVersion]] = {}
         self.next_versions: dict[str, int] = {}
         self.pointers: dict[str, dict[str, int]] = {}
@@ -705,6 +710,24 @@ class FakeRegistry(RegistryServiceServicer):
             for event in self.log[at:]:
                 yield event
             at = len(self.log)
+
+    async def HoldLease(self, request_iterator: Any, context: Any) -> AsyncIterator[reg.HoldLeaseResponse]:
+        self.check()
+        async for request in request_iterator:
+            self.check()
+            is_given = request.cursor == str(len(self.log)) and not self.silent and self.lease_s > 0
+            yield reg.HoldLeaseResponse(lease_ms=int(self.lease_s * 1000) if is_given else 0)
+            async with self.changed:
+                self.leases += is_given
+                self.changed.notify_all()
+        async with self.changed:
+            self.given_back += 1
+            self.changed.notify_all()
+
+    async def until(self, holds: Callable[["FakeRegistry"], bool]) -> None:
+        """Wait until something holds of leases."""
+        async with asyncio.timeout(10), self.changed:
+            await self.changed.wait_for(lambda: holds(self))
 
 
 @dataclass(frozen=True)
@@ -965,12 +988,19 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 
 @pytest.fixture
-async def registry_address(store: Store) -> AsyncIterator[str]:
+def registry_settings() -> dict[str, Any]:
+    """Settings of the real registry; tests override this by parametrising it."""
+    return {}
+
+
+@pytest.fixture
+async def registry_address(store: Store, registry_settings: dict[str, Any]) -> AsyncIterator[str]:
     """A real registry that knows the base model of the fake inference service."""
     model = reg.BaseModel(
         id=BASE, architecture="TinyForCausalLM", hidden_size=HIDDEN, vocab_size=256, dtype="float32"
     )
-    async with RegistryServer(RegistrySettings(address="127.0.0.1:0", redis_url=store.url, grace_s=0)) as server:
+    defaults: dict[str, Any] = {"address": "127.0.0.1:0", "redis_url": store.url, "grace_s": 0}
+    async with RegistryServer(RegistrySettings(**defaults | registry_settings)) as server:
         address = f"127.0.0.1:{server.port}"
         async with open_channel(address) as channel:
             await RegistryServiceStub(channel).PutBaseModel(reg.PutBaseModelRequest(base_model=model))

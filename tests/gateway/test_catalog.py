@@ -139,6 +139,30 @@ def test_a_deleted_name_is_gone_in_every_spelling() -> None:
         assert _found(catalog, spelling) is None
 
 
+def test_a_version_that_cannot_be_told_takes_all_of_its_name_along() -> None:
+    catalog = Catalog()
+    catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_REGISTERED, _version("a", 1)))
+    untold = reg.AdapterVersion(name="a", version=2)
+    assert catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_ALIAS_SET, untold, "prod"))  # the latest must be asked for
+    for spelling in ("a", "a@1"):
+        assert _found(catalog, spelling) is None
+
+
+async def test_it_moves_with_the_changes_that_are_taken() -> None:
+    catalog = Catalog()
+    catalog.take("1-0")
+    await catalog.move("", patience_s=60)
+    await catalog.move("1-0", patience_s=0)
+    moving = asyncio.create_task(catalog.move("1-0", patience_s=60))
+    for cursor in ("1-0", "2-0"):  # a heartbeat, and a change
+        assert not moving.done()
+        catalog.take(cursor)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await moving
+
+
 def test_a_heartbeat_changes_nothing() -> None:
     catalog = Catalog()
     assert not catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_HEARTBEAT, reg.AdapterVersion()))

@@ -1,5 +1,6 @@
 """Several adapters in one request: in front by `model` or `adapters`, and inside prompts and messages."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_gateway.caller import ANYBODY
 from softprompt_gateway.catalog import Catalog
 from softprompt_gateway.clients import RegistryClient, open_clients
+from softprompt_gateway.lease import Lease
 from softprompt_gateway.resolve import Named, Resolver
 
 DIGEST_HEADER = "x-softprompt-adapter-digest"
@@ -34,6 +36,9 @@ async def digests(stack: Any) -> dict[str, str]:
         await stack.registry.add("lora", virtual_tokens=0, kind="LORA"),
         await stack.registry.add("lora2", virtual_tokens=0, kind="LORA"),
     ]
+    async with asyncio.timeout(5):
+        while "lora2" not in await stack.listed():  # the gateway hears of all in this order
+            pass
     return {f"{version.name}@{version.version}": version.digest for version in versions}
 
 
@@ -304,7 +309,8 @@ async def test_a_composition_is_a_model_that_can_be_looked_up(stack: Any, digest
 async def test_every_adapter_of_a_request_is_told_by_its_target(stack: Any, digests: dict[str, str]) -> None:
     clients = open_clients(stack.settings)
     try:
-        resolver = Resolver(clients.registry, clients.inference, Catalog())
+        catalog = Catalog()
+        resolver = Resolver(clients.registry, clients.inference, catalog, Lease(catalog, clients.registry))
         target = await resolver.resolve(
             Named(model="a+lora", caller=ANYBODY, inside=["tasks:1", "a", digests["b@1"]])
         )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save
+from softprompt_gateway.clients import RegistryClient
 
 HIDDEN = 8
 CONFIG = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 5, "token_dim": HIDDEN}
@@ -131,6 +132,39 @@ async def test_a_version_is_promoted_rolled_back_and_kept(stack: Any) -> None:
         assert "loud@1 is pinned" in (await stack.http.delete(f"/v1/adapters/{path}")).json()["error"]["message"]
     await stack.http.patch("/v1/adapters/loud", json={"pinned": False})
     assert (await stack.http.delete("/v1/adapters/loud")).json()["deleted_versions"] == 2
+
+
+@pytest.mark.parametrize("registry_settings", [{"lease_s": 60}])
+async def test_under_a_lease_what_was_acknowledged_answers_and_nobody_is_asked(
+    stack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = [(await _upload(stack, "loud", _tensors(seed))).json()["digest"] for seed in (1, 2)]
+    asked: list[str] = []
+    get_adapter = RegistryClient.get_adapter
+
+    async def ask(self: RegistryClient, spelling: str) -> Any:
+        asked.append(spelling)
+        return await get_adapter(self, spelling)
+
+    monkeypatch.setattr(RegistryClient, "get_adapter", ask)
+
+    async def used() -> str:
+        return str((await stack.complete("hi", model="loud")).headers["x-softprompt-adapter-digest"])
+
+    async with asyncio.timeout(10):
+        num_asked = -1
+        while len(asked) != num_asked:  # until the lease is held
+            num_asked = len(asked)
+            assert await used() == digests[1]
+    asked.clear()
+    for number in [1, 2] * 10:
+        await stack.http.put("/v1/adapters/loud/aliases/latest", json={"version": number})
+        assert await used() == digests[number - 1]
+    newer = (await _upload(stack, "loud", _tensors(3))).json()["digest"]
+    assert await used() == newer
+    assert asked == []
+    assert (await stack.http.delete("/v1/adapters/loud")).status_code == 200
+    assert (await stack.complete("hi", model="loud")).status_code == 404
 
 
 async def test_a_request_that_runs_ends_with_its_adapter_though_it_was_deleted(stack: Any) -> None:

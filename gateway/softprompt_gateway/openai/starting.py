@@ -25,13 +25,16 @@ class Starting:
     async def begin(self, named: Named, work_with: Callable[[Target], Awaitable[Some]]) -> tuple[Some, Generation]:
         """The work with the versions that names stand for now, and its generation.
 
-        To ask what they stand for takes as long as a short prompt's step. So the work is begun with the versions
-        that were last heard of, and nothing is said of it before the registry has answered; where that tells of
-        others, it is begun anew. Errors are those of the work, and of the names, as they are now.
+        Where they are not known for sure, to ask what they stand for takes as long as a short prompt's step. So
+        the work is begun with the versions that were last heard of, and nothing is said of it before the registry
+        has answered; where that tells of others, it is begun anew. Errors are those of the work, and of the names,
+        as they are now.
         """
         known = self._resolver.known(named)
         if known is None or not known.adapters:
             return await self._start(await work_with(await self._resolver.resolve(named)))
+        if self._resolver.knows_all():
+            return await self._start(await work_with(known))
         asking = asyncio.create_task(self._resolver.resolve(named))
         asking.add_done_callback(_look_at_error)
         begun: tuple[Some, Generation] | None = None

@@ -8,7 +8,7 @@ import grpc
 from softprompt_api import tracing
 
 _TRACED = "/softprompt_api."
-_LASTING = ("/WatchAdapters", "/GenerateMany")
+_LASTING = ("/WatchAdapters", "/HoldLease", "/GenerateMany")
 _HEADERS = frozenset({"traceparent", "tracestate"})
 
 

@@ -1144,8 +1144,8 @@ class WatchAdaptersResponse(_message.Message):
     """ALIAS_SET and ALIAS_REMOVED: the alias."""
     @_builtins.property
     def adapter(self) -> Global___AdapterVersion:
-        """REGISTERED, ALIAS_SET, UPDATED: the whole version, as it is by now. VERSION_DELETED: name, version and digest.
-        ADAPTER_DELETED, ALIAS_REMOVED: the name.
+        """REGISTERED, ALIAS_SET, UPDATED: the whole version, as it is by now; name and number alone where it was deleted
+        since, or cannot be read. VERSION_DELETED: name, version and digest. ADAPTER_DELETED, ALIAS_REMOVED: the name.
         """
 
     @_builtins.property
@@ -1168,6 +1168,56 @@ class WatchAdaptersResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchAdaptersResponse: _TypeAlias = WatchAdaptersResponse  # noqa: Y015
+
+@_typing.final
+class HoldLeaseRequest(_message.Message):
+    """HoldLeaseRequest asks for a lease."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDER_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    holder: _builtins.str
+    """Who holds it: 1 to 64 random characters of the watcher's own, the same on every stream."""
+    cursor: _builtins.str
+    """The holder has taken every change up to here; of WatchAdaptersResponse or ListAdaptersResponse."""
+    def __init__(
+        self,
+        *,
+        holder: _builtins.str = ...,
+        cursor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "holder", b"holder"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldLeaseRequest: _TypeAlias = HoldLeaseRequest  # noqa: Y015
+
+@_typing.final
+class HoldLeaseResponse(_message.Message):
+    """HoldLeaseResponse answers one request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_MS_FIELD_NUMBER: _builtins.int
+    lease_ms: _builtins.int
+    """From when its request was sent, for so many milliseconds the lease is held. 0: it was not given, because there are
+    later changes, or because several registries share the store. An earlier one goes on to its end.
+    """
+    def __init__(
+        self,
+        *,
+        lease_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HoldLeaseResponse: _TypeAlias = HoldLeaseResponse  # noqa: Y015
 
 @_typing.final
 class PutBaseModelRequest(_message.Message):

@@ -87,6 +87,11 @@ class RegistryServiceStub:
                 request_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.WatchAdaptersRequest.SerializeToString,
                 response_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.WatchAdaptersResponse.FromString,
                 _registered_method=True)
+        self.HoldLease = channel.stream_stream(
+                '/softprompt_api.registry.v1.RegistryService/HoldLease',
+                request_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.HoldLeaseRequest.SerializeToString,
+                response_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.HoldLeaseResponse.FromString,
+                _registered_method=True)
         self.PutBaseModel = channel.unary_unary(
                 '/softprompt_api.registry.v1.RegistryService/PutBaseModel',
                 request_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.PutBaseModelRequest.SerializeToString,
@@ -197,6 +202,16 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def HoldLease(self, request_iterator, context):
+        """HoldLease gives leases to a watcher that says how far it has come, once for each message. While it holds one, what
+        it has taken from WatchAdapters is what there is: no change of what names stand for is acknowledged before it has
+        been taken by every holder, or their leases are over. To end the stream's messages gives a lease back.
+        RESOURCE_EXHAUSTED: too many hold one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PutBaseModel(self, request, context):
         """PutBaseModel tells the registry of a base model that is being served; whoever serves it says so again at least every
         30 seconds. Adapters are checked against it.
@@ -282,6 +297,11 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.WatchAdapters,
                     request_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.WatchAdaptersRequest.FromString,
                     response_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.WatchAdaptersResponse.SerializeToString,
+            ),
+            'HoldLease': grpc.stream_stream_rpc_method_handler(
+                    servicer.HoldLease,
+                    request_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.HoldLeaseRequest.FromString,
+                    response_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.HoldLeaseResponse.SerializeToString,
             ),
             'PutBaseModel': grpc.unary_unary_rpc_method_handler(
                     servicer.PutBaseModel,
@@ -577,6 +597,33 @@ class RegistryService:
             '/softprompt_api.registry.v1.RegistryService/WatchAdapters',
             softprompt__api_dot_registry_dot_v1_dot_registry__pb2.WatchAdaptersRequest.SerializeToString,
             softprompt__api_dot_registry_dot_v1_dot_registry__pb2.WatchAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HoldLease(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/softprompt_api.registry.v1.RegistryService/HoldLease',
+            softprompt__api_dot_registry_dot_v1_dot_registry__pb2.HoldLeaseRequest.SerializeToString,
+            softprompt__api_dot_registry_dot_v1_dot_registry__pb2.HoldLeaseResponse.FromString,
             options,
             channel_credentials,
             insecure,

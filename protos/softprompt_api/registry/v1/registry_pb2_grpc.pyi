@@ -75,6 +75,12 @@ class RegistryServiceStub:
     """WatchAdapters streams every change after a cursor, and a heartbeat at once and every few seconds.
     OUT_OF_RANGE: the cursor is older than what is kept; list again.
     """
+    HoldLease: _grpc.StreamStreamMultiCallable[_registry_pb2.HoldLeaseRequest, _registry_pb2.HoldLeaseResponse]
+    """HoldLease gives leases to a watcher that says how far it has come, once for each message. While it holds one, what
+    it has taken from WatchAdapters is what there is: no change of what names stand for is acknowledged before it has
+    been taken by every holder, or their leases are over. To end the stream's messages gives a lease back.
+    RESOURCE_EXHAUSTED: too many hold one.
+    """
     PutBaseModel: _grpc.UnaryUnaryMultiCallable[_registry_pb2.PutBaseModelRequest, _registry_pb2.PutBaseModelResponse]
     """PutBaseModel tells the registry of a base model that is being served; whoever serves it says so again at least every
     30 seconds. Adapters are checked against it.
@@ -138,6 +144,12 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     WatchAdapters: _aio.UnaryStreamMultiCallable[_registry_pb2.WatchAdaptersRequest, _registry_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
     """WatchAdapters streams every change after a cursor, and a heartbeat at once and every few seconds.
     OUT_OF_RANGE: the cursor is older than what is kept; list again.
+    """
+    HoldLease: _aio.StreamStreamMultiCallable[_registry_pb2.HoldLeaseRequest, _registry_pb2.HoldLeaseResponse]  # type: ignore[assignment]
+    """HoldLease gives leases to a watcher that says how far it has come, once for each message. While it holds one, what
+    it has taken from WatchAdapters is what there is: no change of what names stand for is acknowledged before it has
+    been taken by every holder, or their leases are over. To end the stream's messages gives a lease back.
+    RESOURCE_EXHAUSTED: too many hold one.
     """
     PutBaseModel: _aio.UnaryUnaryMultiCallable[_registry_pb2.PutBaseModelRequest, _registry_pb2.PutBaseModelResponse]  # type: ignore[assignment]
     """PutBaseModel tells the registry of a base model that is being served; whoever serves it says so again at least every
@@ -259,6 +271,18 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_registry_pb2.WatchAdaptersResponse], _abc.AsyncIterator[_registry_pb2.WatchAdaptersResponse]]:
         """WatchAdapters streams every change after a cursor, and a heartbeat at once and every few seconds.
         OUT_OF_RANGE: the cursor is older than what is kept; list again.
+        """
+
+    @_abc_1.abstractmethod
+    def HoldLease(
+        self,
+        request_iterator: _MaybeAsyncIterator[_registry_pb2.HoldLeaseRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_registry_pb2.HoldLeaseResponse], _abc.AsyncIterator[_registry_pb2.HoldLeaseResponse]]:
+        """HoldLease gives leases to a watcher that says how far it has come, once for each message. While it holds one, what
+        it has taken from WatchAdapters is what there is: no change of what names stand for is acknowledged before it has
+        been taken by every holder, or their leases are over. To end the stream's messages gives a lease back.
+        RESOURCE_EXHAUSTED: too many hold one.
         """
 
     @_abc_1.abstractmethod

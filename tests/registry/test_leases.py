@@ -1,0 +1,264 @@
+"""Leases: nobody answers from before a change that was acknowledged."""
+
+import asyncio
+import time
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from softprompt_api.errors import InvalidArgument, Overloaded, Unavailable
+from softprompt_api.registry.v1 import registry_pb2 as pb
+from softprompt_api.rpc.status import from_rpc_error
+from softprompt_registry.server import RegistryServer
+
+LONG_S = 60.0
+SHORT_S = 0.3
+# What is not waited for has happened after so many other calls.
+NUM_OTHER_CALLS = 20
+
+
+class Holder:
+    """Asks for a lease over a stream of its own."""
+
+    def __init__(self, client, name: str) -> None:
+        self._client = client
+        self._name = name
+        self._call = client.stub.HoldLease()
+
+    async def ask(self, cursor: str | None = None) -> float:
+        """For how many seconds it has one, having taken all there is or what is before a cursor."""
+        if cursor is None:
+            cursor = await newest(self._client)
+        try:
+            async with asyncio.timeout(10):
+                await self._call.write(pb.HoldLeaseRequest(holder=self._name, cursor=cursor))
+                answer = await self._call.read()
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        assert isinstance(answer, pb.HoldLeaseResponse)
+        return answer.lease_ms / 1000
+
+    async def give_back(self) -> None:
+        async with asyncio.timeout(10):
+            await self._call.done_writing()
+            assert await self._call.read() is grpc.aio.EOF
+
+    def leave(self) -> None:
+        """As if its process had been killed."""
+        self._call.cancel()
+
+
+async def newest(client) -> str:
+    """The cursor of the newest change."""
+    return (await client.stub.ListAdapters(pb.ListAdaptersRequest())).cursor
+
+
+@pytest.fixture
+def lease_s() -> float:
+    return LONG_S
+
+
+@pytest.fixture
+def settings(settings, lease_s):
+    return settings.model_copy(update={"lease_s": lease_s})
+
+
+@asynccontextmanager
+async def another(settings, connect, **changes):
+    """A client of one more registry over the settings' store."""
+    async with RegistryServer(settings.model_copy(update=changes)) as server:
+        client = connect(server.port)
+        yield client
+        await client.channel.close()
+
+
+async def is_waited_for(client, change) -> bool:
+    """Whether a change that was begun is made, and not acknowledged."""
+    before = await newest(client)
+    task = asyncio.ensure_future(change)
+    async with asyncio.timeout(10):
+        while await newest(client) == before:
+            pass
+    for _ in range(NUM_OTHER_CALLS):
+        await newest(client)
+    return not task.done()
+
+
+async def test_a_lease_is_given_to_who_has_taken_every_change(client, make_adapter):
+    holder = Holder(client, "a")
+    before = await newest(client)
+    assert await holder.ask(before) == LONG_S
+    await holder.give_back()
+    await client.register("tweets", make_adapter())
+    holder = Holder(client, "a")
+    assert await holder.ask(before) == 0
+    assert await holder.ask("9999999999999-0") == 0  # of another store
+    assert await holder.ask() == LONG_S
+    await holder.give_back()
+
+
+async def test_changes_of_what_names_stand_for_wait_for_holders(client, make_adapter):
+    for seed in (1, 2, 3):
+        await client.register("tweets", make_adapter(seed))
+    holders = [Holder(client, name) for name in "ab"]
+    for change in (
+        lambda: client.register("tweets", make_adapter(4)),
+        lambda: client.set_alias("tweets", "prod", 1),
+        lambda: client.set_alias("tweets", "prod", 0),
+        lambda: client.delete("tweets", 2),
+        lambda: client.delete("tweets"),
+    ):
+        for holder in holders:
+            assert await holder.ask() == LONG_S
+        task = asyncio.create_task(change())
+        assert await is_waited_for(client, task)
+        await holders[0].ask()
+        for _ in range(NUM_OTHER_CALLS):
+            await newest(client)
+        assert not task.done()  # one of them is not enough
+        await holders[1].ask()
+        async with asyncio.timeout(10):
+            await task
+
+
+async def test_labels_and_pins_wait_for_nobody(client, make_adapter):
+    await client.register("tweets", make_adapter())
+    holder = Holder(client, "a")
+    await holder.ask()
+    async with asyncio.timeout(10):
+        await client.update("tweets", "pinned", pinned=True)
+
+
+@pytest.mark.parametrize("lease_s", [SHORT_S])
+async def test_who_is_gone_is_waited_for_until_its_lease_is_over(client, make_adapter):
+    holder = Holder(client, "a")
+    asked_s = time.monotonic()
+    assert await holder.ask() == SHORT_S
+    holder.leave()
+    await client.register("tweets", make_adapter())
+    assert time.monotonic() >= asked_s + SHORT_S
+
+
+async def test_what_is_given_back_is_not_waited_for(client, make_adapter):
+    holder = Holder(client, "a")
+    await holder.ask()
+    await holder.give_back()
+    async with asyncio.timeout(10):
+        await client.register("tweets", make_adapter())
+
+
+async def test_a_lease_goes_on_over_another_stream(client, make_adapter):
+    left, other = Holder(client, "a"), Holder(client, "a")
+    await left.ask()
+    left.leave()
+    task = asyncio.create_task(client.register("tweets", make_adapter()))
+    assert await is_waited_for(client, task)
+    await other.ask()
+    async with asyncio.timeout(10):
+        await task
+
+
+@pytest.mark.parametrize("lease_s", [SHORT_S])
+async def test_who_does_not_take_a_change_does_not_keep_it_waiting(client, make_adapter):
+    holder, begun = Holder(client, "a"), await newest(client)
+    await holder.ask(begun)
+    task = asyncio.create_task(client.register("tweets", make_adapter()))
+    async with asyncio.timeout(10):
+        while not task.done():
+            await holder.ask(begun)
+
+
+@pytest.mark.parametrize("lease_s", [0.0])
+async def test_where_no_leases_are_wanted_none_is_given(client, make_adapter):
+    holder = Holder(client, "a")
+    assert await holder.ask() == 0
+    await client.register("tweets", make_adapter())
+
+
+@pytest.mark.parametrize(
+    ("name", "cursor", "field"), [("", "0-0", "holder"), ("x" * 65, "0-0", "holder"), ("a", "x", "cursor")]
+)
+async def test_what_is_no_request_for_a_lease_is_refused(client, name, cursor, field):
+    with pytest.raises(InvalidArgument) as refused:
+        await Holder(client, name).ask(cursor)
+    assert refused.value.field == field
+
+
+async def test_leases_are_bounded(settings, connect):
+    async with another(settings, connect, max_watchers=2) as bounded:
+        holders = [Holder(bounded, name) for name in "ab"]
+        for holder in holders:
+            await holder.ask()
+        with pytest.raises(Overloaded):
+            await Holder(bounded, "c").ask()
+        await holders[0].give_back()
+        assert await Holder(bounded, "c").ask() == LONG_S
+        await holders[1].ask()  # as often as it likes
+
+
+async def test_a_stream_of_leases_ends_when_the_registry_stops(settings, connect):
+    server = RegistryServer(settings)
+    await server.start()
+    client = connect(server.port)
+    call = client.stub.HoldLease()
+    await call.write(pb.HoldLeaseRequest(holder="a", cursor=await newest(client)))
+    await call.read()
+    stopping = asyncio.create_task(server.stop())
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        await call.read()
+    assert isinstance(from_rpc_error(ended.value), Unavailable)
+    await stopping
+    await client.channel.close()
+
+
+@pytest.mark.parametrize("lease_s", [SHORT_S])
+async def test_of_two_registries_none_acknowledges_what_the_others_holders_may_not_know(
+    client, settings, connect, make_adapter
+):
+    async with another(settings, connect) as other:
+        asked_s = time.monotonic()
+        assert await Holder(client, "a").ask() == SHORT_S
+        await other.register("tweets", make_adapter())
+        assert time.monotonic() >= asked_s + SHORT_S
+        assert await Holder(client, "a").ask() == 0  # it has learned of the other
+        asked_s = time.monotonic()
+        assert await Holder(other, "b").ask() == SHORT_S  # which has not learned of it
+        await client.register("tweets", make_adapter())
+        assert time.monotonic() >= asked_s + SHORT_S
+        assert await Holder(other, "b").ask() == 0
+
+
+@pytest.mark.parametrize("lease_s", [SHORT_S])
+@pytest.mark.parametrize("is_claimed_before", [False, True])
+async def test_after_a_registry_was_killed_changes_wait_for_its_holders(
+    client, redis, make_adapter, is_claimed_before
+):
+    await redis.set("sp:leases", f"registry:killed:{2 * int(SHORT_S * 1000)}")
+    begun_s = time.monotonic()
+    if is_claimed_before:
+        assert await Holder(client, "a").ask() == SHORT_S
+    await client.register("tweets", make_adapter())
+    assert time.monotonic() >= begun_s + 2 * SHORT_S
+
+
+async def test_a_registry_that_stops_in_order_keeps_the_next_one_from_waiting(
+    client, settings, connect, redis, make_adapter
+):
+    async with another(settings, connect) as first:
+        holder = Holder(first, "a")
+        assert await holder.ask() == LONG_S
+        await holder.give_back()
+    assert await redis.get("sp:leases") is None
+    async with asyncio.timeout(10):
+        await client.register("tweets", make_adapter())
+
+
+@pytest.mark.parametrize("left", ["held", "another's"])
+async def test_a_registry_that_stops_leaves_the_claim_where_leases_may_be_held(settings, connect, redis, left):
+    async with another(settings, connect) as client:
+        holder = Holder(client, "a")
+        assert await holder.ask() == LONG_S
+        if left == "another's":
+            await holder.give_back()
+            await redis.set("sp:leases", "registry:other:2000")
+    assert await redis.get("sp:leases")
