@@ -1,6 +1,7 @@
 """A tiny model with a real tokenizer, adapters that PEFT wrote for it, a hub on this machine, and certificates."""
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -25,6 +26,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Triton reads this once, when it is first imported, and transformers imports it.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# Libraries are imported, and tests collected, once and for all: the collector would go through it over and over.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is collected, among what tests make."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Native modules count what is never collected as leaks, and say so at the exit."""
+    gc.unfreeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

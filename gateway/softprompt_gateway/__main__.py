@@ -1,7 +1,12 @@
 """`python -m softprompt_gateway`: serve HTTP until SIGTERM or SIGINT."""
 
-import asyncio
 import gc
+
+# What is imported lives as long as the process: the collector would go through it over and over.
+if __name__ == "__main__":
+    gc.disable()
+
+import asyncio
 import socket
 import sys
 
@@ -29,6 +34,7 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
         # What exists now lives as long as the process: the collector need not look at it again.
         gc.collect()
         gc.freeze()
+        gc.enable()
         await server.serve(sockets=[listener])
     finally:
         gc.unfreeze()

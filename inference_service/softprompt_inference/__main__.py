@@ -1,7 +1,12 @@
 """`python -m softprompt_inference`: serve until SIGTERM or SIGINT, then drain."""
 
-import asyncio
 import gc
+
+# What is imported lives as long as the process: the collector would go through it over and over.
+if __name__ == "__main__":
+    gc.disable()
+
+import asyncio
 import sys
 
 from softprompt_api.errors import SoftpromptError
@@ -39,6 +44,7 @@ async def _run(server: InferenceServer) -> None:
     # What exists now lives as long as the process: the collector need not look at it again.
     gc.collect()
     gc.freeze()
+    gc.enable()
     await server.keep_serving()
 
 

@@ -1,7 +1,12 @@
 """`python -m softprompt_registry`: serve until SIGTERM or SIGINT, then drain."""
 
-import asyncio
 import gc
+
+# What is imported lives as long as the process: the collector would go through it over and over.
+if __name__ == "__main__":
+    gc.disable()
+
+import asyncio
 import sys
 
 from softprompt_api.logs import configure_logs
@@ -26,6 +31,7 @@ async def serve(settings: Settings) -> None:
             # What the start has made lives as long as the process: later collections need not look at it.
             gc.collect()
             gc.freeze()
+            gc.enable()
             await stopping
     finally:
         starting.cancel()

@@ -1,5 +1,6 @@
 """`python -m softprompt_inference.engine --fd N --files-fd M`: an engine on the sockets that it inherits."""
 
+import gc
 import logging
 import os
 import sys
@@ -37,7 +38,9 @@ def main() -> None:
 
 
 def _load(config: EngineConfig, report: Callable[[str], None]) -> Runner:
-    # torch takes seconds to import: only now is there somebody to tell.
+    # torch takes seconds to import: only now is there somebody to tell. A fifth of them would be the collector's,
+    # which goes through all that is there over and over; `serve` turns it on when the model is loaded.
+    gc.disable()
     report("importing torch")
     from softprompt_inference.model.runner import load_runner
 

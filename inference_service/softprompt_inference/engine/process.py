@@ -132,6 +132,7 @@ def _start(connection: Connection, load: Load) -> Engine | None:
     # What exists now lives as long as the process: the collector need not look at it again.
     gc.collect()
     gc.freeze()
+    gc.enable()
     connection.send(engine.info)
     return engine
 
