@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -132,30 +132,29 @@ class RegistryClient:
             raise translate("registry", error) from error
 
     @asynccontextmanager
-    async def open_lease(self) -> AsyncIterator[Callable[[str, str], Awaitable[float]]]:
-        """What a holder asks, with the cursor that it has come to: for how long from now on it has a lease; 0: it
-        was given none. What is held at the end is given back."""
+    async def open_lease(self) -> AsyncIterator[Callable[[str], Awaitable[float]]]:
+        """What is asked with the cursor of all changes that were taken: for how long from now on there is a lease.
+
+        0: none was given. With "" it is given back.
+        """
         call = self._stub.HoldLease()
 
-        async def ask_for(holder: str, cursor: str) -> float:
-            async with asyncio.timeout(self._timeout_s):
-                await call.write(registry.HoldLeaseRequest(holder=holder, cursor=cursor))
-                answer = await call.read()
+        async def ask_for(cursor: str) -> float:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await call.write(registry.HoldLeaseRequest(cursor=cursor))
+                    answer = await call.read()
+            except grpc.aio.AioRpcError as error:
+                raise translate("registry", error) from error
+            except (TimeoutError, asyncio.InvalidStateError) as error:
+                raise Unavailable("the registry does not answer") from error
             if not isinstance(answer, registry.HoldLeaseResponse):
                 raise Unavailable("the registry ended the stream")
             return answer.lease_ms / 1000
 
         try:
             yield ask_for
-        except grpc.aio.AioRpcError as error:
-            raise translate("registry", error) from error
-        except (TimeoutError, asyncio.InvalidStateError) as error:
-            raise Unavailable("the registry does not answer") from error
         finally:
-            with suppress(grpc.aio.AioRpcError, TimeoutError, asyncio.InvalidStateError):
-                async with asyncio.timeout(_QUICK_TIMEOUT_S):
-                    await call.done_writing()
-                    await call.read()
             call.cancel()
 
     def open_upload(self) -> UploadCall:

@@ -4,9 +4,9 @@ The registry acknowledges no change before this gateway has taken it, or its lea
 """
 
 import asyncio
+import contextlib
 import math
 import time
-from uuid import uuid4
 
 import structlog
 from softprompt_api.errors import SoftpromptError
@@ -34,7 +34,6 @@ class Lease:
     def __init__(self, catalog: Catalog, registry: RegistryClient) -> None:
         self._catalog = catalog
         self._registry = registry
-        self._holder = uuid4().hex
         self._until_s = -math.inf
         self._used_s = -math.inf
         self._is_used = asyncio.Event()
@@ -62,13 +61,16 @@ class Lease:
                 while _now_s() - self._used_s < _IDLE_S:
                     lease_s, asked_s, cursor = 0.0, _now_s(), self._catalog.cursor
                     if cursor:  # it has been listed
-                        lease_s = await ask(self._holder, cursor)
+                        lease_s = await ask(cursor)
                     if lease_s:
                         self._until_s = asked_s + lease_s * _MARGIN
                     await self._catalog.move(cursor, patience_s=lease_s / _RENEWALS or _PAUSE_S)
                 self._is_used.clear()
             finally:
                 self._until_s = -math.inf  # before the registry is told
+                with contextlib.suppress(SoftpromptError, TimeoutError):
+                    async with asyncio.timeout(_PAUSE_S):
+                        await ask("")
 
 
 def _now_s() -> float:

@@ -7,23 +7,12 @@ D. Cheriton, "Leases: an efficient fault-tolerant mechanism for distributed file
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
-from softprompt_api.errors import InvalidArgument, Overloaded
+from softprompt_api.errors import Overloaded
 
 from softprompt_registry.claim import Claim
 from softprompt_registry.events import EventLog, Position, position_of
 from softprompt_registry.stopping import Stopping
-
-_MAX_ID = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Taken:
-    """A holder has taken every change up to a cursor."""
-
-    holder: str
-    cursor: str
 
 
 class Leases:
@@ -41,25 +30,26 @@ class Leases:
         self._stopping = stopping
         self._lease_s = lease_s
         self._max_holders = max_holders
-        self._holders: dict[str, _Holder] = {}
+        self._holders: list[_Holder] = []
 
-    async def hold(self, messages: AsyncIterator[Taken]) -> AsyncIterator[float]:
-        """For each message, for how long from when it was sent its holder has a lease; 0: it was given none now.
+    async def hold(self, cursors: AsyncIterator[str]) -> AsyncIterator[float]:
+        """For how long, since it sent a cursor up to which it has taken all changes, somebody has a lease.
+
+        0: it was given none now. With "" it gives back what it has.
 
         Raises:
             Overloaded: too many hold one.
             Unavailable: the registry stops, or the store is away.
         """
-        holder: _Holder | None = None
+        holder = _Holder()
         while True:
             try:
-                taken = await self._stopping.or_else(anext(messages))
-            except StopAsyncIteration:  # and not where the link broke: then it may believe in its lease
-                if holder is not None:
-                    holder.hold_until(0.0)
+                cursor = await self._stopping.or_else(anext(cursors))
+            except StopAsyncIteration:  # or the link broke, which looks the same: it may believe in its lease
                 return
-            holder = self._holder(taken.holder)
-            yield await self._give(holder, position_of(taken.cursor)) if self._lease_s else 0.0
+            if not cursor:
+                holder.hold_until(0.0)
+            yield await self._give(holder, position_of(cursor)) if cursor and self._lease_s else 0.0
 
     async def settle(self) -> None:
         """Return once nobody answers from before a change that was made before this call."""
@@ -76,35 +66,31 @@ class Leases:
 
     async def _give(self, holder: "_Holder", taken: Position) -> float:
         asked_s = time.monotonic()
+        if holder not in self._holders:
+            self._add(holder)
         holder.take(taken)
         # From here on changes wait for it; those that were made before are looked for now.
         before_s = holder.until_s
         holder.hold_until(asked_s + self._lease_s)
         is_given = False
         try:
-            newest = position_of(await self._events.position())
+            # In this order: who finds no claim waits for nobody, so what it has changed is looked for after that.
             # A cursor that is ahead is of another store.
-            is_given = taken == newest and await self._claim.holds()
+            is_given = await self._claim.holds() and taken == position_of(await self._events.position())
         finally:
             if not is_given:
                 holder.hold_until(before_s)
         return self._lease_s if is_given else 0.0
 
-    def _holder(self, name: str) -> "_Holder":
-        if (holder := self._holders.get(name)) is not None:
-            return holder
-        if not 1 <= len(name) <= _MAX_ID:
-            raise InvalidArgument(f"holder must have 1 to {_MAX_ID} characters", field="holder")
-        held = self._held()
-        if len(held) >= self._max_holders:
-            raise Overloaded(f"{len(held)} leases are held, as many as are allowed")
-        holder = _Holder()
-        self._holders = {name: one for name, one in self._holders.items() if one in held} | {name: holder}
-        return holder
+    def _add(self, holder: "_Holder") -> None:
+        self._holders = self._held()
+        if len(self._holders) >= self._max_holders:
+            raise Overloaded(f"{len(self._holders)} leases are held, as many as are allowed")
+        self._holders.append(holder)
 
     def _held(self) -> "list[_Holder]":
         now_s = time.monotonic()
-        return [holder for holder in self._holders.values() if holder.until_s > now_s]
+        return [holder for holder in self._holders if holder.until_s > now_s]
 
 
 class _Holder:

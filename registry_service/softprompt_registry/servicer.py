@@ -28,7 +28,6 @@ from softprompt_registry.convert import (
     update_from,
     version_to,
 )
-from softprompt_registry.leases import Taken
 from softprompt_registry.registry import Registry
 from softprompt_registry.uploads import Piece
 
@@ -143,7 +142,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
     async def HoldLease(
         self, request_iterator: AsyncIterator[pb.HoldLeaseRequest], context: Context
     ) -> AsyncIterator[pb.HoldLeaseResponse]:
-        async for lease_s in self._registry.leases.hold(_taken(request_iterator)):
+        async for lease_s in self._registry.leases.hold(_cursors(request_iterator)):
             yield pb.HoldLeaseResponse(lease_ms=int(lease_s * 1000))
 
     async def PutBaseModel(self, request: pb.PutBaseModelRequest, context: Context) -> pb.PutBaseModelResponse:
@@ -200,9 +199,9 @@ async def _drain(requests: AsyncIterator[pb.RegisterAdapterRequest]) -> None:
                 await asyncio.wait_for(anext(requests), _MAX_DRAIN_IDLE_S)
 
 
-async def _taken(requests: AsyncIterator[pb.HoldLeaseRequest]) -> AsyncIterator[Taken]:
+async def _cursors(requests: AsyncIterator[pb.HoldLeaseRequest]) -> AsyncIterator[str]:
     async for request in requests:
-        yield Taken(holder=request.holder, cursor=request.cursor)
+        yield request.cursor
 
 
 async def _pieces(requests: AsyncIterator[pb.RegisterAdapterRequest]) -> AsyncIterator[Piece]:

@@ -467,7 +467,7 @@ class FakeRegistry(RegistryServiceServicer):
         answers: set while questions for a version are answered; `asked` are those that came.
         watches: how many watches have begun.
         lease_s: for how long a lease holds that is given to whoever has taken every change; changes do not wait.
-        leases: how many were given; `given_back` streams of them were ended by the gateway.
+        leases: how many were given; `given_back` how often one was.
         keys: the API keys.
     """
 
@@ -715,14 +715,14 @@ class FakeRegistry(RegistryServiceServicer):
         self.check()
         async for request in request_iterator:
             self.check()
+            async with self.changed:
+                self.given_back += not request.cursor
+                self.changed.notify_all()
             is_given = request.cursor == str(len(self.log)) and not self.silent and self.lease_s > 0
             yield reg.HoldLeaseResponse(lease_ms=int(self.lease_s * 1000) if is_given else 0)
             async with self.changed:
                 self.leases += is_given
                 self.changed.notify_all()
-        async with self.changed:
-            self.given_back += 1
-            self.changed.notify_all()
 
     async def until(self, holds: Callable[["FakeRegistry"], bool]) -> None:
         """Wait until something holds of leases."""

@@ -135,10 +135,12 @@ class _Registry:
         self.ends = 0
 
     @asynccontextmanager
-    async def open_lease(self) -> AsyncIterator[Callable[[str, str], Awaitable[float]]]:
-        async def ask(_holder: str, cursor: str) -> float:
+    async def open_lease(self) -> AsyncIterator[Callable[[str], Awaitable[float]]]:
+        async def ask(cursor: str) -> float:
             self.cursors.append(cursor)
             self.asked.set()
+            if not cursor:
+                return 0.0
             await self.given.acquire()
             if cursor == "broken":
                 raise Unavailable("away")
@@ -205,12 +207,12 @@ async def test_a_lease_that_nobody_uses_is_given_back(clock: _Clock) -> None:
     clock.now_s += 31
     catalog.take("2")
     await _turns()
-    assert (registry.ends, registry.cursors) == (1, ["1"])
+    assert (registry.ends, registry.cursors) == (1, ["1", ""])
     clock.now_s += 1
     registry.given.release()
     assert not lease.is_held()  # and it is wanted again
     await _turns()
-    assert registry.cursors == ["1", "2"]
+    assert registry.cursors == ["1", "", "2"]
     assert lease.is_held()
     await stop(running)
 

@@ -9,7 +9,11 @@ import pytest
 from softprompt_api.errors import InvalidArgument, Overloaded, Unavailable
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.rpc.status import from_rpc_error
+from softprompt_registry.claim import Claim
+from softprompt_registry.events import EventLog
+from softprompt_registry.leases import Leases
 from softprompt_registry.server import RegistryServer
+from softprompt_registry.stopping import Stopping
 
 LONG_S = 60.0
 SHORT_S = 0.3
@@ -20,9 +24,8 @@ NUM_OTHER_CALLS = 20
 class Holder:
     """Asks for a lease over a stream of its own."""
 
-    def __init__(self, client, name: str) -> None:
+    def __init__(self, client) -> None:
         self._client = client
-        self._name = name
         self._call = client.stub.HoldLease()
 
     async def ask(self, cursor: str | None = None) -> float:
@@ -31,7 +34,7 @@ class Holder:
             cursor = await newest(self._client)
         try:
             async with asyncio.timeout(10):
-                await self._call.write(pb.HoldLeaseRequest(holder=self._name, cursor=cursor))
+                await self._call.write(pb.HoldLeaseRequest(cursor=cursor))
                 answer = await self._call.read()
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
@@ -39,6 +42,10 @@ class Holder:
         return answer.lease_ms / 1000
 
     async def give_back(self) -> None:
+        assert await self.ask("") == 0
+
+    async def end(self) -> None:
+        """End the stream in order."""
         async with asyncio.timeout(10):
             await self._call.done_writing()
             assert await self._call.read() is grpc.aio.EOF
@@ -85,12 +92,12 @@ async def is_waited_for(client, change) -> bool:
 
 
 async def test_a_lease_is_given_to_who_has_taken_every_change(client, make_adapter):
-    holder = Holder(client, "a")
+    holder = Holder(client)
     before = await newest(client)
     assert await holder.ask(before) == LONG_S
     await holder.give_back()
     await client.register("tweets", make_adapter())
-    holder = Holder(client, "a")
+    holder = Holder(client)
     assert await holder.ask(before) == 0
     assert await holder.ask("9999999999999-0") == 0  # of another store
     assert await holder.ask() == LONG_S
@@ -100,7 +107,7 @@ async def test_a_lease_is_given_to_who_has_taken_every_change(client, make_adapt
 async def test_changes_of_what_names_stand_for_wait_for_holders(client, make_adapter):
     for seed in (1, 2, 3):
         await client.register("tweets", make_adapter(seed))
-    holders = [Holder(client, name) for name in "ab"]
+    holders = [Holder(client) for _ in "ab"]
     for change in (
         lambda: client.register("tweets", make_adapter(4)),
         lambda: client.set_alias("tweets", "prod", 1),
@@ -123,44 +130,37 @@ async def test_changes_of_what_names_stand_for_wait_for_holders(client, make_ada
 
 async def test_labels_and_pins_wait_for_nobody(client, make_adapter):
     await client.register("tweets", make_adapter())
-    holder = Holder(client, "a")
+    holder = Holder(client)
     await holder.ask()
     async with asyncio.timeout(10):
         await client.update("tweets", "pinned", pinned=True)
 
 
 @pytest.mark.parametrize("lease_s", [SHORT_S])
-async def test_who_is_gone_is_waited_for_until_its_lease_is_over(client, make_adapter):
-    holder = Holder(client, "a")
+@pytest.mark.parametrize("is_killed", [True, False])
+async def test_who_is_gone_is_waited_for_until_its_lease_is_over(client, make_adapter, is_killed):
+    holder = Holder(client)
     asked_s = time.monotonic()
     assert await holder.ask() == SHORT_S
-    holder.leave()
+    if is_killed:
+        holder.leave()
+    else:
+        await holder.end()
     await client.register("tweets", make_adapter())
     assert time.monotonic() >= asked_s + SHORT_S
 
 
 async def test_what_is_given_back_is_not_waited_for(client, make_adapter):
-    holder = Holder(client, "a")
+    holder = Holder(client)
     await holder.ask()
     await holder.give_back()
     async with asyncio.timeout(10):
         await client.register("tweets", make_adapter())
 
 
-async def test_a_lease_goes_on_over_another_stream(client, make_adapter):
-    left, other = Holder(client, "a"), Holder(client, "a")
-    await left.ask()
-    left.leave()
-    task = asyncio.create_task(client.register("tweets", make_adapter()))
-    assert await is_waited_for(client, task)
-    await other.ask()
-    async with asyncio.timeout(10):
-        await task
-
-
 @pytest.mark.parametrize("lease_s", [SHORT_S])
 async def test_who_does_not_take_a_change_does_not_keep_it_waiting(client, make_adapter):
-    holder, begun = Holder(client, "a"), await newest(client)
+    holder, begun = Holder(client), await newest(client)
     await holder.ask(begun)
     task = asyncio.create_task(client.register("tweets", make_adapter()))
     async with asyncio.timeout(10):
@@ -170,29 +170,26 @@ async def test_who_does_not_take_a_change_does_not_keep_it_waiting(client, make_
 
 @pytest.mark.parametrize("lease_s", [0.0])
 async def test_where_no_leases_are_wanted_none_is_given(client, make_adapter):
-    holder = Holder(client, "a")
+    holder = Holder(client)
     assert await holder.ask() == 0
     await client.register("tweets", make_adapter())
 
 
-@pytest.mark.parametrize(
-    ("name", "cursor", "field"), [("", "0-0", "holder"), ("x" * 65, "0-0", "holder"), ("a", "x", "cursor")]
-)
-async def test_what_is_no_request_for_a_lease_is_refused(client, name, cursor, field):
+async def test_what_is_no_cursor_is_refused(client):
     with pytest.raises(InvalidArgument) as refused:
-        await Holder(client, name).ask(cursor)
-    assert refused.value.field == field
+        await Holder(client).ask("x")
+    assert refused.value.field == "cursor"
 
 
 async def test_leases_are_bounded(settings, connect):
     async with another(settings, connect, max_watchers=2) as bounded:
-        holders = [Holder(bounded, name) for name in "ab"]
+        holders = [Holder(bounded) for _ in "ab"]
         for holder in holders:
             await holder.ask()
         with pytest.raises(Overloaded):
-            await Holder(bounded, "c").ask()
+            await Holder(bounded).ask()
         await holders[0].give_back()
-        assert await Holder(bounded, "c").ask() == LONG_S
+        assert await Holder(bounded).ask() == LONG_S
         await holders[1].ask()  # as often as it likes
 
 
@@ -201,7 +198,7 @@ async def test_a_stream_of_leases_ends_when_the_registry_stops(settings, connect
     await server.start()
     client = connect(server.port)
     call = client.stub.HoldLease()
-    await call.write(pb.HoldLeaseRequest(holder="a", cursor=await newest(client)))
+    await call.write(pb.HoldLeaseRequest(cursor=await newest(client)))
     await call.read()
     stopping = asyncio.create_task(server.stop())
     with pytest.raises(grpc.aio.AioRpcError) as ended:
@@ -217,15 +214,15 @@ async def test_of_two_registries_none_acknowledges_what_the_others_holders_may_n
 ):
     async with another(settings, connect) as other:
         asked_s = time.monotonic()
-        assert await Holder(client, "a").ask() == SHORT_S
+        assert await Holder(client).ask() == SHORT_S
         await other.register("tweets", make_adapter())
         assert time.monotonic() >= asked_s + SHORT_S
-        assert await Holder(client, "a").ask() == 0  # it has learned of the other
+        assert await Holder(client).ask() == 0  # it has learned of the other
         asked_s = time.monotonic()
-        assert await Holder(other, "b").ask() == SHORT_S  # which has not learned of it
+        assert await Holder(other).ask() == SHORT_S  # which has not learned of it
         await client.register("tweets", make_adapter())
         assert time.monotonic() >= asked_s + SHORT_S
-        assert await Holder(other, "b").ask() == 0
+        assert await Holder(other).ask() == 0
 
 
 @pytest.mark.parametrize("lease_s", [SHORT_S])
@@ -236,7 +233,7 @@ async def test_after_a_registry_was_killed_changes_wait_for_its_holders(
     await redis.set("sp:leases", f"registry:killed:{2 * int(SHORT_S * 1000)}")
     begun_s = time.monotonic()
     if is_claimed_before:
-        assert await Holder(client, "a").ask() == SHORT_S
+        assert await Holder(client).ask() == SHORT_S
     await client.register("tweets", make_adapter())
     assert time.monotonic() >= begun_s + 2 * SHORT_S
 
@@ -245,7 +242,7 @@ async def test_a_registry_that_stops_in_order_keeps_the_next_one_from_waiting(
     client, settings, connect, redis, make_adapter
 ):
     async with another(settings, connect) as first:
-        holder = Holder(first, "a")
+        holder = Holder(first)
         assert await holder.ask() == LONG_S
         await holder.give_back()
     assert await redis.get("sp:leases") is None
@@ -256,9 +253,28 @@ async def test_a_registry_that_stops_in_order_keeps_the_next_one_from_waiting(
 @pytest.mark.parametrize("left", ["held", "another's"])
 async def test_a_registry_that_stops_leaves_the_claim_where_leases_may_be_held(settings, connect, redis, left):
     async with another(settings, connect) as client:
-        holder = Holder(client, "a")
+        holder = Holder(client)
         assert await holder.ask() == LONG_S
         if left == "another's":
             await holder.give_back()
             await redis.set("sp:leases", "registry:other:2000")
     assert await redis.get("sp:leases")
+
+
+async def test_a_change_that_another_registry_makes_while_a_lease_is_claimed_is_looked_for(
+    client, redis, make_adapter
+):
+    begun = await newest(client)
+
+    class Claiming(Claim):
+        async def holds(self) -> bool:
+            await client.register("tweets", make_adapter())  # acknowledged: there is no claim yet
+            return await super().holds()
+
+    claim = Claiming(redis, lease_s=LONG_S)
+    leases = Leases(EventLog(redis, redis), claim, Stopping(), lease_s=LONG_S, max_holders=1)
+
+    async def cursors():
+        yield begun
+
+    assert [lease_s async for lease_s in leases.hold(cursors())] == [0.0]

@@ -1175,21 +1175,19 @@ class HoldLeaseRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    HOLDER_FIELD_NUMBER: _builtins.int
     CURSOR_FIELD_NUMBER: _builtins.int
-    holder: _builtins.str
-    """Who holds it: 1 to 64 random characters of the watcher's own, the same on every stream."""
     cursor: _builtins.str
-    """The holder has taken every change up to here; of WatchAdaptersResponse or ListAdaptersResponse."""
+    """The holder has taken every change up to here; of WatchAdaptersResponse or ListAdaptersResponse. Empty: it gives its
+    lease back.
+    """
     def __init__(
         self,
         *,
-        holder: _builtins.str = ...,
         cursor: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "holder", b"holder"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -203,9 +203,9 @@ class RegistryServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def HoldLease(self, request_iterator, context):
-        """HoldLease gives leases to a watcher that says how far it has come, once for each message. While it holds one, what
+        """HoldLease gives a watcher that says how far it has come a lease, once for each message. While it holds one, what
         it has taken from WatchAdapters is what there is: no change of what names stand for is acknowledged before it has
-        been taken by every holder, or their leases are over. To end the stream's messages gives a lease back.
+        been taken by every holder, or their leases are over. The end of a stream ends no lease: its client may live.
         RESOURCE_EXHAUSTED: too many hold one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -76,9 +76,9 @@ class RegistryServiceStub:
     OUT_OF_RANGE: the cursor is older than what is kept; list again.
     """
     HoldLease: _grpc.StreamStreamMultiCallable[_registry_pb2.HoldLeaseRequest, _registry_pb2.HoldLeaseResponse]
-    """HoldLease gives leases to a watcher that says how far it has come, once for each message. While it holds one, what
+    """HoldLease gives a watcher that says how far it has come a lease, once for each message. While it holds one, what
     it has taken from WatchAdapters is what there is: no change of what names stand for is acknowledged before it has
-    been taken by every holder, or their leases are over. To end the stream's messages gives a lease back.
+    been taken by every holder, or their leases are over. The end of a stream ends no lease: its client may live.
     RESOURCE_EXHAUSTED: too many hold one.
     """
     PutBaseModel: _grpc.UnaryUnaryMultiCallable[_registry_pb2.PutBaseModelRequest, _registry_pb2.PutBaseModelResponse]
@@ -146,9 +146,9 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     OUT_OF_RANGE: the cursor is older than what is kept; list again.
     """
     HoldLease: _aio.StreamStreamMultiCallable[_registry_pb2.HoldLeaseRequest, _registry_pb2.HoldLeaseResponse]  # type: ignore[assignment]
-    """HoldLease gives leases to a watcher that says how far it has come, once for each message. While it holds one, what
+    """HoldLease gives a watcher that says how far it has come a lease, once for each message. While it holds one, what
     it has taken from WatchAdapters is what there is: no change of what names stand for is acknowledged before it has
-    been taken by every holder, or their leases are over. To end the stream's messages gives a lease back.
+    been taken by every holder, or their leases are over. The end of a stream ends no lease: its client may live.
     RESOURCE_EXHAUSTED: too many hold one.
     """
     PutBaseModel: _aio.UnaryUnaryMultiCallable[_registry_pb2.PutBaseModelRequest, _registry_pb2.PutBaseModelResponse]  # type: ignore[assignment]
@@ -279,9 +279,9 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_registry_pb2.HoldLeaseRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_registry_pb2.HoldLeaseResponse], _abc.AsyncIterator[_registry_pb2.HoldLeaseResponse]]:
-        """HoldLease gives leases to a watcher that says how far it has come, once for each message. While it holds one, what
+        """HoldLease gives a watcher that says how far it has come a lease, once for each message. While it holds one, what
         it has taken from WatchAdapters is what there is: no change of what names stand for is acknowledged before it has
-        been taken by every holder, or their leases are over. To end the stream's messages gives a lease back.
+        been taken by every holder, or their leases are over. The end of a stream ends no lease: its client may live.
         RESOURCE_EXHAUSTED: too many hold one.
         """
 
