@@ -131,14 +131,12 @@ class _Registry:
         self._clock = clock
         self.cursors: list[str] = []
         self.given = asyncio.Semaphore(0)
-        self.asked = asyncio.Event()
         self.ends = 0
 
     @asynccontextmanager
     async def open_lease(self) -> AsyncIterator[Callable[[str], Awaitable[float]]]:
         async def ask(cursor: str) -> float:
             self.cursors.append(cursor)
-            self.asked.set()
             if not cursor:
                 return 0.0
             await self.given.acquire()
@@ -158,18 +156,27 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
     return clock
 
 
+@pytest.fixture
+async def held(clock: _Clock) -> AsyncIterator[tuple[Catalog, _Registry, Lease]]:
+    """A lease that is kept up, and wanted; nothing has been listed."""
+    catalog, registry = Catalog(), _Registry(clock)
+    lease = Lease(catalog, cast(RegistryClient, registry))
+    running = asyncio.create_task(lease.run())
+    assert not lease.is_held()  # and it is wanted from now on
+    await _turns()
+    yield catalog, registry, lease
+    await stop(running)
+
+
 async def _turns() -> None:
     for _ in range(20):
         await asyncio.sleep(0)
 
 
-async def test_a_lease_counts_from_when_it_was_asked_for_and_ends_early(clock: _Clock) -> None:
-    catalog, registry = Catalog(), _Registry(clock)
-    lease = Lease(catalog, cast(RegistryClient, registry))
-    running = asyncio.create_task(lease.run())
+async def test_a_lease_counts_from_when_it_was_asked_for_and_ends_early(held: Any, clock: _Clock) -> None:
+    catalog, registry, lease = held
     catalog.take("1")
-    assert not lease.is_held()  # and it is wanted from now on
-    await registry.asked.wait()
+    await _turns()
     assert not lease.is_held()
     registry.given.release()
     await _turns()
@@ -178,51 +185,37 @@ async def test_a_lease_counts_from_when_it_was_asked_for_and_ends_early(clock: _
     assert lease.is_held()
     clock.now_s = 1001.81
     assert not lease.is_held()
-    await stop(running)
 
 
-async def test_a_change_that_was_taken_is_told_at_once(clock: _Clock) -> None:
-    catalog, registry = Catalog(), _Registry(clock)
-    lease = Lease(catalog, cast(RegistryClient, registry))
-    running = asyncio.create_task(lease.run())
-    lease.is_held()
-    await _turns()
+async def test_a_change_that_was_taken_is_told_at_once(held: Any) -> None:
+    catalog, registry, _ = held
     assert registry.cursors == []  # nothing has been listed
     for cursor in "12":
         catalog.take(cursor)
         registry.given.release()
         await _turns()
     assert registry.cursors == ["1", "2"]
-    await stop(running)
 
 
-async def test_a_lease_that_nobody_uses_is_given_back(clock: _Clock) -> None:
-    catalog, registry = Catalog(), _Registry(clock)
-    lease = Lease(catalog, cast(RegistryClient, registry))
-    running = asyncio.create_task(lease.run())
+async def test_a_lease_that_nobody_uses_is_given_back(held: Any, clock: _Clock) -> None:
+    catalog, registry, lease = held
     catalog.take("1")
-    lease.is_held()
     registry.given.release()
     await _turns()
     clock.now_s += 31
     catalog.take("2")
     await _turns()
     assert (registry.ends, registry.cursors) == (1, ["1", ""])
-    clock.now_s += 1
     registry.given.release()
     assert not lease.is_held()  # and it is wanted again
     await _turns()
     assert registry.cursors == ["1", "", "2"]
     assert lease.is_held()
-    await stop(running)
 
 
-async def test_a_stream_that_breaks_leaves_no_lease(clock: _Clock) -> None:
-    catalog, registry = Catalog(), _Registry(clock)
-    lease = Lease(catalog, cast(RegistryClient, registry))
-    running = asyncio.create_task(lease.run())
+async def test_a_stream_that_breaks_leaves_no_lease(held: Any) -> None:
+    catalog, registry, lease = held
     catalog.take("1")
-    lease.is_held()
     registry.given.release()
     await _turns()
     assert lease.is_held()
@@ -230,4 +223,3 @@ async def test_a_stream_that_breaks_leaves_no_lease(clock: _Clock) -> None:
     registry.given.release()
     await _turns()
     assert not lease.is_held()
-    await stop(running)
