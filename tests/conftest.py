@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from safetensors.numpy import save
+from softprompt_api.garbage import start_collecting
 
 MakeAdapter = Callable[..., Path]
 
@@ -34,9 +35,7 @@ gc.disable()
 
 def pytest_collection_finish() -> None:
     """From here on garbage is collected, among what tests make."""
-    gc.collect()
-    gc.freeze()
-    gc.enable()
+    start_collecting()
 
 
 def pytest_unconfigure() -> None:

@@ -10,6 +10,7 @@ import asyncio
 import socket
 import sys
 
+from softprompt_api.garbage import start_collecting
 from softprompt_api.logs import configure_logs
 from softprompt_api.open_files import allow_many
 from softprompt_api.tracing import open_tracer
@@ -31,10 +32,7 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
         admission = Admission(settings.max_requests)
         config = uvicorn_config(make_app(settings, clients, admission, tracer), settings)
         server = GracefulServer(config, admission, grace_s=settings.grace_s)
-        # What exists now lives as long as the process: the collector need not look at it again.
-        gc.collect()
-        gc.freeze()
-        gc.enable()
+        start_collecting()
         await server.serve(sockets=[listener])
     finally:
         gc.unfreeze()

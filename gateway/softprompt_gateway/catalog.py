@@ -105,7 +105,7 @@ class Catalog:
             self.cursor = cursor
             self._has_moved.set()
 
-    async def move(self, cursor: str, *, patience_s: float) -> None:
+    async def wait_beyond(self, cursor: str, *, patience_s: float) -> None:
         """Return when other changes than those up to here are known, or the patience has ended."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
@@ -171,7 +171,7 @@ class Catalog:
     def apply(self, event: WatchAdaptersResponse) -> bool:
         """Take one event; return whether the latest version of its name must be asked for."""
         if event.type in _TOLD_WHOLE:
-            if not event.adapter.digest:  # deleted since, or damaged: what its aliases were is not what they are
+            if not event.adapter.digest:  # it cannot be read: what its aliases were is not what they are
                 self.forget(event.adapter.name)
                 return True
             self.learn(event.adapter)

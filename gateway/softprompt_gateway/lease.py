@@ -64,7 +64,7 @@ class Lease:
                         lease_s = await ask(cursor)
                     if lease_s:
                         self._until_s = asked_s + lease_s * _MARGIN
-                    await self._catalog.move(cursor, patience_s=lease_s / _RENEWALS or _PAUSE_S)
+                    await self._catalog.wait_beyond(cursor, patience_s=lease_s / _RENEWALS or _PAUSE_S)
                 self._is_used.clear()
             finally:
                 self._until_s = -math.inf  # before the registry is told

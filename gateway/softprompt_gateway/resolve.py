@@ -260,7 +260,7 @@ class Resolver:
     async def _current(self, caller: Caller, ref: AdapterRef) -> AdapterVersion:
         whole = caller.own(ref)
         # As in `known`, digests are asked for.
-        if self.knows_all() and not whole.digest and (sure := self._catalog.find(whole)) is not None:
+        if not whole.digest and self.knows_all() and (sure := self._catalog.find(whole)) is not None:
             return sure
         if self._looking is not None and not self._looking.done():
             known = self._catalog.find(whole, caller.may_use)

@@ -10,6 +10,7 @@ import asyncio
 import sys
 
 from softprompt_api.errors import SoftpromptError
+from softprompt_api.garbage import start_collecting
 from softprompt_api.logs import configure_logs
 from softprompt_api.rpc.server import wait_for_stop_signal
 from softprompt_api.tracing import open_tracer
@@ -41,10 +42,7 @@ async def serve(settings: Settings) -> None:
 
 async def _run(server: InferenceServer) -> None:
     await server.start()
-    # What exists now lives as long as the process: the collector need not look at it again.
-    gc.collect()
-    gc.freeze()
-    gc.enable()
+    start_collecting()
     await server.keep_serving()
 
 

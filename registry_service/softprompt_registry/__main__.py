@@ -9,6 +9,7 @@ if __name__ == "__main__":
 import asyncio
 import sys
 
+from softprompt_api.garbage import start_collecting
 from softprompt_api.logs import configure_logs
 from softprompt_api.rpc.server import wait_for_stop_signal
 from softprompt_api.tracing import open_tracer
@@ -28,10 +29,7 @@ async def serve(settings: Settings) -> None:
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             await starting
-            # What the start has made lives as long as the process: later collections need not look at it.
-            gc.collect()
-            gc.freeze()
-            gc.enable()
+            start_collecting()
             await stopping
     finally:
         starting.cancel()

@@ -49,11 +49,11 @@ class Claim:
                 _log.warning("another registry serves this store: gateways will ask for each name")
             self._is_lost = True
             return False
-        self._was_made = True
         claimed = f"{self._own}:{max(self._lease_ms, _milliseconds(found))}"
         is_first = not found and await self._write(claimed, only_first=True)
         if not is_first:
             await self._write(claimed)
+        self._was_made = True  # a store that was away may be asked again
         self._note(claimed, is_first=is_first)
         return True
 

@@ -22,8 +22,8 @@ class Change:
     Attributes:
         cursor: watch from here to continue.
         event: what happened; None: nothing, the stream is alive.
-        version: the whole version, for REGISTERED, ALIAS_SET and UPDATED; None where it was deleted since, or
-            cannot be read: watchers must not go on with what they know.
+        version: the whole version, for REGISTERED, ALIAS_SET and UPDATED; None where it cannot be read: watchers
+            must not go on with what they know.
         key: the whole key, for KEY_CREATED.
     """
 
@@ -92,14 +92,19 @@ class Watching:
         told_whole = [event for event in events if event.type in _TOLD_WHOLE]
         found = await self._store.find_ids([event.id for event in told_whole]) if told_whole else []
         versions = {event.cursor: version for event, version in zip(told_whole, found, strict=True)}
-        keys = {event.cursor: await self._key(event) for event in events if event.type is EventType.KEY_CREATED}
+        lacking = [event for event in told_whole if versions[event.cursor] is None]
+        are_there = await self._store.are_there([event.id for event in lacking]) if lacking else []
+        deleted = {event.cursor for event, is_there in zip(lacking, are_there, strict=True) if not is_there}
+        created = [event for event in events if event.type is EventType.KEY_CREATED]
+        keys = {event.cursor: await self._key(event) for event in created}
+        # Without what was deleted since, which a later event says, and keys that are revoked or cannot be read.
+        untold = deleted | {cursor for cursor, key in keys.items() if key is None}
         return [
             Change(
                 cursor=event.cursor, event=event, version=versions.get(event.cursor), key=keys.get(event.cursor)
             )
             for event in events
-            # Without keys that were revoked since, which a later event says, or that cannot be read.
-            if keys.get(event.cursor, event)
+            if event.cursor not in untold
         ]
 
     async def _key(self, event: Event) -> ApiKey | None:

@@ -151,9 +151,9 @@ def test_a_version_that_cannot_be_told_takes_all_of_its_name_along() -> None:
 async def test_it_moves_with_the_changes_that_are_taken() -> None:
     catalog = Catalog()
     catalog.take("1-0")
-    await catalog.move("", patience_s=60)
-    await catalog.move("1-0", patience_s=0)
-    moving = asyncio.create_task(catalog.move("1-0", patience_s=60))
+    await catalog.wait_beyond("", patience_s=60)
+    await catalog.wait_beyond("1-0", patience_s=0)
+    moving = asyncio.create_task(catalog.wait_beyond("1-0", patience_s=60))
     for cursor in ("1-0", "2-0"):  # a heartbeat, and a change
         assert not moving.done()
         catalog.take(cursor)

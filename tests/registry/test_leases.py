@@ -3,9 +3,11 @@
 import asyncio
 import time
 from contextlib import asynccontextmanager
+from unittest.mock import AsyncMock
 
 import grpc
 import pytest
+import redis.exceptions as redis_errors
 from softprompt_api.errors import InvalidArgument, Overloaded, Unavailable
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.rpc.status import from_rpc_error
@@ -236,6 +238,15 @@ async def test_after_a_registry_was_killed_changes_wait_for_its_holders(
         assert await Holder(client).ask() == SHORT_S
     await client.register("tweets", make_adapter())
     assert time.monotonic() >= begun_s + 2 * SHORT_S
+
+
+async def test_a_claim_that_the_store_did_not_take_is_made_again(redis, monkeypatch):
+    claim = Claim(redis, lease_s=LONG_S)
+    with monkeypatch.context() as away:
+        away.setattr(redis, "set", AsyncMock(side_effect=redis_errors.ConnectionError("away")))
+        with pytest.raises(Unavailable):
+            await claim.holds()
+    assert await claim.holds()
 
 
 async def test_a_registry_that_stops_in_order_keeps_the_next_one_from_waiting(

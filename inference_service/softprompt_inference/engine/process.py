@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 
 from softprompt_api.errors import SoftpromptError
+from softprompt_api.garbage import start_collecting
 
 from softprompt_inference.engine import files
 from softprompt_inference.engine.codec import (
@@ -129,10 +130,7 @@ def _start(connection: Connection, load: Load) -> Engine | None:
         _log.exception("the engine could not start")
         connection.send(StartupFailed(message=f"{type(error).__name__}: {error}"))
         return None
-    # What exists now lives as long as the process: the collector need not look at it again.
-    gc.collect()
-    gc.freeze()
-    gc.enable()
+    start_collecting()
     connection.send(engine.info)
     return engine
 

@@ -1144,8 +1144,8 @@ class WatchAdaptersResponse(_message.Message):
     """ALIAS_SET and ALIAS_REMOVED: the alias."""
     @_builtins.property
     def adapter(self) -> Global___AdapterVersion:
-        """REGISTERED, ALIAS_SET, UPDATED: the whole version, as it is by now; name and number alone where it was deleted
-        since, or cannot be read. VERSION_DELETED: name, version and digest. ADAPTER_DELETED, ALIAS_REMOVED: the name.
+        """REGISTERED, ALIAS_SET, UPDATED: the whole version, as it is by now; name and number alone where it cannot
+        be read. VERSION_DELETED: name, version and digest. ADAPTER_DELETED, ALIAS_REMOVED: the name.
         """
 
     @_builtins.property
