@@ -705,11 +705,11 @@ class FakeRegistry(RegistryServiceServicer):
         yield reg.WatchAdaptersResponse(cursor=str(at), type=reg.ADAPTER_EVENT_TYPE_HEARTBEAT)
         while True:
             async with self.changed:
-                while len(self.log) == at:
+                while len(self.log) <= at:
                     await self.changed.wait()
-            for event in self.log[at:]:
-                yield event
-            at = len(self.log)
+            # One at a time: while it is sent, others come.
+            yield self.log[at]
+            at += 1
 
     async def HoldLease(self, request_iterator: Any, context: Any) -> AsyncIterator[reg.HoldLeaseResponse]:
         self.check()

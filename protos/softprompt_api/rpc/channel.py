@@ -67,6 +67,8 @@ CLIENT_OPTIONS: Sequence[tuple[str, int | str]] = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.enable_http_proxy", 0),
+    # Shared with other channels, a connection that failed would keep a new one from a service that is back by now.
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.service_config", _SERVICE_CONFIG),
 )
 
