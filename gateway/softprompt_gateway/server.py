@@ -46,6 +46,7 @@ def protocol_with_deadlines(header_timeout_s: float, write_timeout_s: float) -> 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._answer, self.app = self.app, self._run
+            send_at_once(transport)
             limit_unread(transport, write_timeout_s)
             self._arm()
 
@@ -167,6 +168,12 @@ def protocol_with_deadlines(header_timeout_s: float, write_timeout_s: float) -> 
                 self.transport.abort()
 
     return DeadlineProtocol
+
+
+def send_at_once(transport: asyncio.Transport) -> None:
+    """Send what is written though the client has not acknowledged what was sent before (no Nagle's algorithm)."""
+    # asyncio does so only where a listener names TCP as its protocol; those made as usual leave it to the kernel.
+    transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def limit_unread(transport: asyncio.Transport, timeout_s: float) -> None:

@@ -136,6 +136,13 @@ async def test_a_host_that_is_none_is_told_in_words() -> None:
         listen("no such host", 0)
 
 
+async def test_an_answer_does_not_wait_until_the_one_before_is_acknowledged(stack: Any) -> None:
+    await stack.http.get("/health/live")
+    (connection,) = stack.gateway.server.server_state.connections
+    client = connection.transport.get_extra_info("socket")
+    assert client.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 class _Writer(asyncio.Protocol):
     """Writes more than fits any buffer, closes, and tells when the connection has really ended."""
 
