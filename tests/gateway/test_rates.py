@@ -246,7 +246,7 @@ async def test_a_refusal_says_when_to_try_again(stack: Any) -> None:
     assert 0 < int(second.headers["retry-after-ms"]) <= 60_000
     assert 0 < int(second.headers["retry-after"]) <= 60
     assert second.headers["x-ratelimit-remaining-requests"] == "0"
-    async with openai.AsyncOpenAI(base_url=f"{stack.url}/v1", api_key=key, max_retries=0) as client:
+    async with stack.sdk(api_key=key) as client:
         with pytest.raises(openai.RateLimitError):
             await client.models.list()
 

@@ -37,7 +37,7 @@ async def stack(running_stack: Any) -> AsyncIterator[Any]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def sdk(stack: Any) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="unused", max_retries=0) as client:
+    async with stack.sdk() as client:
         yield client
 
 

@@ -330,7 +330,7 @@ async def test_openais_own_client_sees_its_tenant(stack: Any, keys: Keys, tenant
     await acme.register("tweets")
     await umbrella.register("sms")
     key, _ = await keys.make("acme", Scope.INFER)
-    async with openai.AsyncOpenAI(base_url=f"{stack.url}/v1", api_key=key, max_retries=0) as client:
+    async with stack.sdk(api_key=key) as client:
         assert [model.id async for model in client.models.list()] == [stack.base, "tweets"]
         answer = await client.completions.create(model="tweets", prompt="hi", max_tokens=100)
         assert (answer.model, answer.choices[0].text) == ("tweets", "HI")
