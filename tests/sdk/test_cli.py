@@ -10,16 +10,17 @@ import pytest
 from softprompt.cli import doctor, main
 
 
-def softprompt(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "softprompt.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-    )
+def told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> int:
+    """The status that a command ends with after it said this, and nothing else."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("softprompt: ")
+    assert said.out == ""
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
 
 
 @pytest.mark.parametrize(
@@ -94,13 +95,14 @@ def softprompt(*arguments: str, **environment: str) -> subprocess.CompletedProce
         ),
     ],
 )
-def test_wrong_arguments_are_told_in_one_line(arguments: list[str], message: str) -> None:
-    done = softprompt(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("softprompt: ")
-    assert done.stdout == ""
+def test_wrong_arguments_are_told_in_one_line(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    assert told(arguments, message, capsys) == 2
 
 
 @pytest.mark.parametrize("group", [[], ["adapter"], ["key"]])
@@ -133,17 +135,26 @@ def test_without_a_command_the_help_is_shown_as_it_is(
         (["bench", "--base-url", "http://127.0.0.1:1/v1"], "no server answers at http://127.0.0.1:1"),
     ],
 )
-def test_a_system_that_is_not_there_is_told_in_one_line(arguments: list[str], message: str) -> None:
-    done = softprompt(*arguments)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_a_system_that_is_not_there_is_told_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told(arguments, message, capsys) == 1
 
 
-def test_a_wrong_environment_variable_is_told(tmp_path: Path) -> None:
-    done = softprompt("run", "--data-dir", str(tmp_path), SOFTPROMPT_PORT="many")
+def test_a_wrong_environment_variable_is_told_by_a_process_of_its_own(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "softprompt.cli", "run", "--data-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "SOFTPROMPT_PORT": "many"},
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode == 2
-    assert "SOFTPROMPT_PORT" in done.stderr
+    assert done.stderr.startswith("softprompt: Invalid value for '--port' (env var: 'SOFTPROMPT_PORT')")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
 
 
 def test_help_needs_no_torch() -> None:
