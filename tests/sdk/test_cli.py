@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,13 @@ def test_wrong_arguments_are_told_in_one_line(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     assert told(arguments, message, capsys) == 2
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"softprompt {version('softprompt')}\n"
 
 
 @pytest.mark.parametrize("group", [[], ["adapter"], ["key"]])

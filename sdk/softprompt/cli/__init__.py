@@ -9,7 +9,7 @@ from softprompt_api.errors import SoftpromptError
 
 from softprompt.cli import adapters, amend, bench, doctor, keys, quality, resident, run, serve, talk
 from softprompt.cli.argv import repeat_flags
-from softprompt.cli.connections import choose_tls
+from softprompt.cli.connections import begin
 from softprompt.cli.problems import Problem
 
 __all__ = ["app", "main"]
@@ -22,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.callback()(choose_tls)
+app.callback()(begin)
 app.command("run", help="Start everything on this machine and serve MODEL.")(run.run)
 app.command(
     "serve",

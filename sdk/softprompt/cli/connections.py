@@ -1,6 +1,7 @@
-"""The clients of commands that talk to a running system, with TLS where `--tls-ca` or its variable says so."""
+"""What stands before a command: `--version`, and `--tls-ca`, with which the clients of all commands are made."""
 
 from contextvars import ContextVar
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,13 @@ from softprompt.registry import RegistryClient
 _tls: ContextVar[ClientTls | None] = ContextVar("tls", default=None)
 
 
-def choose_tls(
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"softprompt {version('softprompt')}")
+        raise typer.Exit
+
+
+def begin(
     tls_ca: Annotated[
         Path | None,
         typer.Option(
@@ -31,6 +38,9 @@ def choose_tls(
         Path | None,
         typer.Option("--tls-client-key", envvar="SOFTPROMPT_TLS_CLIENT_KEY", help="its private key"),
     ] = None,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="tell the version and end")
+    ] = False,
 ) -> None:
     """Keep how services are called, for the command that follows."""
     try:
