@@ -2,7 +2,8 @@
 // same sums. For processors that add products of 8 or 16 floats in one instruction; elsewhere `softprompt_has_wide` says
 // no, and oneDNN does it.
 //
-// Each sum is made in the order of its inputs, however many rows there are and however they are cut.
+// Each sum is made of the sums of CUT inputs, all in the order of the inputs, however many rows there are and however they
+// are cut: a single sum of all products would be off by two or three times as much.
 
 #include "lora.h"
 
@@ -33,7 +34,7 @@ static inline __attribute__((always_inline)) void multiply(int rows, float *sums
     vec held[MAX_ROWS][PARTS];
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++)
-        for (int p = 0; p < PARTS; p++) held[m][p] = first ? (vec){0} : *(const vec *)(sums + m * LANES + p * WIDTH);
+        for (int p = 0; p < PARTS; p++) held[m][p] = (vec){0};
     for (int64_t k = 0; k < size; k++) {
         vec w[PARTS];
         for (int p = 0; p < PARTS; p++)
@@ -48,7 +49,11 @@ static inline __attribute__((always_inline)) void multiply(int rows, float *sums
     }
 #pragma GCC unroll 12
     for (int m = 0; m < rows; m++)
-        for (int p = 0; p < PARTS; p++) *(vec *)(sums + m * LANES + p * WIDTH) = held[m][p];
+        for (int p = 0; p < PARTS; p++) {
+            vec *sum = (vec *)(sums + m * LANES + p * WIDTH);
+            if (!first) held[m][p] += *sum;
+            *sum = held[m][p];
+        }
 }
 
 // One case for each number of rows, for `multiply` to know it.
@@ -68,23 +73,35 @@ static void some_rows(int64_t rows, float *sums, int first, const float *x, int6
     }
 }
 
-// sums [rows][LANES] = x times one panel, in blocks of rows.
+// sums [rows][LANES] = x [rows, size] times one panel, of at most MAX_ROWS rows.
+static void few_rows(int64_t rows, float *sums, const float *x, int64_t x_row, const void *panel, int64_t size, int dtype,
+                     const uint16_t *next) {
+    const int64_t row = LANES * (dtype == FLOAT32 ? sizeof(float) : sizeof(uint16_t));
+    for (int64_t k = 0; k < size; k += CUT)
+        some_rows(rows, sums, k == 0, x + k, x_row, (const char *)panel + k * row, size - k < CUT ? size - k : CUT, dtype,
+                  next ? next + k * LANES : 0);
+}
+
+// sums [rows][LANES] = x [rows, size] times one panel, in blocks of rows.
 static void product(float *sums, const float *x, int64_t x_row, int64_t rows, const uint16_t *panel, int64_t size,
                     const uint16_t *next) {
     const int64_t blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
     vec wide[CUT * PARTS] __attribute__((aligned(64)));
     // Few rows read the panel as it lies; for many, a part of it at a time is widened once.
-    const int is_few = rows <= FEW_ROWS;
-    const int64_t cut = is_few ? size : CUT;
-    for (int64_t k = 0; k < size; k += cut) {
-        const int64_t length = size - k < cut ? size - k : cut;
-        const uint16_t *part = panel + k * LANES;
-        for (int64_t i = 0; !is_few && i < length * PARTS; i++) wide[i] = widen(part + i * WIDTH);
+    if (rows <= FEW_ROWS) {
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t start = rows * block / blocks, count = rows * (block + 1) / blocks - start;
-            some_rows(count, sums + start * LANES, k == 0, x + start * x_row + k, x_row,
-                      is_few ? (const void *)part : wide, length, is_few ? BFLOAT16 : FLOAT32,
-                      block == blocks - 1 ? next : 0);
+            few_rows(count, sums + start * LANES, x + start * x_row, x_row, panel, size, BFLOAT16,
+                     block == blocks - 1 ? next : 0);
+        }
+        return;
+    }
+    for (int64_t k = 0; k < size; k += CUT) {
+        const int64_t length = size - k < CUT ? size - k : CUT;
+        for (int64_t i = 0; i < length * PARTS; i++) wide[i] = widen(panel + k * LANES + i * WIDTH);
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t start = rows * block / blocks, count = rows * (block + 1) / blocks - start;
+            some_rows(count, sums + start * LANES, k == 0, x + start * x_row + k, x_row, wide, length, FLOAT32, 0);
         }
     }
 }
@@ -138,7 +155,7 @@ static void shrink(const LoraRows *lora, const LoraStep *step, const float *x, i
             float sums[MAX_ROWS * LANES];
             float *h = (float *)lora->h + part.rows[i] * h_row + part.column;
             count = lora_run(part.rows + i, part.count - i, MAX_ROWS);
-            some_rows(count, sums, 1, x + part.rows[i] * x_row, x_row, a, size, FLOAT32, 0);
+            few_rows(count, sums, x + part.rows[i] * x_row, x_row, a, size, FLOAT32, 0);
             for (int64_t m = 0; m < count; m++)
                 for (int j = 0; j < LANES; j++) h[m * h_row + j] = table->scales[part.at] * sums[m * LANES + j];
         }
