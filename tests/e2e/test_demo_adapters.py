@@ -92,3 +92,9 @@ def test_demo_adapters_in_one_batch_say_over_http_what_peft_says(system: Any, ba
         assert differ is None or margins[differ] < WAIVED_MARGIN, (name, expected, served)
         if differ is None:
             assert served == expected, name
+
+
+def test_what_is_served_is_verified_from_the_command_line(system: Any, model_path: str) -> None:
+    done = system.cli("adapter", "verify", "sms_spam", "--model", model_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\nequal: log-probabilities within" in done.stdout

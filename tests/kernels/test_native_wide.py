@@ -39,6 +39,15 @@ def test_products_of_any_size(wide_kernels: None, rows: int, columns: int, size:
     assert_product(native.linear(x, packed, native.pack_bias(bias), columns=columns), expected + bias)
 
 
+@pytest.mark.parametrize("rows", [1, 13, 24, 25])
+def test_long_sums_are_not_made_in_one_go(wide_kernels: None, rows: int) -> None:
+    x, weight = random(rows, 1536), weights(64, 1536)
+    exact = x.double() @ weight.double().T
+    product = native.linear(x, native.pack_linear(weight), None, columns=64)
+    # One sum of all products is off by 7e-7, and one of six stretches by 3e-7.
+    assert (product - exact).norm() < 4e-7 * exact.norm()
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("columns", [16, 24, 100])
 @pytest.mark.parametrize("rows", [5, 30])
