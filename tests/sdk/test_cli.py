@@ -5,17 +5,16 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 from softprompt.cli import doctor, main
 
 
-def told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> int:
-    """The status that a command ends with after it said this, and nothing else."""
+def told(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> int:
+    """The status that a command ends with after it said this, and neither it nor a library anything else."""
     with pytest.raises(SystemExit) as ended:
         main(arguments)
-    said = capsys.readouterr()
+    said = capfd.readouterr()
     assert message in said.err
     assert said.err.count("\n") == 1
     assert said.err.startswith("softprompt: ")
@@ -99,11 +98,11 @@ def told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str])
 def test_wrong_arguments_are_told_in_one_line(
     arguments: list[str],
     message: str,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    assert told(arguments, message, capsys) == 2
+    assert told(arguments, message, capfd) == 2
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,23 +143,37 @@ def test_without_a_command_the_help_is_shown_as_it_is(
     ],
 )
 def test_a_system_that_is_not_there_is_told_in_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert told(arguments, message, capsys) == 1
+    assert told(arguments, message, capfd) == 1
 
 
-def test_a_wrong_environment_variable_is_told_by_a_process_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "variables", "code", "message"),
+    [
+        (["run"], {"SOFTPROMPT_PORT": "many"}, 2, "Invalid value for '--port' (env var: 'SOFTPROMPT_PORT')"),
+        (
+            ["adapter", "ls"],
+            {"SOFTPROMPT_REGISTRY_ADDRESS": "127.0.0.1:1"},
+            1,
+            "no registry answers at 127.0.0.1:1",
+        ),
+    ],
+)
+def test_a_process_of_its_own_ends_in_the_same_way(
+    arguments: list[str], variables: dict[str, str], code: int, message: str
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "softprompt.cli", "run", "--data-dir", str(tmp_path)],
+        [sys.executable, "-m", "softprompt.cli", *arguments],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
-        env={**os.environ, "SOFTPROMPT_PORT": "many"},
+        env={**os.environ, **variables},
         stdin=subprocess.DEVNULL,
     )
-    assert done.returncode == 2
-    assert done.stderr.startswith("softprompt: Invalid value for '--port' (env var: 'SOFTPROMPT_PORT')")
+    assert done.returncode == code
+    assert done.stderr.startswith(f"softprompt: {message}")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
 

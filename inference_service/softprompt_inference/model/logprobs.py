@@ -11,12 +11,12 @@ from softprompt_inference.engine.messages import Logprobs
 class Measured(NamedTuple):
     """Log-probabilities of some rows of logits.
 
-    every        [n, vocabulary] float32
-    given        [n]                      of the given tokens
-    values, ids  [n, num_top]             of the likeliest
+    total        [n, 1] float32       less which a row's logits are its log-probabilities
+    given        [n]                  of the given tokens
+    values, ids  [n, num_top]         of the likeliest
     """
 
-    every: Tensor
+    total: Tensor
     given: Tensor
     values: Tensor
     ids: Tensor
@@ -25,12 +25,12 @@ class Measured(NamedTuple):
 def measure(logits: Tensor, token_ids: Tensor, *, num_top: int) -> Measured:
     """logits [n, vocabulary], token_ids [n] int64, whichever their values"""
     vocab_size = logits.shape[1]
-    every = logits.float()
+    logits = logits.float()
     # torch's log_softmax adds up a vocabulary on a CPU with ten times the error: up to 3e-5 over 49,152 tokens.
-    every = every - every.logsumexp(dim=-1, keepdim=True)
-    given = every.gather(-1, token_ids[:, None].clamp(0, vocab_size - 1)).flatten()
-    values, ids = every.topk(min(num_top, vocab_size), dim=-1)
-    return Measured(every, given, values, ids)
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    given = logits.gather(-1, token_ids[:, None].clamp(0, vocab_size - 1)) - total
+    values, ids = logits.topk(min(num_top, vocab_size), dim=-1)
+    return Measured(total, given.flatten(), values - total, ids)
 
 
 def as_logprobs(

@@ -205,7 +205,9 @@ def _logprobs(raw: Tensor, tokens: Tensor, samples: Sequence[Sample]) -> _Wanted
     rows = list(counts)
     measured = measure(_select(raw, rows), _select(tokens, rows), num_top=max(counts.values()))
     full_rows = [i for i in rows if samples[i].all_logprobs]
-    every = _select(measured.every, [rows.index(i) for i in full_rows]) if full_rows else None
+    every = None
+    if full_rows:
+        every = _select(raw, full_rows).float() - _select(measured.total, [rows.index(i) for i in full_rows])
     return _Wanted(
         rows=rows,
         chosen=measured.given,

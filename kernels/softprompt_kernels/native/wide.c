@@ -73,35 +73,22 @@ static void some_rows(int64_t rows, float *sums, int first, const float *x, int6
     }
 }
 
-// sums [rows][LANES] = x [rows, size] times one panel, of at most MAX_ROWS rows.
-static void few_rows(int64_t rows, float *sums, const float *x, int64_t x_row, const void *panel, int64_t size, int dtype,
-                     const uint16_t *next) {
-    const int64_t row = LANES * (dtype == FLOAT32 ? sizeof(float) : sizeof(uint16_t));
-    for (int64_t k = 0; k < size; k += CUT)
-        some_rows(rows, sums, k == 0, x + k, x_row, (const char *)panel + k * row, size - k < CUT ? size - k : CUT, dtype,
-                  next ? next + k * LANES : 0);
-}
-
-// sums [rows][LANES] = x [rows, size] times one panel, in blocks of rows.
+// sums [rows][LANES] = x times one panel, in blocks of rows.
 static void product(float *sums, const float *x, int64_t x_row, int64_t rows, const uint16_t *panel, int64_t size,
                     const uint16_t *next) {
     const int64_t blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
     vec wide[CUT * PARTS] __attribute__((aligned(64)));
-    // Few rows read the panel as it lies; for many, a part of it at a time is widened once.
-    if (rows <= FEW_ROWS) {
-        for (int64_t block = 0; block < blocks; block++) {
-            const int64_t start = rows * block / blocks, count = rows * (block + 1) / blocks - start;
-            few_rows(count, sums + start * LANES, x + start * x_row, x_row, panel, size, BFLOAT16,
-                     block == blocks - 1 ? next : 0);
-        }
-        return;
-    }
+    // Few rows read the panel as it lies; for many, each part of it is widened once.
+    const int is_few = rows <= FEW_ROWS;
     for (int64_t k = 0; k < size; k += CUT) {
         const int64_t length = size - k < CUT ? size - k : CUT;
-        for (int64_t i = 0; i < length * PARTS; i++) wide[i] = widen(panel + k * LANES + i * WIDTH);
+        const uint16_t *part = panel + k * LANES;
+        for (int64_t i = 0; !is_few && i < length * PARTS; i++) wide[i] = widen(part + i * WIDTH);
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t start = rows * block / blocks, count = rows * (block + 1) / blocks - start;
-            some_rows(count, sums + start * LANES, k == 0, x + start * x_row + k, x_row, wide, length, FLOAT32, 0);
+            some_rows(count, sums + start * LANES, k == 0, x + start * x_row + k, x_row,
+                      is_few ? (const void *)part : wide, length, is_few ? BFLOAT16 : FLOAT32,
+                      next && block == blocks - 1 ? next + k * LANES : 0);
         }
     }
 }
@@ -155,7 +142,9 @@ static void shrink(const LoraRows *lora, const LoraStep *step, const float *x, i
             float sums[MAX_ROWS * LANES];
             float *h = (float *)lora->h + part.rows[i] * h_row + part.column;
             count = lora_run(part.rows + i, part.count - i, MAX_ROWS);
-            few_rows(count, sums, x + part.rows[i] * x_row, x_row, a, size, FLOAT32, 0);
+            for (int64_t k = 0; k < size; k += CUT)
+                some_rows(count, sums, k == 0, x + part.rows[i] * x_row + k, x_row, a + k * LANES,
+                          size - k < CUT ? size - k : CUT, FLOAT32, 0);
             for (int64_t m = 0; m < count; m++)
                 for (int j = 0; j < LANES; j++) h[m * h_row + j] = table->scales[part.at] * sums[m * LANES + j];
         }
