@@ -65,19 +65,32 @@ def start_fixed(start_system: Callable[..., Any], with_benchmarks: dict[str, str
     return start
 
 
-async def test_lines_are_bounded_and_who_is_let_in_is_served(start_fixed: Callable[..., Any]) -> None:
+async def test_lines_are_bounded_and_who_is_let_in_is_served(
+    start_fixed: Callable[..., Any], wait_until: Callable[..., None]
+) -> None:
     system = start_fixed(600)
     async with client(system) as http:
+        long = BODY | {"max_tokens": 1000}
+        held = [asyncio.create_task(http.post("/v1/completions", json=long)) for _ in range(AT_ONCE + QUEUED)]
+
+        def is_full() -> bool:
+            load = system.load()
+            return (load.running, load.waiting) == (AT_ONCE, QUEUED)
+
+        await asyncio.to_thread(wait_until, is_full, "a full line")
+        assert not check(await http.post("/v1/completions", json=BODY)), "no line is longer"
+        for request in held:
+            request.cancel()
+        await asyncio.gather(*held, return_exceptions=True)
+        await asyncio.to_thread(system.wait_until_idle)
         asked = asyncio.gather(*[http.post("/v1/completions", json=BODY) for _ in range(200)])
-        longest = 0
         while not asked.done():
             load = await asyncio.to_thread(system.load)
-            longest = max(longest, load.waiting)
             assert load.running <= AT_ONCE
+            assert load.waiting <= AT_ONCE + QUEUED
         served = Counter(map(check, await asked))
         assert served[True] >= AT_ONCE + QUEUED
         assert served[False] > 0
-        assert 0 < longest <= AT_ONCE + QUEUED
         await asyncio.to_thread(system.wait_until_idle)
         assert check(await http.post("/v1/completions", json=BODY)), "served again as soon as there is room"
 
