@@ -35,18 +35,15 @@ class Leases:
     async def hold(self, cursors: AsyncIterator[str]) -> AsyncIterator[float]:
         """For how long, since it sent a cursor up to which it has taken all changes, somebody has a lease.
 
-        0: it was given none now. With "" it gives back what it has.
+        0: it was given none now. With "" it gives back what it has. Their end gives back nothing: the link may
+        have broken, and whoever sent them believes in the lease.
 
         Raises:
             Overloaded: too many hold one.
             Unavailable: the registry stops, or the store is away.
         """
         holder = _Holder()
-        while True:
-            try:
-                cursor = await self._stopping.or_else(anext(cursors))
-            except StopAsyncIteration:  # or the link broke, which looks the same: it may believe in its lease
-                return
+        async for cursor in self._stopping.through(cursors):
             if not cursor:
                 holder.hold_until(0.0)
             yield await self._give(holder, position_of(cursor)) if cursor and self._lease_s else 0.0

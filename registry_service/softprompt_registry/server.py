@@ -54,7 +54,8 @@ class RegistryServer:
         services = list(registry_pb2.DESCRIPTOR.services_by_name.values())
         self._server = ServiceServer(settings.address, services, settings.server_tls, tracer)
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(
-            RegistryServicer(self._registry, is_durable=settings.durability == "strong"), self._server.server
+            RegistryServicer(self._registry, is_durable=settings.durability == "strong", tracer=tracer),
+            self._server.server,
         )
         registry_pb2_grpc.add_KeyServiceServicer_to_server(KeyServicer(self._registry.keys), self._server.server)
         self._probing: asyncio.Task[None] | None = None

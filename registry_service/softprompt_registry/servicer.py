@@ -17,7 +17,10 @@ from softprompt_api.errors import InvalidArgument
 from softprompt_api.names import shown
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc
+from softprompt_api.rpc.context import enter_call
 from softprompt_api.rpc.quality import probe_from
+from softprompt_api.rpc.tracing import serve_call
+from softprompt_api.tracing import Tracer
 
 from softprompt_registry.convert import (
     base_model_from,
@@ -34,6 +37,7 @@ from softprompt_registry.uploads import Piece
 _MAX_SHOWN = 256  # whole names
 _MAX_DRAIN_S = 60.0
 _MAX_DRAIN_IDLE_S = 1.0
+_READ_TENSORS = "softprompt_api.registry.v1.RegistryService/ReadTensors"
 
 _WEAK_DURABILITY = (
     "the registry was started with --durability weak: what it has acknowledged may be lost when its store ends"
@@ -48,10 +52,12 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
 
     Args:
         is_durable: whether the store keeps what was acknowledged; where it may not, new versions have a warning.
+        tracer: traces each file that is read; None: nobody does.
     """
 
-    def __init__(self, registry: Registry, *, is_durable: bool) -> None:
+    def __init__(self, registry: Registry, *, is_durable: bool, tracer: Tracer | None = None) -> None:
         self._registry = registry
+        self._tracer = tracer
         self._warnings = () if is_durable else (_WEAK_DURABILITY,)
 
     async def RegisterAdapter(
@@ -122,8 +128,15 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         return pb.DeleteVersionResponse()
 
     async def ReadTensors(
-        self, request: pb.ReadTensorsRequest, context: Context
+        self, request_iterator: AsyncIterator[pb.ReadTensorsRequest], context: Context
     ) -> AsyncIterator[pb.ReadTensorsResponse]:
+        async for request in self._registry.stopping.through(aiter(request_iterator)):
+            enter_call(request.context.items())
+            with serve_call(self._tracer, _READ_TENSORS, request.context):
+                async for response in self._read(request):
+                    yield response
+
+    async def _read(self, request: pb.ReadTensorsRequest) -> AsyncIterator[pb.ReadTensorsResponse]:
         is_first = True
         reading = self._registry.read(request.digest, offset=request.offset, base_model_id=request.base_model_id)
         async for version, piece in reading:

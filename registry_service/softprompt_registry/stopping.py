@@ -1,7 +1,7 @@
 """The end of calls that would last for ever, so that their clients turn elsewhere."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
 from typing import TypeVar
 
 from softprompt_api.errors import Unavailable
@@ -31,3 +31,12 @@ class Stopping:
         finally:
             waiting.cancel()
             stopping.cancel()
+
+    async def through(self, coming: AsyncIterator[Answer]) -> AsyncIterator[Answer]:
+        """What comes, one after the other; Unavailable where the registry stops before the next."""
+        while True:
+            try:
+                came = await self.or_else(anext(coming))
+            except StopAsyncIteration:
+                return
+            yield came

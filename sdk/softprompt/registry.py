@@ -161,7 +161,8 @@ class RegistryClient(ServiceClient):
     def read(self, digest: str) -> Iterator[bytes]:
         """The tensor file of a version, in pieces; whoever takes them checks them."""
         with self._translated():
-            for answer in self._stub.ReadTensors(pb.ReadTensorsRequest(digest=digest), timeout=_UPLOAD_TIMEOUT_S):
+            request = pb.ReadTensorsRequest(digest=digest)
+            for answer in self._stub.ReadTensors(iter([request]), timeout=_UPLOAD_TIMEOUT_S):
                 yield answer.chunk.data
 
     def import_from(

@@ -346,7 +346,7 @@ class Client:
 
     async def read(self, digest: str) -> bytes:
         try:
-            call = self.stub.ReadTensors(pb.ReadTensorsRequest(digest=digest), timeout=self.timeout_s)
+            call = self.stub.ReadTensors([pb.ReadTensorsRequest(digest=digest)], timeout=self.timeout_s)
             return b"".join([response.chunk.data async for response in call])
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None

@@ -41,7 +41,9 @@ from softprompt_api.formats import Lora, LoraModule, Rows, adapter_digest, parse
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc
 from softprompt_api.rpc.channel import open_channel
+from softprompt_api.rpc.context import enter_request
 from softprompt_api.rpc.server import ServiceServer
+from softprompt_inference.adapters import reading as reading_module
 from softprompt_inference.adapters import source as source_module
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.source import AdapterSource
@@ -76,6 +78,10 @@ class FakeRegistry(registry_pb2_grpc.RegistryServiceServicer):
     offsets: list[int] = field(default_factory=list)  # asked for
     bases: list[str] = field(default_factory=list)  # asked for
     shift: int = 0  # added to the offset of every chunk sent
+    num_streams: int = 0  # opened to read tensors
+    files_per_stream: int | None = None  # then it ends
+    ended: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))  # once for each that has ended
+    contexts: list[dict[str, str]] = field(default_factory=list)  # of what was asked for
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
         if request.adapter not in self.versions:
@@ -83,8 +89,20 @@ class FakeRegistry(registry_pb2_grpc.RegistryServiceServicer):
         return pb.GetAdapterResponse(adapter=self.versions[request.adapter])
 
     async def ReadTensors(
-        self, request: pb.ReadTensorsRequest, context: Context
+        self, request_iterator: AsyncIterator[pb.ReadTensorsRequest], context: Context
     ) -> AsyncIterator[pb.ReadTensorsResponse]:
+        self.num_streams += 1
+        num_files = 0
+        async for request in request_iterator:
+            self.contexts.append(dict(request.context))
+            async for response in self._read(request):
+                yield response
+            num_files += 1
+            if num_files == self.files_per_stream:
+                break
+        self.ended.release()
+
+    async def _read(self, request: pb.ReadTensorsRequest) -> AsyncIterator[pb.ReadTensorsResponse]:
         self.offsets.append(request.offset)
         self.bases.append(request.base_model_id)
         if request.digest not in self.versions:
@@ -227,6 +245,67 @@ async def test_an_interrupted_transfer_goes_on_where_it_stopped(
     assert registry.offsets == [0, 200, 300, 400]
     # Another version with this content may be for another model.
     assert set(registry.bases) == {"tiny"}
+
+
+async def test_one_file_after_the_other_comes_over_one_stream_each_for_its_own_request(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any]
+) -> None:
+    async def fetch_for(request_id: str, digest: str) -> Adapter:
+        enter_request(request_id)
+        return await source.fetch(digest)
+
+    versions = [registry.add(f"a{number}", rows + number) for number in range(3)]
+    for number, version in enumerate(versions):
+        adapter = await asyncio.create_task(fetch_for(f"request-{number}", version.digest))
+        assert rows_of(adapter).data == (rows + number).tobytes()
+    assert registry.num_streams == 1
+    assert registry.contexts == [{"x-request-id": f"request-{number}"} for number in range(3)]
+
+
+async def test_files_that_are_fetched_at_once_come_over_streams_of_their_own_of_which_few_are_kept(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any]
+) -> None:
+    versions = [registry.add(f"a{number}", rows + number) for number in range(6)]
+    for num_streams in (6, 8):
+        adapters = await asyncio.gather(*(source.fetch(version.digest) for version in versions))
+        assert [adapter.digest for adapter in adapters] == [version.digest for version in versions]
+        assert registry.num_streams == num_streams
+
+
+async def test_a_stream_that_was_left_in_the_middle_of_a_file_is_not_used_again(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any]
+) -> None:
+    fine, broken = registry.add("fine", rows), registry.add("broken", rows + 1)
+    await source.fetch(fine.digest)
+    registry.shift = 1
+    with pytest.raises(DataCorrupted):
+        await source.fetch(broken.digest)
+    registry.shift = 0
+    assert rows_of(await source.fetch(fine.digest)).data == rows.tobytes()
+    assert registry.num_streams == 2
+
+
+async def test_a_stream_that_is_over_or_old_is_not_used_again(
+    registry: FakeRegistry,
+    source: AdapterSource,
+    rows: np.ndarray[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    version = registry.add("tweets", rows)
+    registry.files_per_stream = 1
+    with structlog.testing.capture_logs() as logged:
+        for _ in range(2):
+            await source.fetch(version.digest)
+            await registry.ended.acquire()
+            [kept] = source._reader._kept
+            await kept.call.code()
+    assert registry.num_streams == 2
+    assert "adapter transfer interrupted" not in [entry["event"] for entry in logged]
+    registry.files_per_stream = None
+    monkeypatch.setattr(reading_module, "_MAX_AGE_S", 0.0)
+    for _ in range(2):
+        await source.fetch(version.digest)
+    assert registry.num_streams == 4
 
 
 async def test_an_unknown_digest_is_not_found(source: AdapterSource) -> None:

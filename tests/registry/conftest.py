@@ -210,7 +210,7 @@ class Client:
     async def read(self, digest: str, offset: int = 0) -> bytes:
         pieces, position = [], offset
         try:
-            async for response in self.stub.ReadTensors(pb.ReadTensorsRequest(digest=digest, offset=offset)):
+            async for response in self.stub.ReadTensors([pb.ReadTensorsRequest(digest=digest, offset=offset)]):
                 assert response.chunk.offset == position
                 assert 1 <= len(response.chunk.data) <= 2**20
                 position += len(response.chunk.data)

@@ -16,6 +16,7 @@ from softprompt_api.errors import (
     DataCorrupted,
     InvalidArgument,
     SoftpromptError,
+    Unavailable,
 )
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.rpc.status import from_rpc_error
@@ -87,10 +88,43 @@ async def test_tensors_are_read_back_whole_and_from_any_offset(client, make_adap
 async def test_the_first_piece_of_a_file_tells_what_it_is_of(client, make_adapter, content):
     adapter = make_adapter(num_virtual_tokens=20_000)
     made = await client.register("big", adapter)
-    responses = [one async for one in client.stub.ReadTensors(pb.ReadTensorsRequest(digest=made.digest))]
+    responses = [one async for one in client.stub.ReadTensors([pb.ReadTensorsRequest(digest=made.digest)])]
     assert len(responses) == 3
     assert responses[0].adapter == content(made)
     assert not any(one.HasField("adapter") for one in responses[1:])
+
+
+async def test_files_come_over_one_stream_in_the_order_in_which_they_are_asked_for(client, make_adapter):
+    adapters = [make_adapter(num_virtual_tokens=size) for size in (8, 20_000, 4)]
+    digests = [(await client.register(f"a{number}", one)).digest for number, one in enumerate(adapters)]
+    requests = [pb.ReadTensorsRequest(digest=digest) for digest in digests]
+    data: dict[str, bytes] = {}
+    async for response in client.stub.ReadTensors(requests):
+        if response.HasField("adapter"):
+            digest = response.adapter.digest
+        data[digest] = data.get(digest, b"") + response.chunk.data
+    assert list(data.items()) == [(digest, one.tensors) for digest, one in zip(digests, adapters, strict=True)]
+
+
+async def test_a_file_that_is_not_there_ends_the_stream_behind_those_before_it(client, make_adapter):
+    made = await client.register("tweets", adapter := make_adapter())
+    unknown = pb.ReadTensorsRequest(digest="sha256:" + "0" * 64)
+    call = client.stub.ReadTensors([pb.ReadTensorsRequest(digest=made.digest), unknown])
+    assert (await call.read()).chunk.data == adapter.tensors
+    with pytest.raises(grpc.RpcError) as ended:
+        await call.read()
+    assert type(from_rpc_error(ended.value)) is AdapterNotFound
+
+
+async def test_a_stream_on_which_nothing_is_asked_does_not_hold_up_a_stop(client, settings, connect, make_adapter):
+    made = await client.register("tweets", make_adapter())
+    async with RegistryServer(settings.model_copy(update={"grace_s": 600.0})) as server:
+        call = connect(server.port).stub.ReadTensors()
+        await call.write(pb.ReadTensorsRequest(digest=made.digest))
+        assert (await call.read()).chunk.data
+    with pytest.raises(grpc.RpcError) as ended:
+        await call.read()
+    assert type(from_rpc_error(ended.value)) is Unavailable
 
 
 async def test_a_chunk_may_have_any_size(client, make_adapter):
@@ -168,7 +202,7 @@ async def test_a_blob_whose_facts_were_damaged_is_left_behind_by_nobody(client, 
 async def test_deleting_while_others_read_ends_their_reading_cleanly(client, make_adapter):
     adapter = make_adapter(num_virtual_tokens=150_000)  # 18 MiB: more than fits on the way
     made = await client.register("big", adapter)
-    call = client.stub.ReadTensors(pb.ReadTensorsRequest(digest=made.digest))
+    call = client.stub.ReadTensors([pb.ReadTensorsRequest(digest=made.digest)])
     data, end = (await call.read()).chunk.data, None
     await client.delete("big")
     with pytest.raises(AdapterNotFound):
@@ -441,7 +475,7 @@ async def test_of_equal_contents_the_one_for_the_base_model_of_whoever_reads_is_
 
     async def told(base: str) -> str:
         request = pb.ReadTensorsRequest(digest=digest, base_model_id=base)
-        [answer] = [answer async for answer in client.stub.ReadTensors(request)]
+        [answer] = [answer async for answer in client.stub.ReadTensors([request])]
         return answer.adapter.name
 
     assert [await told(base) for base in bases] == [version.name for version in made.values()]

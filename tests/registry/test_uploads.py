@@ -296,7 +296,7 @@ async def test_200_megabytes_pass_through_a_few(client, make_adapter):
 
     made = (await client.stub.RegisterAdapter(watched())).adapter
     back = hashlib.sha256()
-    async for response in client.stub.ReadTensors(pb.ReadTensorsRequest(digest=made.digest)):
+    async for response in client.stub.ReadTensors([pb.ReadTensorsRequest(digest=made.digest)]):
         back.update(response.chunk.data)
         largest = max(largest, resident_bytes())
     assert back.hexdigest() == sha256.hexdigest()

@@ -3,13 +3,14 @@
 import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
 import grpc
 import structlog
-from softprompt_api.errors import AdapterInvalid, DataCorrupted, InternalError, SoftpromptError, Unavailable
+from softprompt_api.errors import AdapterInvalid, DataCorrupted, Unavailable
 from softprompt_api.formats import (
     DEFAULT_MAX_LORA_RANK,
     AdapterSpec,
@@ -21,12 +22,12 @@ from softprompt_api.names import AdapterRef, choose_task, parse_requested, with_
 from softprompt_api.quality import Probe
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc as pb_grpc
-from softprompt_api.rpc.context import ask, outgoing
+from softprompt_api.rpc.context import ask
 from softprompt_api.rpc.quality import probe_to
-from softprompt_api.rpc.status import from_rpc_error
 from softprompt_api.tracing import span
 
 from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.adapters.reading import TensorReader, readable, translated
 
 RESOLVE_TIMEOUT_S = 5.0
 FETCH_TIMEOUT_S = 120.0
@@ -57,6 +58,7 @@ class AdapterSource:
         self, stub: "pb_grpc.RegistryServiceAsyncStub", base_model: pb.BaseModel, *, max_lora_bytes: int = 2 * _GIB
     ) -> None:
         self._stub = stub
+        self._reader = TensorReader(stub)
         self._base_model = base_model
         self._max_lora_bytes = max_lora_bytes
 
@@ -69,8 +71,8 @@ class AdapterSource:
             request = pb.GetAdapterRequest(adapter=spelling)
             answer = await ask(self._stub.GetAdapter, request, timeout_s=RESOLVE_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            raise _translated(error) from error
-        return _readable(answer).adapter
+            raise translated(error) from error
+        return readable(answer).adapter
 
     async def record(self, version: pb.AdapterVersion, probe: Probe) -> pb.AdapterVersion:
         """Have the registry keep what was measured of a version; the version as it is then."""
@@ -80,8 +82,8 @@ class AdapterSource:
         try:
             answer = await ask(self._stub.RecordProbe, request, timeout_s=RESOLVE_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            raise _translated(error) from error
-        return _readable(answer).adapter
+            raise translated(error) from error
+        return readable(answer).adapter
 
     async def fetch(self, spelling: str) -> Adapter:
         """What a digest, or `digest:task`, holds, verified.
@@ -109,10 +111,10 @@ class AdapterSource:
             had_bytes = len(transfer.data)
             try:
                 await self._read_on(transfer)
-            except grpc.aio.AioRpcError as error:
+            except Unavailable:
                 num_interruptions = 1 if len(transfer.data) > had_bytes else num_interruptions + 1
-                if error.code() is not grpc.StatusCode.UNAVAILABLE or num_interruptions > len(RESUME_DELAYS_S):
-                    raise _translated(error) from error
+                if num_interruptions > len(RESUME_DELAYS_S):
+                    raise
                 received_bytes = len(transfer.data)
                 _log.warning(
                     "adapter transfer interrupted", digest=transfer.ref.digest, received_bytes=received_bytes
@@ -120,27 +122,20 @@ class AdapterSource:
                 await asyncio.sleep(RESUME_DELAYS_S[num_interruptions - 1])
             else:
                 if transfer.wanted is None:
-                    raise DataCorrupted("the registry sent nothing of the adapter")
+                    raise DataCorrupted("the registry did not say what it sent")
                 return transfer.wanted
 
     async def _read_on(self, transfer: "_Transfer") -> None:
         data = transfer.data
-        request = pb.ReadTensorsRequest(
-            digest=transfer.ref.digest, offset=len(data), base_model_id=self._base_model.id
-        )
-        call = self._stub.ReadTensors(request, timeout=FETCH_TIMEOUT_S, metadata=outgoing())
-        try:
-            async for response in call:
-                message = _readable(response)
+        reading = self._reader.read(transfer.ref.digest, offset=len(data), base_model_id=self._base_model.id)
+        async with aclosing(reading) as pieces:
+            async for piece in pieces:
                 if transfer.wanted is None:
-                    transfer.wanted = self._check(transfer.ref, message.adapter)
-                piece = message.chunk.data  # each look at it is a copy
+                    transfer.wanted = self._check(transfer.ref, piece.version or pb.AdapterVersion())
                 size_bytes = transfer.wanted.version.size_bytes
-                if message.chunk.offset != len(data) or len(data) + len(piece) > size_bytes:
+                if piece.offset != len(data) or len(data) + len(piece.data) > size_bytes:
                     raise DataCorrupted("the registry sent other bytes of the adapter than were asked for")
-                data += piece
-        finally:
-            call.cancel()
+                data += piece.data
 
     def _check(self, ref: AdapterRef, version: pb.AdapterVersion) -> "_Wanted":
         """What is to come, before most of it has: nothing is taken in for a file that cannot be it."""
@@ -220,13 +215,6 @@ async def _in_thread(function: Callable[[], T]) -> T:
         raise
 
 
-def _readable(message: T | None) -> T:
-    """The message; grpc.aio hands out None for one that it cannot parse."""
-    if message is None:
-        raise DataCorrupted("the registry's answer cannot be read")
-    return message
-
-
 def shape_of(base_model: pb.BaseModel) -> ModelShape:
     """What a base model demands of its adapters."""
     return ModelShape(
@@ -255,13 +243,3 @@ def check_fits(version: pb.AdapterVersion, base_model: pb.BaseModel) -> None:
     if made_for.tokenizer_sha256 not in ("", base_model.tokenizer_sha256):
         # Of equal shape it may be an update that changes nothing; so this is said and not refused.
         _log.warning("adapter was registered under another tokenizer", adapter=version.name, digest=version.digest)
-
-
-def _translated(error: grpc.aio.AioRpcError) -> SoftpromptError:
-    """What a failed call to the registry means to our own caller, without the registry's address."""
-    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
-        return Unavailable("the adapter registry cannot be reached; try again later")
-    translated = from_rpc_error(error)
-    if isinstance(translated, InternalError):
-        return InternalError("the adapter registry failed; its log has the details")
-    return translated

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import grpc
-from structlog.contextvars import bind_contextvars
+from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from softprompt_api import tracing
 
@@ -30,7 +30,9 @@ def enter_request(request_id: str) -> None:
 
 
 def enter_call(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
-    """Work, in this task, for the request that a call tells of; what is no id of ours is not looked at."""
+    """Work, in this task, for the request that a call tells of, and for no other; what is no id is passed by."""
+    unbind_contextvars("request_id")
+    _told.set(())
     for key, value in metadata or ():
         if key == _ID_KEY and isinstance(value, str) and _ID.match(value):
             enter_request(value)

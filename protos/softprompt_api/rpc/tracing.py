@@ -1,6 +1,7 @@
-"""A span for every call that a server of ours answers, but for those that last as long as their connection."""
+"""A span for every call that a server of ours answers; of those that stay open, for what is asked over them."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -8,7 +9,7 @@ import grpc
 from softprompt_api import tracing
 
 _TRACED = "/softprompt_api."
-_LASTING = ("/WatchAdapters", "/HoldLease", "/GenerateMany")
+_LASTING = ("/WatchAdapters", "/HoldLease", "/ReadTensors", "/GenerateMany")
 _HEADERS = frozenset({"traceparent", "tracestate"})
 
 
@@ -44,8 +45,7 @@ class TracingInterceptor(grpc.aio.ServerInterceptor):
         self, name: str, carrier: dict[str, str], behaviour: Callable[..., Awaitable[Any]]
     ) -> Callable[..., Awaitable[Any]]:
         async def call(request: Any, context: Any) -> Any:
-            with tracing.serve(self._tracer, name, carrier) as span:
-                _describe(span)
+            with serve_call(self._tracer, name, carrier):
                 return await behaviour(request, context)
 
         return call
@@ -54,14 +54,17 @@ class TracingInterceptor(grpc.aio.ServerInterceptor):
         self, name: str, carrier: dict[str, str], behaviour: Callable[..., AsyncIterator[Any]]
     ) -> Callable[..., AsyncIterator[Any]]:
         async def call(request: Any, context: Any) -> AsyncIterator[Any]:
-            with tracing.serve(self._tracer, name, carrier) as span:
-                _describe(span)
+            with serve_call(self._tracer, name, carrier):
                 async for response in behaviour(request, context):
                     yield response
 
         return call
 
 
-def _describe(span: tracing.Span | None) -> None:
-    assert span is not None, "there is a tracer"
-    span.set({"rpc.system": "grpc"})
+@contextmanager
+def serve_call(tracer: tracing.Tracer | None, name: str, carrier: Mapping[str, str]) -> Iterator[None]:
+    """Work on a call, or on what a message of it asks for: a span `service/method` under the caller's."""
+    with tracing.serve(tracer, name, carrier) as span:
+        if span is not None:
+            span.set({"rpc.system": "grpc"})
+        yield

@@ -21,7 +21,7 @@ class Servicer(registry_pb2_grpc.RegistryServiceServicer):
     async def GetAdapter(self, request, context):  # noqa: N802
         return pb.GetAdapterResponse(adapter=pb.AdapterVersion(name=told()))
 
-    async def ReadTensors(self, request, context):  # noqa: N802
+    async def ReadTensors(self, request_iterator, context):  # noqa: N802
         yield pb.ReadTensorsResponse(adapter=pb.AdapterVersion(name=told()))
 
 
@@ -57,7 +57,7 @@ async def test_each_call_brings_the_id_of_its_own_request(stub):
 async def test_a_stream_brings_it_too(stub):
     async def read() -> list[str]:
         enter_request("request-1")
-        call = stub.ReadTensors(pb.ReadTensorsRequest(), metadata=outgoing())
+        call = stub.ReadTensors([], metadata=outgoing())
         return [response.adapter.name async for response in call]
 
     assert await asyncio.create_task(read()) == ["request-1"]
@@ -72,6 +72,19 @@ async def test_what_is_no_id_neither_goes_out_nor_comes_in(stub, odd):
         return told()
 
     assert await asyncio.create_task(enter()) == "none"
+
+
+async def test_what_is_asked_over_a_stream_is_for_its_own_request_alone():
+    async def over_a_stream() -> list[tuple[str, object]]:
+        seen = []
+        for context in ({"x-request-id": "request-1"}, {}, {"x-request-id": "request-2"}):
+            enter_call(context.items())
+            seen.append((told(), outgoing()))
+        return seen
+
+    ids = ["request-1", "none", "request-2"]
+    told_to_others = [((("x-request-id", one),) if one != "none" else ()) for one in ids]
+    assert await asyncio.create_task(over_a_stream()) == list(zip(ids, told_to_others, strict=True))
 
 
 def test_without_a_request_nothing_goes_out():

@@ -38,11 +38,12 @@ class Servicer(registry_pb2_grpc.RegistryServiceServicer):
     async def RegisterAdapter(self, request_iterator, context):  # noqa: N802
         return pb.RegisterAdapterResponse(warnings=[str(sum([1 async for _ in request_iterator]))])
 
-    async def ReadTensors(self, request, context):  # noqa: N802
-        yield pb.ReadTensorsResponse(size_bytes=1)
-        if request.digest == "broken":
-            raise ZeroDivisionError("/secret/path")
-        raise AdapterNotFound("it went away")
+    async def ReadTensors(self, request_iterator, context):  # noqa: N802
+        async for request in request_iterator:
+            yield pb.ReadTensorsResponse(size_bytes=1)
+            if request.digest == "broken":
+                raise ZeroDivisionError("/secret/path")
+            raise AdapterNotFound("it went away")
 
 
 async def forever(call) -> None:
@@ -90,7 +91,7 @@ async def test_a_defect_reaches_the_client_without_its_text(stub):
 
 @pytest.mark.parametrize(("digest", "leaf"), [("", AdapterNotFound), ("broken", InternalError)])
 async def test_an_error_in_a_stream_comes_after_what_was_sent(stub, digest, leaf):
-    call = stub.ReadTensors(pb.ReadTensorsRequest(digest=digest))
+    call = stub.ReadTensors([pb.ReadTensorsRequest(digest=digest)])
     assert (await call.read()).size_bytes == 1
     with pytest.raises(grpc.aio.AioRpcError) as failed:
         await call.read()
@@ -157,13 +158,13 @@ async def test_the_grace_ends(server, stub):
 
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [("unary_unary", "GetAdapter"), ("unary_stream", "ReadTensors"), ("stream_unary", "RegisterAdapter")],
+    [("unary_unary", "GetAdapter"), ("stream_stream", "ReadTensors"), ("stream_unary", "RegisterAdapter")],
 )
 async def test_bytes_that_are_no_message_are_refused_without_a_word_of_the_parser(channel, kind, method):
     call = getattr(channel, kind)(f"/{SERVICE.full_name}/{method}")
     garbage = b"\xff\xff\xff not protobuf"
-    answer = call(iter([garbage]) if kind == "stream_unary" else garbage)
+    answer = call(iter([garbage]) if kind.startswith("stream") else garbage)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
-        await (answer.read() if kind == "unary_stream" else answer)
+        await (answer.read() if kind.endswith("stream") else answer)
     assert (from_rpc_error(refused.value).reason, refused.value.code().name) == ("INVALID_ARGUMENT",) * 2
     assert "Error" not in refused.value.details()

@@ -1043,9 +1043,30 @@ class ReadTensorsRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ContextEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     DIGEST_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     BASE_MODEL_ID_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """"sha256:" + 64 hex digits: the version's digest."""
     offset: _builtins.int
@@ -1054,16 +1075,23 @@ class ReadTensorsRequest(_message.Message):
     """Id of the base model that whoever asks serves. Of versions that share the digest, one that was registered for it is
     told as `adapter`. Empty, or where there is none: any.
     """
+    @_builtins.property
+    def context(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What the file is read for: "x-request-id", and W3C's "traceparent" and "tracestate". A stream has them here, for its
+        metadata is the same for all files. Others, and what makes no sense, are not looked at.
+        """
+
     def __init__(
         self,
         *,
         digest: _builtins.str = ...,
         offset: _builtins.int = ...,
         base_model_id: _builtins.str = ...,
+        context: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model_id", b"base_model_id", "digest", b"digest", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model_id", b"base_model_id", "context", b"context", "digest", b"digest", "offset", b"offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1071,7 +1099,7 @@ Global___ReadTensorsRequest: _TypeAlias = ReadTensorsRequest  # noqa: Y015
 
 @_typing.final
 class ReadTensorsResponse(_message.Message):
-    """ReadTensorsResponse is a piece of the tensor file."""
+    """ReadTensorsResponse is a piece of the tensor file; the last one ends at its size."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1086,7 +1114,7 @@ class ReadTensorsResponse(_message.Message):
 
     @_builtins.property
     def adapter(self) -> Global___AdapterVersion:
-        """In the first message alone: a version that has the digest, without aliases and revision."""
+        """In the first message of a file alone: a version that has the digest, without aliases and revision."""
 
     def __init__(
         self,

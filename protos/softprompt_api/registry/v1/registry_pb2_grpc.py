@@ -77,7 +77,7 @@ class RegistryServiceStub:
                 request_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.DeleteVersionRequest.SerializeToString,
                 response_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.DeleteVersionResponse.FromString,
                 _registered_method=True)
-        self.ReadTensors = channel.unary_stream(
+        self.ReadTensors = channel.stream_stream(
                 '/softprompt_api.registry.v1.RegistryService/ReadTensors',
                 request_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ReadTensorsRequest.SerializeToString,
                 response_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ReadTensorsResponse.FromString,
@@ -186,9 +186,10 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ReadTensors(self, request, context):
-        """ReadTensors streams a version's tensor file, from an offset. NOT_FOUND: no version has that digest.
-        DATA_LOSS: the stored bytes do not match their sha256.
+    def ReadTensors(self, request_iterator, context):
+        """ReadTensors streams versions' tensor files, each from an offset, in the order in which they are asked for. Whoever
+        keeps the stream open spares each further file the beginning of a call; an error ends it. NOT_FOUND: no version has
+        that digest. DATA_LOSS: the stored bytes do not match their sha256.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -288,7 +289,7 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     request_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.DeleteVersionRequest.FromString,
                     response_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.DeleteVersionResponse.SerializeToString,
             ),
-            'ReadTensors': grpc.unary_stream_rpc_method_handler(
+            'ReadTensors': grpc.stream_stream_rpc_method_handler(
                     servicer.ReadTensors,
                     request_deserializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ReadTensorsRequest.FromString,
                     response_serializer=softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ReadTensorsResponse.SerializeToString,
@@ -554,7 +555,7 @@ class RegistryService:
             _registered_method=True)
 
     @staticmethod
-    def ReadTensors(request,
+    def ReadTensors(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -564,8 +565,8 @@ class RegistryService:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/softprompt_api.registry.v1.RegistryService/ReadTensors',
             softprompt__api_dot_registry_dot_v1_dot_registry__pb2.ReadTensorsRequest.SerializeToString,

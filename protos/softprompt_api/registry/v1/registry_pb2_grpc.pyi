@@ -67,9 +67,10 @@ class RegistryServiceStub:
     """DeleteVersion deletes one version; where "latest" pointed to it, it points to the highest version left.
     NOT_FOUND: no such version. FAILED_PRECONDITION: it is pinned, or another alias points to it.
     """
-    ReadTensors: _grpc.UnaryStreamMultiCallable[_registry_pb2.ReadTensorsRequest, _registry_pb2.ReadTensorsResponse]
-    """ReadTensors streams a version's tensor file, from an offset. NOT_FOUND: no version has that digest.
-    DATA_LOSS: the stored bytes do not match their sha256.
+    ReadTensors: _grpc.StreamStreamMultiCallable[_registry_pb2.ReadTensorsRequest, _registry_pb2.ReadTensorsResponse]
+    """ReadTensors streams versions' tensor files, each from an offset, in the order in which they are asked for. Whoever
+    keeps the stream open spares each further file the beginning of a call; an error ends it. NOT_FOUND: no version has
+    that digest. DATA_LOSS: the stored bytes do not match their sha256.
     """
     WatchAdapters: _grpc.UnaryStreamMultiCallable[_registry_pb2.WatchAdaptersRequest, _registry_pb2.WatchAdaptersResponse]
     """WatchAdapters streams every change after a cursor, and a heartbeat at once and every few seconds.
@@ -137,9 +138,10 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     """DeleteVersion deletes one version; where "latest" pointed to it, it points to the highest version left.
     NOT_FOUND: no such version. FAILED_PRECONDITION: it is pinned, or another alias points to it.
     """
-    ReadTensors: _aio.UnaryStreamMultiCallable[_registry_pb2.ReadTensorsRequest, _registry_pb2.ReadTensorsResponse]  # type: ignore[assignment]
-    """ReadTensors streams a version's tensor file, from an offset. NOT_FOUND: no version has that digest.
-    DATA_LOSS: the stored bytes do not match their sha256.
+    ReadTensors: _aio.StreamStreamMultiCallable[_registry_pb2.ReadTensorsRequest, _registry_pb2.ReadTensorsResponse]  # type: ignore[assignment]
+    """ReadTensors streams versions' tensor files, each from an offset, in the order in which they are asked for. Whoever
+    keeps the stream open spares each further file the beginning of a call; an error ends it. NOT_FOUND: no version has
+    that digest. DATA_LOSS: the stored bytes do not match their sha256.
     """
     WatchAdapters: _aio.UnaryStreamMultiCallable[_registry_pb2.WatchAdaptersRequest, _registry_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
     """WatchAdapters streams every change after a cursor, and a heartbeat at once and every few seconds.
@@ -256,11 +258,12 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def ReadTensors(
         self,
-        request: _registry_pb2.ReadTensorsRequest,
+        request_iterator: _MaybeAsyncIterator[_registry_pb2.ReadTensorsRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_registry_pb2.ReadTensorsResponse], _abc.AsyncIterator[_registry_pb2.ReadTensorsResponse]]:
-        """ReadTensors streams a version's tensor file, from an offset. NOT_FOUND: no version has that digest.
-        DATA_LOSS: the stored bytes do not match their sha256.
+        """ReadTensors streams versions' tensor files, each from an offset, in the order in which they are asked for. Whoever
+        keeps the stream open spares each further file the beginning of a call; an error ends it. NOT_FOUND: no version has
+        that digest. DATA_LOSS: the stored bytes do not match their sha256.
         """
 
     @_abc_1.abstractmethod
