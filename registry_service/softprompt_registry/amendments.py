@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Self
 
 from redis.asyncio import Redis
@@ -15,6 +16,7 @@ from softprompt_registry import catalog, events, keys, pointers
 from softprompt_registry.catalog import AdapterVersion, EventType
 from softprompt_registry.codec import decode_version, encode_version
 from softprompt_registry.connection import reply, writes
+from softprompt_registry.full import also_when_full
 from softprompt_registry.transactions import begin, transact
 
 MAX_ALIASES = 64
@@ -94,7 +96,7 @@ class Amendments:
                 )
             begin(pipe, name, new)
             if alias in new.moved:
-                pipe.hset(keys.aliases(name), alias, str(version.id))
+                also_when_full(pipe, "HSET", keys.aliases(name), alias, version.id)
             else:
                 pipe.hdel(keys.aliases(name), alias)
             events.append(pipe, EventType.ALIAS_SET, name=name, id_=version.id, version=number, alias=alias)
@@ -167,7 +169,8 @@ class Amendments:
                 return old.describe(version)
             new = replace(old, revision=old.revision + 1)
             begin(pipe, ref.name, new)
-            pipe.hset(keys.version(version_id), mapping=encode_version(updated))
+            fields = chain.from_iterable(encode_version(updated).items())
+            also_when_full(pipe, "HSET", keys.version(version_id), *fields)  # or a pinned one could not be deleted
             events.append(pipe, EventType.UPDATED, name=ref.name, id_=version_id, version=version.version)
             await pipe.execute()
             return new.describe(updated)

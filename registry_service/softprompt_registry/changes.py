@@ -17,6 +17,7 @@ from softprompt_registry.blobs import BlobUse, StagedBlob, read_use
 from softprompt_registry.catalog import AdapterVersion, Draft, EventType
 from softprompt_registry.codec import encode_version
 from softprompt_registry.connection import reply, store_errors, writes
+from softprompt_registry.full import also_when_full
 from softprompt_registry.pointers import Pointers
 from softprompt_registry.store import Store
 from softprompt_registry.transactions import begin, transact
@@ -170,7 +171,7 @@ class Changes:
     async def _beyond_all(self, doomed: Sequence[_Doomed]) -> Pointers:
         """Pointers of a name whose counters are damaged: above any number and revision that it can have had."""
         # Each version took an id of its own, so no number is above the newest id.
-        newest_id = int(await self._client.incr(keys.IDS))
+        newest_id = int(await reply(also_when_full(self._client, "INCR", keys.IDS)))
         number = max([newest_id, *(version.number + 1 for version in doomed)])
         return Pointers(highest=0, moved={}, revision=time.time_ns() // 1_000_000, next=number)
 
@@ -214,7 +215,7 @@ class Changes:
             if not (use := blobs.get(sha256)):
                 continue
             if use.num_versions > num_gone:
-                pipe.hset(keys.blob(sha256), "num_versions", str(use.num_versions - num_gone))
+                also_when_full(pipe, "HSET", keys.blob(sha256), "num_versions", use.num_versions - num_gone)
             else:
                 pipe.unlink(keys.blob(sha256), *(keys.chunk(sha256, index) for index in range(use.num_chunks)))
 

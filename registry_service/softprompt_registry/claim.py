@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 
 from softprompt_registry import keys
 from softprompt_registry.connection import reads, reply, writes
+from softprompt_registry.full import also_when_full
 
 _log = structlog.get_logger()
 _NOBODY = "nobody"
@@ -86,7 +87,8 @@ class Claim:
 
     @writes
     async def _write(self, value: str, *, only_first: bool = False) -> bool:
-        return bool(await reply(self._client.set(keys.LEASES, value, nx=only_first)))
+        condition = ("NX",) if only_first else ()
+        return bool(await reply(also_when_full(self._client, "SET", keys.LEASES, value, *condition)))
 
     @writes
     async def _delete_own(self) -> None:

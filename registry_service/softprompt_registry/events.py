@@ -13,7 +13,8 @@ from softprompt_api.errors import CursorExpired, InvalidArgument
 
 from softprompt_registry import keys
 from softprompt_registry.catalog import EventType
-from softprompt_registry.connection import reads
+from softprompt_registry.connection import reads, reply
+from softprompt_registry.full import also_when_full
 
 _log = structlog.get_logger()
 MAX_KEPT_EVENTS = 10_000
@@ -55,10 +56,10 @@ def append(
     alias: str = "",
 ) -> None:
     """Queue an event into a transaction."""
-    fields: dict[Any, Any] = {"type": type_.value, "name": name, "id": id_, "version": version, "digest": digest}
+    fields = ["type", type_.value, "name", name, "id", id_, "version", version, "digest", digest]
     if alias:
-        fields["alias"] = alias
-    transaction.xadd(keys.EVENTS, fields, maxlen=MAX_KEPT_EVENTS, approximate=True)
+        fields += ["alias", alias]
+    also_when_full(transaction, "XADD", keys.EVENTS, "MAXLEN", "~", MAX_KEPT_EVENTS, "*", *fields)
 
 
 class EventLog:
@@ -80,11 +81,14 @@ class EventLog:
     async def check(self, cursor: str) -> None:
         """Raise InvalidArgument for what is no cursor, CursorExpired when changes after it are lost."""
         asked = position_of(cursor)
+        if await self._is_kept(cursor):
+            return
         state = await self._state()
-        if asked > position_of(state.last):
-            raise CursorExpired("the cursor is not of this store; list again and watch from there")
         if state.is_trimmed and asked < position_of(state.first):
             raise CursorExpired("changes after the cursor are not kept any more; list again and watch from there")
+        if asked != position_of(_START):
+            # Of another store, or of this one before it was restored from a backup.
+            raise CursorExpired("the cursor is not of this store; list again and watch from there")
 
     @reads
     async def after(self, cursor: str, *, wait_s: float) -> list[Event]:
@@ -98,6 +102,10 @@ class EventLog:
         )
         streams = answer.values() if isinstance(answer, dict) else [entries for _, entries in answer or ()]
         return [_read(entry_id, fields) for entries in streams for entry_id, fields in _flat(entries)]
+
+    @reads
+    async def _is_kept(self, cursor: str) -> bool:
+        return bool(await reply(self._client.xrange(keys.EVENTS, cursor, cursor)))
 
     @reads
     async def _state(self) -> "_State":

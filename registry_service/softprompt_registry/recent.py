@@ -9,6 +9,8 @@ from softprompt_registry.catalog import AdapterVersion
 from softprompt_registry.lookups import Seals
 
 _MAX_KEPT = 10_000  # some 3 kB each
+# A config may have up to a megabyte, and none that a trainer wrote has.
+_MAX_CONFIG_CHARACTERS = 16_384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +28,9 @@ class Recent:
         self._kept: OrderedDict[AdapterRef, Kept] = OrderedDict()
 
     def keep(self, ref: AdapterRef, kept: Kept) -> None:
-        """Keep what a spelling named."""
+        """Keep what a spelling named; of a version with a config beyond all measure, nothing is kept."""
+        if len(kept.version.config_json) > _MAX_CONFIG_CHARACTERS:
+            return
         self._kept[ref] = kept
         self._kept.move_to_end(ref)
         if len(self._kept) > _MAX_KEPT:

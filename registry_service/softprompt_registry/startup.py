@@ -13,14 +13,23 @@ from softprompt_api.errors import Unavailable
 
 from softprompt_registry import keys
 from softprompt_registry.connection import reply, store_errors
+from softprompt_registry.full import SCRIPT_HEAD
 
 _log = structlog.get_logger()
 _RETRY_S = 0.2
 _REPORT_S = 5.0
 
 # What makes an acknowledged write survive the death of every process, the store's own too.
-_REQUIRED: Mapping[str, str] = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
-_READ = 'return redis.call("GET", ARGV[1])'
+_REQUIRED: Mapping[str, str] = {
+    "appendonly": "yes",
+    "appendfsync": "always",
+    "no-appendfsync-on-rewrite": "no",
+    "maxmemory-policy": "noeviction",
+}
+_SETTINGS = " ".join(f"--{name} {value}" for name, value in _REQUIRED.items())
+# Scripts that say what they may do, and streams that count what was added to them. Valkey calls itself 7.2.
+_MIN_VERSION = 7
+_WRITE_AND_READ = f'{SCRIPT_HEAD}redis.call("SET", KEYS[1], ARGV[1], "EX", 60) return redis.call("GET", KEYS[1])'
 
 
 class StoreUnfit(Exception):
@@ -75,23 +84,30 @@ async def check_store(client: Redis, *, durability: str) -> None:
     if problems and durability == "strong":
         raise StoreUnfit(
             f"the store would lose acknowledged adapters: {'; '.join(problems)}. Start it with "
-            "'--appendonly yes --appendfsync always --maxmemory-policy noeviction', or accept losses with "
-            "--durability weak"
+            f"'{_SETTINGS}', or accept losses with --durability weak"
         )
     if problems:
         _log.warning("durability is weak: acknowledged adapters may be lost", problems="; ".join(problems))
+    await _check_version(client)
+    written = secrets.token_hex(8)
     try:
-        written = secrets.token_hex(8)
-        key = keys.probe(written)  # of its own: other registries may start at this moment
-        await reply(client.set(key, written, ex=60))
+        # A key of its own: other registries may start at this moment.
+        read = await reply(client.eval(_WRITE_AND_READ, 1, keys.probe(written), written))
+    except redis.exceptions.NoPermissionError as error:
+        raise StoreUnfit(f"the store runs no scripts: {error}. Allow EVAL to the registry") from None
     except redis.exceptions.RedisError as error:
         raise StoreUnfit(f"the store cannot be written: {error}") from None
-    try:
-        read = await reply(client.eval(_READ, 0, key))
-    except redis.exceptions.RedisError as error:
-        raise StoreUnfit(f"the store runs no scripts: {error}. Allow EVAL to the registry") from None
     if read != written.encode():
         raise StoreUnfit("the store does not give back what was written")
+
+
+async def _check_version(client: Redis) -> None:
+    try:
+        version = str((await reply(client.info("server")))["redis_version"])
+    except (redis.exceptions.RedisError, KeyError):
+        return  # it may not be told; what is needed of it is tried
+    if int(version.partition(".")[0]) < _MIN_VERSION:
+        raise StoreUnfit(f"the store is Redis {version}; supported: Redis from {_MIN_VERSION}.0, and Valkey")
 
 
 async def _problems(client: Redis) -> list[str]:

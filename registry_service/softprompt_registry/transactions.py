@@ -15,6 +15,7 @@ from redis.asyncio.client import Pipeline
 
 from softprompt_registry import catalog, keys, pointers
 from softprompt_registry.connection import LOST
+from softprompt_registry.full import also_when_full
 from softprompt_registry.pointers import Pointers
 
 T = TypeVar("T")
@@ -49,4 +50,4 @@ def begin(pipe: Pipeline, name: str, new: Pointers) -> None:
     """From here on commands are queued; the first writes the name's counters and seal as they are at the end."""
     pipe.multi()  # type: ignore[no-untyped-call]
     counters = ("revision", str(new.revision), "next", str(new.next), "sha256", pointers.sha256(new))
-    pipe.hset(keys.name(name), items=list(counters))
+    also_when_full(pipe, "HSET", keys.name(name), *counters)

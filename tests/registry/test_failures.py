@@ -217,6 +217,22 @@ async def test_a_full_store_refuses_and_keeps_what_it_has(client, make_adapter, 
     await client.register("more", make_adapter(num_virtual_tokens=20_000))
 
 
+async def test_a_full_store_can_be_emptied_and_its_aliases_moved(client, make_adapter, redis):
+    for seed in (0, 1, 1):
+        await client.register("tweets", make_adapter(seed))
+    await client.update("tweets@2", "pinned", pinned=True)
+    await redis.config_set("maxmemory", "1")
+    await client.set_alias("tweets", "latest", 1)
+    await client.set_alias("tweets", "stable", 1)
+    await client.update("tweets@2", "pinned", pinned=False)
+    await client.delete("tweets", 2)
+    assert await client.versions("tweets") == [3, 1]
+    assert await client.read((await client.get("tweets@3")).digest) == make_adapter(1).tensors
+    await client.delete("tweets")
+    assert await client.names() == []
+    await redis.config_set("maxmemory", "0")
+
+
 async def test_a_cancelled_command_never_leaves_its_answer_to_the_next_caller(valkey):
     client = open_store(valkey.url, timeout_s=2, max_connections=2)
     store = Store(client)

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import structlog
 from softprompt_api.access import key_sha256
-from softprompt_api.errors import DataCorrupted, InvalidArgument, KeyNotFound, Unavailable
+from softprompt_api.errors import DataCorrupted, InvalidArgument, KeyNotFound, Overloaded, Unavailable
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1.registry_pb2_grpc import KeyServiceStub
 from softprompt_registry.server import RegistryServer
@@ -103,6 +103,16 @@ async def test_a_revoked_key_is_gone(keys):
         await keys.get(made.api_key.sha256)
     with pytest.raises(KeyNotFound, match=made.api_key.id):
         await keys.revoke(made.api_key.id)
+    assert await keys.ids() == []
+
+
+async def test_a_key_is_revoked_in_a_full_store_too(keys, redis):
+    made = await keys.create()
+    await redis.config_set("maxmemory", "1")
+    with pytest.raises(Overloaded):
+        await keys.create()
+    await keys.revoke(made.api_key.id)
+    await redis.config_set("maxmemory", "0")
     assert await keys.ids() == []
 
 

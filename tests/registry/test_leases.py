@@ -243,7 +243,7 @@ async def test_after_a_registry_was_killed_changes_wait_for_its_holders(
 async def test_a_claim_that_the_store_did_not_take_is_made_again(redis, monkeypatch):
     claim = Claim(redis, lease_s=LONG_S)
     with monkeypatch.context() as away:
-        away.setattr(redis, "set", AsyncMock(side_effect=redis_errors.ConnectionError("away")))
+        away.setattr(redis, "eval", AsyncMock(side_effect=redis_errors.ConnectionError("away")))
         with pytest.raises(Unavailable):
             await claim.holds()
     assert await claim.holds()

@@ -97,6 +97,17 @@ async def test_only_what_was_asked_for_last_is_kept(client, make_adapter, redis,
         assert ((await redis.info("commandstats"))["cmdstat_hgetall"]["calls"] == 1) == is_kept, name
 
 
+async def test_a_config_of_any_size_is_told_and_a_huge_one_not_kept(client, make_adapter, redis):
+    for size, is_kept in ((100, True), (100_000, False)):
+        adapter = make_adapter()
+        adapter = adapter.but(config={**adapter.config, "prompt_tuning_init_text": "x" * size})
+        made = await client.register(f"of-{size}", adapter)
+        assert await client.get(made.name) == made
+        await redis.config_resetstat()
+        assert await client.get(made.name) == made
+        assert ((await redis.info("commandstats"))["cmdstat_hgetall"]["calls"] == 1) == is_kept
+
+
 async def test_a_name_that_changes_all_the_time_is_never_told_of_before(client, tweets):
     async def change() -> None:
         for number in range(40):

@@ -18,6 +18,7 @@ from softprompt_registry.startup import StoreUnfit, check_store, shown_url
     [
         (("--appendonly", "no"), "appendonly is 'no' and must be 'yes'"),
         (("--appendfsync", "everysec"), "appendfsync is 'everysec' and must be 'always'"),
+        (("--no-appendfsync-on-rewrite", "yes"), "no-appendfsync-on-rewrite is 'yes' and must be 'no'"),
         (("--maxmemory-policy", "allkeys-lru"), "maxmemory-policy is 'allkeys-lru' and must be 'noeviction'"),
         (("--rename-command", "CONFIG", ""), "its settings cannot be read"),
     ],
@@ -70,7 +71,7 @@ async def test_registries_may_start_on_one_store_at_the_same_moment(settings, re
 
         async def execute_command(self, *args, **options):
             answer = await super().execute_command(*args, **options)
-            if args[0] == "SET":
+            if args[0] == "EVAL":
                 await check_store(redis, durability="strong")
             return answer
 
@@ -80,6 +81,28 @@ async def test_registries_may_start_on_one_store_at_the_same_moment(settings, re
     left = await redis.keys("sp:probe*")
     assert len(left) == 2
     assert all([0 < await redis.ttl(key) <= 60 for key in left])
+
+
+async def test_a_store_that_is_too_old_is_refused_with_its_version(settings, redis):
+    class Old(Redis):
+        async def info(self, *sections):
+            return {**await super().info(*sections), "redis_version": "6.2.14"}
+
+    client = Old.from_url(settings.redis_url)
+    with pytest.raises(StoreUnfit, match=r"is Redis 6\.2\.14; supported: Redis from 7\.0, and Valkey"):
+        await check_store(client, durability="weak")
+    await client.aclose()
+
+
+async def test_a_full_store_is_taken_and_emptied(settings, client, connect, make_adapter, redis):
+    """`client`: of another registry, with a base model."""
+    await client.register("tweets", make_adapter())
+    await redis.config_set("maxmemory", "1")
+    async with RegistryServer(settings) as server:
+        theirs = connect(server.port)
+        await theirs.delete("tweets")
+        assert await theirs.names() == []
+    await redis.config_set("maxmemory", "0")
 
 
 async def test_a_wrong_password_is_said_at_once_and_never_shown(settings, redis):

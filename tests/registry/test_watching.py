@@ -205,6 +205,21 @@ async def test_a_watcher_that_fell_behind_is_told_so(client, make_adapter, redis
             await forever(watch.next)
 
 
+async def test_a_cursor_from_before_the_store_was_restored_has_expired_whatever_it_has_seen_since(
+    client, make_adapter, redis
+):
+    await client.register("tweets", make_adapter())
+    backup = await redis.dump("sp:events")
+    await client.register("lost", make_adapter())
+    [(lost, _)] = await redis.xrevrange("sp:events", count=1)
+    await redis.restore("sp:events", 0, backup, replace=True)
+    for _ in range(2):
+        async with watching(client, lost.decode()) as watch:
+            with pytest.raises(CursorExpired, match="not of this store"):
+                await watch.next()
+        await client.register("since", make_adapter())
+
+
 async def test_a_cursor_of_another_store_has_expired(client, make_adapter):
     await client.register("tweets", make_adapter())
     async with watching(client, "99999999999999-0") as watch:
