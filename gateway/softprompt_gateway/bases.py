@@ -9,12 +9,13 @@ from softprompt_api.registry.v1.registry_pb2 import AdapterVersion, BaseModel
 
 Fingerprint = tuple[str | int, ...]
 
-_SHAPE = ("architecture", "hidden_size", "num_layers", "num_kv_heads", "head_dim", "vocab_size")
+# What tells models of one id apart, as far as adapters depend on it.
+SHAPE = ("architecture", "hidden_size", "num_layers", "num_kv_heads", "head_dim", "vocab_size")
 
 
 def fingerprint(model: BaseModel) -> Fingerprint:
     """What tells base models apart; replicas with the same one stand in for each other."""
-    return (model.id, model.tokenizer_sha256, *(getattr(model, name) for name in _SHAPE))
+    return (model.id, model.tokenizer_sha256, *(getattr(model, name) for name in SHAPE))
 
 
 class Bases:
@@ -99,4 +100,4 @@ class Bases:
 
 def _fits(made_for: BaseModel, base: BaseModel) -> bool:
     """Whether a version was registered for this shape, as far as it tells."""
-    return all(getattr(made_for, name) in (0, "", getattr(base, name)) for name in _SHAPE)
+    return all(getattr(made_for, name) in (0, "", getattr(base, name)) for name in SHAPE)

@@ -15,6 +15,8 @@ from softprompt_api.registry.v1.registry_pb2 import (
 )
 from softprompt_api.tenants import DEFAULT_TENANT, local_name, tenant_of
 
+from softprompt_gateway.bases import SHAPE
+
 _MAX_REMEMBERED = 4096
 _MAX_COMPARED = 64
 
@@ -41,7 +43,8 @@ def pack(version: AdapterVersion) -> Packed:
     kept.ClearField("labels")
     if version.HasField("base_model"):
         kept.ClearField("base_model")
-        kept.base_model.id = version.base_model.id
+        for name in ("id", *SHAPE):
+            setattr(kept.base_model, name, getattr(version.base_model, name))
     return kept.SerializeToString()
 
 
@@ -115,7 +118,7 @@ class Catalog:
 
     @property
     def moment(self) -> int:
-        """When a question is asked; see `learn`."""
+        """When something is asked for or changed; see `learn` and `forget`."""
         return self._num_forgotten
 
     def learn(self, version: AdapterVersion, *, asked_at: int | None = None) -> None:
@@ -124,7 +127,7 @@ class Catalog:
         Args:
             asked_at: the `moment` before it was asked for; what is known to be deleted since does not come back.
         """
-        if asked_at is not None and self._forgotten.get(version.name, self._all_forgotten) > asked_at:
+        if self._has_forgotten(version.name, asked_at):
             return
         packed = pack(version)
         aliases = [f"{version.name}@{alias}" for alias in version.aliases if alias != LATEST]
@@ -136,20 +139,29 @@ class Catalog:
                 self._remembered[key] = packed
             self._remembered.move_to_end(key)
         while len(self._remembered) > _MAX_REMEMBERED:
-            self._remembered.popitem(last=False)
+            # Without it, an answer on its way would not be compared with what was later than it.
+            self._note_forgotten(AdapterVersion.FromString(self._remembered.popitem(last=False)[1]).name)
         known = self._latest.get(version.name)
         if LATEST in version.aliases and known != packed and _is_newer(version, known):
             if known is None:
                 insort(self._names, version.name, key=_place)
             self._latest[version.name] = packed
 
-    def forget_alias(self, name: str, alias: str) -> None:
-        """Drop an alias that points nowhere."""
+    def forget_alias(self, name: str, alias: str, *, asked_at: int | None = None) -> None:
+        """Drop an alias that points nowhere; `asked_at` as in `forget`."""
+        if self._has_forgotten(name, asked_at):
+            return
         self._note_forgotten(name)
         self._remembered.pop(f"{name}@{alias}", None)
 
-    def forget(self, name: str, version: int | None = None) -> None:
-        """Drop a deleted name, or one version of it."""
+    def forget(self, name: str, version: int | None = None, *, asked_at: int | None = None) -> None:
+        """Drop a deleted name, or one version of it.
+
+        Args:
+            asked_at: the `moment` before it was deleted; if that is known by now, what came after it stays.
+        """
+        if self._has_forgotten(name, asked_at):
+            return
         self._note_forgotten(name)
         text = name.encode()
         for key in [key for key, packed in self._remembered.items() if text in packed]:
@@ -160,6 +172,10 @@ class Catalog:
         if latest is not None and version in (None, latest.version):
             del self._latest[name]
             del self._names[bisect_left(self._names, _place(name), key=_place)]
+
+    def _has_forgotten(self, name: str, asked_at: int | None) -> bool:
+        """Whether something of a name was forgotten since a moment, or may have been."""
+        return asked_at is not None and self._forgotten.get(name, self._all_forgotten) > asked_at
 
     def _note_forgotten(self, name: str) -> None:
         self._num_forgotten += 1
@@ -175,15 +191,30 @@ class Catalog:
                 self.forget(event.adapter.name)
                 return True
             self.learn(event.adapter)
-        elif event.type == AdapterEventType.ADAPTER_EVENT_TYPE_ALIAS_REMOVED:
+            return self._has_moved_on(event)
+        if event.type == AdapterEventType.ADAPTER_EVENT_TYPE_ALIAS_REMOVED:
             self.forget_alias(event.adapter.name, event.alias)
         elif event.type == AdapterEventType.ADAPTER_EVENT_TYPE_VERSION_DELETED:
             self.forget(event.adapter.name, event.adapter.version)
             # It may be gone already: by the same event, where nobody could be asked, or by the deletion itself.
-            return event.adapter.name not in self._latest
+            # And another one seems to be the latest where what made this one it was not told.
+            return event.alias == LATEST or event.adapter.name not in self._latest
         elif event.type == AdapterEventType.ADAPTER_EVENT_TYPE_ADAPTER_DELETED:
             self.forget(event.adapter.name)
         return False
+
+    def _has_moved_on(self, event: WatchAdaptersResponse) -> bool:
+        """Drop what an event made an alias point to where that is over, and not told yet; whether it is `latest`.
+
+        Versions are told as they are by now, and not as they were at the time of the event.
+        """
+        is_registration = event.type == AdapterEventType.ADAPTER_EVENT_TYPE_REGISTERED
+        alias = LATEST if is_registration else event.alias
+        if not alias or alias in event.adapter.aliases:
+            return False
+        if alias != LATEST:
+            self.forget_alias(event.adapter.name, alias)
+        return alias == LATEST
 
     def find(self, ref: AdapterRef, included: Callable[[str], bool] = _any) -> AdapterVersion | None:
         """The version a spelling stood for when last heard of, without its config and labels.

@@ -153,7 +153,14 @@ class Changes:
                 self._remove(pipe, name, doomed, blobs)
                 if LATEST in aliases:
                     pipe.hdel(keys.aliases(name), LATEST)
-                events.append(pipe, EventType.VERSION_DELETED, name=name, version=number, digest=doomed[0].digest)
+                events.append(
+                    pipe,
+                    EventType.VERSION_DELETED,
+                    name=name,
+                    version=number,
+                    digest=doomed[0].digest,
+                    alias=LATEST if LATEST in aliases else "",
+                )
                 if not highest:
                     pipe.zrem(keys.NAMES, keys.listed(name))
                     events.append(pipe, EventType.ADAPTER_DELETED, name=name)

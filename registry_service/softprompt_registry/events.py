@@ -33,7 +33,7 @@ class Event:
         name: of the adapter; for KEY_CREATED and KEY_REVOKED, the sha256 of the key.
         id: global id of the version, for REGISTERED, ALIAS_SET and UPDATED.
         version, digest: of the version, for VERSION_DELETED.
-        alias: for ALIAS_SET and ALIAS_REMOVED.
+        alias: for ALIAS_SET and ALIAS_REMOVED; for VERSION_DELETED, `latest` where it pointed to the version.
     """
 
     cursor: str

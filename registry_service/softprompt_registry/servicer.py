@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import grpc
 from softprompt_api.audit import audited
-from softprompt_api.errors import InvalidArgument
+from softprompt_api.errors import AdapterConflict, AdapterNotFound, AliasMoved, InvalidArgument
 from softprompt_api.names import shown
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc
@@ -184,8 +184,15 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         return pb.ImportAdapterResponse(adapter=version_to(version), warnings=(*version.warnings, *self._warnings))
 
     async def _settled(self, change: Awaitable[Outcome]) -> Outcome:
-        """What became of a change of what names stand for, once nobody answers from before it."""
-        outcome = await change
+        """What became of a change of what names stand for, once nobody answers from before it.
+
+        Nor from before another one that it was refused for: the same, asked for a second time, perhaps.
+        """
+        try:
+            outcome = await change
+        except (AdapterNotFound, AdapterConflict, AliasMoved):
+            await self._registry.leases.settle()
+            raise
         await self._registry.leases.settle()
         return outcome
 

@@ -88,14 +88,6 @@ class Store:
         ]
 
     @reads
-    async def are_there(self, version_ids: Sequence[int]) -> list[bool]:
-        """Whether each of these versions is in the store, in whatever state."""
-        pipe = self._client.pipeline(transaction=False)
-        for version_id in version_ids:
-            pipe.exists(keys.version(version_id))
-        return [bool(number) for number in await pipe.execute()]
-
-    @reads
     async def pointers(self, name: str) -> Pointers:
         """What a name's aliases point to."""
         return await self._pointers(name)

@@ -22,8 +22,8 @@ class Change:
     Attributes:
         cursor: watch from here to continue.
         event: what happened; None: nothing, the stream is alive.
-        version: the whole version, for REGISTERED, ALIAS_SET and UPDATED; None where it cannot be read: watchers
-            must not go on with what they know.
+        version: the whole version, for REGISTERED, ALIAS_SET and UPDATED; None where it cannot be read or has been
+            deleted since: watchers must not go on with what they know.
         key: the whole key, for KEY_CREATED.
     """
 
@@ -89,16 +89,14 @@ class Watching:
 
     async def _tell(self, events: Sequence[Event]) -> list[Change]:
         """What is said of events; the versions of all of them are asked for at once."""
-        told_whole = [event for event in events if event.type in _TOLD_WHOLE]
+        over = _over(events)
+        told_whole = [event for event in events if event.type in _TOLD_WHOLE and event.cursor not in over]
         found = await self._store.find_ids([event.id for event in told_whole]) if told_whole else []
         versions = {event.cursor: version for event, version in zip(told_whole, found, strict=True)}
-        lacking = [event for event in told_whole if versions[event.cursor] is None]
-        are_there = await self._store.are_there([event.id for event in lacking]) if lacking else []
-        deleted = {event.cursor for event, is_there in zip(lacking, are_there, strict=True) if not is_there}
         created = [event for event in events if event.type is EventType.KEY_CREATED]
         keys = {event.cursor: await self._key(event) for event in created}
-        # Without what was deleted since, which a later event says, and keys that are revoked or cannot be read.
-        untold = deleted | {cursor for cursor, key in keys.items() if key is None}
+        # Without what a later one of these events says to be deleted, and keys that are revoked or cannot be read.
+        untold = over | {cursor for cursor, key in keys.items() if key is None}
         return [
             Change(
                 cursor=event.cursor, event=event, version=versions.get(event.cursor), key=keys.get(event.cursor)
@@ -112,3 +110,16 @@ class Watching:
             return await self._keys.find(event.name)
         except DataCorrupted:  # whoever asks for it is told; watchers must get past it
             return None
+
+
+def _over(events: Sequence[Event]) -> set[str]:
+    """The cursors of events about versions whose deletion stands further down among these."""
+    over, gone = set(), set[tuple[str, int]]()
+    for event in reversed(events):
+        if event.type is EventType.VERSION_DELETED:
+            gone.add((event.name, event.version))
+        elif event.type is EventType.ADAPTER_DELETED:
+            gone.add((event.name, 0))
+        elif event.type in _TOLD_WHOLE and gone & {(event.name, event.version), (event.name, 0)}:
+            over.add(event.cursor)
+    return over

@@ -204,13 +204,16 @@ def test_names_stay_in_order_as_they_come_and_go() -> None:
 
 def test_a_version_is_kept_without_what_nobody_asks_the_catalogue_for() -> None:
     catalog, version = Catalog(), _version("a", 1)
-    version.base_model.id, version.base_model.architecture = "acme/tiny-1", "x" * 1000
+    version.base_model.id, version.base_model.hidden_size = "acme/tiny-1", 16
+    version.base_model.tokenizer_sha256, version.base_model.no_key_values = "x" * 64, "y" * 1000
     version.config_json, version.labels["note"] = "x" * 1_000_000, "y" * 256
     assert len(pack(version)) < 400
     catalog.learn(version)
     found = _found(catalog, "a")
     assert found is not None
-    assert (found.digest, found.base_model.id, found.config_json) == (version.digest, "acme/tiny-1", "")
+    assert (found.digest, found.config_json) == (version.digest, "")
+    # Models that share an id are told apart by their shapes.
+    assert found.base_model == reg.BaseModel(id="acme/tiny-1", hidden_size=16)
     assert version.config_json  # what was learned from is left as it was
 
 
@@ -232,6 +235,65 @@ def test_an_answer_from_before_a_deletion_does_not_bring_the_name_back() -> None
     _list(catalog)
     catalog.learn(version, asked_at=catalog.moment - 1)
     assert _found(catalog, "a") is None
+
+
+def test_an_answer_from_before_a_deletion_takes_nothing_away_that_came_after_it() -> None:
+    catalog = Catalog()
+    catalog.learn(_version("a", 1, aliases=("latest", "prod")))
+    moment = catalog.moment
+    catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_ADAPTER_DELETED, reg.AdapterVersion(name="a")))
+    catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_REGISTERED, made := _version("a", 2, aliases=("latest", "prod"))))
+    catalog.forget("a", asked_at=moment)
+    catalog.forget_alias("a", "prod", asked_at=moment)
+    assert _found(catalog, "a") == _found(catalog, "a@prod") == made
+    catalog.forget_alias("a", "prod", asked_at=catalog.moment)
+    assert _found(catalog, "a@prod") is None
+    catalog.forget("a", asked_at=catalog.moment)
+    assert _found(catalog, "a") is None
+
+
+def test_an_answer_from_before_an_alias_was_dropped_for_room_does_not_bring_it_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("softprompt_gateway.catalog._MAX_REMEMBERED", 3)
+    catalog, before = Catalog(), _version("a", 1, aliases=("prod",))
+    moment = catalog.moment
+    catalog.learn(_version("a", 2, revision=3, aliases=("prod",)))
+    for name in "bc":
+        catalog.learn(_version(name, 1))
+    assert _found(catalog, "a@prod") is None
+    catalog.learn(before, asked_at=moment)
+    assert _found(catalog, "a@prod") is None
+
+
+def test_an_alias_that_has_moved_on_since_its_event_is_not_believed() -> None:
+    catalog = Catalog()
+    catalog.learn(_version("a", 1, aliases=("latest", "prod")))
+    moved = _version("a", 2, revision=4, aliases=())  # it is on its third version by now
+    assert not catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_ALIAS_SET, moved, "prod"))
+    assert _found(catalog, "a@prod") is None
+    assert _found(catalog, "a@2") == moved
+    assert _found(catalog, "a") is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "alias"),
+    [(reg.ADAPTER_EVENT_TYPE_REGISTERED, ""), (reg.ADAPTER_EVENT_TYPE_ALIAS_SET, "latest")],
+)
+def test_where_the_latest_has_moved_on_since_its_event_it_is_asked_for(kind: Any, alias: str) -> None:
+    catalog = Catalog()
+    catalog.learn(_version("a", 1))
+    assert catalog.apply(_event(kind, _version("a", 2, revision=4, aliases=()), alias))
+    assert not catalog.apply(_event(kind, _version("a", 3, revision=4), alias))
+    assert not catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_UPDATED, _version("a", 2, revision=4, aliases=())))
+
+
+def test_a_deleted_version_that_was_the_latest_unknown_to_us_has_another_one_asked_for() -> None:
+    catalog = Catalog()
+    catalog.learn(_version("a", 1, revision=5))
+    deleted = reg.AdapterVersion(name="a", version=4)
+    assert catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_VERSION_DELETED, deleted, "latest"))
+    assert not catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_VERSION_DELETED, deleted))
 
 
 def test_of_very_many_deleted_names_each_stays_deleted(monkeypatch: pytest.MonkeyPatch) -> None:

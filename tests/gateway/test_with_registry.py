@@ -4,11 +4,15 @@ import asyncio
 import base64
 import hashlib
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
+from softprompt_api.registry.v1 import registry_pb2 as reg
+from softprompt_api.registry.v1.registry_pb2_grpc import RegistryServiceStub
+from softprompt_api.rpc.channel import open_channel
 from softprompt_gateway.clients import RegistryClient
 
 HIDDEN = 8
@@ -223,3 +227,45 @@ async def test_imports_are_refused_where_no_flag_allows_them(stack: Any, source:
     refused = await stack.post("/v1/adapters", name="loud", source=source)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "source")
     assert flag in refused.json()["error"]["message"]
+
+
+@pytest.fixture
+async def registry(registry_address: str) -> AsyncIterator[RegistryServiceStub]:
+    async with open_channel(registry_address) as channel:
+        yield RegistryServiceStub(channel)
+
+
+async def _lease_of_another(registry: RegistryServiceStub) -> Any:
+    """A gateway's that hangs: until its lease is over, changes are made and not acknowledged."""
+    call = registry.HoldLease()
+    async with asyncio.timeout(10):
+        while True:
+            cursor = (await registry.ListAdapters(reg.ListAdaptersRequest())).cursor
+            await call.write(reg.HoldLeaseRequest(cursor=cursor))
+            if (await call.read()).lease_ms:
+                return call
+
+
+@pytest.mark.parametrize("model", ["loud@prod", "fresh"])
+async def test_what_was_taken_back_before_its_answer_came_is_gone(
+    stack: Any, registry: RegistryServiceStub, model: str
+) -> None:
+    await _upload(stack, "loud", _tensors(1))
+    hanging = await _lease_of_another(registry)
+    if model == "loud@prod":
+        change = asyncio.create_task(stack.http.put("/v1/adapters/loud/aliases/prod", json={"version": 1}))
+    else:
+        change = asyncio.create_task(_upload(stack, "fresh", _tensors(2)))
+    async with asyncio.timeout(10):
+        while (await stack.complete("hi", model=model)).status_code != 200:
+            pass
+    assert not change.done()
+    if model == "loud@prod":
+        await registry.SetAlias(reg.SetAliasRequest(name="loud", alias="prod"))
+    else:
+        await registry.DeleteAdapter(reg.DeleteAdapterRequest(name="fresh"))
+    assert (await change).is_success
+    hanging.cancel()
+    for _ in range(20):
+        assert (await stack.complete("hi", model=model)).status_code == 404
+    assert await stack.listed() == [stack.base, "loud"]

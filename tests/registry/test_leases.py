@@ -8,7 +8,7 @@ from unittest.mock import AsyncMock
 import grpc
 import pytest
 import redis.exceptions as redis_errors
-from softprompt_api.errors import InvalidArgument, Overloaded, Unavailable
+from softprompt_api.errors import AdapterNotFound, AliasMoved, InvalidArgument, Overloaded, Unavailable
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.rpc.status import from_rpc_error
 from softprompt_registry.claim import Claim
@@ -128,6 +128,28 @@ async def test_changes_of_what_names_stand_for_wait_for_holders(client, make_ada
         await holders[1].ask()
         async with asyncio.timeout(10):
             await task
+
+
+async def test_who_is_refused_because_of_a_change_is_told_once_it_has_been_taken(client, make_adapter):
+    for seed in (1, 2):
+        await client.register("tweets", make_adapter(seed))
+    holder = Holder(client)
+    for change, other in (
+        (client.set_alias("tweets", "latest", 1), client.set_alias("tweets", "latest", 2, expected=2)),
+        (client.delete("tweets"), client.delete("tweets")),
+    ):
+        await holder.ask()
+        first = asyncio.create_task(change)
+        assert await is_waited_for(client, first)
+        again = asyncio.create_task(other)
+        for _ in range(NUM_OTHER_CALLS):
+            await newest(client)
+        assert not again.done()
+        await holder.ask()
+        async with asyncio.timeout(10):
+            await first
+            with pytest.raises((AliasMoved, AdapterNotFound)):
+                await again
 
 
 async def test_labels_and_pins_wait_for_nobody(client, make_adapter):

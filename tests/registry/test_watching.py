@@ -141,6 +141,29 @@ async def test_an_adapter_that_was_deleted_meanwhile_is_told_as_deleted_only(cli
         assert (await watch.changes(1))[0].type == ADAPTER_DELETED
 
 
+async def test_of_what_is_deleted_beyond_the_batch_name_and_number_are_told(client, make_adapter, monkeypatch):
+    """Whoever has been told has taken the change, though it is over."""
+    monkeypatch.setattr(events, "_BATCH", 1)
+    await client.register("tweets", make_adapter())
+    await client.register("tweets", make_adapter(1))
+    await client.delete("tweets", 2)
+    async with watching(client, "0-0") as watch:
+        changes = await watch.changes(3)
+    assert [change.type for change in changes] == [REGISTERED, REGISTERED, VERSION_DELETED]
+    assert changes[1].adapter == pb.AdapterVersion(name="tweets", version=2)
+
+
+async def test_of_a_deleted_version_it_is_told_whether_it_was_the_latest(client, make_adapter):
+    for seed in range(3):
+        await client.register("tweets", make_adapter(seed))
+    async with watching(client) as watch:
+        await watch.next()
+        await client.delete("tweets", 2)
+        await client.delete("tweets", 3)
+        changes = await watch.changes(2)
+    assert [(change.adapter.version, change.alias) for change in changes] == [(2, ""), (3, "latest")]
+
+
 async def test_of_a_version_that_cannot_be_read_name_and_number_are_told(client, make_adapter, redis):
     version = await client.register("damaged", make_adapter())
     await client.register("gone", make_adapter())

@@ -54,8 +54,9 @@ class Changes:
             call.base_model_id = call.base_model_id or await self.default_base()
             if must_be_new:
                 await self._check_absent(call.name, name)
+            moment = self._catalog.moment
             answer = await unless_gone(request, self._registry.import_adapter(call))
-        self.registered(answer.adapter)
+        self.registered(answer.adapter, asked_at=moment)
         return answer
 
     async def _check_absent(self, full_name: str, name: str) -> None:
@@ -68,20 +69,24 @@ class Changes:
             field="name",
         )
 
-    def registered(self, version: AdapterVersion) -> None:
-        """Have a new version listed, and measured later."""
+    def registered(self, version: AdapterVersion, *, asked_at: int) -> None:
+        """Have a new version listed, and measured later.
+
+        Args:
+            asked_at: the catalogue's `moment` before it was made.
+        """
         # The watch brings it too, a moment later; a listing right after this answer must have it.
-        self._catalog.learn(version)
+        self._catalog.learn(version, asked_at=asked_at)
         self._probing.want(version)
 
     async def delete(self, caller: Caller, asked: AdapterRef) -> int:
         """Delete a name with all its versions, or one version; return how many these were."""
         with audited("adapter.delete", adapter=str(asked), **caller.facts()):
-            ref = caller.own(asked)
+            ref, moment = caller.own(asked), self._catalog.moment
             if ref.version is None:
                 num_deleted = await self._registry.delete_adapter(ref.name)
             else:
                 await self._registry.delete_version(ref.name, ref.version)
                 num_deleted = 1
-        self._catalog.forget(ref.name, ref.version)
+        self._catalog.forget(ref.name, ref.version, asked_at=moment)
         return num_deleted

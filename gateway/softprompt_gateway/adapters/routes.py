@@ -214,20 +214,20 @@ class _Routes:
             call = ImportRequest.checked(values).call()
             with fields_spelled(base_model_id="base_model"):
                 return self._shown(caller, await self._changes.import_(request, call))
-        body = RegisterRequest.checked(values)
+        body, moment = RegisterRequest.checked(values), self._gateway.catalog.moment
         with audited("adapter.register", adapter=shown(body.name), **caller.facts()):
             name, tensors = caller.new_name(body.name), body.tensors()
             with fields_spelled(base_model_id="base_model", tensors_sha256="sha256"):
                 header = body.header(name, tensors)
                 header.base_model_id = header.base_model_id or await self._changes.default_base()
                 answer = await unless_gone(request, register(self._registry, header, whole(tensors)))
-        return self._registered(caller, answer)
+        return self._registered(caller, answer, moment)
 
     async def upload(self, request: Request, adapter: Name) -> dict[str, Any]:
         """Register an adapter from its tensor file; the next request can use it."""
         caller = Caller.of(request)
         check_encoding(request, "application/octet-stream")
-        size_bytes = content_length(request)
+        size_bytes, moment = content_length(request), self._gateway.catalog.moment
         if size_bytes is None:
             raise Refused("content-length is required", code="length_required", status=411)
         chunks = body_chunks(
@@ -243,7 +243,7 @@ class _Routes:
             except (SoftpromptError, Refused):
                 await discard(chunks)
                 raise
-        return self._registered(caller, answer)
+        return self._registered(caller, answer, moment)
 
     async def probe(self, request: Request, adapter: AnyVersion) -> dict[str, Any]:
         """Measure what a version does to the next token of a few fixed prompts, and keep the result with it."""
@@ -278,6 +278,7 @@ class _Routes:
         body = AliasRequest.checked(await self._gateway.json(request))
         with audited("alias.set", adapter=shown(adapter), alias=shown(alias), **caller.facts()) as facts:
             facts["version"] = body.version
+            moment = self._gateway.catalog.moment
             version = await self._registry.set_alias(
                 SetAliasRequest(
                     name=self._name(caller, adapter),
@@ -286,16 +287,16 @@ class _Routes:
                     expected_version=body.expected_version,
                 )
             )
-        self._gateway.catalog.learn(version)
+        self._gateway.catalog.learn(version, asked_at=moment)
         return adapter_json(caller.told(version))
 
     async def remove_alias(self, request: Request, adapter: Name, alias: Alias) -> dict[str, Any]:
         """Remove an alias of a name, not what it points to."""
         caller = Caller.of(request)
         with audited("alias.remove", adapter=shown(adapter), alias=shown(alias), **caller.facts()):
-            name = self._name(caller, adapter)
+            name, moment = self._name(caller, adapter), self._gateway.catalog.moment
             await self._registry.set_alias(SetAliasRequest(name=name, alias=alias))
-        self._gateway.catalog.forget_alias(name, alias)
+        self._gateway.catalog.forget_alias(name, alias, asked_at=moment)
         return {"object": "alias.deleted", "id": f"{local_name(name)}@{alias}", "deleted": True}
 
     async def delete(self, request: Request, adapter: NameOrVersion) -> dict[str, Any]:
@@ -306,8 +307,8 @@ class _Routes:
         deleted = await self._changes.delete(caller, asked)
         return {"object": "adapter.deleted", "id": str(asked), "deleted": True, "deleted_versions": deleted}
 
-    def _registered(self, caller: Caller, answer: RegisterAdapterResponse) -> dict[str, Any]:
-        self._changes.registered(answer.adapter)
+    def _registered(self, caller: Caller, answer: RegisterAdapterResponse, moment: int) -> dict[str, Any]:
+        self._changes.registered(answer.adapter, asked_at=moment)
         return self._shown(caller, answer)
 
     @staticmethod

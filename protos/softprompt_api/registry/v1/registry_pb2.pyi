@@ -1169,11 +1169,11 @@ class WatchAdaptersResponse(_message.Message):
     type: Global___AdapterEventType.ValueType
     """What happened."""
     alias: _builtins.str
-    """ALIAS_SET and ALIAS_REMOVED: the alias."""
+    """ALIAS_SET and ALIAS_REMOVED: the alias. VERSION_DELETED: "latest" where that pointed to the version."""
     @_builtins.property
     def adapter(self) -> Global___AdapterVersion:
-        """REGISTERED, ALIAS_SET, UPDATED: the whole version, as it is by now; name and number alone where it cannot
-        be read. VERSION_DELETED: name, version and digest. ADAPTER_DELETED, ALIAS_REMOVED: the name.
+        """REGISTERED, ALIAS_SET, UPDATED: the whole version, as it is by now; name and number alone where it cannot be read, or
+        has been deleted since. VERSION_DELETED: name, version and digest. ADAPTER_DELETED, ALIAS_REMOVED: the name.
         """
 
     @_builtins.property
