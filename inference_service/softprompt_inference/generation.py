@@ -19,11 +19,9 @@ from functools import partial
 from typing import Protocol
 
 from softprompt_api.composition import check_number
-from softprompt_api.errors import InvalidArgument, Overloaded, SoftpromptError
+from softprompt_api.errors import InvalidArgument, SoftpromptError
 from softprompt_api.names import AdapterRef, choose_task, parse_model, parse_requested, with_task
 from softprompt_api.params import SamplingParams
-from softprompt_api.structured import FIELD as STRUCTURED
-from softprompt_api.structured import StructuredOutputsParams
 from softprompt_api.tracing import span
 
 from softprompt_inference.adapters.adapter import AdapterInfo
@@ -33,13 +31,12 @@ from softprompt_inference.admission import Admission
 from softprompt_inference.choice import Choice, Delta, Finished, PromptLogprobs
 from softprompt_inference.composed import Bound, BoundAdapter, Composed, check_context, compose
 from softprompt_inference.engine.messages import AddRequest, Command, ModelInfo, Nearest, Output, Stats
-from softprompt_inference.grammar import GrammarCompiler
+from softprompt_inference.grammar.checking import GrammarChecks
 from softprompt_inference.prompts import Prompt, PromptEncoder, soft_prompts_in, text_ids_of
 from softprompt_inference.text import Encoded, SoftPrompt, Tokenizer
 
 # What gathers while a reader is slow must not outgrow a message: with all logprobs a token takes about 1 kB.
 _MAX_DELTA_TOKENS = 512
-_GRAMMAR_TIMEOUT_S = 10.0
 
 
 class OutputStream(Protocol):
@@ -239,7 +236,7 @@ class Generator:
         prompts: PromptEncoder,
         source: AdapterSource,
         residency: Residency,
-        grammars: GrammarCompiler,
+        grammars: GrammarChecks,
         base_model_id: str,
         admission: Admission,
     ) -> None:
@@ -262,7 +259,8 @@ class Generator:
                 prompt = await self._prompts.encode(call.prompt)
             if not text_ids_of(prompt):
                 raise InvalidArgument("the prompt is empty: it has no tokens", field="prompt")
-            await self._check_grammar(call.params.structured_outputs)
+            if call.params.structured_outputs is not None:
+                await self._grammars.check(call.params.structured_outputs)
             with span("bind"):
                 bound = await self.bind(call.adapter, soft_prompts_in(prompt))
             digests = [adapter.digest for adapter in bound.every]
@@ -284,21 +282,6 @@ class Generator:
     def _make_choice(self, index: int, params: SamplingParams, composed: Composed) -> Choice:
         told_ids = () if params.of_choice(index).prompt_logprobs is None else composed.text_ids
         return Choice(index, self._tokenizer.output_text(params), told_ids=told_ids)
-
-    async def _check_grammar(self, wanted: StructuredOutputsParams | None) -> None:
-        if wanted is None:
-            return
-        compiling = self._grammars.start(wanted)
-        try:
-            async with asyncio.timeout(_GRAMMAR_TIMEOUT_S):
-                await asyncio.wrap_future(compiling)
-        except TimeoutError:
-            if compiling.cancelled():
-                raise Overloaded("too many grammars wait to be compiled; try again later") from None
-            raise InvalidArgument(
-                f"the grammar takes more than {_GRAMMAR_TIMEOUT_S:g} s to compile; make it simpler",
-                field=STRUCTURED,
-            ) from None
 
     async def bind(self, spelling: str, inside: Sequence[str] = ()) -> Bound:
         """The versions that spellings stand for now: of what is in front of a prompt, and of what is inside."""

@@ -36,13 +36,12 @@ from softprompt_inference.engine.client import EngineClient
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import DropAdapter, ModelInfo
 from softprompt_inference.generation import Generator
-from softprompt_inference.grammar import GrammarCompiler
+from softprompt_inference.grammar.checking import GrammarChecks
 from softprompt_inference.model.source import resolve_model
 from softprompt_inference.prompts import PromptEncoder
 from softprompt_inference.servicer import Front, InferenceServicer
 from softprompt_inference.settings import Settings
 from softprompt_inference.text import Tokenizer
-from softprompt_inference.text.definition import read_definition
 
 # Encoding a prompt takes milliseconds; more threads would only take processors from the engine. Tokenize and
 # Detokenize have one of their own: they ask for no place among the generations, which must not wait behind them.
@@ -68,7 +67,7 @@ class _Lasting:
     tokenizer: Tokenizer
     base_model: registry_pb2.BaseModel
     source: AdapterSource
-    grammars: GrammarCompiler
+    grammars: GrammarChecks
     host_cache: HostCache
     ready_unix_s: int
 
@@ -118,7 +117,7 @@ class InferenceServer:
             tokenizer=tokenizer,
             base_model=base_model,
             source=AdapterSource(stub, base_model, max_lora_bytes=settings.max_lora_bytes),
-            grammars=GrammarCompiler(partial(read_definition, folder), vocab_size=engine.info.vocab_size),
+            grammars=GrammarChecks(folder, vocab_size=engine.info.vocab_size),
             host_cache=HostCache(settings.adapter_cache_bytes),
             ready_unix_s=int(time.time()),
         )
@@ -177,7 +176,7 @@ class InferenceServer:
         for executor in (self._encoding, self._tokenizing):
             executor.shutdown(wait=False, cancel_futures=True)
         if self._lasting is not None:
-            self._lasting.grammars.close()
+            await self._lasting.grammars.close()
         _log.info("inference stopped")
 
     async def __aenter__(self) -> Self:

@@ -168,6 +168,18 @@ def test_outputs_do_not_share_how_far_they_are(compiler: GrammarCompiler, tokeni
     assert allowed_ids(compiler.compile(wanted(regex="abab"))) == before
 
 
+def test_long_outputs_of_one_grammar_do_not_use_up_each_others_limits(
+    compiler: GrammarCompiler, tokenizer: Tokenizer
+) -> None:
+    ids = [*tokenizer.encode(json.dumps("many words " * 900)), EOS]
+    for _ in range(2):  # each takes more than half of the states that it may have
+        matcher = compiler.compile(wanted(json={"type": "string", "maxLength": 10_000}))
+        for token_id in ids:
+            matcher.allowed(())
+            matcher.accept(token_id)
+        assert not matcher.error
+
+
 def test_the_tokenizer_is_read_once_and_by_another_thread(definition: TokenizerDefinition) -> None:
     calls: list[int] = []
 

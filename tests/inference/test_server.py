@@ -41,7 +41,7 @@ from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.source import AdapterSource
 from softprompt_inference.engine.client import EngineClient
 from softprompt_inference.engine.messages import Command, ModelInfo, Stats, StepResult
-from softprompt_inference.grammar import GrammarCompiler
+from softprompt_inference.grammar.checking import GrammarChecks
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 from softprompt_inference.prompts import TextPrompt
 from softprompt_inference.server import InferenceServer, _Lasting
@@ -733,7 +733,7 @@ async def make_front(model_folder: Path, tokenizer: Tokenizer) -> AsyncIterator[
             tokenizer=tokenizer,
             base_model=registry_pb2.BaseModel(),
             source=cast(AdapterSource, SimpleNamespace(fetch=fetch)),
-            grammars=cast(GrammarCompiler, None),
+            grammars=cast(GrammarChecks, None),
             host_cache=HostCache(100),
             ready_unix_s=0,
         )

@@ -11,7 +11,6 @@ import struct
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,12 +60,11 @@ from softprompt_inference.engine.messages import (
 )
 from softprompt_inference.engine.prompt import make_sequence
 from softprompt_inference.generation import Generator
-from softprompt_inference.grammar import GrammarCompiler
+from softprompt_inference.grammar.checking import GrammarChecks
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 from softprompt_inference.prompts import PromptEncoder
 from softprompt_inference.servicer import Front, InferenceServicer
 from softprompt_inference.text import Tokenizer
-from softprompt_inference.text.definition import read_definition
 
 VOCAB_SIZE = 49152
 MAX_MODEL_LEN = 100
@@ -212,13 +210,11 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(resolve_model(DEFAULT_MODEL))
 
 
-@pytest.fixture(scope="module")
-def grammars() -> GrammarCompiler:
-    """Ready: reading the tokenizer takes a while."""
-    folder = resolve_model(DEFAULT_MODEL)
-    compiler = GrammarCompiler(partial(read_definition, folder), vocab_size=VOCAB_SIZE)
-    compiler.compile(StructuredOutputsParams(regex="ready"))
-    return compiler
+@pytest.fixture
+async def grammars() -> AsyncIterator[GrammarChecks]:
+    checks = GrammarChecks(resolve_model(DEFAULT_MODEL), vocab_size=VOCAB_SIZE)
+    yield checks
+    await checks.close()
 
 
 @pytest.fixture
@@ -235,7 +231,7 @@ def spans() -> InMemorySpanExporter | None:
 
 @pytest.fixture
 async def world(
-    tokenizer: Tokenizer, grammars: GrammarCompiler, max_adapters: int, spans: InMemorySpanExporter | None
+    tokenizer: Tokenizer, grammars: GrammarChecks, max_adapters: int, spans: InMemorySpanExporter | None
 ) -> AsyncIterator[World]:
     tracer = None
     if spans is not None:

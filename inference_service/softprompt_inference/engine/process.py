@@ -5,13 +5,10 @@ from then on commands come in and one StepResult per step goes out. The end of t
 """
 
 import argparse
-import ctypes
 import gc
 import logging
 import os
-import signal
 import socket
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -33,13 +30,13 @@ from softprompt_inference.engine.messages import (
     Command,
 )
 from softprompt_inference.engine.plan import Runner
+from softprompt_inference.parent import end_with_parent
 
 _log = logging.getLogger(__name__)
 
 Load = Callable[[EngineConfig, Callable[[str], None]], Runner]
 
 _RECEIVE_BYTES = 2**18
-_PR_SET_PDEATHSIG = 1
 
 
 class Connection:
@@ -154,14 +151,3 @@ def serve_parent(load: Load) -> None:
         os.set_inheritable(descriptor, False)
     with socket.socket(fileno=arguments.fd) as stream, socket.socket(fileno=arguments.files_fd) as from_files:
         serve(stream, from_files, load)
-
-
-def end_with_parent() -> None:
-    """Let the parent decide when this process ends: it closes the socket, or dies.
-
-    Ctrl-C and a service manager's SIGTERM reach every process of a group; the front still has requests to finish.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Grammars to matchers, off everybody's loop: in threads, within limits, and once for each grammar.
+"""Grammars to matchers, off everybody's loop: in threads, and within limits.
 
 llguidance is imported when the first grammar comes: where only kernels are tested or measured, it may be absent.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from softprompt_api.errors import InvalidArgument, SoftpromptError, Unsupported
+from softprompt_api.errors import InvalidArgument, Unsupported
 from softprompt_api.structured import FIELD, JSON_WHITESPACE, StructuredOutputsParams, parse_schema
 
 from softprompt_inference.engine.plan import Matcher
@@ -40,7 +40,7 @@ class GrammarCompiler:
         self._vocab_size = vocab_size
         self._tokenizer: LLTokenizer | None = None
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, str], LLMatcher | SoftpromptError] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str], str] = OrderedDict()  # those that can be followed
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
 
     def start(self, wanted: StructuredOutputsParams) -> Future[Matcher]:
@@ -58,40 +58,48 @@ class GrammarCompiler:
             InvalidArgument: the grammar is none, allows nothing, or is too large.
             Unsupported: the model has no tokenizer that grammars can be made for.
         """
-        known = self._find(wanted.spelled)
-        if known is None:
-            try:
-                known = self._make(wanted)
-            except SoftpromptError as error:
-                known = type(error)(error.message, field=error.field)  # without its frames
-            self._keep(wanted.spelled, known)
-        if isinstance(known, SoftpromptError):
-            raise type(known)(known.message, field=known.field)
-        return GrammarMatcher(known.deep_copy(), vocab_size=self._vocab_size)
+        # Each is made anew: copies of a matcher have the states of its lexer in common, and what some outputs add
+        # to them counts against the limits of all.
+        grammar = self._find(wanted.spelled)
+        if grammar is not None:
+            matcher = self._make(grammar)
+        else:
+            grammar, matcher = self.check(*wanted.spelled)
+            self._keep(wanted.spelled, grammar)
+        return GrammarMatcher(matcher, vocab_size=self._vocab_size)
 
-    def _find(self, key: tuple[str, str]) -> "LLMatcher | SoftpromptError | None":
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-            return self._kept.get(key)
-
-    def _keep(self, key: tuple[str, str], known: "LLMatcher | SoftpromptError") -> None:
-        with self._lock:
-            self._kept[key] = known
-            while len(self._kept) > _MAX_KEPT:
-                self._kept.popitem(last=False)
-
-    def _make(self, wanted: StructuredOutputsParams) -> "LLMatcher":
-        from llguidance import LLMatcher
-
-        matcher = LLMatcher(self._find_tokenizer(), to_grammar(wanted), log_level=0, limits=_limits())
+    def check(self, kind: str, text: str) -> "tuple[str, LLMatcher]":
+        """A grammar as llguidance spells it, and a matcher at its beginning; see `compile`."""
+        grammar = to_grammar(kind, text)
+        matcher = self._make(grammar)
         # Only the first mask shows whether anything can come at all, and whether a step can be afforded.
         first = matcher.deep_copy()
         mask = b"" if first.is_error() else first.compute_bitmask()
         if first.is_error() or not any(mask):
             reason = explain(first) if first.is_error() else "no text follows it"
-            raise InvalidArgument(f"{wanted.spelled[0]} cannot be followed: {reason}", field=FIELD)
-        return matcher
+            raise InvalidArgument(f"{kind} cannot be followed: {reason}", field=FIELD)
+        return grammar, matcher
+
+    def prepare(self) -> None:
+        """Read the tokenizer now."""
+        self._find_tokenizer()
+
+    def _find(self, key: tuple[str, str]) -> str | None:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def _keep(self, key: tuple[str, str], grammar: str) -> None:
+        with self._lock:
+            self._kept[key] = grammar
+            while len(self._kept) > _MAX_KEPT:
+                self._kept.popitem(last=False)
+
+    def _make(self, grammar: str) -> "LLMatcher":
+        from llguidance import LLMatcher
+
+        return LLMatcher(self._find_tokenizer(), grammar, log_level=0, limits=_limits())
 
     def _find_tokenizer(self) -> "LLTokenizer":
         with self._lock:
@@ -116,7 +124,10 @@ class GrammarCompiler:
 
 
 def _limits() -> "LLParserLimits":
-    """Some milliseconds for a step, and some MB: a grammar is a stranger's, and others wait for its steps."""
+    """Some milliseconds for a step, and some MB: a grammar is a stranger's, and others wait for its steps.
+
+    A text of a bounded length takes some five states for each of its characters.
+    """
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -124,17 +135,16 @@ def _limits() -> "LLParserLimits":
         step_lexer_fuel=20_000,
         step_max_items=20_000,
         max_items_in_row=2_000,
-        max_lexer_states=5_000,
+        max_lexer_states=100_000,
         max_grammar_size=100_000,
         verbose_errors=False,
     )
 
 
-def to_grammar(wanted: StructuredOutputsParams) -> str:
+def to_grammar(kind: str, text: str) -> str:
     """What is wanted as llguidance spells it; InvalidArgument for a schema that is none."""
     from llguidance import LLMatcher
 
-    kind, text = wanted.spelled
     match kind:
         case "regex":
             check_regex(text)

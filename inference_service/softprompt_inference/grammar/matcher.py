@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import structlog
+
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+
+_log = structlog.get_logger()
 
 _REASONS = {
     "NoExtension": "no text follows it",
@@ -58,6 +62,9 @@ class GrammarMatcher:
 def explain(matcher: "LLMatcher") -> str:
     """Why a matcher is in error, in words."""
     error = one_line(matcher.get_error())
+    if error.startswith("panic"):
+        _log.warning("llguidance failed on a grammar", error=error)
+        return "it cannot be compiled"
     return _REASONS.get(error, error)
 
 
