@@ -23,6 +23,7 @@ from softprompt_inference.model.lora.context import LoraContext
 from softprompt_inference.model.lora.linears import Linear, find_linears
 from softprompt_inference.model.probe import (
     NO_INTERFACE,
+    PROBE_TOKENS,
     check_against_eager,
     eager_reference,
     find_layers,
@@ -109,6 +110,8 @@ def load_model(config: EngineConfig, report: Callable[[str], None]) -> LoadedMod
     try:
         layers = find_layers(model)
         parameters = inspect.signature(model.forward).parameters
+        keeps_logits = "logits_to_keep" in parameters
+        of_one = {"logits_to_keep": torch.tensor([0], device=device)} if keeps_logits else {}
         if "position_ids" not in parameters:
             raise Unsupported("its forward takes no position_ids")
         loaded = LoadedModel(
@@ -116,14 +119,16 @@ def load_model(config: EngineConfig, report: Callable[[str], None]) -> LoadedMod
             embedding=embedding,
             layers=layers,
             lora=LoraContext(),
-            linears=find_linears(model, model.get_output_embeddings(), lambda: run_once(model)),
+            linears=find_linears(
+                model, model.get_output_embeddings(), lambda: run_once(model, **of_one), num_tokens=PROBE_TOKENS
+            ),
             architecture=type(model).__name__,
             device=device,
             dtype=dtype,
             hidden_size=hidden_size,
             vocab_size=vocab_size,
             max_positions=_max_positions(model_config),
-            keeps_logits="logits_to_keep" in parameters,
+            keeps_logits=keeps_logits,
             weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         )
         reference = eager_reference(loaded)

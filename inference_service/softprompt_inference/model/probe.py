@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 NO_INTERFACE = "its attention bypasses transformers' attention interface"
 
-_PROBE_TOKENS = 4
+PROBE_TOKENS = 4
 _CHECK_TOKENS = 24
 _CHECK_VIRTUAL_TOKENS = 5
 _CHECK_PAGE_SIZE = 4
@@ -80,15 +80,19 @@ def refused(reason: str) -> Iterator[None]:
         raise Unsupported(f"{reason} ({one_line(error)})") from error
 
 
-def run_once(model: PreTrainedModel) -> CallRecorder:
-    """Run a few tokens through the model and note its calls for attention; leaves nothing behind."""
+def run_once(model: PreTrainedModel, **chosen: Tensor) -> CallRecorder:
+    """Run PROBE_TOKENS through the model and note its calls for attention; leaves nothing behind.
+
+    Args:
+        chosen: the rows whose logits are wanted, as its forward calls them; none: all.
+    """
     recorder = CallRecorder()
     for module in model.modules():
         attach(module, recorder)
-    embeddings = _embed(model, torch.arange(_PROBE_TOKENS, device=model.device))
+    embeddings = _embed(model, torch.arange(PROBE_TOKENS, device=model.device))
     try:
         with torch.inference_mode():
-            model(inputs_embeds=embeddings[None], use_cache=False)
+            model(inputs_embeds=embeddings[None], use_cache=False, **chosen)
     finally:
         for module in model.modules():
             detach(module)
@@ -104,7 +108,7 @@ def _check_calls(model: PreTrainedModel, recorder: CallRecorder) -> None:
     for _, call in recorder.calls:
         if call.unsupported:
             raise Unsupported(f"it {call.unsupported}")
-        if call.q.shape[0] != _PROBE_TOKENS or call.q.shape[2] != call.k.shape[2]:
+        if call.q.shape[0] != PROBE_TOKENS or call.q.shape[2] != call.k.shape[2]:
             raise Unsupported(f"its queries {list(call.q.shape)} do not fit its keys {list(call.k.shape)}")
         if call.k.shape != call.v.shape:
             raise Unsupported(f"its keys have {call.k.shape[2]} dimensions and its values {call.v.shape[2]}")

@@ -74,6 +74,7 @@ _WINDOW = 24
 TINY_CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": transformers.LlamaConfig(**_GQA),
     "llama_wide": transformers.LlamaConfig(**_GQA, head_dim=32),
+    "llama_widest": transformers.LlamaConfig(**_GQA, head_dim=320),
     "mistral": transformers.MistralConfig(**_GQA, sliding_window=_WINDOW),
     "qwen2": transformers.Qwen2Config(**_GQA),
     "qwen2_windows": transformers.Qwen2Config(

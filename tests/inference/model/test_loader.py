@@ -260,3 +260,17 @@ def test_a_cpu_holds_packed_weights_and_no_longer_the_file(lab: Any, tmp_path: P
     loaded = load(path, dtype="float32")
     assert not [line for line in Path("/proc/self/maps").read_text().splitlines() if f"{path}/" in line]
     assert loaded.model.get_input_embeddings().weight.isfinite().all()
+
+
+def test_a_linear_that_sees_only_rows_with_logits_takes_no_lora(tmp_path: Path) -> None:
+    """It stands between the last layer and the head; a step's LoRAs are laid out for all of its tokens."""
+    config = transformers.ModernBertDecoderConfig(
+        **{**TINY, "intermediate_size": 48, "max_position_embeddings": 256},
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0),
+    )
+    transformers.ModernBertDecoderForCausalLM(config).save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.keeps_logits
+    names = [linear.name for linear in loaded.linears]
+    assert "model.layers.0.attn.q_proj" in names
+    assert not any("lm_head" in name for name in names)

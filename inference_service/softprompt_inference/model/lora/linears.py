@@ -33,14 +33,16 @@ class Product:
     linears: tuple[Linear, ...]
 
 
-def find_linears(model: nn.Module, head: nn.Module | None, run: Callable[[], object]) -> list[Linear]:
+def find_linears(
+    model: nn.Module, head: nn.Module | None, run: Callable[[], object], *, num_tokens: int
+) -> list[Linear]:
     """The linears that see every token of a step once, in the step's order; to be called before any swap.
 
-    Left out are the head, which sees only tokens whose logits are wanted, and those whose input has lost its shape
-    [1, T, in]: a mixture of experts deals tokens out among them.
+    Left out are the head, and others that see only tokens whose logits are wanted, and those whose input has lost
+    its shape [1, T, in]: a mixture of experts deals tokens out among them.
 
     Args:
-        run: runs the model once on a few tokens.
+        run: runs the model once on so many tokens, for the logits of fewer where it can do that.
     """
     calls: dict[str, list[tuple[int, ...]]] = {}
     places = [place for place in linears_of(model) if place.module is not head]
@@ -56,7 +58,7 @@ def find_linears(model: nn.Module, head: nn.Module | None, run: Callable[[], obj
     found = []
     for place in places:
         match calls.get(place.name):
-            case [(1, _, in_features)]:
+            case [(1, seen, in_features)] if seen == num_tokens:
                 weight = weight_of(place.module)
                 found.append(
                     Linear(name=place.name, in_features=in_features, out_features=len(weight), dtype=weight.dtype)

@@ -13,7 +13,7 @@ from softprompt_kernels.act_mul import ACTIVATIONS, act_mul
 from torch import Generator, Tensor, nn
 
 from softprompt_inference.model.swaps.forward import random_like, swap_forward
-from softprompt_inference.model.swaps.verify import Swap
+from softprompt_inference.model.swaps.verify import Swap, small_and_large
 
 _NUM_TOKENS = 3
 # In float32, where exact and approximate GELU are a hundred times further apart.
@@ -75,7 +75,6 @@ def _swap(name: str, module: Any, forward: Callable[[Tensor], Tensor], like: Ten
     size = int(first.in_features)
 
     def run(generator: Generator) -> Tensor:
-        answer: Tensor = module(random_like(like, 1, _NUM_TOKENS, size, generator=generator))
-        return answer
+        return small_and_large(module, random_like(like, 1, _NUM_TOKENS, size, generator=generator))
 
     return swap_forward(module, forward, name=f"activation {name}", run=run)

@@ -5,6 +5,7 @@ has one for them computes both, and then their gate.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from softprompt_kernels.act_mul import act_mul
@@ -14,7 +15,7 @@ from transformers.activations import ACT2FN
 from softprompt_inference.model.lora.context import LoraContext, is_attached
 from softprompt_inference.model.swaps.linears import Place, places
 from softprompt_inference.model.swaps.packed import NativeGate, PackedLinear, can_pack, is_native, pack
-from softprompt_inference.model.swaps.verify import Swap, random_input
+from softprompt_inference.model.swaps.verify import Swap, random_input, small_and_large
 
 _CHILDREN = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 # transformers' activations → our kernels' name, and oneDNN's name and algorithm; what is listed wrongly would fail
@@ -112,7 +113,8 @@ def _swap(place: Place, lora: LoraContext) -> Swap:
         mlp, x = place.current, random_input(generator, weight.shape[1], weight)
         # Both ways to compute it, where there are two, are held to the original.
         has_two = isinstance(mlp, GatedMLP) and mlp.apart is not None
-        return torch.cat([mlp(x), mlp.forward_apart(x) if has_two else mlp(x)])  # type: ignore[operator]
+        ways: Any = (mlp, mlp.forward_apart if has_two else mlp)
+        return torch.cat([small_and_large(way, x) for way in ways])
 
     return Swap(
         name=place.name,

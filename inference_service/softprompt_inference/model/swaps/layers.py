@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from softprompt_kernels import native
 from softprompt_kernels.native.layer import DecoderLayer, LinearWeights, NormWeights
 from torch import Generator, Tensor, nn
 
@@ -53,6 +54,8 @@ def _recognise(layer: Any) -> tuple[DecoderLayer, AttentionCall, norms.Norm] | N
     recorder = CallRecorder()
     norms.run_layer(layer, layer.forward, between, Generator().manual_seed(_SEED), recorder)
     [(_, call)] = recorder.calls
+    if call.q.shape[2] > native.MAX_HEAD_DIM:
+        return None
     fused = DecoderLayer(
         norms=(_norm(before), _norm(between)),
         qkv=_linear(qkv),

@@ -9,6 +9,8 @@ from torch import Generator, Tensor
 
 _log = logging.getLogger(__name__)
 _SEED = 0
+# A power of two, which changes no digit.
+_LARGE = 256.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,3 +67,14 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def random_input(generator: Generator, width: int, like: Tensor) -> Tensor:
     """Some rows as a layer may see them: [1, 3, width] with the dtype and device of `like`."""
     return torch.randn(1, 3, width, generator=generator).to(like)
+
+
+def small_and_large(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What a gated MLP makes of x, and of 256 times x where that can be told: some limit how large values become.
+
+    [..., size] → [2 * ..., size], each about as large as the other.
+    """
+    answers = [compute(x)]
+    if x.dtype != torch.float16:  # which such values may leave
+        answers.append(compute(x * _LARGE) / _LARGE**2)
+    return torch.cat(answers)

@@ -80,7 +80,7 @@ class Experts(nn.Module):
 
 def test_linears_that_do_not_see_every_token_once_in_its_place_are_left_out() -> None:
     model = Experts()
-    found = find_linears(model, model.head, lambda: model(torch.randn(1, 4, 4)))
+    found = find_linears(model, model.head, lambda: model(torch.randn(1, 4, 4)), num_tokens=4)
     assert [(linear.name, linear.in_features, linear.out_features) for linear in found] == [
         ("all", 4, 4),
         ("conv", 4, 6),

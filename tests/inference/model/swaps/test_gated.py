@@ -77,6 +77,23 @@ def test_another_activation_or_another_child_is_left_alone() -> None:
     assert gated.find(model, LoraContext()) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_mlp_that_limits_large_values_is_undone(dtype: torch.dtype) -> None:
+    class Limited(LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            up = self.up_proj(x).clamp(-10, 10)
+            return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=10)) * up)  # type: ignore[no-any-return]
+
+    model = _mlp("silu", dtype=dtype)
+    model[0].__class__ = Limited
+    original = model[0]
+    if not can_pack(original.up_proj.weight):
+        pytest.skip("this processor has no packed products in bfloat16")
+    (swap,) = gated.find(model, LoraContext())
+    assert not verify(swap)
+    assert model[0] is original
+
+
 def test_an_mlp_that_does_something_else_is_undone() -> None:
     class Odd(LlamaMLP):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,7 @@ def test_layers_of_llamas_shape_are_fused(lab: Any, kind: str, dtype: torch.dtyp
     assert len(fused(loaded)) == len(loaded.layers)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "phi3", "gpt2"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "phi3", "gpt2", "llama_widest"])
 def test_layers_of_another_shape_are_left_alone(lab: Any, kind: str, dtype: torch.dtype) -> None:
     assert fused(load(lab, kind, dtype)) == []
 
