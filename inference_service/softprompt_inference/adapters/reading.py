@@ -62,11 +62,11 @@ class TensorReader:
                 chunk, version = response.chunk, response.adapter if response.HasField("adapter") else None
                 piece = Piece(offset=chunk.offset, data=chunk.data, version=version)
                 is_whole = piece.offset + len(piece.data) >= response.size_bytes
-                if is_whole and len(self._kept) < _MAX_KEPT:
-                    self._kept.append(stream)
                 yield piece
         finally:
-            if stream not in self._kept:
+            if is_whole and len(self._kept) < _MAX_KEPT:
+                self._kept.append(stream)
+            else:
                 stream.call.cancel()
 
     def _take_kept(self) -> "_Stream | None":
