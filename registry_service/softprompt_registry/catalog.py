@@ -320,11 +320,11 @@ def not_found(
     name = local_name(ref.name)
     if latest is not None:
         lacks = f"alias {shown(ref.alias)}" if ref.alias else f"version {ref.version}"
-        meant = nearest_name(ref.alias, aliases) or latest
+        meant = nearest_name(ref.alias, aliases)
         return AdapterNotFound(
-            f"{name} has no {lacks}; its latest is {latest}",
+            f"{name} has no {lacks}; {name} alone stands for version {latest}",
             field="adapter",
-            details={"did_you_mean": f"{name}@{meant}"},
+            details={"did_you_mean": f"{name}@{meant}"} if meant else {},
         )
     if not near:
         return AdapterNotFound(f"there is no adapter {shown(name)}", field="adapter")

@@ -5,11 +5,11 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from softprompt_api.errors import InvalidArgument, SoftpromptError
+from softprompt_api.errors import InvalidArgument, SoftpromptError, Unsupported
 from softprompt_api.formats import Role
 from softprompt_api.params import SamplingParams
 from softprompt_inference.choice import Choice
@@ -32,6 +32,9 @@ from softprompt.prompts import ParsedPrompt, Prompt, check_each, one_each, parse
 from softprompt.requests import LoRARequest, PromptAdapterRequest
 from softprompt.resident import ResidentAdapters
 from softprompt.tools import tool_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 _GIB = 2**30
@@ -63,6 +66,8 @@ class LLM:
         enable_prefix_caching: compute shared beginnings of prompts, and soft prompts, only once.
         share: share KV of soft prompts between requests; off for measuring.
         seed: makes calls without a seed of their own repeatable; None: random.
+        tensor_parallel_size: 1, as scripts written for vLLM may say; a model is computed by one device.
+        trust_remote_code: False, likewise; no code that comes with a model is run.
 
     Raises ValueError when there is no such model, and errors of softprompt_api.errors when it cannot be served.
     """
@@ -87,7 +92,16 @@ class LLM:
         enable_prefix_caching: bool = True,
         share: bool = True,
         seed: int | None = None,
+        tensor_parallel_size: int = 1,
+        trust_remote_code: bool = False,
     ) -> None:
+        if tensor_parallel_size != 1:
+            raise Unsupported(
+                f"tensor_parallel_size is {tensor_parallel_size}; a model is computed by one device",
+                field="tensor_parallel_size",
+            )
+        if trust_remote_code:
+            raise Unsupported("no code that comes with a model is run", field="trust_remote_code")
         if gpu_memory_utilization is not None and not 0 < gpu_memory_utilization <= 1:
             raise InvalidArgument(
                 f"gpu_memory_utilization is {gpu_memory_utilization}; it is a share, above 0 and at most 1",
@@ -114,6 +128,7 @@ class LLM:
         self._defaults = read_defaults(folder)
         runner = load_runner(config, _log.info)
         self._engine = Engine(runner, config)
+        self._engine_config = config
         self._compile = runner.compile
         self._adapters = ResidentAdapters(self._engine, max_prompt_adapters)
         self._loras = ResidentAdapters(self._engine, max_loras, max_lora_rank=max_lora_rank)
@@ -127,6 +142,15 @@ class LLM:
     def info(self) -> ModelInfo:
         """The model, its limits and its memory."""
         return self._engine.info
+
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The model's tokenizer, as transformers has it."""
+        from transformers import AutoTokenizer
+
+        made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            self._engine_config.model_path, local_files_only=True, trust_remote_code=False
+        )
+        return made
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Those of calls without any: with what the model's generation_config.json recommends."""

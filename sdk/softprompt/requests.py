@@ -1,6 +1,6 @@
 """What is asked of an `LLM` beside prompts and sampling parameters."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from softprompt_api.errors import InvalidArgument
@@ -19,6 +19,7 @@ class PromptAdapterRequest:
         prompt_adapter_name: 1 to 128 lower-case letters, digits, '.', '_' or '-'.
         prompt_adapter_id: a positive integer.
         prompt_adapter_local_path: PEFT folder, or a hub id where a hub is reachable.
+        prompt_adapter_num_virtual_tokens: as scripts written for vLLM say it; compared with what the files say.
         prompt_adapter_task: from 0, of an adapter that was trained for several tasks; None otherwise.
 
     Raises InvalidArgument for a value that cannot be.
@@ -27,7 +28,8 @@ class PromptAdapterRequest:
     prompt_adapter_name: str
     prompt_adapter_id: int
     prompt_adapter_local_path: str | Path
-    prompt_adapter_task: int | None = None
+    prompt_adapter_num_virtual_tokens: int | None = None
+    prompt_adapter_task: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         check_name(self.prompt_adapter_name, field="prompt_adapter_name")

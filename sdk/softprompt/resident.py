@@ -59,6 +59,8 @@ class ResidentAdapters:
         What is wrong with the files of one is raised before any is loaded.
         """
         known = self._identify_all(dict.fromkeys(requests))
+        for request, one in known.items():
+            _check_num_virtual_tokens(request, one.local)
         tasks = {request: _task(request, one.local) for request, one in known.items()}
         digests = {request: with_task(one.local.digest, tasks[request]) for request, one in known.items()}
         wanted = {digest: request for request, digest in digests.items()}
@@ -152,6 +154,15 @@ class ResidentAdapters:
 def _task(request: AdapterRequest, local: LocalAdapter) -> int | None:
     ref = AdapterRef(name=request.name, task=request.task)
     return choose_task(ref, local.spec.num_tasks, field="prompt_adapter_task")
+
+
+def _check_num_virtual_tokens(request: AdapterRequest, local: LocalAdapter) -> None:
+    told, found = getattr(request, "prompt_adapter_num_virtual_tokens", None), local.spec.num_virtual_tokens
+    if told is not None and told != found:
+        raise InvalidArgument(
+            f"prompt_adapter_num_virtual_tokens is {told}, and {request.name!r} has {found}; leave it out",
+            field="prompt_adapter_num_virtual_tokens",
+        )
 
 
 def _find(request: AdapterRequest) -> _Known:

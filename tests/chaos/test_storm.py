@@ -125,7 +125,9 @@ class Solo:
                 lora = LoRARequest(f"content{adapter_id}", adapter_id, folder)
             else:
                 of_task = int(task[0]) if task else None
-                soft = PromptAdapterRequest(f"content{adapter_id}", adapter_id, folder, of_task)
+                soft = PromptAdapterRequest(
+                    f"content{adapter_id}", adapter_id, folder, prompt_adapter_task=of_task
+                )
         asked = self._prompts[number]
         [output] = self._llm.generate(
             [{"prompt_token_ids": asked.prompt_ids}],

@@ -39,7 +39,7 @@ async def test_an_alias_points_to_the_version_it_was_set_to_until_it_is_moved(cl
 async def test_a_removed_alias_is_not_found_with_its_name(client, three):
     await client.set_alias("tweets", "prod", 2)
     assert await client.set_alias("tweets", "prod", 0) is None
-    with pytest.raises(AdapterNotFound, match="has no alias 'prod'; its latest is 3"):
+    with pytest.raises(AdapterNotFound, match="has no alias 'prod'; tweets alone stands for version 3"):
         await client.get("tweets@prod")
     with pytest.raises(AdapterNotFound, match="has no alias 'prod'"):
         await client.set_alias("tweets", "prod", 0)
@@ -98,7 +98,7 @@ async def test_deleting_another_version_leaves_a_rolled_back_latest_where_it_is(
     await client.set_alias("tweets", "latest", 1)
     await client.delete("tweets", 3)
     assert await latest(client) == 1
-    with pytest.raises(AdapterNotFound, match="its latest is 1"):
+    with pytest.raises(AdapterNotFound, match="alone stands for version 1"):
         await client.get("tweets@3")
 
 

@@ -40,10 +40,11 @@ def test_an_unknown_adapter_is_not_found_with_a_reason():
     assert "did you mean" not in catalog.not_found(AdapterRef(name="twets")).message
 
 
-def test_an_unknown_version_is_told_the_latest():
+def test_an_unknown_version_is_told_what_the_name_alone_stands_for():
+    """Which may be any of its versions, after a rollback: none is said to be the last, or to have been meant."""
     error = catalog.not_found(AdapterRef(name="tweets", version=9), latest=3)
-    assert "its latest is 3" in error.message
-    assert error.details == {"did_you_mean": "tweets@3"}
+    assert "tweets alone stands for version 3" in error.message
+    assert error.details == {}
 
 
 def test_what_stands_in_the_way_of_a_deletion_is_told_in_few_words():

@@ -238,7 +238,7 @@ async def test_an_unknown_adapter_is_not_found_with_a_near_name(client, make_ada
     assert missing.value.details == {}
     with pytest.raises(AdapterNotFound) as missing:
         await client.get("tweet_adapter@7")
-    assert "its latest is 1" in missing.value.message
+    assert "tweet_adapter alone stands for version 1" in missing.value.message
     with pytest.raises(AdapterNotFound):
         await client.get("sha256:" + "0" * 64)
 

@@ -94,8 +94,8 @@ async def test_an_error_tells_names_as_the_tenant_knows_them_and_no_others(clien
     for spelling, message in (
         ("other/tweets", "there is no adapter 'tweets'"),
         ("acme/tweet", "there is no adapter 'tweet'; did you mean 'tweets'?"),
-        ("acme/tweets@9", "tweets has no version 9; its latest is 2"),
-        ("acme/tweets@prod", "tweets has no alias 'prod'; its latest is 2"),
+        ("acme/tweets@9", "tweets has no version 9; tweets alone stands for version 2"),
+        ("acme/tweets@prod", "tweets has no alias 'prod'; tweets alone stands for version 2"),
     ):
         with pytest.raises(AdapterNotFound) as missing:
             await client.get(spelling)

@@ -17,7 +17,13 @@ from softprompt import (
     SamplingParams,
     StructuredOutputsParams,
 )
-from softprompt_api.errors import AdapterInvalid, ContextLengthExceeded, InternalError, InvalidArgument
+from softprompt_api.errors import (
+    AdapterInvalid,
+    ContextLengthExceeded,
+    InternalError,
+    InvalidArgument,
+    Unsupported,
+)
 from softprompt_inference.model.lora import loras as loras_module
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -189,6 +195,8 @@ def test_a_lora_that_cannot_be_used_is_refused_before_anything_runs(
     tensors = load_file(foreign / "adapter_model.safetensors")
     renamed = {name.replace("layers.1.", "layers.9."): tensor for name, tensor in tensors.items()}
     save_file(renamed, foreign / "adapter_model.safetensors")
+    config = json.loads((foreign / "adapter_config.json").read_text())
+    (foreign / "adapter_config.json").write_text(json.dumps({**config, "target_modules": "all-linear"}))
     for _ in range(2):
         with pytest.raises(AdapterInvalid, match=r"layers\.9\..* which the model does not have"):
             llm.generate("Hello", GREEDY, lora_request=LoRARequest("foreign", 73, foreign))
@@ -597,6 +605,28 @@ def test_an_id_stands_for_one_adapter_within_a_call_too(llm: LLM, adapters: list
 def test_a_request_that_cannot_be_is_refused_when_made(name: str, number: int, path: str) -> None:
     with pytest.raises(InvalidArgument):
         PromptAdapterRequest(name, number, path)
+
+
+def test_scripts_for_vllm_may_say_how_many_virtual_tokens_there_are(llm: LLM, make_adapter: MakeAdapter) -> None:
+    path = make_adapter(50, 5)
+    told, untold = PromptAdapterRequest("told", 50, path, 5), PromptAdapterRequest("told", 50, path)
+    first, second = (ids(llm.generate("Hello", GREEDY, prompt_adapter_request=one)) for one in (told, untold))
+    assert first == second
+    wrong = PromptAdapterRequest("told", 50, path, prompt_adapter_num_virtual_tokens=6)
+    with pytest.raises(InvalidArgument, match="is 6, and 'told' has 5") as refused:
+        llm.generate("Hello", GREEDY, prompt_adapter_request=wrong)
+    assert refused.value.field == "prompt_adapter_num_virtual_tokens"
+
+
+@pytest.mark.parametrize(("argument", "value"), [("tensor_parallel_size", 2), ("trust_remote_code", True)])
+def test_what_vllm_can_and_this_cannot_is_refused_by_name(tiny_model: Path, argument: str, value: object) -> None:
+    with pytest.raises(Unsupported) as refused:
+        make_llm(tiny_model, **{argument: value})
+    assert refused.value.field == argument
+
+
+def test_the_tokenizer_is_transformers_own(llm: LLM) -> None:
+    assert llm.get_tokenizer().encode("Hello there") == llm.generate("Hello there", GREEDY)[0].prompt_token_ids
 
 
 def test_a_share_of_the_gpu_is_no_percentage(tiny_model: Path) -> None:

@@ -102,6 +102,13 @@ def load_model(config: EngineConfig, report: Callable[[str], None]) -> LoadedMod
     device = hardware.choose_device(config.device)
     model_config = _read_config(config.model_path)
     dtype = hardware.choose_dtype(config.dtype, model_config.dtype, device)
+    max_positions = _max_positions(model_config)
+    if config.max_model_len is not None and config.max_model_len > max_positions:
+        raise InvalidArgument(
+            f"max_model_len is {config.max_model_len}, but this model computes at most {max_positions} positions "
+            "rightly",
+            field="max_model_len",
+        )
     report(f"loading weights ({_dtype_name(dtype)} on {device})")
     model = _load_weights(config.model_path, model_config, dtype).to(device)
     embedding = model.get_input_embeddings()
@@ -127,7 +134,7 @@ def load_model(config: EngineConfig, report: Callable[[str], None]) -> LoadedMod
             dtype=dtype,
             hidden_size=hidden_size,
             vocab_size=vocab_size,
-            max_positions=_max_positions(model_config),
+            max_positions=max_positions,
             keeps_logits=keeps_logits,
             weights_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         )

@@ -387,15 +387,9 @@ def _capture_decodes(
 
 def _plan_max_model_len(config: EngineConfig, loaded: LoadedModel, num_pages: int) -> int:
     """The longest sequence: what was asked for, else what model and pages allow."""
-    limit, capacity = loaded.max_positions, num_pages * config.page_size
-    wanted = config.max_model_len
+    capacity, wanted = num_pages * config.page_size, config.max_model_len
     if wanted is None:
-        return min(limit, capacity)
-    if wanted > limit:
-        raise InvalidArgument(
-            f"max_model_len is {wanted}, but this model computes at most {limit} positions rightly",
-            field="max_model_len",
-        )
+        return min(loaded.max_positions, capacity)
     if wanted > capacity:
         raise InvalidArgument(
             f"max_model_len is {wanted}, but the KV pages hold {capacity} positions; raise kv_cache_bytes",

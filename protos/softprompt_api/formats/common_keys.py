@@ -4,7 +4,10 @@ from collections.abc import Mapping
 
 from softprompt_api.formats import checks
 
-_NOT_PLAIN = "which an adapter for a causal language model never needs; train with task_type 'CAUSAL_LM'"
+_NOT_PLAIN = (
+    "which an adapter for a causal language model never needs; train with task_type 'CAUSAL_LM', or set it to "
+    "null where the adapter was trained for such a model"
+)
 
 # Of every kind. The dangerous ones among them must hold PEFT's default.
 GENERAL_KEYS: Mapping[str, checks.Check] = {

@@ -28,17 +28,23 @@ ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
 
-# What people upload instead; the first bytes tell, whatever the file is called.
+_SAVE = "save with save_pretrained(safe_serialization=True)"
+_FETCH = "fetch the file itself"
+# What people upload instead, and what to do; the first bytes tell, whatever the file is called.
 _FOREIGN = (
-    (b"PK\x03\x04", "a zip or torch (.bin, .pt) file"),
-    (b"\x80", "a pickle or torch (.bin, .pt) file"),
-    (b"GGUF", "a GGUF file"),
-    (b"\x93NUMPY", "a numpy file"),
-    (b"\x89HDF", "an HDF5 file"),
-    (b"\x1f\x8b", "a gzip file"),
-    (b"version https://git-lfs", "a git-lfs pointer and not the file it stands for"),
-    (b"{", "a JSON file"),
-    (b"<", "an HTML or XML page"),
+    (b"PK\x03\x04", "a zip or torch (.bin, .pt) file", _SAVE),
+    (b"\x80", "a pickle or torch (.bin, .pt) file", _SAVE),
+    (b"GGUF", "a GGUF file", _SAVE),
+    (b"\x93NUMPY", "a numpy file", _SAVE),
+    (b"\x89HDF", "an HDF5 file", _SAVE),
+    (b"\x1f\x8b", "a gzip file", _SAVE),
+    (
+        b"version https://git-lfs",
+        "a git-lfs pointer and not the file it stands for",
+        f"{_FETCH} with `git lfs pull`",
+    ),
+    (b"{", "a JSON file", _SAVE),
+    (b"<", "an HTML or XML page", _FETCH),
 )
 
 
@@ -59,9 +65,9 @@ def header_length(start: bytes, *, size_bytes: int) -> int:
     plausible = len(start) >= LENGTH_BYTES and 2 <= length <= size_bytes - LENGTH_BYTES
     if plausible and length <= MAX_HEADER_BYTES:
         return length
-    for magic, what in _FOREIGN:
+    for magic, what, remedy in _FOREIGN:
         if start.startswith(magic[:LENGTH_BYTES]):
-            raise _invalid(f"this is {what}, not safetensors; save with save_pretrained(safe_serialization=True)")
+            raise _invalid(f"this is {what}, not safetensors; {remedy}")
     if plausible:
         raise _invalid(f"the safetensors header has {length} bytes; at most {MAX_HEADER_BYTES}")
     raise _invalid("not a safetensors file: its header does not fit into the file")

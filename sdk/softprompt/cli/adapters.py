@@ -83,6 +83,8 @@ def add(
         )
     if not as_json:
         typer.echo(f"{info.name}@{info.version} is ready: {info.size}, {info.digest}")
+        if info.num_tasks > 1:
+            typer.echo(f"each of its tasks is a model: {info.name}:0 to {info.name}:{info.num_tasks - 1}")
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
     if probe:

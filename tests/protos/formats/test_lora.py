@@ -282,5 +282,22 @@ def test_pairs_may_differ_in_dtype_from_other_pairs():
     other = Q.replace("q_proj", "v_proj")
     half = {name.replace(Q, other): tensor.astype(np.float16) for name, tensor in tensors().items()}
     data = save({**tensors(), **half})
-    assert verify(data).tensor_dtype == "F16, F32"
-    assert [module.dtype for module in read_adapter(SPEC, data).modules] == ["float32", "float16"]
+    spec = parse_config(config(target_modules=["q_proj", "v_proj"]))
+    assert verify(data, spec).tensor_dtype == "F16, F32"
+    assert [module.dtype for module in read_adapter(spec, data).modules] == ["float32", "float16"]
+
+
+def test_a_file_with_modules_that_the_config_does_not_mean_is_refused():
+    other = Q.replace("q_proj", "v_proj")
+    data = save({**tensors(), **{name.replace(Q, other): tensor for name, tensor in tensors().items()}})
+    with pytest.raises(AdapterInvalid, match="v_proj") as refused:
+        verify(data)
+    assert refused.value.field == "config.target_modules"
+
+
+def test_equal_alphas_have_one_digest_however_they_are_spelled():
+    spellings = [{"lora_alpha": 8}, {"lora_alpha": 8.0}]
+    assert len({parse_config(config(**one)).canonical_config for one in spellings}) == 1
+    patterns_of = [{"alpha_pattern": {"q_proj": alpha}} for alpha in (4, 4.0)]
+    assert len({parse_config(config(**one)).canonical_config for one in patterns_of}) == 1
+    assert parse_config(config(lora_alpha=8.5)).canonical_config != SPEC.canonical_config

@@ -2,13 +2,13 @@
 
 A module's rank and scale follow from the config: `r` and `lora_alpha`, or what the first key of `rank_pattern` and
 `alpha_pattern` says that matches the module's name, by PEFT's rule (`get_pattern_key`). Which modules there are is
-told by the tensors alone.
+told by the tensors; where the config lists others, the file is refused.
 """
 
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +26,7 @@ from softprompt_api.formats.spec import (
     Role,
     canonical_json,
 )
+from softprompt_api.formats.targets import Targets, targets_of
 from softprompt_api.formats.values import FLOAT_DTYPES
 
 _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>[\w.]{1,256})\.lora_(?P<matrix>[AB])\.weight", re.ASCII)
@@ -41,6 +42,7 @@ class LoraSpec(AdapterSpec):
     use_rslora: bool
     rank_pattern: Patterns
     alpha_pattern: Patterns
+    targets: Targets = field(compare=False)
 
     def check_fits(self, model: ModelShape) -> None:
         """See AdapterSpec; which modules a model has is known where it is loaded."""
@@ -60,7 +62,9 @@ class LoraSpec(AdapterSpec):
     def expected_tensors(self, found: Mapping[str, TensorInfo]) -> Mapping[str, Shape]:
         """See AdapterSpec."""
         expected: dict[str, Shape] = {}
-        for module, rank in self.ranks(_modules(found)).items():
+        modules = _modules(found)
+        self.targets.check(modules)
+        for module, rank in self.ranks(modules).items():
             a, b = _names(module)
             # Of a matrix that is missing, its name is all that counts.
             _, in_features = found[a].shape if a in found else (0, 0)
@@ -166,14 +170,22 @@ def _spec(config: Mapping[str, Any]) -> AdapterSpec:
     checks.factor("lora_alpha", config.get("lora_alpha"))
     values: dict[str, Any] = {
         "r": config["r"],
-        "alpha": config["lora_alpha"],
+        "alpha": _same_for_equal(config["lora_alpha"]),
         "use_rslora": bool(config.get("use_rslora")),
         # In the config's order: the first pattern that matches counts.
         "rank_pattern": tuple((config.get("rank_pattern") or {}).items()),
-        "alpha_pattern": tuple((config.get("alpha_pattern") or {}).items()),
+        "alpha_pattern": tuple(
+            (pattern, _same_for_equal(alpha)) for pattern, alpha in (config.get("alpha_pattern") or {}).items()
+        ),
     }
     kind = "LORA"
-    return LoraSpec(kind=kind, canonical_config=canonical_json(kind=kind, **values), **values)
+    canonical = canonical_json(kind=kind, **values)
+    return LoraSpec(kind=kind, canonical_config=canonical, targets=targets_of(config), **values)
+
+
+def _same_for_equal(alpha: float) -> float:
+    """8 for 8.0: what computes the same has one digest."""
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 _KEYS: Mapping[str, checks.Check] = {
@@ -185,7 +197,7 @@ _KEYS: Mapping[str, checks.Check] = {
     "alpha_pattern": pattern_map(checks.factor),
     "bias": checks.one_of("none"),
     "init_lora_weights": _check_init,
-    # Which modules were trained is told by the tensors; how, does not matter any more.
+    # Which modules were trained is told by the tensors, and must be what is meant here; how does not matter now.
     "target_modules": checks.names,
     "exclude_modules": checks.names,
     "layers_pattern": checks.names,
