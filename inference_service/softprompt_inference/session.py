@@ -103,6 +103,8 @@ class Session(Generic[Event]):
             return
         call = self._calls[number] = _Call[Event](number)
         call.task = asyncio.create_task(self._run(call, request))
+        # Not by the task: one that is cancelled before its first turn does nothing.
+        call.task.add_done_callback(lambda _: self._forget(call))
 
     def _signal(self, number: int, signal: "pb.CallSignal.ValueType") -> None:
         call = self._calls.get(number)
@@ -125,10 +127,11 @@ class Session(Generic[Event]):
                 await call.ended
         except Exception as error:
             self._end(call, _how(error))
-        finally:
-            del self._calls[call.number]
-            self._kept_back.pop(call, None)
-            self._changed.set()
+
+    def _forget(self, call: "_Call[Event]") -> None:
+        del self._calls[call.number]
+        self._kept_back.pop(call, None)
+        self._changed.set()
 
     def _send(self, call: "_Call[Event]", generation: Generation[Event]) -> None:
         """Send what a generation has to say now, as far as it may; its errors end the call, not the caller."""

@@ -298,3 +298,17 @@ async def test_a_broken_stream_aborts_all(world: World) -> None:
     reading.cancel()
     await asyncio.gather(reading, return_exceptions=True)
     assert sorted(world.generations.closed) == ["a", "b"]
+
+
+async def test_a_generation_that_is_cancelled_before_it_has_begun_leaves_nothing(world: World) -> None:
+    world.requests.put_nowait(pb.GenerateManyRequest(call=1, start=pb.GenerateRequest(text="a")))
+    world.signal(1, pb.CALL_SIGNAL_CANCEL)
+    await world.settle()
+    assert world.generations.started.empty()
+    await world.start(1, "b")  # the number is free again
+    world.say("b", "x", None)
+    assert await world.next() == [(1, "x"), (1, "end ")]
+    world.requests.put_nowait(None)
+    async with asyncio.timeout(10):
+        with pytest.raises(StopAsyncIteration):
+            await world.next()

@@ -117,3 +117,12 @@ def test_over_any_time_in_which_they_wait_tenants_start_alike(line, sequence) ->
     assert waiting["a"] > waiting["b"] >= 0
     # c asks the least and never waits for a's many.
     assert waiting["c"] <= 2
+
+
+def test_tenants_that_are_gone_are_forgotten_though_somebody_always_waits(line, sequence) -> None:
+    line.add(sequence("z0"))
+    for number in range(1000):
+        line.add(sequence(chr(0x4E00 + number) + "1"))
+        line.start()
+    assert len(line) == 1
+    assert len(line._last_turns) < 100

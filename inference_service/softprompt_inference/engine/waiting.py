@@ -12,6 +12,9 @@ from itertools import pairwise
 from softprompt_inference.engine.sequence import Sequence
 
 
+_SPARE_TENANTS = 64
+
+
 class WaitingLine:
     """Sequences by their turns; those of one turn in order of arrival."""
 
@@ -35,6 +38,9 @@ class WaitingLine:
         """Put a new sequence where its turn is."""
         if not self._line:
             self._last_turns.clear()  # nobody waits, so nobody is ahead
+        elif len(self._last_turns) > 2 * len(self._line) + _SPARE_TENANTS:
+            ahead = {tenant: turn for tenant, turn in self._last_turns.items() if turn > self._turn}
+            self._last_turns = ahead  # the turns of others are over
         tenant = sequence.request.tenant
         sequence.turn = max(self._turn, self._last_turns.get(tenant, 0)) + 1
         self._last_turns[tenant] = sequence.turn
