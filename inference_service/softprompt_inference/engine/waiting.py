@@ -11,7 +11,6 @@ from itertools import pairwise
 
 from softprompt_inference.engine.sequence import Sequence
 
-
 _SPARE_TENANTS = 64
 
 
