@@ -2,19 +2,16 @@
 
 import asyncio
 import contextlib
-import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator
 from importlib.metadata import version
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from softprompt_api.errors import InternalError, SoftpromptError
-from softprompt_api.names import shown
 from softprompt_api.tracing import Tracer
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match, Route
 
 from softprompt_gateway.adapters.answers import ANSWER_MODELS as ADAPTER_ANSWERS
 from softprompt_gateway.adapters.loading import REQUEST_MODELS as LOADING_MODELS
@@ -24,10 +21,11 @@ from softprompt_gateway.adapters.routes import REQUEST_MODELS as ADAPTER_MODELS
 from softprompt_gateway.adapters.routes import adapters_router
 from softprompt_gateway.admission import Admission
 from softprompt_gateway.clients import Clients
+from softprompt_gateway.cors import CorsHeaders, Preflights
 from softprompt_gateway.disconnect import stop
 from softprompt_gateway.documented import document
 from softprompt_gateway.errors import Refused, describe
-from softprompt_gateway.gateway import make_gateway
+from softprompt_gateway.gateway import Gateway, make_gateway
 from softprompt_gateway.guard import GuardedRoute
 from softprompt_gateway.health import ANSWER_MODELS as HEALTH_ANSWERS
 from softprompt_gateway.health import health_router
@@ -36,6 +34,7 @@ from softprompt_gateway.openai.answers import ANSWER_MODELS as OPENAI_ANSWERS
 from softprompt_gateway.openai.routes import REQUEST_MODELS as OPENAI_MODELS
 from softprompt_gateway.openai.routes import openai_router
 from softprompt_gateway.settings import Settings
+from softprompt_gateway.unrouted import explainer
 from softprompt_gateway.watch import CatalogWatcher
 
 _DESCRIPTION = "OpenAI-compatible requests over one base model and its adapters, and the adapters' administration."
@@ -81,9 +80,9 @@ def make_app(
         resident_router(gateway),
         health_router(gateway),
     )
-    app.add_exception_handler(HTTPException, _http_explainer(routers))
+    app.add_exception_handler(HTTPException, explainer(routers))
     app.add_exception_handler(RequestValidationError, _explain_parameter)
-    app.add_middleware(Edge, metrics=gateway.metrics, admission=admission, tracer=tracer)
+    _add_layers(app, gateway, admission, tracer)
     assert all(isinstance(route, GuardedRoute) for router in routers for route in router.routes)
     for router in routers:
         app.include_router(router)
@@ -95,39 +94,20 @@ def make_app(
     return app
 
 
+def _add_layers(app: FastAPI, gateway: Gateway, admission: Admission, tracer: Tracer | None) -> None:
+    """What is around the routes, from the inside out."""
+    origins = gateway.settings.origins
+    if origins:
+        app.add_middleware(Preflights, origins=origins)
+    app.add_middleware(Edge, metrics=gateway.metrics, admission=admission, tracer=tracer)
+    if origins:
+        app.add_middleware(CorsHeaders, origins=origins)
+
+
 async def _explain(_request: Request, error: Exception) -> Response:
     if isinstance(error, InternalError):
         raise error  # to the edge, which logs it
     return describe(error).response()
-
-
-def _http_explainer(routers: Sequence[APIRouter]) -> Callable[[Request, Exception], Awaitable[Response]]:
-    """A handler of what routing itself refuses."""
-
-    async def explain(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        if error.status_code == 405:
-            # One path can have several routes, and the router tells only the first one's methods.
-            allow = ", ".join(sorted(_methods(routers, request)))
-            message = f"{shown(request.method)} is not allowed here; {allow} is"
-            refused = Refused(message, code="method_not_allowed", status=405, headers={"allow": allow})
-        else:
-            code = "not_found" if error.status_code == 404 else "invalid_request"
-            refused = Refused("there is no such route", code=code, status=error.status_code)
-        return describe(refused).response()
-
-    return explain
-
-
-def _methods(routers: Sequence[APIRouter], request: Request) -> set[str]:
-    every = itertools.chain(request.app.routes, *(router.routes for router in routers))
-    routes = [route for route in every if isinstance(route, Route)]
-    return {
-        method
-        for route in routes
-        if route.matches(request.scope)[0] is not Match.NONE
-        for method in route.methods or ()
-    }
 
 
 async def _explain_parameter(_request: Request, error: Exception) -> Response:

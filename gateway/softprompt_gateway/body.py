@@ -2,13 +2,17 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, get_args
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
 
 from softprompt_gateway.errors import ClientGone, Refused
+from softprompt_gateway.validation import RequestModel
 
 # What is read and thrown away so that a client that is still sending can read its answer.
 _DISCARDED_BYTES = 16 * 2**20
@@ -99,7 +103,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
         orjson.loads(body)  # knows every rule above but the last
         value = json.loads(body, object_pairs_hook=_unique)
     except orjson.JSONDecodeError as error:
-        raise Refused(f"the body is not valid JSON: {error}", code="invalid_json") from None
+        raise Refused(_not_json(body, error), code="invalid_json") from None
     except (RecursionError, ValueError):
         raise Refused(
             "the body is not valid JSON: nested too deep, or a number too long", code="invalid_json"
@@ -109,6 +113,15 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return value
 
 
+def _not_json(body: bytes, error: orjson.JSONDecodeError) -> str:
+    """What is wrong with a body; where bytes are not UTF-8, orjson tells no place, and calls it the first."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as wrong:
+        return f"the body is not UTF-8: byte {wrong.start} is 0x{body[wrong.start]:02x}"
+    return f"the body is not valid JSON: {error}"
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) < len(pairs):
@@ -116,3 +129,77 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise Refused(f"the body has the key {twice[:64]!a} twice", code="invalid_json")
     return members
+
+
+# An object of a request: a model, or the names that its members may have.
+Kind = type[RequestModel] | frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Holds:
+    """Beside a field's type: which objects its own validator takes, where the type does not say so."""
+
+    kinds: tuple[Kind, ...]
+
+
+def leave_out_unknown(values: dict[str, Any], model: type[RequestModel]) -> Sequence[str]:
+    """Take what a model does not know out of a request, however deep; where each was, the top's first."""
+    places: list[str] = []
+    # Not by recursion: lists may be nested as deep as JSON is read.
+    inner: deque[tuple[str, Any, tuple[Kind, ...]]] = deque([("", values, (model,))])
+    while inner:
+        place, value, kinds = inner.popleft()
+        if isinstance(value, list):
+            inner += (
+                (f"{place}{number}.", item, kinds) for number, item in enumerate(value) if _has_members(item)
+            )
+        elif (kind := _meant(value, kinds)) is not None:
+            fields = _fields(kind)
+            for name in [name for name in value if name not in fields]:
+                places.append(place + name)
+                del value[name]
+            for name, member in value.items():
+                if fields[name] and _has_members(member):
+                    inner.append((f"{place}{name}.", member, fields[name]))
+    return places
+
+
+def _has_members(value: object) -> bool:
+    return isinstance(value, (dict, list))
+
+
+def _meant(value: Mapping[str, Any], kinds: Sequence[Kind]) -> Kind | None:
+    """What an object is taken for: of several kinds, the one that has its `type`."""
+    if len(kinds) == 1:
+        return kinds[0]
+    return next((kind for kind in kinds if value.get("type") in _types(kind)), None)
+
+
+def _types(kind: Kind) -> Sequence[object]:
+    """What the `type` of such an object may be; None: that it may be absent."""
+    field = None if isinstance(kind, frozenset) else kind.model_fields.get("type")
+    if field is None:
+        return ()
+    words = [word for part in (field.annotation, *get_args(field.annotation)) for word in get_args(part)]
+    return words if field.is_required() else [*words, None]
+
+
+@cache
+def _fields(kind: Kind) -> Mapping[str, tuple[Kind, ...]]:
+    """The members that such an object may have, each with the objects that are in it."""
+    if isinstance(kind, frozenset):
+        return dict.fromkeys(kind, ())
+    return {
+        field.alias or name: tuple(_kinds((field.annotation, *field.metadata)))
+        for name, field in kind.model_fields.items()
+    }
+
+
+def _kinds(annotations: Iterable[Any]) -> Iterator[Kind]:
+    for annotation in annotations:
+        if isinstance(annotation, Holds):
+            yield from annotation.kinds
+        elif isinstance(annotation, type) and issubclass(annotation, RequestModel):
+            yield annotation
+        else:
+            yield from _kinds(get_args(annotation))

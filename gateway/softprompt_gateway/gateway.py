@@ -1,5 +1,7 @@
 """The parts of one gateway, made once and handed to its routes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -9,9 +11,10 @@ from softprompt_api.names import shown
 from starlette.requests import Request
 
 from softprompt_gateway.adapters.probing import Probing
-from softprompt_gateway.body import read_json
+from softprompt_gateway.body import leave_out_unknown, read_json
 from softprompt_gateway.catalog import Catalog
 from softprompt_gateway.clients import Clients
+from softprompt_gateway.errors import Refused
 from softprompt_gateway.guard import Guard, GuardedRoute, guarded
 from softprompt_gateway.keyring import Keyring
 from softprompt_gateway.lease import Lease
@@ -57,12 +60,24 @@ class Gateway:
         """The request's body, checked. Unknown fields are refused, or left out where the settings say so."""
         values = await self.json(request)
         if self.settings.unknown_fields == "warn":
-            unknown = [name for name in values if name not in model.model_fields]
-            for name in unknown[:_MAX_LOGGED]:
-                _log.warning("unknown field", field=shown(name), request_id=request.state.request_id)
-            for name in unknown:
-                del values[name]
-        return model.checked(values)
+            for place in leave_out_unknown(values, model)[:_MAX_LOGGED]:
+                _log.warning("unknown field", field=shown(place), request_id=request.state.request_id)
+            return model.checked(values)
+        with _telling_of_the_setting():
+            return model.checked(values)
+
+
+@contextmanager
+def _telling_of_the_setting() -> Iterator[None]:
+    """Add to a refusal of an unknown field which setting leaves it out instead."""
+    try:
+        yield
+    except Refused as refused:
+        body = refused.body
+        if body.answer.code != "unknown_parameter":
+            raise
+        message = f"{body.message} (--unknown-fields warn leaves it out)"
+        raise Refused(message, code=body.answer.code, param=body.param) from None
 
 
 def make_gateway(settings: Settings, clients: Clients) -> Gateway:

@@ -18,11 +18,13 @@ from softprompt_api.names import shown
 from softprompt_api.registry.v1.registry_pb2 import ApiKey, ListKeysRequest
 from softprompt_api.settings import is_loopback
 from starlette.datastructures import MutableHeaders
+from starlette.routing import Match
 from starlette.types import Message, Receive, Send
 from starlette.types import Scope as RequestScope
 
 from softprompt_gateway.caller import ANYBODY, Caller
 from softprompt_gateway.clients import RegistryClient
+from softprompt_gateway.cors import no_pages_of
 from softprompt_gateway.errors import Refused
 from softprompt_gateway.keyring import Keyring
 from softprompt_gateway.rates import Limiter, Meter
@@ -42,31 +44,32 @@ class Guard:
     def __init__(self, settings: Settings, registry: RegistryClient, keyring: Keyring) -> None:
         self._is_open = settings.insecure
         self._is_local = is_loopback(settings.host) and not settings.insecure
+        self._origins = settings.origins
         self._always_asks = settings.always_asks_for_keys
         self._timeout_s = settings.registry_timeout_s
         self._registry = registry
         self._keyring = keyring
 
-    async def caller(self, headers: list[tuple[bytes, bytes]]) -> Caller:
-        """Whoever sends these headers.
+    async def caller(self, headers: list[tuple[bytes, bytes]], wanted: Scope) -> Caller:
+        """Whoever sends these headers to a route that wants this scope.
 
         Unauthenticated: no key, or none that is known. Unavailable: keys cannot be checked.
         """
         if self._is_open:
-            return self._anybody(headers)
+            return self._anybody(headers, wanted)
         sent = _bearer(headers) if self._always_asks else b""
         try:
             async with asyncio.timeout(self._timeout_s):
                 if not self._always_asks:
                     if not await self._keyring.was_any_made():
-                        return self._anybody(headers)
+                        return self._anybody(headers, wanted)
                     sent = _bearer(headers)
                 await self._keyring.wait()
         except TimeoutError:
             raise Unavailable("API keys cannot be checked: the registry does not answer; try again") from None
         return await self._known(sent.decode("ascii"))
 
-    def _anybody(self, headers: list[tuple[bytes, bytes]]) -> Caller:
+    def _anybody(self, headers: list[tuple[bytes, bytes]], wanted: Scope) -> Caller:
         """Who needs no key; PermissionDenied for web pages of others, which a browser lets send requests too.
 
         A page tells where it comes from, unless its name was made to stand for this machine: then the request does
@@ -78,11 +81,20 @@ class Guard:
                 f"this server asks for no API key, and answers to names of this machine alone, not {shown(host)}; "
                 "to serve others, make a key, or set insecure"
             )
-        if origin and not _is_this_machine(origin) and origin.partition("://")[2] != host:
-            raise PermissionDenied(
-                f"this server asks for no API key, and answers no web pages of {shown(origin)}; make a key for it"
-            )
+        if origin and origin.partition("://")[2] != host and not self._lets_in(origin, wanted):
+            but = ", for which `*` is not enough" if self._origins.any else ""
+            raise PermissionDenied(f"this server asks for no API key: {no_pages_of(origin)}{but}")
         return ANYBODY
+
+    def _lets_in(self, origin: str, wanted: Scope) -> bool:
+        """Whether pages of an origin need no key.
+
+        `*` is for those that have one: whoever looks at any page would lend it this server otherwise. With
+        `insecure` it lets all pages ask the models, and still none that is not named administer the server.
+        """
+        if _is_this_machine(origin) or origin in self._origins.named:
+            return True
+        return self._is_open and self._origins.any and wanted is Scope.INFER
 
     async def _known(self, text: str) -> Caller:
         sha256 = key_sha256(text)
@@ -142,22 +154,26 @@ async def refuse_without_keys(settings: Settings, registry: RegistryClient) -> N
 
 
 class GuardedRoute(APIRoute):
-    """A route that lets in who may call it; `guarded` makes one that does."""
+    """A route that lets in who may call it; `guarded` makes one that does. HEAD is answered as GET."""
 
     guard: ClassVar[Guard]
     limiter: ClassVar[Limiter]
     wanted: ClassVar[Scope | None]
 
+    def matches(self, scope: RequestScope) -> tuple[Match, RequestScope]:
+        """Whether a request is this route's."""
+        return super().matches(_as_get(scope))
+
     async def handle(self, scope: RequestScope, receive: Receive, send: Send) -> None:
         """Answer a request whose path is this route's."""
         if self.wanted is None:
-            await super().handle(scope, receive, send)
+            await super().handle(_as_get(scope), receive, send)
             return
-        caller = await self.guard.caller(scope["headers"])
+        caller = await self.guard.caller(scope["headers"], self.wanted)
         caller.enter(scope)
         caller.check_scope(self.wanted)
         async with self.limiter.admitted(caller, Meter.new(scope)) as headers:
-            await super().handle(scope, receive, _with(headers, send) if headers else send)
+            await super().handle(_as_get(scope), receive, _with(headers, send) if headers else send)
 
 
 def guarded(
@@ -166,6 +182,11 @@ def guarded(
     """The class of routes that need a scope (None: they are open), over another class of routes."""
     members = {"guard": guard, "limiter": limiter, "wanted": wanted}
     return cast(type[GuardedRoute], type(kind.__name__, (kind,), members))
+
+
+def _as_get(scope: RequestScope) -> RequestScope:
+    """A request as a route sees it: of an answer to HEAD the server sends no body."""
+    return {**scope, "method": "GET"} if scope.get("method") == "HEAD" else scope
 
 
 def _with(headers: Mapping[str, str], send: Send) -> Send:

@@ -9,6 +9,7 @@ from softprompt_api.rpc.channel import MAX_CALL_S
 from softprompt_api.rpc.tls import ServerTls
 from softprompt_api.settings import ClientTlsSettings, SettingsError, is_loopback, read, refuse_unknown_variables
 
+from softprompt_gateway.cors import Origins
 from softprompt_gateway.discovery import Places
 
 __all__ = ["Settings", "SettingsError", "read_settings"]
@@ -53,6 +54,9 @@ class Settings(ClientTlsSettings):
 
     require_keys: bool = Field(default=False, description="ask for an API key before the first was made")
     insecure: bool = Field(default=False, description="ask for no API key, on any interface")
+    allowed_origins: str | None = Field(
+        default=None, description="origins whose web pages are let in, joined by commas; *: all, with an API key"
+    )
     key_trust_s: Annotated[float, Field(ge=30, le=7 * 86_400)] = Field(
         default=3600.0, description="to go on with known API keys while the registry is away"
     )
@@ -87,6 +91,12 @@ class Settings(ClientTlsSettings):
         Places.parse(value)
         return value
 
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_origins(cls, value: str | None) -> str | None:
+        Origins.parse(value)
+        return value
+
     @model_validator(mode="after")
     def _check_keys(self) -> Self:
         if self.require_keys and self.insecure:
@@ -104,6 +114,11 @@ class Settings(ClientTlsSettings):
     def server_tls(self) -> ServerTls | None:
         """How HTTP is served; None: without TLS."""
         return ServerTls.of(self.tls_cert, self.tls_key, self.tls_client_ca)
+
+    @property
+    def origins(self) -> Origins:
+        """Whose web pages are let in."""
+        return Origins.parse(self.allowed_origins)
 
     @property
     def inference_places(self) -> Places:

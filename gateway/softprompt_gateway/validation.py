@@ -89,7 +89,8 @@ def _refusal(model: type[RequestModel], value: dict[str, Any], error: ErrorDetai
         return Refused(_unknown(model, error), code="unknown_parameter", param=shown(param).strip("'"))
     if error["type"] == "missing":
         return Refused(f"{param} is required", code="missing_required_parameter", param=param)
-    return Refused(f"{param}: {error['msg'].removeprefix('Input ')}", code="invalid_value", param=param)
+    problem = "should be an object" if error["type"] == "model_type" else error["msg"].removeprefix("Input ")
+    return Refused(f"{param}: {problem}", code="invalid_value", param=param)
 
 
 def _place(value: Any, error: ErrorDetails) -> Iterator[int | str]:

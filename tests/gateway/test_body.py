@@ -92,3 +92,11 @@ async def test_a_large_body_is_parsed_where_nobody_waits_for_it(
     monkeypatch.setattr(body_module, "parse_object", parse)
     assert (await stack.post("/tokenize", prompt="x" * size)).status_code == 200
     assert [thread is not threading.current_thread() for thread in threads] == [is_apart]
+
+
+async def test_of_bytes_that_are_no_text_the_place_is_told(stack: Any) -> None:
+    answer = await stack.http.post(
+        COMPLETIONS, content=b'{"a": "\xff"}', headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "the body is not UTF-8: byte 7 is 0xff"

@@ -1,9 +1,14 @@
 """POST /v1/chat/completions through OpenAI's client and by hand."""
 
+import inspect
 from typing import Any
 
 import openai
 import pytest
+from openai.resources.responses import Responses
+from softprompt_gateway.openai.chat import ChatRequest
+from softprompt_gateway.openai.completions import CompletionRequest
+from softprompt_gateway.openai.responses.request import ResponsesRequest
 
 
 async def test_a_conversation_is_continued(stack: Any, sdk: openai.AsyncOpenAI) -> None:
@@ -59,7 +64,41 @@ async def test_what_the_service_refuses_is_named_as_it_was_sent(
 async def test_a_part_that_is_wrong_is_told_by_its_number(stack: Any) -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": 5}]
     error = (await stack.chat(parts)).json()["error"]
-    assert (error["param"], error["message"][:20]) == ("messages", "content part 1: text")
+    assert (error["param"], error["message"]) == (
+        "messages.0.content",
+        "messages.0: content part 1: text: should be a valid string",
+    )
+
+
+USER = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "code"),
+    [
+        ({"role": "user"}, "content", "missing_required_parameter"),
+        ({"role": "assistant", "content": None}, "content", "missing_required_parameter"),
+        ({"role": "user", "content": 5}, "content", "invalid_value"),
+        ({"role": "user", "content": [{"type": "text", "text": "x", "odd": 1}]}, "content", "unknown_parameter"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "content", "unsupported_parameter"),
+        ({"role": "user", "content": ["x"]}, "content", "invalid_value"),
+        ({**USER, "reasoning_content": "x"}, "reasoning_content", "unknown_parameter"),
+        ({**USER, "audio": {"id": "x"}}, "audio", "unsupported_parameter"),
+        ({**USER, "parsed": {"a": 1}}, "parsed", "unsupported_parameter"),
+    ],
+)
+async def test_an_error_inside_messages_names_the_message(stack: Any, message: Any, param: str, code: str) -> None:
+    for path in ("/v1/chat/completions", "/tokenize"):
+        answer = await stack.post(path, model=stack.base, messages=[USER, USER, USER, message, message])
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"], error["code"]) == (400, f"messages.3.{param}", code)
+        assert "messages.3" in error["message"] or param in error["message"]
+
+
+async def test_a_message_whose_kind_is_wrong_does_not_hide_which_other_is_refused(stack: Any) -> None:
+    messages = [{"role": "robot", "content": "x"}, USER, {"role": "user"}]
+    error = (await stack.post("/v1/chat/completions", model=stack.base, messages=messages)).json()["error"]
+    assert error["param"] == "messages.2.content"
 
 
 async def test_text_parts_are_joined_by_line_breaks(stack: Any) -> None:
@@ -122,10 +161,54 @@ async def test_the_template_is_told_how_to_end(stack: Any, fields: Any, opens: b
         {"modalities": ["text"]},
         {"parallel_tool_calls": True},
         {"add_special_tokens": False},
+        {"tools": [], "tool_choice": "auto"},
+        {"tools": [], "tool_choice": "none"},
+        {"logprobs": False, "top_logprobs": 0},
+        {"stream": False, "stream_options": None},
+        {"reasoning_effort": "none"},
+        {"reasoning_effort": None, "verbosity": None, "moderation": None, "prompt_cache_options": None},
+        {"verbosity": "medium", "prompt_cache_options": {}, "prompt_cache_retention": "24h"},
+        {"echo": False, "suffix": "", "best_of": None, "bad_words": [], "use_beam_search": False},
+        {"priority": 0, "length_penalty": 1.0, "chat_template_kwargs": {}},
     ],
 )
 async def test_what_changes_nothing_is_accepted(stack: Any, fields: Any) -> None:
     assert (await stack.chat("x", **fields)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"reasoning_effort": "low"}, "unsupported_parameter"),
+        ({"verbosity": "low"}, "unsupported_parameter"),
+        ({"moderation": {"model": "m"}}, "unsupported_parameter"),
+        ({"prompt_cache_options": {"mode": "explicit"}}, "unsupported_parameter"),
+        ({"top_logprobs": 1}, "invalid_value"),
+        ({"stream_options": {"include_usage": True}, "stream": False}, "invalid_value"),
+        ({"tool_choice": "auto"}, "invalid_value"),
+        ({"tool_choice": "required", "tools": []}, "invalid_value"),
+        ({"echo": True}, "unknown_parameter"),
+        ({"priority": 1}, "unknown_parameter"),
+        ({"priority": False, "length_penalty": True}, "unknown_parameter"),
+        ({"odd": None}, "unknown_parameter"),
+        ({"odd": None, **{f"odd{number}": None for number in range(200)}, "echo": False}, "unknown_parameter"),
+    ],
+)
+async def test_what_asks_for_something_is_refused(stack: Any, fields: Any, code: str) -> None:
+    answer = await stack.chat("x", **fields)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, code)
+    assert error["param"] in fields
+
+
+def test_no_field_of_openais_client_is_unknown() -> None:
+    ours = {"extra_body", "extra_headers", "extra_query", "self", "timeout"}
+    for create, model in (
+        (openai.resources.chat.Completions.create, ChatRequest),
+        (openai.resources.Completions.create, CompletionRequest),
+        (Responses.create, ResponsesRequest),
+    ):
+        assert inspect.signature(create).parameters.keys() - ours <= model.model_fields.keys()
 
 
 async def test_a_stream_opens_with_the_role_and_ends_with_its_reason(stack: Any) -> None:
@@ -188,3 +271,9 @@ async def test_prompt_ids_come_with_the_opening_chunk(stack: Any) -> None:
         assert first["prompt_token_ids"] == [97, 98]
         assert "prompt_token_ids" not in second
     assert with_usage[0]["usage"] is None
+
+
+async def test_what_is_no_object_is_told_to_be_one_in_our_words(stack: Any) -> None:
+    answer = await stack.chat("hi", stream=True, stream_options="x")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"] == "stream_options: should be an object"

@@ -298,6 +298,128 @@ async def test_where_a_setting_says_so_unknown_fields_are_left_out_and_logged(
     assert (await stack.post("/detokenize", tokens=[97], nonsense=1)).status_code == 400
 
 
+SCHEMA = {"type": "object", "properties": {"odd": {"type": "string"}}}
+CALLED = {"name": "f", "arguments": "{}", "odd": 1}
+LEFT_OUT: list[tuple[str, dict[str, Any], list[str]]] = [
+    (
+        "/v1/chat/completions",
+        {
+            "odd": 1,
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "abc", "cache_control": {}}], "odd": 1},
+                {
+                    "role": "assistant",
+                    "content": "x",
+                    "tool_calls": [{"id": "1", "type": "function", "odd": 1, "function": CALLED}],
+                },
+                {"role": "user", "content": "abc"},
+            ],
+            "tools": [{"type": "function", "odd": 1, "function": {"name": "f", "odd": 1, "parameters": SCHEMA}}],
+            "tool_choice": {"type": "function", "odd": 1, "function": {"name": "f", "odd": 1}},
+            "stream_options": None,
+        },
+        [
+            *("odd", "messages.0.odd", "tools.0.odd", "tool_choice.odd", "messages.0.content.0.cache_control"),
+            *("messages.1.tool_calls.0.odd", "tools.0.function.odd", "tool_choice.function.odd"),
+            "messages.1.tool_calls.0.function.odd",
+        ],
+    ),
+    (
+        "/v1/chat/completions",
+        {
+            "messages": [{"role": "user", "content": "abc"}],
+            "stream": True,
+            "stream_options": {"include_usage": True, "odd": 1},
+            "response_format": {
+                "type": "json_schema",
+                "odd": 1,
+                "json_schema": {"name": "x", "schema": SCHEMA, "odd": 1},
+            },
+        },
+        ["stream_options.odd", "response_format.odd", "response_format.json_schema.odd"],
+    ),
+    (
+        "/v1/completions",
+        {
+            "prompt": [[{"type": "text", "text": "abc", "odd": 1}], [1, 2]],
+            "structured_outputs": {"regex": "a", "odd": 1},
+        },
+        ["structured_outputs.odd", "prompt.0.0.odd"],
+    ),
+    (
+        "/v1/responses",
+        {
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "abc", "odd": 1}], "odd": 1},
+                {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}", "odd": 1},
+                {"type": "function_call_output", "call_id": "1", "output": "abc", "odd": 1},
+            ],
+            "tools": [{"type": "function", "name": "f", "odd": 1}],
+            "tool_choice": {
+                "type": "allowed_tools",
+                "mode": "auto",
+                "odd": 1,
+                "tools": [{"type": "function", "name": "f", "odd": 1}],
+            },
+        },
+        [
+            *("input.0.odd", "input.1.odd", "input.2.odd", "tools.0.odd", "tool_choice.odd"),
+            *("input.0.content.0.odd", "tool_choice.tools.0.odd"),
+        ],
+    ),
+    (
+        "/v1/responses",
+        {"input": "abc", "text": {"odd": 1, "format": {"type": "text", "odd": 1}}, "metadata": {"odd": "1"}},
+        ["text.odd", "text.format.odd"],
+    ),
+]
+
+
+@pytest.mark.parametrize("gateway_settings", [{"unknown_fields": "warn"}])
+@pytest.mark.parametrize(("path", "body", "places"), LEFT_OUT)
+async def test_unknown_fields_are_left_out_however_deep_they_are(
+    stack: Any, logged: list[Any], path: str, body: dict[str, Any], places: list[str]
+) -> None:
+    answer = await stack.post(path, model=stack.base, **body)
+    assert answer.status_code == 200, answer.text
+    told = [line["field"] for line in logged if line["event"] == "unknown field"]
+    assert sorted(told) == sorted(map(repr, places))
+    if "tools" in body and path == "/v1/chat/completions":
+        assert '"odd"' in stack.inference.requests[-1].chat.tools[0]  # what a schema says is its own
+
+
+@pytest.mark.parametrize("gateway_settings", [{"unknown_fields": "warn"}])
+async def test_lists_nested_as_deep_as_json_is_read_are_looked_through(stack: Any) -> None:
+    deep: Any = {"odd": 1}
+    for _ in range(900):
+        deep = [deep]
+    assert (await stack.complete(deep)).status_code == 400
+    assert (await stack.post("/v1/chat/completions", model=stack.base, messages=deep)).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"odd": 1}, "unknown parameter 'odd' (--unknown-fields warn leaves it out)"),
+        (
+            {"stop_sequences": 1},
+            "unknown parameter 'stop_sequences'; did you mean 'stop'? (--unknown-fields warn leaves it out)",
+        ),
+        ({"stream": True, "stream_options": {"odd": 1}}, "unknown parameter 'odd' (--unknown-fields warn"),
+        ({"structured_outputs": {"odd": 1}}, "json_object (--unknown-fields warn leaves it out)"),
+        ({"prompt": [{"type": "text", "text": "x", "odd": 1}]}, "'odd' (--unknown-fields warn leaves it out)"),
+    ],
+)
+async def test_an_unknown_field_is_told_with_the_setting_that_leaves_it_out(
+    stack: Any, fields: Any, message: str
+) -> None:
+    error = (await stack.complete(**{"prompt": "x"} | fields)).json()["error"]
+    assert error["code"] == "unknown_parameter"
+    assert message in error["message"]
+    # Where the setting has no effect, nothing is told of it.
+    assert "warn" not in (await stack.post("/tokenize", prompt="x", odd=1)).json()["error"]["message"]
+
+
 async def test_fields_without_effect_are_accepted(stack: Any) -> None:
     fields = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"}
     response = await stack.complete("abc", **fields, safety_identifier="s", prompt_cache_key="k")

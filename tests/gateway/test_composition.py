@@ -237,8 +237,8 @@ async def test_what_does_not_go_together_is_refused_by_field(
     [
         ([soft("given"), text("x")], "messages", "given gives keys and values"),
         ([soft("lora"), text("x")], "messages", "lora is a LoRA"),
-        ([{"type": "soft_prompt", "name": 5}], "messages", "content part 0: name: "),
-        ([{"type": "soft_prompts", "name": "a"}], "messages", "only 'text' and 'soft_prompt'"),
+        ([{"type": "soft_prompt", "name": 5}], "messages.0.content", "content part 0: name: "),
+        ([{"type": "soft_prompts", "name": "a"}], "messages.0.content", "only 'text' and 'soft_prompt'"),
     ],
 )
 async def test_what_cannot_stand_in_a_message_is_refused_by_field(

@@ -90,6 +90,15 @@ async def test_without_a_key_every_route_but_the_open_ones_is_refused(stack: Any
     assert stack.registry.headers == []
 
 
+async def test_head_is_let_in_and_refused_as_get(stack: Any) -> None:
+    key = await stack.registry.keys.make(Scope.INFER)
+    for path in ("/v1/models", "/metrics"):
+        assert (await stack.http.head(path)).status_code == 401
+    assert (await stack.http.head("/v1/models", headers=bearer(key))).status_code == 200
+    assert (await stack.http.head("/metrics", headers=bearer(key))).status_code == 403
+    assert (await stack.http.head("/health")).status_code == 200
+
+
 @pytest.mark.parametrize("scope", Scope)
 async def test_a_key_opens_the_routes_of_its_scope_and_no_other(stack: Any, scope: Scope) -> None:
     key = await stack.registry.keys.make(scope)
@@ -203,11 +212,50 @@ async def test_web_pages_of_others_cannot_use_that_no_key_is_asked_for(
     answer = await stack.http.get("/v1/models", headers=headers)
     assert answer.status_code == status
     if status == 403:
-        assert "make a key" in answer.json()["error"]["message"]
+        message = answer.json()["error"]["message"]
+        assert ("make a key" if "host" in headers else "allowed_origins (--allowed-origins) names") in message
     assert (await stack.http.get("/health", headers=headers)).status_code == 200
     key = await stack.registry.keys.make(Scope.ADMIN)
     await _until_refused(stack, "none")
     assert (await stack.http.get("/v1/models", headers=bearer(key) | headers)).status_code == 200
+
+
+NAMED = {"allowed_origins": "https://app.example,http://[2001:db8::1]:3000"}
+PAGE = {"origin": "https://app.example"}
+
+
+@pytest.mark.parametrize("gateway_settings", [NAMED, NAMED | {"insecure": True}])
+async def test_a_page_of_an_allowed_origin_needs_no_key_where_none_is_asked_for(stack: Any) -> None:
+    for headers in (PAGE, {"origin": "http://[2001:db8::1]:3000"}):
+        assert (await stack.http.get("/v1/models", headers=headers)).status_code == 200
+        assert (await stack.http.get("/metrics", headers=headers)).status_code == 200
+    for origin in ("https://app.example.evil.example", "https://app.example:8443", "http://app.example", "null"):
+        assert (await stack.http.get("/v1/models", headers={"origin": origin})).status_code == 403
+
+
+@pytest.mark.parametrize("gateway_settings", [NAMED])
+async def test_an_allowed_origin_does_not_undo_that_this_machine_must_be_named(stack: Any) -> None:
+    rebound = await stack.http.get("/v1/models", headers=PAGE | {"host": "app.example"})
+    assert rebound.status_code == 403
+
+
+@pytest.mark.parametrize("gateway_settings", [{"allowed_origins": "*"}])
+async def test_any_origin_is_for_requests_with_a_key(stack: Any) -> None:
+    refused = await stack.http.get("/v1/models", headers=PAGE)
+    assert refused.status_code == 403
+    assert refused.json()["error"]["message"].endswith("names that origin, for which `*` is not enough")
+    key = await stack.registry.keys.make(Scope.INFER)
+    await _until_refused(stack, "none")
+    assert (await stack.http.get("/v1/models", headers=PAGE | bearer(key))).status_code == 200
+
+
+@pytest.mark.parametrize("gateway_settings", [{"allowed_origins": "*,https://app.example", "insecure": True}])
+async def test_any_page_may_ask_an_insecure_servers_models_and_not_administer_it(stack: Any) -> None:
+    await stack.registry.add("loud")
+    for route, wanted in WANTED.items():
+        answer = await call(stack, route, {"origin": "https://evil.example"})
+        assert (answer.status_code == 403) == (wanted is not Scope.INFER), route
+        assert (await call(stack, route, PAGE)).status_code != 403, route
 
 
 async def test_keys_can_be_required_before_the_first_was_made(stack: Any) -> None:

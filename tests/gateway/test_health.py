@@ -24,6 +24,19 @@ async def test_not_ready_while_the_inference_service_starts(stack: Any) -> None:
     assert response.json() == {"status": "unavailable", "inference": "not serving", "registry": "serving"}
 
 
+async def test_head_tells_that_it_is_not_ready(stack: Any) -> None:
+    assert (await stack.http.head("/health")).status_code == 200
+    await stack.services["inference"].set_serving(False)
+    response = await stack.http.head("/health/ready")
+    assert (response.status_code, response.content) == (503, b"")
+
+
+async def test_metrics_answer_head(stack: Any) -> None:
+    response = await stack.http.head("/metrics")
+    assert (response.status_code, response.content) == (200, b"")
+    assert int(response.headers["content-length"]) > 1000
+
+
 async def test_degraded_once_the_registry_is_gone_and_its_adapters_are_known(stack: Any) -> None:
     await stack.registry.add("loud")
     await stack.until_listed("loud")

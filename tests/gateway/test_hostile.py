@@ -197,7 +197,7 @@ async def test_an_unknown_field_is_named_with_a_guess(stack: Any, field: str, hi
     error = response.json()["error"]
     assert (response.status_code, error["code"]) == (400, "unknown_parameter")
     assert error["message"].startswith("unknown parameter '")
-    assert error["message"].endswith(hint)
+    assert hint in error["message"]
     assert len(error["message"]) < 200
     assert "\n" not in error["message"]
 

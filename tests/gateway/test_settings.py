@@ -35,6 +35,7 @@ def test_the_environment_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
         ("SOFTPROMPT_INFERENCE_ADDRESS", "", "SOFTPROMPT_INFERENCE_ADDRESS: "),
         ("SOFTPROMPT_INFERENCE_ADDRESS", "a:1,a:1", "SOFTPROMPT_INFERENCE_ADDRESS: .* names a place twice"),
         ("SOFTPROMPT_INFERENCE_ADDRESS", "dns:///inference", "must be dns:///name:port"),
+        ("SOFTPROMPT_GATEWAY_ALLOWED_ORIGINS", "app.example", "allowed_origins: .*neither scheme://host, "),
     ],
 )
 def test_a_mistake_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, named: str) -> None:

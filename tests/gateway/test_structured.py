@@ -152,6 +152,19 @@ async def test_a_response_format_that_is_none_is_refused(stack: Any, response_fo
     assert answer.json()["error"]["param"].startswith("response_format")
 
 
+@pytest.mark.parametrize("response_format", ["json", 5, []])
+async def test_a_response_format_that_is_no_object_is_told_how_it_must_be(
+    stack: Any, response_format: Any
+) -> None:
+    error = (await stack.chat("x", response_format=response_format)).json()["error"]
+    assert error == {
+        "message": 'response_format must be an object with a type, as {"type": "json_object"}',
+        "type": "invalid_request_error",
+        "param": "response_format",
+        "code": "invalid_value",
+    }
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -259,3 +259,23 @@ async def test_bad_messages_of_tools_are_refused(stack: Any, message: Any) -> No
 async def test_what_the_service_refuses_of_them_is_named(stack: Any) -> None:
     error = (await stack.chat("refuse-grammar", tools=[WEATHER], tool_choice="required")).json()["error"]
     assert (error["code"], error["param"]) == ("invalid_value", "tools")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [("", "{}"), (" \n", "{}"), ("{", "{"), ("Paris", "Paris"), ("5", "5")]
+)
+async def test_a_past_calls_arguments_are_handed_on_and_none_are_an_empty_object(
+    stack: Any, given: str, told: str
+) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": given}}
+    messages = [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "user", "content": "x"}]
+    answer = await stack.post("/v1/chat/completions", model=stack.base, messages=messages)
+    assert answer.status_code == 200, answer.text
+    assert asked(stack).chat.messages[0].tool_calls[0].arguments == told
+
+
+async def test_arguments_that_are_no_text_are_told_with_their_message(stack: Any) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
+    answer = await stack.post("/v1/chat/completions", model=stack.base, messages=messages)
+    assert answer.json()["error"]["param"] == "messages.1.tool_calls.0.function.arguments"

@@ -800,16 +800,6 @@ async def test_what_no_grammar_can_be_made_of_is_the_requests_fault(
     assert error.field == "structured_outputs"
 
 
-async def test_a_lone_surrogate_in_a_calls_arguments_is_the_requests_fault(world: World) -> None:
-    call = pb.ToolCall(id="1", name="f", arguments=r'{"a": "\ud800"}')
-    message = pb.ChatMessage(role="assistant", tool_calls=[call])
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await world.stub.Tokenize(pb.TokenizeRequest(chat=pb.ChatPrompt(messages=[message])))
-    error = from_rpc_error(caught.value)
-    assert isinstance(error, InvalidArgument)
-    assert error.field == "messages"
-
-
 async def test_an_adapter_is_free_again_after_its_last_request(world: World) -> None:
     call = world.generate(adapter=DIGEST_A)
     [request] = await world.engine.wait_for(AddRequest)

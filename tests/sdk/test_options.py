@@ -1,12 +1,15 @@
 """Flags, environment and config file become one set of options."""
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from softprompt.cli import app, doctor
+from softprompt.cli import app, doctor, main, run
 from softprompt.cli.options import RunOptions, default_data_dir, expand_data_dir, make_options
 from softprompt.cli.problems import WrongUsage
+from softprompt.cli.services import Addresses, environment
 from typer.main import get_command
 
 
@@ -102,6 +105,38 @@ def test_a_share_of_the_gpu_is_no_percentage(share: float) -> None:
         make_options({"gpu_memory_utilization": share})
 
 
+ORIGINS = "https://app.example,http://localhost:5173"
+
+
+@pytest.mark.parametrize("source", ["flag", "variable", "file"])
+def test_the_gateway_is_told_whose_pages_are_let_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    given = {"SOFTPROMPT_ALLOWED_ORIGINS": ORIGINS} if source == "variable" else {}
+    monkeypatch.setattr(os, "environ", {**os.environ, **given})
+    told: list[RunOptions] = []
+    monkeypatch.setattr(run, "Supervisor", lambda options, *_: SimpleNamespace(run=lambda: told.append(options)))
+    monkeypatch.setattr(run, "Stop", lambda: SimpleNamespace(listen=lambda: None))
+    flags = {"flag": ["--allowed-origins", ORIGINS], "variable": []}
+    file = ["--config", str(config(tmp_path, f"allowed_origins: {ORIGINS}"))]
+    with pytest.raises(SystemExit) as ended:
+        main(["run", *flags.get(source, file)])
+    assert (ended.value.code, told[0].allowed_origins) == (0, ORIGINS)
+    addresses = Addresses(redis_url="", registry="", inference=("",), gateway_host="", gateway_port=0)
+    settings = environment("gateway", told[0], addresses)
+    assert settings["SOFTPROMPT_GATEWAY_ALLOWED_ORIGINS"] == ORIGINS
+    assert "SOFTPROMPT_ALLOWED_ORIGINS" not in settings
+
+
+def test_a_gateways_own_variable_is_not_overwritten(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SOFTPROMPT_GATEWAY_ALLOWED_ORIGINS", "http://localhost:1")
+    with pytest.raises(SystemExit):
+        main(["run", "--allowed-origins", ORIGINS])
+    assert "here it is --allowed-origins, or SOFTPROMPT_ALLOWED_ORIGINS" in capfd.readouterr().err
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(WrongUsage, match=r"cannot read the config file .*nothing.yaml: No such file"):
         make_options({}, tmp_path / "nothing.yaml")
@@ -118,6 +153,15 @@ def test_without_a_home_folder_the_flag_for_the_data_is_named(monkeypatch: pytes
         expand_data_dir(make_options({}).data_dir)
     assert doctor._folder(default_data_dir()).state == "none"
     assert expand_data_dir(make_options({"data_dir": "/data"}).data_dir) == Path("/data")
+
+
+@pytest.mark.parametrize("below", ["", "sub/folder"])
+def test_a_file_is_no_data_folder(below: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    found = doctor._folder(str(file / below))
+    assert (found.state, found.remedy) == (f"{file} is not a folder", "choose another with --data-dir")
+    assert doctor._folder(str(tmp_path / below)).remedy == ""
 
 
 def test_an_empty_file_leaves_the_defaults(tmp_path: Path) -> None:

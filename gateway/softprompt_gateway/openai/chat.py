@@ -4,7 +4,13 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.params import MAX_LOGPROBS
@@ -12,7 +18,7 @@ from softprompt_api.params import MAX_LOGPROBS
 from softprompt_gateway.errors import Refused
 from softprompt_gateway.openai import schemas
 from softprompt_gateway.openai.completions import check_choices
-from softprompt_gateway.openai.fields import Count, GenerationFields, Unserved, refuse
+from softprompt_gateway.openai.fields import Count, GenerationFields, Unserved, check_each, only, refuse
 from softprompt_gateway.openai.generation import Choice, finish_reason, stop_reason
 from softprompt_gateway.openai.logprobs import chat_logprobs
 from softprompt_gateway.openai.parts import Content, Parts, check_number_of_parts, say
@@ -40,7 +46,8 @@ class CalledFunction(RequestModel):
     """The function of a call."""
 
     name: Annotated[str, Field(max_length=64)]
-    arguments: str
+    arguments: str = Field(description="a JSON object as text; empty: no arguments")
+    parsed_arguments: Any = Field(None, description="accepted, without effect")
 
 
 class CalledTool(RequestModel):
@@ -49,6 +56,16 @@ class CalledTool(RequestModel):
     id: Annotated[str, Field(max_length=256)]
     type: Literal["function"]
     function: CalledFunction
+    index: Any = Field(None, description="accepted, without effect")
+
+    def proto(self) -> pb.ToolCall:
+        """The call as the inference service takes it."""
+        return pb.ToolCall(id=self.id, name=self.function.name, arguments=told_arguments(self.function.arguments))
+
+
+def told_arguments(text: str) -> str:
+    """The arguments of a call as the inference service takes them, where some write nothing for none."""
+    return text if text.strip() else "{}"
 
 
 class Message(RequestModel):
@@ -69,16 +86,17 @@ class Message(RequestModel):
     annotations: Unserved = Field(None, description="accepted where empty")
     audio: Unserved = Field(None, description="accepted where empty")
     function_call: Unserved = Field(None, description="not supported")
+    parsed: Any = Field(None, description="accepted, without effect; of an assistant")
 
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> "Message":
         for name in ("refusal", "annotations", "audio", "function_call"):
-            refuse(f"{_FIELD}.{name}", getattr(self, name))
+            refuse(name, getattr(self, name))
         if self.role != "assistant":
-            refuse(f"{_FIELD}.tool_calls", self.tool_calls, because="are an assistant's")
+            refuse("tool_calls", self.tool_calls, because="are an assistant's")
+            refuse("parsed", self.parsed, because="is an assistant's")
         if self.content is None and not self.tool_calls:
-            name = f"{_FIELD}.content"
-            raise Refused(f"{name} is required", code="missing_required_parameter", param=name)
+            raise Refused("content is required", code="missing_required_parameter", param="content")
         return self
 
     def proto(self, target: Target) -> pb.ChatMessage:
@@ -87,10 +105,7 @@ class Message(RequestModel):
             role=self.role,
             name=self.name or "",
             tool_call_id=self.tool_call_id or "",
-            tool_calls=[
-                pb.ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
-                for call in self.tool_calls or ()
-            ],
+            tool_calls=[call.proto() for call in self.tool_calls or ()],
         )
         say(message, self.content or "", target.digests_inside)
         return message
@@ -105,13 +120,14 @@ class ChatFields(RequestModel):
     )
     continue_final_message: bool | None = None
 
-    @field_validator("messages", mode="before")
+    @field_validator("messages", mode="wrap")
     @classmethod
-    def _check_number_of_parts(cls, value: object) -> object:
-        if isinstance(value, list):
-            contents = (message.get("content") for message in value if isinstance(message, dict))
-            check_number_of_parts(contents, field=_FIELD)
-        return value
+    def _check_messages(cls, value: object, check: ValidatorFunctionWrapHandler) -> object:
+        if not isinstance(value, list):
+            return check(value)
+        contents = (message.get("content") for message in value if isinstance(message, dict))
+        check_number_of_parts(contents, field=_FIELD)
+        return check_each(_FIELD, value, check, Message.model_validate)
 
     @model_validator(mode="after")
     def _check_conversation(self) -> "ChatFields":
@@ -160,19 +176,30 @@ class ChatRequest(ChatFields, GenerationFields):
     modalities: Annotated[Any, schemas.unserved(["text"])] = Field(None, description='only ["text"]')
     audio: Unserved = Field(None, description="not supported")
     prediction: Unserved = Field(None, description="not supported")
-    reasoning_effort: Unserved = Field(None, description="not supported")
+    reasoning_effort: Annotated[Any, schemas.unserved("none")] = Field(None, description='only "none"')
+    verbosity: Annotated[Any, schemas.unserved("medium")] = Field(None, description='only "medium"')
     web_search_options: Unserved = Field(None, description="not supported")
+    moderation: Unserved = Field(None, description="not supported")
+    prompt_cache_options: Unserved = Field(None, description="not supported")
+    prompt_cache_retention: Any = Field(None, description="accepted, without effect")
     add_special_tokens: Unserved = Field(None, description="only false: the chat template writes special tokens")
 
-    @field_validator("functions", "audio", "prediction", "reasoning_effort", "web_search_options")
+    @field_validator(
+        "functions", "audio", "prediction", "web_search_options", "moderation", "prompt_cache_options"
+    )
     @classmethod
     def _refuse(cls, value: object, info: Any) -> None:
         refuse(info.field_name, value)
 
-    @field_validator("function_call")
+    @field_validator("function_call", "reasoning_effort")
     @classmethod
     def _only_none(cls, value: object, info: Any) -> None:
-        refuse(info.field_name, None if value == "none" else value, because="other than 'none' is not supported")
+        only(info.field_name, "none", value)
+
+    @field_validator("verbosity")
+    @classmethod
+    def _only_medium(cls, value: object) -> None:
+        only("verbosity", "medium", value)
 
     @field_validator("modalities")
     @classmethod
@@ -186,7 +213,7 @@ class ChatRequest(ChatFields, GenerationFields):
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidArgument("top_logprobs needs logprobs to be true", field="top_logprobs")
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
@@ -197,7 +224,7 @@ class ChatRequest(ChatFields, GenerationFields):
     @cached_property
     def callable(self) -> Sequence[Tool]:
         """The tools that may be called."""
-        return callable_tools(self.tools or (), self.tool_choice)
+        return callable_tools(self.tools, self.tool_choice)
 
     def wanted(self) -> dict[str, dict[str, Any] | None]:
         """What each field wants the output to be; see `form_of`."""

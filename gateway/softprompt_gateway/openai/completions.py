@@ -19,7 +19,13 @@ from softprompt_gateway.openai.logprobs import (
     echoed_logprobs,
     prompt_logprobs,
 )
-from softprompt_gateway.openai.parts import PROMPT_PARTS_SCHEMA, Parts, check_number_of_parts, parse_parts
+from softprompt_gateway.openai.parts import (
+    HOLDS_PARTS,
+    PROMPT_PARTS_SCHEMA,
+    Parts,
+    check_number_of_parts,
+    parse_parts,
+)
 from softprompt_gateway.openai.style import Style
 from softprompt_gateway.resolve import Target
 from softprompt_gateway.session import Delta
@@ -79,7 +85,9 @@ def _ids(value: list[Any]) -> list[int]:
 class CompletionRequest(GenerationFields):
     """Body of `POST /v1/completions`."""
 
-    prompt: Annotated[list[Prompt], PlainValidator(parse_prompts), schemas.prompts(PROMPT_PARTS_SCHEMA)]
+    prompt: Annotated[
+        list[Prompt], PlainValidator(parse_prompts), schemas.prompts(PROMPT_PARTS_SCHEMA), HOLDS_PARTS
+    ]
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS_LIMIT)] | None = Field(
         None, description=f"default {DEFAULT_MAX_TOKENS}; 0 with echo or prompt_logprobs"
     )

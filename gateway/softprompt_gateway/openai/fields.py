@@ -1,12 +1,14 @@
 """What completions and chat requests share: sampling fields, and fields that are accepted or refused by name."""
 
 import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from softprompt_api.composition import MAX_ADAPTERS
-from softprompt_api.errors import InvalidArgument, Unsupported
+from softprompt_api.errors import InvalidArgument, SoftpromptError, Unsupported
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.names import shown
 from softprompt_api.params import (
@@ -18,7 +20,10 @@ from softprompt_api.params import (
     SamplingParams,
 )
 from softprompt_api.structured import FIELD as STRUCTURED
+from softprompt_api.structured import KINDS
 
+from softprompt_gateway.body import Holds
+from softprompt_gateway.errors import Refused
 from softprompt_gateway.openai import schemas
 from softprompt_gateway.openai.structured import OLD_NAMES, Form, check_members, form_of, grammar_message
 from softprompt_gateway.validation import RequestModel, at_most
@@ -30,6 +35,15 @@ _SAMPLING_FIELDS = (
 )
 # What a model may recommend otherwise: left to the inference service where a request does not say.
 _MODELS_OWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# Parameters of other servers and routes that clients send though they want nothing of them, each with the number
+# that says so.
+_FOREIGN: Mapping[str, int | None] = {
+    **dict.fromkeys(("use_beam_search", "early_stopping", "bad_words", "allowed_token_ids", "logits_processors")),
+    **dict.fromkeys(("chat_template", "chat_template_kwargs", "documents", "mm_processor_kwargs")),
+    **dict.fromkeys(("echo", "suffix", "best_of", "prompt_logprobs")),
+    "length_penalty": 1,
+    "priority": 0,
+}
 _TOKEN_ID = re.compile(r"(?:0|[1-9][0-9]{0,9})\Z")  # one spelling, or one entry would hide another
 Count = Annotated[int, Field(ge=1, le=MAX_TOKENS_LIMIT)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS_LIMIT)]
@@ -47,6 +61,11 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _is_number(value: object, number: int | None) -> bool:
+    """Whether it is this number, and no boolean, which Python takes for one."""
+    return type(value) in (int, float) and value == number
+
+
 def _check_bias_keys(value: dict[str, float]) -> dict[str, float]:
     for key in value:
         if not _TOKEN_ID.match(key):
@@ -54,10 +73,49 @@ def _check_bias_keys(value: dict[str, float]) -> dict[str, float]:
     return value
 
 
+def is_off(value: object) -> bool:
+    """Whether a field that holds this asks for nothing."""
+    return value is False or value in (None, "", [], {})  # 0 equals False, and is not empty
+
+
 def refuse(field: str, value: object, *, because: str = "is not supported") -> None:
     """Raise Unsupported where a field that we do not serve holds something that would change the answer."""
-    if value is not False and value not in (None, "", [], {}):  # 0 equals False, and is not empty
+    if not is_off(value):
         raise Unsupported(f"{field} {because}", field=field)
+
+
+def only(field: str, served: object, value: object) -> None:
+    """Raise Unsupported where a field holds something else than the one value of it that we serve."""
+    refuse(field, None if value == served else value, because=f"other than {served!r} is not supported")
+
+
+def check_each(
+    field: str, values: list[Any], check: Callable[[Any], object], check_one: Callable[[Any], object]
+) -> object:
+    """What `check` makes of a list; errors that our own checks of its items raise say which item it is.
+
+    Those that pydantic makes do so anyway.
+    """
+    try:
+        return check(values)
+    except (Refused, SoftpromptError):
+        for number, value in enumerate(values):
+            with _fields_in(f"{field}.{number}"), suppress(ValidationError):
+                check_one(value)
+        raise
+
+
+@contextmanager
+def _fields_in(place: str) -> Iterator[None]:
+    """Let errors say where the field is that they name."""
+    try:
+        yield
+    except Refused as error:
+        body = error.body
+        told, param = f"{place}: {body.message}", f"{place}.{body.param}"
+        raise Refused(told, code=body.answer.code, param=param) from None
+    except SoftpromptError as error:
+        raise type(error)(f"{place}: {error.message}", field=f"{place}.{error.field}") from None
 
 
 Unserved = Annotated[Any, schemas.unserved()]
@@ -101,9 +159,9 @@ class GenerationFields(RequestModel):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = Field(None, description="add the token ids of prompt and choices")
-    structured_outputs: Annotated[dict[str, Any], schemas.STRUCTURED_OUTPUTS] | None = Field(
-        None, description="what the output must be: one of json, regex, choice, grammar, json_object"
-    )
+    structured_outputs: (
+        Annotated[dict[str, Any], schemas.STRUCTURED_OUTPUTS, Holds((frozenset(KINDS),))] | None
+    ) = Field(None, description="what the output must be: one of json, regex, choice, grammar, json_object")
     guided_json: Annotated[Any, schemas.member("json")] = Field(
         None, description="older name of structured_outputs.json"
     )
@@ -133,10 +191,24 @@ class GenerationFields(RequestModel):
     safety_identifier: Any = Field(None, description="accepted, without effect")
     prompt_cache_key: Any = Field(None, description="accepted, without effect")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_foreign(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        foreign = value.keys() & (_FOREIGN.keys() - cls.model_fields.keys())
+        idle = {name for name in foreign if is_off(value[name]) or _is_number(value[name], _FOREIGN[name])}
+        return {name: member for name, member in value.items() if name not in idle} if idle else value
+
+    @field_validator("structured_outputs")
+    @classmethod
+    def _check_members(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        return check_members(value)
+
     @field_validator("typical_p")
     @classmethod
     def _only_typical_one(cls, value: object) -> None:
-        if value is not None and not (type(value) in (int, float) and value == 1):
+        if value is not None and not _is_number(value, 1):
             raise Unsupported("typical_p other than 1 is not supported", field="typical_p")
 
     @field_validator("truncate_prompt_tokens", "guided_whitespace_pattern")
@@ -166,7 +238,7 @@ class GenerationFields(RequestModel):
         """What each field wants the output to be; see `form_of`."""
         old = {name: getattr(self, name) for name in OLD_NAMES}
         return {
-            STRUCTURED: check_members(self.structured_outputs),
+            STRUCTURED: self.structured_outputs,
             **{name: None if value is None else {OLD_NAMES[name]: value} for name, value in old.items()},
         }
 

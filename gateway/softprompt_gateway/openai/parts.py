@@ -11,6 +11,7 @@ from softprompt_api.errors import InvalidArgument, Unsupported
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.names import shown
 
+from softprompt_gateway.body import Holds
 from softprompt_gateway.errors import Refused
 from softprompt_gateway.openai import schemas
 from softprompt_gateway.validation import RequestModel
@@ -135,7 +136,7 @@ def parse_content(value: object, *, field: str, texts: TextParts = _TEXTS) -> st
 
 
 def _content(value: object) -> str | Parts:
-    return parse_content(value, field="messages")
+    return parse_content(value, field="content")
 
 
 def say(message: pb.ChatMessage, content: str | Parts, digests: Mapping[str, str]) -> None:
@@ -152,6 +153,10 @@ PARTS_SCHEMA: dict[str, Any] = {
     "maxItems": MAX_PARTS,
 }
 PROMPT_PARTS_SCHEMA = PARTS_SCHEMA | schemas.SOME_TEXT
+HOLDS_PARTS = Holds((TextPart, SoftPromptPart))
 Content = Annotated[
-    str | Parts, PlainValidator(_content), WithJsonSchema({"anyOf": [{"type": "string"}, PARTS_SCHEMA]})
+    str | Parts,
+    PlainValidator(_content),
+    WithJsonSchema({"anyOf": [{"type": "string"}, PARTS_SCHEMA]}),
+    HOLDS_PARTS,
 ]

@@ -20,6 +20,21 @@ def only(value: object) -> WithJsonSchema:
     return WithJsonSchema({"enum": [None, value]})
 
 
+# An effort of none, and nothing else that is set.
+REASONING = WithJsonSchema(
+    {
+        "anyOf": [
+            {"enum": [None, False, "", []]},
+            {
+                "type": "object",
+                "properties": {"effort": {"enum": [None, "none"]}},
+                "additionalProperties": {"type": "null"},
+            },
+        ]
+    }
+)
+
+
 def _array(items: Schema, **bounds: int) -> Schema:
     return {"type": "array", "items": items, **bounds}
 

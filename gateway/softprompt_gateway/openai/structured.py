@@ -100,6 +100,16 @@ class ResponseFormat(RequestModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_object(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            raise InvalidArgument(
+                'response_format must be an object with a type, as {"type": "json_object"}',
+                field="response_format",
+            )
+        return value
+
     @model_validator(mode="after")
     def _check_schema(self) -> "ResponseFormat":
         if (self.type == "json_schema") != (self.json_schema is not None):

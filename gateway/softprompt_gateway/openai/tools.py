@@ -115,10 +115,15 @@ def tool_text(tool: Tool) -> str:
     return json.dumps(shape, ensure_ascii=False)
 
 
-def callable_tools(tools: Sequence[Tool], choice: ToolChoice | None) -> Sequence[Tool]:
-    """The tools that may be called; InvalidArgument where the choice does not go together with them."""
-    if choice == "none":
+def callable_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> Sequence[Tool]:
+    """The tools that may be called; InvalidArgument where the choice does not go together with them.
+
+    Args:
+        tools: None where the request has none. Beside an empty list, which some clients always send, is `auto`.
+    """
+    if choice == "none" or (choice == "auto" and tools == []):
         return []
+    tools = tools or []
     if isinstance(choice, NamedTool):
         name = choice.function.name
         found = [tool for tool in tools if tool.function.name == name]

@@ -55,7 +55,7 @@ XML tags:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """A call that an assistant made. `arguments` is a JSON object as text."""
+    """A call that an assistant made. `arguments` is a JSON object as text, or whatever the model wrote instead."""
 
     id: str
     name: str
@@ -77,9 +77,17 @@ def parse_tool(text: str) -> dict[str, Any]:
 
 
 def parse_call(call: ToolCall) -> dict[str, Any]:
-    """A call as templates take it: its arguments as an object."""
-    arguments = _parse(call.arguments, what="the arguments of a call", field="messages")
-    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+    """A call as templates take it: its arguments as an object, or as they are where they are no such text."""
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": _arguments(call)}}
+
+
+def _arguments(call: ToolCall) -> dict[str, Any] | str:
+    if not call.arguments.strip():
+        return {}
+    try:
+        return _parse(call.arguments, what="the arguments of a call", field="messages")
+    except InvalidArgument:  # a model wrote them, which may have erred; many templates take texts too
+        return call.arguments
 
 
 def _parse(text: str, *, what: str, field: str) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class RunOptions(BaseModel):
     tls_key: str | None = Field(default=None, min_length=1, validate_default=True)
     require_keys: bool = False
     insecure: bool = False
+    allowed_origins: str | None = Field(default=None, min_length=1)
     unknown_fields: Literal["error", "warn"] | None = None
     registry_port: Port = 2243
     inference_port: Port = 2244
@@ -110,6 +111,15 @@ class RunOptions(BaseModel):
     def _of_a_folder(cls, value: str | None) -> str | None:
         if value is not None and not Path(value).is_dir():
             raise ValueError(f"there is no folder {value}")
+        return value
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _of_web_pages(cls, value: str | None) -> str | None:
+        if value is not None:
+            from softprompt_gateway.cors import Origins
+
+            Origins.parse(value)
         return value
 
     @field_validator("tls_key")

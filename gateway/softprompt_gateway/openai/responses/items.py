@@ -3,12 +3,26 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, PlainValidator, Tag, WithJsonSchema, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    TypeAdapter,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+    model_validator,
+)
 from softprompt_api.errors import InvalidArgument, Unsupported
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.names import shown
 
-from softprompt_gateway.openai.fields import Unserved, refuse
+from softprompt_gateway.body import Holds
+from softprompt_gateway.openai.chat import told_arguments
+from softprompt_gateway.openai.fields import Unserved, check_each, refuse
 from softprompt_gateway.openai.parts import (
     MAX_PARTS,
     AnyTextPart,
@@ -36,24 +50,26 @@ class OutputText(AnyTextPart):
     type: Literal["output_text"]
     annotations: Any = Field(None, description="accepted where empty")
     logprobs: Any = Field(None, description="accepted, without effect")
+    parsed: Any = Field(None, description="accepted, without effect")
 
     @model_validator(mode="after")
     def _refuse_annotations(self) -> "OutputText":
-        refuse(f"{FIELD}.content.annotations", self.annotations)
+        refuse("content.annotations", self.annotations)
         return self
 
 
 _TEXTS: Mapping[str, type[AnyTextPart]] = {"input_text": InputText, "output_text": OutputText}
 
 
-def _content(value: object) -> str | Parts:
-    return parse_content(value, field=FIELD, texts=_TEXTS)
+def _content(value: object, info: ValidationInfo) -> str | Parts:
+    return parse_content(value, field=str(info.field_name), texts=_TEXTS)
 
 
 _PART_SCHEMAS = [part.model_json_schema() for part in (InputText, OutputText, SoftPromptPart)]
 _PARTS_SCHEMA = {"type": "array", "items": {"anyOf": _PART_SCHEMAS}, "maxItems": MAX_PARTS}
 _CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, _PARTS_SCHEMA]}
-ItemContent = Annotated[str | Parts, PlainValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)]
+_HOLDS_PARTS = Holds((InputText, OutputText, SoftPromptPart))
+ItemContent = Annotated[str | Parts, PlainValidator(_content), WithJsonSchema(_CONTENT_SCHEMA), _HOLDS_PARTS]
 CallId = Annotated[str, Field(max_length=256)]
 
 
@@ -74,7 +90,7 @@ class InputMessage(_Item):
 
     @model_validator(mode="after")
     def _refuse_phase(self) -> "InputMessage":
-        refuse(f"{FIELD}.phase", self.phase)
+        refuse("phase", self.phase)
         return self
 
 
@@ -84,7 +100,8 @@ class FunctionCall(_Item):
     type: Literal["function_call"]
     call_id: CallId
     name: Annotated[str, Field(max_length=64)]
-    arguments: str
+    arguments: str = Field(description="a JSON object as text; empty: no arguments")
+    parsed_arguments: Any = Field(None, description="accepted, without effect")
     async_: Unserved = Field(None, description="accepted where empty")
     caller: Unserved = Field(None, description="accepted where empty")
     namespace: Unserved = Field(None, description="accepted where empty")
@@ -92,7 +109,7 @@ class FunctionCall(_Item):
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> "FunctionCall":
         for name in ("async_", "caller", "namespace"):
-            refuse(f"{FIELD}.{name}", getattr(self, name))
+            refuse(name, getattr(self, name))
         return self
 
 
@@ -115,7 +132,7 @@ def _kind(item: object) -> str:
     if kind not in _ITEMS:
         raise Unsupported(
             f"input item of type {shown(str(kind))} is not supported; only {', '.join(map(repr, _ITEMS))}",
-            field=FIELD,
+            field="type",
         )
     return str(kind)
 
@@ -126,6 +143,13 @@ Item = Annotated[
     | Annotated[FunctionCallOutput, Tag("function_call_output")],
     Discriminator(_kind),
 ]
+
+
+_item: TypeAdapter[Item] = TypeAdapter(Item)
+
+
+def _check_items(value: object, check: ValidatorFunctionWrapHandler) -> object:
+    return check_each(FIELD, value, check, _item.validate_python) if isinstance(value, list) else check(value)
 
 
 def _as_items(value: object) -> object:
@@ -140,7 +164,9 @@ def _as_items(value: object) -> object:
 
 Items = Annotated[list[Item], Field(min_length=1, max_length=_MAX_ITEMS)]
 Text = Annotated[str, Field(min_length=1)]
-Input = Annotated[Items, BeforeValidator(_as_items, json_schema_input_type=Text | Items)]
+Input = Annotated[
+    Items, WrapValidator(_check_items), BeforeValidator(_as_items, json_schema_input_type=Text | Items)
+]
 
 
 def soft_prompts(items: Sequence[Item]) -> list[str]:
@@ -162,7 +188,7 @@ def conversation(
         if isinstance(item, FunctionCall):
             if not messages or messages[-1].role != "assistant":
                 messages.append(pb.ChatMessage(role="assistant"))
-            call = pb.ToolCall(id=item.call_id, name=item.name, arguments=item.arguments)
+            call = pb.ToolCall(id=item.call_id, name=item.name, arguments=told_arguments(item.arguments))
             messages[-1].tool_calls.append(call)
         elif isinstance(item, FunctionCallOutput):
             messages.append(pb.ChatMessage(role="tool", tool_call_id=item.call_id))

@@ -11,7 +11,7 @@ from softprompt_api.names import shown
 from softprompt_api.params import MAX_LOGPROBS
 
 from softprompt_gateway.openai import schemas
-from softprompt_gateway.openai.fields import Count, GenerationFields, Unserved, refuse
+from softprompt_gateway.openai.fields import Count, GenerationFields, Unserved, only, refuse
 from softprompt_gateway.openai.responses.items import Input, conversation, soft_prompts
 from softprompt_gateway.openai.responses.tools import (
     FunctionChoice,
@@ -26,9 +26,9 @@ from softprompt_gateway.validation import RequestModel, at_most, check_name
 _FORMAT = "text.format"
 _LOGPROBS = "message.output_text.logprobs"
 _NOT_SUPPORTED = (
-    *("previous_response_id", "conversation", "background", "prompt", "reasoning", "max_tool_calls"),
+    *("previous_response_id", "conversation", "background", "prompt", "max_tool_calls"),
     *("access_programs", "background_options", "context_management", "image", "moderation"),
-    *("prompt_cache_options", "prompt_cache_retention"),
+    "prompt_cache_options",
 )
 _MAX_METADATA = 16
 Metadata = Annotated[
@@ -74,9 +74,7 @@ class TextOptions(RequestModel):
     @field_validator("verbosity")
     @classmethod
     def _only_medium(cls, value: object) -> None:
-        refuse(
-            "text.verbosity", None if value == "medium" else value, because="other than 'medium' is not supported"
-        )
+        only("text.verbosity", "medium", value)
 
 
 class ResponsesRequest(GenerationFields):
@@ -115,14 +113,14 @@ class ResponsesRequest(GenerationFields):
     background: Unserved = Field(None, description="not supported")
     background_options: Unserved = Field(None, description="not supported")
     prompt: Unserved = Field(None, description="not supported")
-    reasoning: Unserved = Field(None, description="not supported")
+    reasoning: Annotated[Any, schemas.REASONING] = Field(None, description='only effort "none"')
     max_tool_calls: Unserved = Field(None, description="not supported")
     access_programs: Unserved = Field(None, description="not supported")
     context_management: Unserved = Field(None, description="not supported")
     image: Unserved = Field(None, description="not supported")
     moderation: Unserved = Field(None, description="not supported")
     prompt_cache_options: Unserved = Field(None, description="not supported")
-    prompt_cache_retention: Unserved = Field(None, description="not supported")
+    prompt_cache_retention: Any = Field(None, description="accepted, without effect")
 
     @field_validator(*_NOT_SUPPORTED)
     @classmethod
@@ -130,6 +128,13 @@ class ResponsesRequest(GenerationFields):
         is_state = info.field_name in ("previous_response_id", "conversation")
         because = "is not supported: nothing is stored; send the earlier items as input"
         refuse(info.field_name, value, because=because if is_state else "is not supported")
+
+    @field_validator("reasoning")
+    @classmethod
+    def _refuse_reasoning(cls, value: object) -> None:
+        if isinstance(value, dict):
+            value = {"effort": "none"} | {name: member for name, member in value.items() if member is not None}
+        only("reasoning", {"effort": "none"}, value)
 
     @field_validator("n")
     @classmethod
@@ -140,9 +145,7 @@ class ResponsesRequest(GenerationFields):
     @field_validator("truncation")
     @classmethod
     def _only_disabled(cls, value: object) -> None:
-        refuse(
-            "truncation", None if value == "disabled" else value, because="other than 'disabled' is not supported"
-        )
+        only("truncation", "disabled", value)
 
     @field_validator("include")
     @classmethod
@@ -181,7 +184,7 @@ class ResponsesRequest(GenerationFields):
     @cached_property
     def callable(self) -> Sequence[Tool]:
         """The tools that may be called."""
-        return callable_functions(self.functions, self.tool_choice)
+        return callable_functions(None if self.tools is None else self.functions, self.tool_choice)
 
     @property
     def is_parallel(self) -> bool:

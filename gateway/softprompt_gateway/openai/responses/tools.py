@@ -101,9 +101,10 @@ def as_in_chat(choice: FunctionChoice | None) -> ToolChoice | None:
     return choice.mode if isinstance(choice, AllowedTools) else choice
 
 
-def callable_functions(tools: Sequence[Tool], choice: FunctionChoice | None) -> Sequence[Tool]:
-    """The tools that may be called; InvalidArgument where the choice does not go together with them."""
+def callable_functions(tools: Sequence[Tool] | None, choice: FunctionChoice | None) -> Sequence[Tool]:
+    """The tools that may be called, as in `callable_tools`."""
     if isinstance(choice, AllowedTools):
+        tools = tools or []
         names = {tool.function.name for tool in tools}
         allowed = {tool.name for tool in choice.tools}
         for name in sorted(allowed - names):
