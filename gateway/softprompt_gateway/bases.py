@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from softprompt_api.errors import BaseModelUnknown, InvalidArgument
+from softprompt_api.errors import AdapterInvalid, BaseModelUnknown, InvalidArgument
 from softprompt_api.inference.v1.inference_pb2 import GetModelResponse
 from softprompt_api.names import shown, split_model
 from softprompt_api.registry.v1.registry_pb2 import AdapterVersion, BaseModel
@@ -101,3 +101,25 @@ class Bases:
 def _fits(made_for: BaseModel, base: BaseModel) -> bool:
     """Whether a version was registered for this shape, as far as it tells."""
     return all(getattr(made_for, name) in (0, "", getattr(base, name)) for name in SHAPE)
+
+
+def check_size(version: AdapterVersion, base: BaseModel) -> None:
+    """Raise AdapterInvalid for more virtual tokens, or a higher rank, than replicas of the model take."""
+    for what, size, limit in (
+        ("virtual tokens", version.num_virtual_tokens, base.max_virtual_tokens),
+        ("as its rank", version.rank, base.max_lora_rank),
+    ):
+        if limit and size > limit:
+            raise AdapterInvalid(
+                f"the adapter {shown(version.name, 128)} has {size} {what}; at most {limit} are served",
+                field="model",
+            )
+
+
+def is_served(version: AdapterVersion, base: BaseModel) -> bool:
+    """Whether replicas of the model take a version of this size."""
+    try:
+        check_size(version, base)
+    except AdapterInvalid:
+        return False
+    return True

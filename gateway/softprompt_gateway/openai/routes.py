@@ -13,6 +13,7 @@ from softprompt_api.structured import FIELD as STRUCTURED
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from softprompt_gateway.bases import check_size, is_served
 from softprompt_gateway.caller import Caller
 from softprompt_gateway.disconnect import unless_gone
 from softprompt_gateway.documented import answered, generated, json_body, link
@@ -206,7 +207,7 @@ class _Routes:
         adapters = (
             card
             for version in self._gateway.catalog.versions(caller.may_use)
-            if (served := bases.find(version)) is not None
+            if (served := bases.find(version)) is not None and is_served(version, served.base_model)
             for card in adapter_cards(caller.told(version), served)
         )
         return StreamingResponse(listing(chain(map(base_card, bases), adapters)), media_type="application/json")
@@ -216,6 +217,8 @@ class _Routes:
         target = await self._resolver.resolve(Named(model=id_, caller=Caller.of(request)))
         if not target.front:
             return base_card(target.served)
+        for bound in target.front:
+            check_size(bound.version, target.served.base_model)
         if len(target.front) > 1:
             return composed_card(target.front, target.served, id_=id_)
         [bound] = target.front
