@@ -47,6 +47,10 @@ def told(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) 
         (["run", "--device", "gpu"], "--device: 'gpu' is none of auto, cpu, cuda, cuda:N"),
         (["run", "--kv-cache-gb", "inf"], "--kv-cache-gb: Input should be a finite number"),
         (["run", "--allow-file-imports", "/no/such"], "--allow-file-imports: there is no folder /no/such"),
+        (
+            ["run", "--allowed-origins", "https://app.example/"],
+            "--allowed-origins: 'https://app.example/' is neither",
+        ),
         (["serve", "nothing"], "Invalid value"),
         (["adapter", "add", "name"], "Missing argument"),
         (["adapter", "add", "name", "path", "--label", "x"], "'x' is not KEY=VALUE"),

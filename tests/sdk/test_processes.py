@@ -1,5 +1,6 @@
 """Children: their logs, and their end with or before this process."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+from softprompt.cli import processes
 from softprompt.cli.processes import Child, readable
 
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
@@ -99,3 +102,130 @@ def test_a_record_reads_as_a_sentence_and_other_lines_stay() -> None:
     assert readable('{"event": "ready", "level": "info", "timestamp": "now", "port": 1}') == "ready port=1"
     assert readable('{"no event": 1}') == '{"no event": 1}'
     assert readable("{broken") == "{broken"
+
+
+def ended(text: str, log: Path) -> Child:
+    """A child that has written a text and ended."""
+    child = Child("worker", [sys.executable, "-c", f"print({text!r}, end=''); raise SystemExit(1)"], log=log)
+    wait_for(lambda: child.exit_code() is not None)
+    return child
+
+
+STORE = "7:M 28 Nov 2026 11:05:31.896"
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (
+            """{"event": "stopped", "level": "info"}\nsoftprompt gateway: port 1 is taken\na warning\n""",
+            "port 1 is taken",
+        ),
+        (
+            """{"event": "a", "level": "error"}\n{"event": "b", "level": "error", "x": 1, "exception": "T"}\n"""
+            """{"event": "stopped", "level": "info"}\n""",
+            "b x=1",
+        ),
+        (
+            "Traceback (most recent call last):\n  File x\nModuleNotFoundError: No module named 'x'\n\n",
+            "ModuleNotF",
+        ),
+        (
+            f"{STORE} # Error writing to the AOF file: No space left on device\n"
+            f"{STORE} # Can't recover from AOF write error when the AOF fsync policy is 'always'. Exiting...\n",
+            "Error writing to the AOF file: No space left on device",
+        ),
+        (
+            f"{STORE} # WARNING Memory overcommit must be enabled!\n{STORE} * Ready to accept connections unix\n",
+            "",
+        ),
+        (f"{STORE} # Valkey is now ready to exit, bye bye...\n", ""),
+        ("timestamp=1 level=info event=stopped\n", ""),
+        ("", ""),
+    ],
+)
+def test_the_reason_of_an_end_is_found_in_the_log(text: str, error: str, tmp_path: Path) -> None:
+    found = ended(text, tmp_path / "x.log").last_error()
+    assert (found.startswith(error), bool(found)) == (True, bool(error))
+    assert "\n" not in found
+
+
+def test_how_it_ended_names_the_code_or_the_signal(tmp_path: Path) -> None:
+    assert ended("", tmp_path / "x.log").how_it_ended() == "exit code 1"
+    child = started(SLEEP, tmp_path / "y.log")
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.how_it_ended() == "killed by SIGKILL"
+
+
+# Numbered lines, as fast as it can, every thousandth of them an error.
+WRITING = """
+import sys
+for number in range(int(sys.argv[1])):
+    print('{"event": "%d", "level": "%s"}' % (number, "info" if number % 1000 else "error"), flush=True)
+"""
+
+
+def test_a_log_is_bounded_and_no_line_and_no_error_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "MAX_LOG_BYTES", 50_000)
+    count, log, older = 200_000, tmp_path / "x.log", tmp_path / "x.previous.log"
+    child = Child("worker", [sys.executable, "-c", WRITING, str(count)], log=log)
+    kept: list[bytes] = []  # a line may end in the next file
+    errors: list[str] = []
+    num_moved = 0
+    while child.exit_code() is None:
+        child.bound_log()
+        if child._is_emptied:
+            child._is_emptied = False
+            num_moved += 1
+            kept.append(older.read_bytes())
+        errors += child.new_errors()
+    kept.append(log.read_bytes())
+    assert num_moved > 3
+    assert [json.loads(line)["event"] for line in b"".join(kept).splitlines()] == [
+        str(number) for number in range(count)
+    ]
+    assert errors + child.new_errors() == [str(number) for number in range(0, count, 1000)]
+
+
+def test_the_end_of_a_log_that_was_just_emptied_is_still_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "MAX_LOG_BYTES", 10)
+    writing = "print('one'); print('softprompt x: why', flush=True); input()"
+    child = Child(
+        "worker", [sys.executable, "-c", writing], log=tmp_path / "x.log"
+    )  # which ends as it has no input
+    wait_for(lambda: child.exit_code() is not None)
+    tail = child.log_tail()
+    child.bound_log()
+    assert (tmp_path / "x.log").stat().st_size == 0
+    assert (child.log_tail(), child.last_error()) == (tail, "why")
+
+
+def test_a_disk_without_room_for_the_older_log_costs_no_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "MAX_LOG_BYTES", 10)
+    child = ended("more than ten bytes\n", tmp_path / "x.log")
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.copyfileobj", refuse)
+        child.bound_log()
+    child.bound_log()  # not tried again until there is as much again
+    assert child.log_tail() == "more than ten bytes"
+    assert not (tmp_path / "x.previous.log").exists()
+
+
+def test_a_log_that_somebody_empties_or_removes_is_read_on(tmp_path: Path) -> None:
+    child = ended('{"event": "a", "level": "error"}\n' * 3, tmp_path / "x.log")
+    assert child.new_errors() == ["a"] * 3
+    (tmp_path / "x.log").write_text('{"event": "b", "level": "error"}\n')
+    assert child.new_errors() == ["b"]
+    (tmp_path / "x.log").unlink()
+    child.bound_log()
+    assert (child.new_errors(), child.log_tail()) == ([], "")

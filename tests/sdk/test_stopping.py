@@ -59,6 +59,7 @@ STOP_WITH_NOBODY_READING = """
 import signal, sys
 from pathlib import Path
 from rich.console import Console
+from softprompt.cli.healing import Service
 from softprompt.cli.options import make_options
 from softprompt.cli.processes import Child
 from softprompt.cli.stopping import Stop
@@ -69,7 +70,7 @@ stop = Stop()
 stop.listen()
 supervisor = Supervisor(make_options({"data_dir": str(folder)}), {}, Console(), stop)
 child = Child("worker", [sys.executable, "-c", "import signal; signal.pause()"], log=folder / "worker.log")
-supervisor._children.append(child)
+supervisor._start(Service("worker", lambda: child, lambda: True))
 signal.raise_signal(signal.SIGINT)
 supervisor._end_all()
 print(child.exit_code(), file=sys.stderr)

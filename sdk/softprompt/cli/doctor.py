@@ -104,8 +104,7 @@ def _folder(data_dir: str) -> Finding:
     except WrongUsage as problem:
         return Finding(subject="data folder", state="none", remedy=problem.message)
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if os.access(existing, os.W_OK):
+    if existing.is_dir() and os.access(existing, os.W_OK):
         return Finding(subject="data folder", state=str(folder))
-    return Finding(
-        subject="data folder", state=f"{folder} cannot be written", remedy="choose another with --data-dir"
-    )
+    state = f"{folder} cannot be written" if existing.is_dir() else f"{existing} is not a folder"
+    return Finding(subject="data folder", state=state, remedy="choose another with --data-dir")

