@@ -260,7 +260,7 @@ class Generator:
             if not text_ids_of(prompt):
                 raise InvalidArgument("the prompt is empty: it has no tokens", field="prompt")
             if call.params.structured_outputs is not None:
-                await self._grammars.check(call.params.structured_outputs)
+                await self._grammars.check(call.params.structured_outputs, num_choices=call.params.n)
             with span("bind"):
                 bound = await self.bind(call.adapter, soft_prompts_in(prompt))
             digests = [adapter.digest for adapter in bound.every]

@@ -66,6 +66,18 @@ async def test_what_takes_too_much_is_refused_and_keeps_nobody_waiting(checks: G
     await checks.check(wanted(regex="ab*"))
 
 
+async def test_what_takes_too_much_for_all_choices_together_is_refused(checks: GrammarChecks) -> None:
+    """The engine compiles it for each of them."""
+    large = wanted(json={"anyOf": [{"const": f"value {number}"} for number in range(500)]})
+    await checks.check(large)
+    [seconds] = checks._verdicts.values()
+    assert isinstance(seconds, float)
+    await checks.check(large, num_choices=int(1 / seconds))
+    with pytest.raises(InvalidArgument, match=r"choices together more than 1 s; .* ask for fewer") as refused:
+        await checks.check(large, num_choices=int(1 / seconds) + 1)
+    assert refused.value.field == "structured_outputs"
+
+
 async def test_the_same_grammar_is_checked_once_for_all_who_wait(checks: GrammarChecks) -> None:
     same = wanted(json={"type": "integer"})
     await asyncio.gather(*(checks.check(same) for _ in range(8)))

@@ -23,7 +23,8 @@ _MAX_KEPT = 1024
 # How a process ends that takes too much time, or memory.
 _TOOK_TOO_MUCH = (-signal.SIGXCPU, -signal.SIGABRT, -signal.SIGSEGV)
 
-Verdict = SoftpromptError | None
+# Why it is refused, or how many seconds of a processor it takes to compile.
+Verdict = SoftpromptError | float
 
 
 class GrammarChecks:
@@ -32,7 +33,7 @@ class GrammarChecks:
     Args:
         folder: of the model, for its tokenizer.
         vocab_size: how many logits the model gives.
-        max_cpu_s: what a grammar may take to compile, by one processor.
+        max_cpu_s: what a grammar may take to compile, by one processor, for all choices of a request.
     """
 
     def __init__(self, folder: Path, *, vocab_size: int, max_cpu_s: int = 5) -> None:
@@ -45,8 +46,8 @@ class GrammarChecks:
         self._checks: dict[bytes, _Check] = {}
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
 
-    async def check(self, wanted: StructuredOutputsParams) -> None:
-        """Return where outputs can follow it.
+    async def check(self, wanted: StructuredOutputsParams, *, num_choices: int = 1) -> None:
+        """Return where outputs can follow it, for each of which it is compiled.
 
         Raises:
             InvalidArgument: the grammar is none, allows nothing, or takes too much.
@@ -59,8 +60,14 @@ class GrammarChecks:
             verdict = self._verdicts[key]
         else:
             verdict = await self._wait_for(key, wanted)
-        if verdict is not None:
+        if isinstance(verdict, SoftpromptError):
             raise type(verdict)(verdict.message, field=FIELD)
+        if verdict * num_choices > self._max_cpu_s:
+            raise InvalidArgument(
+                f"the grammar takes {verdict:.2g} s to compile, and {num_choices} choices together more than "
+                f"{self._max_cpu_s} s; make it simpler, or ask for fewer",
+                field=FIELD,
+            )
 
     async def close(self) -> None:
         """End the processes."""
@@ -115,8 +122,8 @@ class GrammarChecks:
                 await _end(process)
         if not answer:
             return self._took_too_much(process)
-        refused = json.loads(answer)
-        return BY_REASON[refused[0]](refused[1]) if refused else None
+        told = json.loads(answer)
+        return BY_REASON[told[0]](told[1]) if isinstance(told, list) else float(told)
 
     def _took_too_much(self, ended: asyncio.subprocess.Process) -> Verdict:
         if ended.returncode not in _TOOK_TOO_MUCH:
