@@ -99,6 +99,10 @@ class System:
                     found[int(folder.name)] = command
         return found
 
+    def lasting_pids(self) -> set[int]:
+        """Its processes without those that check grammars, which come and go."""
+        return {pid for pid, command in self.pids().items() if "grammar.checker" not in command}
+
     def pid_of(self, module: str) -> int:
         """The process that runs `python -m module`."""
         return next(pid for pid, command in self.pids().items() if command.rstrip().endswith(f"-m {module}"))

@@ -402,7 +402,7 @@ async def test_bad_requests_are_refused_and_disturb_nobody(
     shared_system: Any, hostile_bytes: BytesOf, songs: list[Any], tmp_path: Path, areas: list[str], times: int
 ) -> None:
     headers = shared_system.make_key()
-    before = set(shared_system.pids())
+    before = shared_system.lasting_pids()
     async with Trap(tmp_path).set() as trap:
         key = headers["authorization"].removeprefix("Bearer ")
         values = {"KEY": f"authorization: Bearer {key}\r\n", "SECRET": key}
@@ -419,7 +419,7 @@ async def test_bad_requests_are_refused_and_disturb_nobody(
     wrong = {row["name"]: told for row, told in zip(rows, complaints, strict=True) if told}
     assert wrong == {}
     assert len(rows) > 10
-    assert set(shared_system.pids()) == before, "something was started again"
+    assert shared_system.lasting_pids() == before, "something was started again"
     await asyncio.to_thread(shared_system.wait_until_idle)
 
 

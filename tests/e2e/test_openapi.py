@@ -75,10 +75,10 @@ def neighbours(system: Any) -> Iterator[dict[str, set[str]]]:
             asking.result()
 
 
-def check_unharmed(system: Any, pids: dict[int, str], answers: dict[str, set[str]]) -> None:
+def check_unharmed(system: Any, pids: set[int], answers: dict[str, set[str]]) -> None:
     """The same processes serve, nobody's answers changed, and nothing runs on."""
     assert [len(texts) for texts in answers.values()] == [1, 1], answers
-    assert system.pids() == pids
+    assert system.lasting_pids() == pids
     assert httpx.get(f"{system.url}/health").json()["status"] == "ok"
     listed = {card["id"] for card in httpx.get(f"{system.url}/v1/models").json()["data"]}
     assert {"tiny", "first", "second", "third"} <= listed
@@ -90,7 +90,7 @@ def check_unharmed(system: Any, pids: dict[int, str], answers: dict[str, set[str
 def test_a_running_system_does_what_its_document_says(
     small_system: Any, make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    pids = small_system.pids()
+    pids = small_system.lasting_pids()
     with neighbours(small_system) as answers:
         flags = ("--phases", "fuzzing,stateful", "--max-examples", "8")
         report = schemathesis(small_system, make_adapter(61, 4), tmp_path, *flags)
@@ -104,7 +104,7 @@ def test_a_running_system_does_what_its_document_says(
 def test_ten_thousand_cases_find_nothing(
     small_system: Any, make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
-    pids = small_system.pids()
+    pids = small_system.lasting_pids()
     with neighbours(small_system) as answers:
         report = schemathesis(small_system, make_adapter(61, 4), tmp_path, "--max-examples", "450")
     check_unharmed(small_system, pids, answers)

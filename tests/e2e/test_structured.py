@@ -152,7 +152,11 @@ def test_free_answers_beside_forms_are_what_they_are_alone(client: openai.OpenAI
 
     def formed() -> str:
         answer = client.chat.completions.create(
-            model=MODEL, messages=USER, max_tokens=120, extra_body={"structured_outputs": {"json": SCHEMA}}
+            model=MODEL,
+            messages=USER,
+            max_tokens=120,
+            temperature=0,
+            extra_body={"structured_outputs": {"json": SCHEMA}},
         )
         return answer.choices[0].message.content or ""
 

@@ -81,16 +81,17 @@ async def another(settings, connect, **changes):
         await client.channel.close()
 
 
-async def is_waited_for(client, change) -> bool:
-    """Whether a change that was begun is made, and not acknowledged."""
+async def held_up(client, change) -> asyncio.Task:
+    """A change that is made, and not acknowledged."""
     before = await newest(client)
-    task = asyncio.ensure_future(change)
+    task = asyncio.create_task(change)
     async with asyncio.timeout(10):
         while await newest(client) == before:
             pass
     for _ in range(NUM_OTHER_CALLS):
         await newest(client)
-    return not task.done()
+    assert not task.done()
+    return task
 
 
 async def test_a_lease_is_given_to_who_has_taken_every_change(client, make_adapter):
@@ -119,8 +120,7 @@ async def test_changes_of_what_names_stand_for_wait_for_holders(client, make_ada
     ):
         for holder in holders:
             assert await holder.ask() == LONG_S
-        task = asyncio.create_task(change())
-        assert await is_waited_for(client, task)
+        task = await held_up(client, change())
         await holders[0].ask()
         for _ in range(NUM_OTHER_CALLS):
             await newest(client)
@@ -139,8 +139,7 @@ async def test_who_is_refused_because_of_a_change_is_told_once_it_has_been_taken
         (client.delete("tweets"), client.delete("tweets")),
     ):
         await holder.ask()
-        first = asyncio.create_task(change)
-        assert await is_waited_for(client, first)
+        first = await held_up(client, change)
         again = asyncio.create_task(other)
         for _ in range(NUM_OTHER_CALLS):
             await newest(client)

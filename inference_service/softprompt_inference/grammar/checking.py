@@ -20,8 +20,8 @@ from softprompt_inference.grammar import checker
 _PROCESSES = 2
 _PATIENCE_S = 10.0
 _MAX_KEPT = 1024
-# How a process ends that takes too much time, or memory.
-_TOOK_TOO_MUCH = (-signal.SIGXCPU, -signal.SIGABRT, -signal.SIGSEGV)
+# How a process ends that somebody ends; who takes too much time, or memory, ends in other ways.
+_WAS_ENDED = (-signal.SIGKILL, -signal.SIGTERM)
 
 # Why it is refused, or how many seconds of a processor it takes to compile.
 Verdict = SoftpromptError | float
@@ -126,7 +126,7 @@ class GrammarChecks:
         return BY_REASON[told[0]](told[1]) if isinstance(told, list) else float(told)
 
     def _took_too_much(self, ended: asyncio.subprocess.Process) -> Verdict:
-        if ended.returncode not in _TOOK_TOO_MUCH:
+        if ended.returncode in _WAS_ENDED:
             raise Unavailable("the grammar could not be checked; try again")
         return InvalidArgument(
             f"the grammar takes more than {self._max_cpu_s} s or {checker.MAX_MEMORY_BYTES >> 20} MiB to compile; "

@@ -1,14 +1,13 @@
 """How far one output is in its grammar; llguidance does the work."""
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-import structlog
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-_log = structlog.get_logger()
+_log = logging.getLogger(__name__)
 
 _REASONS = {
     "NoExtension": "no text follows it",
@@ -63,7 +62,7 @@ def explain(matcher: "LLMatcher") -> str:
     """Why a matcher is in error, in words."""
     error = one_line(matcher.get_error())
     if error.startswith("panic"):
-        _log.warning("llguidance failed on a grammar", error=error)
+        _log.warning("llguidance failed on a grammar: %s", error)
         return "it cannot be compiled"
     return _REASONS.get(error, error)
 
