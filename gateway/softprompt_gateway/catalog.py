@@ -121,14 +121,14 @@ class Catalog:
         """When something is asked for or changed; see `learn` and `forget`."""
         return self._num_forgotten
 
-    def learn(self, version: AdapterVersion, *, asked_at: int | None = None) -> None:
-        """Take one version that the registry told of, and what points to it.
+    def learn(self, version: AdapterVersion, *, asked_at: int | None = None) -> bool:
+        """Take one version that the registry told of, and what points to it; whether it could be taken.
 
         Args:
             asked_at: the `moment` before it was asked for; what is known to be deleted since does not come back.
         """
         if self._has_forgotten(version.name, asked_at):
-            return
+            return False
         packed = pack(version)
         aliases = [f"{version.name}@{alias}" for alias in version.aliases if alias != LATEST]
         digest = str(AdapterRef(digest=version.digest, owner=tenant_of(version.name)))
@@ -146,6 +146,7 @@ class Catalog:
             if known is None:
                 insort(self._names, version.name, key=_place)
             self._latest[version.name] = packed
+        return True
 
     def forget_alias(self, name: str, alias: str, *, asked_at: int | None = None) -> None:
         """Drop an alias that points nowhere; `asked_at` as in `forget`."""

@@ -86,9 +86,11 @@ class CatalogWatcher:
             request = ListKeysRequest(page_size=_PAGE_SIZE, page_token=page.next_page_token)
 
     async def _ask_for_latest(self, name: str) -> None:
-        moment = self._catalog.moment
         try:
-            self._catalog.learn(await self._registry.get_adapter(name), asked_at=moment)
+            is_taken = False
+            while not is_taken:  # what was forgotten of the name meanwhile may be later than the answer
+                moment = self._catalog.moment
+                is_taken = self._catalog.learn(await self._registry.get_adapter(name), asked_at=moment)
         except (errors.Unavailable, errors.DeadlineExceeded, errors.Overloaded):
             raise  # the same event comes again
         except errors.SoftpromptError as error:

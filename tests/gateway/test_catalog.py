@@ -9,6 +9,7 @@ import pytest
 from softprompt_api.names import AdapterRef, parse_adapter
 from softprompt_api.registry.v1 import registry_pb2 as reg
 from softprompt_gateway.catalog import Catalog, pack
+from softprompt_gateway.watch import CatalogWatcher
 
 
 def _version(name: str, number: int, *, revision: int = 0, aliases: Any = ("latest",)) -> reg.AdapterVersion:
@@ -286,6 +287,24 @@ def test_where_the_latest_has_moved_on_since_its_event_it_is_asked_for(kind: Any
     assert catalog.apply(_event(kind, _version("a", 2, revision=4, aliases=()), alias))
     assert not catalog.apply(_event(kind, _version("a", 3, revision=4), alias))
     assert not catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_UPDATED, _version("a", 2, revision=4, aliases=())))
+
+
+async def test_the_latest_is_asked_for_until_nothing_of_the_name_was_forgotten_meanwhile() -> None:
+    """Under a lease nobody would ask again: as where an alias of it was dropped for room."""
+    catalog, asked = Catalog(), []
+    catalog.learn(_version("a", 1))
+
+    class Registry:
+        async def get_adapter(self, name: str) -> reg.AdapterVersion:
+            asked.append(name)
+            if len(asked) == 1:
+                catalog.forget_alias("a", "prod")
+            return _version("a", 1 + len(asked))
+
+    watcher: Any = CatalogWatcher(catalog, None, Registry())  # type: ignore[arg-type]
+    await watcher._ask_for_latest("a")
+    assert asked == ["a", "a"]
+    assert _found(catalog, "a") == _version("a", 3)
 
 
 def test_a_deleted_version_that_was_the_latest_unknown_to_us_has_another_one_asked_for() -> None:
