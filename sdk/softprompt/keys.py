@@ -92,6 +92,11 @@ class KeyClient(ServiceClient):
             answer = self._stub.CreateKey(request, timeout=_CALL_TIMEOUT_S)
         return answer.key, _info(answer.api_key)
 
+    def was_any_made(self) -> bool:
+        """Whether there was ever a key: from the first on, every request needs one."""
+        with self._translated():
+            return self._stub.ListKeys(pb.ListKeysRequest(page_size=1), timeout=_CALL_TIMEOUT_S).ever_made
+
     def keys(self) -> list[KeyInfo]:
         """Every key that is not revoked, in order of ids."""
         infos, token = [], ""

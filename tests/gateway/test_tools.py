@@ -261,17 +261,14 @@ async def test_what_the_service_refuses_of_them_is_named(stack: Any) -> None:
     assert (error["code"], error["param"]) == ("invalid_value", "tools")
 
 
-@pytest.mark.parametrize(
-    ("given", "told"), [("", "{}"), (" \n", "{}"), ("{", "{"), ("Paris", "Paris"), ("5", "5")]
-)
-async def test_a_past_calls_arguments_are_handed_on_and_none_are_an_empty_object(
-    stack: Any, given: str, told: str
-) -> None:
+@pytest.mark.parametrize("given", ["", " \n", "{}", "{", "Paris", "5"])
+async def test_a_past_calls_arguments_are_handed_on_as_they_are(stack: Any, given: str) -> None:
+    """What becomes of them is the inference service's to say, for its other clients too."""
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": given}}
     messages = [{"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "user", "content": "x"}]
     answer = await stack.post("/v1/chat/completions", model=stack.base, messages=messages)
     assert answer.status_code == 200, answer.text
-    assert asked(stack).chat.messages[0].tool_calls[0].arguments == told
+    assert asked(stack).chat.messages[0].tool_calls[0].arguments == given
 
 
 async def test_arguments_that_are_no_text_are_told_with_their_message(stack: Any) -> None:

@@ -31,8 +31,10 @@ async def test_a_key_is_made_listed_and_revoked(address: str) -> None:
 
     def live() -> None:
         with KeyClient(address) as client:
+            assert not client.was_any_made()
             key, plain = client.create([Scope.INFER])
             assert key.startswith("sk-sp-")
+            assert client.was_any_made()
             assert (plain.tenant, plain.scopes, plain.adapters, plain.expires_at) == (
                 "default",
                 ("infer",),

@@ -60,12 +60,7 @@ class CalledTool(RequestModel):
 
     def proto(self) -> pb.ToolCall:
         """The call as the inference service takes it."""
-        return pb.ToolCall(id=self.id, name=self.function.name, arguments=told_arguments(self.function.arguments))
-
-
-def told_arguments(text: str) -> str:
-    """The arguments of a call as the inference service takes them, where some write nothing for none."""
-    return text if text.strip() else "{}"
+        return pb.ToolCall(id=self.id, name=self.function.name, arguments=self.function.arguments)
 
 
 class Message(RequestModel):

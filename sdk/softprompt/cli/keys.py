@@ -42,6 +42,7 @@ def create(
 ) -> None:
     """Make one key."""
     with key_client(registry) as client:
+        is_first = not client.was_any_made()
         key, info = client.create(
             _scopes(scopes),
             tenant=tenant,
@@ -52,12 +53,11 @@ def create(
             parallel_requests=parallel_requests,
             expires_at=_expiry(expires_in_days),
         )
-        is_only_one = len(client.keys()) == 1
     if as_json:
         print_json({**info.as_dict(), "key": key})
     else:
         typer.echo(f"{info.id} of {info.tenant}: keep it, it is not shown again", err=True)
-        if is_only_one:
+        if is_first:
             typer.echo("from now on every request needs a key, also after this one is revoked", err=True)
         typer.echo(key)
 

@@ -21,7 +21,6 @@ from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.names import shown
 
 from softprompt_gateway.body import Holds
-from softprompt_gateway.openai.chat import told_arguments
 from softprompt_gateway.openai.fields import Unserved, check_each, refuse
 from softprompt_gateway.openai.parts import (
     MAX_PARTS,
@@ -188,7 +187,7 @@ def conversation(
         if isinstance(item, FunctionCall):
             if not messages or messages[-1].role != "assistant":
                 messages.append(pb.ChatMessage(role="assistant"))
-            call = pb.ToolCall(id=item.call_id, name=item.name, arguments=told_arguments(item.arguments))
+            call = pb.ToolCall(id=item.call_id, name=item.name, arguments=item.arguments)
             messages[-1].tool_calls.append(call)
         elif isinstance(item, FunctionCallOutput):
             messages.append(pb.ChatMessage(role="tool", tool_call_id=item.call_id))
