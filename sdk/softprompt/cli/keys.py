@@ -41,17 +41,18 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Make one key."""
+    asked_for, expires_at = _scopes(scopes), _expiry(expires_in_days)
     with key_client(registry) as client:
         is_first = not client.was_any_made()
         key, info = client.create(
-            _scopes(scopes),
+            asked_for,
             tenant=tenant,
             name=name,
             adapters=[adapter for adapter in adapters.split(",") if adapter],
             requests_per_minute=requests_per_minute,
             tokens_per_minute=tokens_per_minute,
             parallel_requests=parallel_requests,
-            expires_at=_expiry(expires_in_days),
+            expires_at=expires_at,
         )
     if as_json:
         print_json({**info.as_dict(), "key": key})
