@@ -126,7 +126,7 @@ class GrammarCompiler:
 def _limits() -> "LLParserLimits":
     """Some milliseconds for a step, and some MB: a grammar is a stranger's, and others wait for its steps.
 
-    A text of a bounded length takes some five states for each of its characters.
+    A text of a bounded length takes some seven states for each of its characters.
     """
     from llguidance import LLParserLimits
 
