@@ -81,9 +81,9 @@ def test_heads_of_any_size_in_groups_of_any_size(
     assert_close(run_reference(case, scale=0.1), plain_answer(case, scale=0.1))
 
 
-def _needs_chunks(case: Case) -> None:
-    if not native.supports_chunks(case.keys):
-        pytest.skip("this processor does not multiply pairs of bfloat16")
+def _needs_chunks(dtype: torch.dtype) -> None:
+    if not native.supports_chunks(torch.zeros(1, 16, 1, 32, dtype=dtype)):
+        pytest.skip(f"this processor has no attention of several queries in {dtype}")
 
 
 CHUNKS = [(1, 5), (5, 5), (3, 40), (64, 64), (33, 200), (70, 131), (2, 18), (16, 90)]
@@ -92,25 +92,32 @@ CHUNKS = [(1, 5), (5, 5), (3, 40), (64, 64), (33, 200), (70, 131), (2, 18), (16,
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 2), (9, 3), (6, 1), (15, 1)])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 256])
 @pytest.mark.parametrize("sliding_window", [None, 1, 7, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunks_of_any_size(
-    native_kernels: None, num_heads: int, num_kv_heads: int, head_dim: int, sliding_window: int | None
+    native_kernels: None,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    sliding_window: int | None,
+    dtype: torch.dtype,
 ) -> None:
     case = make_case(
         CHUNKS,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         page_size=5,
     )
-    _needs_chunks(case)
+    _needs_chunks(dtype)
     options = {"scale": head_dim**-0.5, "sliding_window": sliding_window}
     assert_close(run_reference(case, **options), plain_answer(case, **options))
 
 
-def test_chunks_on_several_threads_answer_as_on_one(native_kernels: None) -> None:
-    case = make_case([(100, 300)], num_heads=9, num_kv_heads=3, head_dim=64, dtype=torch.bfloat16)
-    _needs_chunks(case)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chunks_on_several_threads_answer_as_on_one(native_kernels: None, dtype: torch.dtype) -> None:
+    case = make_case([(100, 300)], num_heads=9, num_kv_heads=3, head_dim=64, dtype=dtype)
+    _needs_chunks(dtype)
     answers = []
     threads = torch.get_num_threads()
     for count in (1, 2):
@@ -122,9 +129,10 @@ def test_chunks_on_several_threads_answer_as_on_one(native_kernels: None) -> Non
     assert torch.equal(*answers)
 
 
-def test_scores_of_any_size_and_nan_in_chunks(native_kernels: None) -> None:
-    case = make_case([(4, 30)], dtype=torch.bfloat16)
-    _needs_chunks(case)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_of_any_size_and_nan_in_chunks(native_kernels: None, dtype: torch.dtype) -> None:
+    case = make_case([(4, 30)], dtype=dtype)
+    _needs_chunks(dtype)
     case.q[0] *= 1e4
     case.q[1] *= -1e4
     case.q[2] = float("nan")
@@ -135,7 +143,7 @@ def test_scores_of_any_size_and_nan_in_chunks(native_kernels: None) -> None:
 
 
 def test_what_chunks_of_our_own_cannot_do_is_left_to_torch(native_kernels: None) -> None:
-    for head_dim, dtype in ((24, torch.bfloat16), (32, torch.float32)):
+    for head_dim, dtype in ((24, torch.bfloat16), (24, torch.float32)):
         case = make_case([(5, 40)], head_dim=head_dim, dtype=dtype)
         assert not native.supports_chunks(case.keys)
         assert_close(run_reference(case, scale=0.2), plain_answer(case, scale=0.2))
@@ -530,17 +538,20 @@ def test_greedy_tokens_are_those_of_torch(native_kernels: None) -> None:
     assert torch.equal(tokens, sample(logits, temperature=numbers, **columns))
 
 
-@pytest.fixture
-def native_chunks(native_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Native kernels are in use that compute several queries together, and beginnings from 64 positions on."""
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype_of_chunks(
+    native_kernels: None, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> torch.dtype:
+    """Native kernels in it compute several queries together, and beginnings from 64 positions on."""
     monkeypatch.setattr(reference, "_MIN_PREFIX", 64)
-    if not native.supports_chunks(torch.zeros(1, 16, 1, 32, dtype=torch.bfloat16)):
-        pytest.skip("this processor does not multiply pairs of bfloat16")
+    dtype: torch.dtype = request.param
+    _needs_chunks(dtype)
+    return dtype
 
 
 def shared_case(lengths: list[int], prefix_len: int, **options: Any) -> Case:
     """Decodes of which all begin in the pages of the first."""
-    case = make_case([(1, length) for length in lengths], dtype=torch.bfloat16, **options)
+    case = make_case([(1, length) for length in lengths], **options)
     num_pages = prefix_len // case.keys.shape[1]
     case.page_table[:, :num_pages] = case.page_table[0, :num_pages].clone()
     return case
@@ -570,17 +581,19 @@ def run_with_prefixes(case: Case, prefix_lens: list[int]) -> torch.Tensor:
 )
 @pytest.mark.parametrize("prefix_len", [64, 80, 512])
 def test_beginnings_in_common_are_answered_for_once(
-    native_chunks: None, prefix_len: int, num_heads: int, num_kv_heads: int, head_dim: int
+    dtype_of_chunks: torch.dtype, prefix_len: int, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> None:
     lengths = [prefix_len + more for more in (1, 2, 15, 16, 17, 40)] * 3
     shape = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    case = shared_case(lengths, prefix_len, **shape)
+    case = shared_case(lengths, prefix_len, dtype=dtype_of_chunks, **shape)
     answer = run_with_prefixes(case, [prefix_len] * len(lengths))
     assert_close(answer, plain_answer(case, scale=0.2))
 
 
-def test_an_answer_does_not_depend_on_who_has_the_same_beginning(native_chunks: None) -> None:
-    case = shared_case([100, 90, 130, 97, 300, 81], 80, num_heads=9, num_kv_heads=3, head_dim=64)
+def test_an_answer_does_not_depend_on_who_has_the_same_beginning(dtype_of_chunks: torch.dtype) -> None:
+    case = shared_case(
+        [100, 90, 130, 97, 300, 81], 80, num_heads=9, num_kv_heads=3, head_dim=64, dtype=dtype_of_chunks
+    )
     together = run_with_prefixes(case, [80, 80, 80, 80, 0, 80])
     for row in range(6):
         alone = replace(
@@ -593,14 +606,16 @@ def test_an_answer_does_not_depend_on_who_has_the_same_beginning(native_chunks: 
         assert torch.equal(run_with_prefixes(alone, [0 if row == 4 else 80]), together[row : row + 1])
 
 
-def test_beginnings_of_several_sorts_stand_in_one_step(native_chunks: None) -> None:
-    case = make_case([(1, 200), (3, 90), (1, 200), (1, 30), (1, 65), (1, 64)], dtype=torch.bfloat16)
+def test_beginnings_of_several_sorts_stand_in_one_step(dtype_of_chunks: torch.dtype) -> None:
+    case = make_case([(1, 200), (3, 90), (1, 200), (1, 30), (1, 65), (1, 64)], dtype=dtype_of_chunks)
     case.page_table[2, :8] = case.page_table[0, :8].clone()
     assert_close(run_with_prefixes(case, [130, 70, 130, 0, 64, 64]), plain_answer(case, scale=0.2))
 
 
-def test_a_prompts_last_piece_of_one_query_is_answered_as_within_a_longer_one(native_chunks: None) -> None:
-    whole = make_case([(20, 65), (30, 300)], dtype=torch.bfloat16, num_heads=9, num_kv_heads=3, head_dim=64)
+def test_a_prompts_last_piece_of_one_query_is_answered_as_within_a_longer_one(
+    dtype_of_chunks: torch.dtype,
+) -> None:
+    whole = make_case([(20, 65), (30, 300)], dtype=dtype_of_chunks, num_heads=9, num_kv_heads=3, head_dim=64)
     last = replace(whole, q=whole.q[[19, 49]], query_start=torch.tensor([0, 1, 2], dtype=torch.int32))
 
     def answer(case: Case) -> torch.Tensor:

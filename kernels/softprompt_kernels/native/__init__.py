@@ -1,8 +1,8 @@
 """CPU kernels in C, used where `load` could compile them; without them torch's operations do the same.
 
 They are plain C over pointers: every shape, dtype and stride is checked here or by the operation that calls.
-`ops.c` and `panels.c` are for any processor, `wide.c` is for most, the others are for those that multiply pairs of
-bfloat16 themselves.
+`ops.c` and `panels.c` are for any processor, `wide.c` and `wide_chunk.c` for most, the others for those that
+multiply pairs of bfloat16 themselves.
 """
 
 import ctypes
@@ -63,8 +63,9 @@ def load(cache_dir: Path) -> None:
     """
     global _library
     library = _load(cache_dir)
-    library.softprompt_paged_prefix.argtypes = [*[c_void_p] * 6, *[c_int64] * 4, *[c_int] * 4, c_float, c_int]
-    library.softprompt_paged_prefix.restype = c_int
+    for prefix in (library.softprompt_paged_prefix, library.softprompt_wide_prefix):
+        prefix.argtypes = [*[c_void_p] * 6, *[c_int64] * 4, *[c_int] * 4, c_float, c_int]
+        prefix.restype = c_int
     library.softprompt_paged_decode.argtypes = [
         *[c_void_p] * 11,
         *[c_int64] * 4,
@@ -86,8 +87,9 @@ def load(cache_dir: Path) -> None:
     library.softprompt_has_wide.restype = c_int
     library.softprompt_wide_linear.argtypes = library.softprompt_linear.argtypes
     library.softprompt_wide_linear.restype = c_int
-    library.softprompt_paged_chunk.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 5, c_float, c_int]
-    library.softprompt_paged_chunk.restype = c_int
+    for chunk in (library.softprompt_paged_chunk, library.softprompt_wide_chunk):
+        chunk.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 5, c_float, c_int]
+        chunk.restype = c_int
     library.softprompt_layer_before.argtypes = [*[c_void_p] * 8, *[c_int64] * 3, c_int, c_void_p, c_int]
     library.softprompt_layer_before.restype = c_int
     library.softprompt_layer_after.argtypes = [*[c_void_p] * 7, c_int64, c_void_p, c_int]
@@ -137,12 +139,21 @@ def supports(keys: Tensor) -> bool:
 
 def supports_chunks(keys: Tensor) -> bool:
     """Whether kernels are loaded for several queries of one sequence over such pages."""
-    return supports(keys) and keys.dtype == torch.bfloat16 and keys.shape[3] % 32 == 0 and _has_tiles()
+    if not supports(keys):
+        return False
+    if keys.dtype == torch.float32:
+        return keys.shape[3] % 16 == 0 and _has_wide()
+    return keys.shape[3] % 32 == 0 and _has_tiles()
 
 
 def _has_tiles() -> bool:
     """Whether this processor multiplies pairs of bfloat16."""
     return _library is not None and bool(_library.softprompt_has_linear())
+
+
+def _has_wide() -> bool:
+    """Whether this processor adds products of many floats in one instruction."""
+    return _library is not None and bool(_library.softprompt_has_wide())
 
 
 def supports_rows(x: Tensor) -> bool:
@@ -364,9 +375,7 @@ def linear(
 
 def supports_wide(weight: Tensor) -> bool:
     """Whether kernels are loaded for products in float32 with such weights [out, in], which bfloat16 must hold."""
-    if _library is None or weight.dtype != torch.float32 or weight.device.type != "cpu":
-        return False
-    if not _library.softprompt_has_wide():
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or not _has_wide():
         return False
     # Some rows at a time: copies of a whole head may be gigabytes.
     starts = range(0, len(weight), _ROWS_AT_ONCE)

@@ -87,7 +87,9 @@ def paged_prefix(
     rows      [n] int32    of the sequences' queries
     length                 positions of the beginning
     """
-    failed = native.loaded().softprompt_paged_prefix(
+    library = native.loaded()
+    answer = library.softprompt_wide_prefix if q.dtype == torch.float32 else library.softprompt_paged_prefix
+    failed = answer(
         prefix.data_ptr(),
         q.data_ptr(),
         keys.data_ptr(),
@@ -122,7 +124,9 @@ def paged_chunk(
     pages    [m] int32   of the sequence
     context              its length with those tokens
     """
-    failed = native.loaded().softprompt_paged_chunk(
+    library = native.loaded()
+    answer = library.softprompt_wide_chunk if q.dtype == torch.float32 else library.softprompt_paged_chunk
+    failed = answer(
         out.data_ptr(),
         q.data_ptr(),
         keys.data_ptr(),

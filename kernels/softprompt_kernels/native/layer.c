@@ -87,12 +87,13 @@ static int attend(const Layer *layer, const Step *step, char *out, const char *q
     const int64_t q_row = (int64_t)heads * dim, bytes = item_bytes(layer);
     softprompt_kv_write(keys, values, k, qkv + (q_row + kv_heads * dim) * bytes, step->slots, rows, kv_heads * dim, dim,
                         layer->qkv.columns, dim, kv_heads, dim, (int)bytes);
+    const int is_wide = layer->dtype == FLOAT32;
     int failed = 0;
     for (int64_t i = 0; i < step->num_prefixes; i++) {
         const int64_t *prefix = step->prefixes[i];
-        failed |= softprompt_paged_prefix(step->prefix, q, keys, values, (const int32_t *)prefix[1],
-                                          (const int32_t *)prefix[0], prefix[2], prefix[3], q_row, dim, heads, kv_heads,
-                                          dim, step->page_size, layer->scale, num_threads);
+        failed |= (is_wide ? softprompt_wide_prefix : softprompt_paged_prefix)(
+            step->prefix, q, keys, values, (const int32_t *)prefix[1], (const int32_t *)prefix[0], prefix[2], prefix[3],
+            q_row, dim, heads, kv_heads, dim, step->page_size, layer->scale, num_threads);
     }
     if (step->num_decodes)
         failed |= softprompt_paged_decode(
@@ -101,10 +102,9 @@ static int attend(const Layer *layer, const Step *step, char *out, const char *q
             layer->dtype, layer->window, layer->scale, 0, num_threads);
     for (int64_t i = 0; i < step->num_chunks; i++) {
         const int64_t *chunk = step->chunks[i], start = chunk[1] * q_row * bytes;
-        failed |= softprompt_paged_chunk(out + start, q + start, keys, values,
-                                         step->page_table + chunk[0] * step->table_width, chunk[2] - chunk[1],
-                                         chunk[3], q_row, dim, heads, kv_heads, dim, step->page_size, layer->window,
-                                         layer->scale, num_threads);
+        failed |= (is_wide ? softprompt_wide_chunk : softprompt_paged_chunk)(
+            out + start, q + start, keys, values, step->page_table + chunk[0] * step->table_width, chunk[2] - chunk[1],
+            chunk[3], q_row, dim, heads, kv_heads, dim, step->page_size, layer->window, layer->scale, num_threads);
     }
     return failed;
 }

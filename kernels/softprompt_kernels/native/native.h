@@ -52,6 +52,14 @@ int softprompt_paged_chunk(void *out, const void *q, const void *keys, const voi
                            int64_t num_queries, int64_t context, int64_t q_row, int64_t q_head, int num_heads,
                            int num_kv_heads, int dim, int page_size, int window, float scale, int num_threads);
 
+int softprompt_wide_prefix(float *prefix, const void *q, const void *keys, const void *values, const int32_t *pages,
+                           const int32_t *rows, int64_t n, int64_t length, int64_t q_row, int64_t q_head, int num_heads,
+                           int num_kv_heads, int dim, int page_size, float scale, int num_threads);
+
+int softprompt_wide_chunk(void *out, const void *q, const void *keys, const void *values, const int32_t *pages,
+                          int64_t num_queries, int64_t context, int64_t q_row, int64_t q_head, int num_heads,
+                          int num_kv_heads, int dim, int page_size, int window, float scale, int num_threads);
+
 void softprompt_kv_write(void *keys, void *values, const void *k, const void *v, const int64_t *slots, int64_t n,
                          int64_t k_row_stride, int64_t k_head_stride, int64_t v_row_stride, int64_t v_head_stride,
                          int num_kv_heads, int dim, int item_bytes);

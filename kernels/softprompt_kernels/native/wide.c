@@ -6,69 +6,26 @@
 // are cut: a single sum of all products would be off by two or three times as much.
 
 #include "lora.h"
+#include "wide.h"
 
 #include <stdlib.h>
 
-#if (defined(__AVX2__) && defined(__FMA__)) || defined(__AVX512F__) || defined(__ARM_NEON)
+#ifdef SOFTPROMPT_HAS_WIDE
 
-// Sums of MAX_ROWS rows and one panel, and what they are made of, fit the registers.
-enum { MAX_ROWS = WIDTH == 16 ? 12 : 6 };
-enum { PARTS = LANES / WIDTH, FEW_ROWS = 2 * MAX_ROWS, BLOCK_ROWS = 240, CUT = 256 };
+enum { FEW_ROWS = 2 * MAX_ROWS, BLOCK_ROWS = 240 };
 enum { IDENTITY = 0, SILU = 1, GELU_TANH = 2 };
-
-typedef float vec __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
-typedef uint32_t int_vec __attribute__((vector_size(WIDTH * sizeof(uint32_t))));
-typedef uint16_t half_vec __attribute__((vector_size(WIDTH * sizeof(uint16_t)), aligned(2), may_alias));
 
 int softprompt_has_wide(void) { return 1; }
 
-static inline vec widen(const uint16_t *from) {
-    return (vec)(__builtin_convertvector(*(const half_vec *)from, int_vec) << 16);
-}
-
-// sums [rows][LANES] = or += x [rows, size] times a panel: [size][LANES] in float32, or in bfloat16. `rows` and `dtype` are
-// numbers the compiler knows, so the sums stay in registers. `next`, unless NULL, is fetched into the cache meanwhile.
-static inline __attribute__((always_inline)) void multiply(int rows, float *sums, int first, const float *x, int64_t x_row,
-                                                           const void *panel, int64_t size, int dtype,
-                                                           const uint16_t *next) {
-    vec held[MAX_ROWS][PARTS];
-#pragma GCC unroll 12
-    for (int m = 0; m < rows; m++)
-        for (int p = 0; p < PARTS; p++) held[m][p] = (vec){0};
-    for (int64_t k = 0; k < size; k++) {
-        vec w[PARTS];
-        for (int p = 0; p < PARTS; p++)
-            w[p] = dtype == FLOAT32 ? *((const vec *)panel + k * PARTS + p)
-                                    : widen((const uint16_t *)panel + k * LANES + p * WIDTH);
-        if (next) __builtin_prefetch(next + k * LANES);
-#pragma GCC unroll 12
-        for (int m = 0; m < rows; m++) {
-            const vec each = x[m * x_row + k] - (vec){0};
-            for (int p = 0; p < PARTS; p++) held[m][p] += each * w[p];
-        }
-    }
-#pragma GCC unroll 12
-    for (int m = 0; m < rows; m++)
-        for (int p = 0; p < PARTS; p++) {
-            vec *sum = (vec *)(sums + m * LANES + p * WIDTH);
-            if (!first) held[m][p] += *sum;
-            *sum = held[m][p];
-        }
-}
-
-// One case for each number of rows, for `multiply` to know it.
 static void some_rows(int64_t rows, float *sums, int first, const float *x, int64_t x_row, const void *panel,
                       int64_t size, int dtype, const uint16_t *next) {
     switch (rows) {
 #define CASE(n)                                                                            \
-    case n:                                                                                \
-        if (dtype == FLOAT32) multiply(n, sums, first, x, x_row, panel, size, FLOAT32, 0); \
-        else multiply(n, sums, first, x, x_row, panel, size, BFLOAT16, next);              \
+    case n:                                                                                       \
+        if (dtype == FLOAT32) multiply(n, LANES, sums, first, x, x_row, panel, size, FLOAT32, 0); \
+        else multiply(n, LANES, sums, first, x, x_row, panel, size, BFLOAT16, next);              \
         break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#ifdef __AVX512F__
-        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
+        FOR_ROWS(CASE)
 #undef CASE
     }
 }
