@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import io
 import os
@@ -57,14 +58,14 @@ def convert_gguf(gguf: Path, cache_dir: Path, report: Report = say_nothing) -> P
     target = converted_folder(gguf, cache_dir)
     if target.is_dir():
         return target
-    facts = _read_facts(gguf)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _locked(cache_dir / f".{target.name}.lock", report):
             if not target.is_dir():
                 size_mb = gguf.stat().st_size / 1e6
                 report(f"converting {gguf.name} ({size_mb:.0f} MB) to safetensors, once, into {cache_dir}")
-                _convert_into(gguf, facts, target)
+                with _read_once():
+                    _convert_into(gguf, target)
     except OSError as error:
         raise ModelFormatError(
             f"Could not convert {gguf} into {cache_dir}: {one_line(error)}. Check that the file is complete and "
@@ -95,8 +96,25 @@ def _locked(path: Path, report: Report) -> Iterator[None]:
         yield
 
 
-def _convert_into(gguf: Path, facts: GgufFacts, target: Path) -> None:
+@contextlib.contextmanager
+def _read_once() -> Iterator[None]:
+    """Have transformers parse a file's tokenizer, and make the table of tensors' names, once.
+
+    It does the former, in Python, for the config, the model and the tokenizer, and the latter for each module.
+    """
+    import gguf
+
+    plain = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, plain)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = plain
+
+
+def _convert_into(gguf: Path, target: Path) -> None:
     """Write the conversion beside `target` and move it there. The caller holds the lock."""
+    facts = _read_facts(gguf)
     for leftover in target.parent.glob(f".{target.name}.tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
