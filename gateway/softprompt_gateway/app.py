@@ -23,6 +23,7 @@ from softprompt_gateway.admission import Admission
 from softprompt_gateway.clients import Clients
 from softprompt_gateway.cors import CorsHeaders, Preflights
 from softprompt_gateway.disconnect import stop
+from softprompt_gateway.docs_page import docs_routes
 from softprompt_gateway.documented import document
 from softprompt_gateway.errors import Refused, describe
 from softprompt_gateway.gateway import Gateway, make_gateway
@@ -67,10 +68,12 @@ def make_app(
         version=version("softprompt"),
         description=_DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,  # it would load scripts from elsewhere
         redoc_url=None,
         # A redirect's location would repeat the client's Host header.
         redirect_slashes=False,
     )
+    app.router.routes += docs_routes()
     app.add_exception_handler(SoftpromptError, _explain)
     app.add_exception_handler(Refused, _explain)
     routers = (

@@ -3,10 +3,11 @@
 import asyncio
 import json
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, get_args
+from itertools import islice
+from typing import Any, TypeVar, get_args
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
@@ -14,10 +15,14 @@ from starlette.requests import ClientDisconnect, Request
 from softprompt_gateway.errors import ClientGone, Refused
 from softprompt_gateway.validation import RequestModel
 
+Body = TypeVar("Body")
+
 # What is read and thrown away so that a client that is still sending can read its answer.
 _DISCARDED_BYTES = 16 * 2**20
-# A larger body takes longer to parse than others should wait.
-_PARSED_AT_ONCE_BYTES = 64 * 2**10
+# A larger body takes longer to parse and to check than others should wait.
+_READ_AT_ONCE_BYTES = 64 * 2**10
+# Objects and lists of one request that are looked through for what is unknown: no conversation has as many.
+_MAX_LOOKED_THROUGH = 16 * 2**10
 
 
 def content_length(request: Request) -> int | None:
@@ -85,13 +90,15 @@ def _too_large(limit_bytes: int) -> Refused:
     )
 
 
-async def read_json(request: Request, *, limit_bytes: int, timeout_s: float) -> dict[str, Any]:
-    """The body as a JSON object."""
+async def read_json(
+    request: Request, read: Callable[[dict[str, Any]], Body], *, limit_bytes: int, timeout_s: float
+) -> Body:
+    """What `read` makes of the body, a JSON object."""
     check_encoding(request, "application/json")
     body = b"".join([chunk async for chunk in body_chunks(request, limit_bytes=limit_bytes, timeout_s=timeout_s)])
-    if len(body) <= _PARSED_AT_ONCE_BYTES:
-        return parse_object(body)
-    return await asyncio.to_thread(parse_object, body)
+    if len(body) <= _READ_AT_ONCE_BYTES:
+        return read(parse_object(body))
+    return await asyncio.to_thread(lambda: read(parse_object(body)))
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -143,16 +150,20 @@ class Holds:
 
 
 def leave_out_unknown(values: dict[str, Any], model: type[RequestModel]) -> Sequence[str]:
-    """Take what a model does not know out of a request, however deep; where each was, the top's first."""
+    """Take what a model does not know out of a request, however deep; where each was, the top's first.
+
+    Of a request with very many objects the rest is left as it is, for the model to refuse.
+    """
     places: list[str] = []
     # Not by recursion: lists may be nested as deep as JSON is read.
     inner: deque[tuple[str, Any, tuple[Kind, ...]]] = deque([("", values, (model,))])
-    while inner:
+    num_left = _MAX_LOOKED_THROUGH
+    while inner and num_left:
         place, value, kinds = inner.popleft()
+        num_left -= 1
         if isinstance(value, list):
-            inner += (
-                (f"{place}{number}.", item, kinds) for number, item in enumerate(value) if _has_members(item)
-            )
+            items = ((f"{place}{number}.", item, kinds) for number, item in enumerate(value) if _has_members(item))
+            inner += islice(items, max(0, num_left - len(inner)))
         elif (kind := _meant(value, kinds)) is not None:
             fields = _fields(kind)
             for name in [name for name in value if name not in fields]:
@@ -175,6 +186,7 @@ def _meant(value: Mapping[str, Any], kinds: Sequence[Kind]) -> Kind | None:
     return next((kind for kind in kinds if value.get("type") in _types(kind)), None)
 
 
+@cache
 def _types(kind: Kind) -> Sequence[object]:
     """What the `type` of such an object may be; None: that it may be absent."""
     field = None if isinstance(kind, frozenset) else kind.model_fields.get("type")

@@ -159,9 +159,10 @@ class Catalog:
         """Drop a deleted name, or one version of it.
 
         Args:
-            asked_at: the `moment` before it was deleted; if that is known by now, what came after it stays.
+            asked_at: the `moment` before it was deleted; if that is known by now, what came after it stays. No
+                version comes after another under its number.
         """
-        if self._has_forgotten(name, asked_at):
+        if version is None and self._has_forgotten(name, asked_at):
             return
         self._note_forgotten(name)
         text = name.encode()

@@ -1,6 +1,6 @@
 """The parts of one gateway, made once and handed to its routes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ _MAX_LOGGED = 16
 _log = structlog.get_logger()
 
 Body = TypeVar("Body", bound=RequestModel)
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,21 +51,24 @@ class Gateway:
         """The class of routes that need a scope; None: that are open to everybody."""
         return guarded(self.guard, self.limiter, wanted, kind)
 
-    async def json(self, request: Request) -> dict[str, Any]:
-        """The request's JSON body, within the settings' limits."""
+    async def json(self, request: Request, read: Callable[[dict[str, Any]], Read]) -> Read:
+        """What `read` makes of the request's JSON body, within the settings' limits."""
         return await read_json(
-            request, limit_bytes=self.settings.max_body_bytes, timeout_s=self.settings.body_timeout_s
+            request, read, limit_bytes=self.settings.max_body_bytes, timeout_s=self.settings.body_timeout_s
         )
 
     async def body(self, request: Request, model: type[Body]) -> Body:
         """The request's body, checked. Unknown fields are refused, or left out where the settings say so."""
-        values = await self.json(request)
-        if self.settings.unknown_fields == "warn":
-            for place in leave_out_unknown(values, model)[:_MAX_LOGGED]:
-                _log.warning("unknown field", field=shown(place), request_id=request.state.request_id)
-            return model.checked(values)
-        with _telling_of_the_setting():
-            return model.checked(values)
+
+        def read(values: dict[str, Any]) -> Body:
+            if self.settings.unknown_fields == "warn":
+                for place in leave_out_unknown(values, model)[:_MAX_LOGGED]:
+                    _log.warning("unknown field", field=shown(place), request_id=request.state.request_id)
+                return model.checked(values)
+            with _telling_of_the_setting():
+                return model.checked(values)
+
+        return await self.json(request, read)
 
 
 @contextmanager

@@ -3,12 +3,20 @@
 import asyncio
 import json
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from softprompt_api.errors import InvalidArgument
 from softprompt_gateway import body as body_module
-from softprompt_gateway.body import parse_object
+from softprompt_gateway.body import leave_out_unknown, parse_object
 from softprompt_gateway.errors import Refused
+from softprompt_gateway.openai.chat import ChatRequest
+from softprompt_gateway.openai.completions import parse_prompts
+from softprompt_gateway.openai.parts import MAX_PARTS, check_number_of_parts
+from softprompt_gateway.openai.responses.request import ResponsesRequest
+from softprompt_gateway.openai.tokens import TokenizeChatRequest
+from softprompt_gateway.validation import RequestModel
 
 COMPLETIONS = "/v1/completions"
 
@@ -80,18 +88,19 @@ async def test_a_body_that_does_not_come_is_not_waited_for(stack: Any) -> None:
 
 
 @pytest.mark.parametrize(("size", "is_apart"), [(1_000, False), (1_000_000, True)])
-async def test_a_large_body_is_parsed_where_nobody_waits_for_it(
+async def test_a_large_body_is_read_and_checked_where_nobody_waits_for_it(
     stack: Any, monkeypatch: pytest.MonkeyPatch, size: int, is_apart: bool
 ) -> None:
     threads: list[threading.Thread] = []
 
-    def parse(content: bytes) -> dict[str, Any]:
+    def checked(model: Any, value: Any) -> Any:
         threads.append(threading.current_thread())
-        return parse_object(content)
+        return model.model_validate(value)
 
-    monkeypatch.setattr(body_module, "parse_object", parse)
-    assert (await stack.post("/tokenize", prompt="x" * size)).status_code == 200
-    assert [thread is not threading.current_thread() for thread in threads] == [is_apart]
+    monkeypatch.setattr(RequestModel, "checked", classmethod(checked))
+    for path in ("/tokenize", COMPLETIONS):
+        assert (await stack.post(path, model=stack.base, prompt="x" * size)).status_code == 200
+    assert [thread is not threading.current_thread() for thread in threads] == [is_apart] * 2
 
 
 async def test_of_bytes_that_are_no_text_the_place_is_told(stack: Any) -> None:
@@ -100,3 +109,82 @@ async def test_of_bytes_that_are_no_text_the_place_is_told(stack: Any) -> None:
     )
     assert answer.status_code == 400
     assert answer.json()["error"]["message"] == "the body is not UTF-8: byte 7 is 0xff"
+
+
+def test_of_very_many_objects_some_are_looked_through_for_what_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_module, "_MAX_LOOKED_THROUGH", 5)  # the request, its list, and three of that
+    messages = [{"role": "user", "content": "x", "odd": number} for number in range(10)]
+    body = {"messages": messages, "odd": 1}
+    assert leave_out_unknown(body, ChatRequest) == ["odd", *(f"messages.{number}.odd" for number in range(3))]
+    assert [message.get("odd") for message in messages] == [None] * 3 + list(range(3, 10))
+
+
+def test_lists_in_lists_make_no_more_of_what_is_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_module, "_MAX_LOOKED_THROUGH", 20)
+    handed_out = 0
+
+    class Parts(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            nonlocal handed_out
+            for part in super().__iter__():
+                handed_out += 1
+                yield part
+
+    messages = [{"role": "user", "content": Parts([{}] * 100)} for _ in range(5)]
+    leave_out_unknown({"messages": messages}, ChatRequest)
+    assert handed_out <= 20
+
+
+@pytest.mark.parametrize("gateway_settings", [{"unknown_fields": "warn"}])
+@pytest.mark.parametrize(
+    ("path", "field"), [("/v1/chat/completions", "messages"), ("/v1/responses", "input"), (COMPLETIONS, "prompt")]
+)
+async def test_very_many_objects_are_refused(stack: Any, path: str, field: str) -> None:
+    content = f'{{"model": "{stack.base}", "{field}": [{",".join(["{}"] * 200_000)}]}}'
+    answer = await stack.http.post(path, content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].startswith(field)
+
+
+def test_parts_are_counted_until_there_are_too_many() -> None:
+    contents = iter(["text", [1] * MAX_PARTS, [1], "not looked at"])
+    with pytest.raises(InvalidArgument, match=f"at most {MAX_PARTS} in one request"):
+        check_number_of_parts(contents, field="messages")
+    assert next(contents) == "not looked at"
+
+
+@pytest.mark.parametrize(("model", "field"), [(ChatRequest, "messages"), (ResponsesRequest, "input")])
+def test_of_too_many_turns_the_parts_are_not_counted(model: Any, field: str) -> None:
+    class Turn(dict[str, Any]):
+        looked_at = 0
+
+        def get(self, name: str, default: Any = None) -> Any:
+            self.looked_at += name == "content"
+            return super().get(name, default)
+
+    turns = [Turn(role="user", content="x") for _ in range(5000)]
+    with pytest.raises(Refused, match="at most 4096 items"):
+        model.checked({"model": "m", field: turns})
+    assert not any(turn.looked_at for turn in turns[4097:])
+
+
+@pytest.mark.parametrize("route", [ChatRequest, TokenizeChatRequest])
+def test_of_very_many_wrong_calls_the_first_is_told(route: type[RequestModel]) -> None:
+    class Call(dict[str, Any]):
+        """Counts how many are looked at, by how often their number of members is asked for."""
+
+        looked_at = 0
+
+        def __len__(self) -> int:
+            Call.looked_at += 1
+            return super().__len__()
+
+    turns = [{"role": "assistant", "tool_calls": [Call() for _ in range(100)]} for _ in range(100)]
+    with pytest.raises(Refused, match=r"messages.0.tool_calls.0.id is required"):
+        route.checked({"model": "m", "messages": turns})
+    assert 0 < Call.looked_at <= 1000
+
+
+def test_very_many_lists_are_no_prompts() -> None:
+    with pytest.raises(InvalidArgument, match="5000 prompts; at most 4096"):
+        parse_prompts([[1]] * 5000)

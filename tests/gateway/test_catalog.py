@@ -253,6 +253,18 @@ def test_an_answer_from_before_a_deletion_takes_nothing_away_that_came_after_it(
     assert _found(catalog, "a") is None
 
 
+def test_of_versions_that_are_deleted_at_the_same_time_none_stays() -> None:
+    catalog = Catalog()
+    for number in (1, 2, 3):
+        catalog.learn(_version("a", number))
+    moment = catalog.moment
+    for number in (1, 3):
+        catalog.forget("a", number, asked_at=moment)
+    assert _found(catalog, "a@1") is _found(catalog, "a@3") is _found(catalog, "a") is None
+    assert list(catalog.versions()) == []
+    assert _found(catalog, "a@2") is not None
+
+
 def test_an_answer_from_before_an_alias_was_dropped_for_room_does_not_bring_it_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

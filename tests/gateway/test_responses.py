@@ -379,14 +379,29 @@ async def test_openais_client_sends_outputs_and_results_back(stack: Any, sdk: op
     assert result.tool_call_id == call.call_id
 
 
-async def test_a_call_is_sent_back_as_openais_client_dumps_it(stack: Any, sdk: openai.AsyncOpenAI) -> None:
+@pytest.mark.parametrize("by_alias", [False, True])
+async def test_a_call_and_its_tool_are_sent_back_as_openais_client_dumps_them(
+    stack: Any, sdk: openai.AsyncOpenAI, by_alias: bool
+) -> None:
     first = await sdk.responses.create(model=stack.base, input=f"See:{CALL}", tools=[WEATHER])
-    items: Any = [item.model_dump() for item in first.output]
+    items: Any = [item.model_dump(by_alias=by_alias) for item in first.output]
+    tools: Any = [tool.model_dump(by_alias=by_alias) for tool in first.tools]
     second = await sdk.responses.create(
-        model=stack.base, input=[*items, {"role": "user", "content": "and?"}], tools=[WEATHER]
+        model=stack.base, input=[*items, {"role": "user", "content": "and?"}], tools=tools
     )
     assert second.output_text == "and?"
     assert asked(stack).chat.messages[0].tool_calls[0].name == "get_weather"
+
+
+@pytest.mark.parametrize("name", ["async", "async_"])
+async def test_a_call_and_a_tool_that_are_asynchronous_are_refused(stack: Any, name: str) -> None:
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "", name: True}
+    for fields, param in (
+        ({"input": [call]}, f"input.0.{name}"),
+        ({"tools": [WEATHER | {name: True}]}, f"tools.{name}"),
+    ):
+        error = (await stack.post("/v1/responses", **{"model": stack.base, "input": "x"} | fields)).json()["error"]
+        assert (error["code"], error["param"]) == ("unsupported_parameter", param)
 
 
 class Thing(pydantic.BaseModel):

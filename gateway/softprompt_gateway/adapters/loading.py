@@ -110,26 +110,26 @@ class _Routes:
 
     async def load_lora(self, request: Request) -> str:
         """Register a LoRA, or another adapter, from a path; the next request can use it."""
-        body = LoadLoraRequest.checked(await self._gateway.json(request))
+        body = await self._gateway.json(request, LoadLoraRequest.checked)
         await self._load(request, "lora", body.lora_name, body.lora_path, in_place=body.load_inplace)
         return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
     async def unload_lora(self, request: Request) -> str:
         """Delete a LoRA, or another adapter, with all its versions."""
-        body = UnloadLoraRequest.checked(await self._gateway.json(request))
+        body = await self._gateway.json(request, UnloadLoraRequest.checked)
         await self._unload(request, "lora", body.lora_name)
         return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
     async def load_prompt_adapter(self, request: Request) -> str:
         """Register a soft prompt, or another adapter, from a path; the next request can use it."""
-        body = LoadPromptAdapterRequest.checked(await self._gateway.json(request))
+        body = await self._gateway.json(request, LoadPromptAdapterRequest.checked)
         name, path = body.prompt_adapter_name, body.prompt_adapter_path
         await self._load(request, "prompt_adapter", name, path, in_place=body.load_inplace)
         return f"Success: prompt adapter '{name}' added successfully."
 
     async def unload_prompt_adapter(self, request: Request) -> str:
         """Delete a soft prompt, or another adapter, with all its versions."""
-        body = UnloadPromptAdapterRequest.checked(await self._gateway.json(request))
+        body = await self._gateway.json(request, UnloadPromptAdapterRequest.checked)
         await self._unload(request, "prompt_adapter", body.prompt_adapter_name)
         return f"Success: prompt adapter '{body.prompt_adapter_name}' removed successfully."
 

@@ -64,6 +64,7 @@ from softprompt_gateway.adapters.schema import (
     UpdateRequest,
     adapter_json,
     nearest_json,
+    parse_registration,
     upload_header,
 )
 from softprompt_gateway.adapters.upload import register, whole
@@ -209,12 +210,11 @@ class _Routes:
 
     async def register(self, request: Request) -> dict[str, Any]:
         """Register an adapter from JSON, or from a source that the registry reads; the next request can use it."""
-        caller, values = Caller.of(request), await self._gateway.json(request)
-        if "source" in values:
-            call = ImportRequest.checked(values).call()
+        caller, body = Caller.of(request), await self._gateway.json(request, parse_registration)
+        if isinstance(body, ImportRequest):
             with fields_spelled(base_model_id="base_model"):
-                return self._shown(caller, await self._changes.import_(request, call))
-        body, moment = RegisterRequest.checked(values), self._gateway.catalog.moment
+                return self._shown(caller, await self._changes.import_(request, body.call()))
+        moment = self._gateway.catalog.moment
         with audited("adapter.register", adapter=shown(body.name), **caller.facts()):
             name, tensors = caller.new_name(body.name), body.tensors()
             with fields_spelled(base_model_id="base_model", tensors_sha256="sha256"):
@@ -265,7 +265,7 @@ class _Routes:
     async def update(self, request: Request, adapter: NamedVersion) -> dict[str, Any]:
         """Change the labels of one version, or pin it: `name@3`, or what `name` or `name@alias` stands for."""
         caller, ref = Caller.of(request), parse_adapter(adapter)
-        body = UpdateRequest.checked(await self._gateway.json(request))
+        body = await self._gateway.json(request, UpdateRequest.checked)
         with audited("adapter.update", adapter=str(ref), **caller.facts()):
             moment = self._gateway.catalog.moment
             version = await self._registry.update_adapter(body.call(str(caller.own(ref))))
@@ -275,7 +275,7 @@ class _Routes:
     async def set_alias(self, request: Request, adapter: Name, alias: Alias) -> dict[str, Any]:
         """Make an alias of a name point to a version; `latest` too, which is a rollback."""
         caller = Caller.of(request)
-        body = AliasRequest.checked(await self._gateway.json(request))
+        body = await self._gateway.json(request, AliasRequest.checked)
         with audited("alias.set", adapter=shown(adapter), alias=shown(alias), **caller.facts()) as facts:
             facts["version"] = body.version
             moment = self._gateway.catalog.moment

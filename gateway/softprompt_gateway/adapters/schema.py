@@ -122,6 +122,11 @@ class ImportRequest(RequestModel):
         )
 
 
+def parse_registration(values: dict[str, Any]) -> RegisterRequest | ImportRequest:
+    """An adapter that comes whole, or one that has a `source`."""
+    return (ImportRequest if "source" in values else RegisterRequest).checked(values)
+
+
 class UploadLabels(RequestModel):
     """The header `x-adapter-labels`, decoded."""
 

@@ -74,7 +74,8 @@ class Message(RequestModel):
     tool_call_id: Annotated[str, Field(max_length=256)] | None = Field(
         None, description="which call a tool answers; handed to the chat template"
     )
-    tool_calls: Annotated[list[CalledTool], Field(max_length=MAX_TOOLS)] | None = Field(
+    # There can be many in each of many messages: an error of each would keep others waiting.
+    tool_calls: Annotated[list[CalledTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
         None, description="calls that an assistant made"
     )
     refusal: Unserved = Field(None, description="accepted where empty")
@@ -120,7 +121,9 @@ class ChatFields(RequestModel):
     def _check_messages(cls, value: object, check: ValidatorFunctionWrapHandler) -> object:
         if not isinstance(value, list):
             return check(value)
-        contents = (message.get("content") for message in value if isinstance(message, dict))
+        # Where there are more, that is what is wrong; to look at all of them would keep others waiting.
+        few = value[:_MAX_MESSAGES]
+        contents = (message.get("content") for message in few if isinstance(message, dict))
         check_number_of_parts(contents, field=_FIELD)
         return check_each(_FIELD, value, check, Message.model_validate)
 

@@ -33,6 +33,8 @@ from softprompt_gateway.session import Delta
 Prompt = str | list[int] | Parts
 DEFAULT_MAX_TOKENS = 16
 _MAX_ID = 2**31 - 1
+# As many as the setting of the most choices can allow: more are not worth a look.
+_MAX_LISTS = 4096
 
 
 def parse_prompts(value: object) -> list[Prompt]:
@@ -44,6 +46,8 @@ def parse_prompts(value: object) -> list[Prompt]:
     elif isinstance(value, list) and value and all(isinstance(one, str) for one in value):
         prompts = value
     elif isinstance(value, list) and value and all(isinstance(one, list) for one in value):
+        if len(value) > _MAX_LISTS:
+            raise InvalidArgument(f"{len(value)} prompts; at most {_MAX_LISTS} in one request", field="prompt")
         check_number_of_parts(filter(_are_parts, value), field="prompt")
         prompts = [_parts(one) if _are_parts(one) else _ids(one) for one in value]
     elif isinstance(value, list):
@@ -76,8 +80,8 @@ def _parts(value: list[dict[str, Any]]) -> Parts:
 
 
 def _ids(value: list[Any]) -> list[int]:
-    # Its type: bool is an int in Python, and true is nobody's token.
-    if not all(type(one) is int and 0 <= one <= _MAX_ID for one in value):
+    # Their types: bool is an int in Python, and true is nobody's token.
+    if value and (set(map(type, value)) != {int} or min(value) < 0 or max(value) > _MAX_ID):
         raise InvalidArgument("prompt must hold strings only, or token ids only (integers from 0)", field="prompt")
     return value
 

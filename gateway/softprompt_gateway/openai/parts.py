@@ -80,11 +80,13 @@ class Parts:
 
 def check_number_of_parts(contents: Iterable[object], *, field: str) -> None:
     """Raise InvalidArgument where what a request says, as it came, has too many parts together."""
-    number = sum(len(content) for content in contents if isinstance(content, list))
-    if number > MAX_PARTS:
-        raise InvalidArgument(
-            f"{field} has {number} content parts; send at most {MAX_PARTS} in one request", field=field
-        )
+    number = 0
+    for content in contents:
+        number += len(content) if isinstance(content, list) else 0
+        if number > MAX_PARTS:
+            raise InvalidArgument(
+                f"{field} has too many content parts; send at most {MAX_PARTS} in one request", field=field
+            )
 
 
 def parse_parts(parts: list[Any], *, field: str, between: str, texts: TextParts = _TEXTS) -> Parts:

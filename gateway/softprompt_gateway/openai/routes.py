@@ -226,7 +226,7 @@ class _Routes:
 
     async def tokenize(self, request: Request) -> dict[str, Any]:
         """Show the token ids of a text or a conversation."""
-        body = parse_tokenize(await self._gateway.json(request))
+        body = await self._gateway.json(request, parse_tokenize)
         named = Named(
             model=await self._model_of(body.model),
             caller=Caller.of(request),
@@ -240,7 +240,7 @@ class _Routes:
 
     async def detokenize(self, request: Request) -> dict[str, Any]:
         """Turn token ids into text."""
-        body = DetokenizeRequest.checked(await self._gateway.json(request))
+        body = await self._gateway.json(request, DetokenizeRequest.checked)
         named = Named(model=await self._model_of(body.model), caller=Caller.of(request))
         target = await self._resolver.resolve(named)
         with fields_spelled(ids="tokens"):

@@ -102,6 +102,7 @@ class FunctionCall(_Item):
     arguments: str = Field(description="a JSON object as text; empty: no arguments")
     parsed_arguments: Any = Field(None, description="accepted, without effect")
     async_: Unserved = Field(None, description="accepted where empty")
+    is_async: Unserved = Field(None, alias="async", description="accepted where empty")  # its name in JSON
     caller: Unserved = Field(None, description="accepted where empty")
     namespace: Unserved = Field(None, description="accepted where empty")
 
@@ -109,6 +110,7 @@ class FunctionCall(_Item):
     def _refuse_unsupported(self) -> "FunctionCall":
         for name in ("async_", "caller", "namespace"):
             refuse(name, getattr(self, name))
+        refuse("async", self.is_async)
         return self
 
 
@@ -156,7 +158,8 @@ def _as_items(value: object) -> object:
     if value in ("", []):
         raise InvalidArgument("input must not be empty", field=FIELD)
     if isinstance(value, list):
-        items = [item for item in value if isinstance(item, dict)]
+        # Where there are more, that is what is wrong; to look at all of them would keep others waiting.
+        items = [item for item in value[:_MAX_ITEMS] if isinstance(item, dict)]
         check_number_of_parts((item.get(name) for item in items for name in ("content", "output")), field=FIELD)
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 

@@ -27,11 +27,14 @@ class FunctionTool(Function):
     allowed_callers: Any = Field(None, description="not supported")
     defer_loading: Any = Field(None, description="not supported")
     output_schema: Any = Field(None, description="not supported")
+    async_: Any = Field(None, description="not supported")
+    is_async: Any = Field(None, alias="async", description="not supported")  # its name in JSON
 
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> "FunctionTool":
-        for name in ("allowed_callers", "defer_loading", "output_schema"):
+        for name in ("allowed_callers", "defer_loading", "output_schema", "async_"):
             refuse(f"tools.{name}", getattr(self, name))
+        refuse("tools.async", self.is_async)
         return self
 
     @property
