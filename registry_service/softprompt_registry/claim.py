@@ -41,17 +41,20 @@ class Claim:
         self._over_at_s = 0.0
 
     async def holds(self) -> bool:
-        """Whether a lease that was asked for before may be given. The claim is made once, and can be lost."""
+        """Whether a lease that was asked for before may be given.
+
+        The claim is made once, and can be lost to another registry; anew where it has gone with all else.
+        """
         found = await self._read()
         if found.startswith(self._own):
             return True
-        if self._was_made:
+        if self._was_made and found:
             if not self._is_lost:
                 _log.warning("another registry serves this store: gateways will ask for each name")
             self._is_lost = True
             return False
         claimed = f"{self._own}:{max(self._lease_ms, _milliseconds(found))}"
-        is_first = not found and await self._write(claimed, only_first=True)
+        is_first = not found and not self._was_made and await self._write(claimed, only_first=True)
         if not is_first:
             await self._write(claimed)
         self._was_made = True  # a store that was away may be asked again

@@ -17,6 +17,7 @@ from softprompt_registry.blobs import BlobStart
 from softprompt_registry.catalog import AdapterVersion, BaseModel
 from softprompt_registry.codec import decode_base_model, decode_version, encode_base_model
 from softprompt_registry.connection import reads, reply, writes
+from softprompt_registry.full import also_when_full
 from softprompt_registry.lookups import Found, FoundContent, Lookups, Seals
 from softprompt_registry.pointers import Pointers
 from softprompt_registry.recent import Kept, Recent
@@ -197,8 +198,9 @@ class Store:
         """Add or replace a base model, and remember when it was announced."""
         now_s, _ = await reply(self._client.time())
         pipe = self._client.pipeline(transaction=True)
-        pipe.hset(keys.BASE_MODELS, model.id, encode_base_model(model))
-        pipe.zadd(keys.ANNOUNCED, {model.id: now_s})
+        # What is told by who begins to serve: without it, nothing would be served beside a full store.
+        also_when_full(pipe, "HSET", keys.BASE_MODELS, model.id, encode_base_model(model))
+        also_when_full(pipe, "ZADD", keys.ANNOUNCED, now_s, model.id)
         await pipe.execute()
 
     async def base_models(self) -> list[BaseModel]:

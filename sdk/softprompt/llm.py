@@ -5,6 +5,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
@@ -107,7 +108,7 @@ class LLM:
                 f"gpu_memory_utilization is {gpu_memory_utilization}; it is a share, above 0 and at most 1",
                 field="gpu_memory_utilization",
             )
-        folder = resolve_model(str(model), report=_log.info)
+        self._folder = folder = resolve_model(str(model), report=_log.info)
         config = EngineConfig(
             model_path=str(folder),
             device=device,
@@ -128,7 +129,6 @@ class LLM:
         self._defaults = read_defaults(folder)
         runner = load_runner(config, _log.info)
         self._engine = Engine(runner, config)
-        self._engine_config = config
         self._compile = runner.compile
         self._adapters = ResidentAdapters(self._engine, max_prompt_adapters)
         self._loras = ResidentAdapters(self._engine, max_loras, max_lora_rank=max_lora_rank)
@@ -144,11 +144,15 @@ class LLM:
         return self._engine.info
 
     def get_tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The model's tokenizer, as transformers has it."""
+        """The model's tokenizer, as transformers has it; the same one each time."""
+        return self._transformers_tokenizer
+
+    @cached_property
+    def _transformers_tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
 
         made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            self._engine_config.model_path, local_files_only=True, trust_remote_code=False
+            self._folder, local_files_only=True, trust_remote_code=False
         )
         return made
 
@@ -305,7 +309,7 @@ class LLM:
                 request_id=f"{number}-{choice}",
                 prompt=prompt.parts(digests),
                 params=params.of_choice(choice),
-                eos_token_ids=list(self._tokenizer.eos_token_ids),
+                eos_token_ids=self._tokenizer.ends_below(self.info.vocab_size),
                 seed=seed + choice,
                 lora="" if prompt.lora is None else lora_digests[prompt.lora],
             )

@@ -20,6 +20,10 @@ def test_one_stop_string_is_a_list_of_one():
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
 
 
+def test_none_is_none_of_them_as_in_vllm():
+    assert SamplingParams(stop=None, stop_token_ids=None, logit_bias=None) == SamplingParams()
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     [

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from softprompt_api.errors import AdapterNotFound, SoftpromptError, Unavailable
+from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_registry.catalog import BaseModel
 from softprompt_registry.connection import open_store
 from softprompt_registry.server import RegistryServer
@@ -215,6 +216,17 @@ async def test_a_full_store_refuses_and_keeps_what_it_has(client, make_adapter, 
     assert await client.get("tweets") == made
     await redis.config_set("maxmemory", "0")
     await client.register("more", make_adapter(num_virtual_tokens=20_000))
+
+
+async def test_a_base_model_can_be_served_beside_a_full_store(bare_client, redis):
+    """An inference service announces its model before it serves, also after a restart."""
+    model = pb.BaseModel(id="org/Tiny", hidden_size=32)
+    await redis.config_set("maxmemory", "1")
+    for _ in range(2):
+        await bare_client.stub.PutBaseModel(pb.PutBaseModelRequest(base_model=model))
+    listed = await bare_client.stub.ListBaseModels(pb.ListBaseModelsRequest())
+    assert [model.id for model in listed.base_models] == [model.id]
+    await redis.config_set("maxmemory", "0")
 
 
 async def test_a_full_store_can_be_emptied_and_its_aliases_moved(client, make_adapter, redis):

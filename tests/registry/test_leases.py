@@ -270,6 +270,16 @@ async def test_a_claim_that_the_store_did_not_take_is_made_again(redis, monkeypa
     assert await claim.holds()
 
 
+async def test_a_claim_that_has_gone_with_what_the_store_held_is_made_again(client, redis, make_adapter):
+    holder = Holder(client)
+    assert await holder.ask() == LONG_S
+    await holder.give_back()
+    await redis.flushall()
+    holder = Holder(client)
+    assert await holder.ask() == LONG_S
+    assert (await redis.get("sp:leases")).startswith(b"registry:")
+
+
 async def test_a_registry_that_stops_in_order_keeps_the_next_one_from_waiting(
     client, settings, connect, redis, make_adapter
 ):

@@ -627,6 +627,7 @@ def test_what_vllm_can_and_this_cannot_is_refused_by_name(tiny_model: Path, argu
 
 def test_the_tokenizer_is_transformers_own(llm: LLM) -> None:
     assert llm.get_tokenizer().encode("Hello there") == llm.generate("Hello there", GREEDY)[0].prompt_token_ids
+    assert llm.get_tokenizer() is llm.get_tokenizer()
 
 
 def test_a_share_of_the_gpu_is_no_percentage(tiny_model: Path) -> None:

@@ -155,22 +155,34 @@ def test_how_it_ended_names_the_code_or_the_signal(tmp_path: Path) -> None:
     child = started(SLEEP, tmp_path / "y.log")
     os.kill(child.pid, signal.SIGKILL)
     assert child.how_it_ended() == "killed by SIGKILL"
+    child = started(SLEEP, tmp_path / "z.log")
+    os.kill(child.pid, signal.SIGRTMIN + 1)
+    assert child.how_it_ended() == f"killed by signal {signal.SIGRTMIN + 1}"
 
 
 # Numbered lines, as fast as it can, every thousandth of them an error.
 WRITING = """
 import sys
 for number in range(int(sys.argv[1])):
-    print('{"event": "%d", "level": "%s"}' % (number, "info" if number % 1000 else "error"), flush=True)
+    level = "info" if number % 1000 else "error"
+    record = '{"event": "%d", "level": "%s", "exception": "%s"}'
+    print(record % (number, level, "x" * int(sys.argv[2])), flush=True)
 """
+# Writes nothing itself, and ends with what it has started.
+STARTING = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]], check=True)"
 
 
+@pytest.mark.parametrize(
+    ("words", "count", "size"),
+    [((WRITING,), 100_000, 0), ((STARTING, WRITING), 400, 100_000)],
+    ids=["its own", "of what it has started"],
+)
 def test_a_log_is_bounded_and_no_line_and_no_error_is_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: tuple[str, ...], count: int, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "MAX_LOG_BYTES", 50_000)
-    count, log, older = 200_000, tmp_path / "x.log", tmp_path / "x.previous.log"
-    child = Child("worker", [sys.executable, "-c", WRITING, str(count)], log=log)
+    log, older = tmp_path / "x.log", tmp_path / "x.previous.log"
+    child = Child("worker", [sys.executable, "-c", *words, str(count), str(size)], log=log)
     kept: list[bytes] = []  # a line may end in the next file
     errors: list[str] = []
     num_moved = 0
@@ -182,43 +194,63 @@ def test_a_log_is_bounded_and_no_line_and_no_error_is_lost(
             kept.append(older.read_bytes())
         errors += child.new_errors()
     kept.append(log.read_bytes())
+    assert child.exit_code() == 0
     assert num_moved > 3
     assert [json.loads(line)["event"] for line in b"".join(kept).splitlines()] == [
         str(number) for number in range(count)
     ]
-    assert errors + child.new_errors() == [str(number) for number in range(0, count, 1000)]
+    assert [error.split()[0] for error in errors + child.new_errors()] == [
+        str(number) for number in range(0, count, 1000)
+    ]
+
+
+SAYING = "import time; print('more than ten bytes'); print('softprompt x: why', flush=True); time.sleep(600)"
+
+
+def saying(log: Path) -> Child:
+    """A child that has said a few words, and runs."""
+    child = Child("worker", [sys.executable, "-c", SAYING], log=log)
+    wait_for(lambda: "why" in child.log_tail())
+    return child
 
 
 def test_the_end_of_a_log_that_was_just_emptied_is_still_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "MAX_LOG_BYTES", 10)
-    writing = "print('one'); print('softprompt x: why', flush=True); input()"
-    child = Child(
-        "worker", [sys.executable, "-c", writing], log=tmp_path / "x.log"
-    )  # which ends as it has no input
-    wait_for(lambda: child.exit_code() is not None)
+    child = saying(tmp_path / "x.log")
     tail = child.log_tail()
     child.bound_log()
     assert (tmp_path / "x.log").stat().st_size == 0
+    child.end(20)
     assert (child.log_tail(), child.last_error()) == (tail, "why")
 
 
-def test_a_disk_without_room_for_the_older_log_costs_no_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def full_disk(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [
+        {"shutil.copyfileobj": full_disk},
+        {f"{processes.__name__}._runs": lambda _: True, f"{processes.__name__}._HALT_TIMEOUT_S": 0},
+    ],
+    ids=["full", "waits for its disk"],
+)
+def test_a_log_that_cannot_be_moved_grows_on_and_is_not_tried_again_at_once(
+    cause: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "MAX_LOG_BYTES", 10)
-    child = ended("more than ten bytes\n", tmp_path / "x.log")
-
-    def refuse(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
+    child = saying(tmp_path / "x.log")
     with monkeypatch.context() as patched:
-        patched.setattr("shutil.copyfileobj", refuse)
+        for name, value in cause.items():
+            patched.setattr(name, value)
         child.bound_log()
-    child.bound_log()  # not tried again until there is as much again
-    assert child.log_tail() == "more than ten bytes"
+    child.bound_log()  # until there is as much again
+    assert child.log_tail().startswith("more than ten bytes")
     assert not (tmp_path / "x.previous.log").exists()
+    assert child.end(20) == -signal.SIGTERM  # it was not left halted
 
 
 def test_a_log_that_somebody_empties_or_removes_is_read_on(tmp_path: Path) -> None:

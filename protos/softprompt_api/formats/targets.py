@@ -3,13 +3,14 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 from softprompt_api.errors import AdapterInvalid
 from softprompt_api.names import shown
 
 _WORD = re.compile(r"\w+", re.ASCII)
-_ANY_LAYER = r".*?\.[^.]*\.(\d+)\."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,13 +21,13 @@ class Targets:
         named: modules, or how they end; None: the config has an expression, or says nothing.
         excluded: the same, of those that are left out.
         layers: the only ones whose modules are meant, of those that are named by their ends; None: all.
-        layer: how the number of a module's layer is found in its name.
+        patterns: words before the number of a layer, with their places in the config; empty: any word is one.
     """
 
     named: frozenset[str] | None
     excluded: frozenset[str]
     layers: frozenset[int] | None
-    layer: tuple[str, ...]
+    patterns: Mapping[str, int]
 
     def check(self, modules: Iterable[str]) -> None:
         """Raise AdapterInvalid for a module of the file that the config does not mean."""
@@ -50,8 +51,17 @@ class Targets:
         return "" if self.layers is None or self._layer_of(module) in self.layers else "layers_to_transform"
 
     def _layer_of(self, module: str) -> int | None:
-        found = next(filter(None, (re.match(pattern, module, re.ASCII) for pattern in self.layer)), None)
-        return int(found[1]) if found else None
+        """The number of its layer: the first in its name, or the first behind the first of the patterns in it."""
+        words = module.split(".")
+        if not self.patterns:
+            # PEFT wants more than one word in front of it, and in any case one behind it.
+            return next((int(number) for number in words[2:-1] if number.isdecimal()), None)
+        found = [
+            (self.patterns[word], int(number))
+            for word, number in pairwise(words[:-1])
+            if word in self.patterns and number.isdecimal()
+        ]
+        return min(found, key=itemgetter(0))[1] if found else None
 
 
 def targets_of(config: Mapping[str, Any]) -> Targets:
@@ -65,7 +75,7 @@ def targets_of(config: Mapping[str, Any]) -> Targets:
         named=frozenset(named) if isinstance(named, list) else None,
         excluded=frozenset(excluded) if isinstance(excluded, list) else frozenset(),
         layers=frozenset(numbers) if numbers and can_tell else None,
-        layer=tuple(rf"(?:^|.*?\.){word}\.(\d+)\." for word in words) or (_ANY_LAYER,),
+        patterns={word: place for place, word in reversed(list(enumerate(words)))},
     )
 
 

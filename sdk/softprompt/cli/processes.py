@@ -76,7 +76,8 @@ class Child:
     def how_it_ended(self) -> str:
         """Its exit code, or the signal that killed it; it has ended."""
         code = self._process.wait()
-        return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+        names = {number.value: number.name for number in signal.Signals}  # most real-time signals have none
+        return f"exit code {code}" if code >= 0 else f"killed by {names.get(-code, f'signal {-code}')}"
 
     def ask_to_end(self) -> None:
         """Send SIGTERM."""
@@ -122,21 +123,19 @@ class Child:
         The process holds the file open, so the file stays and is emptied.
         """
         size = _size(self.log)
-        if size <= self._empty_beyond:
+        if size <= self._empty_beyond or self.exit_code() is not None:
             return
         try:
             self._move_log()
             self._empty_beyond = MAX_LOG_BYTES
-        except OSError:  # as when the disk is full
+        except OSError:  # as when the disk is full, or makes a process wait
             self._previous_log.unlink(missing_ok=True)
             self._empty_beyond = size + MAX_LOG_BYTES
 
     def _move_log(self) -> None:
         with self.log.open("rb") as log, self._previous_log.open("wb") as previous:
             shutil.copyfileobj(log, previous)
-            with self._halted() as is_halted:
-                if not is_halted:  # it waits for a disk; the next time it may be quicker
-                    return
+            with _halted(self.pid):
                 # What was written meanwhile. Afterwards nothing is, until the file is empty.
                 shutil.copyfileobj(log, previous)
                 previous.flush()
@@ -144,28 +143,6 @@ class Child:
                 os.truncate(self.log, 0)
         self._read_to = 0
         self._is_emptied = True
-
-    @contextlib.contextmanager
-    def _halted(self) -> Iterator[bool]:
-        """Halt it and what it has started for some microseconds; whether it is halted, or has ended."""
-        if self.exit_code() is not None:  # its id may be another's by now
-            yield True
-            return
-        os.killpg(self.pid, signal.SIGSTOP)
-        try:
-            yield self._has_halted()
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-                os.killpg(self.pid, signal.SIGCONT)
-
-    def _has_halted(self) -> bool:
-        deadline = time.monotonic() + _HALT_TIMEOUT_S
-        look = os.WSTOPPED | os.WEXITED | os.WNOHANG | os.WNOWAIT
-        while self.exit_code() is None and os.waitid(os.P_PID, self.pid, look) is None:
-            if time.monotonic() > deadline:
-                return False
-            os.sched_yield()
-        return True
 
     def _read_on(self) -> None:
         """Take the errors out of what was logged since the last time."""
@@ -181,6 +158,45 @@ class Child:
         logs = [self._previous_log, self.log] if self._is_emptied else [self.log]
         end = b"".join(_read(log, max(0, _size(log) - _TAIL_BYTES)) for log in logs)
         return end[-_TAIL_BYTES:].decode(errors="replace").splitlines()
+
+
+@contextlib.contextmanager
+def _halted(group: int) -> Iterator[None]:
+    """Halt a process of ours and what it has started; TimeoutError where one of them does not in time."""
+    os.killpg(group, signal.SIGSTOP)
+    try:
+        deadline = time.monotonic() + _HALT_TIMEOUT_S
+        while any(map(_runs, _members(group))):
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            os.sched_yield()
+        yield
+    finally:
+        os.killpg(group, signal.SIGCONT)
+
+
+def _members(group: int) -> Iterator[str]:
+    """The processes of a group, as folders that the kernel tells of them in."""
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            if os.getpgid(int(name)) == group:
+                yield f"/proc/{name}"
+
+
+def _runs(process: str) -> bool:
+    """Whether a thread of a process is neither halted nor at its end: it may be writing."""
+    try:
+        return any(
+            _state(f"{process}/task/{thread}/stat") not in b"TtZX" for thread in os.listdir(f"{process}/task")
+        )
+    except (FileNotFoundError, ProcessLookupError):  # one has ended meanwhile
+        return True
+
+
+def _state(thread: str) -> bytes:
+    """One letter, which the kernel tells behind a thread's name."""
+    with open(thread, "rb") as file:
+        return file.read().rpartition(b") ")[2][:1]
 
 
 def _size(path: Path) -> int:

@@ -15,6 +15,11 @@ MODULES = [
     "layers.1.q_proj",
     "q_proj",
     "model.q_projection",
+    "h.layers.7.blocks.1.q_proj",
+    "h.1.h.2.q_proj",
+    "0.1.q_proj",
+    ".h.1.q_proj",
+    "model.h.1",
 ]
 CONFIGS = [
     {"target_modules": ["q_proj"]},
@@ -31,6 +36,10 @@ CONFIGS = [
     {"target_modules": ["q_proj", "v_proj", "up_proj", "c_attn"], "layers_to_transform": []},
     {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0, 10], "layers_pattern": "layers"},
     {"target_modules": ["q_proj", "c_attn"], "layers_to_transform": [1], "layers_pattern": ["h", "blocks"]},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["blocks", "layers", "blocks"]},
+    {"target_modules": ["q_proj"], "layers_to_transform": [7], "layers_pattern": ["blocks", "layers"]},
+    {"target_modules": ["q_proj", "1"], "layers_to_transform": [1, 7], "layers_pattern": ["h"]},
+    {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "0"},
     {"target_modules": ["model.layers.0.self_attn.q_proj"], "layers_to_transform": [1]},
 ]
 
@@ -71,10 +80,17 @@ def test_the_key_that_leaves_a_module_out_is_named(changes, key):
         {"target_modules": ".*q_proj", "exclude_modules": ".*"},
         {"target_modules": None},
         {},
-        {"target_modules": ["q_proj", "v_proj", "up_proj", "c_attn", "q_projection"], "layers_to_transform": [9],
-         "layers_pattern": "(layers|h)"},
+        {"target_modules": ["q_proj", "v_proj", "up_proj", "c_attn", "q_projection", "1"],
+         "layers_to_transform": [9], "layers_pattern": "(layers|h)"},
     ],
     ids=str,
 )  # fmt: skip
 def test_expressions_are_not_looked_at(config):
     targets_of(config).check(MODULES)
+
+
+@pytest.mark.timeout(60)
+def test_as_many_patterns_as_a_config_can_hold_are_looked_at_at_once():
+    patterns = [f"p{number}" for number in range(100_000)] + ["h"]
+    config = {"target_modules": ["q_proj"], "layers_to_transform": [*range(2048)], "layers_pattern": patterns}
+    targets_of(config).check(f"h.{number}.q_proj" for number in range(2048))
