@@ -44,7 +44,7 @@ run: install
 	$(BIN)/softprompt run --data-dir $(DATA_DIR) $(if $(DEMOS),--prompt-adapters $(DEMOS)) $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -m "not gpu and not chaos and not conformance" -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not chaos and not conformance" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 chaos: install
 	$(BIN)/python -m pytest -m chaos $(PYTEST_ARGS)

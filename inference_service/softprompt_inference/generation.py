@@ -248,6 +248,7 @@ class Generator:
         self._grammars = grammars
         self._base_model_id = base_model_id
         self._admission = admission
+        self._eos_token_ids = tokenizer.ends_below(engine.info.vocab_size)
         self._numbers = itertools.count(1)
 
     @contextlib.asynccontextmanager
@@ -256,11 +257,19 @@ class Generator:
         call.params.check_vocabulary(self._engine.info.vocab_size)
         with self._admission.admitted(call.params.n, call.tenant):
             with span("encode"):
-                prompt = await self._prompts.encode(call.prompt)
+                prompt = await self._prompts.encode(call.prompt, tenant=call.tenant)
             if not text_ids_of(prompt):
                 raise InvalidArgument("the prompt is empty: it has no tokens", field="prompt")
-            if call.params.structured_outputs is not None:
-                await self._grammars.check(call.params.structured_outputs, num_choices=call.params.n)
+            async with self._started(call, prompt) as generation:
+                yield generation
+
+    @contextlib.asynccontextmanager
+    async def _started(self, call: GenerateCall, prompt: Encoded) -> AsyncIterator[Generation]:
+        """A generation that was admitted, and its prompt encoded."""
+        following = self._grammars.followed(
+            call.params.structured_outputs, num_choices=call.params.n, tenant=call.tenant
+        )
+        async with following:
             with span("bind"):
                 bound = await self.bind(call.adapter, soft_prompts_in(prompt))
             digests = [adapter.digest for adapter in bound.every]
@@ -327,7 +336,7 @@ class Generator:
                     request_id=f"{request_number}-{index}",
                     prompt=composed.parts,
                     params=params.of_choice(index),
-                    eos_token_ids=list(self._tokenizer.eos_token_ids),
+                    eos_token_ids=self._eos_token_ids,
                     seed=seed + index,
                     salt=call.salt,
                     tenant=call.tenant,

@@ -1,16 +1,22 @@
 """What a request wants completed, and its ids."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import cast
+from typing import TypeVar, cast
 
 from softprompt_api.errors import InvalidArgument
 
+from softprompt_inference.adapters.turns import Places
 from softprompt_inference.text import ChatMessage, Encoded, SoftPrompt, Tokenizer
+
+# More in one call would hold up everybody else: while many ids are copied, no other thread has the interpreter.
+MAX_IDS = 2**20
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +75,8 @@ def encode_parts(tokenizer: Tokenizer, prompt: PartsPrompt, *, max_tokens: int) 
     parts = [part for part in prompt.parts if part != ""] or [""]
     num_characters = sum(len(part) for part in parts if isinstance(part, str))
     num_soft_prompts = sum(isinstance(part, SoftPrompt) for part in parts)
-    tokenizer.check_size(num_characters, num_soft_prompts, max_tokens=max_tokens)
+    num_ids = sum(len(part) for part in parts if not isinstance(part, str | SoftPrompt))
+    tokenizer.check_size(num_characters, num_soft_prompts, num_ids=num_ids, max_tokens=max_tokens)
     encoded: Encoded = []
     adds_special_tokens = prompt.add_special_tokens  # to the next text
     for are_texts, group in groupby(parts, key=lambda part: isinstance(part, str)):
@@ -92,18 +99,23 @@ class PromptEncoder:
         vocab_size: ids of the model lie below it.
         max_tokens: longest prompt; longer ones are refused, where their size shows it without being encoded.
         executor: threads for encoding; their number bounds the processors it takes.
+        num_threads: how many these are; tenants take turns for them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, max_tokens: int, executor: Executor) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, vocab_size: int, max_tokens: int, executor: Executor, num_threads: int
+    ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_tokens = max_tokens
         self._executor = executor
+        self._turns = Places(num_threads)
 
-    async def encode(self, prompt: Prompt) -> Encoded:
+    async def encode(self, prompt: Prompt, *, tenant: str = "") -> Encoded:
         """A prompt as ids of the vocabulary and soft prompts; InvalidArgument names what is wrong."""
         match prompt:
             case IdsPrompt(token_ids=token_ids):
+                self._tokenizer.check_size(0, 0, num_ids=len(token_ids), max_tokens=self._max_tokens)
                 return [self.check_ids(token_ids, field="token_ids")]
             case TextPrompt(text=text):
                 parts = PartsPrompt(parts=[text], add_special_tokens=prompt.add_special_tokens)
@@ -119,13 +131,26 @@ class PromptEncoder:
                     continue_final_message=prompt.continue_final_message,
                     max_tokens=self._max_tokens,
                 )
-        encoded = await asyncio.get_running_loop().run_in_executor(self._executor, call)
+        async with self._turns.taken(tenant):
+            return await self._run(partial(self._checked, call))
+
+    def _checked(self, encode: Callable[[], Encoded]) -> Encoded:
+        encoded = encode()
         return [self.check_ids(part, field="prompt") if isinstance(part, list) else part for part in encoded]
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """Text of ids, special tokens included."""
+        check_number_of_ids(len(token_ids), field="ids")
         ids = self.check_ids(token_ids, field="ids")
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._tokenizer.decode, ids)
+        return await self._run(partial(self._tokenizer.decode, ids))
+
+    async def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Text of each id alone."""
+        return await self._run(lambda: list(map(self._tokenizer.token_text, token_ids)))
+
+    async def _run(self, call: Callable[[], Result]) -> Result:
+        """What a call returns that may take long, made in one of the threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
     def check_ids(self, token_ids: Sequence[int], *, field: str) -> list[int]:
         """The ids as a list; InvalidArgument when one lies outside the vocabulary."""
@@ -136,3 +161,9 @@ class PromptEncoder:
                 f"{field} has id {wrong}; the vocabulary has ids 0 to {self._vocab_size - 1}", field=field
             )
         return ids
+
+
+def check_number_of_ids(number: int, *, field: str) -> None:
+    """Raise InvalidArgument where there are more ids than are taken, or told, at once."""
+    if number > MAX_IDS:
+        raise InvalidArgument(f"there are {number} ids; at most {MAX_IDS} can be had at once", field=field)

@@ -236,7 +236,7 @@ class InferenceServer:
             vocab_size=engine.info.vocab_size,
             max_tokens=engine.info.max_model_len,
         )
-        prompts = make_encoder(executor=self._encoding)
+        prompts = make_encoder(executor=self._encoding, num_threads=_ENCODING_THREADS)
         admission = Admission(
             max_open=settings.max_num_sequences + settings.max_queued_requests,
             max_wait_s=settings.max_queue_s,
@@ -256,7 +256,7 @@ class InferenceServer:
         return Front(
             engine=engine,
             tokenizer=lasting.tokenizer,
-            prompts=make_encoder(executor=self._tokenizing),
+            prompts=make_encoder(executor=self._tokenizing, num_threads=_TOKENIZING_THREADS),
             generator=generator,
             residency=residency,
             effects=EffectProbe(

@@ -7,13 +7,15 @@ import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 from softprompt_api.errors import AdapterNotFound, InvalidArgument, SoftpromptError, Unavailable
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.inference.v1 import inference_pb2_grpc as pb_grpc
 from softprompt_api.registry.v1 import registry_pb2
+from softprompt_api.rpc.channel import MAX_MESSAGE_BYTES
 from softprompt_api.rpc.context import enter_request
 from softprompt_api.shares import Shares
 from softprompt_api.tracing import Tracer, carrier, serve
@@ -34,7 +36,7 @@ from softprompt_inference.convert import (
 from softprompt_inference.effect import EffectProbe
 from softprompt_inference.ending import Ending
 from softprompt_inference.generation import EngineHandle, Event, Generation, Generator
-from softprompt_inference.prompts import PromptEncoder, text_ids_of
+from softprompt_inference.prompts import PromptEncoder, check_number_of_ids, text_ids_of
 from softprompt_inference.session import Session
 from softprompt_inference.text import Tokenizer
 
@@ -48,6 +50,7 @@ _MAX_SEARCHES = 32
 _ANYBODY = ""
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Answer = TypeVar("Answer", bound=Message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,18 +135,22 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         front = self._ready()
         with self._tokenized.holding(_ANYBODY):
             prompt = await front.prompts.encode(to_prompt(request))
-        ids = text_ids_of(prompt)
-        return pb.TokenizeResponse(
+            ids = text_ids_of(prompt)
+            check_number_of_ids(len(ids), field="prompt")
+            texts = await front.prompts.token_texts(ids) if request.return_token_strings else ()
+        answer = pb.TokenizeResponse(
             ids=ids,
-            token_strings=map(front.tokenizer.token_text, ids) if request.return_token_strings else (),
+            token_strings=texts,
             max_model_len=front.engine.info.max_model_len,
             virtual_tokens=await front.generator.count_virtual_tokens(request.adapter, prompt),
         )
+        return _fitting(answer, field="prompt")
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
         front = self._ready()
         with self._tokenized.holding(_ANYBODY):
-            return pb.DetokenizeResponse(text=await front.prompts.decode(request.ids))
+            text = await front.prompts.decode(request.ids)
+        return _fitting(pb.DetokenizeResponse(text=text), field="ids")
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         front = self._ready()
@@ -229,6 +236,15 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         if self._front is None:
             raise Unavailable("the model is still loading; try again in a moment")
         return self._front
+
+
+def _fitting(answer: Answer, *, field: str) -> Answer:
+    """The answer; InvalidArgument where no message could hold it."""
+    if answer.ByteSize() > MAX_MESSAGE_BYTES:
+        raise InvalidArgument(
+            f"the answer would have more than {MAX_MESSAGE_BYTES >> 20} MiB; ask for less at once", field=field
+        )
+    return answer
 
 
 async def _bound(front: Front, spelling: str) -> BoundAdapter:

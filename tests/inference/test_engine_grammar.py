@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -177,6 +177,20 @@ def test_an_output_that_can_go_on_no_more_fails_alone(fakes: Any) -> None:
     last = outputs["a"][-1]
     assert (last.error_reason, last.error_message) == ("INVALID_ARGUMENT", "the grammar is too complex")
     assert outputs["b"][-1].finish is Finish.STOP
+
+
+def test_an_output_that_can_go_on_no_more_leaves_what_it_computed(fakes: Any) -> None:
+    runner = fakes.runner()
+    runner.matchers = [done(Script(STEPS, breaks_at=2))]
+    engine = fakes.engine(runner)
+    engine.load_adapter(fakes.adapter("a", 10))
+    asks = [fakes.request(name, "a", [1, 2, 3]) for name in "xyz"]
+    engine.add(asks[0])
+    fakes.drain(engine)
+    engine.add(replace(asks[1], params=constrained(fakes, "y").params, eos_token_ids=[EOS]))
+    assert fakes.drain(engine)["y"][-1].error_reason == "INVALID_ARGUMENT"
+    engine.add(asks[2])
+    assert fakes.drain(engine)["z"][0].cached_tokens == 12
 
 
 def test_an_aborted_request_is_forgotten_while_it_waits(fakes: Any) -> None:

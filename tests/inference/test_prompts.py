@@ -1,11 +1,20 @@
 """Prompts in parts become ids and soft prompts, each in its place."""
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from softprompt_api.errors import ContextLengthExceeded, InvalidArgument
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
-from softprompt_inference.prompts import PartsPrompt, encode_parts, soft_prompts_in, text_ids_of
+from softprompt_inference.prompts import (
+    PartsPrompt,
+    PromptEncoder,
+    TextPrompt,
+    encode_parts,
+    soft_prompts_in,
+    text_ids_of,
+)
 from softprompt_inference.text import Encoded, SoftPrompt, Tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
@@ -71,3 +80,18 @@ def test_what_cannot_fit_is_refused_unencoded_with_numbers(characters: Tokenizer
 def test_a_lone_surrogate_in_a_part_is_refused(characters: Tokenizer) -> None:
     with pytest.raises(InvalidArgument, match="lone surrogate"):
         encode_parts(characters, PartsPrompt(parts=["x", A, "\udfff"]), max_tokens=10)
+
+
+async def test_tenants_take_turns_for_the_threads(characters: Tokenizer) -> None:
+    encoded: list[str] = []
+    with ThreadPoolExecutor(1) as executor:
+        prompts = PromptEncoder(characters, vocab_size=3, max_tokens=100, executor=executor, num_threads=1)
+
+        async def encode(tenant: str) -> None:
+            await prompts.encode(TextPrompt(text="x"), tenant=tenant)
+            encoded.append(tenant)
+
+        async with asyncio.TaskGroup() as all_of_them:
+            for tenant in ("flood",) * 6 + ("other",):
+                all_of_them.create_task(encode(tenant))
+    assert encoded.index("other") < 3  # behind the one that is encoded, and the first in line

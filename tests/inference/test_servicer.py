@@ -17,6 +17,7 @@ from typing import Any, cast
 import grpc
 import pytest
 import structlog
+from google.protobuf.message import Message
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -24,6 +25,7 @@ from softprompt_api.errors import ContextLengthExceeded, InvalidArgument, Overlo
 from softprompt_api.formats import Content, Lora, LoraModule, Rows
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.inference.v1 import inference_pb2_grpc
+from softprompt_api.params import SamplingParams
 from softprompt_api.quality import Probe
 from softprompt_api.registry.v1 import registry_pb2
 from softprompt_api.rpc.channel import open_channel
@@ -59,10 +61,10 @@ from softprompt_inference.engine.messages import (
     TextPart,
 )
 from softprompt_inference.engine.prompt import make_sequence
-from softprompt_inference.generation import Generator
+from softprompt_inference.generation import GenerateCall, Generator
 from softprompt_inference.grammar.checking import GrammarChecks
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
-from softprompt_inference.prompts import PromptEncoder
+from softprompt_inference.prompts import PromptEncoder, TextPrompt
 from softprompt_inference.servicer import Front, InferenceServicer
 from softprompt_inference.text import Tokenizer
 
@@ -279,7 +281,9 @@ async def world(
     server = ServiceServer("127.0.0.1:0", [service], tracer=tracer)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.server)
     with ThreadPoolExecutor(1) as executor:
-        prompts = PromptEncoder(tokenizer, vocab_size=VOCAB_SIZE, max_tokens=MAX_MODEL_LEN, executor=executor)
+        prompts = PromptEncoder(
+            tokenizer, vocab_size=VOCAB_SIZE, max_tokens=MAX_MODEL_LEN, executor=executor, num_threads=1
+        )
         generator = Generator(
             engine=engine,
             tokenizer=tokenizer,
@@ -1026,6 +1030,60 @@ async def test_tokenize_counts_the_adapters_virtual_tokens(world: World) -> None
     assert list(answer.ids) == ids(world.tokenizer, "Hello there")
     assert (answer.virtual_tokens, answer.max_model_len) == (10, MAX_MODEL_LEN)
     assert list(answer.token_strings) == []
+
+
+async def test_tokens_are_told_with_their_texts(world: World) -> None:
+    answer = await world.stub.Tokenize(pb.TokenizeRequest(text="Hello 🦙", return_token_strings=True))
+    assert list(answer.token_strings) == [world.tokenizer.token_text(token_id) for token_id in answer.ids]
+
+
+@pytest.mark.parametrize(
+    ("rpc", "wanted", "why"),
+    [
+        ("Tokenize", pb.TokenizeRequest(text="wonderful " * 8, return_token_strings=True), "more than"),
+        ("Tokenize", pb.TokenizeRequest(text="🦙" * 8), r"there are [0-9]+ ids; at most 16"),
+        ("Detokenize", pb.DetokenizeRequest(ids=[7] * 16), "more than"),
+        ("Detokenize", pb.DetokenizeRequest(ids=[7] * 17), "there are 17 ids; at most 16"),
+    ],
+)
+async def test_what_no_message_can_hold_is_refused(
+    world: World, rpc: str, wanted: Message, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("softprompt_inference.prompts.MAX_IDS", 16)
+    monkeypatch.setattr("softprompt_inference.servicer.MAX_MESSAGE_BYTES", 64)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await getattr(world.stub, rpc)(wanted)
+    error = from_rpc_error(caught.value)
+    assert isinstance(error, InvalidArgument)
+    assert error.field == {"Tokenize": "prompt", "Detokenize": "ids"}[rpc]
+    assert re.search(why, error.message)
+
+
+async def test_ids_that_cannot_fit_are_refused_uncopied(world: World) -> None:
+    error = await world.error(token_ids=pb.TokenIds(ids=[-1] * (MAX_MODEL_LEN + 1)))
+    assert isinstance(error, ContextLengthExceeded)
+    assert f"the prompt has {MAX_MODEL_LEN + 1} ids" in error.message
+
+
+async def test_ends_that_the_model_has_no_logits_for_end_nothing(
+    world: World, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine refuses ids outside the vocabulary, so nobody would be served."""
+    monkeypatch.setattr(tokenizer, "eos_token_ids", (2, VOCAB_SIZE))
+    generator = Generator(
+        engine=world.engine,
+        tokenizer=tokenizer,
+        prompts=world.front.prompts,
+        source=cast(AdapterSource, world.source),
+        residency=world.residency,
+        grammars=world.front.generator._grammars,
+        base_model_id="org/Base",
+        admission=Admission(max_open=1, max_wait_s=60.0, load=lambda: world.engine.stats),
+    )
+    call = GenerateCall(prompt=TextPrompt(text="Hello"), params=SamplingParams())
+    async with generator.start(call):
+        [request] = await world.engine.wait_for(AddRequest)
+    assert request.eos_token_ids == [2]
 
 
 @pytest.mark.parametrize("rpc", ["Tokenize", "Detokenize", "NearestTokens"])

@@ -50,6 +50,17 @@ def test_a_kept_tokenizer_has_the_digest_and_ids_of_the_read_one(folder: Path) -
     )
 
 
+def test_weights_are_not_read_whatever_they_are_called(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a clone that git made, which has them a second time."""
+    read = read_definition(folder)
+    weights = folder / ".git" / "lfs" / "objects" / "c0ffee"
+    weights.parent.mkdir(parents=True)
+    with weights.open("wb") as file:
+        file.truncate(2**27 + 1)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", _refuse)
+    assert read_definition(folder) == read
+
+
 def test_it_is_read_again_when_a_file_changes(folder: Path) -> None:
     read = read_definition(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from softprompt_api.errors import InvalidArgument
+from softprompt_api.errors import ContextLengthExceeded, InvalidArgument
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 from softprompt_inference.text import ChatMessage, Tokenizer, ToolCall
 from softprompt_inference.text.tools import are_told_by, in_words, parse_call
@@ -99,6 +99,20 @@ def test_control_tokens_spelled_in_functions_calls_and_results_are_text(tokenize
     assert isinstance(ids, list)
     # The system's turn, the user's, the assistant's and the result, and the assistant's turn that is opened.
     assert (ids.count(IM_START), ids.count(IM_END)) == (5, 4)
+
+
+def test_arguments_that_hold_a_lone_surrogate_are_refused(tokenizer: Tokenizer) -> None:
+    call = ToolCall(id="1", name="f", arguments="\ud800")
+    with pytest.raises(InvalidArgument, match="lone surrogate") as refused:
+        tokenizer.encode_chat([user("x"), ChatMessage(role="assistant", content="", tool_calls=[call])])
+    assert refused.value.field == "messages"
+
+
+def test_arguments_that_cannot_fit_are_refused_unencoded(tokenizer: Tokenizer) -> None:
+    call = ToolCall(id="1", name="f", arguments="<" * 10_000)
+    messages = [user("x"), ChatMessage(role="assistant", content="", tool_calls=[call])]
+    with pytest.raises(ContextLengthExceeded, match="10001 characters, which are at least"):
+        tokenizer.encode_chat(messages, max_tokens=100)
 
 
 def test_only_a_template_that_wants_such_calls_is_asked_to_tell_of_functions() -> None:

@@ -387,8 +387,8 @@ class Scheduler:
             sequence.source_page = None
 
     def _fail(self, sequence: Sequence, error: SoftpromptError) -> Output:
-        # What it computed may be as bad as its end: nobody else shall find it.
-        self._finish(sequence, forget=True)
+        # What it computed may be as bad as its end: nobody else shall find it. Not where the request is at fault.
+        self._finish(sequence, forget=not isinstance(error, InvalidArgument))
         return failure(sequence.request.request_id, error)
 
     def _finish(self, sequence: Sequence, *, forget: bool = False) -> None:

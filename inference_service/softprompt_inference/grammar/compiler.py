@@ -111,12 +111,12 @@ class GrammarCompiler:
         from llguidance import LLTokenizer
 
         definition = self._read_tokenizer()
-        if not definition.eos_token_ids:
+        # Files may name some that the model has no logits for.
+        eos_token_ids = [token_id for token_id in definition.eos_token_ids if token_id < self._vocab_size]
+        if not eos_token_ids:
             raise Unsupported("the model names no end-of-sequence token, so no grammar can end", field=FIELD)
         try:
-            return LLTokenizer(
-                definition.serialized, n_vocab=self._vocab_size, eos_token=list(definition.eos_token_ids)
-            )
+            return LLTokenizer(definition.serialized, n_vocab=self._vocab_size, eos_token=eos_token_ids)
         except ValueError as error:
             raise Unsupported(
                 f"no grammars can be made for this model's tokenizer: {one_line(str(error))}", field=FIELD

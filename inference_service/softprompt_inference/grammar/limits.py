@@ -13,6 +13,8 @@ from softprompt_api.errors import InvalidArgument
 from softprompt_api.structured import FIELD, check_object
 
 MAX_LENGTH = 5_000
+# Nested repetitions make numbers that take long to write: nothing is measured beyond this.
+_ENDLESS = 10**9
 _REGEX = re.compile(
     r"(?P<count>\{\d{1,9}(?:,\d{0,9})?\})|(?P<class>\[\^?\]?(?:\\.|[^\]\\])*\]?)|(?P<escape>\\.)"
     r"|(?P<open>\()|(?P<close>\))|(?P<either>\|)|(?P<plain>[^\\()\[{|]+|.)",
@@ -111,8 +113,8 @@ class _Lengths:
         self._last = 0
 
     def add(self, length: int) -> None:
-        self._open[-1] += length
-        self._last = length
+        self._open[-1] = min(self._open[-1] + length, _ENDLESS)
+        self._last = min(length, _ENDLESS)
 
     def group(self, kind: str | None) -> None:
         if kind == "open":
@@ -121,9 +123,9 @@ class _Lengths:
             self.add(self._open.pop())
 
     def repeat(self, count: str) -> None:
-        more = self._last * (max(map(int, _NUMBER.findall(count))) - 1)
-        self._open[-1] += max(more, 0)
-        self._last += max(more, 0)
+        length, more = self._last, self._last * (max(map(int, _NUMBER.findall(count))) - 1)
+        self.add(max(more, 0))
+        self._last = min(length + max(more, 0), _ENDLESS)
 
     def total(self) -> int:
         return sum(self._open)
@@ -143,7 +145,8 @@ def _inner_schemas(text: str) -> Iterator[dict[str, Any]]:
 def _check(length: int) -> None:
     if length > MAX_LENGTH:
         raise InvalidArgument(
-            f"an expression has {length} characters when its repetitions are written out; at most {MAX_LENGTH}",
+            f"an expression has {length} characters or more when its repetitions are written out; "
+            f"at most {MAX_LENGTH}",
             field=FIELD,
         )
 

@@ -21,6 +21,8 @@ from softprompt_inference.cache import cache_root, keep
 _FORMAT = 1
 _READERS = ("transformers", "tokenizers")
 _WEIGHTS = {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx"}
+# Weights have many other names, and none in what git keeps of a clone; no tokenizer's file is so large.
+_MAX_BYTES = 2**27
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +83,7 @@ def _digest(folder: Path) -> str:
     readers = {name: version(name) for name in _READERS}
     digest = hashlib.sha256(json.dumps([_FORMAT, readers]).encode())
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.suffix not in _WEIGHTS:
+        if path.is_file() and path.suffix not in _WEIGHTS and path.stat().st_size <= _MAX_BYTES:
             name, content = str(path.relative_to(folder)).encode(), path.read_bytes()
             digest.update(b"%d %s %d " % (len(name), name, len(content)) + content)
     return digest.hexdigest()

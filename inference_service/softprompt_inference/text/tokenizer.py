@@ -54,6 +54,10 @@ class Tokenizer:
             knows_tools=are_told_by(definition.chat_template or ""),
         )
 
+    def ends_below(self, vocab_size: int) -> list[int]:
+        """The ids that end a sequence; not those beyond a model's logits, which files may name too."""
+        return [token_id for token_id in self.eos_token_ids if token_id < vocab_size]
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text. Special tokens spelled in it are special.
 
@@ -82,12 +86,13 @@ class Tokenizer:
             tools: JSON of the functions that may be called.
             max_tokens: refuse what cannot fit in so many without encoding it (ContextLengthExceeded).
         """
-        num_characters = sum(len(message.text) for message in messages) + sum(map(len, tools))
+        calls = [call for message in messages for call in message.tool_calls]
+        texts = [message.text for message in messages] + [call.arguments for call in calls]
         num_soft_prompts = sum(message.num_soft_prompts for message in messages)
-        self.check_size(num_characters, num_soft_prompts, max_tokens=max_tokens)
-        for message in messages:
-            calls = "".join(call.id + call.name for call in message.tool_calls)
-            _check_unicode(message.text + message.name + message.tool_call_id + calls, field="messages")
+        self.check_size(sum(map(len, (*texts, *tools))), num_soft_prompts, max_tokens=max_tokens)
+        texts += [message.name + message.tool_call_id for message in messages]
+        texts += [call.id + call.name for call in calls]
+        _check_unicode("".join(texts), field="messages")
         return self._chat.encode(
             messages,
             tools=tools,
@@ -116,16 +121,18 @@ class Tokenizer:
         """Whether texts leave the token out unless they are asked to have special tokens."""
         return token_id in self._vocabulary.special_ids
 
-    def check_size(self, num_characters: int, num_soft_prompts: int, *, max_tokens: int | None) -> None:
+    def check_size(
+        self, num_characters: int, num_soft_prompts: int, *, num_ids: int = 0, max_tokens: int | None
+    ) -> None:
         """Raise ContextLengthExceeded where so much must have more tokens than that."""
         if max_tokens is None:
             return
-        least = -(-num_characters // self._vocabulary.max_token_characters) + num_soft_prompts
+        least = -(-num_characters // self._vocabulary.max_token_characters) + num_soft_prompts + num_ids
         if least > max_tokens:
-            soft_prompts = f" and {num_soft_prompts} soft prompts" if num_soft_prompts else ""
+            counts = {"characters": num_characters, "ids": num_ids, "soft prompts": num_soft_prompts}
+            held = " and ".join(f"{count} {what}" for what, count in counts.items() if count)
             raise ContextLengthExceeded(
-                f"the prompt has {num_characters} characters{soft_prompts}, which are at least {least} tokens; "
-                f"the limit is {max_tokens}",
+                f"the prompt has {held}, which are at least {least} tokens; the limit is {max_tokens}",
                 field="prompt",
             )
 
