@@ -13,6 +13,28 @@ def exposition(port: int) -> str:
         return str(response.read(), "utf-8")
 
 
+def percentile_bound(text: str, before: str, name: str, percent: float) -> float:
+    """The bound of a histogram's bucket below which so many percent of what came since `before` lie.
+
+    Raises SideFailed as `counted` does, and where nothing came.
+    """
+    bounds = {
+        sample.labels["le"]
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == f"{name}_bucket"
+    }
+    since = {float(le): _since(text, before, f"{name}_bucket", le=le) for le in bounds}
+    total = since.get(float("inf"), 0)
+    if not total:
+        raise SideFailed(f"{name} has counted nothing")
+    return min(bound for bound, count in since.items() if count >= total * percent / 100)
+
+
+def _since(text: str, before: str, name: str, **labels: str) -> float:
+    return counted(text, name, **labels) - (counted(before, name, **labels) if f"{name}{{" in before else 0)
+
+
 def counted(text: str, name: str, **labels: str) -> float:
     """The sum of all values of a metric that have these labels, whatever others they have.
 

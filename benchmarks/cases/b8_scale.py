@@ -21,7 +21,7 @@ from softprompt_api.rpc.channel import open_blocking_channel
 from benchmarks import goals
 from benchmarks.bench import OURS, Bench
 from benchmarks.cases.common import SEED, measured
-from benchmarks.exposition import counted, exposition
+from benchmarks.exposition import counted, exposition, percentile_bound
 from benchmarks.fresh import FreshAdapter, FreshAdapters, register_all
 from benchmarks.goals import Goal
 from benchmarks.http_load import stream_each, stream_one
@@ -254,6 +254,7 @@ def _traffic(bench: Bench, system: System, asked: list[str]) -> None:
     rates: dict[str, list[float]] = {"one": [], "many": []}
     found = dict.fromkeys(("device", "host", "registry"), 0.0)
     used: set[str] = set()
+    told = exposition(system.port)
     # One turn that is not counted, so that the one adapter is as warm as the others.
     _rate(bench, system, [(asked[0], request) for request in _requests(bench, 2 * size.num_repeats)])
     for repeat in range(size.num_repeats):
@@ -285,6 +286,9 @@ def _traffic(bench: Bench, system: System, asked: list[str]) -> None:
             note=f"each used once before; {len(used)} of them in the timed requests",
         )
     )
+    p99_ms = 1e3 * percentile_bound(exposition(system.port), told, "softprompt_gateway_resolve_seconds", 99)
+    note = "as the gateway counts it; the bound of the bucket that it lies in"
+    _row(bench, "a request's adapter to its version, p99", "ms", p99_ms, goals.RESOLVE_MS, note=note)
     total = sum(found.values())
     where = ", ".join(f"{count / total:.1%} {tier}" for tier, count in found.items())
     _row(

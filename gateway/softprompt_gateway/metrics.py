@@ -1,6 +1,7 @@
 """What the gateway counts, and the load of engines as their inference services tell it, for Prometheus."""
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -11,6 +12,7 @@ from softprompt_gateway.outcome import Outcome
 from softprompt_gateway.vllm_metrics import EngineCollector, RequestMetrics
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 180, 600)
+_RESOLVE_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5)
 # Labels take values from closed sets only: a client can invent methods and paths without end.
 METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
 
@@ -119,6 +121,13 @@ class Metrics:
             ["adapter", "kind"],
             registry=self.registry,
         )
+        self._resolve_seconds = Histogram(
+            "softprompt_gateway_resolve_seconds",
+            "Time to find the versions that a request's adapters stand for",
+            ["by"],
+            buckets=_RESOLVE_SECONDS,
+            registry=self.registry,
+        )
         self._adapter_names = _FirstNames(max_adapters)
         known = Gauge("softprompt_gateway_known_adapters", "Names that /v1/models lists", registry=self.registry)
         known.set_function(count_known)
@@ -131,6 +140,10 @@ class Metrics:
         """Count one answer; `route` is the path's template, never the path."""
         self._requests.labels(route, method if method in METHODS else "other", str(status)).inc()
         self._seconds.labels(route).observe(seconds)
+
+    def resolved(self, by: Literal["lease", "registry"], seconds: float) -> None:
+        """Count that a request's adapters were found: by what the gateway knows for sure, or by asking."""
+        self._resolve_seconds.labels(by).observe(seconds)
 
     def generated(self, outcome: Outcome) -> None:
         """Count what became of one request that generated."""

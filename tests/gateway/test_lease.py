@@ -1,6 +1,8 @@
 """While the registry's lease is held, names are not asked for; otherwise they are."""
 
 import asyncio
+import re
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -49,6 +51,21 @@ async def test_what_is_known_answers_without_a_question(leased: Any, stream: boo
     answer = await leased.complete("hi", model="loud", stream=stream)
     assert (answer.status_code, answer.headers[DIGEST]) == (200, leased.registry.versions["loud"][1].digest)
     assert leased.registry.asked == []
+
+
+async def test_metrics_tell_who_said_what_names_stand_for(leased: Any) -> None:
+    before = await _resolved(leased)
+    await leased.complete("hi", model="loud")
+    await leased.complete("hi", model=leased.registry.versions["loud"][1].digest)  # digests are asked for
+    await leased.complete("hi")  # has no adapter
+    after = await _resolved(leased)
+    assert (after - before) == {"lease": 1, "registry": 1}
+
+
+async def _resolved(stack: Any) -> Counter[str]:
+    text = (await stack.http.get("/metrics")).text
+    found = re.findall(r'softprompt_gateway_resolve_seconds_count\{by="(\w+)"\} (\d+)', text)
+    return Counter({by: int(count) for by, count in found})
 
 
 async def test_what_changes_is_taken_first_and_answers_without_a_question(leased: Any) -> None:

@@ -115,7 +115,7 @@ class _Routes:
         self._max_choices = gateway.settings.max_choices
         self._resolver = gateway.resolver
         self._inference = gateway.clients.inference
-        starting = Starting(self._resolver, self._inference)
+        starting = Starting(self._resolver, self._inference, gateway.metrics)
         self._answering = Answering(starting, gateway.metrics)
         self._responding = Responding(starting, gateway.metrics)
 

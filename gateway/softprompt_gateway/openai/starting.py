@@ -1,6 +1,7 @@
 """The start of a request's generations, with the versions that its names stand for."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -8,6 +9,7 @@ from softprompt_api.errors import SoftpromptError
 
 from softprompt_gateway.clients import InferenceClient
 from softprompt_gateway.errors import Refused, fields_spelled
+from softprompt_gateway.metrics import Metrics
 from softprompt_gateway.openai.generation import Generation
 from softprompt_gateway.openai.job import Work
 from softprompt_gateway.resolve import Named, Resolver, Target
@@ -18,9 +20,10 @@ Some = TypeVar("Some", bound=Work)
 class Starting:
     """Resolves names, and starts generations on the inference service."""
 
-    def __init__(self, resolver: Resolver, inference: InferenceClient) -> None:
+    def __init__(self, resolver: Resolver, inference: InferenceClient, metrics: Metrics) -> None:
         self._resolver = resolver
         self._inference = inference
+        self._metrics = metrics
 
     async def begin(self, named: Named, work_with: Callable[[Target], Awaitable[Some]]) -> tuple[Some, Generation]:
         """The work with the versions that names stand for now, and its generation.
@@ -30,12 +33,14 @@ class Starting:
         has answered; where that tells of others, it is begun anew. Errors are those of the work, and of the names,
         as they are now.
         """
+        began_s = time.perf_counter()
         known = self._resolver.known(named)
         if known is None or not known.adapters:
-            return await self._start(await work_with(await self._resolver.resolve(named)))
+            return await self._start(await work_with(await self._resolve(named)))
         if self._resolver.knows_all():
+            self._metrics.resolved("lease", time.perf_counter() - began_s)
             return await self._start(await work_with(known))
-        asking = asyncio.create_task(self._resolver.resolve(named))
+        asking = asyncio.create_task(self._resolve(named))
         asking.add_done_callback(_look_at_error)
         begun: tuple[Some, Generation] | None = None
         failed: SoftpromptError | Refused | None = None
@@ -57,6 +62,13 @@ class Starting:
             assert failed is not None
             raise failed
         return begun
+
+    async def _resolve(self, named: Named) -> Target:
+        began_s = time.perf_counter()
+        target = await self._resolver.resolve(named)
+        if target.adapters:
+            self._metrics.resolved("registry", time.perf_counter() - began_s)
+        return target
 
     async def _start(self, work: Some) -> tuple[Some, Generation]:
         work.meter.facts |= work.target.facts()
