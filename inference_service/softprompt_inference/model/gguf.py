@@ -58,20 +58,26 @@ def convert_gguf(gguf: Path, cache_dir: Path, report: Report = say_nothing) -> P
     target = converted_folder(gguf, cache_dir)
     if target.is_dir():
         return target
+    with _read_once():
+        facts = _read_facts(gguf)
+        _convert_once(gguf, facts, target, report)
+    return target
+
+
+def _convert_once(gguf: Path, facts: GgufFacts, target: Path, report: Report) -> None:
+    cache_dir = target.parent
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _locked(cache_dir / f".{target.name}.lock", report):
             if not target.is_dir():
                 size_mb = gguf.stat().st_size / 1e6
                 report(f"converting {gguf.name} ({size_mb:.0f} MB) to safetensors, once, into {cache_dir}")
-                with _read_once():
-                    _convert_into(gguf, target)
+                _convert_into(gguf, facts, target)
     except OSError as error:
         raise ModelFormatError(
             f"Could not convert {gguf} into {cache_dir}: {one_line(error)}. Check that the file is complete and "
             f"the folder writable with about four times the file's size free; SOFTPROMPT_CACHE_DIR moves it."
         ) from error
-    return target
 
 
 def _content_key(gguf: Path) -> str:
@@ -112,9 +118,8 @@ def _read_once() -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = plain
 
 
-def _convert_into(gguf: Path, target: Path) -> None:
+def _convert_into(gguf: Path, facts: GgufFacts, target: Path) -> None:
     """Write the conversion beside `target` and move it there. The caller holds the lock."""
-    facts = _read_facts(gguf)
     for leftover in target.parent.glob(f".{target.name}.tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))

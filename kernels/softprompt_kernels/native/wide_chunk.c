@@ -91,35 +91,34 @@ static inline __attribute__((always_inline)) void score(int lanes, const Head *h
     }
 }
 
-// Scores become weights.
-static inline __attribute__((always_inline)) void soften(int lanes, Rows *rows, float *scores, int64_t from, int64_t end,
-                                                         float scale) {
-    const int32_t *lows = rows->lows, *highs = rows->highs;
-    float top[LANES], total[LANES] = {0};
-    for (int m = 0; m < lanes; m++) top[m] = -INFINITY;
+// Scores become weights, those of a register's lanes: by one code for all, as compilers round otherwise in each copy.
+static __attribute__((noinline, noclone)) void soften(float *scores, int64_t lanes, const int32_t *lows, const int32_t *highs,
+                                             float *tops, float *totals, int64_t from, int64_t end, float scale) {
+    float top[WIDTH], total[WIDTH] = {0};
+    for (int m = 0; m < WIDTH; m++) top[m] = -INFINITY;
     for (int32_t p = from; p < end; p++) {
         float *row = scores + (p - from) * lanes;
 #pragma omp simd
-        for (int m = 0; m < lanes; m++) {
+        for (int m = 0; m < WIDTH; m++) {
             const float x = row[m] *= scale;
             top[m] = (p >= lows[m]) & (p < highs[m]) & (x > top[m]) ? x : top[m];
         }
     }
     for (int32_t p = from; p < end;) {
-        float part[LANES] = {0};
+        float part[WIDTH] = {0};
         for (const int64_t stop = least(end, (p / CUT + 1) * CUT); p < stop; p++) {
             float *row = scores + (p - from) * lanes;
 #pragma omp simd
-            for (int m = 0; m < lanes; m++) {
+            for (int m = 0; m < WIDTH; m++) {
                 const float x = row[m] - top[m], e = exp_within(x < -87.0f ? -87.0f : x > 0 ? 0 : x);
                 row[m] = (p >= lows[m]) & (p < highs[m]) ? e : 0;
                 part[m] += row[m];
             }
         }
-        for (int m = 0; m < lanes; m++) total[m] += part[m];
+        for (int m = 0; m < WIDTH; m++) total[m] += part[m];
     }
-    memcpy(rows->tops, top, sizeof top);
-    memcpy(rows->totals, total, sizeof total);
+    memcpy(tops, top, sizeof top);
+    memcpy(totals, total, sizeof total);
 }
 
 // sums[m][d … d + LANES] of rows m += weights times values of some positions.
@@ -138,7 +137,7 @@ static inline __attribute__((always_inline)) void add(int count, int lanes, cons
 #pragma GCC unroll 12
             for (int m = 0; m < count; m++) {
                 const vec each = weights[m] - (vec){0};
-                for (int i = 0; i < PARTS; i++) held[m][i] += each * v[i];
+                for (int i = 0; i < PARTS; i++) held[m][i] = fused(each, v[i], held[m][i]);
             }
         }
     }
@@ -170,7 +169,8 @@ static inline __attribute__((always_inline)) void attend_in(int lanes, const Hea
     int64_t from = rows->lows[0], end = rows->highs[0];
     for (int m = 1; m < rows->count; m++) from = least(from, rows->lows[m]), end = -least(-end, -rows->highs[m]);
     score(lanes, head, rows, scores, from, end);
-    soften(lanes, rows, scores, from, end, scale);
+    for (int m = 0; m < lanes; m += WIDTH)
+        soften(scores + m, lanes, rows->lows + m, rows->highs + m, rows->tops + m, rows->totals + m, from, end, scale);
     mix(lanes, head, rows, scores, from, end);
 }
 
