@@ -92,8 +92,9 @@ static inline __attribute__((always_inline)) void score(int lanes, const Head *h
 }
 
 // Scores become weights, those of a register's lanes: by one code for all, as compilers round otherwise in each copy.
-static __attribute__((noinline, noclone)) void soften(float *scores, int64_t lanes, const int32_t *lows, const int32_t *highs,
-                                             float *tops, float *totals, int64_t from, int64_t end, float scale) {
+static __attribute__((noinline, noclone)) void soften(float *scores, int64_t lanes, const int32_t *lows,
+                                                      const int32_t *highs, float *tops, float *totals, int64_t from,
+                                                      int64_t end, float scale) {
     float top[WIDTH], total[WIDTH] = {0};
     for (int m = 0; m < WIDTH; m++) top[m] = -INFINITY;
     for (int32_t p = from; p < end; p++) {
