@@ -161,12 +161,16 @@ def test_how_it_ended_names_the_code_or_the_signal(tmp_path: Path) -> None:
 
 
 # Numbered lines, as fast as it can, every thousandth of them an error.
+# After each quarter it waits for its log to be moved.
 WRITING = """
-import sys
-for number in range(int(sys.argv[1])):
+import os, sys
+count, size, bound = map(int, sys.argv[1:])
+for number in range(count):
     level = "info" if number % 1000 else "error"
     record = '{"event": "%d", "level": "%s", "exception": "%s"}'
-    print(record % (number, level, "x" * int(sys.argv[2])), flush=True)
+    print(record % (number, level, "x" * size), flush=True)
+    while (number + 1) % (count // 4) == 0 and os.fstat(1).st_size > bound:
+        os.sched_yield()
 """
 # Writes nothing itself, and ends with what it has started.
 STARTING = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]], check=True)"
@@ -180,9 +184,10 @@ STARTING = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.a
 def test_a_log_is_bounded_and_no_line_and_no_error_is_lost(
     words: tuple[str, ...], count: int, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "MAX_LOG_BYTES", 50_000)
+    bound = 50_000
+    monkeypatch.setattr(processes, "MAX_LOG_BYTES", bound)
     log, older = tmp_path / "x.log", tmp_path / "x.previous.log"
-    child = Child("worker", [sys.executable, "-c", *words, str(count), str(size)], log=log)
+    child = Child("worker", [sys.executable, "-c", *words, *map(str, (count, size, bound))], log=log)
     kept: list[bytes] = []  # a line may end in the next file
     errors: list[str] = []
     num_moved = 0
