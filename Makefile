@@ -8,6 +8,7 @@ DEMOS := $(foreach name,tweet_adapter sms_spam sql_adapter,$(if $(wildcard examp
 # Further arguments of softprompt run, such as ARGS="--port 8000".
 ARGS ?=
 PYTEST_ARGS ?=
+# Files come in their order: the long ones that start whole systems first, so that the end is even.
 # Tests mostly wait for processes that they start; each of these has models of its own in memory, some 2 GB.
 TEST_PROCESSES ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK = 1

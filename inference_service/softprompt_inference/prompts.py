@@ -10,8 +10,8 @@ from typing import TypeVar, cast
 
 from softprompt_api.errors import InvalidArgument
 
-from softprompt_inference.adapters.turns import Places
 from softprompt_inference.text import ChatMessage, Encoded, SoftPrompt, Tokenizer
+from softprompt_inference.turns import Places
 
 # More in one call would hold up everybody else: while many ids are copied, no other thread has the interpreter.
 MAX_IDS = 2**20

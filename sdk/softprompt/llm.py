@@ -129,6 +129,7 @@ class LLM:
         self._defaults = read_defaults(folder)
         runner = load_runner(config, _log.info)
         self._engine = Engine(runner, config)
+        self._eos_token_ids = self._tokenizer.ends_below(self.info.vocab_size)
         self._compile = runner.compile
         self._adapters = ResidentAdapters(self._engine, max_prompt_adapters)
         self._loras = ResidentAdapters(self._engine, max_loras, max_lora_rank=max_lora_rank)
@@ -309,7 +310,7 @@ class LLM:
                 request_id=f"{number}-{choice}",
                 prompt=prompt.parts(digests),
                 params=params.of_choice(choice),
-                eos_token_ids=self._tokenizer.ends_below(self.info.vocab_size),
+                eos_token_ids=self._eos_token_ids,
                 seed=seed + choice,
                 lora="" if prompt.lora is None else lora_digests[prompt.lora],
             )

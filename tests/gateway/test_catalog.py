@@ -3,12 +3,14 @@
 import asyncio
 import hashlib
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from softprompt_api.names import AdapterRef, parse_adapter
 from softprompt_api.registry.v1 import registry_pb2 as reg
 from softprompt_gateway.catalog import Catalog, pack
+from softprompt_gateway.clients import RegistryClient
+from softprompt_gateway.keyring import Keyring
 from softprompt_gateway.watch import CatalogWatcher
 
 
@@ -313,7 +315,7 @@ async def test_the_latest_is_asked_for_until_nothing_of_the_name_was_forgotten_m
                 catalog.forget_alias("a", "prod")
             return _version("a", 1 + len(asked))
 
-    watcher: Any = CatalogWatcher(catalog, None, Registry())  # type: ignore[arg-type]
+    watcher = CatalogWatcher(catalog, Keyring(trust_s=60), cast(RegistryClient, Registry()))
     await watcher._ask_for_latest("a")
     assert asked == ["a", "a"]
     assert _found(catalog, "a") == _version("a", 3)

@@ -32,8 +32,8 @@ from softprompt_inference.adapters.adapter import Adapter, AdapterInfo
 from softprompt_inference.adapters.entry import Entry, Waiter
 from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.room import Room
-from softprompt_inference.adapters.turns import Places, line_up
 from softprompt_inference.pace import Pace
+from softprompt_inference.turns import Places, line_up
 
 _MAX_REMEMBERED = 65_536
 # Each fetch holds an adapter, and for a moment its file.

@@ -21,8 +21,8 @@ from softprompt_api.rpc.status import BY_REASON
 from softprompt_api.shares import Shares
 from softprompt_api.structured import FIELD, StructuredOutputsParams
 
-from softprompt_inference.adapters.turns import Places
 from softprompt_inference.grammar import checker
+from softprompt_inference.turns import Places
 
 # More would only take processors from the model.
 _PROCESSES = 2

@@ -8,6 +8,7 @@
 #include "wide.h"
 
 #include <math.h>
+#include <omp.h>
 #include <stdlib.h>
 
 #ifndef SOFTPROMPT_HAS_WIDE
@@ -47,17 +48,24 @@ typedef struct {
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// This thread's scores, [positions][LANES]; NULL where memory was refused. They are kept from call to call, as many as the
-// most were: memory that is new costs a fault for each of its pages.
-static float *room(int64_t positions) {
+// Scores of each thread of a team, [threads][positions][LANES]; NULL where memory was refused. They are kept from call to
+// call, as many as the most were: memory that is new costs a fault for each of its pages.
+static float *room(int64_t threads, int64_t positions) {
     static _Thread_local float *scores;
     static _Thread_local int64_t size;
-    if (positions > size) {
+    if (threads * positions > size) {
         free(scores);
-        scores = aligned_alloc(64, (size_t)positions * LANES * sizeof *scores);
-        size = scores ? positions : 0;
+        size = threads * positions;
+        scores = aligned_alloc(64, (size_t)size * LANES * sizeof *scores);
+        if (!scores) size = 0;
     }
     return scores;
+}
+
+static Head head_of(const void *keys, const void *values, const int32_t *pages, int64_t kv_head, int num_kv_heads,
+                    int page_size, int dim) {
+    return (Head){(const float *)keys + kv_head * dim, (const float *)values + kv_head * dim, pages,
+                  (int64_t)num_kv_heads * dim, page_size, dim};
 }
 
 // Elements of a position's row, from the first page's begin.
@@ -187,38 +195,30 @@ int softprompt_wide_chunk(void *out, const void *q, const void *keys, const void
     const int group = num_heads / num_kv_heads;
     const int64_t total = num_queries * group, blocks = (total + LANES - 1) / LANES;
     const int64_t ahead = context - num_queries;  // positions before the first query's own
-    int failed = 0;
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && num_queries * context * dim > PARALLEL_WORK)
-    {
-        float *scores = room(context);
-        if (!scores) {
-#pragma omp atomic write
-            failed = 1;
+    float *scores = room(num_threads, context);
+    if (!scores) return 1;
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads) \
+    if (num_threads > 1 && num_queries * context * dim > PARALLEL_WORK)
+    for (int64_t task = 0; task < blocks * num_kv_heads; task++) {
+        // The longest contexts first.
+        const int64_t kv_head = task % num_kv_heads, start = (blocks - 1 - task / num_kv_heads) * LANES;
+        const Head head = head_of(keys, values, pages, kv_head, num_kv_heads, page_size, dim);
+        Rows rows = {.count = (int)least(LANES, total - start)};
+        float *to[LANES];
+        for (int m = 0; m < rows.count; m++) {
+            const int64_t query = (start + m) / group, h = kv_head * group + (start + m) % group;
+            rows.queries[m] = (const float *)q + query * q_row + h * q_head;
+            rows.highs[m] = (int32_t)(ahead + query + 1);
+            rows.lows[m] = window && window < rows.highs[m] ? rows.highs[m] - window : 0;
+            to[m] = (float *)out + (query * num_heads + h) * dim;
         }
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < blocks * num_kv_heads; task++) {
-            if (!scores) continue;
-            // The longest contexts first.
-            const int64_t kv_head = task % num_kv_heads, start = (blocks - 1 - task / num_kv_heads) * LANES;
-            const Head head = {(const float *)keys + kv_head * dim, (const float *)values + kv_head * dim, pages,
-                               (int64_t)num_kv_heads * dim, page_size, dim};
-            Rows rows = {.count = (int)least(LANES, total - start)};
-            float *to[LANES];
-            for (int m = 0; m < rows.count; m++) {
-                const int64_t query = (start + m) / group, h = kv_head * group + (start + m) % group;
-                rows.queries[m] = (const float *)q + query * q_row + h * q_head;
-                rows.highs[m] = (int32_t)(ahead + query + 1);
-                rows.lows[m] = window && window < rows.highs[m] ? rows.highs[m] - window : 0;
-                to[m] = (float *)out + (query * num_heads + h) * dim;
-            }
-            attend(&head, &rows, scores, scale);
-            for (int m = 0; m < rows.count; m++) {
-                const float share = 1 / rows.totals[m];
-                for (int d = 0; d < dim; d++) to[m][d] = rows.sums[m][d] * share;
-            }
+        attend(&head, &rows, scores + omp_get_thread_num() * context * LANES, scale);
+        for (int m = 0; m < rows.count; m++) {
+            const float share = 1 / rows.totals[m];
+            for (int d = 0; d < dim; d++) to[m][d] = rows.sums[m][d] * share;
         }
     }
-    return failed;
+    return 0;
 }
 
 // As softprompt_paged_prefix, in float32; dim as above.
@@ -227,38 +227,29 @@ int softprompt_wide_prefix(float *prefix, const void *q, const void *keys, const
                            int num_heads, int num_kv_heads, int dim, int page_size, float scale, int num_threads) {
     const int group = num_heads / num_kv_heads;
     const int64_t width = dim + LANES, total = n * group, blocks = (total + LANES - 1) / LANES;
-    int failed = 0;
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && n * length * dim > PARALLEL_WORK)
-    {
-        float *scores = room(length);
-        if (!scores) {
-#pragma omp atomic write
-            failed = 1;
+    float *scores = room(num_threads, length);
+    if (!scores) return 1;
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads) \
+    if (num_threads > 1 && n * length * dim > PARALLEL_WORK)
+    for (int64_t task = 0; task < blocks * num_kv_heads; task++) {
+        const int64_t kv_head = task % num_kv_heads, block = task / num_kv_heads, start = total * block / blocks;
+        const Head head = head_of(keys, values, pages, kv_head, num_kv_heads, page_size, dim);
+        Rows rows = {.count = (int)(total * (block + 1) / blocks - start)};
+        float *to[LANES];
+        for (int m = 0; m < rows.count; m++) {
+            const int64_t at = rows_of_q[(start + m) / group], h = kv_head * group + (start + m) % group;
+            rows.queries[m] = (const float *)q + at * q_row + h * q_head;
+            rows.highs[m] = (int32_t)length;
+            to[m] = prefix + (at * num_heads + h) * width;
         }
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < blocks * num_kv_heads; task++) {
-            if (!scores) continue;
-            const int64_t kv_head = task % num_kv_heads, block = task / num_kv_heads, start = total * block / blocks;
-            const Head head = {(const float *)keys + kv_head * dim, (const float *)values + kv_head * dim, pages,
-                               (int64_t)num_kv_heads * dim, page_size, dim};
-            Rows rows = {.count = (int)(total * (block + 1) / blocks - start)};
-            float *to[LANES];
-            for (int m = 0; m < rows.count; m++) {
-                const int64_t at = rows_of_q[(start + m) / group], h = kv_head * group + (start + m) % group;
-                rows.queries[m] = (const float *)q + at * q_row + h * q_head;
-                rows.lows[m] = 0;
-                rows.highs[m] = (int32_t)length;
-                to[m] = prefix + (at * num_heads + h) * width;
-            }
-            attend(&head, &rows, scores, scale);
-            for (int m = 0; m < rows.count; m++) {
-                memcpy(to[m], rows.sums[m], (size_t)dim * sizeof(float));
-                to[m][dim] = rows.tops[m];
-                to[m][dim + 1] = rows.totals[m];
-            }
+        attend(&head, &rows, scores + omp_get_thread_num() * length * LANES, scale);
+        for (int m = 0; m < rows.count; m++) {
+            memcpy(to[m], rows.sums[m], (size_t)dim * sizeof(float));
+            to[m][dim] = rows.tops[m];
+            to[m][dim + 1] = rows.totals[m];
         }
     }
-    return failed;
+    return 0;
 }
 
 #endif

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import pytest
-from softprompt_inference.adapters.turns import Places, line_up
+from softprompt_inference.turns import Places, line_up
 
 
 @dataclass
