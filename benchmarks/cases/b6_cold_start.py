@@ -223,6 +223,7 @@ def _row(
 def _while_others_stream(bench: Bench, system: System, fresh: FreshAdapters) -> None:
     """Gaps between tokens of running streams: nothing loaded, soft prompts loaded, LoRAs loaded, in turn."""
     names = _register_for_loading(bench, system, fresh)
+    _gaps_ms(bench, system, bench.size.num_repeats)  # warms up, and what was registered is probed meanwhile
     seen: dict[str, list[float]] = {"nothing": [], **{kind: [] for kind in _PAUSES_S}}
     counts = dict.fromkeys(seen, 0)
     for repeat in range(bench.size.num_repeats):

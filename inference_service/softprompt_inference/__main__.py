@@ -12,6 +12,7 @@ import sys
 from softprompt_api.errors import SoftpromptError
 from softprompt_api.garbage import start_collecting
 from softprompt_api.logs import configure_logs
+from softprompt_api.open_files import allow_many
 from softprompt_api.rpc.server import wait_for_stop_signal
 from softprompt_api.tracing import open_tracer
 
@@ -51,6 +52,7 @@ def main() -> None:
     try:
         settings = read_settings(sys.argv[1:])
         configure_logs(settings.log_format)
+        allow_many()
         asyncio.run(serve(settings))
     except (SettingsError, ModelSourceError, EngineStartError, EngineDied, SoftpromptError, OSError) as error:
         sys.exit(f"softprompt inference: {error}")

@@ -109,7 +109,7 @@ class InferenceServer:
         base_model = make_base_model(
             settings.model_id, engine.info, tokenizer, max_lora_rank=settings.max_lora_rank
         )
-        self._channel = open_channel(settings.registry_address, settings.client_tls)
+        self._channel = open_channel(settings.registry_address, settings.client_tls, short_window=True)
         stub: registry_pb2_grpc.RegistryServiceAsyncStub = registry_pb2_grpc.RegistryServiceStub(self._channel)
         self._lasting = _Lasting(
             folder=folder,
@@ -220,7 +220,7 @@ class InferenceServer:
                 engine.submit(DropAdapter(digest=digest))
 
         residency = self._residency = Residency(
-            fetch=lasting.source.fetch,
+            fetch=partial(lasting.source.fetch, steps=engine.steps),
             load=lambda adapter: engine.submit(adapter.load_command()),
             drop=drop,
             max_adapters=settings.max_prompt_adapters,

@@ -14,6 +14,8 @@ from softprompt_registry import keys
 from softprompt_registry.connection import reads, reply, writes
 
 CHUNK_BYTES = 2**20
+# Of a chunk: more at once would keep a reader busy that takes its time for each.
+_PIECE_BYTES = 2**18
 _DIGEST_BYTES = 32
 
 
@@ -190,9 +192,9 @@ class BlobReader:
                 raise _deleted()
             if chunk is None or hashlib.sha256(chunk).digest() != info.digest_of(index):
                 raise DataCorrupted("the stored tensors do not match their sha256; register the adapter again")
-            skipped = max(0, offset - index * CHUNK_BYTES)
-            if skipped < len(chunk):
-                yield index * CHUNK_BYTES + skipped, chunk[skipped:]
+            at = index * CHUNK_BYTES
+            for begin in range(max(0, offset - at), len(chunk), _PIECE_BYTES):
+                yield at + begin, chunk[begin : begin + _PIECE_BYTES]
 
     @reads
     async def _start(self, sha256: str, index: int) -> BlobStart:

@@ -34,6 +34,7 @@ from softprompt_api.errors import (
     AdapterNotFound,
     DataCorrupted,
     InvalidArgument,
+    Overloaded,
     SoftpromptError,
     Unavailable,
 )
@@ -47,7 +48,10 @@ from softprompt_inference.adapters import reading as reading_module
 from softprompt_inference.adapters import source as source_module
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.source import AdapterSource
+from softprompt_inference.engine import steps as steps_module
+from softprompt_inference.engine.codec import HEADER, decode, encode
 from softprompt_inference.engine.messages import LoadLora
+from softprompt_inference.engine.steps import Steps
 from transformers import LlamaConfig, LlamaForCausalLM
 
 HIDDEN_SIZE = 16
@@ -429,7 +433,7 @@ async def test_a_fetch_that_is_cancelled_ends_only_when_its_thread_has_let_go_of
         raise AdapterInvalid("nobody is told")
 
     version = registry.add("tweets", rows)
-    monkeypatch.setattr(source_module._Wanted, "read", read)
+    monkeypatch.setattr(source_module._Transfer, "finish", read)
     monkeypatch.setattr(source_module, "_SMALL_FILE_BYTES", 0)  # it goes to a thread, as a large one does
     fetching = asyncio.create_task(source.fetch(version.digest))
     await asyncio.to_thread(has_begun.wait)
@@ -592,6 +596,93 @@ async def test_a_lora_above_the_rank_or_the_size_that_is_served_is_refused(
     with pytest.raises(AdapterInvalid, match=r"at most 1024 are served \(max_lora_bytes\)"):
         await AdapterSource(stub, BASE_MODEL, max_lora_bytes=1024).fetch(lora.digest)
     assert registry.offsets == [0]  # the transfer ended with its first piece, and was not tried again
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All files count as large, and two pieces of the registry's are a step's share."""
+    monkeypatch.setattr(source_module, "_SMALL_FILE_BYTES", 0)
+    monkeypatch.setattr(source_module, "_MAX_BUFFER_BYTES", 0)
+    monkeypatch.setattr(source_module, "_STEP_BYTES", 2 * CHUNK_BYTES)
+    monkeypatch.setattr(source_module, "_MAX_STEPS", 1_000)
+
+
+@pytest.mark.usefixtures("large")
+async def test_a_large_file_comes_in_beside_steps_that_it_would_hold_up(
+    source: AdapterSource, lora: pb.AdapterVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str | int] = []
+    keep = source_module._Transfer.keep
+
+    class Watched(Steps):
+        async def next(self) -> None:
+            done.append("step")
+
+    def watch(transfer: source_module._Transfer) -> None:
+        num_kept = transfer.num_kept
+        keep(transfer)
+        done.append(transfer.num_kept - num_kept)
+
+    monkeypatch.setattr(source_module._Transfer, "keep", watch)
+    adapter = await source.fetch(lora.digest, Watched(share_processors=True, are_wanted=lambda: True))
+    # The first piece, which has the header, by itself; then two at a time; what is left with the last look at all.
+    num_whole, rest = divmod(lora.size_bytes - CHUNK_BYTES, 2 * CHUNK_BYTES)
+    assert num_whole > 5
+    assert done == ["step", CHUNK_BYTES, *["step", 2 * CHUNK_BYTES] * num_whole, "step", rest]
+    assert adapter.load_command() == (await source.fetch(lora.digest)).load_command()
+
+
+async def test_a_small_file_waits_for_no_step(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps_module, "_MAX_WAIT_S", 60.0)
+    version = registry.add("tweets", rows)
+    steps = Steps(share_processors=True, are_wanted=lambda: True)
+    async with asyncio.timeout(10):
+        assert (await source.fetch(version.digest, steps)).digest == version.digest
+
+
+@pytest.mark.usefixtures("large")
+async def test_the_matrices_of_a_large_lora_are_parts_of_a_file_for_the_engine(
+    source: AdapterSource, lora: pb.AdapterVersion
+) -> None:
+    adapter = await source.fetch(lora.digest)
+    command = adapter.load_command()
+    assert isinstance(command, LoadLora)
+    assert command.file is not None
+    assert decode(encode(command)[HEADER.size :], command.file.read) == command
+
+
+@pytest.mark.usefixtures("large")
+async def test_a_large_file_for_which_there_is_no_room_is_refused_for_now(
+    source: AdapterSource, lora: pb.AdapterVersion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.write", full)
+    with pytest.raises(Overloaded, match=r"no room in memory for the adapter now \(No space left on device\)"):
+        await source.fetch(lora.digest)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("is_corrupt", [False, True])
+async def test_a_large_file_that_is_refused_in_its_middle_is_told_apart_from_one_that_is_damaged(
+    registry: FakeRegistry,
+    source: AdapterSource,
+    rows: np.ndarray[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    is_corrupt: bool,
+) -> None:
+    monkeypatch.setattr(source_module, "_BATCH_BYTES", CHUNK_BYTES)
+    rows[1, 1] = np.nan
+    version = registry.add("broken", rows)
+    if is_corrupt:
+        registry.files[version.digest] = registry.files[version.digest][:-1] + b"\x7f"
+    with pytest.raises(
+        DataCorrupted if is_corrupt else AdapterInvalid, match="not those" if is_corrupt else "nan"
+    ):
+        await source.fetch(version.digest)
 
 
 def test_matrices_of_several_dtypes_go_to_the_engine_as_float32() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from softprompt_api.errors import Unavailable
 from softprompt_inference.engine import files
+from softprompt_inference.engine.files import MemoryFile
 
 
 @pytest.fixture
@@ -18,10 +19,12 @@ def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 @pytest.fixture(params=["in memory", "on disk"], autouse=True)
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Systems that cannot have files in memory alone have them in their folder for temporary ones."""
-    if request.param == "on disk":
+    kind: str = request.param
+    if kind == "on disk":
         monkeypatch.delattr(os, "memfd_create")
+    return kind
 
 
 def open_descriptors() -> set[str]:
@@ -60,6 +63,35 @@ def test_what_was_taken_can_be_written_to_and_nobody_else_sees_it(
     contents[0:1] = b"x"
     assert bytes(contents) == b"xbc"
     assert part == b"abc"
+
+
+def test_a_file_is_handed_over_as_it_is_and_its_memory_is_there_as_long_as_a_part_is(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = ends
+    before = open_descriptors()
+    file = MemoryFile()
+    for part in (b"head", bytearray(b"abc"), memoryview(b"def")):
+        file.write(part)
+    part = file.read()[4:7]
+    assert file.read() is file.read()
+    files.hand_over(ours, file)
+    contents = files.take(theirs)
+    assert bytes(contents) == b"headabcdef"
+    del file
+    assert (bytes(part), part.readonly) == (b"abc", True)
+    del part, contents
+    assert open_descriptors() == before
+
+
+def test_nobody_writes_to_a_file_in_memory_that_was_read(kind: str) -> None:
+    file = MemoryFile([b"abc"])
+    contents = file.read()
+    if kind == "in memory":
+        for change in (lambda: file.write(b"d"), lambda: os.ftruncate(file.descriptor, 1)):
+            with pytest.raises(PermissionError):
+                change()
+    assert bytes(contents) == b"abc"
 
 
 def test_a_socket_that_has_ended_has_no_more(ends: tuple[socket.socket, socket.socket]) -> None:

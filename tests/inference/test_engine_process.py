@@ -28,6 +28,7 @@ from softprompt_inference.engine.codec import (
     encode,
 )
 from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.files import MemoryFile
 from softprompt_inference.engine.messages import (
     Abort,
     AbortSearch,
@@ -134,19 +135,34 @@ def test_every_message_survives_the_wire(message: Message) -> None:
     assert decode(frame[HEADER.size :], lambda: contents) == message
 
 
-def test_matrices_of_other_sizes_than_they_should_have_are_refused() -> None:
+def test_matrices_that_were_read_from_a_file_go_as_that_file() -> None:
+    file = MemoryFile([b"head", bytes(range(16)), b"tail"])
+    whole = file.read()
+    module = LoraModule(name="layers.0.q", rank=2, scale=0.5, a=whole[12:20], b=whole[4:12])
+    message = LoadLora(digest="sha256:b", modules=[module], dtype="bfloat16", file=file)
+    assert contents_of(message) is file
+    assert decode(encode(message)[HEADER.size :], lambda: whole) == message
+
+
+@pytest.mark.parametrize("size", [0, 8, 23])
+def test_matrices_that_are_not_in_what_came_are_refused(size: int) -> None:
     module = LoraModule(name="layers.0.q", rank=2, scale=0.5, a=bytes(8), b=bytes(4))
     frame = encode(LoadLora(digest="sha256:b", modules=[module, module], dtype="bfloat16"))
     assert len(frame) < 200
-    for size in (0, 23, 25):
-        with pytest.raises(msgspec.DecodeError, match=f"a LoRA of 24 bytes came with {size}"):
-            decode(frame[HEADER.size :], lambda size=size: memoryview(bytes(size)))
+    with pytest.raises(msgspec.DecodeError, match=f"of a LoRA that came with {size}"):
+        decode(frame[HEADER.size :], lambda: memoryview(bytes(size)))
     with pytest.raises(msgspec.DecodeError, match="nothing came beside"):
         decode(frame[HEADER.size :])
-    below_zero = frame[HEADER.size :].replace(msgspec.msgpack.encode({"a": 8})[1:], b"\xa1a\xf8")
-    assert below_zero != frame[HEADER.size :]
-    with pytest.raises(msgspec.DecodeError):
-        decode(below_zero, lambda: memoryview(bytes(8)))
+
+
+@pytest.mark.parametrize("place", [[0, -8], [-8, 8]])
+def test_places_below_zero_are_refused(place: list[int]) -> None:
+    module = LoraModule(name="layers.0.q", rank=2, scale=0.5, a=bytes(8), b=bytes(4))
+    body = encode(LoadLora(digest="sha256:b", modules=[module], dtype="bfloat16"))[HEADER.size :]
+    below_zero = body.replace(msgspec.msgpack.encode({"a": [0, 8]})[1:], msgspec.msgpack.encode({"a": place})[1:])
+    assert below_zero != body
+    with pytest.raises(msgspec.DecodeError, match="of a LoRA that came with 16"):
+        decode(below_zero, lambda: memoryview(bytes(16)))
 
 
 @pytest.mark.parametrize(

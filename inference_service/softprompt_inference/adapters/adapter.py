@@ -1,12 +1,13 @@
 """One adapter in host memory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from softprompt_api.formats import AdapterSpec, Content, Lora, read_adapter
 from softprompt_api.formats.safetensors_header import TensorInfo
 from softprompt_api.formats.values import FLOAT_DTYPES, as_float32
 
+from softprompt_inference.engine.files import MemoryFile
 from softprompt_inference.engine.messages import LoadAdapter, LoadLora, LoraModule
 
 _STORED_AS = {name: stored for stored, name in FLOAT_DTYPES.items()}
@@ -36,27 +37,37 @@ class Adapter:
     Attributes:
         digest: the version's digest, and its task where it has several.
         spelling: `name@version` of one of the versions that have it.
+        file: that the matrices of a LoRA were read from; None: there is none.
     """
 
     digest: str
     spelling: str = ""
     content: Content
+    file: MemoryFile | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def read(
         cls,
         digest: str,
         spec: AdapterSpec,
-        data: bytes | bytearray,
+        data: bytes | bytearray | memoryview,
         *,
         infos: Mapping[str, TensorInfo] | None = None,
         task: int | None = None,
         dtype: str = "",
         spelling: str = "",
+        file: MemoryFile | None = None,
     ) -> "Adapter":
-        """The adapter in a complete file that was verified; further arguments as in read_adapter."""
+        """The adapter in a complete file that was verified; further arguments as in read_adapter.
+
+        Args:
+            file: that `data` was read from.
+        """
         content = read_adapter(spec, data, infos=infos, task=task, dtype=dtype)
-        return cls(digest=digest, spelling=spelling, content=content)
+        # Others go to the engine in their messages.
+        return cls(
+            digest=digest, spelling=spelling, content=content, file=file if isinstance(content, Lora) else None
+        )
 
     @property
     def info(self) -> AdapterInfo:
@@ -95,7 +106,7 @@ class Adapter:
     def load_command(self) -> LoadAdapter | LoadLora:
         """What tells the engine to take it."""
         if isinstance(self.content, Lora):
-            return _load_lora(self.digest, self.content)
+            return _load_lora(self.digest, self.content, self.file)
         rows = self.content
         return LoadAdapter(
             digest=self.digest,
@@ -107,10 +118,11 @@ class Adapter:
         )
 
 
-def _load_lora(digest: str, lora: Lora) -> LoadLora:
+def _load_lora(digest: str, lora: Lora, file: MemoryFile | None) -> LoadLora:
     """The engine's command; matrices of several dtypes go as float32, which holds the values of each."""
     dtypes = {module.dtype for module in lora.modules}
-    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    is_one = len(dtypes) == 1
+    dtype = dtypes.pop() if is_one else "float32"
     return LoadLora(
         digest=digest,
         modules=[
@@ -124,6 +136,7 @@ def _load_lora(digest: str, lora: Lora) -> LoadLora:
             for module in lora.modules
         ],
         dtype=dtype,
+        file=file if is_one else None,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import grpc
 import structlog
-from softprompt_api.errors import AdapterInvalid, DataCorrupted, Unavailable
+from softprompt_api.errors import AdapterInvalid, DataCorrupted, Overloaded, Unavailable
 from softprompt_api.formats import (
     DEFAULT_MAX_LORA_RANK,
     AdapterSpec,
@@ -28,6 +28,8 @@ from softprompt_api.tracing import span
 
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.reading import TensorReader, readable, translated
+from softprompt_inference.engine.files import MemoryFile
+from softprompt_inference.engine.steps import FREE_STEPS, Steps
 
 RESOLVE_TIMEOUT_S = 5.0
 FETCH_TIMEOUT_S = 120.0
@@ -37,6 +39,13 @@ RESUME_DELAYS_S: Sequence[float] = (0.1, 0.3, 1.0, 2.0)
 _MAX_HEADER_BYTES = 2**20 + 8
 _MAX_VALUE_BYTES = 4
 _SMALL_FILE_BYTES = 2**17
+# The engine gets larger ones without a copy, and each is a file that stays open.
+_MAX_BUFFER_BYTES = 2**20
+# What is taken in beside one step; more of a file that would take too many.
+_STEP_BYTES = 2**18
+_MAX_STEPS = 64
+# What is taken in at once where no step is held up: for less, another thread is not worth the way to it.
+_BATCH_BYTES = 2**20
 _GIB = 2**30
 _SHAPE_FIELDS = ("architecture", "hidden_size", "num_layers", "num_kv_heads", "head_dim", "vocab_size")
 
@@ -85,8 +94,11 @@ class AdapterSource:
             raise translated(error) from error
         return readable(answer).adapter
 
-    async def fetch(self, spelling: str) -> Adapter:
+    async def fetch(self, spelling: str, steps: Steps = FREE_STEPS) -> Adapter:
         """What a digest, or `digest:task`, holds, verified.
+
+        Args:
+            steps: of the engine. While they would be held up, a large file comes in a piece beside each.
 
         InvalidArgument: it has no such task. AdapterInvalid: it does not fit the model. DataCorrupted: what came
         is not what was registered.
@@ -95,29 +107,30 @@ class AdapterSource:
         try:
             with span("fetch", "client"):
                 async with asyncio.timeout(FETCH_TIMEOUT_S):
-                    wanted = await self._read(transfer)
+                    wanted = await self._read(transfer, steps)
         except TimeoutError as error:
             raise Unavailable("the registry is too slow to deliver the adapter; try again later") from error
-        read = partial(wanted.read, transfer.data, spelling, self._base_model.dtype)
-        # To another thread and back takes longer than to read a small file, which takes less than a millisecond.
-        adapter = read() if len(transfer.data) <= _SMALL_FILE_BYTES else await _in_thread(read)
+        if not transfer.is_small:
+            await steps.next()
+        adapter = await transfer.work(partial(transfer.finish, wanted, spelling, self._base_model.dtype))
         _log.info("adapter fetched", adapter=wanted.version.name, version=wanted.version.version, digest=spelling)
         return adapter
 
-    async def _read(self, transfer: "_Transfer") -> "_Wanted":
+    async def _read(self, transfer: "_Transfer", steps: Steps) -> "_Wanted":
         """Read the tensor file, resumed where the link was cut."""
         num_interruptions = 0
         while True:
-            had_bytes = len(transfer.data)
+            had_bytes = transfer.num_bytes
             try:
-                await self._read_on(transfer)
+                await self._read_on(transfer, steps)
             except Unavailable:
-                num_interruptions = 1 if len(transfer.data) > had_bytes else num_interruptions + 1
+                num_interruptions = 1 if transfer.num_bytes > had_bytes else num_interruptions + 1
                 if num_interruptions > len(RESUME_DELAYS_S):
                     raise
-                received_bytes = len(transfer.data)
                 _log.warning(
-                    "adapter transfer interrupted", digest=transfer.ref.digest, received_bytes=received_bytes
+                    "adapter transfer interrupted",
+                    digest=transfer.ref.digest,
+                    received_bytes=transfer.num_bytes,
                 )
                 await asyncio.sleep(RESUME_DELAYS_S[num_interruptions - 1])
             else:
@@ -125,17 +138,22 @@ class AdapterSource:
                     raise DataCorrupted("the registry did not say what it sent")
                 return transfer.wanted
 
-    async def _read_on(self, transfer: "_Transfer") -> None:
-        data = transfer.data
-        reading = self._reader.read(transfer.ref.digest, offset=len(data), base_model_id=self._base_model.id)
+    async def _read_on(self, transfer: "_Transfer", steps: Steps) -> None:
+        reading = self._reader.read(
+            transfer.ref.digest, offset=transfer.num_bytes, base_model_id=self._base_model.id
+        )
         async with aclosing(reading) as pieces:
             async for piece in pieces:
                 if transfer.wanted is None:
                     transfer.wanted = self._check(transfer.ref, piece.version or pb.AdapterVersion())
                 size_bytes = transfer.wanted.version.size_bytes
-                if piece.offset != len(data) or len(data) + len(piece.data) > size_bytes:
+                if piece.offset != transfer.num_bytes or transfer.num_bytes + len(piece.data) > size_bytes:
                     raise DataCorrupted("the registry sent other bytes of the adapter than were asked for")
-                data += piece.data
+                transfer.new.append(piece.data)
+                most = transfer.step_bytes if steps.are_held_up else _BATCH_BYTES
+                if transfer.num_new >= most and not transfer.is_small:
+                    await steps.next()  # as long as nothing more is taken, the registry sends no more
+                    await transfer.work(transfer.keep)
 
     def _check(self, ref: AdapterRef, version: pb.AdapterVersion) -> "_Wanted":
         """What is to come, before most of it has: nothing is taken in for a file that cannot be it."""
@@ -148,7 +166,7 @@ class AdapterSource:
             spec, size_bytes=version.size_bytes, sha256=version.tensors_sha256, model=shape_of(self._base_model)
         )
         self._check_size(version, spec)
-        return _Wanted(ref=ref, version=version, spec=spec, task=task, verifier=verifier)
+        return _Wanted(version=version, spec=spec, task=task, verifier=verifier)
 
     def _check_size(self, version: pb.AdapterVersion, spec: AdapterSpec) -> None:
         num_values = spec.max_values()
@@ -171,38 +189,113 @@ class AdapterSource:
 class _Wanted:
     """What an adapter's file must turn out to be."""
 
-    ref: AdapterRef
     version: pb.AdapterVersion
     spec: AdapterSpec
     task: int | None
     verifier: AdapterVerifier
 
-    def read(self, data: bytearray, digest: str, dtype: str) -> Adapter:
-        """What the whole file holds, verified; once only."""
-        version = self.version
+
+@dataclass(slots=True, kw_only=True)
+class _Transfer:
+    """A tensor file on its way.
+
+    Attributes:
+        wanted: known from its first message on.
+        new: bytes that came last, and are neither kept nor checked yet.
+        num_kept: bytes before these.
+        file: has what is kept, where it becomes much; the engine is given it.
+        buffer: has it otherwise.
+        refusal: makes the error of bytes that no adapter may have; a raised one would keep them in memory.
+    """
+
+    ref: AdapterRef
+    wanted: _Wanted | None = None
+    new: list[bytes] = field(default_factory=list)
+    num_kept: int = 0
+    file: MemoryFile | None = None
+    buffer: bytearray = field(default_factory=bytearray)
+    refusal: Callable[[], AdapterInvalid] | None = None
+
+    @property
+    def num_new(self) -> int:
+        """Bytes that are not kept yet."""
+        return sum(map(len, self.new))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that came."""
+        return self.num_kept + self.num_new
+
+    @property
+    def step_bytes(self) -> int:
+        """How many of them are taken in beside one step: of the first, which have the header, the fewest."""
+        size_bytes = 0 if self.wanted is None else self.wanted.version.size_bytes
+        return max(_STEP_BYTES, size_bytes // _MAX_STEPS) if self.num_kept else 1
+
+    @property
+    def is_small(self) -> bool:
+        """Whether its file is read sooner than another thread would have begun."""
+        return self.wanted is not None and self.wanted.version.size_bytes <= _SMALL_FILE_BYTES
+
+    @property
+    def data(self) -> bytearray | memoryview:
+        """All that is kept."""
+        return self.buffer if self.file is None else self.file.read()
+
+    async def work(self, function: Callable[[], T]) -> T:
+        """Call what works on the file, in another thread where it is large."""
+        return function() if self.is_small else await _in_thread(function)
+
+    def keep(self) -> None:
+        """Keep and check what is new; whether it is what was registered is known at the end."""
+        assert self.wanted is not None
+        new, self.new = self.new, []
+        for piece in new:
+            if self.wanted.version.size_bytes > _MAX_BUFFER_BYTES:
+                self._write(piece)
+            else:
+                self.buffer += piece
+            self.num_kept += len(piece)
+            if self.refusal is None:
+                try:
+                    self.wanted.verifier.feed(piece)
+                except AdapterInvalid as error:
+                    self.refusal = partial(type(error), error.message, field=error.field)
+
+    def _write(self, piece: bytes) -> None:
         try:
-            self.verifier.feed(data)
-            verified = self.verifier.finish()
+            self.file = self.file or MemoryFile()
+            self.file.write(piece)
+        except OSError as error:
+            raise Overloaded(
+                f"there is no room in memory for the adapter now ({error.strerror}); try again later"
+            ) from error
+
+    def finish(self, wanted: _Wanted, digest: str, dtype: str) -> Adapter:
+        """What the whole file holds, verified; once only."""
+        self.keep()
+        version = wanted.version
+        try:
+            if self.refusal is not None:
+                raise self.refusal()
+            verified = wanted.verifier.finish()
         except AdapterInvalid as error:
             # The verifier hashes what it reads. Only where it refuses that is it hashed again, to tell why.
-            if hashlib.sha256(data).hexdigest() != version.tensors_sha256:
+            if hashlib.sha256(self.data).hexdigest() != version.tensors_sha256:
                 raise DataCorrupted("the adapter's bytes are not those that were registered") from error
             raise
         if verified.digest != version.digest:
             raise DataCorrupted("the adapter's digest is not that of its config and bytes")
-        spelling = with_task(f"{version.name}@{version.version}", self.ref.task)
         return Adapter.read(
-            digest, self.spec, data, infos=verified.tensors, task=self.task, dtype=dtype, spelling=spelling
+            digest,
+            wanted.spec,
+            self.data,
+            infos=verified.tensors,
+            task=wanted.task,
+            dtype=dtype,
+            spelling=with_task(f"{version.name}@{version.version}", self.ref.task),
+            file=self.file,
         )
-
-
-@dataclass(slots=True, kw_only=True)
-class _Transfer:
-    """A tensor file on its way; `wanted` is known from its first message on."""
-
-    ref: AdapterRef
-    wanted: _Wanted | None = None
-    data: bytearray = field(default_factory=bytearray)
 
 
 async def _in_thread(function: Callable[[], T]) -> T:

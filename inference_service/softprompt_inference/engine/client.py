@@ -29,6 +29,7 @@ from softprompt_inference.engine.messages import (
     StepResult,
 )
 from softprompt_inference.engine.pipe import Pipe
+from softprompt_inference.engine.steps import Steps
 
 _log = logging.getLogger(__name__)
 
@@ -137,11 +138,13 @@ class EngineClient:
 
     Attributes:
         info: the loaded model.
+        steps: that it computes.
         stats: the engine's load at its last step.
         dead: done when the process has ended, with the reason in plain words, also after `stop`.
     """
 
     info: ModelInfo
+    steps: Steps
 
     _pipe: Pipe
 
@@ -196,6 +199,9 @@ class EngineClient:
         try:
             client._pipe.send(config)
             client.info = await client._wait_until_ready()
+            client.steps = Steps(
+                share_processors=client.info.device == "cpu", are_wanted=lambda: bool(client._streams)
+            )
         except BaseException:
             client._kill()
             await client.stop()
@@ -324,6 +330,7 @@ class EngineClient:
 
     def _deliver(self, result: StepResult) -> None:
         self.stats = result.stats
+        self.steps.end()
         # Before those who needed it hear of it, and ask again.
         for digest in result.failed_loads:
             self._tell_failed_load(digest)

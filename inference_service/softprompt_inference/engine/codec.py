@@ -2,7 +2,7 @@
 
     frame = length of the body: 4 bytes, little-endian | body
 
-The matrices of a LoRA are megabytes. They go beside the frame, one behind the other, and it has their sizes alone.
+The matrices of a LoRA are megabytes. They go beside the frame, in a file, and it has their places there alone.
 Decoding checks every type; nothing in a frame can name code.
 """
 
@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import msgspec
+import numpy as np
 from softprompt_api.params import SamplingParams
 
 from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.files import MemoryFile
 from softprompt_inference.engine.messages import (
     Abort,
     AbortSearch,
@@ -66,13 +68,13 @@ class _AddRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _LoraModule:
-    """A LoraModule on the wire: the sizes of its matrices, in bytes."""
+    """A LoraModule on the wire: where its matrices begin, and how many bytes they are."""
 
     name: str
     rank: int
     scale: float
-    a: int
-    b: int
+    a: tuple[int, int]
+    b: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,11 +132,11 @@ def encode(message: Message) -> bytes:
     return _frame(_KIND_OF[type(message)], message)
 
 
-def contents_of(message: Message) -> Sequence[bytes | memoryview]:
-    """What goes beside the frame of a message, before it; most have nothing."""
-    if isinstance(message, LoadLora):
-        return [matrix for module in message.modules for matrix in (module.a, module.b) if matrix]
-    return ()
+def contents_of(message: Message) -> MemoryFile | Sequence[bytes | memoryview]:
+    """What goes beside the frame of a message, before it: a file, or what becomes one; most have nothing."""
+    if not isinstance(message, LoadLora):
+        return ()
+    return message.file or [matrix for matrix in _matrices(message) if matrix]
 
 
 def _frame(kind: str, message: object) -> bytes:
@@ -192,24 +194,42 @@ def _from_wire(request: _AddRequest) -> AddRequest:
     )
 
 
+def _matrices(lora: LoadLora) -> list[bytes | memoryview]:
+    return [matrix for module in lora.modules for matrix in (module.a, module.b)]
+
+
 def _without_matrices(lora: LoadLora) -> _LoadLora:
+    matrices = _matrices(lora)
+    sizes = [len(matrix) for matrix in matrices]
+    begins = _places_in(lora.file, matrices) if lora.file else itertools.accumulate(sizes, initial=0)
+    places = zip(begins, sizes, strict=False)  # the sum of all is no place
     return _LoadLora(
         digest=lora.digest,
         modules=[
-            _LoraModule(name=each.name, rank=each.rank, scale=each.scale, a=len(each.a), b=len(each.b))
+            _LoraModule(name=each.name, rank=each.rank, scale=each.scale, a=next(places), b=next(places))
             for each in lora.modules
         ],
         dtype=lora.dtype,
     )
 
 
+def _places_in(file: MemoryFile, matrices: Sequence[bytes | memoryview]) -> list[int]:
+    start = _address(file.read())
+    return [_address(matrix) - start for matrix in matrices]
+
+
+def _address(matrix: bytes | memoryview) -> int:
+    address: int = np.frombuffer(matrix, np.uint8).__array_interface__["data"][0]
+    return address
+
+
 def _with_matrices(lora: _LoadLora, take_contents: Callable[[], memoryview]) -> LoadLora:
-    sizes = [size for module in lora.modules for size in (module.a, module.b)]
-    starts = list(itertools.accumulate(sizes, initial=0))
-    contents = take_contents() if starts[-1] else memoryview(b"")
-    if min(sizes, default=0) < 0 or len(contents) != starts[-1]:
-        raise msgspec.DecodeError(f"a LoRA of {starts[-1]} bytes came with {len(contents)}")
-    matrices = iter([contents[start : start + size] for start, size in zip(starts, sizes, strict=False)])
+    places = [place for module in lora.modules for place in (module.a, module.b)]
+    contents = take_contents() if any(size for _, size in places) else memoryview(b"")
+    for begin, size in places:
+        if min(begin, size) < 0 or begin + size > len(contents):
+            raise msgspec.DecodeError(f"{size} bytes at {begin} of a LoRA that came with {len(contents)}")
+    matrices = iter([contents[begin : begin + size] for begin, size in places])
     return LoadLora(
         digest=lora.digest,
         modules=[

@@ -10,6 +10,8 @@ from enum import StrEnum
 from softprompt_api.params import SamplingParams
 from softprompt_api.quality import Norms
 
+from softprompt_inference.engine.files import MemoryFile
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPart:
@@ -105,11 +107,13 @@ class LoadLora:
     Attributes:
         digest: the version's digest.
         dtype: of all its values: "float32", "float16" or "bfloat16".
+        file: that all matrices were read from; None: there is none.
     """
 
     digest: str
     modules: list[LoraModule]
     dtype: str
+    file: MemoryFile | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

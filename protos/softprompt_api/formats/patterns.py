@@ -79,6 +79,8 @@ def _matcher(patterns: Patterns) -> _Matcher:
 
 def values_of(patterns: Patterns, names: Iterable[str], default: float) -> dict[str, float]:
     """For each name the value of the first pattern that matches it. The patterns have passed a check."""
+    if not patterns:
+        return dict.fromkeys(names, default)
     matcher = _matcher(patterns)
     return {name: matcher.value(name, default) for name in names}
 

@@ -119,7 +119,11 @@ def _tensor(name: str, entry: Any) -> TensorInfo:
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(is_integer(item) and 0 <= item < 2**48 for item in value)
+    return isinstance(value, list) and all(map(_is_natural, value))
+
+
+def _is_natural(item: Any) -> bool:
+    return is_integer(item) and 0 <= item < 2**48
 
 
 def tensor_invalid(name: str, problem: str) -> AdapterInvalid:

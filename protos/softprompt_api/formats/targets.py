@@ -42,7 +42,7 @@ class Targets:
 
     def _key_against(self, module: str) -> str:
         """The config's key by which a module is left out; "": it is meant."""
-        if not self.excluded.isdisjoint(_ends(module)):
+        if self.excluded and not self.excluded.isdisjoint(_ends(module)):
             return "exclude_modules"
         if self.named is None or module in self.named:
             return ""

@@ -1,7 +1,6 @@
 """A tensor file checked while it streams past, in constant memory; and what one holds that was checked."""
 
 import hashlib
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from softprompt_api.formats.content import Content
 from softprompt_api.formats.norms import RowNorms
 from softprompt_api.formats.safetensors_header import TensorInfo, tensor_invalid
 from softprompt_api.formats.spec import AdapterSpec, ModelShape, RawTensor
-from softprompt_api.formats.values import FLOAT_DTYPES, ValueScan
+from softprompt_api.formats.values import FLOAT_DTYPES, FileScan, ValueScan
 from softprompt_api.names import shown
 from softprompt_api.quality import Norms
 
@@ -81,7 +80,7 @@ class AdapterVerifier:
         self._head_bytes = safetensors.LENGTH_BYTES
         self._length_known = False
         self._tensors: dict[str, TensorInfo] | None = None
-        self._scans: deque[ValueScan] = deque()
+        self._scan: FileScan | None = None
         self._norms: RowNorms | None = None
         self._kept = bytearray() if all_tasks and spec.can_check_tasks() else None
 
@@ -105,7 +104,8 @@ class AdapterVerifier:
         if self._num_fed < safetensors.LENGTH_BYTES:  # raises, and names the format where it knows it
             safetensors.header_length(bytes(self._head), size_bytes=self._size_bytes)
         assert self._tensors is not None
-        assert not self._scans
+        assert self._scan is not None
+        assert self._scan.is_done
         sha256 = self._hash.hexdigest()
         if self._expected_sha256 is not None and sha256 != self._expected_sha256:
             raise AdapterInvalid(
@@ -140,13 +140,8 @@ class AdapterVerifier:
                 self._read_head()
         if self._kept is not None:
             self._kept += piece
-        while piece:
-            scan = self._scans[0]
-            taken, piece = piece[: scan.missing_bytes], piece[scan.missing_bytes :]
-            scan.feed(taken)
-            if not scan.missing_bytes:
-                scan.finish()
-                self._scans.popleft()
+        if self._scan is not None:
+            self._scan.feed(piece)
 
     def _read_head(self) -> None:
         if not self._length_known:
@@ -161,16 +156,19 @@ class AdapterVerifier:
             raise AdapterInvalid(
                 f"the adapter has rank {rank}; at most {self._model.max_lora_rank} is served", field="config.r"
             )
-        for name, info in self._tensors.items():
-            norms = RowNorms(*info.shape) if name == self._spec.embeddings() else None
-            self._scans.append(ValueScan(info, self._model.dtype, norms))
-            self._norms = norms or self._norms
+        embeddings = self._spec.embeddings()
+        if embeddings in self._tensors:
+            self._norms = RowNorms(*self._tensors[embeddings].shape)
+        self._scan = FileScan(
+            ValueScan(info, self._model.dtype, self._norms if name == embeddings else None)
+            for name, info in self._tensors.items()
+        )
         self._head.clear()
 
 
 def read_adapter(
     spec: AdapterSpec,
-    data: bytes | bytearray,
+    data: bytes | bytearray | memoryview,
     *,
     infos: Mapping[str, TensorInfo] | None = None,
     task: int | None = None,
@@ -188,12 +186,13 @@ def read_adapter(
     return spec.read(tensors, task=task, dtype=dtype)
 
 
-def read_infos(spec: AdapterSpec, data: bytes | bytearray) -> Mapping[str, TensorInfo]:
+def read_infos(spec: AdapterSpec, data: bytes | bytearray | memoryview) -> Mapping[str, TensorInfo]:
     """The tensors of a complete file that an AdapterVerifier passed."""
     start = safetensors.LENGTH_BYTES + safetensors.header_length(
         bytes(data[: safetensors.LENGTH_BYTES]), size_bytes=len(data)
     )
-    return _checked_tensors(spec, data[safetensors.LENGTH_BYTES : start], data_bytes=len(data) - start)
+    header = bytes(data[safetensors.LENGTH_BYTES : start])
+    return _checked_tensors(spec, header, data_bytes=len(data) - start)
 
 
 def _checked_tensors(spec: AdapterSpec, header: bytes | bytearray, *, data_bytes: int) -> dict[str, TensorInfo]:

@@ -87,9 +87,18 @@ SERVER_OPTIONS: Sequence[tuple[str, int]] = (
 )
 
 
-def open_channel(target: str, tls: ClientTls | None = None) -> grpc.aio.Channel:
-    """An asyncio channel to a service at `host:port` or `unix:path`."""
-    options = list(CLIENT_OPTIONS)
+# Without them, a sender learns how much it may send ahead of who reads, from how fast what it sends goes out.
+_SHORT_WINDOW: Sequence[tuple[str, int]] = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2**18))
+
+
+def open_channel(target: str, tls: ClientTls | None = None, *, short_window: bool = False) -> grpc.aio.Channel:
+    """An asyncio channel to a service at `host:port` or `unix:path`.
+
+    Args:
+        short_window: have the service wait with further messages of a stream until those before were read, but for
+            some 256 KiB.
+    """
+    options = [*CLIENT_OPTIONS, *(_SHORT_WINDOW if short_window else ())]
     if tls is None:
         return grpc.aio.insecure_channel(target, options=options)
     return grpc.aio.secure_channel(target, tls.grpc_credentials(), options=options)

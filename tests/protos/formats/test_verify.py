@@ -356,3 +356,37 @@ def test_a_changed_header_byte_raises_nothing_else(position, value):
     data[position] = value
     with suppress(AdapterInvalid):
         verify(bytes(data))
+
+
+def lora_file(values: dict[str, np.ndarray]) -> bytes:
+    return save({f"base_model.model.layers.{name}.weight": matrix for name, matrix in values.items()})
+
+
+@pytest.mark.parametrize("dtypes", [(np.float32,), (np.float16,), (np.float32, np.float16)], ids=str)
+@pytest.mark.parametrize("piece_bytes", [7, 300, 10_000])
+def test_one_bad_value_is_found_in_whichever_of_many_tensors_it_is(dtypes, piece_bytes):
+    spec = parse_config(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}))
+    shapes = {"A": (2, 6), "B": (10, 2)}
+    values = {
+        f"{layer}.q_proj.lora_{matrix}": np.ones(shape, dtypes[layer % len(dtypes)])
+        for layer in range(6)
+        for matrix, shape in shapes.items()
+    }
+
+    def feed(data: bytes):
+        verifier = AdapterVerifier(spec, size_bytes=len(data))
+        for start in range(0, len(data), piece_bytes):
+            verifier.feed(data[start : start + piece_bytes])
+        return verifier.finish()
+
+    assert len(feed(lora_file(values)).tensors) == len(values)
+    for name, matrix in values.items():
+        for bad, message in ((np.nan, "has nan at row 1, column 1"), (np.inf, "has inf at row 1, column 1")):
+            changed = matrix.copy()
+            changed[1, 1] = bad
+            with pytest.raises(AdapterInvalid, match=message) as refused:
+                feed(lora_file({**values, name: changed}))
+            assert refused.value.field == f"tensors.base_model.model.layers.{name}.weight"
+        with pytest.raises(AdapterInvalid, match="all zeros") as refused:
+            feed(lora_file({**values, name: matrix * 0}))
+        assert refused.value.field == f"tensors.base_model.model.layers.{name}.weight"

@@ -17,7 +17,7 @@ from softprompt_inference.model.transfer import upload_bytes
 # Some huge pages: what a LoRA leaves of its last region is lost while it is there.
 _REGION_BYTES = 4 * 2**20
 # What is loaded between two steps: about a millisecond of either.
-_PIECE_BYTES = {"cpu": 2**18, "cuda": 2**23}
+_PIECE_BYTES = {"cpu": 2**19, "cuda": 2**23}
 
 
 def plan_fixed_bytes(linears: Sequence[Linear], *, max_loras: int, max_rank: int, free_bytes: int) -> int:

@@ -74,7 +74,9 @@ class LoraSpec(AdapterSpec):
 
     def read(self, tensors: Mapping[str, RawTensor], *, task: int | None, dtype: str) -> Content:  # noqa: ARG002
         """See AdapterSpec."""
-        names = _modules({name: tensor.info for name, tensor in tensors.items()})
+        # They were checked: each module has both, and nothing else is there.
+        matches = map(_TENSOR_NAME.fullmatch, tensors)
+        names = sorted({match["module"] for match in matches if match})
         return Lora(
             modules=tuple(
                 _module(name, scale, *(tensors[tensor] for tensor in _names(name)))
