@@ -1,8 +1,8 @@
 """CPU kernels in C, used where `load` could compile them; without them torch's operations do the same.
 
 They are plain C over pointers: every shape, dtype and stride is checked here or by the operation that calls.
-`ops.c` and `panels.c` are for any processor, `wide.c` and `wide_chunk.c` for most, the others for those that
-multiply pairs of bfloat16 themselves.
+`ops.c`, `decode.c` with its parts and `panels.c` are for any processor, `wide.c` and `wide_chunk.c` for most, the
+others for those that multiply pairs of bfloat16 themselves.
 """
 
 import ctypes

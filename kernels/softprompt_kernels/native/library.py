@@ -21,7 +21,7 @@ _FLAGS = (
     # No operation may set errno or trap, so loops can be vectorised; NaN and infinity keep their meaning.
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 )
-# Half a minute on a core of its own; beside much else it takes many times that, and without it all steps are slow.
+# Some 10 s on two cores of its own; beside much else it takes many times that, and without it all steps are slow.
 _COMPILE_TIMEOUT_S = 900
 
 

@@ -38,7 +38,7 @@ static inline __attribute__((always_inline)) void multiply(int rows, __m512 sums
     }
 }
 
-// e^x, relative error below 3e-7, by the same reduction as in ops.c; infinity from 89 on, and a NaN stays one.
+// e^x, relative error below 3e-7, by the same reduction as in native.h; infinity from 89 on, and a NaN stays one.
 static inline __m512 exp_of(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-87.0f), _mm512_min_ps(_mm512_set1_ps(89.0f), x));
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
