@@ -31,8 +31,9 @@ ENDLESS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-async def checks() -> AsyncIterator[GrammarChecks]:
-    checks = GrammarChecks(resolve_model(DEFAULT_MODEL), vocab_size=VOCAB_SIZE, max_cpu_s=1)
+async def checks(request: pytest.FixtureRequest) -> AsyncIterator[GrammarChecks]:
+    max_cpu_s = getattr(request, "param", 1)
+    checks = GrammarChecks(resolve_model(DEFAULT_MODEL), vocab_size=VOCAB_SIZE, max_cpu_s=max_cpu_s)
     yield checks
     await checks.close()
 
@@ -158,6 +159,7 @@ async def test_who_waits_too_long_for_others_is_told_to_come_back(
             await checks.check(wanted(regex="a"))
 
 
+@pytest.mark.parametrize("checks", [600], indirect=True)  # it is killed before it ends by itself
 async def test_a_process_that_was_killed_is_nobodys_fault(checks: GrammarChecks) -> None:
     await checks.check(wanted(regex="a"))
     [process] = checks._idle
