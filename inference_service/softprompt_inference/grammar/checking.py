@@ -4,6 +4,7 @@ So has what all take together: the engine compiles a grammar anew for each outpu
 """
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import math
@@ -27,6 +28,7 @@ from softprompt_inference.turns import Places
 # More would only take processors from the model.
 _PROCESSES = 2
 _PATIENCE_S = 10.0
+_ENDING_S = 1.0
 _MAX_KEPT = 1024
 # What all outputs may take together: so many times what a request may, in parts of that.
 _MAX_REQUESTS = 4
@@ -149,6 +151,10 @@ class GrammarChecks:
         line = b""
         try:
             line = await process.stdout.readline()
+            if not line:
+                # It has ended. Who kills it now may take the news of how from asyncio, which then tells 255.
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(process.wait(), _ENDING_S)
         finally:
             if line:
                 self._idle.append(process)
