@@ -46,8 +46,10 @@ from softprompt_api.rpc.context import enter_request
 from softprompt_api.rpc.server import ServiceServer
 from softprompt_inference.adapters import reading as reading_module
 from softprompt_inference.adapters import source as source_module
+from softprompt_inference.adapters import transfer as transfer_module
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.source import AdapterSource
+from softprompt_inference.adapters.transfer import Transfer
 from softprompt_inference.engine import steps as steps_module
 from softprompt_inference.engine.codec import HEADER, decode, encode
 from softprompt_inference.engine.messages import LoadLora
@@ -433,8 +435,8 @@ async def test_a_fetch_that_is_cancelled_ends_only_when_its_thread_has_let_go_of
         raise AdapterInvalid("nobody is told")
 
     version = registry.add("tweets", rows)
-    monkeypatch.setattr(source_module._Transfer, "finish", read)
-    monkeypatch.setattr(source_module, "_SMALL_FILE_BYTES", 0)  # it goes to a thread, as a large one does
+    monkeypatch.setattr(Transfer, "finish", read)
+    monkeypatch.setattr(transfer_module, "_SMALL_FILE_BYTES", 0)  # it goes to a thread, as a large one does
     fetching = asyncio.create_task(source.fetch(version.digest))
     await asyncio.to_thread(has_begun.wait)
     fetching.cancel()
@@ -601,10 +603,10 @@ async def test_a_lora_above_the_rank_or_the_size_that_is_served_is_refused(
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """All files count as large, and two pieces of the registry's are a step's share."""
-    monkeypatch.setattr(source_module, "_SMALL_FILE_BYTES", 0)
-    monkeypatch.setattr(source_module, "_MAX_BUFFER_BYTES", 0)
-    monkeypatch.setattr(source_module, "_STEP_BYTES", 2 * CHUNK_BYTES)
-    monkeypatch.setattr(source_module, "_MAX_STEPS", 1_000)
+    monkeypatch.setattr(transfer_module, "_SMALL_FILE_BYTES", 0)
+    monkeypatch.setattr(transfer_module, "_MAX_BUFFER_BYTES", 0)
+    monkeypatch.setattr(transfer_module, "_STEP_BYTES", 2 * CHUNK_BYTES)
+    monkeypatch.setattr(transfer_module, "_MAX_STEPS", 1_000)
 
 
 @pytest.mark.usefixtures("large")
@@ -612,19 +614,19 @@ async def test_a_large_file_comes_in_beside_steps_that_it_would_hold_up(
     source: AdapterSource, lora: pb.AdapterVersion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str | int] = []
-    keep = source_module._Transfer.keep
+    keep = Transfer.keep
 
     class Watched(Steps):
         async def next(self) -> None:
             done.append("step")
 
-    def watch(transfer: source_module._Transfer) -> None:
+    def watch(transfer: Transfer) -> None:
         num_kept = transfer.num_kept
         keep(transfer)
         done.append(transfer.num_kept - num_kept)
 
-    monkeypatch.setattr(source_module._Transfer, "keep", watch)
-    adapter = await source.fetch(lora.digest, Watched(share_processors=True, are_wanted=lambda: True))
+    monkeypatch.setattr(Transfer, "keep", watch)
+    adapter = await source.fetch(lora.digest, Watched(lambda: True))
     # The first piece, which has the header, by itself; then two at a time; what is left with the last look at all.
     num_whole, rest = divmod(lora.size_bytes - CHUNK_BYTES, 2 * CHUNK_BYTES)
     assert num_whole > 5
@@ -637,7 +639,7 @@ async def test_a_small_file_waits_for_no_step(
 ) -> None:
     monkeypatch.setattr(steps_module, "_MAX_WAIT_S", 60.0)
     version = registry.add("tweets", rows)
-    steps = Steps(share_processors=True, are_wanted=lambda: True)
+    steps = Steps(lambda: True)
     async with asyncio.timeout(10):
         assert (await source.fetch(version.digest, steps)).digest == version.digest
 
@@ -674,7 +676,7 @@ async def test_a_large_file_that_is_refused_in_its_middle_is_told_apart_from_one
     monkeypatch: pytest.MonkeyPatch,
     is_corrupt: bool,
 ) -> None:
-    monkeypatch.setattr(source_module, "_BATCH_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(transfer_module, "_BATCH_BYTES", CHUNK_BYTES)
     rows[1, 1] = np.nan
     version = registry.add("broken", rows)
     if is_corrupt:

@@ -9,7 +9,7 @@ from softprompt_inference.engine.steps import FREE_STEPS, Steps
 
 @pytest.fixture
 def steps() -> Steps:
-    return Steps(share_processors=True, are_wanted=lambda: True)
+    return Steps(lambda: True)
 
 
 async def begin(steps: Steps, count: int) -> list["asyncio.Task[None]"]:
@@ -51,19 +51,9 @@ async def test_who_has_gone_takes_no_turn(steps: Steps) -> None:
     assert await ended(waiting) == [True, True]
 
 
-@pytest.mark.parametrize(
-    "steps",
-    [
-        Steps(share_processors=False, are_wanted=lambda: True),
-        Steps(share_processors=True, are_wanted=lambda: False),
-        FREE_STEPS,
-    ],
-    ids=["on a device of its own", "nobody waits for one", "free"],
-)
-async def test_nobody_waits_where_nothing_is_held_up(steps: Steps) -> None:
-    assert not steps.are_held_up
+async def test_nobody_waits_where_nothing_is_held_up() -> None:
     async with asyncio.timeout(0):
-        await steps.next()
+        await FREE_STEPS.next()
 
 
 async def test_an_engine_that_computes_nothing_after_all_is_not_waited_for_for_long(
@@ -72,4 +62,4 @@ async def test_an_engine_that_computes_nothing_after_all_is_not_waited_for_for_l
     monkeypatch.setattr(steps_module, "_MAX_WAIT_S", 0.0)
     await steps.next()
     steps.end()  # nobody is left who waits
-    assert steps.are_held_up
+    assert steps.are_held_up()

@@ -41,7 +41,7 @@ from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.source import AdapterSource
 from softprompt_inference.engine.client import EngineClient
 from softprompt_inference.engine.messages import Command, ModelInfo, Stats, StepResult
-from softprompt_inference.engine.steps import FREE_STEPS, Steps
+from softprompt_inference.engine.steps import Steps
 from softprompt_inference.grammar.checking import GrammarChecks
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 from softprompt_inference.prompts import TextPrompt
@@ -707,7 +707,6 @@ class UnstartedEngine(EngineClient):
     """Keeps what it is told."""
 
     info = cast(ModelInfo, SimpleNamespace(vocab_size=49152, max_model_len=100))
-    steps = FREE_STEPS
 
     def __init__(self) -> None:
         super().__init__(cast(asyncio.subprocess.Process, None), print)
@@ -723,7 +722,6 @@ async def make_front(model_folder: Path, tokenizer: Tokenizer) -> AsyncIterator[
     servers: list[InferenceServer] = []
 
     async def fetch(digest: str, *, steps: Steps) -> Adapter:
-        assert steps is FREE_STEPS
         rows = Rows(data=b"rows", dtype="float32", num_virtual_tokens=1, row_size=1)
         return Adapter(digest=digest, content=rows)
 

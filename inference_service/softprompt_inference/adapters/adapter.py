@@ -121,8 +121,8 @@ class Adapter:
 def _load_lora(digest: str, lora: Lora, file: MemoryFile | None) -> LoadLora:
     """The engine's command; matrices of several dtypes go as float32, which holds the values of each."""
     dtypes = {module.dtype for module in lora.modules}
-    is_one = len(dtypes) == 1
-    dtype = dtypes.pop() if is_one else "float32"
+    is_mixed = len(dtypes) > 1
+    dtype = "float32" if is_mixed else dtypes.pop()
     return LoadLora(
         digest=digest,
         modules=[
@@ -136,7 +136,7 @@ def _load_lora(digest: str, lora: Lora, file: MemoryFile | None) -> LoadLora:
             for module in lora.modules
         ],
         dtype=dtype,
-        file=file if is_one else None,
+        file=None if is_mixed else file,
     )
 
 

@@ -1,16 +1,13 @@
-"""Adapters from the registry: names resolved to versions, versions fetched, verified and parsed."""
+"""Adapters from the registry: names resolved to versions, versions fetched and verified."""
 
 import asyncio
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
 import grpc
 import structlog
-from softprompt_api.errors import AdapterInvalid, DataCorrupted, Overloaded, Unavailable
+from softprompt_api.errors import AdapterInvalid, DataCorrupted, Unavailable
 from softprompt_api.formats import (
     DEFAULT_MAX_LORA_RANK,
     AdapterSpec,
@@ -18,7 +15,7 @@ from softprompt_api.formats import (
     ModelShape,
     parse_config,
 )
-from softprompt_api.names import AdapterRef, choose_task, parse_requested, with_task
+from softprompt_api.names import AdapterRef, choose_task, parse_requested
 from softprompt_api.quality import Probe
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc as pb_grpc
@@ -28,7 +25,7 @@ from softprompt_api.tracing import span
 
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.adapters.reading import TensorReader, readable, translated
-from softprompt_inference.engine.files import MemoryFile
+from softprompt_inference.adapters.transfer import Transfer, Wanted
 from softprompt_inference.engine.steps import FREE_STEPS, Steps
 
 RESOLVE_TIMEOUT_S = 5.0
@@ -38,18 +35,8 @@ RESUME_DELAYS_S: Sequence[float] = (0.1, 0.3, 1.0, 2.0)
 
 _MAX_HEADER_BYTES = 2**20 + 8
 _MAX_VALUE_BYTES = 4
-_SMALL_FILE_BYTES = 2**17
-# The engine gets larger ones without a copy, and each is a file that stays open.
-_MAX_BUFFER_BYTES = 2**20
-# What is taken in beside one step; more of a file that would take too many.
-_STEP_BYTES = 2**18
-_MAX_STEPS = 64
-# What is taken in at once where no step is held up: for less, another thread is not worth the way to it.
-_BATCH_BYTES = 2**20
 _GIB = 2**30
 _SHAPE_FIELDS = ("architecture", "hidden_size", "num_layers", "num_kv_heads", "head_dim", "vocab_size")
-
-T = TypeVar("T")
 
 _log = structlog.get_logger()
 
@@ -103,7 +90,7 @@ class AdapterSource:
         InvalidArgument: it has no such task. AdapterInvalid: it does not fit the model. DataCorrupted: what came
         is not what was registered.
         """
-        transfer = _Transfer(ref=parse_requested(spelling))
+        transfer = Transfer(ref=parse_requested(spelling))
         try:
             with span("fetch", "client"):
                 async with asyncio.timeout(FETCH_TIMEOUT_S):
@@ -116,7 +103,7 @@ class AdapterSource:
         _log.info("adapter fetched", adapter=wanted.version.name, version=wanted.version.version, digest=spelling)
         return adapter
 
-    async def _read(self, transfer: "_Transfer", steps: Steps) -> "_Wanted":
+    async def _read(self, transfer: Transfer, steps: Steps) -> Wanted:
         """Read the tensor file, resumed where the link was cut."""
         num_interruptions = 0
         while True:
@@ -138,7 +125,7 @@ class AdapterSource:
                     raise DataCorrupted("the registry did not say what it sent")
                 return transfer.wanted
 
-    async def _read_on(self, transfer: "_Transfer", steps: Steps) -> None:
+    async def _read_on(self, transfer: Transfer, steps: Steps) -> None:
         reading = self._reader.read(
             transfer.ref.digest, offset=transfer.num_bytes, base_model_id=self._base_model.id
         )
@@ -150,12 +137,11 @@ class AdapterSource:
                 if piece.offset != transfer.num_bytes or transfer.num_bytes + len(piece.data) > size_bytes:
                     raise DataCorrupted("the registry sent other bytes of the adapter than were asked for")
                 transfer.new.append(piece.data)
-                most = transfer.step_bytes if steps.are_held_up else _BATCH_BYTES
-                if transfer.num_new >= most and not transfer.is_small:
+                if transfer.is_due(beside_step=steps.are_held_up()):
                     await steps.next()  # as long as nothing more is taken, the registry sends no more
                     await transfer.work(transfer.keep)
 
-    def _check(self, ref: AdapterRef, version: pb.AdapterVersion) -> "_Wanted":
+    def _check(self, ref: AdapterRef, version: pb.AdapterVersion) -> Wanted:
         """What is to come, before most of it has: nothing is taken in for a file that cannot be it."""
         if version.digest != ref.digest:
             raise DataCorrupted("the registry answered with another version than it was asked for")
@@ -166,7 +152,7 @@ class AdapterSource:
             spec, size_bytes=version.size_bytes, sha256=version.tensors_sha256, model=shape_of(self._base_model)
         )
         self._check_size(version, spec)
-        return _Wanted(version=version, spec=spec, task=task, verifier=verifier)
+        return Wanted(version=version, spec=spec, task=task, verifier=verifier)
 
     def _check_size(self, version: pb.AdapterVersion, spec: AdapterSpec) -> None:
         num_values = spec.max_values()
@@ -183,129 +169,6 @@ class AdapterSource:
             raise DataCorrupted(
                 f"the registry gives the adapter {version.size_bytes} bytes; its config allows {most}"
             )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Wanted:
-    """What an adapter's file must turn out to be."""
-
-    version: pb.AdapterVersion
-    spec: AdapterSpec
-    task: int | None
-    verifier: AdapterVerifier
-
-
-@dataclass(slots=True, kw_only=True)
-class _Transfer:
-    """A tensor file on its way.
-
-    Attributes:
-        wanted: known from its first message on.
-        new: bytes that came last, and are neither kept nor checked yet.
-        num_kept: bytes before these.
-        file: has what is kept, where it becomes much; the engine is given it.
-        buffer: has it otherwise.
-        refusal: makes the error of bytes that no adapter may have; a raised one would keep them in memory.
-    """
-
-    ref: AdapterRef
-    wanted: _Wanted | None = None
-    new: list[bytes] = field(default_factory=list)
-    num_kept: int = 0
-    file: MemoryFile | None = None
-    buffer: bytearray = field(default_factory=bytearray)
-    refusal: Callable[[], AdapterInvalid] | None = None
-
-    @property
-    def num_new(self) -> int:
-        """Bytes that are not kept yet."""
-        return sum(map(len, self.new))
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that came."""
-        return self.num_kept + self.num_new
-
-    @property
-    def step_bytes(self) -> int:
-        """How many of them are taken in beside one step: of the first, which have the header, the fewest."""
-        size_bytes = 0 if self.wanted is None else self.wanted.version.size_bytes
-        return max(_STEP_BYTES, size_bytes // _MAX_STEPS) if self.num_kept else 1
-
-    @property
-    def is_small(self) -> bool:
-        """Whether its file is read sooner than another thread would have begun."""
-        return self.wanted is not None and self.wanted.version.size_bytes <= _SMALL_FILE_BYTES
-
-    @property
-    def data(self) -> bytearray | memoryview:
-        """All that is kept."""
-        return self.buffer if self.file is None else self.file.read()
-
-    async def work(self, function: Callable[[], T]) -> T:
-        """Call what works on the file, in another thread where it is large."""
-        return function() if self.is_small else await _in_thread(function)
-
-    def keep(self) -> None:
-        """Keep and check what is new; whether it is what was registered is known at the end."""
-        assert self.wanted is not None
-        new, self.new = self.new, []
-        for piece in new:
-            if self.wanted.version.size_bytes > _MAX_BUFFER_BYTES:
-                self._write(piece)
-            else:
-                self.buffer += piece
-            self.num_kept += len(piece)
-            if self.refusal is None:
-                try:
-                    self.wanted.verifier.feed(piece)
-                except AdapterInvalid as error:
-                    self.refusal = partial(type(error), error.message, field=error.field)
-
-    def _write(self, piece: bytes) -> None:
-        try:
-            self.file = self.file or MemoryFile()
-            self.file.write(piece)
-        except OSError as error:
-            raise Overloaded(
-                f"there is no room in memory for the adapter now ({error.strerror}); try again later"
-            ) from error
-
-    def finish(self, wanted: _Wanted, digest: str, dtype: str) -> Adapter:
-        """What the whole file holds, verified; once only."""
-        self.keep()
-        version = wanted.version
-        try:
-            if self.refusal is not None:
-                raise self.refusal()
-            verified = wanted.verifier.finish()
-        except AdapterInvalid as error:
-            # The verifier hashes what it reads. Only where it refuses that is it hashed again, to tell why.
-            if hashlib.sha256(self.data).hexdigest() != version.tensors_sha256:
-                raise DataCorrupted("the adapter's bytes are not those that were registered") from error
-            raise
-        if verified.digest != version.digest:
-            raise DataCorrupted("the adapter's digest is not that of its config and bytes")
-        return Adapter.read(
-            digest,
-            wanted.spec,
-            self.data,
-            infos=verified.tensors,
-            task=wanted.task,
-            dtype=dtype,
-            spelling=with_task(f"{version.name}@{version.version}", self.ref.task),
-            file=self.file,
-        )
-
-
-async def _in_thread(function: Callable[[], T]) -> T:
-    """As asyncio.to_thread, but it is cancelled only when the thread has ended, which has memory until then."""
-    working = asyncio.ensure_future(asyncio.to_thread(function))
-    try:
-        return await asyncio.shield(working)
-    except asyncio.CancelledError:
-        await asyncio.wait([working])
-        raise
 
 
 def shape_of(base_model: pb.BaseModel) -> ModelShape:

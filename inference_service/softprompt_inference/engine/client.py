@@ -144,7 +144,6 @@ class EngineClient:
     """
 
     info: ModelInfo
-    steps: Steps
 
     _pipe: Pipe
 
@@ -154,6 +153,8 @@ class EngineClient:
         self._report = report
         self._streams: dict[str, OutputStream] = {}
         self._num_held = 0  # by all streams
+        # On a CPU they are computed where everything else is; without streams nobody waits for them.
+        self.steps = Steps(lambda: bool(self._streams) and self.info.device == "cpu")
         self._searches: dict[int, asyncio.Future[Nearest]] = {}
         self._num_searches = 0
         self._tell_failed_load: Callable[[str], None] = _nobody
@@ -199,9 +200,6 @@ class EngineClient:
         try:
             client._pipe.send(config)
             client.info = await client._wait_until_ready()
-            client.steps = Steps(
-                share_processors=client.info.device == "cpu", are_wanted=lambda: bool(client._streams)
-            )
         except BaseException:
             client._kill()
             await client.stop()

@@ -15,23 +15,16 @@ class Steps:
     50 ms longer; cut into pieces, the same work costs each of many steps a little.
 
     Args:
-        share_processors: whether the steps are computed where everything else is.
-        are_wanted: whether somebody waits for what the engine computes.
+        are_held_up: tells whether work that goes on now would hold up somebody's step.
     """
 
-    def __init__(self, *, share_processors: bool, are_wanted: Callable[[], bool]) -> None:
-        self._share_processors = share_processors
-        self._are_wanted = are_wanted
+    def __init__(self, are_held_up: Callable[[], bool]) -> None:
+        self.are_held_up = are_held_up
         self._waiting: deque[asyncio.Future[None]] = deque()
-
-    @property
-    def are_held_up(self) -> bool:
-        """Whether work that goes on now would hold up somebody's step."""
-        return self._share_processors and self._are_wanted()
 
     async def next(self) -> None:
         """Wait until a step has ended and this is the first who waits for one; not where nothing is held up."""
-        if not self.are_held_up:
+        if not self.are_held_up():
             return
         ended = asyncio.get_running_loop().create_future()
         self._waiting.append(ended)
@@ -54,4 +47,4 @@ class Steps:
 
 
 # Of an engine that nothing holds up.
-FREE_STEPS = Steps(share_processors=False, are_wanted=lambda: False)
+FREE_STEPS = Steps(lambda: False)

@@ -9,7 +9,7 @@
 
 #include "vectors.h"
 
-enum { MAX_VECTORS = 256 / WIDTH, MAX_HEADS = 4 };
+enum { MAX_VECTORS = MAX_DIM / WIDTH, MAX_HEADS = 4 };
 
 typedef struct {
     const void *keys, *values;
@@ -45,6 +45,20 @@ static inline void prefetch_rows(const void *from, const int64_t *rows, int coun
     for (int j = 0; j < count; j++)
         for (int64_t byte = 0; byte < dim * item_bytes; byte += 64)
             __builtin_prefetch((const char *)from + rows[j] * item_bytes + byte);
+}
+
+// The rows of up to WIDTH of `left` positions from `first` on, which `next` has; how many they are. `next` gets those behind
+// them, which are on their way from memory then.
+static inline __attribute__((always_inline)) int take_rows(int64_t *rows, int64_t *next, const Head *head,
+                                                           const void *from, int first, int left, int dtype) {
+    const int count = left < WIDTH ? left : WIDTH;
+    memcpy(rows, next, WIDTH * sizeof *rows);
+    if (left > count) {
+        const int ahead = left - count < WIDTH ? left - count : WIDTH;
+        find_rows(next, head, first + WIDTH, ahead);
+        prefetch_rows(from, next, ahead, head->dim, dtype);
+    }
+    return count;
 }
 
 // What a softmax has seen before: its largest score, and the sum of e^(score - top).
@@ -120,13 +134,7 @@ static inline __attribute__((always_inline)) void attend(
     memset(products, 0, sizeof products);  // what is past the end must be finite
     find_rows(next, head, first, length < WIDTH ? length : WIDTH);
     for (int begin = 0; begin < length; begin += WIDTH) {
-        int left = length - begin, count = left < WIDTH ? left : WIDTH, ahead = left - count;
-        memcpy(rows, next, sizeof rows);
-        if (ahead) {
-            ahead = ahead < WIDTH ? ahead : WIDTH;
-            find_rows(next, head, first + begin + WIDTH, ahead);
-            prefetch_rows(head->keys, next, ahead, head->dim, dtype);
-        }
+        const int count = take_rows(rows, next, head, head->keys, first + begin, length - begin, dtype);
         for (int j = 0; j < count; j++) {
             load_row(row, head->keys, rows[j], head->dim, vectors, dtype);
             for (int g = 0; g < heads; g++) {
@@ -150,13 +158,7 @@ static inline __attribute__((always_inline)) void attend(
     }
     find_rows(next, head, first, length < WIDTH ? length : WIDTH);
     for (int begin = 0; begin < length; begin += WIDTH) {
-        int left = length - begin, count = left < WIDTH ? left : WIDTH, ahead = left - count;
-        memcpy(rows, next, sizeof rows);
-        if (ahead) {
-            ahead = ahead < WIDTH ? ahead : WIDTH;
-            find_rows(next, head, first + begin + WIDTH, ahead);
-            prefetch_rows(head->values, next, ahead, head->dim, dtype);
-        }
+        const int count = take_rows(rows, next, head, head->values, first + begin, length - begin, dtype);
         if (head->dim % (2 * WIDTH) == 0)
             for (int c = 0; c < vectors; c += 2)
                 add_columns(sums + c, scores + begin, head->values, rows, c * WIDTH, padded, count, heads, vectors,

@@ -24,14 +24,8 @@ static inline __attribute__((always_inline)) void attend_pairs(
     int64_t rows[WIDTH], next[WIDTH];
     find_rows(next, head, first, length < WIDTH ? length : WIDTH);
     for (int begin = 0; begin < length; begin += WIDTH) {
-        int left = length - begin, count = left < WIDTH ? left : WIDTH, ahead = left - count;
-        memcpy(rows, next, sizeof rows);
+        const int count = take_rows(rows, next, head, keys, first + begin, length - begin, BFLOAT16);
         for (int j = count; j < WIDTH; j++) rows[j] = rows[count - 1];  // what is past the end must be finite
-        if (ahead) {
-            ahead = ahead < WIDTH ? ahead : WIDTH;
-            find_rows(next, head, first + begin + WIDTH, ahead);
-            prefetch_rows(keys, next, ahead, head->dim, BFLOAT16);
-        }
         for (int g = 0; g < heads; g++) {
             vec products[WIDTH];
 #pragma GCC unroll 16
@@ -60,14 +54,8 @@ static inline __attribute__((always_inline)) void attend_pairs(
         for (int c = 0; c < halves; c++) sums[g][c][0] = sums[g][c][1] = _mm512_setzero_ps();
     find_rows(next, head, first, length < WIDTH ? length : WIDTH);
     for (int begin = 0; begin < length; begin += WIDTH) {
-        int left = length - begin, count = left < WIDTH ? left : WIDTH, ahead = left - count;
-        memcpy(rows, next, sizeof rows);
+        const int count = take_rows(rows, next, head, values, first + begin, length - begin, BFLOAT16);
         if (count < WIDTH) rows[count] = rows[count - 1];
-        if (ahead) {
-            ahead = ahead < WIDTH ? ahead : WIDTH;
-            find_rows(next, head, first + begin + WIDTH, ahead);
-            prefetch_rows(values, next, ahead, head->dim, BFLOAT16);
-        }
         for (int j = 0; j < count; j += 2) {
             __m512bh pairs[MAX_HEADS];
             for (int g = 0; g < heads; g++) {

@@ -9,6 +9,7 @@
 
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 enum { LANES = 16 };
+enum { MAX_DIM = 256 };  // of a head
 
 // Floats in a vector: one register, or two where registers hold four.
 #ifdef __AVX512F__

@@ -8,9 +8,6 @@
 
 #include "vectors.h"
 
-// Of a head.
-enum { MAX_SIZE = 256 };
-
 // keys[slots[t]] = k[t] and the same for values; [slots, num_kv_heads, dim] with dense rows, k and v with strides.
 void softprompt_kv_write(
     void *keys, void *values, const void *k, const void *v, const int64_t *slots, int64_t n, int64_t k_row_stride,
@@ -78,7 +75,7 @@ int softprompt_rms_norm(
 
 static inline void rotate(void *out, const void *x, int64_t to, int64_t from, const float *restrict cosine,
                           const float *restrict sine, int half, int dtype) {
-    float first[MAX_SIZE / 2], second[MAX_SIZE / 2], turned[MAX_SIZE];
+    float first[MAX_DIM / 2], second[MAX_DIM / 2], turned[MAX_DIM];
     load(first, x, from, half, dtype);
     load(second, x, from + half, half, dtype);
     for (int d = 0; d < half; d++) {
@@ -96,7 +93,7 @@ void softprompt_rope(
     int64_t work = n * (num_heads + num_kv_heads) * dim;
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && work > PARALLEL_WORK)
     for (int64_t t = 0; t < n; t++) {
-        float cosine[MAX_SIZE], sine[MAX_SIZE];
+        float cosine[MAX_DIM], sine[MAX_DIM];
         load(cosine, cosines, t * cos_stride, dim, table_dtype);
         load(sine, sines, t * sin_stride, dim, table_dtype);
         for (int h = 0; h < num_heads; h++)

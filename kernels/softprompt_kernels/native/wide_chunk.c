@@ -27,8 +27,6 @@ int softprompt_wide_prefix(float *prefix, const void *q, const void *keys, const
 
 #else
 
-enum { MAX_DIM = 256 };
-
 typedef struct {
     const float *keys, *values;
     const int32_t *pages;

@@ -131,13 +131,13 @@ class ValueScan:
         """Raise AdapterInvalid for a tensor that would do nothing."""
         if self._largest == 0.0:
             raise tensor_invalid(self.info.name, "is all zeros")
-        if self._largest <= _UNDERFLOW[self._dtype]:
+        if self._largest <= self.limits[0]:
             raise tensor_invalid(self.info.name, f"becomes all zeros in {self._dtype}, the serving dtype")
 
     def _scan(self, data: memoryview | bytes) -> None:
         bits = _magnitudes(data, self.info.dtype)
         largest = float(as_float32(bits.max().tobytes(), self.info.dtype)[0])
-        if not largest < _OVERFLOW[self._dtype]:
+        if not largest < self.limits[1]:
             self._refuse(as_float32(data, self.info.dtype))
         self._largest = max(self._largest, largest)
         self._num_seen += len(bits)
@@ -146,7 +146,7 @@ class ValueScan:
 
     def _refuse(self, values: np.ndarray) -> None:
         # float64 holds every limit; negated, so that NaN counts as too large.
-        index = int(np.argmax(~(np.abs(values).astype(np.float64) < _OVERFLOW[self._dtype])))
+        index = int(np.argmax(~(np.abs(values).astype(np.float64) < self.limits[1])))
         row, column = divmod(self._num_seen + index, self.info.shape[-1])
         value = float(values[index])
         problem = f"has {value:g} at row {row}, column {column}"

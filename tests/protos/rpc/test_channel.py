@@ -1,8 +1,5 @@
 """A new channel finds out for itself whether a service is there."""
 
-# gRPC names the methods.
-# ruff: noqa: N802
-
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +43,7 @@ class Files(registry_pb2_grpc.RegistryServiceServicer):
     def __init__(self) -> None:
         self.num_sent = 0
 
-    async def ReadTensors(
+    async def ReadTensors(  # noqa: N802 - gRPC names it
         self, request_iterator: AsyncIterator[pb.ReadTensorsRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.ReadTensorsResponse]:
         async for _ in request_iterator:
