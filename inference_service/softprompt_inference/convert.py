@@ -129,6 +129,7 @@ def _to_chat(chat: pb.ChatPrompt) -> ChatPrompt:
         tools=tuple(chat.tools),
         add_generation_prompt=_or_true(chat, "add_generation_prompt"),
         continue_final_message=chat.continue_final_message,
+        chat_template_kwargs=chat.chat_template_kwargs,
     )
 
 

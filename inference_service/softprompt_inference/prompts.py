@@ -48,12 +48,16 @@ class PartsPrompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatPrompt:
-    """A conversation for the model's chat template; `tools` is JSON of functions that may be called."""
+    """A conversation for the model's chat template.
+
+    `tools` is JSON of functions that may be called, `chat_template_kwargs` of values that the template reads.
+    """
 
     messages: Sequence[ChatMessage]
     tools: Sequence[str] = ()
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    chat_template_kwargs: str = ""
 
 
 Prompt = TextPrompt | IdsPrompt | PartsPrompt | ChatPrompt
@@ -129,6 +133,7 @@ class PromptEncoder:
                     tools=prompt.tools,
                     add_generation_prompt=prompt.add_generation_prompt,
                     continue_final_message=prompt.continue_final_message,
+                    chat_template_kwargs=prompt.chat_template_kwargs,
                     max_tokens=self._max_tokens,
                 )
         async with self._turns.taken(tenant):

@@ -32,7 +32,7 @@ from softprompt.outputs import RequestOutput
 from softprompt.prompts import ParsedPrompt, Prompt, check_each, one_each, parse_prompts
 from softprompt.requests import LoRARequest, PromptAdapterRequest
 from softprompt.resident import ResidentAdapters
-from softprompt.tools import tool_text
+from softprompt.tools import json_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -197,6 +197,7 @@ class LLM:
         continue_final_message: bool = False,
         use_tqdm: bool = True,
         tools: Sequence[Mapping[str, object]] | None = None,
+        chat_template_kwargs: Mapping[str, object] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of a list of them, through the model's chat template.
 
@@ -207,8 +208,10 @@ class LLM:
         Args:
             tools: functions that may be called, {"type": "function", "function": {"name", …}}. The model is told
                 of them, and its output is what it wrote: calls stand in it between <tool_call> and </tool_call>.
+            chat_template_kwargs: values that the chat template reads, such as {"enable_thinking": False}.
         """
-        told = [tool_text(tool) for tool in tools or ()]
+        told = [json_text(tool, what="a tool", field="tools") for tool in tools or ()]
+        values = json_text(chat_template_kwargs or {}, what="chat_template_kwargs", field="chat_template_kwargs")
         encoded: list[_Encoded] = []
         for index, conversation in enumerate(_conversations(messages)):
             places = Places()
@@ -218,6 +221,7 @@ class LLM:
                     tools=told,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,
+                    chat_template_kwargs=values,
                     max_tokens=self.info.max_model_len,
                 )
             encoded.append((self._tokenizer.decode(text_ids_of(prompt)), prompt, places))

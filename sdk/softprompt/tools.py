@@ -7,11 +7,6 @@ from softprompt_api.errors import InvalidArgument
 from softprompt_inference.text import ToolCall
 
 
-def tool_text(tool: Mapping[str, object]) -> str:
-    """A function as its JSON; InvalidArgument where it has none."""
-    return _dump(tool, what="a tool", field="tools")
-
-
 def parse_calls(calls: object) -> tuple[ToolCall, ...]:
     """The calls of an assistant's message, `arguments` an object or its JSON; InvalidArgument for none."""
     if calls is None:
@@ -27,13 +22,14 @@ def _parse_call(call: object) -> ToolCall:
         raise _no_call()
     id_, name, arguments = call.get("id", ""), function.get("name"), function.get("arguments")
     if isinstance(arguments, Mapping):
-        arguments = _dump(arguments, what="the arguments of a call", field="messages")
+        arguments = json_text(arguments, what="the arguments of a call", field="messages")
     if not isinstance(id_, str) or not isinstance(name, str) or not isinstance(arguments, str):
         raise _no_call()
     return ToolCall(id=id_, name=name, arguments=arguments)
 
 
-def _dump(value: Mapping[str, object], *, what: str, field: str) -> str:
+def json_text(value: Mapping[str, object], *, what: str, field: str) -> str:
+    """An object as JSON; InvalidArgument where it has none."""
     try:
         text = json.dumps(value, ensure_ascii=False)
         text.encode()  # fails for lone surrogates, which no tokenizer takes

@@ -1,6 +1,7 @@
 """POST /v1/chat/completions through OpenAI's client and by hand."""
 
 import inspect
+import json
 from typing import Any
 
 import openai
@@ -152,6 +153,22 @@ async def test_the_template_is_told_how_to_end(stack: Any, fields: Any, opens: b
     assert (chat.add_generation_prompt, chat.continue_final_message) == (opens, continues)
 
 
+async def test_the_template_is_given_values(stack: Any, sdk: openai.AsyncOpenAI) -> None:
+    values = {"enable_thinking": False, "effort": ["high"]}
+    await sdk.chat.completions.create(
+        model=stack.base, messages=[{"role": "user", "content": "x"}], extra_body={"chat_template_kwargs": values}
+    )
+    assert json.loads(stack.inference.requests[-1].chat.chat_template_kwargs) == values
+    await stack.chat("x", chat_template_kwargs=None)
+    assert stack.inference.requests[-1].chat.chat_template_kwargs == ""
+
+
+@pytest.mark.parametrize("values", ["x", [1], {"x": [[]] * 100_000}])
+async def test_values_that_are_no_object_or_too_much_are_refused(stack: Any, values: Any) -> None:
+    answer = await stack.chat("x", chat_template_kwargs=values)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "chat_template_kwargs")
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -169,7 +186,7 @@ async def test_the_template_is_told_how_to_end(stack: Any, fields: Any, opens: b
         {"reasoning_effort": None, "verbosity": None, "moderation": None, "prompt_cache_options": None},
         {"verbosity": "medium", "prompt_cache_options": {}, "prompt_cache_retention": "24h"},
         {"echo": False, "suffix": "", "best_of": None, "bad_words": [], "use_beam_search": False},
-        {"priority": 0, "length_penalty": 1.0, "chat_template_kwargs": {}},
+        {"priority": 0, "length_penalty": 1.0, "chat_template": None},
     ],
 )
 async def test_what_changes_nothing_is_accepted(stack: Any, fields: Any) -> None:

@@ -289,11 +289,11 @@ async def test_where_a_setting_says_so_unknown_fields_are_left_out_and_logged(
     alone = (await stack.complete("abc")).json()["choices"]
     answer = await stack.complete("abc", use_beam_search=True, temperature=0)
     assert (answer.status_code, answer.json()["choices"]) == (200, alone)
-    assert (await stack.chat("abc", chat_template_kwargs={"thinking": False})).status_code == 200
+    assert (await stack.chat("abc", documents=[{"text": "x"}])).status_code == 200
     responded = await stack.post("/v1/responses", model=stack.base, input="abc", odd=1)
     assert responded.status_code == 200
     fields = [line["field"] for line in logged if line["event"] == "unknown field"]
-    assert fields == ["'use_beam_search'", "'chat_template_kwargs'", "'odd'"]
+    assert fields == ["'use_beam_search'", "'documents'", "'odd'"]
     assert (await stack.complete("abc", temperature="warm", use_beam_search=True)).status_code == 400
     assert (await stack.post("/detokenize", tokens=[97], nonsense=1)).status_code == 400
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from softprompt_api.errors import InvalidArgument, Unsupported
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 from softprompt_inference.text import ChatMessage, Tokenizer
+from softprompt_inference.text.template import ChatTemplate
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from transformers import AutoTokenizer
@@ -167,17 +168,9 @@ def _characters() -> Backend:
     return backend
 
 
-def _with_template(template: str, *, knows_tools: bool = False) -> Tokenizer:
-    from transformers import PreTrainedTokenizerFast
-
+def _with_template(template: str) -> Tokenizer:
     pieces = ["<s>", "[UNK]", ":", "x", "<think>", "<", "s", ">"]
     backend = Backend(models.BPE(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[]))
     backend.add_special_tokens(["<s>"])
     backend.add_tokens(["<think>"])
-    whole = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
-
-    def render(messages: Any, add_generation_prompt: bool, continue_final_message: bool, tools: Any) -> str:
-        text: str = whole.apply_chat_template(messages, tools=tools, tokenize=False)
-        return text
-
-    return Tokenizer(backend, render, [0], knows_tools=knows_tools)
+    return Tokenizer(backend, ChatTemplate(template), [0])

@@ -11,9 +11,10 @@ from softprompt_api.errors import ContextLengthExceeded, InvalidArgument
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 from softprompt_inference.text import ChatMessage, Encoded, SoftPrompt, Tokenizer, ToolCall
 from softprompt_inference.text.soft_prompts import Marks
+from softprompt_inference.text.template import ChatTemplate
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 A, B = SoftPrompt(adapter="a"), SoftPrompt(adapter="b@2:0")
 # Characters of marks, of special tokens and of templates, and spellings of all three.
@@ -108,13 +109,7 @@ def with_template(template: str) -> Tokenizer:
     pieces = ["[UNK]", "x", "y", " ", "<s>", "s", "<", ">"]
     backend = Backend(models.BPE(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[]))
     backend.add_special_tokens(["<s>"])
-    whole = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
-
-    def render(messages: Any, add_generation_prompt: bool, continue_final_message: bool, tools: Any) -> str:
-        text: str = whole.apply_chat_template(messages, tokenize=False)
-        return text
-
-    return Tokenizer(backend, render, [4])
+    return Tokenizer(backend, ChatTemplate(template), [4])
 
 
 @pytest.mark.parametrize(

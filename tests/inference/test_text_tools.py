@@ -8,6 +8,7 @@ import pytest
 from softprompt_api.errors import ContextLengthExceeded, InvalidArgument
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 from softprompt_inference.text import ChatMessage, Tokenizer, ToolCall
+from softprompt_inference.text.template import ChatTemplate
 from softprompt_inference.text.tools import are_told_by, in_words, parse_call
 
 IM_START, IM_END = 1, 2
@@ -122,21 +123,17 @@ def test_only_a_template_that_wants_such_calls_is_asked_to_tell_of_functions() -
 
 
 def test_a_template_that_knows_functions_gets_them_as_they_are() -> None:
-    given: list[Any] = []
-
-    def render(messages: Any, opens: bool, continues: bool, tools: Any) -> str:
-        given.extend((messages, tools))
-        return "x"
-
+    template = ChatTemplate("{{ [messages, tools] | tojson }}{# <tool_call> #}")
     whole = Tokenizer.load(resolve_model(DEFAULT_MODEL))
-    tokenizer = Tokenizer(whole._backend, render, [2], knows_tools=True)
+    tokenizer = Tokenizer(whole._backend, template, [2])
     messages = [
         user("x"),
         ChatMessage(role="assistant", content="", tool_calls=[CALL]),
         ChatMessage(role="tool", content="sunny", tool_call_id="call_1"),
     ]
-    tokenizer.encode_chat(messages, tools=[json.dumps(WEATHER)])
-    turns, tools = given
+    [ids] = tokenizer.encode_chat(messages, tools=[json.dumps(WEATHER)])
+    assert isinstance(ids, list)
+    turns, tools = json.loads(tokenizer.decode(ids))
     assert tools == [WEATHER]
     assert turns[1]["tool_calls"] == [
         {

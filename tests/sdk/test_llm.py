@@ -378,6 +378,21 @@ def test_chat_goes_through_the_chat_template(llm: LLM, adapters: list[PromptAdap
     assert ids(several)[1] != ids(several)[0]
 
 
+def test_chat_gives_values_to_the_chat_template(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    template = "{{ messages[0].content }}{% if enable_thinking %} think{% endif %}"
+    (folder / "chat_template.jinja").write_text(template)
+    llm = make_llm(folder)
+    conversation = [{"role": "user", "content": "Hi"}]
+    for values, prompt in ((None, "Hi"), ({"enable_thinking": True}, "Hi think")):
+        (output,) = llm.chat(conversation, GREEDY, chat_template_kwargs=values)
+        assert output.prompt == prompt
+    with pytest.raises(InvalidArgument, match=r"sets 'thinking'") as refused:
+        llm.chat(conversation, GREEDY, chat_template_kwargs={"thinking": True})
+    assert refused.value.field == "chat_template_kwargs"
+
+
 def test_chat_tells_the_model_of_tools_calls_and_results(llm: LLM) -> None:
     function = {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {}}}}
     called = {"name": "get_weather", "arguments": '{"city": "Paris"}'}

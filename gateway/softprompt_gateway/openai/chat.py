@@ -1,5 +1,6 @@
 """`POST /v1/chat/completions`: the request, and how its answers are spelled."""
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -14,6 +15,7 @@ from pydantic import (
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.params import MAX_LOGPROBS
+from softprompt_api.structured import check_object
 
 from softprompt_gateway.errors import Refused
 from softprompt_gateway.openai import schemas
@@ -115,6 +117,9 @@ class ChatFields(RequestModel):
         None, description="default true, unless the last message is continued"
     )
     continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description='values that the chat template reads, as {"enable_thinking": false}'
+    )
 
     @field_validator("messages", mode="wrap")
     @classmethod
@@ -126,6 +131,12 @@ class ChatFields(RequestModel):
         contents = (message.get("content") for message in few if isinstance(message, dict))
         check_number_of_parts(contents, field=_FIELD)
         return check_each(_FIELD, value, check, Message.model_validate)
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _check_values(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        name = "chat_template_kwargs"
+        return None if value is None else check_object(value, what=name, field=name)
 
     @model_validator(mode="after")
     def _check_conversation(self) -> "ChatFields":
@@ -153,6 +164,7 @@ class ChatFields(RequestModel):
             messages=[message.proto(target) for message in self.messages],
             add_generation_prompt=opens,
             continue_final_message=bool(self.continue_final_message),
+            chat_template_kwargs=json.dumps(self.chat_template_kwargs) if self.chat_template_kwargs else "",
         )
 
 

@@ -1,6 +1,6 @@
 """Conversations to prompt ids, through the model's own chat template."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,12 @@ from softprompt_api.names import shown
 
 from softprompt_inference.text.control import ControlTokens
 from softprompt_inference.text.soft_prompts import Encoded, Marks, SoftPrompt
+from softprompt_inference.text.template import ChatTemplate
 from softprompt_inference.text.tools import ToolCall, Turn, in_words, map_texts, parse_call, parse_tool
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 2048
 MAX_NAME_CHARACTERS = 128
-
-# messages, add_generation_prompt, continue_final_message, tools → the rendered conversation
-Render = Callable[[list[Turn], bool, bool, list[dict[str, Any]] | None], str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,15 +51,13 @@ class ChatEncoder:
     """Renders conversations and encodes them; special tokens spelled in messages stay plain text.
 
     Args:
-        render: the sandboxed chat template; None: the model has none.
+        template: None: the model has none.
         control: tells the template's control tokens from the messages' text.
-        knows_tools: whether the template tells of functions that may be called.
     """
 
-    def __init__(self, render: Render | None, control: ControlTokens, *, knows_tools: bool = False) -> None:
-        self._render = render
+    def __init__(self, template: ChatTemplate | None, control: ControlTokens) -> None:
+        self._template = template
         self._control = control
-        self._knows_tools = knows_tools
 
     def encode(
         self,
@@ -70,6 +66,7 @@ class ChatEncoder:
         tools: Sequence[str] = (),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        chat_template_kwargs: str = "",
     ) -> Encoded:
         """Ids of a conversation, and soft prompts between them; InvalidArgument names what cannot be taken.
 
@@ -81,18 +78,25 @@ class ChatEncoder:
                 "continue_final_message continues the last message; set add_generation_prompt to false with it",
                 field="continue_final_message",
             )
-        if self._render is None:
+        if self._template is None:
             raise Unsupported(
                 "the model has no chat template, so it takes no messages; send the text as a prompt instead",
                 field="messages",
             )
+        values = map_texts(self._template.parse_values(chat_template_kwargs), self._control.shield)
         marks = Marks()
         turns = [self._shielded(message, marks) for message in messages]
         told: list[dict[str, Any]] = [map_texts(parse_tool(tool), self._control.shield) for tool in tools]
-        if not self._knows_tools and (told or any("tool_calls" in turn for turn in turns)):
+        if not self._template.knows_tools and (told or any("tool_calls" in turn for turn in turns)):
             turns, told = in_words(turns, told), []
         try:
-            rendered = self._render(turns, add_generation_prompt, continue_final_message, told or None)
+            rendered = self._template.render(
+                turns,
+                tools=told,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                values=values,
+            )
         except TemplateError as error:  # also what a template refuses by itself, such as roles out of order
             raise InvalidArgument(
                 f"the model's chat template refuses the messages{_reason(error)}", field="messages"

@@ -3,18 +3,17 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from softprompt_api.errors import ContextLengthExceeded, InvalidArgument
 from softprompt_api.params import SamplingParams
 from tokenizers import Tokenizer as Backend
 
-from softprompt_inference.text.chat import ChatEncoder, ChatMessage, Render
+from softprompt_inference.text.chat import ChatEncoder, ChatMessage
 from softprompt_inference.text.control import ControlTokens
-from softprompt_inference.text.definition import TokenizerDefinition, read_definition
+from softprompt_inference.text.definition import read_definition
 from softprompt_inference.text.detokenizer import OutputText
 from softprompt_inference.text.soft_prompts import Encoded
-from softprompt_inference.text.tools import Turn, are_told_by
+from softprompt_inference.text.template import ChatTemplate
 from softprompt_inference.text.vocabulary import Vocabulary
 
 
@@ -26,20 +25,13 @@ class Tokenizer:
         eos_token_ids: every id that ends a sequence, sorted.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        render: Render | None,
-        eos_token_ids: Sequence[int],
-        *,
-        knows_tools: bool = False,
-    ) -> None:
+    def __init__(self, backend: Backend, template: ChatTemplate | None, eos_token_ids: Sequence[int]) -> None:
         backend.no_truncation()
         backend.no_padding()
         serialized = backend.to_str()
         self._backend = backend
         self._vocabulary = Vocabulary(backend, serialized)
-        self._chat = ChatEncoder(render, ControlTokens(serialized), knows_tools=knows_tools)
+        self._chat = ChatEncoder(template, ControlTokens(serialized))
         self.sha256 = hashlib.sha256(serialized.encode()).hexdigest()
         self.eos_token_ids = tuple(sorted(set(eos_token_ids)))
 
@@ -47,11 +39,11 @@ class Tokenizer:
     def load(cls, folder: Path | str) -> "Tokenizer":
         """The tokenizer of a local model folder; Unsupported where it has none that can be used."""
         definition = read_definition(Path(folder))
+        template = definition.chat_template
         return cls(
             Backend.from_str(definition.serialized),
-            _renderer(definition),
+            None if template is None else ChatTemplate(template, definition.special_tokens),
             definition.eos_token_ids,
-            knows_tools=are_told_by(definition.chat_template or ""),
         )
 
     def ends_below(self, vocab_size: int) -> list[int]:
@@ -76,6 +68,7 @@ class Tokenizer:
         tools: Sequence[str] = (),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        chat_template_kwargs: str = "",
         max_tokens: int | None = None,
     ) -> Encoded:
         """A conversation as ids, and soft prompts between them.
@@ -84,6 +77,7 @@ class Tokenizer:
 
         Args:
             tools: JSON of the functions that may be called.
+            chat_template_kwargs: a JSON object of values that the chat template reads; empty: none.
             max_tokens: refuse what cannot fit in so many without encoding it (ContextLengthExceeded).
         """
         calls = [call for message in messages for call in message.tool_calls]
@@ -98,6 +92,7 @@ class Tokenizer:
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
         )
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
@@ -135,33 +130,6 @@ class Tokenizer:
                 f"the prompt has {held}, which are at least {least} tokens; the limit is {max_tokens}",
                 field="prompt",
             )
-
-
-def _renderer(definition: TokenizerDefinition) -> Render | None:
-    """What transformers' `apply_chat_template` does, without its tokenizer; None where there is no template."""
-    template = definition.chat_template
-    if template is None:
-        return None
-    # Most of a second to import, and nothing else here needs it: a service can listen before.
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    def render(
-        messages: list[Turn],
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        tools: list[dict[str, Any]] | None,
-    ) -> str:
-        rendered, _ = render_jinja_template(
-            [messages],
-            tools=tools,
-            chat_template=template,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            **definition.special_tokens,
-        )
-        return str(rendered[0])
-
-    return render
 
 
 def _check_unicode(text: str, *, field: str) -> None:
