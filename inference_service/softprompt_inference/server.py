@@ -7,7 +7,7 @@ from the end of an engine until another has taken its place.
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -104,8 +104,7 @@ class InferenceServer:
         settings = self._settings
         await self._server.start(serving=False)
         _log.info("starting", port=self.port, model=settings.model)
-        folder = await asyncio.to_thread(resolve_model, settings.model, None, _log.info)
-        engine, tokenizer = await self._load(folder)
+        folder, engine, tokenizer = await self._load()
         base_model = make_base_model(
             settings.model_id, engine.info, tokenizer, max_lora_rank=settings.max_lora_rank
         )
@@ -192,20 +191,32 @@ class InferenceServer:
     ) -> None:
         await self.stop()
 
-    async def _load(self, folder: Path) -> tuple[EngineClient, Tokenizer]:
-        """Engine and tokenizer, loaded at the same time."""
-        starting = asyncio.create_task(self._start_engine(self._settings.engine_config(folder)))
+    async def _load(self) -> tuple[Path, EngineClient, Tokenizer]:
+        """The model's folder, and engine and tokenizer, loaded at the same time.
+
+        The first time that a model is served its files may have to be made, and the engine's kernels too: neither
+        waits for the other.
+        """
+        settings = self._settings
+        resolving = asyncio.create_task(asyncio.to_thread(resolve_model, settings.model, None, _log.info))
+
+        async def config() -> EngineConfig:
+            return settings.engine_config(await resolving)
+
+        knowing = asyncio.create_task(config())
+        starting = asyncio.create_task(self._start_engine(knowing))
         try:
+            folder = await resolving
             tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
-            return await starting, tokenizer
+            return folder, await starting, tokenizer
         except BaseException:
             starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
+            await asyncio.gather(starting, knowing, return_exceptions=True)
             raise
 
-    async def _start_engine(self, config: EngineConfig) -> EngineClient:
-        silence_s = self._settings.engine_silence_s
-        self._engine = await EngineClient.start(config, _log.info, silence_s=silence_s)
+    async def _start_engine(self, config: EngineConfig | Awaitable[EngineConfig]) -> EngineClient:
+        prepare, silence_s = self._settings.engine_preparation(), self._settings.engine_silence_s
+        self._engine = await EngineClient.start(config, _log.info, prepare=prepare, silence_s=silence_s)
         return self._engine
 
     async def _announce(self, announcer: Announcer) -> None:

@@ -56,10 +56,10 @@ CONFIG = EngineConfig(model_path="", max_num_sequences=8, max_step_tokens=16)
 
 
 @contextmanager
-def serving(load: Callable[..., object]) -> Iterator[Connection]:
+def serving(load: Callable[..., object], *prepare: Callable[..., None]) -> Iterator[Connection]:
     """The front's end of a `serve` in a thread."""
     (ours, theirs), (to_files, from_files) = socket.socketpair(), socket.socketpair()
-    thread = threading.Thread(target=serve, args=(theirs, from_files, load))
+    thread = threading.Thread(target=serve, args=(theirs, from_files, load, *prepare))
     thread.start()
     try:
         with ours, to_files:
@@ -87,6 +87,7 @@ def receive_until(connection: Connection, wanted: type | None = None, *, last_of
 @pytest.mark.parametrize(
     "message",
     [
+        CONFIG.preparation(),
         CONFIG,
         AddRequest(
             request_id="0",
@@ -210,6 +211,20 @@ def test_serve_tells_progress_and_the_model_and_then_answers_every_step(fakes) -
         answers = receive_until(connection, last_of="0")
     outputs = [output for answer in answers if isinstance(answer, StepResult) for output in answer.outputs]
     assert [output.token_id for output in outputs] == fakes.solo(request, [adapter])
+
+
+def test_what_can_be_prepared_is_before_the_model_is_known(fakes) -> None:
+    runner = fakes.runner()
+    with serving(lambda *_: runner, lambda wanted, report: report(f"preparing for {wanted.device}")) as connection:
+        connection.send(CONFIG.preparation())
+        assert receive_until(connection, Progress) == [Progress(text="preparing for auto")]
+        connection.send(CONFIG)
+        assert receive_until(connection, type(runner.info)) == [runner.info]
+        connection.send(Ping())
+        receive_until(connection, StepResult)
+    with serving(lambda *_: runner, lambda *_: None) as connection:  # both at once
+        connection._stream.sendall(encode(CONFIG.preparation()) + encode(CONFIG))
+        assert receive_until(connection, type(runner.info)) == [runner.info]
 
 
 @pytest.mark.parametrize(
@@ -520,6 +535,29 @@ async def test_a_model_that_is_not_there_fails_the_start_in_words(tmp_path: Path
     with pytest.raises(EngineStartError) as failure:
         await EngineClient.start(EngineConfig(model_path=str(tmp_path / "none"), device="cpu"), ignore)
     assert "Traceback" not in str(failure.value)
+
+
+async def test_a_process_prepares_before_it_is_known_what_it_loads(config: EngineConfig) -> None:
+    said = asyncio.Event()
+    known: asyncio.Future[EngineConfig] = asyncio.get_running_loop().create_future()
+    preparing = EngineClient.start(known, lambda _: said.set(), prepare=config.preparation())
+    start = asyncio.create_task(preparing)
+    await said.wait()
+    known.set_result(config)
+    client = await start
+    assert client.info.vocab_size == 64
+    await client.stop()
+
+
+async def test_where_nothing_can_be_loaded_no_process_is_left(config: EngineConfig) -> None:
+    before = _children()
+
+    async def not_found() -> EngineConfig:
+        raise FileNotFoundError("no such model")
+
+    with pytest.raises(FileNotFoundError, match="no such model"):
+        await EngineClient.start(not_found(), ignore, prepare=config.preparation())
+    assert not _children() - before
 
 
 async def test_a_cancelled_start_leaves_no_process(config: EngineConfig) -> None:

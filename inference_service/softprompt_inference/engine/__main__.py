@@ -4,15 +4,14 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Callable
 
 import structlog
 from softprompt_api.logs import configure_logs
 
-from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.config import EngineConfig, Prepare
 from softprompt_inference.engine.engine import EngineBroken
 from softprompt_inference.engine.plan import Runner
-from softprompt_inference.engine.process import serve_parent
+from softprompt_inference.engine.process import Report, serve_parent
 
 
 class _ToStructlog(logging.Handler):
@@ -31,17 +30,23 @@ def main() -> None:
     configure_logs(os.environ.get("SOFTPROMPT_LOG_FORMAT", "auto"))
     logging.basicConfig(level=logging.WARNING, handlers=[_ToStructlog()])
     try:
-        serve_parent(_load)
+        serve_parent(_load, _prepare)
     except EngineBroken as error:
         logging.getLogger(__name__).critical("%s; the engine ends", error)
         sys.exit(1)
 
 
-def _load(config: EngineConfig, report: Callable[[str], None]) -> Runner:
+def _prepare(wanted: Prepare, report: Report) -> None:
     # torch takes seconds to import: only now is there somebody to tell. A fifth of them would be the collector's,
     # which goes through all that is there over and over; `serve` turns it on when the model is loaded.
     gc.disable()
     report("importing torch")
+    from softprompt_inference.model import runner
+
+    runner.prepare(wanted, report)
+
+
+def _load(config: EngineConfig, report: Report) -> Runner:
     from softprompt_inference.model.runner import load_runner
 
     return load_runner(config, report)

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from softprompt_api.params import SamplingParams
 
-from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.config import EngineConfig, Prepare
 from softprompt_inference.engine.files import MemoryFile
 from softprompt_inference.engine.messages import (
     Abort,
@@ -87,7 +87,8 @@ class _LoadLora:
 
 
 Message = (
-    EngineConfig
+    Prepare
+    | EngineConfig
     | AddRequest
     | Abort
     | LoadAdapter
@@ -103,6 +104,7 @@ Message = (
 )
 
 _KINDS: dict[str, type[Any]] = {
+    "prepare": Prepare,
     "config": EngineConfig,
     "add": _AddRequest,
     "abort": Abort,

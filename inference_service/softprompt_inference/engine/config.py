@@ -9,6 +9,14 @@ CPU_MIN_PROMPT_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prepare:
+    """What an engine can do before it is known what it loads; attributes as in EngineConfig."""
+
+    device: str
+    native_cache_dir: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Settings of one engine, checked by whoever reads them from a user.
 
@@ -53,6 +61,10 @@ class EngineConfig:
     look_ahead: bool | None = None
     num_threads: int | None = None
     native_cache_dir: str | None = None
+
+    def preparation(self) -> Prepare:
+        """What of it can be done before the rest is known."""
+        return Prepare(device=self.device, native_cache_dir=self.native_cache_dir)
 
     def step_tokens(self, device: str) -> int:
         """Most tokens computed in one step on a device like "cpu" or "cuda:0"."""

@@ -1,7 +1,8 @@
 """The engine's side of its process: `serve` reads commands from a socket and answers every step.
 
-The conversation: EngineConfig comes in; Progress goes out while the model loads, then ModelInfo or StartupFailed;
-from then on commands come in and one StepResult per step goes out. The end of the socket is the end of the engine.
+The conversation: Prepare may come in, then EngineConfig; Progress goes out while it prepares and loads the model,
+then ModelInfo or StartupFailed; from then on commands come in and one StepResult per step goes out. The end of the
+socket is the end of the engine.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from softprompt_inference.engine.codec import (
     decode,
     encode,
 )
-from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.config import EngineConfig, Prepare
 from softprompt_inference.engine.engine import Engine
 from softprompt_inference.engine.messages import (
     Command,
@@ -34,9 +35,15 @@ from softprompt_inference.parent import end_with_parent
 
 _log = logging.getLogger(__name__)
 
-Load = Callable[[EngineConfig, Callable[[str], None]], Runner]
+Report = Callable[[str], None]
+Load = Callable[[EngineConfig, Report], Runner]
+PrepareToLoad = Callable[[Prepare, Report], None]
 
 _RECEIVE_BYTES = 2**18
+
+
+def _prepare_nothing(_wanted: Prepare, _report: Report) -> None:
+    """For engines whose start is quick."""
 
 
 class Connection:
@@ -92,16 +99,19 @@ class Connection:
         return messages
 
 
-def serve(stream: socket.socket, from_files: socket.socket, load: Load) -> None:
+def serve(
+    stream: socket.socket, from_files: socket.socket, load: Load, prepare: PrepareToLoad = _prepare_nothing
+) -> None:
     """Load a model and run its engine until the socket ends.
 
     Args:
         stream, from_files: connected to the front.
         load: makes the runner from the config, and reports slow phases.
+        prepare: does, and reports, what can be done before the config is known.
     """
     connection = Connection(stream, from_files)
     try:
-        engine = _start(connection, load)
+        engine = _start(connection, load, prepare)
         if engine is not None:
             _run(connection, engine)
     except (EOFError, ConnectionError):
@@ -111,11 +121,18 @@ def serve(stream: socket.socket, from_files: socket.socket, load: Load) -> None:
         gc.unfreeze()
 
 
-def _start(connection: Connection, load: Load) -> Engine | None:
-    [config] = connection.receive(wait=True)
-    assert isinstance(config, EngineConfig)
+def _start(connection: Connection, load: Load, prepare: PrepareToLoad) -> Engine | None:
+    def report(text: str) -> None:
+        connection.send(Progress(text=text))
+
+    first, *others = connection.receive(wait=True)
     try:
-        runner = load(config, lambda text: connection.send(Progress(text=text)))
+        if isinstance(first, Prepare):
+            prepare(first, report)
+            [first] = others or connection.receive(wait=True)
+        assert isinstance(first, EngineConfig)
+        config = first
+        runner = load(config, report)
         engine = Engine(runner, config)
     except (EOFError, ConnectionError):
         raise
@@ -140,8 +157,8 @@ def _run(connection: Connection, engine: Engine) -> None:
         connection.send(engine.step())
 
 
-def serve_parent(load: Load) -> None:
-    """Serve on the sockets that this process has inherited, as its arguments say; `load` as in `serve`."""
+def serve_parent(load: Load, prepare: PrepareToLoad = _prepare_nothing) -> None:
+    """Serve on the sockets that this process has inherited, as its arguments say; the rest as in `serve`."""
     parser = argparse.ArgumentParser(description="An engine on sockets that it inherits.")
     parser.add_argument("--fd", type=int, required=True, help="descriptor of a connected stream socket")
     parser.add_argument("--files-fd", type=int, required=True, help="descriptor of another, over which files come")
@@ -150,4 +167,4 @@ def serve_parent(load: Load) -> None:
     for descriptor in (arguments.fd, arguments.files_fd):
         os.set_inheritable(descriptor, False)
     with socket.socket(fileno=arguments.fd) as stream, socket.socket(fileno=arguments.files_fd) as from_files:
-        serve(stream, from_files, load)
+        serve(stream, from_files, load, prepare)

@@ -17,7 +17,7 @@ from softprompt_kernels.embed_gather import embed_gather
 from softprompt_kernels.lora_tiles import LoraTiles
 from torch import Tensor
 
-from softprompt_inference.engine.config import EngineConfig
+from softprompt_inference.engine.config import EngineConfig, Prepare
 from softprompt_inference.engine.messages import LoadAdapter, LoadLora, ModelInfo
 from softprompt_inference.engine.plan import (
     MAX_SCORES,
@@ -276,6 +276,13 @@ class ModelRunner:
         return upload(values, torch.int64, self.loaded.device)
 
 
+def prepare(wanted: Prepare, report: Callable[[str], None]) -> None:
+    """Make the CPU's kernels, which any model needs. Raises InvalidArgument where there is no such device."""
+    device = hardware.choose_device(wanted.device)
+    if wanted.native_cache_dir is not None and device.type == "cpu" and not native.is_loaded():
+        _use_native_kernels(Path(wanted.native_cache_dir), report)
+
+
 def load_runner(config: EngineConfig, report: Callable[[str], None]) -> ModelRunner:
     """Load the model, plan its memory and warm it up.
 
@@ -294,8 +301,7 @@ def load_runner(config: EngineConfig, report: Callable[[str], None]) -> ModelRun
     budget = None
     if device.type == "cuda" and config.gpu_memory_utilization is not None:
         budget = hardware.read_gpu_budget(device, config.gpu_memory_utilization)
-    if config.native_cache_dir is not None and device.type == "cpu":
-        _use_native_kernels(Path(config.native_cache_dir), report)
+    prepare(config.preparation(), report)
     loaded = load_model(config, report)
     runner = ModelRunner(
         loaded,
