@@ -199,24 +199,19 @@ class InferenceServer:
         """
         settings = self._settings
         resolving = asyncio.create_task(asyncio.to_thread(resolve_model, settings.model, None, _log.info))
-
-        async def config() -> EngineConfig:
-            return settings.engine_config(await resolving)
-
-        knowing = asyncio.create_task(config())
-        starting = asyncio.create_task(self._start_engine(knowing))
+        starting = asyncio.create_task(self._start_engine(settings.engine_config(), resolving))
         try:
             folder = await resolving
             tokenizer = await asyncio.to_thread(Tokenizer.load, folder)
             return folder, await starting, tokenizer
         except BaseException:
             starting.cancel()
-            await asyncio.gather(starting, knowing, return_exceptions=True)
+            await asyncio.gather(starting, return_exceptions=True)
             raise
 
-    async def _start_engine(self, config: EngineConfig | Awaitable[EngineConfig]) -> EngineClient:
-        prepare, silence_s = self._settings.engine_preparation(), self._settings.engine_silence_s
-        self._engine = await EngineClient.start(config, _log.info, prepare=prepare, silence_s=silence_s)
+    async def _start_engine(self, config: EngineConfig, model_path: Awaitable[Path] | None = None) -> EngineClient:
+        silence_s = self._settings.engine_silence_s
+        self._engine = await EngineClient.start(config, _log.info, model_path=model_path, silence_s=silence_s)
         return self._engine
 
     async def _announce(self, announcer: Announcer) -> None:

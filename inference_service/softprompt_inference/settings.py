@@ -10,7 +10,7 @@ from softprompt_api.formats import DEFAULT_MAX_LORA_RANK
 from softprompt_api.rpc.tls import ServerTls
 from softprompt_api.settings import ClientTlsSettings, SettingsError, check_reach, read
 
-from softprompt_inference.engine.config import EngineConfig, Prepare
+from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.model.source import DEFAULT_MODEL, is_default_model, native_kernels_dir
 
 __all__ = ["Settings", "SettingsError", "read_settings"]
@@ -119,14 +119,10 @@ class Settings(ClientTlsSettings):
             return path.resolve().stem if path.is_file() else path.resolve().name
         return DEFAULT_MODEL if is_default_model(self.model) else self.model
 
-    def engine_preparation(self) -> Prepare:
-        """What of it is known before the model's folder is."""
-        return Prepare(device=self.device, native_cache_dir=self._native_cache_dir)
-
-    def engine_config(self, model_path: Path) -> EngineConfig:
-        """What the engine is started with."""
+    def engine_config(self, model_path: Path | None = None) -> EngineConfig:
+        """What the engine is started with; None: its model is not known yet."""
         return EngineConfig(
-            model_path=str(model_path),
+            model_path=str(model_path or ""),
             device=self.device,
             dtype=self.dtype,
             gpu_memory_utilization=self.gpu_memory_utilization,
@@ -138,14 +134,10 @@ class Settings(ClientTlsSettings):
             max_loras=self.max_loras,
             max_lora_rank=self.max_lora_rank,
             num_threads=self.num_threads,
-            native_cache_dir=self._native_cache_dir,
+            native_cache_dir=str(native_kernels_dir()) if self.native_kernels else None,
             enable_prefix_caching=self.enable_prefix_caching,
             share=self.share,
         )
-
-    @property
-    def _native_cache_dir(self) -> str | None:
-        return str(native_kernels_dir()) if self.native_kernels else None
 
 
 def read_settings(arguments: Sequence[str] = ()) -> Settings:

@@ -81,6 +81,15 @@ def parse_schema(text: str) -> dict[str, Any]:
     return check_object(schema, what="a JSON Schema", field=FIELD)
 
 
+def parse_object(text: str, *, what: str, field: str) -> dict[str, Any]:
+    """The JSON object that a text is; InvalidArgument as in `check_object`."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidArgument(f"{what} must be a JSON object", field=field) from None
+    return check_object(value, what=what, field=field)
+
+
 def check_object(value: Any, *, what: str, field: str) -> dict[str, Any]:
     """The parsed JSON object; InvalidArgument where it is none, too large or deep, or has texts that are none."""
     if not isinstance(value, dict):

@@ -539,11 +539,11 @@ async def test_a_model_that_is_not_there_fails_the_start_in_words(tmp_path: Path
 
 async def test_a_process_prepares_before_it_is_known_what_it_loads(config: EngineConfig) -> None:
     said = asyncio.Event()
-    known: asyncio.Future[EngineConfig] = asyncio.get_running_loop().create_future()
-    preparing = EngineClient.start(known, lambda _: said.set(), prepare=config.preparation())
-    start = asyncio.create_task(preparing)
+    known: asyncio.Future[Path] = asyncio.get_running_loop().create_future()
+    unknown = replace(config, model_path="")
+    start = asyncio.create_task(EngineClient.start(unknown, lambda _: said.set(), model_path=known))
     await said.wait()
-    known.set_result(config)
+    known.set_result(Path(config.model_path))
     client = await start
     assert client.info.vocab_size == 64
     await client.stop()
@@ -552,11 +552,11 @@ async def test_a_process_prepares_before_it_is_known_what_it_loads(config: Engin
 async def test_where_nothing_can_be_loaded_no_process_is_left(config: EngineConfig) -> None:
     before = _children()
 
-    async def not_found() -> EngineConfig:
+    async def not_found() -> Path:
         raise FileNotFoundError("no such model")
 
     with pytest.raises(FileNotFoundError, match="no such model"):
-        await EngineClient.start(not_found(), ignore, prepare=config.preparation())
+        await EngineClient.start(config, ignore, model_path=not_found())
     assert not _children() - before
 
 

@@ -66,6 +66,13 @@ def test_a_value_cannot_forge_control_tokens() -> None:
     assert ids == [backend.token_to_id(piece) for piece in ("<s>", "<", "s", ">", "x", "<", "s", ">")]
 
 
+def test_a_name_that_lies_within_a_special_tokens_spelling_is_a_name() -> None:
+    backend = _backend()
+    tokenizer = Tokenizer(backend, ChatTemplate("{{ s }}"), [0])
+    [ids] = tokenizer.encode_chat([ChatMessage(role="user", content="x")], chat_template_kwargs='{"s": "x"}')
+    assert ids == [backend.token_to_id("x")]
+
+
 def _backend() -> Backend:
     pieces = ["<s>", "[UNK]", "x", "<", "s", ">"]
     backend = Backend(models.BPE(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[]))

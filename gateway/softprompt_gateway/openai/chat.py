@@ -160,11 +160,12 @@ class ChatFields(RequestModel):
         opens = (
             not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
         )
+        values = self.chat_template_kwargs
         return pb.ChatPrompt(
             messages=[message.proto(target) for message in self.messages],
             add_generation_prompt=opens,
             continue_final_message=bool(self.continue_final_message),
-            chat_template_kwargs=json.dumps(self.chat_template_kwargs) if self.chat_template_kwargs else "",
+            chat_template_kwargs=json.dumps(values, ensure_ascii=False) if values else "",
         )
 
 

@@ -8,12 +8,13 @@ import sys
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self
 
 from softprompt_api.errors import Overloaded, Unavailable
 
 from softprompt_inference.engine.codec import Message, Progress, StartupFailed
-from softprompt_inference.engine.config import EngineConfig, Prepare
+from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import (
     Abort,
     AbortSearch,
@@ -170,18 +171,18 @@ class EngineClient:
     @classmethod
     async def start(
         cls,
-        config: EngineConfig | Awaitable[EngineConfig],
+        config: EngineConfig,
         report: Callable[[str], None],
         *,
-        prepare: Prepare | None = None,
+        model_path: Awaitable[Path] | None = None,
         silence_s: float | None = None,
     ) -> Self:
         """Start a process and wait until its model is loaded. It ends with the thread that calls this.
 
         Args:
-            config: what to load, which may become known while the process prepares.
+            config: what to load.
             report: is told each slow phase as it begins.
-            prepare: what can be done before; None: what of `config` can, as soon as that is known.
+            model_path: the config's own, which becomes known while the process prepares; None: it is known.
             silence_s: an engine that has its model and says nothing for so long is ended; None: none is.
 
         Raises EngineStartError when it cannot start. Cancelling ends the process.
@@ -204,12 +205,9 @@ class EngineClient:
         client = cls(process, report)
         client._pipe = await Pipe.connect(ours, to_files, client._hear)
         try:
-            if prepare is not None:
-                client._pipe.send(prepare)
-            if not isinstance(config, EngineConfig):
-                config = await config
-            if prepare is None:
-                client._pipe.send(config.preparation())
+            client._pipe.send(config.preparation())
+            if model_path is not None:
+                config = replace(config, model_path=str(await model_path))
             client._pipe.send(config)
             client.info = await client._wait_until_ready()
         except BaseException:

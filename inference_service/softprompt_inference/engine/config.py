@@ -21,7 +21,7 @@ class EngineConfig:
     """Settings of one engine, checked by whoever reads them from a user.
 
     Attributes:
-        model_path: local Hugging Face folder.
+        model_path: local Hugging Face folder; "": not known yet, and told before it is loaded.
         device: "cpu", "cuda", "cuda:1", or "auto" (cuda when there is one).
         dtype: "auto" (the model's own, bfloat16 on hardware that has it), "float32", "bfloat16" or "float16".
         page_size: KV positions in one page.
@@ -63,7 +63,7 @@ class EngineConfig:
     native_cache_dir: str | None = None
 
     def preparation(self) -> Prepare:
-        """What of it can be done before the rest is known."""
+        """What of it can be done before the model is known."""
         return Prepare(device=self.device, native_cache_dir=self.native_cache_dir)
 
     def step_tokens(self, device: str) -> int:

@@ -83,7 +83,10 @@ class ChatEncoder:
                 "the model has no chat template, so it takes no messages; send the text as a prompt instead",
                 field="messages",
             )
-        values = map_texts(self._template.parse_values(chat_template_kwargs), self._control.shield)
+        values = {
+            name: map_texts(value, self._control.shield)
+            for name, value in self._template.parse_values(chat_template_kwargs).items()
+        }
         marks = Marks()
         turns = [self._shielded(message, marks) for message in messages]
         told: list[dict[str, Any]] = [map_texts(parse_tool(tool), self._control.shield) for tool in tools]

@@ -1,13 +1,12 @@
 """The model's chat template, and what it reads beside the conversation: `{"enable_thinking": false}`."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from softprompt_api.errors import InvalidArgument
 from softprompt_api.names import shown
-from softprompt_api.structured import check_object
+from softprompt_api.structured import parse_object
 
 from softprompt_inference.text.tools import Turn, are_told_by
 
@@ -46,18 +45,16 @@ class ChatTemplate:
         self._names = frozenset(_NAME.findall(source))  # those of its variables are among them
 
     def parse_values(self, text: str) -> dict[str, Any]:
-        """The values of a JSON object that it reads, by name; InvalidArgument where it would not read one.
+        """The values of a JSON object ("": none) that it reads, by name; InvalidArgument: it would not read one.
 
         What asks for nothing (`null`, `false`, 0, and what is empty) may be said to a template that does not know
         of it, since clients say so to every model, and is left out then.
         """
+        if not text:
+            return {}
         if len(text) > MAX_VALUES_CHARACTERS:
             raise _wrong(f"has {len(text)} characters as JSON; at most {MAX_VALUES_CHARACTERS} are taken")
-        try:
-            parsed = json.loads(text or "{}")
-        except (ValueError, RecursionError):
-            raise _wrong("must be a JSON object") from None
-        values = check_object(parsed, what=_VALUES, field=_VALUES)
+        values = parse_object(text, what=_VALUES, field=_VALUES)
         for name, value in values.items():
             if name in _OWN or name in self._special_tokens:
                 raise _wrong(f"cannot set {shown(name)}, which the request or the model says elsewhere")

@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import Any
 
 from softprompt_api.errors import InvalidArgument
-from softprompt_api.structured import check_object
+from softprompt_api.structured import parse_object
 
 CALL_START, CALL_END = "<tool_call>", "</tool_call>"
 
@@ -69,7 +69,7 @@ def are_told_by(template: str) -> bool:
 
 def parse_tool(text: str) -> dict[str, Any]:
     """A function as its JSON object; InvalidArgument where it is none."""
-    tool = _parse(text, what="a tool", field="tools")
+    tool = parse_object(text, what="a tool", field="tools")
     function = tool.get("function")
     if tool.get("type") != "function" or not isinstance(function, dict) or not function.get("name"):
         raise InvalidArgument('a tool must be {"type": "function", "function": {"name", …}}', field="tools")
@@ -85,17 +85,9 @@ def _arguments(call: ToolCall) -> dict[str, Any] | str:
     if not call.arguments.strip():
         return {}
     try:
-        return _parse(call.arguments, what="the arguments of a call", field="messages")
+        return parse_object(call.arguments, what="the arguments of a call", field="messages")
     except InvalidArgument:  # a model wrote them, which may have erred; many templates take texts too
         return call.arguments
-
-
-def _parse(text: str, *, what: str, field: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise InvalidArgument(f"{what} must be a JSON object", field=field) from None
-    return check_object(value, what=what, field=field)
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:
