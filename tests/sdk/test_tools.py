@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from softprompt.tools import parse_calls, tool_text
+from softprompt.tools import json_text, parse_calls
 from softprompt_api.errors import InvalidArgument
 from softprompt_inference.text import ToolCall
 
@@ -11,9 +11,8 @@ CALL: dict[str, Any] = {"id": "1", "type": "function", "function": {"name": "f",
 
 
 def test_a_tool_is_told_as_its_json() -> None:
-    assert tool_text({"type": "function", "function": {"name": "ü"}}) == (
-        '{"type": "function", "function": {"name": "ü"}}'
-    )
+    tool = {"type": "function", "function": {"name": "ü"}}
+    assert json_text(tool, what="a tool", field="tools") == '{"type": "function", "function": {"name": "ü"}}'
 
 
 def test_arguments_may_be_an_object_or_its_json() -> None:
@@ -46,5 +45,5 @@ def test_what_is_no_call_is_refused(calls: Any) -> None:
 def test_a_tool_without_json_is_refused() -> None:
     for tool in ({"a": {1}}, {"a": "\ud800"}):
         with pytest.raises(InvalidArgument) as refused:
-            tool_text(tool)
+            json_text(tool, what="a tool", field="tools")
         assert refused.value.field == "tools"
