@@ -1,7 +1,7 @@
 """The connection to Redis or Valkey: timeouts, retries of reads, and its failures in our words."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import wraps
 from time import monotonic
@@ -47,6 +47,11 @@ def open_store(url: str, *, timeout_s: float, max_connections: int) -> Redis:
 async def reply(answer: Any) -> Any:
     """The answer to a command; redis-py types it as a union over options that nobody here uses."""
     return await answer
+
+
+def pairs(flat: Sequence[bytes]) -> Mapping[bytes, bytes]:
+    """A hash, as a script gives it."""
+    return dict(zip(flat[::2], flat[1::2], strict=True))
 
 
 @asynccontextmanager

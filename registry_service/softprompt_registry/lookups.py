@@ -13,7 +13,7 @@ from softprompt_api.names import LATEST
 
 from softprompt_registry import keys
 from softprompt_registry.blobs import BlobStart
-from softprompt_registry.connection import reply
+from softprompt_registry.connection import pairs, reply
 
 Record = Mapping[bytes, bytes]
 
@@ -138,8 +138,8 @@ class Lookups:
         if not answer:
             return None
         version_id, record, blob, data = answer
-        start = BlobStart(facts=_pairs(blob), chunk=data)
-        return FoundContent(version_id=int(version_id), record=_pairs(record), start=start)
+        start = BlobStart(facts=pairs(blob), chunk=data)
+        return FoundContent(version_id=int(version_id), record=pairs(record), start=start)
 
     async def _version(self, script: str, seals: Seals | None, *arguments: Any) -> Found | None:
         known = seals or _NO_SEALS
@@ -149,14 +149,7 @@ class Lookups:
         if not answer:
             return None
         version_id, record, (counters, moved, highest) = answer
-        return Found(
-            version_id=int(version_id), record=_pairs(record), pointers=(counters, _pairs(moved), highest)
-        )
+        return Found(version_id=int(version_id), record=pairs(record), pointers=(counters, pairs(moved), highest))
 
     async def _run(self, script: str, *arguments: Any) -> Any:
         return await reply(self._client.eval(script, 0, *arguments))
-
-
-def _pairs(flat: Sequence[bytes]) -> Record:
-    """A hash, as a script gives it."""
-    return dict(zip(flat[::2], flat[1::2], strict=True))

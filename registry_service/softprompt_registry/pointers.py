@@ -13,16 +13,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import redis.exceptions
 from redis.asyncio.client import Pipeline
 from softprompt_api.errors import DataCorrupted
 from softprompt_api.names import LATEST
 
 from softprompt_registry import keys
 from softprompt_registry.catalog import AdapterVersion
-from softprompt_registry.connection import reply
+from softprompt_registry.connection import pairs, reply
 
 NUM_REPLIES = 3
+# What `ask` asks, in one turn where a transaction watches.
+_READ = """
+return {
+  redis.call("HMGET", KEYS[1], "revision", "next", "sha256"),
+  redis.call("HGETALL", KEYS[2]),
+  redis.call("ZRANGE", KEYS[3], -1, -1),
+}
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,18 +104,7 @@ def _damaged() -> DataCorrupted:
 
 
 async def read_watched(pipe: Pipeline, name: str) -> Pointers:
-    """A name's pointers inside a transaction that watches the name."""
-    counters = await _counters(pipe, name)
-    moved = await reply(pipe.hgetall(keys.aliases(name)))
-    highest = await reply(pipe.zrange(keys.versions(name), 0, 0, desc=True))
-    try:
-        return decode([counters, moved, highest])
-    except DataCorrupted:
-        # They were read one after the other: where a writer came between, the transaction begins anew.
-        if await _counters(pipe, name) != counters:
-            raise redis.exceptions.WatchError from None
-        raise
-
-
-async def _counters(pipe: Pipeline, name: str) -> Any:
-    return await reply(pipe.hmget(keys.name(name), "revision", "next", "sha256"))
+    """A name's pointers of one moment, inside a transaction that watches the name."""
+    read = keys.name(name), keys.aliases(name), keys.versions(name)
+    counters, moved, highest = await reply(pipe.eval(_READ, len(read), *read))
+    return decode([counters, pairs(moved), highest])
