@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from itertools import accumulate
 from random import Random
 
+from grpc_health.v1.health_pb2 import HealthCheckRequest
 from softprompt.cli import bound
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1.registry_pb2_grpc import RegistryServiceStub
 from softprompt_api.rpc.channel import open_blocking_channel
+from softprompt_api.rpc.probe import check_of
 
 from benchmarks import goals
 from benchmarks.bench import OURS, Bench
@@ -119,10 +121,14 @@ def _register(bench: Bench, system: System, names: list[str], asked: set[str]) -
 
 
 def _resolve(bench: Bench, system: System, names: list[str]) -> None:
-    """Milliseconds from a name, then from a digest, to the version, one after the other."""
+    """Milliseconds from a name, then from a digest, to the version, one after the other.
+
+    In turn with calls that ask for nothing: what they take, no answer can do without.
+    """
     chosen = Random(SEED).choices(names, k=bench.size.resolves)
+    empty: list[float] = []
     with open_blocking_channel(system.registry) as channel:
-        get = RegistryServiceStub(channel).GetAdapter
+        get, check = RegistryServiceStub(channel).GetAdapter, check_of(channel)
         found = [get(pb.GetAdapterRequest(adapter=name)).adapter for name in chosen[:_CHECKED]]  # connects
         if [version.name for version in found] != chosen[:_CHECKED]:
             raise SideFailed("a name stands for another adapter")
@@ -130,15 +136,21 @@ def _resolve(bench: Bench, system: System, names: list[str]) -> None:
             spellings, values = [], []
             for place, spelling in enumerate(chosen):
                 start = time.perf_counter()
+                check(HealthCheckRequest())
+                asked = time.perf_counter()
                 version = get(pb.GetAdapterRequest(adapter=spelling)).adapter
-                values.append(1e3 * (time.perf_counter() - start))
+                empty.append(1e3 * (asked - start))
+                values.append(1e3 * (time.perf_counter() - asked))
                 spellings.append(version.digest)
                 assert kind == "name" or version.digest == chosen[place]
             measured(bench, CASE, OURS, values, metric=f"resolve a {kind}", unit="ms")
             p50, p99 = median(values), percentile(values, 99)
             bench.progress.say(f"a {kind} is resolved in {p50:.2f} ms (p50), {p99:.2f} ms (p99)")
-            _row(bench, f"{kind} to version, p99", "ms", p99, goals.RESOLVE_MS)
+            _row(bench, f"{kind} to version, p99", "ms", p99, goals.RESOLVE_MS, note=f"p50 {p50:.2f} ms")
             chosen = spellings
+    measured(bench, CASE, OURS, empty, metric="a call that asks for nothing", unit="ms")
+    note = f"of gRPC's health service, beside these; p50 {median(empty):.2f} ms"
+    _row(bench, "a call that asks for nothing, p99", "ms", percentile(empty, 99), note=note)
     bench.progress.turn("names and digests looked up")
 
 

@@ -13,16 +13,22 @@ from softprompt_api.rpc.tls import ClientTls
 from softprompt_api.settings import ClientTlsSettings, SettingsError, read
 
 
+def check_of(
+    channel: grpc.Channel,
+) -> "grpc.UnaryUnaryMultiCallable[health_pb2.HealthCheckRequest, health_pb2.HealthCheckResponse]":
+    """The health service's `Check`."""
+    return channel.unary_unary(
+        "/grpc.health.v1.Health/Check",
+        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+    )
+
+
 def is_serving(target: str, timeout_s: float = 3.0, tls: ClientTls | None = None) -> bool:
     """Whether the health service at `target` answers SERVING within the time."""
     with open_blocking_channel(target, tls) as channel:
-        check = channel.unary_unary(
-            "/grpc.health.v1.Health/Check",
-            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
-            response_deserializer=health_pb2.HealthCheckResponse.FromString,
-        )
         try:
-            answer = check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+            answer = check_of(channel)(health_pb2.HealthCheckRequest(), timeout=timeout_s)
         except grpc.RpcError:
             return False
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
