@@ -2,46 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-import grpc
 import pytest
 from softprompt.cli import main
-from softprompt.cli.stopping import Stop
-from softprompt.cli.store import EmbeddedStore
 from softprompt.errors import InvalidArgument
 from softprompt.registry import RegistryClient
-from softprompt_api.registry.v1 import registry_pb2 as pb
-from softprompt_api.registry.v1.registry_pb2_grpc import RegistryServiceStub
-from softprompt_registry.server import RegistryServer
-from softprompt_registry.settings import Settings
-
-BASES = ("org/One", "org/Two")
-
-
-@pytest.fixture(scope="module")
-def folder(make_adapter: Callable[..., Path]) -> Path:
-    return make_adapter(60, 4).resolve()
-
-
-@pytest.fixture
-async def address(tmp_path: Path, folder: Path) -> AsyncIterator[str]:
-    """A registry that knows two base models of one shape, and may import the folder."""
-    store = EmbeddedStore(tmp_path, tmp_path / "logs", Stop())
-    process = store.start()
-    settings = Settings(address="127.0.0.1:0", redis_url=store.url, grace_s=0, allow_file_imports=folder.parent)
-    try:
-        async with (
-            RegistryServer(settings) as server,
-            grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
-        ):
-            for base in BASES:
-                model = pb.BaseModel(id=base, hidden_size=64)
-                await RegistryServiceStub(channel).PutBaseModel(pb.PutBaseModelRequest(base_model=model))
-            yield f"127.0.0.1:{server.port}"
-    finally:
-        process.end(10)
 
 
 async def test_an_adapter_is_for_the_base_model_that_is_named(address: str, folder: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import typer
 from softprompt_api.errors import SoftpromptError
 
-from softprompt.cli import adapters, amend, bench, doctor, keys, quality, resident, run, serve, talk
+from softprompt.cli import adapters, add_all, amend, bench, doctor, keys, quality, resident, run, serve, talk
 from softprompt.cli.argv import repeat_flags
 from softprompt.cli.connections import begin
 from softprompt.cli.problems import Problem
@@ -30,6 +30,11 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(serve.serve)
 for name, help_, command in (
+    (
+        "add-all",
+        "Register every PEFT folder in FOLDER under its own name in small letters, unless that has it already.",
+        add_all.add_all,
+    ),
     (
         "alias",
         "Make NAME@ALIAS stand for a version of NAME, at once for everybody; or remove the alias.",
