@@ -85,7 +85,7 @@ class Caller:
             return replace(ref, owner=self.tenant)
         name = full_name(self.tenant, ref.name)
         self.check_use(name)
-        return replace(ref, name=name)
+        return ref if name == ref.name else replace(ref, name=name)
 
     def new_name(self, name: str) -> str:
         """The full name of an adapter that the caller registers as `name`."""

@@ -58,7 +58,7 @@ class AdapterRef:
     @property
     def whole(self) -> "AdapterRef":
         """The adapter itself, without a task: what the registry knows."""
-        return replace(self, task=None)
+        return self if self.task is None else replace(self, task=None)
 
 
 def check_name(name: str, *, field: str = "name", base_model_id: str = "") -> str:
