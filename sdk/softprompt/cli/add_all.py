@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import track
 from softprompt_api.errors import AdapterConflict, InvalidArgument
 from softprompt_api.formats import CONFIG_FILE
 from softprompt_api.tenants import DEFAULT_TENANT, full_name
@@ -30,9 +28,8 @@ def add_all(
     paths = _peft_folders(folder)
     times_taken = Counter(map(_name, paths))
     told: list[dict[str, object]] = []
-    errors = Console(stderr=True)
     with registry_client(registry) as client:
-        for path in track(paths, "registering", console=errors, transient=True, disable=not errors.is_terminal):
+        for path in paths:
             name = full_name(tenant, _name(path))
             try:
                 if times_taken[_name(path)] > 1:
@@ -59,9 +56,9 @@ def add_all(
 def _peft_folders(folder: Path) -> list[Path]:
     try:
         inside = sorted(folder.expanduser().iterdir(), key=_name)
+        paths = [path for path in inside if (path / CONFIG_FILE).is_file()]
     except (OSError, RuntimeError) as error:
         raise Problem(f"cannot read the folder {folder}: {getattr(error, 'strerror', None) or error}") from None
-    paths = [path for path in inside if (path / CONFIG_FILE).is_file()]
     if not paths:
         raise Problem(f"no folder in {folder} has {CONFIG_FILE}; `softprompt adapter add` takes one PEFT folder")
     return paths
