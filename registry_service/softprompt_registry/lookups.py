@@ -11,7 +11,7 @@ from typing import Any
 from redis.asyncio import Redis
 from softprompt_api.names import LATEST
 
-from softprompt_registry import keys
+from softprompt_registry import keys, pointers
 from softprompt_registry.blobs import BlobStart
 from softprompt_registry.connection import pairs, reply
 
@@ -57,22 +57,14 @@ class FoundContent:
 _UNCHANGED = 1
 # What scripts have in common: how keys are spelled, and what is told of a version. That is 1 where it is as the
 # caller knows it, nothing where it has no record, and else its id, its record, and the replies of `pointers.ask`.
-_COMMON = f"""
+_COMMON = f"""{pointers.SCRIPT}
 local function version(id) return string.format("{keys.version("%s")}", id) end
 local function aliases(name) return string.format("{keys.aliases("%s")}", name) end
 local function versions(name) return string.format("{keys.versions("%s")}", name) end
 
-local function pointers(name)
-  return {{
-    redis.call("HMGET", string.format("{keys.name("%s")}", name), "revision", "next", "sha256"),
-    redis.call("HGETALL", aliases(name)),
-    redis.call("ZRANGE", versions(name), -1, -1),
-  }}
-end
-
 local function answer(id, name)
   if not id or not name or redis.call("EXISTS", version(id)) == 0 then return {{}} end
-  local told = pointers(name)
+  local told = pointers(string.format("{keys.name("%s")}", name), aliases(name), versions(name))
   if ARGV[1] ~= "" and told[1][3] == ARGV[1] and redis.call("HGET", version(id), "sha256") == ARGV[2] then
     return {_UNCHANGED}
   end

@@ -22,14 +22,17 @@ from softprompt_registry.catalog import AdapterVersion
 from softprompt_registry.connection import pairs, reply
 
 NUM_REPLIES = 3
-# What `ask` asks, in one turn where a transaction watches.
-_READ = """
-return {
-  redis.call("HMGET", KEYS[1], "revision", "next", "sha256"),
-  redis.call("HGETALL", KEYS[2]),
-  redis.call("ZRANGE", KEYS[3], -1, -1),
-}
+# What `ask` asks, for scripts: of a name's counters, aliases and versions, by their keys.
+SCRIPT = """
+local function pointers(counters, aliases, versions)
+  return {
+    redis.call("HMGET", counters, "revision", "next", "sha256"),
+    redis.call("HGETALL", aliases),
+    redis.call("ZRANGE", versions, -1, -1),
+  }
+end
 """
+_READ = f"{SCRIPT}return pointers(KEYS[1], KEYS[2], KEYS[3])"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

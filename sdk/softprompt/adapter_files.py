@@ -50,12 +50,15 @@ def find_adapter(path: str | Path) -> LocalAdapter:
 
     AdapterInvalid or Unavailable say what is wrong with it.
     """
-    files = read_folder(_folder(str(path)))
-    spec = parse_config(files.config_json)
     size_bytes, digest = 0, hashlib.sha256()
-    for chunk in chunks(files.tensors_path):
-        size_bytes += len(chunk)
-        digest.update(chunk)
+    try:
+        files = read_folder(_folder(str(path)))
+        spec = parse_config(files.config_json)
+        for chunk in chunks(files.tensors_path):
+            size_bytes += len(chunk)
+            digest.update(chunk)
+    except OSError as error:
+        raise AdapterInvalid(f"cannot read {shown(str(path))}: {error.strerror}", field="path") from None
     sha256 = digest.hexdigest()
     return LocalAdapter(
         files=files, spec=spec, size_bytes=size_bytes, sha256=sha256, digest=adapter_digest(spec, sha256)

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC
 from pathlib import Path
 from typing import Any
@@ -133,8 +133,8 @@ class RegistryClient(ServiceClient):
     ) -> tuple[AdapterInfo, bool]:
         """Register this content, unless the name has it as latest or newest version for this base model.
 
-        Return the latest version, and whether it is new. Where `latest` was moved back from this content, it
-        stays: a start does not undo a rollback.
+        Return the latest version, and whether it is new: with the registry's warnings then. If `latest` was moved
+        back from this content, it stays: a start does not undo a rollback.
 
         Args:
             base_model: as in `add`; "": a version for any base model will do.
@@ -146,7 +146,8 @@ class RegistryClient(ServiceClient):
             for version in (latest, *map(info_of, newest)):
                 if version.digest == adapter.digest and base_model in ("", version.base_model):
                     return latest, False
-        return self.add(name, adapter, base_model=base_model)[0], True
+        info, warnings = self.add(name, adapter, base_model=base_model)
+        return replace(info, warnings=tuple(warnings)), True
 
     def get(self, adapter: str) -> AdapterInfo:
         """One version: `name`, `name@3`, `name@alias` or `sha256:…`."""

@@ -21,11 +21,17 @@ def folder(make_adapter: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture
-async def address(tmp_path: Path, folder: Path) -> AsyncIterator[str]:
-    """A registry that knows two base models of one shape, and may import the folder."""
+async def address(tmp_path: Path, folder: Path, request: pytest.FixtureRequest) -> AsyncIterator[str]:
+    """A registry that knows two bases of one shape, and may import the folder; the parameter: durability."""
     store = EmbeddedStore(tmp_path, tmp_path / "logs", Stop())
     process = store.start()
-    settings = Settings(address="127.0.0.1:0", redis_url=store.url, grace_s=0, allow_file_imports=folder.parent)
+    settings = Settings(
+        address="127.0.0.1:0",
+        redis_url=store.url,
+        grace_s=0,
+        allow_file_imports=folder.parent,
+        durability=getattr(request, "param", "strong"),
+    )
     try:
         async with (
             RegistryServer(settings) as server,

@@ -98,3 +98,8 @@ def test_what_is_no_hub_source_is_refused(path: str) -> None:
 
 def test_a_file_url_is_its_folder(folder: Path) -> None:
     assert find_adapter(f"file://{folder}").digest == find_adapter(folder).digest
+
+
+def test_a_path_that_the_system_cannot_look_up_is_told() -> None:
+    with pytest.raises(AdapterInvalid, match=r"^cannot read .*: File name too long$"):
+        find_adapter("x" * 300)

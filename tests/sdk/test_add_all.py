@@ -85,3 +85,13 @@ async def test_a_folder_without_adapters_is_told(tmp_path: Path, capsys: pytest.
     assert f"no folder in {tmp_path} has adapter_config.json" in capsys.readouterr().err
     assert await add_all(str(tmp_path / "none")) == 1
     assert "No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["weak"], indirect=True)
+async def test_warnings_of_the_registry_are_told(
+    address: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "all" / "tweets")
+    assert await add_all(str(tmp_path / "all"), "--base-model", "org/One", "--registry", address) == 0
+    _, err = said_by(capsys)
+    assert any(line.startswith("warning: tweets: the registry was started with --durability weak") for line in err)

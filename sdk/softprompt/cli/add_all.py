@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from softprompt_api.errors import AdapterConflict, InvalidArgument
+from softprompt_api.errors import AdapterConflict, DataCorrupted, InvalidArgument
 from softprompt_api.formats import CONFIG_FILE
 from softprompt_api.tenants import DEFAULT_TENANT, full_name
 
@@ -35,7 +35,7 @@ def add_all(
                 if times_taken[_name(path)] > 1:
                     raise InvalidArgument(f"another folder would be {name} too", field="name")
                 info, is_new = client.ensure(name, path, base_model=base_model)
-            except (InvalidArgument, AdapterConflict) as error:
+            except (InvalidArgument, AdapterConflict, DataCorrupted) as error:
                 told.append({"folder": path.name, "state": "refused", "error": error.message})
                 typer.echo(f"{path.name} is refused: {error.message}", err=True)
                 continue
