@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from redis.asyncio import Redis
 from softprompt.cli import main
 
 
@@ -23,7 +25,7 @@ async def add_all(*arguments: str) -> int | str | None:
 def said_by(capsys: pytest.CaptureFixture[str]) -> tuple[list[str], list[str]]:
     """The lines of both streams, without those that the registry's log has, here in the same process."""
     out, err = (text.splitlines() for text in capsys.readouterr())
-    return [line for line in out if "[info " not in line], err
+    return [line for line in out if not re.match(r".{19} \[", line)], err
 
 
 async def test_each_folder_becomes_an_adapter_once(
@@ -95,3 +97,19 @@ async def test_warnings_of_the_registry_are_told(
     assert await add_all(str(tmp_path / "all"), "--base-model", "org/One", "--registry", address) == 0
     _, err = said_by(capsys)
     assert any(line.startswith("warning: tweets: the registry was started with --durability weak") for line in err)
+
+
+async def test_a_damaged_record_keeps_no_other_from_it(
+    address: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("first", "second"):
+        shutil.copytree(folder, tmp_path / "all" / name)
+    flags = (str(tmp_path / "all"), "--base-model", "org/One", "--registry", address)
+    assert await add_all(*flags) == 0
+    async with Redis(unix_socket_path=str(tmp_path / "store" / "store.sock")) as store:
+        await store.hset("sp:{v:1}", "rank", "9")
+    capsys.readouterr()
+    assert await add_all(*flags) == 1
+    out, err = said_by(capsys)
+    assert out == ["second@1 has it already: 4 virtual tokens"]
+    assert err[0].startswith("first is refused: the stored version with id 1 cannot be read")
