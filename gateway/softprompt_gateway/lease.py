@@ -15,7 +15,7 @@ from softprompt_gateway.catalog import Catalog
 from softprompt_gateway.clients import RegistryClient
 
 # A gateway that nobody uses asks for no lease: no change waits for it.
-_IDLE_S = 30.0
+_IDLE_S = 300.0
 _RENEWALS = 4  # in the time of a lease
 _MARGIN = 0.9  # of a lease: this clock may go slower than the registry's
 _PAUSE_S = 1.0
