@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from redis.asyncio.client import Pipeline
 from softprompt_api.errors import AdapterNotFound, DataCorrupted, InvalidArgument
 
 from softprompt_registry import keys
-from softprompt_registry.connection import reads, reply, writes
+from softprompt_registry.connection import read_fields, reads, reply, writes
 
 CHUNK_BYTES = 2**20
 # Of a chunk: more at once would keep a reader busy that takes its time for each.
@@ -25,13 +25,11 @@ class BlobInfo:
 
     Attributes:
         chunk_digests: the sha256 of every chunk, one after the other, 32 bytes each.
-        num_versions: how many versions use the blob.
     """
 
     sha256: str
     size_bytes: int
     chunk_digests: bytes
-    num_versions: int
 
     @property
     def num_chunks(self) -> int:
@@ -135,7 +133,6 @@ def decode_blob(fields: Mapping[bytes, bytes], *, sha256: str) -> BlobInfo | Non
             sha256=fields[b"sha256"].decode(),
             size_bytes=int(fields[b"size_bytes"]),
             chunk_digests=fields[b"chunk_digests"],
-            num_versions=int(fields[b"num_versions"]),
         )
     except (KeyError, ValueError) as error:
         raise DataCorrupted("the stored facts of a tensor file cannot be read") from error
@@ -144,13 +141,15 @@ def decode_blob(fields: Mapping[bytes, bytes], *, sha256: str) -> BlobInfo | Non
     return info
 
 
-async def read_use(pipe: Pipeline, sha256: str) -> BlobUse | None:
-    """What must be known of a blob to delete it; None where it is not there, or nothing counts its users."""
+async def read_uses(pipe: Pipeline, sha256s: Sequence[str]) -> dict[str, BlobUse]:
+    """What must be known of blobs to delete them; without those that are not there, or whose users are unknown."""
     # Other facts may be damaged: nobody can read the blob then, and it must not hold fast who used it.
-    num_versions, digests = await reply(pipe.hmget(keys.blob(sha256), "num_versions", "chunk_digests"))
-    if not num_versions or not num_versions.isdigit():
-        return None
-    return BlobUse(num_versions=int(num_versions), num_chunks=len(digests or b"") // _DIGEST_BYTES)
+    found = await read_fields(pipe, [keys.blob(sha256) for sha256 in sha256s], "num_versions", "chunk_digests")
+    return {
+        sha256: BlobUse(num_versions=int(num_versions), num_chunks=len(digests or b"") // _DIGEST_BYTES)
+        for sha256, (num_versions, digests) in zip(sha256s, found, strict=True)
+        if num_versions and num_versions.isdigit()
+    }
 
 
 def chunk_of(offset: int) -> int:

@@ -31,7 +31,7 @@ MAX_LABEL_KEY_CHARACTERS = 64
 MAX_LABEL_VALUE_CHARACTERS = 256
 MAX_IDEMPOTENCY_KEY_CHARACTERS = 128
 MAX_BASE_MODEL_ID_CHARACTERS = 256
-MAX_REASON_CHARACTERS = 256
+MAX_BASE_MODEL_TEXT_CHARACTERS = 256
 SERVING_DTYPES = ("float32", "bfloat16", "float16")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -189,11 +189,12 @@ def check_base_model(model: BaseModel) -> None:
     for field in ("num_layers", "num_kv_heads", "head_dim", "vocab_size", "max_virtual_tokens", "max_lora_rank"):
         if getattr(model, field) < 0:
             raise InvalidArgument(f"base_model.{field} cannot be negative", field=f"base_model.{field}")
-    if len(model.no_key_values) > MAX_REASON_CHARACTERS:
-        raise InvalidArgument(
-            f"base_model.no_key_values has at most {MAX_REASON_CHARACTERS} characters",
-            field="base_model.no_key_values",
-        )
+    for field in ("architecture", "tokenizer_sha256", "no_key_values"):
+        if len(getattr(model, field)) > MAX_BASE_MODEL_TEXT_CHARACTERS:
+            raise InvalidArgument(
+                f"base_model.{field} has at most {MAX_BASE_MODEL_TEXT_CHARACTERS} characters",
+                field=f"base_model.{field}",
+            )
     if model.vocabulary_norms is not None and not _are_lengths(model.vocabulary_norms):
         raise InvalidArgument(
             "base_model.vocabulary_norms must be finite, rising and above 0", field="base_model.vocabulary_norms"

@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -13,10 +14,10 @@ from softprompt_api.errors import DataCorrupted, Unavailable
 from softprompt_api.names import LATEST
 
 from softprompt_registry import catalog, events, keys, pointers
-from softprompt_registry.blobs import BlobUse, StagedBlob, read_use
+from softprompt_registry.blobs import BlobUse, StagedBlob, read_uses
 from softprompt_registry.catalog import AdapterVersion, Draft, EventType
 from softprompt_registry.codec import encode_version
-from softprompt_registry.connection import reply, store_errors, writes
+from softprompt_registry.connection import LOST, read_fields, reply, store_errors, writes
 from softprompt_registry.full import also_when_full
 from softprompt_registry.pointers import Pointers
 from softprompt_registry.store import Store
@@ -60,15 +61,16 @@ class Changes:
             return await self._publish(draft, staged, version_id=version_id, key=key, content=content)
         except Unavailable as error:
             # The answer to the transaction may be lost, and not the transaction.
-            try:
-                version = await self._store.find_id(version_id)
-            except Unavailable:
-                raise Unavailable(
-                    "the store went away; ask for the adapter, or register again with an idempotency key"
-                ) from error
-            if version is None:
+            with suppress(Unavailable):
+                if version := await self._store.find_id(version_id):
+                    return version
+            if not isinstance(error.__cause__, LOST):
                 raise
-            return version
+            # It may still be on its way to the store.
+            raise Unavailable(
+                "the store went away, and the adapter may have been registered; ask for it, or register again "
+                "with an idempotency key"
+            ) from error
 
     @writes
     async def _publish(
@@ -190,9 +192,11 @@ class Changes:
     async def _doomed(self, pipe: Pipeline, name: str, *, low: float | str, high: float | str) -> list[_Doomed]:
         """The versions with these numbers; AdapterInUse where one is pinned."""
         found = await reply(pipe.zrangebyscore(keys.versions(name), low, high, withscores=True))
+        records = await read_fields(
+            pipe, [keys.version(int(version_id)) for version_id, _ in found], "digest", "tensors_sha256", "pinned"
+        )
         doomed = []
-        for version_id, number in found:
-            record = await reply(pipe.hmget(keys.version(int(version_id)), "digest", "tensors_sha256", "pinned"))
+        for (version_id, number), record in zip(found, records, strict=True):
             digest, sha256, pinned = (text.decode(errors="replace") if text else "" for text in record)
             doomed.append(
                 _Doomed(
@@ -205,12 +209,10 @@ class Changes:
 
     async def _blobs(self, pipe: Pipeline, doomed: Sequence[_Doomed]) -> dict[str, BlobUse]:
         """The blobs that versions use, watched; without those whose users cannot be told."""
-        blobs = {}
-        for sha256 in {version.sha256 for version in doomed if version.sha256}:
-            await pipe.watch(keys.blob(sha256))
-            if use := await read_use(pipe, sha256):
-                blobs[sha256] = use
-        return blobs
+        sha256s = list({version.sha256 for version in doomed if version.sha256})
+        if sha256s:
+            await pipe.watch(*map(keys.blob, sha256s))
+        return await read_uses(pipe, sha256s)
 
     def _remove(self, pipe: Pipeline, name: str, doomed: Sequence[_Doomed], blobs: Mapping[str, BlobUse]) -> None:
         """Queue the removal of versions, and of the blobs that nobody uses then."""

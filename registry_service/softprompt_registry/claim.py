@@ -19,6 +19,8 @@ from softprompt_registry.full import also_when_full
 
 _log = structlog.get_logger()
 _NOBODY = "nobody"
+# Far beyond any lease. A registry that is then alone gives leases again.
+_NOBODY_S = 600
 
 
 class Claim:
@@ -43,7 +45,7 @@ class Claim:
     async def holds(self) -> bool:
         """Whether a lease that was asked for before may be given.
 
-        The claim is made once, and can be lost to another registry; anew where it has gone with all else.
+        The claim is made once, and can be lost to another registry; it is made anew where there is none.
         """
         found = await self._read()
         if found.startswith(self._own):
@@ -54,11 +56,11 @@ class Claim:
             self._is_lost = True
             return False
         claimed = f"{self._own}:{max(self._lease_ms, _milliseconds(found))}"
-        is_first = not found and not self._was_made and await self._write(claimed, only_first=True)
-        if not is_first:
-            await self._write(claimed)
-        self._was_made = True  # a store that was away may be asked again
-        self._note(claimed, is_first=is_first)
+        if not await self._write(claimed, only_first=not found):
+            return await self.holds()  # another came first
+        # A store that was away may be asked again: what it has forgotten may have been given.
+        self._note(claimed, is_first=not found and not self._was_made)
+        self._was_made = True
         return True
 
     async def settle(self) -> None:
@@ -69,7 +71,7 @@ class Claim:
         if not found.startswith((self._own, _NOBODY)):
             _log.info("leases of another registry are waited for", milliseconds=_milliseconds(found))
             found = f"{_NOBODY}:{uuid4().hex}:{_milliseconds(found)}"
-            await self._write(found)
+            await self._write(found, ttl_s=_NOBODY_S)
         if found != self._found:
             self._note(found)
         await asyncio.sleep(max(0.0, self._over_at_s - time.monotonic()))
@@ -89,9 +91,9 @@ class Claim:
         return (found or b"").decode(errors="replace")
 
     @writes
-    async def _write(self, value: str, *, only_first: bool = False) -> bool:
-        condition = ("NX",) if only_first else ()
-        return bool(await reply(also_when_full(self._client, "SET", keys.LEASES, value, *condition)))
+    async def _write(self, value: str, *, only_first: bool = False, ttl_s: int | None = None) -> bool:
+        options = (*(("NX",) if only_first else ()), *(("EX", ttl_s) if ttl_s else ()))
+        return bool(await reply(also_when_full(self._client, "SET", keys.LEASES, value, *options)))
 
     @writes
     async def _delete_own(self) -> None:

@@ -2,6 +2,8 @@
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import chain
+from sys import getsizeof
 
 from softprompt_api.names import AdapterRef
 
@@ -10,7 +12,7 @@ from softprompt_registry.lookups import Seals
 
 _MAX_KEPT = 10_000  # some 3 kB each
 # A config may have up to a megabyte, and none that a trainer wrote has.
-_MAX_CONFIG_CHARACTERS = 16_384
+_MAX_TEXT_BYTES = 16_384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +30,9 @@ class Recent:
         self._kept: OrderedDict[AdapterRef, Kept] = OrderedDict()
 
     def keep(self, ref: AdapterRef, kept: Kept) -> None:
-        """Keep what a spelling named; of a version with a config beyond all measure, nothing is kept."""
-        if len(kept.version.config_json) > _MAX_CONFIG_CHARACTERS:
+        """Keep what a spelling named; of a version with a config or labels beyond all measure, nothing is kept."""
+        texts = (kept.version.config_json, *chain(*kept.version.labels.items()))
+        if sum(map(getsizeof, texts)) > _MAX_TEXT_BYTES:
             return
         self._kept[ref] = kept
         self._kept.move_to_end(ref)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import grpc
 from softprompt_api.audit import audited
-from softprompt_api.errors import AdapterConflict, AdapterNotFound, AliasMoved, InvalidArgument
+from softprompt_api.errors import AdapterConflict, AdapterNotFound, AliasMoved, InvalidArgument, Unavailable
 from softprompt_api.names import shown
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc
@@ -193,7 +193,13 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
         except (AdapterNotFound, AdapterConflict, AliasMoved):
             await self._registry.leases.settle()
             raise
-        await self._registry.leases.settle()
+        try:
+            await self._registry.leases.settle()
+        except Unavailable as error:
+            raise Unavailable(
+                "the change was made, and the store went away before every gateway knew of it; "
+                "ask what there is now"
+            ) from error
         return outcome
 
 

@@ -11,13 +11,20 @@ import re
 import stat
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from softprompt_api.errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable, Unsupported
+from softprompt_api.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    InvalidArgument,
+    Overloaded,
+    Unavailable,
+    Unsupported,
+)
 from softprompt_api.formats import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
 from softprompt_api.names import shown
 
@@ -183,8 +190,9 @@ class Hub:
         import httpx
 
         timeout = httpx.Timeout(_READ_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S)
-        with tempfile.TemporaryFile() as tensors:
+        with ExitStack() as stack:
             try:
+                tensors = stack.enter_context(tempfile.TemporaryFile())
                 async with httpx.AsyncClient(
                     headers={"user-agent": "softprompt", "accept-encoding": "identity"},
                     follow_redirects=True,
@@ -194,6 +202,8 @@ class Hub:
                     size_bytes, sha256 = await self._fetch_tensors(client, source, commit, tensors)
             except httpx.HTTPError as error:
                 raise Unavailable("the hub cannot be reached, or broke off; try again later") from error
+            except OSError as error:
+                raise Overloaded(f"there is no room for the adapter here ({error.strerror}); try again") from error
             tensors.seek(0)
             yield Files(config_json=_config_text(config), tensors=tensors, size_bytes=size_bytes, sha256=sha256)
 
@@ -227,7 +237,12 @@ class Hub:
     ) -> AsyncIterator["httpx.Response"]:
         from huggingface_hub import hf_hub_url
 
-        url = hf_hub_url(source.repository, name, revision=revision, endpoint=self._endpoint)
+        try:
+            url = hf_hub_url(source.repository, name, revision=revision, endpoint=self._endpoint)
+        except ValueError:  # "--" in a name, or ".git" at its end
+            raise InvalidArgument(
+                f"{shown(source.repository, 200)} is no repository that the hub could have", field=_FIELD
+            ) from None
         async with client.stream("GET", url) as response:
             if response.status_code in (401, 403, 404):
                 raise AdapterNotFound(

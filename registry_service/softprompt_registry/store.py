@@ -141,8 +141,7 @@ class Store:
         if after:
             member = keys.listed(after)
             # Anybody can make a token: beside the names of this list lie other tenants' names.
-            is_among = after.startswith(prefix) and ("/" in after) == ("/" in prefix)
-            if not (all_tenants or is_among):
+            if not (all_tenants or low[1:] <= member <= high[1:]):
                 raise catalog.foreign_token()
             low, high = (low, f"({member}") if descending else (f"({member}", high)
         if descending:

@@ -5,6 +5,7 @@ import contextlib
 import os
 import time
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -12,6 +13,7 @@ from softprompt_api.errors import AdapterNotFound, SoftpromptError, Unavailable
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_registry.catalog import BaseModel
 from softprompt_registry.connection import open_store
+from softprompt_registry.leases import Leases
 from softprompt_registry.server import RegistryServer
 from softprompt_registry.store import Store
 
@@ -174,6 +176,27 @@ async def test_a_registration_whose_acknowledgement_is_lost_is_made_once(
     assert await linked.versions("sms") == [1]
     assert await redis.xlen("sp:events") == num_events + 1
     assert await redis.hget(f"sp:{{blob:{adapter.sha256}}}:m", "num_versions") == b"1"
+
+
+async def test_a_registration_that_may_still_be_on_its_way_is_not_called_unmade(
+    linked, link, make_adapter, monkeypatch
+):
+    link.forgets = True
+    with monkeypatch.context() as before_it_came:
+        before_it_came.setattr(Store, "find_id", AsyncMock(return_value=None))
+        with pytest.raises(Unavailable, match="may have been registered; ask for it"):
+            await linked.register("sms", make_adapter(5))
+    assert (await linked.get("sms")).version == 1
+
+
+async def test_a_change_before_which_somebody_may_still_answer_from_is_told_as_made(
+    client, make_adapter, monkeypatch
+):
+    with monkeypatch.context() as away:
+        away.setattr(Leases, "settle", AsyncMock(side_effect=Unavailable("the store is away; try again")))
+        with pytest.raises(Unavailable, match="the change was made"):
+            await client.register("tweets", make_adapter())
+    assert (await client.get("tweets")).version == 1
 
 
 @pytest.mark.parametrize(

@@ -280,6 +280,34 @@ async def test_a_claim_that_has_gone_with_what_the_store_held_is_made_again(clie
     assert (await redis.get("sp:leases")).startswith(b"registry:")
 
 
+@pytest.mark.parametrize("lease_s", [SHORT_S])
+async def test_a_registry_whose_neighbour_has_gone_gives_leases_again(
+    client, settings, connect, redis, make_adapter
+):
+    async with another(settings, connect) as other:
+        await redis.set("sp:leases", "registry:gone:1")
+        holder = Holder(client)
+        assert await holder.ask() == SHORT_S
+        await holder.give_back()
+        await other.register("tweets", make_adapter())
+    assert await holder.ask() == 0
+    assert 60 < await redis.ttl("sp:leases") <= 600  # the longest lease is over long before
+    await redis.delete("sp:leases")
+    assert await holder.ask() == SHORT_S
+
+
+async def test_of_two_who_claim_at_once_the_later_one_waits_for_the_others_leases(redis, monkeypatch):
+    claim = Claim(redis, lease_s=0.0)
+    read = AsyncMock(side_effect=["", "registry:other:150"])
+    with monkeypatch.context() as racing:
+        racing.setattr(claim, "_read", read)
+        await redis.set("sp:leases", "registry:other:150")
+        begun_s = time.monotonic()
+        assert await claim.holds()
+    await claim.settle()
+    assert time.monotonic() >= begun_s + 0.15
+
+
 async def test_a_registry_that_stops_in_order_keeps_the_next_one_from_waiting(
     client, settings, connect, redis, make_adapter
 ):

@@ -98,10 +98,17 @@ async def test_only_what_was_asked_for_last_is_kept(client, make_adapter, redis,
 
 
 async def test_a_config_of_any_size_is_told_and_a_huge_one_not_kept(client, make_adapter, redis):
-    for size, is_kept in ((100, True), (100_000, False)):
-        adapter = make_adapter()
-        adapter = adapter.but(config={**adapter.config, "prompt_tuning_init_text": "x" * size})
-        made = await client.register(f"of-{size}", adapter)
+    labels = {f"label-{number}": "\U0001d11e" * 256 for number in range(32)}
+    sizes = [
+        ("x" * 100, {}, True),
+        ("x" * 100_000, {}, False),
+        ("\U0001d11e" * 5000, {}, False),
+        ("x", labels, False),
+    ]
+    for number, (text, labelled, is_kept) in enumerate(sizes):
+        adapter = make_adapter().but(header={"labels": labelled})
+        adapter = adapter.but(config={**adapter.config, "prompt_tuning_init_text": text})
+        made = await client.register(f"of-{number}", adapter)
         assert await client.get(made.name) == made
         await redis.config_resetstat()
         assert await client.get(made.name) == made

@@ -20,7 +20,7 @@ from softprompt_api.errors import (
 )
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.rpc.status import from_rpc_error
-from softprompt_registry import catalog
+from softprompt_registry import catalog, connection
 from softprompt_registry.server import RegistryServer
 
 
@@ -180,12 +180,36 @@ async def test_what_is_damaged_can_be_deleted_and_made_anew(client, make_adapter
     await redis.hset(key, field, b"\xff" + (await redis.hget(key, field))[1:])
     await client.delete("tweets", number)
     assert await client.names() == []
-    if field == "num_versions":  # nothing tells who uses the blob, and it stays
-        await redis.hset(key, field, "0")
     made = await client.register("tweets", adapter)
     assert made.version == 2
     assert await client.get("tweets") == await client.get(made.digest) == made
     assert await client.read(made.digest) == adapter.tensors
+
+
+async def test_what_is_read_and_registered_anew_does_not_depend_on_who_counts_its_users(
+    client, make_adapter, redis
+):
+    adapter = make_adapter()
+    made = await client.register("tweets", adapter)
+    await redis.hset(f"sp:{{blob:{made.tensors_sha256}}}:m", "num_versions", "x1")
+    assert await client.read(made.digest) == adapter.tensors
+    assert (await client.register("sms", adapter)).digest == made.digest
+    await client.delete("tweets")
+    assert await client.read(made.digest) == adapter.tensors
+
+
+async def test_a_name_with_many_versions_is_deleted_with_all_that_they_hold(
+    client, make_adapter, redis, monkeypatch
+):
+    monkeypatch.setattr(connection, "_MAX_HASHES", 2)
+    shared = make_adapter(9)
+    for adapter in (*map(make_adapter, range(3)), shared, shared):
+        await client.register("tweets", adapter)
+    kept = await client.register("sms", shared)
+    await client.delete("tweets")
+    assert await client.read(kept.digest) == shared.tensors
+    await client.delete("sms")
+    assert [*await redis.keys("*blob*"), *await redis.keys("*{v:*")] == []
 
 
 async def test_a_blob_whose_facts_were_damaged_is_left_behind_by_nobody(client, make_adapter, redis):
@@ -534,6 +558,9 @@ async def test_a_damaged_base_model_takes_no_other_along(client, make_adapter, r
         ({"hidden_size": 0}, "base_model.hidden_size"),
         ({"num_layers": -1}, "base_model.num_layers"),
         ({"dtype": "int4"}, "base_model.dtype"),
+        ({"architecture": "x" * 257}, "base_model.architecture"),
+        ({"tokenizer_sha256": "x" * 257}, "base_model.tokenizer_sha256"),
+        ({"no_key_values": "x" * 257}, "base_model.no_key_values"),
     ],
 )
 async def test_a_base_model_without_a_usable_fingerprint_is_refused(client, fields, field):

@@ -2,11 +2,21 @@
 
 import hashlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-from softprompt_api.errors import AdapterInvalid, AdapterNotFound, InvalidArgument, Unavailable, Unsupported
+from softprompt_api.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    InvalidArgument,
+    Overloaded,
+    Unavailable,
+    Unsupported,
+)
 from softprompt_registry.sources import Files, Folders, FolderSource, Hub, HubSource, parse_source
 
 TENSORS = bytes(range(256)) * 10_000  # more than one piece
@@ -197,6 +207,15 @@ async def test_without_a_root_nothing_is_read_and_the_flag_is_named(root: Path) 
 
 # Of the hub, over real sockets.
 
+
+@pytest.mark.parametrize("repository", ["somebody/tweets.git", "somebody/a--b", "somebody/tweets-"])
+async def test_a_name_that_no_repository_of_the_hub_has_is_refused(repository: str) -> None:
+    hub = Hub(is_allowed=True, max_size_bytes=len(TENSORS), endpoint="http://127.0.0.1:1")
+    with pytest.raises(InvalidArgument, match=repository) as refused:
+        await read(hub, HubSource(repository=repository, revision="main"))
+    assert refused.value.field == "source"
+
+
 REPOSITORY = HubSource(repository="somebody/tweets", revision="main")
 
 
@@ -260,6 +279,23 @@ async def test_a_config_over_the_limit_is_refused(published: Any) -> None:
     with pytest.raises(AdapterInvalid) as refused:
         await read(client(published), REPOSITORY)
     assert refused.value.field == "config_json"
+
+
+@pytest.fixture
+def full_disk() -> Iterator[Any]:
+    with Path("/dev/full").open("r+b", buffering=0) as file:
+        yield file
+
+
+async def test_where_there_is_no_room_for_a_file_that_is_told(
+    published: Any, full_disk: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "TemporaryFile", Mock(return_value=full_disk))
+    with pytest.raises(Overloaded, match="No space left"):
+        await read(client(published), REPOSITORY)
+    monkeypatch.setattr(tempfile, "TemporaryFile", Mock(side_effect=FileNotFoundError(2, "No usable folder")))
+    with pytest.raises(Overloaded, match="No usable folder"):
+        await read(client(published), REPOSITORY)
 
 
 async def test_a_hub_that_breaks_off_is_unavailable(published: Any) -> None:

@@ -68,7 +68,8 @@ async def test_pages_go_through_a_tenants_names_alone(client, make_adapter):
 async def test_a_forged_page_token_leads_to_no_other_tenants_names(client, make_adapter, after, descending):
     for seed, name in enumerate(["a", "acme/a", "umbrella/a", "zeta/a"]):
         await client.register(name, make_adapter(seed))
-    for prefix, position in (("umbrella/", after), ("", "acme/"), ("", "zeta/a")):
+    positions = [("umbrella/", after), ("", "acme/"), ("", "zeta/a"), ("", "~z"), ("", "\x7f"), ("u", "~")]
+    for prefix, position in positions:
         forged = catalog.page_token(f"adapters {prefix} [] {descending}", position)
         with pytest.raises(InvalidArgument) as refused:
             await client.names(name_prefix=prefix, page_token=forged, descending=descending)
