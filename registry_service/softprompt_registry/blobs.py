@@ -11,7 +11,8 @@ from redis.asyncio.client import Pipeline
 from softprompt_api.errors import AdapterNotFound, DataCorrupted, InvalidArgument
 
 from softprompt_registry import keys
-from softprompt_registry.connection import read_fields, reads, reply, writes
+from softprompt_registry.connection import reads, reply, writes
+from softprompt_registry.scripts import read_fields
 
 CHUNK_BYTES = 2**20
 # Of a chunk: more at once would keep a reader busy that takes its time for each.

@@ -17,9 +17,10 @@ from softprompt_registry import catalog, events, keys, pointers
 from softprompt_registry.blobs import BlobUse, StagedBlob, read_uses
 from softprompt_registry.catalog import AdapterVersion, Draft, EventType
 from softprompt_registry.codec import encode_version
-from softprompt_registry.connection import LOST, read_fields, reply, store_errors, writes
+from softprompt_registry.connection import LOST, reply, store_errors, writes
 from softprompt_registry.full import also_when_full
 from softprompt_registry.pointers import Pointers
+from softprompt_registry.scripts import read_fields
 from softprompt_registry.store import Store
 from softprompt_registry.transactions import begin, transact
 

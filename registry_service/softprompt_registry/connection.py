@@ -1,7 +1,7 @@
 """The connection to Redis or Valkey: timeouts, retries of reads, and its failures in our words."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import wraps
 from time import monotonic
@@ -9,7 +9,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import redis.exceptions
 from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from softprompt_api.errors import Overloaded, Unavailable
@@ -23,14 +22,6 @@ from tenacity import (
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-# Of hashes by their keys, fields by their names.
-_READ_FIELDS = """
-local found = {}
-for index, key in ipairs(KEYS) do found[index] = redis.call("HMGET", key, unpack(ARGV)) end
-return found
-"""
-_MAX_HASHES = 1000  # in one turn: a store answers nobody meanwhile
 
 _FIRST_WAIT_S = 0.05
 _MAX_REPEATING_S = 0.5
@@ -56,20 +47,6 @@ def open_store(url: str, *, timeout_s: float, max_connections: int) -> Redis:
 async def reply(answer: Any) -> Any:
     """The answer to a command; redis-py types it as a union over options that nobody here uses."""
     return await answer
-
-
-def pairs(flat: Sequence[bytes]) -> Mapping[bytes, bytes]:
-    """A hash, as a script gives it."""
-    return dict(zip(flat[::2], flat[1::2], strict=True))
-
-
-async def read_fields(pipe: Pipeline, hashes: Sequence[str], *names: str) -> list[list[bytes | None]]:
-    """Fields of hashes, in their order, inside a transaction that watches what it needs; None: not there."""
-    found = []
-    for first in range(0, len(hashes), _MAX_HASHES):
-        some = hashes[first : first + _MAX_HASHES]
-        found += await reply(pipe.eval(_READ_FIELDS, len(some), *some, *names))
-    return found
 
 
 @asynccontextmanager

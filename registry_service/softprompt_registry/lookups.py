@@ -13,7 +13,8 @@ from softprompt_api.names import LATEST
 
 from softprompt_registry import keys, pointers
 from softprompt_registry.blobs import BlobStart
-from softprompt_registry.connection import pairs, reply
+from softprompt_registry.connection import reply
+from softprompt_registry.scripts import pairs
 
 Record = Mapping[bytes, bytes]
 
@@ -56,7 +57,7 @@ class FoundContent:
 
 _UNCHANGED = 1
 # What scripts have in common: how keys are spelled, and what is told of a version. That is 1 where it is as the
-# caller knows it, nothing where it has no record, and else its id, its record, and the replies of `pointers.ask`.
+# caller knows it, nothing where it has no record, and else its id, its record, and what `pointers.decode` reads.
 _COMMON = f"""{pointers.SCRIPT}
 local function version(id) return string.format("{keys.version("%s")}", id) end
 local function aliases(name) return string.format("{keys.aliases("%s")}", name) end
@@ -140,8 +141,8 @@ class Lookups:
             return Found(is_unchanged=True)
         if not answer:
             return None
-        version_id, record, (counters, moved, highest) = answer
-        return Found(version_id=int(version_id), record=pairs(record), pointers=(counters, pairs(moved), highest))
+        version_id, record, told = answer
+        return Found(version_id=int(version_id), record=pairs(record), pointers=told)
 
     async def _run(self, script: str, *arguments: Any) -> Any:
         return await reply(self._client.eval(script, 0, *arguments))

@@ -13,16 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 from softprompt_api.errors import DataCorrupted
 from softprompt_api.names import LATEST
 
 from softprompt_registry import keys
 from softprompt_registry.catalog import AdapterVersion
-from softprompt_registry.connection import pairs, reply
+from softprompt_registry.scripts import pairs, run_for_each
 
-NUM_REPLIES = 3
-# What `ask` asks, for scripts: of a name's counters, aliases and versions, by their keys.
+# What `decode` reads, for scripts: of a name's counters, aliases and versions, by their keys.
 SCRIPT = """
 local function pointers(counters, aliases, versions)
   return {
@@ -32,7 +32,12 @@ local function pointers(counters, aliases, versions)
   }
 end
 """
-_READ = f"{SCRIPT}return pointers(KEYS[1], KEYS[2], KEYS[3])"
+_READ = f"""{SCRIPT}
+local found = {{}}
+for index = 1, #KEYS, 3 do found[#found + 1] = pointers(KEYS[index], KEYS[index + 1], KEYS[index + 2]) end
+return found
+"""
+_MAX_KEYS = 3 * 100  # at one time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,20 +76,19 @@ class Pointers:
         return replace(self, moved=moved, revision=self.revision + 1)
 
 
-def ask(pipe: Pipeline, name: str) -> None:
-    """Queue the commands that read a name's pointers."""
-    pipe.hmget(keys.name(name), "revision", "next", "sha256")
-    pipe.hgetall(keys.aliases(name))
-    pipe.zrange(keys.versions(name), 0, 0, desc=True)
+async def ask(client: Redis, names: Sequence[str]) -> list[Sequence[Any]]:
+    """What `decode` reads, of each name, each of one moment."""
+    read = [key for name in names for key in (keys.name(name), keys.aliases(name), keys.versions(name))]
+    return await run_for_each(client, _READ, read, at_once=_MAX_KEYS)
 
 
-def decode(replies: Sequence[Any]) -> Pointers:
-    """The pointers in the replies to what `ask` queued."""
-    (revision, number, sealed), moved, highest = replies
+def decode(told: Sequence[Any]) -> Pointers:
+    """The pointers in what a script told of a name."""
+    (revision, number, sealed), moved, highest = told
     try:
         pointers = Pointers(
             highest=int(highest[0]) if highest else 0,
-            moved={alias.decode(): int(version_id) for alias, version_id in moved.items()},
+            moved={alias.decode(): int(version_id) for alias, version_id in pairs(moved).items()},
             revision=int(revision or 0),
             next=int(number or 1),
         )
@@ -108,6 +112,5 @@ def _damaged() -> DataCorrupted:
 
 async def read_watched(pipe: Pipeline, name: str) -> Pointers:
     """A name's pointers of one moment, inside a transaction that watches the name."""
-    read = keys.name(name), keys.aliases(name), keys.versions(name)
-    counters, moved, highest = await reply(pipe.eval(_READ, len(read), *read))
-    return decode([counters, pairs(moved), highest])
+    [told] = await ask(pipe, [name])
+    return decode(told)

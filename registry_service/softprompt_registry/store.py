@@ -21,6 +21,7 @@ from softprompt_registry.full import also_when_full
 from softprompt_registry.lookups import Found, FoundContent, Lookups, Seals
 from softprompt_registry.pointers import Pointers
 from softprompt_registry.recent import Kept, Recent
+from softprompt_registry.scripts import read_fields, read_hashes
 
 _log = structlog.get_logger()
 _MAX_NAMES_COMPARED = 500
@@ -82,8 +83,8 @@ class Store:
     async def find_ids(self, version_ids: Sequence[int]) -> list[AdapterVersion | None]:
         """The versions with these global ids, in their order; None for one that was deleted or cannot be read."""
         versions = await self._load_readable(version_ids)
-        names = dict.fromkeys(version.name for version in versions if version)
-        known = {name: _readable_pointers(name, replies) for name, replies in await self._ask_pointers([*names])}
+        names = list(dict.fromkeys(version.name for version in versions if version))
+        known = dict(zip(names, await self._readable_pointers(names), strict=True))
         return [
             one.describe(version) if version and (one := known[version.name]) else None for version in versions
         ]
@@ -103,7 +104,7 @@ class Store:
     @reads
     async def latest(self, names: Sequence[str]) -> list[AdapterVersion | None]:
         """The names' latest versions, in their order; None for one that was deleted or cannot be read."""
-        known = [_readable_pointers(name, replies) for name, replies in await self._ask_pointers(names)]
+        known = await self._readable_pointers(names)
         versions = await self._load_readable([one.target(LATEST) if one else 0 for one in known])
         return [
             one.describe(version) if one and version else None
@@ -241,16 +242,13 @@ class Store:
         return None
 
     async def _pointers(self, name: str) -> Pointers:
-        [(_, replies)] = await self._ask_pointers([name])
-        return pointers.decode(replies)
+        [told] = await pointers.ask(self._client, [name])
+        return pointers.decode(told)
 
-    async def _ask_pointers(self, names: Sequence[str]) -> list[tuple[str, Sequence[Any]]]:
-        # In a transaction: what points where, and which version is the highest, must be of one moment.
-        pipe = self._client.pipeline(transaction=True)
-        for name in names:
-            pointers.ask(pipe, name)
-        replies, size = await pipe.execute(), pointers.NUM_REPLIES
-        return [(name, replies[size * place : size * (place + 1)]) for place, name in enumerate(names)]
+    async def _readable_pointers(self, names: Sequence[str]) -> list[Pointers | None]:
+        """Of each name, in their order; None where they are damaged."""
+        told = await pointers.ask(self._client, names)
+        return [_readable_pointers(name, one) for name, one in zip(names, told, strict=True)]
 
     async def _with_digest(self, ref: AdapterRef, base_model_id: str) -> list[int]:
         """Versions with a digest, of its owner where one is named, the oldest first; all have the same tensors.
@@ -266,20 +264,18 @@ class Store:
         ):
             if start == 0 and len(ids) == 1:
                 return [int(ids[0])]  # as most digests have it; whose it is, its record tells
-            pipe = self._client.pipeline(transaction=False)
-            for version_id in ids:  # whole records may be large
-                pipe.hmget(keys.version(int(version_id)), "name", "base_model")
-            for version_id, (name, base_model) in zip(ids, await pipe.execute(), strict=True):
+            records = [keys.version(int(version_id)) for version_id in ids]
+            # Whole ones may be large.
+            told = await read_fields(self._client, records, "name", "base_model")
+            for version_id, (name, base_model) in zip(ids, told, strict=True):
                 if _is_owned(ref, name):
                     (preferred if _is_for(base_model, base_model_id) else others).append(int(version_id))
             start += len(ids)
         return preferred + others
 
     async def _load_readable(self, version_ids: Sequence[int]) -> list[AdapterVersion | None]:
-        pipe = self._client.pipeline(transaction=False)
-        for version_id in version_ids:
-            pipe.hgetall(keys.version(version_id))
-        return [_readable(id_, fields) for id_, fields in zip(version_ids, await pipe.execute(), strict=True)]
+        records = await read_hashes(self._client, [keys.version(version_id) for version_id in version_ids])
+        return [_readable(id_, record) for id_, record in zip(version_ids, records, strict=True)]
 
 
 def _bounds(prefix: str) -> tuple[str, str]:
@@ -324,9 +320,9 @@ def _readable_base_model(model_id: bytes, text: bytes) -> BaseModel | None:
     return model
 
 
-def _readable_pointers(name: str, replies: Sequence[Any]) -> Pointers | None:
+def _readable_pointers(name: str, told: Sequence[Any]) -> Pointers | None:
     try:
-        return pointers.decode(replies)
+        return pointers.decode(told)
     except DataCorrupted:
         _log.error("the stored aliases of an adapter are damaged, and it is left out of lists", adapter=name)
         return None

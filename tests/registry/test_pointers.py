@@ -28,20 +28,20 @@ def test_a_removed_alias_points_nowhere():
 
 
 def test_a_name_without_versions_has_no_latest():
-    nothing = decode([[None, None, None], {}, []])
+    nothing = decode([[None, None, None], [], []])
     assert nothing == Pointers(highest=0, moved={}, revision=0)
     assert nothing.target("latest") == 0
 
 
 def test_what_cannot_be_read_is_corrupted():
-    found = decode([[b"3", b"5", None], {b"prod": b"10"}, [b"30"]])
+    found = decode([[b"3", b"5", None], [b"prod", b"10"], [b"30"]])
     assert found == Pointers(highest=30, moved={"prod": 10}, revision=3, next=5)
     for replies in (
-        [[b"x", b"5", None], {}, []],
-        [[b"3", b"x", None], {}, []],
-        [[b"3", b"5", None], {b"prod": b"1O"}, []],
-        [[b"3", b"5", None], {b"\xff": b"1"}, []],
-        [[b"3", b"5", b"0" * 64], {}, []],
+        [[b"x", b"5", None], [], []],
+        [[b"3", b"x", None], [], []],
+        [[b"3", b"5", None], [b"prod", b"1O"], []],
+        [[b"3", b"5", None], [b"\xff", b"1"], []],
+        [[b"3", b"5", b"0" * 64], [], []],
     ):
         with pytest.raises(DataCorrupted):
             decode(replies)

@@ -20,7 +20,7 @@ from softprompt_api.errors import (
 )
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.rpc.status import from_rpc_error
-from softprompt_registry import catalog, connection
+from softprompt_registry import catalog, scripts
 from softprompt_registry.server import RegistryServer
 
 
@@ -201,7 +201,7 @@ async def test_what_is_read_and_registered_anew_does_not_depend_on_who_counts_it
 async def test_a_name_with_many_versions_is_deleted_with_all_that_they_hold(
     client, make_adapter, redis, monkeypatch
 ):
-    monkeypatch.setattr(connection, "_MAX_HASHES", 2)
+    monkeypatch.setattr(scripts, "_MAX_FIELDS", 2)
     shared = make_adapter(9)
     for adapter in (*map(make_adapter, range(3)), shared, shared):
         await client.register("tweets", adapter)
