@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,20 +47,25 @@ def check_encoding(request: Request, media_type: str) -> None:
 
 
 async def body_chunks(request: Request, *, limit_bytes: int, timeout_s: float) -> AsyncGenerator[bytes, None]:
-    """The body as it arrives; more than `limit_bytes` is 413, longer than `timeout_s` is 408."""
-    declared, received = content_length(request), 0
+    """The body as it arrives; more than `limit_bytes` is 413, to wait for it longer than `timeout_s` is 408."""
+    received, left_s = content_length(request) or 0, timeout_s
     stream = request.stream()
+    chunk: bytes | None = b""
     try:
-        async with asyncio.timeout(timeout_s):
-            if declared is not None and declared > limit_bytes:
-                await discard(stream)
-                raise _too_large(limit_bytes)
-            async for chunk in stream:
-                received += len(chunk)
-                if received > limit_bytes:
+        is_too_large, received = received > limit_bytes, 0
+        while chunk is not None:
+            begun_s = time.monotonic()
+            # Not around the yield: whoever takes the chunks may take its time, and must not be cancelled here.
+            async with asyncio.timeout(left_s):
+                if is_too_large:
                     await discard(stream)
                     raise _too_large(limit_bytes)
-                if chunk:
+                chunk = await anext(stream, None)
+            left_s -= time.monotonic() - begun_s
+            if chunk:
+                received += len(chunk)
+                is_too_large = received > limit_bytes
+                if not is_too_large:
                     yield chunk
     except TimeoutError:
         raise Refused(

@@ -33,6 +33,8 @@ Response = TypeVar("Response")
 UploadCall = grpc.aio.StreamUnaryCall[registry.RegisterAdapterRequest, registry.RegisterAdapterResponse]
 
 _QUICK_TIMEOUT_S = 2.0
+# Of the inference service, where nothing is generated: a probe computes some prompts.
+_INFERENCE_TIMEOUT_S = 60.0
 # A larger message ends its stream, and with it everybody's calls; a request goes with the number of its call.
 _MAX_REQUEST_BYTES = MAX_MESSAGE_BYTES - 1024
 
@@ -350,7 +352,7 @@ def open_clients(settings: Settings) -> Clients:
             to_registry, timeout_s=settings.registry_timeout_s, upload_timeout_s=settings.upload_timeout_s
         ),
         inference=InferenceClient(
-            replicas, timeout_s=settings.body_timeout_s, generate_timeout_s=settings.request_timeout_s
+            replicas, timeout_s=_INFERENCE_TIMEOUT_S, generate_timeout_s=settings.request_timeout_s
         ),
         channels=(to_registry,),
     )

@@ -20,7 +20,7 @@ from softprompt_api.rpc.status import BY_REASON
 
 from softprompt_gateway.statuses import translate
 
-# Responses that may wait for a reader before the service is told to hold the rest back.
+# Responses of each choice that may wait for a reader before the service is told to hold the rest back.
 _MAX_WAITING = 64
 # gRPC announces that a connection of some age ends, and lets calls on it end: later ones belong on another.
 _MAX_AGE_S = 60.0
@@ -60,6 +60,7 @@ class Calls:
         self._find = find
         self._session = find()
         self.choices_per_call = max(1, requests[0].sampling.n)
+        self._max_waiting = _MAX_WAITING * len(requests) * self.choices_per_call
         self._open: dict[int, int] = {}  # number on the stream → number of the request
         self._arrived: list[tuple[int, Event]] = []
         self._error: SoftpromptError | None = None
@@ -122,7 +123,7 @@ class Calls:
         """Let the reader take what has come; one that does not take enough is spared more."""
         if self._notify is not None:
             self._notify()
-        if len(self._arrived) >= _MAX_WAITING and not self._is_paused:
+        if len(self._arrived) >= self._max_waiting and not self._is_paused:
             self._is_paused = True
             self._signal(pb.CALL_SIGNAL_PAUSE)
 

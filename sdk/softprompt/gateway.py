@@ -125,6 +125,8 @@ class GatewayClient:
             ) from error
         except httpx.HTTPError as error:
             raise errors.Unavailable(f"the gateway at {self._url} broke off: {error}") from error
+        except UnicodeError as error:  # bytes among the arguments that no text has, or a host that no name can be
+            raise errors.InvalidArgument(f"what was given cannot be sent to {self._url!a}: {error}") from error
 
 
 def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:

@@ -43,11 +43,6 @@ class ParsedPrompt:
         """One text."""
         return cls(parts=[text], text=text)
 
-    @property
-    def soft_prompts(self) -> list[PromptAdapterRequest]:
-        """Those that stand between its other parts."""
-        return [part for part in self.parts if isinstance(part, PromptAdapterRequest)]
-
 
 def parse_prompts(prompts: Prompt | Sequence[Prompt]) -> list[ParsedPrompt]:
     """One prompt or several, in order; InvalidArgument names the one that cannot be."""

@@ -502,8 +502,9 @@ class FakeRegistry(RegistryServiceServicer):
         self.silent = False
         self.damaged: set[str] = set()
         self.asked: list[str] = []
-        self.answers = asyncio.Event()
+        self.answers, self.reads = asyncio.Event(), asyncio.Event()
         self.answers.set()
+        self.reads.set()
         self.expired_cursors = 0
         self.lists = 0
         self.base_model_id = BASE
@@ -588,6 +589,7 @@ class FakeRegistry(RegistryServiceServicer):
             raise errors.AdapterInvalid("peft_type 'EXPLODE' is not supported", field="config.peft_type")
         sizes: list[int] = []
         self.uploads.append(sizes)
+        await self.reads.wait()
         digest = hashlib.sha256()
         try:
             async for message in request_iterator:

@@ -148,6 +148,26 @@ async def test_an_upload_of_unknown_size_is_refused(stack: Any) -> None:
     assert response.status_code == 411
 
 
+@pytest.mark.parametrize("gateway_settings", [{"upload_timeout_s": 0.3}])
+async def test_an_upload_that_the_registry_does_not_read_is_answered(stack: Any) -> None:
+    stack.registry.reads.clear()
+    tensors = bytes(8 * 2**20)
+    response = await stack.http.post("/v1/adapters/loud", content=tensors, headers=_upload_headers(tensors))
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("gateway_settings", [{"upload_timeout_s": 0.3}])
+async def test_an_upload_that_does_not_come_is_not_waited_for(stack: Any) -> None:
+    head = [f"{name}: {value}" for name, value in _upload_headers().items()]
+    head = ["POST /v1/adapters/loud HTTP/1.1", "host: localhost", f"content-length: {len(TENSORS)}", *head]
+    reader, writer = await stack.connect("\r\n".join([*head, "", "x"]).encode())
+    async with asyncio.timeout(5):
+        answer = await reader.read()
+    assert answer.startswith((b"HTTP/1.1 408", b"HTTP/1.1 504"))
+    writer.close()
+
+
 @pytest.mark.parametrize("gateway_settings", [{"max_upload_bytes": 2000}])
 async def test_an_upload_over_the_limit_is_refused(stack: Any) -> None:
     response = await stack.http.post("/v1/adapters/loud", content=TENSORS, headers=_upload_headers())

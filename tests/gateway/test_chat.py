@@ -260,6 +260,23 @@ async def test_usage_comes_last_where_asked_for(stack: Any) -> None:
     assert all(event["usage"] is None for event in events[:-2])
 
 
+async def test_the_usage_so_far_comes_with_every_chunk_where_asked_for(stack: Any) -> None:
+    await stack.registry.add("loud", virtual_tokens=4)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body: Any = {"model": "loud", "messages": [{"role": "user", "content": "abc"}]}
+    *events, last, done = await stack.events("/v1/chat/completions", **body, stream_options=options)
+    assert done == "[DONE]"
+    usages = [event["usage"] for event in events]
+    assert [usage["prompt_tokens"] for usage in usages] == [3] * len(events)
+    assert [usage["prompt_tokens_details"]["virtual_tokens"] for usage in usages] == [4] * len(events)
+    completed = [usage["completion_tokens"] for usage in usages]
+    assert completed == sorted(completed)
+    assert (completed[0], completed[-1]) == (0, last["usage"]["completion_tokens"])
+    for alone in ({"continuous_usage_stats": True}, {"include_usage": True, "continuous_usage_stats": False}):
+        events = await stack.events("/v1/chat/completions", **body, stream_options=alone)
+        assert all(event.get("usage") is None for event in events[:-2])
+
+
 async def test_openais_client_reads_the_stream(stack: Any, sdk: openai.AsyncOpenAI) -> None:
     stream = await sdk.chat.completions.create(
         model=stack.base,

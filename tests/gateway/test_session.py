@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from softprompt_api.rpc.channel import MAX_MESSAGE_BYTES, SERVER_OPTIONS
 from softprompt_gateway import session as session_module
 from softprompt_gateway.clients import _MAX_REQUEST_BYTES, open_clients
 from softprompt_gateway.placement import Place
+from softprompt_gateway.session import Calls, Delta
 from softprompt_gateway.settings import Settings
 
 
@@ -137,3 +139,32 @@ def _request(body: dict[str, Any]) -> bytes:
     content = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n\r\n"
     return head.encode() + content
+
+
+async def test_who_takes_all_that_comes_is_never_held_back_however_much_comes_at_once() -> None:
+    sent: list[pb.GenerateManyRequest] = []
+
+    class FakeSession:
+        send = sent.append
+
+        def start(self, calls: Calls, requests: Sequence[pb.GenerateRequest]) -> None:
+            for number in range(len(requests)):
+                calls.add(number, number)
+
+        def forget(self, numbers: object) -> None: ...
+
+    calls = Calls([pb.GenerateRequest()] * 100, FakeSession, timeout_s=60)
+
+    def step() -> None:
+        for number in range(100):
+            calls.put(number, Delta("x"))
+        calls.tell()
+
+    for _ in range(3):
+        step()
+        assert len(calls.take()) == 100
+    assert not sent
+    for _ in range(64):
+        step()
+    assert [request.signal for request in sent] == [pb.CALL_SIGNAL_PAUSE] * 100
+    calls.cancel()

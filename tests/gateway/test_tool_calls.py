@@ -10,6 +10,7 @@ from softprompt_gateway.openai.tool_calls import CallReader
 
 NAMES = {"f", "get_weather"}
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": [1, {"b": "}\\"</tool_call>"}]}}\n</tool_call>'
+OPEN_CALL = CALL.removesuffix("</tool_call>")
 ARGUMENTS = '{"a": [1, {"b": "}\\"</tool_call>"}]}'
 
 
@@ -59,6 +60,14 @@ def read(pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
         ("<tool_call>" + "[" * 3000 + "</tool_call>", None, []),
         ("a < b <tool <tool_cal", None, []),
         ("<tool_call><tool_call></tool_call>", None, []),
+        ('<tool_call>{"name":"f","arguments":{}}\nThe answer is 5.\n', "The answer is 5.", [("f", "{}")]),
+        ('<tool_call>{"name":"f","arguments":{}} </tool_', "", [("f", "{}")]),
+        (
+            '<tool_call>{"name":"f","arguments":{}}\n<tool_call>{"name":"get_weather","arguments":{}}</tool_call>',
+            "",
+            [("f", "{}"), ("get_weather", "{}")],
+        ),
+        (f'<tool_call>{{"name":"f","arguments":{{}}}} and {CALL}', "and", [("f", "{}"), ("f", ARGUMENTS)]),
     ],
 )
 def test_an_output_is_text_and_calls(output: str, text: str | None, calls: list[tuple[str, str]]) -> None:
@@ -68,7 +77,9 @@ def test_an_output_is_text_and_calls(output: str, text: str | None, calls: list[
 
 
 @given(
-    parts=st.lists(st.sampled_from([CALL, "text", " ", "\n", "<tool_call>", "</tool_call>", "{", "<", "ü🦜"])),
+    parts=st.lists(
+        st.sampled_from([CALL, OPEN_CALL, "text", " ", "\n", "<tool_call>", "</tool_call>", "{", "<", "ü🦜"])
+    ),
     cuts=st.lists(st.integers(0, 400)),
 )
 def test_it_does_not_matter_how_the_output_is_cut(parts: list[str], cuts: list[int]) -> None:

@@ -1,10 +1,13 @@
 """Wrong arguments: one plain line on standard error, exit 2, no traceback, nothing started."""
 
+import builtins
 import io
 import os
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import pytest
 from softprompt.cli import doctor, main
@@ -81,6 +84,8 @@ def told(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) 
         (["complete", "--max-tokens", "0", "hello"], "Invalid value for '--max-tokens'"),
         (["complete"], "there is no prompt"),
         (["complete", os.fsdecode(b"\xff")], "the text is not UTF-8"),
+        (["adapter", "label", "x", os.fsdecode(b"a=\xff")], "an argument is not UTF-8"),
+        (["adapter", "ls", "--label", os.fsdecode(b"a=\xff")], "an argument is not UTF-8"),
         (["bench", "--num-prompts", "0"], "Invalid value for '--num-prompts'"),
         (["bench", "--request-rate", "0"], "--request-rate: '0' is neither a number above 0 nor inf"),
         (["bench", "--request-rate", "nan"], "--request-rate: 'nan' is neither"),
@@ -198,6 +203,51 @@ def test_verify_without_peft_says_what_to_install() -> None:
     assert done.returncode == 1
     assert "peft is not installed: pip install 'softprompt[inference,train]'" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("url", ["http://xn--/", f"http://{'x' * 64}/"])
+def test_a_host_that_no_name_can_be_is_told(url: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert told(["complete", "--url", url, "hello"], "what was given cannot be sent to 'http://x", capfd) == 1
+
+
+def test_a_torch_that_cannot_be_imported_is_told_with_all_else(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import_ = builtins.__import__
+
+    def broken(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "torch":
+            raise OSError("libcudart.so.12: cannot open shared object file")
+        return import_(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", broken)
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor"])
+    assert ended.value.code == 1
+    text = " ".join(capfd.readouterr().out.split())
+    assert "cannot be imported: libcudart.so.12" in text
+    assert "data folder" in text
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("SOFTPROMPT_ENABLE_LORA", "false", "--enable-lora: must be true"),
+        ("SOFTPROMPT_ENABLE_PROMPT_ADAPTER", "false", "--enable-prompt-adapter: must be true"),
+        ("SOFTPROMPT_PROMPT_ADAPTERS", "first=/no/such second=/nor/such", "/no/such"),
+        ("SOFTPROMPT_LORA_MODULES", "first=/no/such", "/no/such"),
+    ],
+)
+def test_what_is_served_may_be_set_by_the_environment(
+    variable: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert told(["run"], message, capfd) == 2
+
+
+def test_a_folder_for_logs_that_is_none_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").touch()
+    assert told(["run", "--data-dir", str(tmp_path)], "inference could not be started: ", capfd) == 1
 
 
 def test_a_terminal_that_lacks_a_character_shows_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from softprompt.cli import main
 from softprompt.cli.stopping import Stop
 from softprompt.cli.store import EmbeddedStore
 from softprompt.errors import InvalidArgument, KeyNotFound
@@ -84,3 +85,18 @@ async def test_all_keys_are_listed_over_pages(address: str, monkeypatch: pytest.
         assert [info.id for info in listed] == sorted(made)
 
     await asyncio.to_thread(live)
+
+
+async def test_a_key_of_any_name_is_listed(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def live() -> None:
+        with KeyClient(address) as client:
+            for name in ("[/acme]", "[prod] bot"):
+                client.create([Scope.INFER], name=name)
+        with pytest.raises(SystemExit) as ended:
+            main(["key", "ls", "--registry", address])
+        assert ended.value.code == 0
+
+    await asyncio.to_thread(live)
+    listed = capsys.readouterr().out
+    assert "[/acme]" in listed
+    assert "[prod] bot" in listed

@@ -102,6 +102,12 @@ def test_a_data_folder_serves_one_system_at_a_time(data_dir: Path) -> None:
         pass
 
 
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    (tmp_path / "lock").symlink_to("/dev/full")
+    with pytest.raises(WrongUsage, match="cannot write to the data folder"), locked(tmp_path):
+        pass
+
+
 def test_the_lock_is_free_after_its_holder_was_killed(data_dir: Path) -> None:
     script = (
         "import time; from pathlib import Path; from softprompt.cli.store import locked\n"

@@ -11,7 +11,7 @@ An adapter is registered in one of three ways:
 
 import re
 from collections.abc import Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from fastapi import APIRouter
@@ -241,7 +241,8 @@ class _Routes:
                     header.base_model_id = header.base_model_id or await self._changes.default_base()
                     answer = await register(self._registry, header, chunks)
             except (SoftpromptError, Refused):
-                await discard(chunks)
+                with suppress(Refused):
+                    await discard(chunks)
                 raise
         return self._registered(caller, answer, moment)
 

@@ -18,15 +18,18 @@ class Chunks:
 
     Args:
         style: spells a choice.
-        head, tail: what stands before and behind the choice in every event.
+        head: what stands before the choice in every event.
         joins_text: only text counts: deltas of a choice that follow each other become one chunk, and deltas
             without text none. Then a chunk is a template of bytes, and only its text is encoded.
+
+    Attributes:
+        tail: what stands behind the choice in every event.
     """
 
     def __init__(self, style: Style, *, head: bytes, tail: bytes, joins_text: bool) -> None:
         self._style = style
         self._head = head
-        self._tail = tail
+        self.tail = tail
         self._joins_text = joins_text
         self._templates: dict[int, tuple[bytes, bytes]] = {}
         self._written: list[bytes] = []
@@ -59,12 +62,12 @@ class Chunks:
     def _write_joined(self) -> None:
         if self._joined:
             before, behind = self._template(self._joined_index)
-            self._written += (before, orjson.dumps("".join(self._joined)), behind)
+            self._written += (before, orjson.dumps("".join(self._joined)), behind, self.tail)
             self._joined.clear()
 
     def _write(self, choice: dict[str, Any] | None) -> None:
         if choice is not None:
-            self._written += (self._head, orjson.dumps(choice), self._tail)
+            self._written += (self._head, orjson.dumps(choice), self.tail)
 
     def _template(self, index: int) -> tuple[bytes, bytes]:
         """What stands before and behind the text of a choice's delta."""
@@ -72,5 +75,5 @@ class Chunks:
         if template is None:
             shape = orjson.dumps(self._style.delta(index, Delta(_MARK)))
             before, behind = shape.split(_MARK_JSON)
-            template = self._templates[index] = (self._head + before, behind + self._tail)
+            template = self._templates[index] = (self._head + before, behind)
         return template

@@ -126,6 +126,9 @@ class StreamOptions(RequestModel):
     """How to stream."""
 
     include_usage: bool | None = Field(None, description="send a last chunk with the usage")
+    continuous_usage_stats: bool | None = Field(
+        None, description="with include_usage: send what was used so far with every chunk, as vLLM does"
+    )
     include_obfuscation: Unserved = Field(None, description="only false")
 
     @field_validator("include_obfuscation")
@@ -233,6 +236,11 @@ class GenerationFields(RequestModel):
     def include_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def include_usage_so_far(self) -> bool:
+        """Whether every chunk of a stream has the usage so far."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
     def wanted(self) -> dict[str, dict[str, Any] | None]:
         """What each field wants the output to be; see `form_of`."""

@@ -112,6 +112,15 @@ class Generation:
         """Tokens of the prompts, and of what was taken so far."""
         return sum(len(one.prompt_token_ids) for one in self.accepted) + self._num_generated
 
+    @property
+    def usage_so_far(self) -> pb.Usage:
+        """The tokens of the prompts, and of what was taken so far; which were cached is told at the end."""
+        return pb.Usage(
+            prompt_tokens=self.num_tokens - self._num_generated,
+            completion_tokens=self._num_generated,
+            virtual_tokens=sum(one.virtual_tokens for one in self.accepted),
+        )
+
     def cancel(self) -> None:
         """Abort what still runs."""
         self._calls.cancel()

@@ -35,6 +35,7 @@ class Job(Work):
     """One checked request whose answer has choices.
 
     Attributes:
+        include_usage: whether a stream ends with the usage; `include_usage_so_far`: and each chunk has it, so far.
         silent: whether only text counts: a delta without text may be left out of a stream, and deltas that
             arrived together may be told as one.
         kept_per_prompt: the likeliest of a prompt's choices, so many, are the answer; None: all.
@@ -42,6 +43,7 @@ class Job(Work):
 
     style: Style
     include_usage: bool
+    include_usage_so_far: bool = False
     silent: bool
     kept_per_prompt: int | None = None
 

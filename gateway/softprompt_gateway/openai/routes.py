@@ -146,6 +146,7 @@ class _Routes:
             style=CompletionStyle(body, echoes),
             stream=bool(body.stream),
             include_usage=body.include_usage,
+            include_usage_so_far=body.include_usage_so_far,
             silent=body.logprobs is None and body.prompt_logprobs is None and not body.return_token_ids,
             meter=Meter.of(request.scope),
         )
@@ -176,6 +177,7 @@ class _Routes:
             style=ToolStyle(body) if body.callable else ChatStyle(body),
             stream=bool(body.stream),
             include_usage=body.include_usage,
+            include_usage_so_far=body.include_usage_so_far,
             silent=not body.logprobs and not body.return_token_ids and not body.callable,
             meter=Meter.of(request.scope),
         )

@@ -2,7 +2,6 @@
 
 import time
 
-from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.tenants import full_name
 
 from softprompt_gateway.metrics import Metrics
@@ -28,19 +27,9 @@ def _outcome(work: Work, generation: Generation) -> Outcome:
     return Outcome(
         model=target.served.base_model.id,
         adapters=[full_name(target.caller.tenant, bound.version.name) for bound in target.adapters],
-        usage=generation.usage if generation.has_ended else _so_far(generation),
+        usage=generation.usage if generation.has_ended else generation.usage_so_far,
         reasons=reasons + [broken_off] * (num_choices - len(reasons)),
         is_whole=generation.has_ended,
         duration_s=(last_s or time.perf_counter()) - meter.began_s,
         first_token_s=None if first_s is None else first_s - meter.began_s,
-    )
-
-
-def _so_far(generation: Generation) -> pb.Usage:
-    """The tokens of a generation that was broken off, as far as they came."""
-    prompt_tokens = sum(len(one.prompt_token_ids) for one in generation.accepted)
-    return pb.Usage(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=generation.num_tokens - prompt_tokens,
-        virtual_tokens=sum(one.virtual_tokens for one in generation.accepted),
     )

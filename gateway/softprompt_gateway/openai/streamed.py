@@ -24,8 +24,7 @@ class Streamed:
         # Everything but the choice is the same in every chunk, and is written once.
         self._identity = orjson.dumps(job.identity(job.style.chunk))[:-1]
         self._head = b"data: " + self._identity + b',"choices":['
-        self._end = b',"usage":null}\n\n' if job.include_usage else b"}\n\n"
-        self._chunks = Chunks(job.style, head=self._head, tail=b"]" + self._end, joins_text=job.silent)
+        self._chunks = Chunks(job.style, head=self._head, tail=b"]" + self._end(), joins_text=job.silent)
         self._opening = self._open()
         self.has_ended = False
 
@@ -43,8 +42,10 @@ class Streamed:
         if self._opening:
             opening, self._opening = self._opening, b""
             return opening
-        per_prompt, chunks = self._per_prompt, self._chunks
-        for prompt, event in self._generation.take():
+        per_prompt, chunks, events = self._per_prompt, self._chunks, self._generation.take()
+        if self._job.include_usage_so_far:
+            chunks.tail = b"]" + self._end()
+        for prompt, event in events:
             if not isinstance(event, pb.PromptLogprobs):
                 chunks.add(prompt * per_prompt + event.index, event)
                 continue
@@ -64,13 +65,21 @@ class Streamed:
     def _open(self) -> bytes:
         style, per_prompt = self._job.style, self._per_prompt
         extras = orjson.dumps(style.extras(self._generation.accepted))[1:-1]
-        tail = b"]," + extras + self._end if extras else b"]" + self._end
+        tail = b"]," + extras + self._end() if extras else b"]" + self._end()
         return b"".join(
             self._head + orjson.dumps(opening) + tail
             for prompt, accepted in enumerate(self._generation.accepted)
             for index in range(prompt * per_prompt, (prompt + 1) * per_prompt)
             if (opening := style.opening(index, accepted)) is not None
         )
+
+    def _end(self) -> bytes:
+        """What stands behind the choices of a chunk."""
+        if not self._job.include_usage:
+            return b"}\n\n"
+        if not self._job.include_usage_so_far:
+            return b',"usage":null}\n\n'
+        return b',"usage":' + orjson.dumps(usage_of(self._generation.usage_so_far)) + b"}\n\n"
 
     def _close(self) -> bytes:
         if not self._job.include_usage:

@@ -82,6 +82,8 @@ class CallReader:
         said = Said()
         if self._is_in_call and not self._has_told:
             said.say(f"{self._gap}{CALL_START}{self._held}")
+        elif self._has_ended:
+            said.say(_behind_call(self._held[: len(self._held) - _overlap(self._held, CALL_END)]))
         elif not self._is_in_call and (self._held.strip() or not self.num_calls):
             said.say(self._held)
         self._held = ""
@@ -103,7 +105,7 @@ class CallReader:
             return self._read_text(said)
         if self._object is not None:
             return self._read_arguments(said, self._object)
-        return self._read_end() if self._has_ended else self._read_head(said)
+        return self._read_end(said) if self._has_ended else self._read_head(said)
 
     def _read_text(self, said: Said) -> bool:
         text, mark, rest = self._held.partition(CALL_START)
@@ -167,12 +169,21 @@ class CallReader:
             self._object, self._has_ended = None, True
         return True
 
-    def _read_end(self) -> bool:
-        _, mark, rest = self._held.partition(CALL_END)
-        if not mark:
+    def _read_end(self, said: Said) -> bool:
+        before, mark, rest = self._held.partition(CALL_END)
+        before, next_mark, _ = before.partition(CALL_START)
+        if next_mark:  # the mark at the end was left out
+            said.say(_behind_call(before))
+            rest = self._held[len(before) :]
+        elif not mark:
             return False
         self._held, self._is_in_call, self._has_ended = rest, False, False
         return True
+
+
+def _behind_call(text: str) -> str:
+    """What follows a call without a mark at its end, from the end of its arguments on."""
+    return text.strip().removeprefix("}").strip()
 
 
 class _ObjectEnd:

@@ -69,10 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that lacks a character shows "?" for it; standard error escapes them by itself.
         sys.stdout.reconfigure(errors="replace")
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        code = app(
-            repeat_flags(sys.argv[1:] if argv is None else argv), prog_name="softprompt", standalone_mode=False
-        )
+        code = app(repeat_flags(arguments), prog_name="softprompt", standalone_mode=False)
     except typer.TyperException as error:
         message = error.format_message()
         if message.startswith("Usage: "):  # no command was given: this is the help
@@ -86,7 +85,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     except SoftpromptError as error:
         hint = error.details.get("did_you_mean")
         _fail(error.message + (f" (did you mean {hint!r}?)" if hint and hint not in error.message else ""), 1)
+    except UnicodeEncodeError:
+        # Only paths may have bytes that are no text, which Python lets pass as surrogates.
+        if all(map(_is_text, arguments)):
+            raise
+        _fail("an argument is not UTF-8", 2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_text(argument: str) -> bool:
+    return argument.encode(errors="replace").decode() == argument
 
 
 def _fail(message: str, code: int, *, detail: str = "") -> None:

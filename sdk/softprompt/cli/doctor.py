@@ -74,8 +74,12 @@ def _is_installed(name: str) -> bool:
 def _torch() -> Iterator[Finding]:
     if importlib.util.find_spec("torch") is None:
         return
-    import torch
-
+    try:
+        import torch
+    except Exception as error:  # whatever its libraries lack
+        remedy = "install it anew, as the README does"
+        yield Finding(subject="torch", state=f"cannot be imported: {error}", remedy=remedy)
+        return
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device, so the CPU is used"
     yield Finding(subject="torch", state=f"{torch.__version__}, {cuda}")
 

@@ -73,7 +73,7 @@ def ls(registry: Registry = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
     elif not keys:
         typer.echo("no API keys; make one with: softprompt key create --scopes admin")
     else:
-        console().print(_table(keys))
+        console().print(_table(keys), markup=False, highlight=False)
 
 
 @app.command(help="Revoke an API key: gateways refuse it at once, requests that run finish.")

@@ -134,18 +134,13 @@ class RunOptions(BaseModel):
     def _adapters_in_any_form(cls, value: object) -> dict[str, str]:
         return parse_adapters(value)
 
-    @field_validator("enable_prompt_adapter")
+    @field_validator("enable_prompt_adapter", "enable_lora")
     @classmethod
     def _adapters_are_always_enabled(cls, value: bool) -> bool:
         if not value:
-            raise ValueError("must be true: soft prompts are always served; without adapters they cost nothing")
-        return value
-
-    @field_validator("enable_lora")
-    @classmethod
-    def _loras_are_always_enabled(cls, value: bool) -> bool:
-        if not value:
-            raise ValueError("must be true: LoRAs are always served; without one they cost nothing")
+            raise ValueError(
+                "must be true: soft prompts and LoRAs are always served, and without any cost nothing"
+            )
         return value
 
     @field_validator("lora_modules")

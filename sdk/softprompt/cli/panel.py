@@ -4,19 +4,16 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import grpc
 import httpx
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 from softprompt_api.inference.v1 import inference_pb2 as pb
-from softprompt_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
-from softprompt_api.rpc.channel import open_blocking_channel
-from softprompt_api.rpc.status import from_rpc_error
 
 from softprompt.cli.options import RunOptions
 from softprompt.cli.services import Addresses
+from softprompt.inference import InferenceClient
 from softprompt.registry import AdapterInfo, RegistryClient
 
 _MAX_ADAPTERS = 12
@@ -33,7 +30,8 @@ _DEMO_PROMPT = (
 
 def show(console: Console, options: RunOptions, addresses: Addresses, logs: Path) -> None:
     """Print the start panel, with facts asked from the running services."""
-    model = get_model(addresses.inference[0])
+    with InferenceClient(addresses.inference[0]) as inference:
+        model = inference.model()
     with RegistryClient(addresses.registry) as registry:
         adapters, total = registry.first_adapters(_MAX_ASKED)
     facts = Table.grid(padding=(0, 2))
@@ -50,15 +48,6 @@ def show(console: Console, options: RunOptions, addresses: Addresses, logs: Path
         soft_wrap=True,
     )
     console.print("Ctrl-C stops everything.", style="dim")
-
-
-def get_model(address: str) -> pb.GetModelResponse:
-    """What the inference service says of itself; an error of softprompt_api.errors when it cannot."""
-    with open_blocking_channel(address) as channel:
-        try:
-            return InferenceServiceStub(channel).GetModel(pb.GetModelRequest(), timeout=20.0)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
 
 
 def _needs_key(addresses: Addresses, model: pb.GetModelResponse) -> bool:

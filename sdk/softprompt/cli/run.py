@@ -14,10 +14,6 @@ from softprompt.cli.services import refuse_variables_of_services
 from softprompt.cli.stopping import Stop
 from softprompt.cli.supervisor import Supervisor
 
-_SERVING = "Serving"
-_MODEL = "Model"
-_ADAPTERS = "Adapters"
-
 
 def run(
     model: Annotated[
@@ -32,11 +28,19 @@ def run(
     ] = None,
     prompt_adapters: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=PATH ...", help="adapters to register; PATH is a PEFT folder or a hub id"),
+        typer.Option(
+            envvar="SOFTPROMPT_PROMPT_ADAPTERS",
+            metavar="NAME=PATH ...",
+            help="adapters to register; PATH is a PEFT folder or a hub id",
+        ),
     ] = None,
     enable_prompt_adapter: Annotated[
         bool | None,
-        typer.Option("--enable-prompt-adapter", help="accepted for vLLM's sake: soft prompts are always served"),
+        typer.Option(
+            "--enable-prompt-adapter",
+            envvar="SOFTPROMPT_ENABLE_PROMPT_ADAPTER",
+            help="accepted for vLLM's sake: soft prompts are always served",
+        ),
     ] = None,
     max_prompt_adapter_token: Annotated[
         int | None,
@@ -46,10 +50,20 @@ def run(
         int | None, typer.Option(envvar="SOFTPROMPT_MAX_PROMPT_ADAPTERS", help="most soft prompts on the device")
     ] = None,
     enable_lora: Annotated[
-        bool | None, typer.Option("--enable-lora", help="accepted for vLLM's sake: LoRAs are always served")
+        bool | None,
+        typer.Option(
+            "--enable-lora",
+            envvar="SOFTPROMPT_ENABLE_LORA",
+            help="accepted for vLLM's sake: LoRAs are always served",
+        ),
     ] = None,
     lora_modules: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=PATH ...", help="LoRAs to register, as --prompt-adapters")
+        list[str] | None,
+        typer.Option(
+            envvar="SOFTPROMPT_LORA_MODULES",
+            metavar="NAME=PATH ...",
+            help="LoRAs to register, as --prompt-adapters",
+        ),
     ] = None,
     max_loras: Annotated[
         int | None, typer.Option(envvar="SOFTPROMPT_MAX_LORAS", help="most LoRAs on the device, and in one batch")

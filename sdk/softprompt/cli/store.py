@@ -93,9 +93,7 @@ def locked(data_dir: Path) -> Iterator[None]:
     except FileExistsError:
         raise WrongUsage(f"{data_dir} is not a folder: choose one with --data-dir") from None
     except OSError as error:
-        raise WrongUsage(
-            f"cannot write to the data folder {data_dir}: {error.strerror}; check --data-dir"
-        ) from error
+        raise _unwritable(data_dir, error) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,10 +103,17 @@ def locked(data_dir: Path) -> Iterator[None]:
                 f"the data folder {data_dir} is in use by another softprompt (process {file.read().strip()}): "
                 "stop it, or choose another folder with --data-dir"
             ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+        except OSError as error:
+            raise _unwritable(data_dir, error) from error
         yield
+
+
+def _unwritable(data_dir: Path, error: OSError) -> WrongUsage:
+    return WrongUsage(f"cannot write to the data folder {data_dir}: {error.strerror}; check --data-dir")
 
 
 class EmbeddedStore:

@@ -132,7 +132,10 @@ class Supervisor:
         return Service(name, start, is_serving)
 
     def _start(self, service: Service) -> None:
-        service.start()
+        try:
+            service.start()
+        except OSError as error:
+            raise Problem(f"{service.name} could not be started: {error}") from error
         self._services.append(service)
 
     def _await(self, service: Service, current: Phase) -> None:
