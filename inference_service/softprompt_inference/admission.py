@@ -22,7 +22,7 @@ class Admission:
     Args:
         max_open: most that run or wait.
         max_wait_s: longest wait for a turn, as far as it can be foretold.
-        load: the engine's load at its last step.
+        load: the engine's load at its last step; `measure` is to be called at each.
         num_elsewhere: completions that wait for something else than the engine, in lines with bounds of their own.
         now: seconds.
     """
@@ -60,16 +60,19 @@ class Admission:
 
     def left(self, num: int) -> None:
         """Some that the engine had been given have ended, however they did."""
-        self._measure(num)
+        self.measure(num)
+
+    def measure(self, num_ended: int = 0) -> None:
+        """Take in how the engine's line is now, and that some have ended."""
+        self._pace.measure(num_ended, is_awaited=bool(self._load().waiting))
 
     def _check_wait(self, tenant: str) -> None:
-        self._measure(0)
+        if not self._load().waiting:
+            return  # whoever the engine has not told of yet starts in its next step
+        self.measure()
         held = self._open.held
         self._pace.check(min(self._num_waiting, held[tenant] * len(held)))
 
     @property
     def _num_waiting(self) -> int:
         return max(0, self._open.held.total() - self._num_elsewhere() - self._load().running)
-
-    def _measure(self, num_ended: int) -> None:
-        self._pace.measure(num_ended, is_awaited=bool(self._load().waiting))

@@ -249,6 +249,7 @@ class InferenceServer:
             load=lambda: engine.stats,
             num_elsewhere=lambda: residency.num_waiting,
         )
+        engine.follow_stats(admission.measure)
         generator = Generator(
             engine=engine,
             tokenizer=lasting.tokenizer,

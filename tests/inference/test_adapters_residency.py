@@ -1001,6 +1001,7 @@ async def test_what_is_in_memory_is_listed_with_its_use(edge: Edge, make: Callab
     assert [one.idle_s for one in residency.resident()] == [2, 7]
     async with residency.use("a"):
         assert [(one.adapter.digest, one.tier) for one in residency.resident()] == [("a", "device"), ("b", "host")]
+        assert [one.adapter.digest for one in residency.resident(limit=1)] == ["a"]
 
 
 async def test_each_tier_tells_what_it_holds_and_how_often_it_was_enough(

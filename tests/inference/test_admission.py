@@ -66,6 +66,7 @@ class Place:
             self.waits.append(self.now_s - came_s)
             heapq.heappush(self._ends, (self.now_s + SERVICE_S, len(self.waits), admitted))
         self._stats = Stats(running=len(self._ends), waiting=len(self._line))
+        self.admission.measure()
 
 
 def goodput(load: float, *, max_wait_s: float, seconds: float = 200.0) -> float:
@@ -129,6 +130,55 @@ def test_few_that_ended_because_few_came_say_nothing_of_the_next_burst() -> None
         place.ask()
 
 
+class Slow:
+    """An engine that is heard of only when a test says so.
+
+    Attributes:
+        now_s: the time.
+        stats: what was last heard.
+    """
+
+    def __init__(self) -> None:
+        self.now_s, self.stats = 0.0, Stats()
+        self.admission = Admission(max_open=10, max_wait_s=1.0, load=lambda: self.stats, now=lambda: self.now_s)
+
+    def tell(self, now_s: float, *, running: int = 0, waiting: int = 0, num_ended: int = 0) -> None:
+        """A step has ended, and some of the sequences."""
+        self.now_s, self.stats = now_s, Stats(running=running, waiting=waiting)
+        self.admission.measure()
+        if num_ended:
+            self.admission.left(num_ended)
+
+    def ask(self, num: int) -> None:
+        """Ask for some completions, before the next step has ended."""
+        with ExitStack() as asking:
+            for _ in range(num):
+                asking.enter_context(self.admission.admitted(1, ""))
+
+
+def test_a_burst_is_let_in_however_slow_the_last_line_was() -> None:
+    slow = Slow()
+    slow.tell(0.0, running=1, waiting=1)
+    slow.tell(100.0, running=1, waiting=1, num_ended=1)
+    slow.tell(200.0, num_ended=1)
+    slow.now_s = 3600.0
+    slow.ask(4)
+    slow.tell(3601.0, running=1, waiting=1)
+    slow.ask(1)
+    with pytest.raises(Overloaded, match="the wait would be more than 61 s"):
+        slow.ask(4)
+
+
+def test_who_came_too_late_for_one_step_and_starts_in_the_next_has_not_waited_until_somebody_ends() -> None:
+    slow = Slow()
+    slow.tell(0.0, running=1, waiting=5)
+    slow.tell(0.1, running=6)
+    slow.tell(60.0, running=5, waiting=1, num_ended=1)
+    slow.tell(60.1, running=5, num_ended=1)
+    slow.tell(60.2, running=5, waiting=3)
+    slow.ask(4)
+
+
 def test_who_would_wait_too_long_is_told_when_to_come_back() -> None:
     place = saturated()
     refused = ask_until_refused(place, "noisy")
@@ -155,7 +205,6 @@ def test_a_tenant_that_has_asked_for_little_is_let_in_beside_one_that_has_asked_
 
 def test_who_waits_for_something_else_than_the_engine_is_before_nobody() -> None:
     place = saturated()
-    place.pass_until(1000.0)
     with ExitStack() as elsewhere:
         elsewhere.enter_context(place.admission.admitted(100, "noisy"))
         with pytest.raises(Overloaded):

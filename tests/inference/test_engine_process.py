@@ -402,6 +402,20 @@ async def test_outputs_that_arrive_while_nobody_looks_come_at_once(client: Engin
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_an_answer_that_waits_for_its_reader_alone_is_held_up_by_nobody(client: EngineClient) -> None:
+    stats = []
+    client.follow_stats(lambda: stats.append(client.stats))
+    client.submit(greedy("0", max_tokens=2))
+    assert client.steps.are_held_up()
+    client.submit(greedy("1", max_tokens=9))
+    await collect(client.outputs("1"))
+    assert not client.steps.are_held_up()
+    assert [one.finish for one in client.outputs("0").take(1000)][:1] == [None]
+    assert len(stats) >= 9
+    assert stats[-1] == client.stats
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_an_open_request_id_cannot_be_submitted_again(client: EngineClient) -> None:
     client.submit(greedy("0", max_tokens=50))
     with client.outputs("0"), pytest.raises(ValueError, match="open already"):

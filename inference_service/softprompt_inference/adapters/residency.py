@@ -21,7 +21,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from time import monotonic
 from typing import Literal
 
@@ -79,6 +79,7 @@ class Tier:
 @dataclass(slots=True, kw_only=True)
 class _Usage:
     hits: int = 0
+    asked: int = 0  # the number of the request that asked last, of all requests
     released_s: float | None = None
 
 
@@ -186,13 +187,13 @@ class Residency:
 
     def resident(self, limit: int | None = None) -> list[Resident]:
         """What is in memory, the most recently used first; no more than `limit`."""
-        held: dict[str, Resident] = {}
-        for digest in chain(reversed(self._usage), self._entries, self._host_cache.digests()):
-            if len(held) == limit:
-                break
-            if digest not in held and (resident := self._find_resident(digest)):
-                held[digest] = resident
-        return list(held.values())
+        held = dict.fromkeys(chain(self._entries, self._host_cache.digests()))
+        latest_first = sorted(held, key=self._last_asked, reverse=True)
+        return list(islice(filter(None, map(self._find_resident, latest_first)), limit))
+
+    def _last_asked(self, digest: str) -> int:
+        usage = self._usage.get(digest)
+        return usage.asked if usage else 0
 
     @property
     def num_resident(self) -> int:
@@ -330,7 +331,9 @@ class Residency:
                 self._begin_fetch(entry)
         self._hits["device" if entry.is_ready else "host" if digest in self._host_cache else "registry"] += 1
         entry.num_asking += 1
-        self._usage.setdefault(digest, _Usage()).hits += 1
+        usage = self._usage.setdefault(digest, _Usage())
+        usage.hits += 1
+        usage.asked = self._hits.total()
         self._usage.move_to_end(digest)
         if len(self._usage) > _MAX_REMEMBERED:
             self._usage.popitem(last=False)

@@ -154,11 +154,11 @@ class EngineClient:
         self._report = report
         self._streams: dict[str, OutputStream] = {}
         self._num_held = 0  # by all streams
-        # On a CPU they are computed where everything else is; without streams nobody waits for them.
-        self.steps = Steps(lambda: bool(self._streams) and self.info.device == "cpu")
+        self.steps = Steps(self._are_held_up)
         self._searches: dict[int, asyncio.Future[Nearest]] = {}
         self._num_searches = 0
         self._tell_failed_load: Callable[[str], None] = _nobody
+        self._tell_stats: Callable[[], None] = _nobody
         self._living: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._has_spoken = False  # since it was last asked to
@@ -251,6 +251,10 @@ class EngineClient:
         """Call `notify` with the digest of each adapter that was not loaded, but may be if it is sent again."""
         self._tell_failed_load = notify
 
+    def follow_stats(self, notify: Callable[[], None]) -> None:
+        """Call `notify` whenever `stats` are new."""
+        self._tell_stats = notify
+
     async def find_nearest(self, digest: str, top_k: int) -> Nearest:
         """The tokens nearest to each row of an adapter, which must stay resident until the answer.
 
@@ -338,6 +342,7 @@ class EngineClient:
 
     def _deliver(self, result: StepResult) -> None:
         self.stats = result.stats
+        self._tell_stats()
         self.steps.end()
         # Before those who needed it hear of it, and ask again.
         for digest in result.failed_loads:
@@ -353,6 +358,10 @@ class EngineClient:
             search = self._searches.get(found.search_id)
             if search is not None and not search.done():
                 search.set_result(found)
+
+    def _are_held_up(self) -> bool:
+        """Whether steps wait for other work here: on a CPU, where requests run; others only have not been read."""
+        return self.info.device == "cpu" and not all(stream._has_ended for stream in self._streams.values())
 
     def _hold(self, weight: int) -> None:
         self._num_held += weight

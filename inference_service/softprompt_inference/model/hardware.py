@@ -1,5 +1,6 @@
 """What the machine offers: devices, number formats, free memory."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,8 +113,11 @@ def available_memory_bytes() -> int:
     try:
         group = Path("/sys/fs/cgroup")
         limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
+        # Files that were read, which give way: the model's, where it has just been downloaded or converted.
+        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
         if limit != "max":
-            available = min(available, max(0, int(limit) - int(used)))
+            used_bytes = int(used) - (int(cached[1]) if cached else 0)
+            available = min(available, max(0, int(limit) - used_bytes))
     except OSError:
         pass  # no cgroup v2: the machine's own figure stands
     return available

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from softprompt_api.errors import InvalidArgument
@@ -77,6 +79,24 @@ def test_a_share_that_is_not_free_is_refused_with_the_figures(monkeypatch: pytes
     ) as caught:
         hardware.read_gpu_budget(GPU, 0.9)
     assert caught.value.field == "gpu_memory_utilization"
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "stat", "available"),
+    [
+        ("4096\n", "1024\n", "anon 1000\n", 3072),
+        # Most of it is a model's file that was read.
+        ("4096\n", "4000\n", "anon 512\nfile 3488\ninactive_file 3400\nactive_file 88\n", 3496),
+        ("4096\n", "5000\n", "inactive_file 100\n", 0),
+        ("max\n", "4000\n", "inactive_file 0\n", None),
+    ],
+)
+def test_a_containers_memory_is_its_limit_without_what_gives_way(
+    limit: str, used: str, stat: str, available: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"memory.max": limit, "memory.current": used, "memory.stat": stat, "meminfo": "MemAvailable: 9 kB\n"}
+    monkeypatch.setattr(Path, "read_text", lambda self: files[self.name])
+    assert hardware.available_memory_bytes() == (9 * 1024 if available is None else available)
 
 
 def test_this_machine_has_memory() -> None:
