@@ -48,11 +48,11 @@ def check_encoding(request: Request, media_type: str) -> None:
 
 async def body_chunks(request: Request, *, limit_bytes: int, timeout_s: float) -> AsyncGenerator[bytes, None]:
     """The body as it arrives; more than `limit_bytes` is 413, to wait for it longer than `timeout_s` is 408."""
-    received, left_s = content_length(request) or 0, timeout_s
+    is_too_large = (content_length(request) or 0) > limit_bytes
+    received, left_s = 0, timeout_s
     stream = request.stream()
     chunk: bytes | None = b""
     try:
-        is_too_large, received = received > limit_bytes, 0
         while chunk is not None:
             begun_s = time.monotonic()
             # Not around the yield: whoever takes the chunks may take its time, and must not be cancelled here.

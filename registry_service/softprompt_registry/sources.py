@@ -203,7 +203,9 @@ class Hub:
             except httpx.HTTPError as error:
                 raise Unavailable("the hub cannot be reached, or broke off; try again later") from error
             except OSError as error:
-                raise Overloaded(f"there is no room for the adapter here ({error.strerror}); try again") from error
+                raise Overloaded(
+                    f"there is no room for the adapter here ({error.strerror or error}); try again later"
+                ) from error
             tensors.seek(0)
             yield Files(config_json=_config_text(config), tensors=tensors, size_bytes=size_bytes, sha256=sha256)
 
