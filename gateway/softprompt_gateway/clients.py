@@ -349,7 +349,10 @@ def open_clients(settings: Settings) -> Clients:
     )
     return Clients(
         registry=RegistryClient(
-            to_registry, timeout_s=settings.registry_timeout_s, upload_timeout_s=settings.upload_timeout_s
+            to_registry,
+            timeout_s=settings.registry_timeout_s,
+            # Longer than a client's body may take: whoever is slow is told so.
+            upload_timeout_s=settings.upload_timeout_s + settings.registry_timeout_s,
         ),
         inference=InferenceClient(
             replicas, timeout_s=_INFERENCE_TIMEOUT_S, generate_timeout_s=settings.request_timeout_s

@@ -58,12 +58,8 @@ class Admission:
         """Seconds since a completion was in; 0 while one is."""
         return 0.0 if self._open.held else self._now() - self._idle_since_s
 
-    def left(self, num: int) -> None:
-        """Some that the engine had been given have ended, however they did."""
-        self.measure(num)
-
     def measure(self, num_ended: int = 0) -> None:
-        """Take in how the engine's line is now, and that some have ended."""
+        """Take in how the engine's line is now, and that some that it was given have ended, however they did."""
         self._pace.measure(num_ended, is_awaited=bool(self._load().waiting))
 
     def _check_wait(self, tenant: str) -> None:

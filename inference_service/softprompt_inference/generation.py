@@ -329,7 +329,7 @@ class Generator:
         seed = secrets.randbits(62) if params.seed is None else params.seed
         request_number = next(self._numbers)
         with contextlib.ExitStack() as open_streams:
-            open_streams.callback(self._admission.left, params.n)
+            open_streams.callback(self._admission.measure, params.n)
             streams: list[OutputStream] = []
             for index in range(params.n):
                 request = AddRequest(

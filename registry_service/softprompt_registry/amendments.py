@@ -85,7 +85,7 @@ class Amendments:
             version = await self._version(pipe, int(found[0])) if found else None
             if version is None:
                 return None
-            old = await pointers.read_watched(pipe, name)
+            old = await pointers.read(pipe, name)
             if old.target(alias) == version.id:
                 return old.describe(version)
             await self._compare(pipe, name, alias, old.target(alias), expected)
@@ -115,7 +115,7 @@ class Amendments:
         assert alias != LATEST
 
         async def attempt(pipe: Pipeline) -> bool:
-            old = await pointers.read_watched(pipe, name)
+            old = await pointers.read(pipe, name)
             target = old.target(alias)
             if not target:
                 return False
@@ -156,7 +156,7 @@ class Amendments:
         """Change what is kept beside the content of the version that a name stands for."""
 
         async def attempt(pipe: Pipeline) -> AdapterVersion | None:
-            old = await pointers.read_watched(pipe, ref.name)
+            old = await pointers.read(pipe, ref.name)
             version_id = old.target(ref.alias or LATEST)
             if ref.version is not None:
                 found = await reply(pipe.zrangebyscore(keys.versions(ref.name), ref.version, ref.version))

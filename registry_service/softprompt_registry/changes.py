@@ -82,7 +82,7 @@ class Changes:
                 return None
             if staged.keys and await reply(pipe.exists(*staged.keys)) != len(staged.keys):
                 raise Unavailable("the upload took too long and expired; register again")
-            old = await pointers.read_watched(pipe, draft.name)
+            old = await pointers.read(pipe, draft.name)
             number = old.next
             version = AdapterVersion(**_fields(draft), version=number, id=version_id, created_at=datetime.now(UTC))
             new = replace(old, highest=version_id, next=number + 1).after(LATEST, version_id)
@@ -145,7 +145,7 @@ class Changes:
         async def attempt(pipe: Pipeline) -> bool:
             doomed = await self._doomed(pipe, name, low=number, high=number)
             if doomed:
-                old = await pointers.read_watched(pipe, name)
+                old = await pointers.read(pipe, name)
                 aliases = old.aliases_of(doomed[0].id)
                 if free := [alias for alias in aliases if alias != LATEST]:
                     raise catalog.aliased(name, number, free)
@@ -174,7 +174,7 @@ class Changes:
 
     async def _readable_pointers(self, pipe: Pipeline, name: str) -> Pointers | None:
         try:
-            return await pointers.read_watched(pipe, name)
+            return await pointers.read(pipe, name)
         except DataCorrupted:
             return None
 

@@ -56,7 +56,7 @@ class Claim:
             self._is_lost = True
             return False
         claimed = f"{self._own}:{max(self._lease_ms, _milliseconds(found))}"
-        if not await self._write(claimed, only_first=not found):
+        if not await self._write(claimed, *(() if found else ("NX",))):
             return await self.holds()  # another came first
         # A store that was away may be asked again: what it has forgotten may have been given.
         self._note(claimed, is_first=not found and not self._was_made)
@@ -71,7 +71,7 @@ class Claim:
         if not found.startswith((self._own, _NOBODY)):
             _log.info("leases of another registry are waited for", milliseconds=_milliseconds(found))
             found = f"{_NOBODY}:{uuid4().hex}:{_milliseconds(found)}"
-            await self._write(found, ttl_s=_NOBODY_S)
+            await self._write(found, "EX", _NOBODY_S)
         if found != self._found:
             self._note(found)
         await asyncio.sleep(max(0.0, self._over_at_s - time.monotonic()))
@@ -91,8 +91,7 @@ class Claim:
         return (found or b"").decode(errors="replace")
 
     @writes
-    async def _write(self, value: str, *, only_first: bool = False, ttl_s: int | None = None) -> bool:
-        options = (*(("NX",) if only_first else ()), *(("EX", ttl_s) if ttl_s else ()))
+    async def _write(self, value: str, *options: str | int) -> bool:
         return bool(await reply(also_when_full(self._client, "SET", keys.LEASES, value, *options)))
 
     @writes

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.asyncio.client import Pipeline
 from softprompt_api.errors import DataCorrupted
 from softprompt_api.names import LATEST
 
@@ -110,7 +109,7 @@ def _damaged() -> DataCorrupted:
     return DataCorrupted("what is stored of this name's aliases is damaged; delete the name, and register it anew")
 
 
-async def read_watched(pipe: Pipeline, name: str) -> Pointers:
-    """A name's pointers of one moment, inside a transaction that watches the name."""
-    [told] = await ask(pipe, [name])
+async def read(client: Redis, name: str) -> Pointers:
+    """A name's pointers of one moment; `client` may be a pipeline that watches the name."""
+    [told] = await ask(client, [name])
     return decode(told)

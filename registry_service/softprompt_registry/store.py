@@ -84,7 +84,7 @@ class Store:
         """The versions with these global ids, in their order; None for one that was deleted or cannot be read."""
         versions = await self._load_readable(version_ids)
         names = list(dict.fromkeys(version.name for version in versions if version))
-        known = dict(zip(names, await self._readable_pointers(names), strict=True))
+        known = dict(zip(names, await self._all_pointers(names), strict=True))
         return [
             one.describe(version) if version and (one := known[version.name]) else None for version in versions
         ]
@@ -92,19 +92,19 @@ class Store:
     @reads
     async def pointers(self, name: str) -> Pointers:
         """What a name's aliases point to."""
-        return await self._pointers(name)
+        return await pointers.read(self._client, name)
 
     @reads
     async def latest_number(self, name: str) -> int | None:
         """The number of a name's latest version; None when there is no such name."""
-        latest = (await self._pointers(name)).target(LATEST)
+        latest = (await pointers.read(self._client, name)).target(LATEST)
         number = await reply(self._client.zscore(keys.versions(name), latest)) if latest else None
         return None if number is None else int(number)
 
     @reads
     async def latest(self, names: Sequence[str]) -> list[AdapterVersion | None]:
         """The names' latest versions, in their order; None for one that was deleted or cannot be read."""
-        known = await self._readable_pointers(names)
+        known = await self._all_pointers(names)
         versions = await self._load_readable([one.target(LATEST) if one else 0 for one in known])
         return [
             one.describe(version) if one and version else None
@@ -120,7 +120,7 @@ class Store:
         None in place of a version that was deleted meanwhile, or cannot be read.
         """
         high = "+inf" if below is None else f"({below}"
-        known = await self._pointers(name)
+        known = await pointers.read(self._client, name)
         found = await reply(
             self._client.zrevrangebyscore(keys.versions(name), high, "-inf", start=0, num=limit, withscores=True)
         )
@@ -241,11 +241,7 @@ class Store:
                 return found
         return None
 
-    async def _pointers(self, name: str) -> Pointers:
-        [told] = await pointers.ask(self._client, [name])
-        return pointers.decode(told)
-
-    async def _readable_pointers(self, names: Sequence[str]) -> list[Pointers | None]:
+    async def _all_pointers(self, names: Sequence[str]) -> list[Pointers | None]:
         """Of each name, in their order; None where they are damaged."""
         told = await pointers.ask(self._client, names)
         return [_readable_pointers(name, one) for name, one in zip(names, told, strict=True)]

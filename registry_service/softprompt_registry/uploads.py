@@ -2,13 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 import structlog
 from redis.asyncio import Redis
 from softprompt_api.errors import DeadlineExceeded, InvalidArgument, Unavailable
-from softprompt_api.formats import DEFAULT_MAX_LORA_RANK, AdapterVerifier, ModelShape, parse_config
+from softprompt_api.formats import DEFAULT_MAX_LORA_RANK, AdapterSpec, AdapterVerifier, ModelShape, parse_config
 from softprompt_api.shares import Shares
 from softprompt_api.tenants import tenant_of
 
@@ -17,6 +17,9 @@ from softprompt_registry.blobs import CHUNK_BYTES, StagedBlob
 from softprompt_registry.catalog import AdapterVersion, BaseModel, Draft, Registration
 from softprompt_registry.changes import Changes
 from softprompt_registry.store import Store
+
+# A file of several tasks stays in memory until all of them were checked.
+_MAX_HELD_BYTES = 2**28
 
 _log = structlog.get_logger()
 
@@ -47,6 +50,7 @@ class Uploads:
         self._changes = changes
         self._limits = limits
         self._running = Shares(limits.max_concurrent, what="uploads are running")
+        self._held = Shares(_MAX_HELD_BYTES, what="bytes of adapters of several tasks are held to be checked")
 
     async def register(self, registration: Registration, pieces: AsyncIterator[Piece]) -> AdapterVersion:
         """Make the next version of a name from a header and the pieces of its tensor file."""
@@ -56,12 +60,15 @@ class Uploads:
             made = await self._store.made_by(registration.tenants_key, content, registration.base_model_id)
             if made:
                 return made
-            return await self._upload(registration, content, pieces)
+            spec = parse_config(registration.config_json)
+            # One that is larger than such a file can be is refused by its first bytes.
+            held_bytes = min(registration.size_bytes, _MAX_HELD_BYTES) if spec.can_check_tasks() else 0
+            with self._held.holding(tenant_of(registration.name), held_bytes) if held_bytes else nullcontext():
+                return await self._upload(registration, spec, content, pieces)
 
     async def _upload(
-        self, registration: Registration, content: str, pieces: AsyncIterator[Piece]
+        self, registration: Registration, spec: AdapterSpec, content: str, pieces: AsyncIterator[Piece]
     ) -> AdapterVersion:
-        spec = parse_config(registration.config_json)
         models, announced_lately = await self._store.announced_base_models()
         base = catalog.choose_base_model(models, registration.base_model_id, announced_lately)
         catalog.check_name_is_free_of_models(registration.name, models)

@@ -55,7 +55,7 @@ class Place:
             # What ends in one step is told together; others start in the next.
             while self._ends and self._ends[0][0] == self.now_s:
                 _, _, admitted = heapq.heappop(self._ends)
-                self.admission.left(1)
+                self.admission.measure(1)
                 admitted.__exit__(None, None, None)
             self._start()
         self.now_s = now_s
@@ -147,7 +147,7 @@ class Slow:
         self.now_s, self.stats = now_s, Stats(running=running, waiting=waiting)
         self.admission.measure()
         if num_ended:
-            self.admission.left(num_ended)
+            self.admission.measure(num_ended)
 
     def ask(self, num: int) -> None:
         """Ask for some completions, before the next step has ended."""

@@ -143,4 +143,4 @@ async def test_a_watcher_that_catches_up_asks_for_many_changes_at_once(client, m
         call.cancel()
 
     used = await commands(redis, catch_up)
-    assert used["eval"] <= 20
+    assert used["eval"] <= 10

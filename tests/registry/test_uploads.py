@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import save
 from softprompt_api.errors import AdapterInvalid, AdapterNotFound, DeadlineExceeded, InvalidArgument, Overloaded
 from softprompt_api.registry.v1 import registry_pb2 as pb
+from softprompt_registry import uploads
 from softprompt_registry.server import RegistryServer
 
 ROWS = np.ones((5, 32), dtype=np.float32)
@@ -243,6 +244,36 @@ async def test_uploads_are_bounded_in_number_and_time(settings, make_adapter, co
         with pytest.raises(DeadlineExceeded):
             await client.answer(slow)
         assert (await client.register("fast", make_adapter())).name == "fast"
+        await client.channel.close()
+
+
+async def test_what_is_held_to_be_checked_is_bounded_over_all_uploads(
+    settings, make_adapter, connect, forever, monkeypatch
+):
+    tensors = save(
+        {
+            "prompt_embeddings": ROWS,
+            "prefix_task_cols": np.ones((3, 5, 1), np.float32),
+            "prefix_task_rows": np.ones((3, 1, 32), np.float32),
+        }
+    )
+    sizes = {"num_virtual_tokens": 5, "token_dim": 32, "num_tasks": 3, "num_ranks": 1}
+    tasks = make_adapter().but(config={"peft_type": "MULTITASK_PROMPT_TUNING", **sizes}, tensors=tensors)
+    monkeypatch.setattr(uploads, "_MAX_HELD_BYTES", 2 * len(tensors) - 1)
+    async with RegistryServer(settings.model_copy(update={"upload_timeout_s": 0.5})) as server:
+        client = connect(server.port)
+        header, _ = tasks.requests("slow")
+        await client.stub.PutBaseModel(
+            pb.PutBaseModelRequest(base_model=pb.BaseModel(id="org/Tiny", hidden_size=32))
+        )
+        slow = client.stub.RegisterAdapter()
+        await slow.write(header)
+        with pytest.raises(Overloaded, match="bytes of adapters of several tasks are held to be checked"):
+            await forever(lambda: client.register("fast", tasks))
+        assert (await client.register("plain", make_adapter())).name == "plain"
+        with pytest.raises(DeadlineExceeded):
+            await client.answer(slow)
+        assert (await client.register("fast", tasks)).num_tasks == 3
         await client.channel.close()
 
 

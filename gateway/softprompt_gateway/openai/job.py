@@ -43,7 +43,7 @@ class Job(Work):
 
     style: Style
     include_usage: bool
-    include_usage_so_far: bool = False
+    include_usage_so_far: bool
     silent: bool
     kept_per_prompt: int | None = None
 

@@ -112,11 +112,12 @@ def available_memory_bytes() -> int:
         return available
     try:
         group = Path("/sys/fs/cgroup")
-        limit, used = (group / "memory.max").read_text().strip(), (group / "memory.current").read_text()
-        # Files that were read, which give way: the model's, where it has just been downloaded or converted.
-        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        limit = (group / "memory.max").read_text().strip()
         if limit != "max":
-            used_bytes = int(used) - (int(cached[1]) if cached else 0)
+            used_bytes = int((group / "memory.current").read_text())
+            # Files that were read give way: the model's, where it has just been downloaded or converted.
+            if cached := re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE):
+                used_bytes -= int(cached[1])
             available = min(available, max(0, int(limit) - used_bytes))
     except OSError:
         pass  # no cgroup v2: the machine's own figure stands

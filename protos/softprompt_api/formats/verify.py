@@ -57,7 +57,7 @@ class AdapterVerifier:
         sha256: hex digest the file must have; None: not known.
         model: the base model it is for.
         all_tasks: check at the end also what is computed of the tensors for each task, where that takes seconds
-            at most, and 16 MiB; otherwise `read_adapter` does, for the task that it is asked for.
+            at most, and 64 MiB; otherwise `read_adapter` does, for the task that it is asked for.
     """
 
     def __init__(

@@ -25,9 +25,8 @@ from softprompt_api.formats.spec import (
 from softprompt_api.formats.values import as_float32, check_values
 
 _SHARED, _COLS, _ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
-# What all tasks together may have to be checked when they are registered: seconds at most, and in 16 MiB, as many
-# may be registered at once.
-_MAX_TASKS, _MAX_VALUES, _MAX_PRODUCTS = 4096, 2**22, 2**26
+# What all tasks together may have to be checked when they are registered: seconds at most, in 64 MiB.
+_MAX_TASKS, _MAX_VALUES, _MAX_PRODUCTS = 4096, 2**24, 2**26
 _SIZES = ("num_virtual_tokens", "token_dim", "num_tasks", "num_ranks")
 
 
