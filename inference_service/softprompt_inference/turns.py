@@ -52,6 +52,11 @@ class Places:
         self._num_free = num
         self._line: list[_Turn] = []
 
+    @property
+    def has_free(self) -> bool:
+        """Whether somebody would have a place at once."""
+        return self._num_free > 0
+
     @asynccontextmanager
     async def taken(self, tenant: str) -> AsyncIterator[None]:
         """A place, for the time of the context."""

@@ -14,6 +14,7 @@ from softprompt_api.errors import AdapterInUse, AdapterLoading, InvalidArgument,
 from softprompt_api.formats import Lora, LoraModule, Rows
 from softprompt_inference.adapters import residency as residency_module
 from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.adapters.fetching import MakeWay
 from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.residency import Residency
 
@@ -42,7 +43,9 @@ class Edge:
     failures: dict[str, Exception] = field(default_factory=dict)
     now_s: float = 100.0
 
-    async def fetch(self, digest: str) -> Adapter:
+    async def fetch(self, digest: str, make_way: MakeWay) -> Adapter:
+        if digest.startswith("large"):
+            await make_way()
         self.fetched.append(digest)
         await self.gates.get(digest, _open()).wait()
         if digest in self.failures:
@@ -866,6 +869,29 @@ async def test_few_adapters_are_fetched_at_one_time(edge: Edge, make: Callable[.
     assert edge.fetched == list(edge.gates)
 
 
+async def test_small_adapters_do_not_wait_for_large_ones_that_come_in_slowly(
+    edge: Edge, make: Callable[..., Residency]
+) -> None:
+    residency = make(max_adapters=20)
+    edge.gates = {f"large {number}": asyncio.Event() for number in range(6)}
+    large = await line_up(residency, [(digest,) for digest in edge.gates], tenant="noisy")
+    async with residency.use("small"):
+        assert edge.fetched == ["large 0", "large 1", "large 2", "large 3", "small"]
+    quiet = User(residency, "large", tenant="quiet")
+    await settle()
+    await large[4].cancel()
+    edge.gates["large 1"].set()
+    edge.gates["large 3"].set()
+    await settle()
+    # In turn among themselves.
+    assert edge.fetched[5:] == ["large", "large 5"]
+    for gate in edge.gates.values():
+        gate.set()
+    for user in (*large[:4], large[5], quiet):
+        await user.end()
+    assert len(edge.fetched) == len(set(edge.fetched))
+
+
 class Tracked(Adapter):
     """An adapter whose end can be seen."""
 
@@ -873,18 +899,18 @@ class Tracked(Adapter):
 
 
 async def test_host_memory_is_bounded_however_many_wait_for_room_and_who_is_next_is_fetched_again(
-    edge: Edge, make: Callable[..., Residency]
+    edge: Edge, make: Callable[..., Residency], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    residency = make(max_adapters=1, host_bytes=8)
     made: list[weakref.ref[Adapter]] = []
 
-    async def fetch(digest: str) -> Adapter:
-        fetched = await Edge.fetch(edge, digest)
+    async def fetch(digest: str, make_way: MakeWay) -> Adapter:
+        fetched = await Edge.fetch(edge, digest, make_way)
         tracked = Tracked(digest=fetched.digest, content=fetched.content)
         made.append(weakref.ref(tracked))
         return tracked
 
-    residency._fetch = fetch
+    monkeypatch.setattr(edge, "fetch", fetch)
+    residency = make(max_adapters=1, host_bytes=8)
     users = [User(residency, str(number // 2)) for number in range(100)]
     for number, user in enumerate(users):
         await settle()

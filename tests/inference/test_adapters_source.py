@@ -48,6 +48,7 @@ from softprompt_inference.adapters import reading as reading_module
 from softprompt_inference.adapters import source as source_module
 from softprompt_inference.adapters import transfer as transfer_module
 from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.adapters.fetching import NoWay
 from softprompt_inference.adapters.source import AdapterSource
 from softprompt_inference.adapters.transfer import Transfer
 from softprompt_inference.engine import steps as steps_module
@@ -626,7 +627,7 @@ async def test_a_large_file_comes_in_beside_steps_that_it_would_hold_up(
         done.append(transfer.num_kept - num_kept)
 
     monkeypatch.setattr(Transfer, "keep", watch)
-    adapter = await source.fetch(lora.digest, Watched(lambda: True))
+    adapter = await source.fetch(lora.digest, steps=Watched(lambda: True))
     # The first piece, which has the header, by itself; then two at a time; what is left with the last look at all.
     num_whole, rest = divmod(lora.size_bytes - CHUNK_BYTES, 2 * CHUNK_BYTES)
     assert num_whole > 5
@@ -641,7 +642,28 @@ async def test_a_small_file_waits_for_no_step(
     version = registry.add("tweets", rows)
     steps = Steps(lambda: True)
     async with asyncio.timeout(10):
-        assert (await source.fetch(version.digest, steps)).digest == version.digest
+        assert (await source.fetch(version.digest, steps=steps)).digest == version.digest
+
+
+async def test_a_large_file_is_read_on_only_once_there_is_way_for_it(
+    source: AdapterSource, lora: pb.AdapterVersion, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    async def make_way() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            raise NoWay
+
+    await source.fetch(lora.digest, make_way)
+    assert asked == 0
+    monkeypatch.setattr(transfer_module, "_LARGE_FILE_BYTES", 0)
+    with pytest.raises(NoWay):
+        await source.fetch(lora.digest, make_way)
+    registry.cuts = [2]
+    assert (await source.fetch(lora.digest, make_way)).digest == lora.digest
+    assert asked == 2  # not again where it goes on
 
 
 @pytest.mark.usefixtures("large")

@@ -13,6 +13,7 @@ from softprompt_api.errors import ContextLengthExceeded, InvalidArgument, Unavai
 from softprompt_api.formats import Rows
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.adapters.fetching import MakeWay
 from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.residency import Residency
 from softprompt_inference.adapters.source import AdapterSource
@@ -123,7 +124,7 @@ class FakePrompts:
 
 
 def make(engine: FakeEngine, source: FakeSource, *, idle_s: Callable[[], float] = lambda: 0.0) -> EffectProbe:
-    async def fetch(digest: str) -> Adapter:
+    async def fetch(digest: str, make_way: MakeWay) -> Adapter:
         return Adapter(
             digest=digest, content=Rows(data=bytes(8), dtype="float32", num_virtual_tokens=1, row_size=2)
         )

@@ -35,6 +35,7 @@ from softprompt_api.rpc.status import from_rpc_error
 from softprompt_api.structured import StructuredOutputsParams
 from softprompt_api.tracing import Tracer
 from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.adapters.fetching import MakeWay
 from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.residency import Residency
 from softprompt_inference.adapters.source import AdapterSource
@@ -169,7 +170,7 @@ class FakeSource:
         version.probe.CopyFrom(probe_to(probe))
         return version
 
-    async def fetch(self, digest: str) -> Adapter:
+    async def fetch(self, digest: str, make_way: MakeWay) -> Adapter:
         self.fetching.set()
         try:
             await self.gate.wait()

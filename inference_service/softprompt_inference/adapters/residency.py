@@ -18,7 +18,7 @@ theirs in the host cache when it is their turn, or have them fetched again.
 import asyncio
 import math
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -30,14 +30,13 @@ from softprompt_api.tracing import span
 
 from softprompt_inference.adapters.adapter import Adapter, AdapterInfo
 from softprompt_inference.adapters.entry import Entry, Waiter
+from softprompt_inference.adapters.fetching import MAX_FETCHES, Fetch, Fetches
 from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.room import Room
 from softprompt_inference.pace import Pace
 from softprompt_inference.turns import Places, line_up
 
 _MAX_REMEMBERED = 65_536
-# Each fetch holds an adapter, and for a moment its file.
-_MAX_FETCHES = 4
 # Users of what is resident come without a break: from then on they wait behind who waits for room alone.
 _PATIENCE_S = 2.0
 
@@ -93,7 +92,7 @@ class Residency:
     next request; so is what the engine failed to load.
 
     Args:
-        fetch: gets a verified adapter by digest; may raise.
+        fetch: gets a verified adapter by digest; see `Fetches`.
         load: tells the engine to take an adapter; ordered before later commands.
         drop: tells the engine to forget a digest.
         max_adapters: most soft prompts in the engine.
@@ -107,7 +106,7 @@ class Residency:
     def __init__(
         self,
         *,
-        fetch: Callable[[str], Awaitable[Adapter]],
+        fetch: Fetch,
         load: Callable[[Adapter], None],
         drop: Callable[[str], None],
         max_adapters: int,
@@ -117,7 +116,6 @@ class Residency:
         max_wait_s: float = math.inf,
         now: Callable[[], float] = monotonic,
     ) -> None:
-        self._fetch = fetch
         self._load = load
         self._drop = drop
         soft_prompts_pace, loras_pace = (
@@ -134,7 +132,7 @@ class Residency:
         self._usage: OrderedDict[str, _Usage] = OrderedDict()  # of adapters asked for lately, the last one last
         self._hits: Counter[str] = Counter()  # requests by where their adapter was
         self._now = now
-        self._fetches = Places(_MAX_FETCHES)
+        self._fetches = Fetches(fetch)
         # They are not held up by all who came later.
         self._fetches_of_next = {room: Places(1) for room in self._rooms}
         self._num_waiting = 0
@@ -313,7 +311,7 @@ class Residency:
             missing = {entry.digest for entry in waiter.missing}
             assert not missing <= in_hand or self._find_leavers(waiter) is None, "there is room and somebody waits"
             assert all(entry.is_coming for entry in waiter.missing if entry.digest not in in_hand)
-        assert len(in_hand - wanted) <= _MAX_FETCHES
+        assert len(in_hand - wanted) <= MAX_FETCHES
         assert all(self._entries[digest].num_asking for digest in in_hand)
         assert not any(self._entries[digest].is_ready for digest in in_hand)
         self._host_cache.check()
@@ -346,9 +344,11 @@ class Residency:
 
     async def _bring(self, entry: Entry) -> None:
         try:
-            places = self._fetches if entry.found is None else self._fetches_of_next[self._room_of(entry)]
-            async with places.taken(entry.tenant):
-                adapter = await self._fetch(entry.digest)
+            if entry.found is None:
+                adapter = await self._fetches.fetch(entry.digest, entry.tenant)
+            else:
+                async with self._fetches_of_next[self._room_of(entry)].taken(entry.tenant):
+                    adapter = await self._fetches.fetch_at_once(entry.digest)
         except BaseException as error:
             self._give_up(entry, error)
             raise
@@ -468,7 +468,7 @@ class Residency:
         """Let waiters in, in order, as far as there is room; idle adapters make room."""
         while self._let_pass() or self._let_next_in():
             pass
-        self._host_cache.let_go_but(self._wanted_next(), num_others=_MAX_FETCHES)
+        self._host_cache.let_go_but(self._wanted_next(), num_others=MAX_FETCHES)
 
     def _closed(self) -> set[Room]:
         """Rooms that nobody enters any more before the next, which has waited too long and lacks nothing else."""

@@ -24,6 +24,7 @@ from softprompt_api.rpc.quality import probe_to
 from softprompt_api.tracing import span
 
 from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.adapters.fetching import MakeWay, no_way_needed
 from softprompt_inference.adapters.reading import TensorReader, readable, translated
 from softprompt_inference.adapters.transfer import Transfer, Wanted
 from softprompt_inference.engine.steps import FREE_STEPS, Steps
@@ -81,10 +82,13 @@ class AdapterSource:
             raise translated(error) from error
         return readable(answer).adapter
 
-    async def fetch(self, spelling: str, steps: Steps = FREE_STEPS) -> Adapter:
+    async def fetch(
+        self, spelling: str, make_way: MakeWay = no_way_needed, *, steps: Steps = FREE_STEPS
+    ) -> Adapter:
         """What a digest, or `digest:task`, holds, verified.
 
         Args:
+            make_way: awaited as soon as the file is known to be large; what it raises ends the fetch.
             steps: of the engine. While they would be held up, a large file comes in a piece beside each.
 
         InvalidArgument: it has no such task. AdapterInvalid: it does not fit the model. DataCorrupted: what came
@@ -94,7 +98,7 @@ class AdapterSource:
         try:
             with span("fetch", "client"):
                 async with asyncio.timeout(FETCH_TIMEOUT_S):
-                    wanted = await self._read(transfer, steps)
+                    wanted = await self._read(transfer, make_way, steps)
         except TimeoutError as error:
             raise Unavailable("the registry is too slow to deliver the adapter; try again later") from error
         if not transfer.is_small:
@@ -103,13 +107,13 @@ class AdapterSource:
         _log.info("adapter fetched", adapter=wanted.version.name, version=wanted.version.version, digest=spelling)
         return adapter
 
-    async def _read(self, transfer: Transfer, steps: Steps) -> Wanted:
+    async def _read(self, transfer: Transfer, make_way: MakeWay, steps: Steps) -> Wanted:
         """Read the tensor file, resumed where the link was cut."""
         num_interruptions = 0
         while True:
             had_bytes = transfer.num_bytes
             try:
-                await self._read_on(transfer, steps)
+                await self._read_on(transfer, make_way, steps)
             except Unavailable:
                 num_interruptions = 1 if transfer.num_bytes > had_bytes else num_interruptions + 1
                 if num_interruptions > len(RESUME_DELAYS_S):
@@ -125,7 +129,7 @@ class AdapterSource:
                     raise DataCorrupted("the registry did not say what it sent")
                 return transfer.wanted
 
-    async def _read_on(self, transfer: Transfer, steps: Steps) -> None:
+    async def _read_on(self, transfer: Transfer, make_way: MakeWay, steps: Steps) -> None:
         reading = self._reader.read(
             transfer.ref.digest, offset=transfer.num_bytes, base_model_id=self._base_model.id
         )
@@ -133,6 +137,8 @@ class AdapterSource:
             async for piece in pieces:
                 if transfer.wanted is None:
                     transfer.wanted = self._check(transfer.ref, piece.version or pb.AdapterVersion())
+                    if transfer.is_large:
+                        await make_way()
                 size_bytes = transfer.wanted.version.size_bytes
                 if piece.offset != transfer.num_bytes or transfer.num_bytes + len(piece.data) > size_bytes:
                     raise DataCorrupted("the registry sent other bytes of the adapter than were asked for")

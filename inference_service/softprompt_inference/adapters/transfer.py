@@ -16,6 +16,7 @@ from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.engine.files import MemoryFile
 
 _SMALL_FILE_BYTES = 2**17
+_LARGE_FILE_BYTES = 2**22
 # The engine gets larger ones without a copy, and each is a file that stays open.
 _MAX_BUFFER_BYTES = 2**20
 # What is kept beside one step; more of a file that would take too many.
@@ -72,6 +73,11 @@ class Transfer:
     def is_small(self) -> bool:
         """Whether its file is read sooner than another thread would have begun."""
         return self.wanted is not None and self.wanted.version.size_bytes <= _SMALL_FILE_BYTES
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its file takes long beside steps."""
+        return self.wanted is not None and self.wanted.version.size_bytes > _LARGE_FILE_BYTES
 
     def is_due(self, *, beside_step: bool) -> bool:
         """Whether what is new is to be kept before more is read; of a small file that is its end."""
