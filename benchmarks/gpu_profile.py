@@ -27,7 +27,7 @@ _MOST_KERNELS = 16
 def decodes(count: int, context: int, page_size: int) -> StepPlan:
     """One token for each of so many sequences of that many positions, with pages of their own."""
     width = -(-context // page_size)
-    sample = Sample(params=_GREEDY, seed=0, index=0, prompt_ids=(), output_ids=())
+    sample = Sample(params=_GREEDY, seed=0, index=0)
     return StepPlan(
         chunks=[
             Chunk(

@@ -60,7 +60,7 @@ def prompt(num_tokens: int, start: int, page_size: int) -> StepPlan:
 
 
 def _chunk(token_ids: list[int], start: int, page_ids: Sequence[int]) -> Chunk:
-    sample = Sample(params=_GREEDY, seed=0, index=0, prompt_ids=(), output_ids=())
+    sample = Sample(params=_GREEDY, seed=0, index=0)
     return Chunk(token_ids=token_ids, start=start, page_ids=page_ids, sample=sample)
 
 

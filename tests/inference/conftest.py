@@ -32,6 +32,7 @@ from softprompt_inference.engine.plan import (
     StepPlan,
     looks_back,
 )
+from softprompt_inference.engine.seen import Seen
 
 VOCAB_SIZE = 50
 HIDDEN_SIZE = 4
@@ -46,9 +47,9 @@ def _link(chain: bytes, content: object, lora: str) -> bytes:
 
 
 def _choose(cells: Sequence[tuple[int, bytes]], sample: Sample) -> int:
-    output_ids = list(sample.output_ids) if looks_back(sample.params) else None
-    seen = (list(cells), sample.seed, sample.index, list(sample.prompt_ids), output_ids)
-    token_id = int.from_bytes(_hash(seen)[:4], "little") % VOCAB_SIZE
+    assert (sample.seen is not None) == looks_back(sample.params)
+    counts = dict(zip(sample.seen.token_ids, sample.seen.counts, strict=True)) if sample.seen else None
+    token_id = int.from_bytes(_hash(list(cells), sample.seed, sample.index, counts)[:4], "little") % VOCAB_SIZE
     if sample.matcher is not None:
         mask = sample.matcher.allowed(sample.banned_ids)
         allowed = [i for i in range(VOCAB_SIZE) if mask[i >> 3] >> (i & 7) & 1]
@@ -415,9 +416,8 @@ class Fakes:
                 params=params,
                 seed=request.seed,
                 index=len(outputs),
-                prompt_ids=prompt_ids,
-                output_ids=outputs,
                 banned_ids=sorted(ends) if len(outputs) < params.min_tokens else (),
+                seen=Seen(prompt_ids, outputs) if looks_back(params) else None,
             )
             token_id = _choose(cells, sample)
             outputs.append(token_id)

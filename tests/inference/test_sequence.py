@@ -31,7 +31,6 @@ def sequence_of(request: AddRequest, virtual_ids: VirtualIds, *, max_model_len: 
 def test_parts_become_one_list_of_ids_in_their_order(fakes, virtual_ids) -> None:
     sequence = sequence_of(fakes.request("0", [1, 2], "a", [3]), virtual_ids)
     assert sequence.token_ids == [1, 2, 50, 51, 52, 3]
-    assert sequence.text_ids == [1, 2, 3]
     assert sequence.prompt_length == 6
     assert sequence.adapters == {"sha256:a"}
     assert sequence.soft_prompt_ends == (5,)
@@ -68,7 +67,7 @@ def test_only_the_chunk_that_reaches_the_end_asks_for_a_token(fakes, virtual_ids
     assert first.in_prompt
     assert last.in_prompt
     assert last.sample is not None
-    assert (last.sample.seed, last.sample.index, last.sample.prompt_ids) == (5, 0, [7, 8])
+    assert (last.sample.seed, last.sample.index, last.sample.seen) == (5, 0, None)
 
 
 def test_the_next_chunk_computes_the_sampled_token(fakes, virtual_ids) -> None:
@@ -78,7 +77,20 @@ def test_the_next_chunk_computes_the_sampled_token(fakes, virtual_ids) -> None:
     chunk = sequence.chunk(1)
     assert (chunk.token_ids, chunk.start) == ([9], 2)
     assert chunk.sample is not None
-    assert (chunk.sample.index, chunk.sample.output_ids) == (1, [9])
+    assert chunk.sample.index == 1
+
+
+def test_penalties_see_the_text_and_the_output_and_no_virtual_token(fakes, virtual_ids) -> None:
+    params = SamplingParams(presence_penalty=1.0)
+    sequence = sequence_of(fakes.request("0", "a", [7, 8, 7], params=params), virtual_ids)
+    for token_id in (9, 8, 9):
+        sequence.accept(Sampled(token_id=token_id))
+    sequence.num_computed = len(sequence.token_ids) - 1
+    sample = sequence.chunk(1).sample
+    assert sample is not None
+    assert sample.seen is not None
+    assert list(sample.seen.token_ids) == [7, 8, 9]
+    assert list(sample.seen.counts) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from softprompt_api.params import SamplingParams
 from softprompt_api.structured import StructuredOutputsParams
 
 from softprompt_inference.engine.messages import LoadAdapter, LoadLora, Logprobs, ModelInfo, NearRow
+from softprompt_inference.engine.seen import Seen
 
 # A step has at most so many scores: for each of them there are logits as large as the vocabulary.
 MAX_SCORES = 128
@@ -46,22 +47,20 @@ class Sample:
         params: how to choose.
         seed: the choice's own seed; with `index` it makes the draw the same in any batch.
         index: how many tokens the sequence has generated before.
-        prompt_ids: the prompt's text ids, for penalties; virtual tokens never enter them.
-        output_ids: the tokens generated so far; live, not to be kept. In a step that follows another they lack the
-            newest, and nobody in it `looks_back`.
         banned_ids: ids that may not be chosen now (ends before `min_tokens`).
         all_logprobs: with `params.logprobs`, give those of the whole vocabulary too.
         matcher: knows the ids that may; None: all. Live: it is asked when the step is launched.
+        seen: the tokens so far, virtual ones aside; None without penalties. Live, not to be kept; in a step that
+            follows another nobody has it.
     """
 
     params: SamplingParams
     seed: int
     index: int
-    prompt_ids: Sequence[int]
-    output_ids: Sequence[int]
     banned_ids: Sequence[int] = ()
     all_logprobs: bool = False
     matcher: Matcher | None = None
+    seen: Seen | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

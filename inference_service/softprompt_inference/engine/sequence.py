@@ -9,6 +9,7 @@ from enum import Enum
 from softprompt_inference.engine.keys import PageKey, VirtualIds, page_key, partial_key, root_key, under_lora
 from softprompt_inference.engine.messages import AddRequest, Finish, Logprobs, Output
 from softprompt_inference.engine.plan import Chunk, Matcher, PageWrite, Sample, Sampled, Scores, looks_back
+from softprompt_inference.engine.seen import Seen
 
 
 class State(Enum):
@@ -41,7 +42,6 @@ class Sequence:
         request: as it was added.
         token_ids: prompt (virtual and text ids) and then output; grows by one per sampled token.
         prompt_length: positions of the prompt.
-        text_ids: the prompt's ids without the virtual ones.
         output_ids: the ids generated so far.
         turn: place in the order in which sequences start, given by the line that it waited in.
         adapters: digests whose virtual tokens are in the prompt, and that of its LoRA.
@@ -70,6 +70,7 @@ class Sequence:
         "_partial_keys",
         "_prompt_keys",
         "_score_rows",
+        "_seen",
         "_stop_ids",
         "_virtual_ids",
         "adapters",
@@ -89,7 +90,6 @@ class Sequence:
         "soft_prompt_ends",
         "source_page",
         "state",
-        "text_ids",
         "token_ids",
         "turn",
     )
@@ -112,7 +112,6 @@ class Sequence:
         self.request = request
         self.token_ids = prompt_ids
         self.prompt_length = len(prompt_ids)
-        self.text_ids = text_ids
         self.output_ids: list[int] = []
         self.adapters = adapters
         self.lora_slot = lora_slot
@@ -130,6 +129,7 @@ class Sequence:
         has_grammar = params.structured_outputs is not None
         self.looks_back = has_grammar or looks_back(params)
         self.matcher: Matcher | None = None
+        self._seen = Seen(text_ids) if looks_back(params) else None
         self._virtual_ids = virtual_ids
         self._keys: list[PageKey] = [root_key(request.salt)]
         self._prompt_keys = [*self._keys]  # those of full pages of the prompt, as far as somebody has hashed them
@@ -296,11 +296,10 @@ class Sequence:
             params,
             request.seed,
             num_outputs,
-            self.text_ids,
-            self.output_ids,
             banned_ids,
             request.all_logprobs,
             self.matcher,
+            self._seen,
         )
 
     def reset(self, state: State) -> None:
@@ -341,6 +340,8 @@ class Sequence:
         self.output_ids.append(token_id)
         if self.matcher is not None:
             self.matcher.accept(token_id)
+        if self._seen is not None:
+            self._seen.add(token_id)
         num_outputs = len(self.output_ids)
         finish: Finish | None = None
         stop_token_id: int | None = None

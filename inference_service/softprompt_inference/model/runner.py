@@ -428,7 +428,7 @@ def _warm_up(runner: ModelRunner, config: EngineConfig) -> int:
     num_tokens = config.step_tokens(device.type) if on_cuda else _CPU_WARM_UP_TOKENS
     num_decodes = min(config.max_num_sequences, num_tokens if on_cuda else 2) - 1
     lengths = [1] * num_decodes + [min(num_tokens - num_decodes, runner.loaded.max_positions)]
-    sample = Sample(params=SamplingParams(), seed=0, index=0, prompt_ids=(), output_ids=())
+    sample = Sample(params=SamplingParams(), seed=0, index=0)
     chunks, num_pages = [], 0
     for length in lengths:
         count = -(-length // config.page_size)

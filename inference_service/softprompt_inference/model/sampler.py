@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from softprompt_api.params import SamplingParams
 from softprompt_kernels.sample import NO_TOKEN
 from softprompt_kernels.sample import sample as draw
 from torch import Tensor
 
 from softprompt_inference.engine.messages import Logprobs
-from softprompt_inference.engine.plan import Sample, Sampled, looks_back
+from softprompt_inference.engine.plan import Sample, Sampled
+from softprompt_inference.engine.seen import Seen
 from softprompt_inference.model.logprobs import as_logprobs, measure
 from softprompt_inference.model.transfer import Download, upload, upload_bytes
 
@@ -83,7 +85,7 @@ class Choices:
 
     def __init__(self, samples: Sequence[Sample], tokens: Tensor, wanted: _Wanted | None) -> None:
         self.tokens = tokens
-        self._params = [s.params for s in samples]  # the samples' ids change with their sequences
+        self._params = [s.params for s in samples]  # the samples change with their sequences
         self._wanted = wanted
         tensors = [tokens] if wanted is None else [tokens, wanted.chosen, wanted.values, wanted.ids]
         self._download = Download(*tensors) if samples else None
@@ -116,7 +118,7 @@ class Choices:
 
 
 def _is_edited(s: Sample) -> bool:
-    return _is_banned(s) or bool(s.params.logit_bias) or looks_back(s.params)
+    return _is_banned(s) or bool(s.params.logit_bias) or s.seen is not None
 
 
 def _is_banned(s: Sample) -> bool:
@@ -130,14 +132,18 @@ def _edit(row: Tensor, s: Sample) -> None:
         row[_ids(p.logit_bias.keys(), row)] += upload(list(p.logit_bias.values()), torch.float32, row.device)
     if _is_banned(s):
         row.index_fill_(0, _ids(s.banned_ids, row), -math.inf)
+    if s.seen is not None:
+        _penalise(row, p, s.seen)
+
+
+def _penalise(row: Tensor, p: SamplingParams, seen: Seen) -> None:
+    """By what was seen, in place. row [vocabulary]"""
+    ids, counts = (upload(values, torch.int64, row.device) for values in (seen.token_ids, seen.counts))
+    logits = row[ids]
     if p.repetition_penalty != 1.0:
-        seen = _ids({*s.prompt_ids, *s.output_ids}, row)
-        old = row[seen]
         penalty = max(p.repetition_penalty, _LEAST_PENALTY)
-        row[seen] = torch.where(old > 0, old / penalty, old * penalty)
-    if s.output_ids and (p.frequency_penalty or p.presence_penalty):
-        ids, counts = torch.unique(_ids(s.output_ids, row), return_counts=True)
-        row[ids] -= p.frequency_penalty * counts + p.presence_penalty
+        logits = torch.where(logits > 0, logits / penalty, logits * penalty)
+    row[ids] = logits - (p.frequency_penalty * counts + p.presence_penalty * (counts > 0))
 
 
 def _ids(ids: Iterable[int], like: Tensor) -> Tensor:

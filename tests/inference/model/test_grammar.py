@@ -15,6 +15,7 @@ from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import Engine
 from softprompt_inference.engine.messages import AddRequest, Finish, Output, TextPart
 from softprompt_inference.engine.plan import Sample
+from softprompt_inference.engine.seen import Seen
 from softprompt_inference.model import sampler
 from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 from softprompt_inference.text import ChatMessage, Tokenizer
@@ -235,7 +236,7 @@ class Only:
 
 
 def sample_of(**changes: Any) -> Sample:
-    plain = Sample(params=SamplingParams(temperature=0.0), seed=0, index=0, prompt_ids=[], output_ids=[])
+    plain = Sample(params=SamplingParams(temperature=0.0), seed=0, index=0)
     return replace(plain, **changes)
 
 
@@ -252,7 +253,7 @@ def test_a_mask_is_for_its_row_alone() -> None:
 def test_a_bias_cannot_bring_back_what_is_not_allowed() -> None:
     logits = torch.zeros(1, 70)
     params = SamplingParams(temperature=0.0, logit_bias={5: 100.0}, repetition_penalty=1.5)
-    [one] = sampler.sample(logits, [sample_of(params=params, matcher=Only(70, 7), output_ids=[7])])
+    [one] = sampler.sample(logits, [sample_of(params=params, matcher=Only(70, 7), seen=Seen([], [7]))])
     assert one.token_id == 7
 
 

@@ -34,7 +34,7 @@ def eager(compute: Callable[[], None]) -> Callable[[], None]:
 
 
 def chunk(token_id: int, start: int, page_ids: list[int], *, sampled: bool = True) -> Chunk:
-    sample = Sample(params=GREEDY, seed=0, index=0, prompt_ids=(), output_ids=()) if sampled else None
+    sample = Sample(params=GREEDY, seed=0, index=0) if sampled else None
     return Chunk(token_ids=[token_id], start=start, page_ids=page_ids, sample=sample)
 
 

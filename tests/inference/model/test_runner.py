@@ -19,7 +19,7 @@ GREEDY = SamplingParams(temperature=0.0, logprobs=0)
 def chunk(
     token_ids: Sequence[int], page_ids: Sequence[int], *, start: int = 0, params: SamplingParams | None = GREEDY
 ) -> Chunk:
-    sample = params and Sample(params=params, seed=0, index=0, prompt_ids=(), output_ids=())
+    sample = params and Sample(params=params, seed=0, index=0)
     return Chunk(token_ids=token_ids, start=start, page_ids=page_ids, sample=sample)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from softprompt_api.params import SamplingParams
 from softprompt_inference.engine.plan import Sample, Sampled
+from softprompt_inference.engine.seen import Seen
 from softprompt_inference.model import sampler
 from softprompt_inference.model.sampler import sample, uniform
 from torch import Tensor
@@ -25,9 +26,8 @@ def ask(
         params=SamplingParams(**params),
         seed=seed,
         index=index,
-        prompt_ids=prompt_ids,
-        output_ids=output_ids,
         banned_ids=banned_ids,
+        seen=Seen(prompt_ids, output_ids) if prompt_ids or output_ids else None,
     )
 
 
@@ -137,6 +137,19 @@ def test_presence_and_frequency_look_at_the_output_alone() -> None:
     edited = torch.zeros(3)
     sampler._edit(edited, s)
     assert edited.tolist() == [-2.0, -1.5, 0.0]
+
+
+def test_penalties_work_together_on_what_was_seen() -> None:
+    s = ask(
+        repetition_penalty=2.0,
+        presence_penalty=1.0,
+        frequency_penalty=0.5,
+        prompt_ids=(1, 3),
+        output_ids=(0, 3, 3),
+    )
+    edited = torch.tensor([4.0, 4.0, 4.0, -4.0])
+    sampler._edit(edited, s)
+    assert edited.tolist() == [2.0 - 1.5, 2.0, 4.0, -8.0 - 2.0]
 
 
 def test_edits_do_not_touch_the_callers_logits_or_other_rows() -> None:
