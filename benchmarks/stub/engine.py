@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from softprompt_api.ending import run_to_end
 from softprompt_api.errors import Unsupported
 from softprompt_api.structured import StructuredOutputsParams
 from softprompt_inference.engine.config import EngineConfig
@@ -95,4 +96,4 @@ def _load(config: EngineConfig, _report: Callable[[str], None]) -> Runner:
 
 
 if __name__ == "__main__":
-    serve_parent(_load)
+    run_to_end(lambda: serve_parent(_load))

@@ -10,6 +10,7 @@ import asyncio
 import socket
 import sys
 
+from softprompt_api.ending import run_to_end
 from softprompt_api.garbage import start_collecting
 from softprompt_api.logs import configure_logs
 from softprompt_api.open_files import allow_many
@@ -35,7 +36,6 @@ async def serve(settings: Settings, listener: socket.socket) -> None:
         start_collecting()
         await server.serve(sockets=[listener])
     finally:
-        gc.unfreeze()
         await clients.close()
         if tracer is not None:
             tracer.close()
@@ -65,4 +65,4 @@ def _fail(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_to_end(main)

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 import asyncio
 import sys
 
+from softprompt_api.ending import run_to_end
 from softprompt_api.errors import SoftpromptError
 from softprompt_api.garbage import start_collecting
 from softprompt_api.logs import configure_logs
@@ -56,10 +57,7 @@ def main() -> None:
         asyncio.run(serve(settings))
     except (SettingsError, ModelSourceError, EngineStartError, EngineDied, SoftpromptError, OSError) as error:
         sys.exit(f"softprompt inference: {error}")
-    finally:
-        # Native modules count what is never collected as leaks, and say so at the exit.
-        gc.unfreeze()
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 import asyncio
 import sys
 
+from softprompt_api.ending import run_to_end
 from softprompt_api.garbage import start_collecting
 from softprompt_api.logs import configure_logs
 from softprompt_api.rpc.server import wait_for_stop_signal
@@ -49,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

@@ -1,5 +1,6 @@
 """The whole system as a user starts it: `softprompt run`, real processes, real ports."""
 
+import io
 import os
 import signal
 import socket
@@ -9,12 +10,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import openai
 import pytest
+from softprompt.cli import main
 from softprompt_api.access import Scope, scope_to
 from softprompt_api.inference.v1.inference_pb2 import GetLoadRequest, GetLoadResponse
 from softprompt_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
@@ -137,21 +139,18 @@ class System:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=120)
 
     def cli(self, *arguments: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
-        """Run `softprompt …` against this system."""
-        return subprocess.run(
-            [sys.executable, "-m", "softprompt.cli", *arguments],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-            env={
-                **os.environ,
-                "SOFTPROMPT_REGISTRY_ADDRESS": self.registry,
-                "SOFTPROMPT_INFERENCE_ADDRESS": self.inference,
-                "SOFTPROMPT_URL": self.url,
-            },
-        )
+        """Run `softprompt …` against this system: in this process, which has imported it already."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SOFTPROMPT_REGISTRY_ADDRESS", self.registry)
+            patch.setenv("SOFTPROMPT_INFERENCE_ADDRESS", self.inference)
+            patch.setenv("SOFTPROMPT_URL", self.url)
+            patch.setattr(sys, "stdin", io.StringIO(stdin))
+            output, errors = io.StringIO(), io.StringIO()
+            with redirect_stdout(output), redirect_stderr(errors), pytest.raises(SystemExit) as ended:
+                main(arguments)
+        code = ended.value.code
+        assert isinstance(code, int), code
+        return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
 
 
 StartSystem = Callable[..., System]

@@ -32,13 +32,14 @@ def complete(system: Any, model: str) -> httpx.Response:
     return httpx.post(f"{system.url}/v1/completions", json=body, timeout=60)
 
 
-def test_ctrl_c_ends_every_process_and_a_second_start_keeps_the_adapters(
+def test_ctrl_c_or_a_kill_ends_every_process_and_the_next_start_keeps_the_adapters(
     start_system: StartSystem, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    flags = ["--prompt-adapters", f"first={adapters['first']}"]
-    system = start_system(*flags, data_dir=tmp_path)
+    first = f"first={adapters['first']}"
+    system = start_system("--prompt-adapters", first, data_dir=tmp_path)
     assert all(any(name in command for command in system.pids().values()) for name in SERVICES)
-    assert system.cli("adapter", "add", "kept", str(adapters["second"])).returncode == 0
+    for name in ("kept", "changed"):
+        assert system.cli("adapter", "add", name, str(adapters["second"])).returncode == 0
     before = [complete(system, name).json()["choices"][0]["text"] for name in ("first", "kept")]
 
     in_use = start_system(data_dir=tmp_path, wait=False)
@@ -48,28 +49,20 @@ def test_ctrl_c_ends_every_process_and_a_second_start_keeps_the_adapters(
     assert system.stop() == 0
     assert wait_until(lambda: not system.pids()), system.pids()
 
-    again = start_system(*flags, data_dir=tmp_path)
+    again = start_system("--prompt-adapters", first, f"changed={adapters['third']}", data_dir=tmp_path)
     assert "first@1, 5 virtual tokens, unchanged" in again.text()
+    assert "changed@2, 5 virtual tokens, registered" in again.text()
     after = [complete(again, name) for name in ("first", "kept")]
     assert [answer.json()["choices"][0]["text"] for answer in after] == before
     assert [answer.headers["x-softprompt-adapter"] for answer in after] == ["first@1", "kept@1"]
 
-    assert again.stop() == 0
-    changed = start_system("--prompt-adapters", f"first={adapters['third']}", data_dir=tmp_path)
-    assert "first@2, 5 virtual tokens, registered" in changed.text()
+    os.kill(again.process.pid, signal.SIGKILL)
+    again.process.wait(60)
+    assert wait_until(lambda: not again.pids()), again.pids()
 
-    assert changed.stop() == 0
-    of_another_base = start_system("--served-model-name", "another", *flags, data_dir=tmp_path)
-    assert "first@3, 5 virtual tokens, registered" in of_another_base.text()
-    assert complete(of_another_base, "first").headers["x-softprompt-adapter"] == "first@3"
-
-
-def test_killing_the_parent_ends_every_process(start_system: StartSystem) -> None:
-    system = start_system()
-    assert len(system.pids()) >= 6
-    os.kill(system.process.pid, signal.SIGKILL)
-    system.process.wait(60)
-    assert wait_until(lambda: not system.pids()), system.pids()
+    of_another_base = start_system("--served-model-name", "another", "--prompt-adapters", first, data_dir=tmp_path)
+    assert "first@2, 5 virtual tokens, registered" in of_another_base.text()
+    assert complete(of_another_base, "first").headers["x-softprompt-adapter"] == "first@2"
 
 
 def test_https_is_served_also_by_a_gateway_that_was_started_again(

@@ -6,6 +6,7 @@ import os
 import sys
 
 import structlog
+from softprompt_api.ending import run_to_end
 from softprompt_api.logs import configure_logs
 
 from softprompt_inference.engine.config import EngineConfig, Prepare
@@ -53,4 +54,4 @@ def _load(config: EngineConfig, report: Report) -> Runner:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

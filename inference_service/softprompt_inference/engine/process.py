@@ -6,7 +6,6 @@ socket is the end of the engine.
 """
 
 import argparse
-import gc
 import logging
 import os
 import socket
@@ -116,9 +115,6 @@ def serve(
             _run(connection, engine)
     except (EOFError, ConnectionError):
         _log.debug("the front is gone")
-    finally:
-        # Native modules count what is never collected as leaks, and say so at the exit.
-        gc.unfreeze()
 
 
 def _start(connection: Connection, load: Load, prepare: PrepareToLoad) -> Engine | None:
