@@ -5,11 +5,12 @@ import gc
 import hashlib
 import json
 import os
+import re
 import subprocess
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from safetensors.numpy import save
 from softprompt_api.garbage import start_collecting
 
 MakeAdapter = Callable[..., Path]
+
+# Fixtures of end-to-end tests, which each process that runs such tests makes once.
+_SHARED_SYSTEM = re.compile(r"\b(shared_system|small_system|demo_system)\b")
 
 # Before torch is first imported: tests share their cores with each other's processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -41,6 +45,28 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure() -> None:
     """Native modules count what is never collected as leaks, and say so at the exit."""
     gc.unfreeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of files that share a system all tests run in one process, so that it starts once."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class SystemsOnce(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return _shared_system(file) or file
+
+    return SystemsOnce(config, log)
+
+
+@cache
+def _shared_system(file: str) -> str:
+    text = (Path(__file__).parent.parent / file).read_text(encoding="utf-8")
+    found = _SHARED_SYSTEM.search(text)
+    return found[0] if found else ""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

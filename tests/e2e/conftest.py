@@ -23,7 +23,9 @@ from softprompt_api.inference.v1.inference_pb2_grpc import InferenceServiceStub
 from softprompt_api.registry.v1.registry_pb2 import CreateKeyRequest
 from softprompt_api.registry.v1.registry_pb2_grpc import KeyServiceStub
 from softprompt_api.rpc.channel import open_blocking_channel
+from softprompt_inference.model.source import DEFAULT_MODEL
 
+_DEMO_ADAPTERS = Path(__file__).parents[2] / "examples" / "adapters"
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 60.0
 _POLL_S = 0.05
@@ -259,6 +261,22 @@ def small_system(
     limits = {"SOFTPROMPT_GATEWAY_MAX_CHOICES": "8"}
     with starting(tiny_model, tmp_path_factory) as start:
         yield start("--max-model-len", "320", "--prompt-adapters", *flags, environment=limits)
+
+
+@pytest.fixture(scope="session")
+def demo_adapters() -> dict[str, Path]:
+    """The committed adapters of the default model."""
+    return {name: _DEMO_ADAPTERS / name for name in ("tweet_adapter", "sms_spam", "sql_adapter")}
+
+
+@pytest.fixture(scope="session")
+def demo_system(
+    tiny_model: Path, demo_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[System]:
+    """The default model with the committed adapters."""
+    adapters = [f"{name}={path}" for name, path in demo_adapters.items()]
+    with starting(tiny_model, tmp_path_factory) as start:
+        yield start("--kv-cache-gb", "0.2", "--prompt-adapters", *adapters, model=DEFAULT_MODEL)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The committed demo adapters over HTTP say, token for token, what PEFT generates with the default model."""
 
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-ADAPTERS = Path(__file__).parents[2] / "examples" / "adapters"
 MAX_TOKENS = 8
 # Where PEFT's two likeliest tokens are closer than this, float32 cannot tell which is first.
 WAIVED_MARGIN = 2e-4
@@ -34,12 +32,6 @@ def model_path() -> str:
 
 
 @pytest.fixture(scope="module")
-def system(start_system: Callable[..., Any], model_path: str) -> Any:
-    adapters = [f"{name}={ADAPTERS / name}" for name in PROMPTS]
-    return start_system("--kv-cache-gb", "0.2", "--prompt-adapters", *adapters, model=model_path)
-
-
-@pytest.fixture(scope="module")
 def base(model_path: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
@@ -47,7 +39,7 @@ def base(model_path: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
 
 
-def peft_answer(base: Any, name: str, prompt_ids: list[int]) -> tuple[list[int], list[float]]:
+def peft_answer(base: Any, adapter: Path, prompt_ids: list[int]) -> tuple[list[int], list[float]]:
     """PEFT's greedy tokens at batch size one in float32, and how far the second choice was behind each."""
     import torch
     from peft import PeftModel
@@ -55,7 +47,7 @@ def peft_answer(base: Any, name: str, prompt_ids: list[int]) -> tuple[list[int],
     ids = torch.tensor([prompt_ids])
     with warnings.catch_warnings(), torch.inference_mode():  # PEFT's warnings are not ours
         warnings.simplefilter("ignore")
-        answer = PeftModel.from_pretrained(base, ADAPTERS / name).generate(
+        answer = PeftModel.from_pretrained(base, adapter).generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=MAX_TOKENS,
@@ -68,10 +60,12 @@ def peft_answer(base: Any, name: str, prompt_ids: list[int]) -> tuple[list[int],
     return answer.sequences[0, ids.shape[1] :].tolist(), (two[:, 0] - two[:, 1]).tolist()
 
 
-def test_demo_adapters_in_one_batch_say_over_http_what_peft_says(system: Any, base: Any, model_path: str) -> None:
+def test_demo_adapters_in_one_batch_say_over_http_what_peft_says(
+    demo_system: Any, demo_adapters: dict[str, Path], base: Any, model_path: str
+) -> None:
     from transformers import AutoTokenizer
 
-    with system.openai() as client:
+    with demo_system.openai() as client:
         complete = partial(
             client.completions.create, max_tokens=MAX_TOKENS, temperature=0, extra_body={"return_token_ids": True}
         )
@@ -85,7 +79,7 @@ def test_demo_adapters_in_one_batch_say_over_http_what_peft_says(system: Any, ba
             )
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     for name, answer in answers.items():
-        expected, margins = peft_answer(base, name, tokenizer(PROMPTS[name]).input_ids)
+        expected, margins = peft_answer(base, demo_adapters[name], tokenizer(PROMPTS[name]).input_ids)
         served = answer.choices[0].model_dump()["token_ids"]
         assert len(set(expected)) > 1
         differ = next((i for i, ids in enumerate(zip(expected, served, strict=False)) if len(set(ids)) > 1), None)
@@ -94,7 +88,7 @@ def test_demo_adapters_in_one_batch_say_over_http_what_peft_says(system: Any, ba
             assert served == expected, name
 
 
-def test_what_is_served_is_verified_from_the_command_line(system: Any, model_path: str) -> None:
-    done = system.cli("adapter", "verify", "sms_spam", "--model", model_path)
+def test_what_is_served_is_verified_from_the_command_line(demo_system: Any, model_path: str) -> None:
+    done = demo_system.cli("adapter", "verify", "sms_spam", "--model", model_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\nequal: log-probabilities within" in done.stdout

@@ -15,17 +15,16 @@ import pytest
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-ADAPTERS = Path(__file__).parents[2] / "examples" / "adapters"
 NAMES = ("tweet_adapter", "sms_spam", "sql_adapter")
 NUM_CLIENTS = 4
 
 
 @pytest.fixture(scope="module")
-def system(start_system: Callable[..., Any]) -> Any:
+def system(start_system: Callable[..., Any], demo_adapters: dict[str, Path]) -> Any:
     from softprompt_inference.model.source import DEFAULT_MODEL, resolve_model
 
     flags = ("--replicas", "2", "--inference-port", "0", "--kv-cache-gb", "0.4")
-    adapters = [f"{name}={ADAPTERS / name}" for name in NAMES]
+    adapters = [f"{name}={demo_adapters[name]}" for name in NAMES]
     return start_system(*flags, "--prompt-adapters", *adapters, model=str(resolve_model(DEFAULT_MODEL)))
 
 

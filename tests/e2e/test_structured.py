@@ -4,18 +4,17 @@ import concurrent.futures
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import openai
 import pydantic
 import pytest
-from softprompt_inference.model.source import DEFAULT_MODEL
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 USER: Any = [{"role": "user", "content": "Tell me about Paris."}]
-MODEL = "smol"
+MODEL = "tiny"
 PATIENCE_S = 30.0
 BRACES = {"107": 100, "109": 100}  # { and } in the model's vocabulary
 
@@ -80,15 +79,8 @@ ARGUMENTS: dict[str, type[pydantic.BaseModel]] = {"get_weather": WeatherArgument
 
 
 @pytest.fixture(scope="module")
-def system(start_system: Callable[..., Any]) -> Any:
-    return start_system(
-        "--served-model-name", MODEL, "--kv-cache-gb", "0.1", "--dtype", "float32", model=DEFAULT_MODEL
-    )
-
-
-@pytest.fixture(scope="module")
-def client(system: Any) -> Iterator[openai.OpenAI]:
-    with system.openai() as client:
+def client(demo_system: Any) -> Iterator[openai.OpenAI]:
+    with demo_system.openai() as client:
         yield client
 
 
@@ -314,8 +306,8 @@ def test_calls_of_responses_are_streamed_and_answered(client: openai.OpenAI) -> 
     assert second.output_text == chat.choices[0].message.content
 
 
-async def test_openais_async_client_gets_responses_too(system: Any) -> None:
-    async with openai.AsyncOpenAI(base_url=f"{system.url}/v1", api_key="unused", max_retries=0) as client:
+async def test_openais_async_client_gets_responses_too(demo_system: Any) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{demo_system.url}/v1", api_key="unused", max_retries=0) as client:
         fields: Any = {"model": MODEL, "input": USER, "max_output_tokens": 40, "temperature": 0}
         answer = await client.responses.parse(text_format=River, **fields)
         async with client.responses.stream(text_format=River, **fields) as stream:

@@ -274,6 +274,9 @@ def test_serve_ends_when_the_front_closes_while_loading() -> None:
         closed.set()
 
 
+MODEL_VOCAB_SIZE = 1024
+
+
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a tiny random Llama."""
@@ -282,7 +285,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64,
+        vocab_size=MODEL_VOCAB_SIZE,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -318,6 +321,13 @@ async def client(config: EngineConfig) -> AsyncIterator[EngineClient]:
     await client.stop()
 
 
+@pytest.fixture
+def fixed_steps(with_benchmarks: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines that compute nothing, in processes that start and end like any other's."""
+    monkeypatch.setattr("softprompt_inference.engine.client.ENGINE_MODULE", "benchmarks.stub.engine")
+    monkeypatch.setenv("PYTHONPATH", with_benchmarks["PYTHONPATH"])
+
+
 def greedy(
     request_id: str, *, max_tokens: int, prompt: list[TextPart | SoftPromptPart] | None = None
 ) -> AddRequest:
@@ -349,7 +359,7 @@ async def test_a_client_reports_progress_and_knows_the_model(config: EngineConfi
     reported: list[str] = []
     client = await EngineClient.start(config, reported.append)
     assert reported[0] == "importing torch"
-    assert (client.info.vocab_size, client.info.hidden_size, client.info.device) == (64, 32, "cpu")
+    assert (client.info.vocab_size, client.info.hidden_size, client.info.device) == (MODEL_VOCAB_SIZE, 32, "cpu")
     await client.stop()
     assert await client.dead == "the engine was stopped"
     await client.stop()
@@ -492,11 +502,12 @@ async def test_of_answers_that_nobody_takes_the_largest_is_broken_off(
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_refused_request_gets_its_reason(client: EngineClient) -> None:
-    client.submit(greedy("0", max_tokens=1, prompt=[TextPart(token_ids=[64])]))
+    client.submit(greedy("0", max_tokens=1, prompt=[TextPart(token_ids=[MODEL_VOCAB_SIZE])]))
     [output] = await collect(client.outputs("0"))
     assert (output.finish, output.error_reason) == (Finish.ERROR, "INVALID_ARGUMENT")
 
 
+@pytest.mark.usefixtures("fixed_steps")
 async def test_a_killed_engine_ends_every_open_request_as_unavailable(config: EngineConfig) -> None:
     client = await EngineClient.start(config, ignore)
     client.submit(greedy("0", max_tokens=400))
@@ -512,6 +523,7 @@ async def test_a_killed_engine_ends_every_open_request_as_unavailable(config: En
     await client.stop()
 
 
+@pytest.mark.usefixtures("fixed_steps")
 async def test_an_engine_that_says_nothing_though_it_is_asked_is_ended(config: EngineConfig) -> None:
     client = await EngineClient.start(config, ignore, silence_s=2.0)
     client.submit(greedy("0", max_tokens=400))
@@ -559,7 +571,7 @@ async def test_a_process_prepares_before_it_is_known_what_it_loads(config: Engin
     await said.wait()
     known.set_result(Path(config.model_path))
     client = await start
-    assert client.info.vocab_size == 64
+    assert client.info.vocab_size == MODEL_VOCAB_SIZE
     await client.stop()
 
 
@@ -587,11 +599,14 @@ async def test_a_cancelled_start_leaves_no_process(config: EngineConfig) -> None
     assert not started & _children()
 
 
+@pytest.mark.usefixtures("fixed_steps")
 async def test_the_engine_dies_with_its_parent(config: EngineConfig) -> None:
     script = (
         "import asyncio, sys, msgspec\n"
+        "from softprompt_inference.engine import client as client_module\n"
         "from softprompt_inference.engine.client import EngineClient\n"
         "from softprompt_inference.engine.config import EngineConfig\n"
+        "client_module.ENGINE_MODULE = 'benchmarks.stub.engine'\n"
         "async def main():\n"
         "    config = msgspec.json.decode(sys.argv[1], type=EngineConfig)\n"
         "    client = await EngineClient.start(config, str)\n"
