@@ -37,6 +37,7 @@ from softprompt_api.registry.v1 import registry_pb2, registry_pb2_grpc
 from softprompt_api.rpc.channel import open_channel
 from softprompt_api.rpc.probe import is_serving
 from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.adapters.fetching import MakeWay
 from softprompt_inference.adapters.host_cache import HostCache
 from softprompt_inference.adapters.source import AdapterSource
 from softprompt_inference.engine.client import EngineClient
@@ -202,7 +203,8 @@ class Service:
 def service(
     model_folder: Path, registry_address: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Service]:
-    service = Service(model_folder, registry_address, tmp_path_factory.mktemp("service") / "log")
+    log = tmp_path_factory.mktemp("service") / "log"
+    service = Service(model_folder, registry_address, log, max_loras="2")
     try:
         service.wait_until_serving()
         yield service
@@ -461,26 +463,23 @@ async def test_loras_beside_a_soft_prompt_and_the_base_model_give_what_peft_give
 
 
 async def test_more_loras_than_the_device_holds_come_and_go(
-    model_folder: Path, registry_address: str, registry: registry_pb2_grpc.RegistryServiceAsyncStub, tmp_path: Path
+    stub: inference_pb2_grpc.InferenceServiceAsyncStub,
+    model_folder: Path,
+    registry: registry_pb2_grpc.RegistryServiceAsyncStub,
+    tmp_path: Path,
 ) -> None:
     names = [f"crowd-{number}" for number in range(5)]
     for seed, name in enumerate(names):
         await register_folder(registry, name, train_lora(model_folder, tmp_path / name, 60 + seed))
-    service = Service(model_folder, registry_address, tmp_path / "log", max_loras="2")
-    try:
-        await asyncio.to_thread(service.wait_until_serving)
-        async with open_channel(service.address) as channel:
-            stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
-            alone = {name: (await gather(stub.Generate(request(name)))).token_ids[0] for name in names}
-            assert len({str(token_ids) for token_ids in alone.values()}) == len(names)
-            wanted = names * 4
-            answers = await asyncio.gather(*(gather(stub.Generate(request(name))) for name in wanted))
-            assert [answer.token_ids[0] for answer in answers] == [alone[name] for name in wanted]
-            tiers = [one.tier for one in (await stub.ListResident(pb.ListResidentRequest())).adapters]
-            assert tiers.count(pb.RESIDENT_TIER_DEVICE) == 2
-            await wait_for_free_pages(stub)
-    finally:
-        service.end()
+    alone = {name: (await gather(stub.Generate(request(name)))).token_ids[0] for name in names}
+    assert len({str(token_ids) for token_ids in alone.values()}) == len(names)
+    wanted = names * 4
+    answers = await asyncio.gather(*(gather(stub.Generate(request(name))) for name in wanted))
+    assert [answer.token_ids[0] for answer in answers] == [alone[name] for name in wanted]
+    listed = (await stub.ListResident(pb.ListResidentRequest())).adapters
+    on_device = [one.adapter for one in listed if one.tier == pb.RESIDENT_TIER_DEVICE]
+    assert sum(spelling.startswith("crowd-") for spelling in on_device) == 2
+    await wait_for_free_pages(stub)
 
 
 async def test_a_stream_keeps_its_version_when_its_name_gets_another(
@@ -653,19 +652,21 @@ async def test_tokens_of_a_conversation_and_its_adapter_are_counted(
 
 
 async def test_sigterm_lets_running_generations_end_and_exits_zero(
-    model_folder: Path, registry_address: str, tmp_path: Path
+    model_folder: Path, registry_address: str, tmp_path: Path, with_benchmarks: dict[str, str]
 ) -> None:
-    service = Service(model_folder, registry_address, tmp_path / "log")
+    module = "benchmarks.stub.inference"  # its steps take a fixed time
+    log = tmp_path / "log"
+    service = Service(model_folder, registry_address, log, module=module, environment=with_benchmarks)
     try:
         await asyncio.to_thread(service.wait_until_serving)
         engine = service.engine
         async with open_channel(service.address) as channel:
             stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(channel)
-            events = aiter(stub.Generate(request(max_tokens=500)))
+            events = aiter(stub.Generate(request(max_tokens=100)))
             await anext(events)
             service.process.terminate()
             rest = [event async for event in events]
-        assert rest[-1].usage.completion_tokens == 500
+        assert rest[-1].usage.completion_tokens == 100
         assert await asyncio.to_thread(service.process.wait, 30) == 0, service.log.read_text()
         assert not engine.is_running()
     finally:
@@ -721,7 +722,7 @@ async def make_front(model_folder: Path, tokenizer: Tokenizer) -> AsyncIterator[
     """Make a front over an engine: `make_front(engine, **settings)`."""
     servers: list[InferenceServer] = []
 
-    async def fetch(digest: str, *, steps: Steps) -> Adapter:
+    async def fetch(digest: str, make_way: MakeWay, *, steps: Steps) -> Adapter:
         rows = Rows(data=b"rows", dtype="float32", num_virtual_tokens=1, row_size=1)
         return Adapter(digest=digest, content=rows)
 
