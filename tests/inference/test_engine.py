@@ -197,7 +197,8 @@ def test_steps_that_fail_end_their_requests_and_never_spoil_another(fakes, data:
 @given(st.data())
 def test_with_room_for_all_exactly_what_nobody_has_computed_is_computed(fakes, data: st.DataObject) -> None:
     page_size = data.draw(st.sampled_from([1, 3, 4, 8]))
-    runner = fakes.runner(num_pages=2000, page_size=page_size, max_model_len=48)
+    # Eight sequences of 48 tokens have less. Each page is looked at after each step.
+    runner = fakes.runner(num_pages=500, page_size=page_size, max_model_len=48)
     engine = fakes.engine(runner, max_step_tokens=data.draw(st.integers(1, 24)))
     adapters = make_adapters(fakes)
     loras = [fakes.lora(name) for name in LORAS]

@@ -1,5 +1,7 @@
 """Kernels run in Triton's interpreter on a machine without a GPU, else on the GPU."""
 
+import functools
+import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,9 +17,35 @@ def device(request: pytest.FixtureRequest) -> str:
     """Where a kernel runs: "cpu" is Triton's interpreter, which tests/conftest.py switches on."""
     triton = pytest.importorskip("triton")
     name: str = request.param
-    if name == "cpu" and not triton.knobs.runtime.interpret:
-        pytest.skip("Triton compiles for the GPU of this machine")
+    if name == "cpu":
+        if not triton.knobs.runtime.interpret:
+            pytest.skip("Triton compiles for the GPU of this machine")
+        request.getfixturevalue("builtins_found_once")
     return name
+
+
+@pytest.fixture(scope="session")
+def builtins_found_once() -> Iterator[None]:
+    """Triton's interpreter exchanges the language's builtins whenever a function of a kernel is called.
+
+    It would look for them among all members each time, which takes longer than what most functions do.
+    """
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def names(package: object) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if core.is_builtin(member)]
+
+    def exchange(package: object, *others: object) -> None:
+        if not core.is_builtin(getattr(package, names(package)[0])):
+            return  # for a function that calls this one
+        for name in names(package):
+            interpreter._patch_attr(package, name, getattr(package, name), *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_builtin", exchange)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -167,17 +167,21 @@ def test_pages_may_have_any_size(page_size: int, device: str) -> None:
 LONG = [(1, 1), (1, 64), (1, 65), (1, 200), (1, 300), (1, 17)]
 
 
-@pytest.mark.parametrize("num_splits", [2, 4, 16])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_contexts_may_be_split_among_programs(options: dict[str, object], num_splits: int, device: str) -> None:
+# Each program looks at the same options, whatever number of others there are.
+@pytest.mark.parametrize(
+    ("options", "num_splits"),
+    [*((name, 2) for name in OPTIONS), *((name, 4) for name in ("window", "sinks")), ("plain", 16), ("all", 16)],
+)
+def test_contexts_may_be_split_among_programs(options: str, num_splits: int, device: str) -> None:
     case = make_case(LONG)
-    expected = plain_answer(case, scale=0.2, **options)
-    assert_close(run_kernel(case, device, scale=0.2, num_splits=num_splits, **options), expected)
+    expected = plain_answer(case, scale=0.2, **OPTIONS[options])
+    assert_close(run_kernel(case, device, scale=0.2, num_splits=num_splits, **OPTIONS[options]), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_split_contexts_of_decodes_and_chunks_are_within_tolerance(dtype: torch.dtype, device: str) -> None:
-    case = make_case([(1, 130), (5, 150), (70, 140)], num_heads=6, num_kv_heads=2, head_dim=24, dtype=dtype)
+    # More queries than one program takes, which has 64 rows for the three heads that share keys.
+    case = make_case([(1, 130), (5, 150), (24, 140)], num_heads=6, num_kv_heads=2, head_dim=24, dtype=dtype)
     assert_close(run_kernel(case, device, scale=0.2, num_splits=4), plain_answer(case, scale=0.2))
 
 

@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -149,9 +149,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """The oracle's greedy tokens, their logprobs, and how far the second choice was behind."""
+    """The oracle's greedy tokens, their logprobs, and how far the second choice was behind.
+
+    Attributes:
+        likeliest: by the pass that the logprobs are of.
+    """
 
     token_ids: list[int]
+    likeliest: list[int]
     logprobs: list[float]
     margins: list[float]
 
@@ -164,115 +169,155 @@ def _warnings_of_peft_ignored() -> Iterator[None]:
         yield
 
 
+class Bases:
+    """Models without adapters: float32, CPU, eager attention. Each is read once."""
+
+    def __init__(self) -> None:
+        self._models: dict[Path, PreTrainedModel] = {}
+
+    def copy(self, model_path: Path) -> PreTrainedModel:
+        """A copy to put adapters into; weights are those of all copies."""
+        if model_path not in self._models:
+            # Eager: other implementations drop Gemma's soft cap in some versions of transformers.
+            self._models[model_path] = AutoModelForCausalLM.from_pretrained(
+                model_path, dtype=torch.float32, attn_implementation="eager"
+            ).eval()
+        model = self._models[model_path]
+        return copy.deepcopy(model, {id(each): each for each in (*model.parameters(), *model.buffers())})
+
+
 class Oracle:
     """PEFT and transformers alone: float32, CPU, batch size one, no cache of ours."""
 
-    def __init__(self, model_path: Path) -> None:
+    def __init__(self, model_path: Path, bases: Bases) -> None:
         self._model_path = model_path
+        self._bases = bases
         self._models: dict[Path | None, PreTrainedModel | PeftModel] = {}
         self._answers: dict[tuple[object, ...], Answer] = {}
 
-    def answer(self, request: Request) -> Answer:
-        """Greedy by `generate`, then logprobs by one teacher-forced pass."""
+    def answer(self, request: Request, guess: Sequence[int] = ()) -> Answer:
+        """Greedy tokens, and their logprobs by one teacher-forced pass.
+
+        Args:
+            guess: what the tokens might be. The pass tells: those that are each the likeliest behind the ones
+                before it are what is found a token at a time, and that is only done for others.
+        """
         folder, lora = (each.folder if each else None for each in (request.adapter, request.lora))
         task = request.adapter.task if request.adapter else None
         parts = tuple((part.folder, part.task) if isinstance(part, Adapter) else part for part in request.parts)
         key = (folder, task, lora, request.prompt_ids, request.max_tokens, parts)
         if key not in self._answers:
-            with _warnings_of_peft_ignored():
-                if request.parts:
-                    self._answers[key] = self._compute_parts(self._model(lora), request)
-                elif folder and lora:
-                    parts_of_both = replace(request, parts=(request.adapter, request.prompt_ids))
-                    self._answers[key] = self._compute_parts(self._model(lora), parts_of_both)
-                else:
-                    self._answers[key] = self._compute(self._model(folder or lora), request)
+            self._answers[key] = self.check(request, guess) or self._judge(request, self.greedy(request))
         return self._answers[key]
+
+    def check(self, request: Request, guess: Sequence[int]) -> Answer | None:
+        """The answer, by one pass; None: these are not the greedy tokens."""
+        if len(guess) != request.max_tokens:
+            return None
+        answer = self._judge(request, guess)
+        return answer if answer.likeliest == answer.token_ids else None
+
+    @torch.inference_mode()
+    def greedy(self, request: Request) -> list[int]:
+        """Greedy tokens one after the other: by `generate`, where PEFT and transformers can."""
+        if _by_parts(request):
+            token_ids: list[int] = []
+            while len(token_ids) < request.max_tokens:
+                token_ids.append(int(self._logits(request, token_ids)[-1].argmax()))
+            return token_ids
+        with _warnings_of_peft_ignored():
+            prompt = torch.tensor([request.prompt_ids])
+            whole = self._model_of(request).generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=request.max_tokens,
+                min_new_tokens=request.max_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                **_tasks(request),
+            )
+        return whole[0, -request.max_tokens :].tolist()
+
+    def _model_of(self, request: Request) -> PreTrainedModel | PeftModel:
+        """The one that computes the request; adapters that are parts are put among the text by hand."""
+        used = request.lora if _by_parts(request) else request.adapter or request.lora
+        return self._model(used.folder if used else None)
 
     def _model(self, folder: Path | None) -> PreTrainedModel | PeftModel:
         if folder not in self._models:
-            # Eager: other implementations drop Gemma's soft cap in some versions of transformers.
-            base = AutoModelForCausalLM.from_pretrained(
-                self._model_path, dtype=torch.float32, attn_implementation="eager"
-            )
+            base = self._bases.copy(self._model_path)
             model = base if folder is None else PeftModel.from_pretrained(base, folder)
             self._models[folder] = model.eval()
         return self._models[folder]
 
     @torch.inference_mode()
-    def _compute(self, model: PreTrainedModel | PeftModel, request: Request) -> Answer:
-        prompt = torch.tensor([request.prompt_ids])
-        task = request.adapter.task if request.adapter else None
-        tasks = {} if task is None else {"task_ids": torch.tensor([task])}
-        whole = model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=request.max_tokens,
-            min_new_tokens=request.max_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            **tasks,
-        )
-        token_ids = whole[0, -request.max_tokens :]
-        forced = torch.cat([prompt[0], token_ids])[None]
-        logits = model(input_ids=forced, attention_mask=torch.ones_like(forced), **tasks).logits[0]
-        return self._judge(token_ids, logits)
+    def _logits(self, request: Request, token_ids: Sequence[int]) -> Tensor:
+        """[n + 1, vocabulary]: behind the prompt and behind each of the n tokens that follow it, by one pass."""
+        with _warnings_of_peft_ignored():
+            model = self._model_of(request)
+            if _by_parts(request):
+                logits = self._logits_of_parts(model, request, token_ids)
+            else:
+                ids = torch.tensor([[*request.prompt_ids, *token_ids]])
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **_tasks(request)).logits[0]
+        return logits[-len(token_ids) - 1 :]
 
-    @torch.inference_mode()
-    def _compute_parts(self, model: PreTrainedModel | PeftModel, request: Request) -> Answer:
-        """PEFT computes one adapter: several, with rows put among the text's by hand, in one pass for each token.
+    def _logits_of_parts(
+        self, model: PreTrainedModel | PeftModel, request: Request, token_ids: Sequence[int]
+    ) -> Tensor:
+        """PEFT computes one adapter: several, with rows put among the text's by hand.
 
         Keys and values stand in the cache before the pass, as PEFT puts them there.
         """
-        first, *others = request.parts
-        given = first.load if isinstance(first, Adapter) and first.load.are_key_values else None
-        token_ids: list[int] = []
-        while True:
-            parts = [*(others if given else request.parts), tuple(token_ids)]
-            embeddings = torch.cat([_embeddings(model, part) for part in parts if part])[None]
-            before = {"use_cache": False} if given is None else _before(model, given, embeddings.shape[1])
-            logits = model(inputs_embeds=embeddings, **before).logits[0]
-            if len(token_ids) == request.max_tokens:
-                return self._judge(torch.tensor(token_ids), logits)
-            token_ids.append(int(logits[-1].argmax()))
+        parts = [*(request.parts or (request.adapter, request.prompt_ids)), tuple(token_ids)]
+        given = parts[0].load if isinstance(parts[0], Adapter) and parts[0].load.are_key_values else None
+        if given:
+            del parts[0]
+        embeddings = torch.cat([_embeddings(model, part) for part in parts if part])[None]
+        before = {"use_cache": False} if given is None else _before(model, given, embeddings.shape[1])
+        return model(inputs_embeds=embeddings, **before).logits[0]
 
     @torch.inference_mode()
     def prompt_logprobs(self, request: Request) -> list[float | None]:
         """How likely each token of a prompt's text is, by one pass; None where no logits are before it."""
         with _warnings_of_peft_ignored():
-            if request.parts or (request.adapter and request.lora):
-                return self._score_parts(request)
-            adapter, ids = request.adapter, torch.tensor([request.prompt_ids])
-            model = self._model((adapter or request.lora).folder if adapter or request.lora else None)
-            tasks = {} if adapter is None or adapter.task is None else {"task_ids": torch.tensor([adapter.task])}
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **tasks).logits[0]
+            model = self._model_of(request)
+            if _by_parts(request):
+                logits = self._logits_of_parts(model, request, ())
+                tokens: list[int | None] = []
+                for part in request.parts or (request.adapter, request.prompt_ids):
+                    if not isinstance(part, Adapter):
+                        tokens += part
+                    elif not part.load.are_key_values:
+                        tokens += [None] * part.load.num_virtual_tokens
+                return _score(logits, tokens)
+            ids = torch.tensor([request.prompt_ids])
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **_tasks(request)).logits[0]
         # Kinds of virtual tokens that are embeddings have logits of their own in front.
         return _score(logits, [*[None] * (len(logits) - len(request.prompt_ids)), *request.prompt_ids])
 
-    def _score_parts(self, request: Request) -> list[float | None]:
-        """As `_compute_parts`."""
-        parts = list(request.parts or (request.adapter, request.prompt_ids))
-        model = self._model(request.lora.folder if request.lora else None)
-        given = parts[0].load if isinstance(parts[0], Adapter) and parts[0].load.are_key_values else None
-        if given:
-            del parts[0]
-        embeddings = torch.cat([_embeddings(model, part) for part in parts])[None]
-        before = {"use_cache": False} if given is None else _before(model, given, embeddings.shape[1])
-        logits = model(inputs_embeds=embeddings, **before).logits[0]
-        tokens: list[int | None] = []
-        for part in parts:
-            tokens += [None] * part.load.num_virtual_tokens if isinstance(part, Adapter) else part
-        return _score(logits, tokens)
-
-    def _judge(self, token_ids: Tensor, logits: Tensor) -> Answer:
-        logprobs = torch.log_softmax(logits[-len(token_ids) - 1 : -1].double(), dim=-1)
+    def _judge(self, request: Request, token_ids: Sequence[int]) -> Answer:
+        logits = self._logits(request, token_ids)[:-1]
+        logprobs = torch.log_softmax(logits.double(), dim=-1)
         two = logprobs.topk(2).values
         return Answer(
-            token_ids=token_ids.tolist(),
-            logprobs=logprobs.gather(1, token_ids[:, None]).flatten().tolist(),
+            token_ids=list(token_ids),
+            likeliest=logits.argmax(-1).tolist(),
+            logprobs=logprobs.gather(1, torch.tensor(token_ids)[:, None]).flatten().tolist(),
             margins=(two[:, 0] - two[:, 1]).tolist(),
         )
+
+
+def _by_parts(request: Request) -> bool:
+    """Whether it has more adapters than PEFT computes at once."""
+    return bool(request.parts or (request.adapter and request.lora))
+
+
+def _tasks(request: Request) -> dict[str, Tensor]:
+    if request.adapter is None or request.adapter.task is None:
+        return {}
+    return {"task_ids": torch.tensor([request.adapter.task])}
 
 
 def _score(logits: Tensor, tokens: Sequence[int | None]) -> list[float | None]:
@@ -350,6 +395,7 @@ class Lab:
     """Makes models, adapters, engines and requests, and compares what comes out with the oracle."""
 
     folder: Path
+    _bases: Bases = field(default_factory=Bases)
     _oracles: dict[Path, Oracle] = field(default_factory=dict)
 
     def model(self, name: str, dtype: torch.dtype = torch.float32) -> Path:
@@ -393,7 +439,7 @@ class Lab:
 
     def _save_adapter(self, folder: Path, model_path: Path, kind: str, num_virtual_tokens: int, seed: int) -> None:
         torch.manual_seed(1000 + seed)
-        base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        base = self._bases.copy(model_path)
         model = get_peft_model(base, _peft_config(kind, num_virtual_tokens, seed, model_path))
         if kind.endswith("_from_text"):
             # What the model itself keeps of tokens: random keys and values leave a real model without an opinion.
@@ -410,7 +456,7 @@ class Lab:
             encoder = model.prompt_encoder["default"]
             for matrix in (encoder.prefix_task_cols, encoder.prefix_task_rows):
                 matrix.data = torch.randn_like(matrix)
-        model.save_pretrained(folder)
+        _save(model, folder)
 
     def read_adapter(self, folder: Path, task: int | None = None) -> Adapter:
         """An adapter folder, through the reader that the services use."""
@@ -442,7 +488,6 @@ class Lab:
         if not folder.exists():
             with _warnings_of_peft_ignored():
                 torch.manual_seed(2000 + seed)
-                base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
                 config = LoraConfig(
                     task_type=TaskType.CAUSAL_LM,
                     target_modules=targets,
@@ -450,7 +495,7 @@ class Lab:
                     init_lora_weights=False,
                     **options,
                 )
-                get_peft_model(base, config).save_pretrained(folder)
+                _save(get_peft_model(self._bases.copy(model_path), config), folder)
         return read_lora(folder)
 
     def requests(
@@ -504,7 +549,7 @@ class Lab:
 
     def oracle(self, model_path: Path) -> Oracle:
         """The oracle over that model."""
-        return self._oracles.setdefault(model_path, Oracle(model_path))
+        return self._oracles.setdefault(model_path, Oracle(model_path, self._bases))
 
     def compare(
         self, model_path: Path, requests: Sequence[Request], outputs: Sequence[Sequence[Output]]
@@ -513,8 +558,15 @@ class Lab:
         oracle = self.oracle(model_path)
         comparison = Comparison()
         for i, (request, own) in enumerate(zip(requests, outputs, strict=True)):
-            comparison.add(f"request {i}", oracle.answer(request), own)
+            guess = [output.token_id for output in own if output.token_id is not None]
+            comparison.add(f"request {i}", oracle.answer(request, guess), own)
         return comparison
+
+
+def _save(model: PeftModel, folder: Path) -> None:
+    """Without the card for readers, which takes longer to write than the rest."""
+    model.create_or_update_model_card = lambda _: None
+    model.save_pretrained(folder)
 
 
 def read_lora(folder: Path) -> Lora:

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -271,25 +272,29 @@ def test_an_unwritable_cache_says_what_to_do(tmp_path: Path) -> None:
         convert_gguf(write_tiny_gguf(tmp_path / "tiny.gguf"), tmp_path / "cache")
 
 
-def _convert_and_tell(gguf: Path, cache_dir: Path, told: multiprocessing.Queue[str]) -> None:
+def _convert_and_tell(gguf: Path, cache_dir: Path, both: Any, told: multiprocessing.Queue[str]) -> None:
+    both.wait(timeout=120)
+    told.put(_convert_and_describe(gguf, cache_dir))
+
+
+def _convert_and_describe(gguf: Path, cache_dir: Path) -> str:
     folder = convert_gguf(gguf, cache_dir)
-    told.put(f"{folder} {(folder / 'model.safetensors').stat().st_ino}")
+    return f"{folder} {(folder / 'model.safetensors').stat().st_ino}"
 
 
 def test_two_processes_convert_once(tmp_path: Path) -> None:
+    """This one, and another."""
     gguf = write_tiny_gguf(tmp_path / "tiny.gguf")
     context = multiprocessing.get_context("spawn")
     told: multiprocessing.Queue[str] = context.Queue()
-    processes = [
-        context.Process(target=_convert_and_tell, args=(gguf, tmp_path / "cache", told)) for _ in range(2)
-    ]
-    for process in processes:
-        process.start()
-    answers = {told.get(timeout=120) for _ in processes}
-    for process in processes:
-        process.join(timeout=60)
-        assert process.exitcode == 0
-    assert len(answers) == 1
+    both = context.Barrier(2)
+    process = context.Process(target=_convert_and_tell, args=(gguf, tmp_path / "cache", both, told))
+    process.start()
+    both.wait(timeout=120)
+    ours = _convert_and_describe(gguf, tmp_path / "cache")
+    assert told.get(timeout=120) == ours
+    process.join(timeout=60)
+    assert process.exitcode == 0
     assert not list((tmp_path / "cache").glob(".*.tmp-*"))
 
 
