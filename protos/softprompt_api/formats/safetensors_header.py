@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softprompt_api.errors import AdapterInvalid
-from softprompt_api.formats.checks import found, is_integer, printable
+from softprompt_api.formats.checks import found, printable
 from softprompt_api.formats.strict_json import parse_object
 from softprompt_api.names import shown
 
@@ -119,11 +119,7 @@ def _tensor(name: str, entry: Any) -> TensorInfo:
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_natural, value))
-
-
-def _is_natural(item: Any) -> bool:
-    return is_integer(item) and 0 <= item < 2**48
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**48 for item in value)
 
 
 def tensor_invalid(name: str, problem: str) -> AdapterInvalid:
