@@ -673,7 +673,8 @@ async def test_penalties_see_the_text_of_all_parts_and_no_virtual_token(world: W
     )
     sample = sequence.chunk(12).sample
     assert sample is not None
-    assert sample.prompt_ids == [50, 51]
+    assert sample.seen is not None
+    assert list(sample.seen.token_ids) == [50, 51]
     call.cancel()
 
 
