@@ -143,9 +143,8 @@ class System:
     def cli(self, *arguments: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
         """Run `softprompt …` against this system: in this process, which has imported it already."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("SOFTPROMPT_REGISTRY_ADDRESS", self.registry)
-            patch.setenv("SOFTPROMPT_INFERENCE_ADDRESS", self.inference)
-            patch.setenv("SOFTPROMPT_URL", self.url)
+            for name, address in self._addresses().items():
+                patch.setenv(name, address)
             patch.setattr(sys, "stdin", io.StringIO(stdin))
             output, errors = io.StringIO(), io.StringIO()
             with redirect_stdout(output), redirect_stderr(errors), pytest.raises(SystemExit) as ended:
@@ -153,6 +152,26 @@ class System:
         code = ended.value.code
         assert isinstance(code, int), code
         return subprocess.CompletedProcess(arguments, code, output.getvalue(), errors.getvalue())
+
+    def command(self, *arguments: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+        """Run `softprompt …` against it in a process of its own, as a shell does; it takes a second."""
+        return subprocess.run(
+            [sys.executable, "-m", "softprompt.cli", *arguments],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env={**os.environ, **self._addresses()},
+        )
+
+    def _addresses(self) -> dict[str, str]:
+        """What tells commands where it is."""
+        return {
+            "SOFTPROMPT_REGISTRY_ADDRESS": self.registry,
+            "SOFTPROMPT_INFERENCE_ADDRESS": self.inference,
+            "SOFTPROMPT_URL": self.url,
+        }
 
 
 StartSystem = Callable[..., System]

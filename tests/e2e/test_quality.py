@@ -2,18 +2,16 @@
 
 import contextlib
 import json
-import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from softprompt.cli import main
 from softprompt_inference.effect import PROMPTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,20 +41,6 @@ def system(start_system: Callable[..., Any], hub: Any, root: Path) -> Any:
 @pytest.fixture(scope="module")
 def folders(make_adapter: Callable[..., Path]) -> dict[str, Path]:
     return {kind: make_adapter(80, 16, kind) for kind in KINDS}
-
-
-@pytest.fixture
-def verify(system: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """`softprompt adapter verify …` in this process, where PEFT is loaded already."""
-
-    def run(*arguments: str) -> Any:
-        monkeypatch.setenv("SOFTPROMPT_REGISTRY_ADDRESS", system.registry)
-        monkeypatch.setenv("SOFTPROMPT_INFERENCE_ADDRESS", system.inference)
-        with pytest.raises(SystemExit) as ended:
-            main(["adapter", "verify", *arguments])
-        return subprocess.CompletedProcess(arguments, cast(int, ended.value.code), *capsys.readouterr())
-
-    return run
 
 
 def add(system: Any, name: str, folder: Path, *options: str) -> Any:
@@ -168,19 +152,21 @@ def test_keys_and_values_are_near_no_tokens(system: Any, folders: dict[str, Path
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_served_is_verified_to_be_pefts(
-    system: Any, verify: Callable[..., Any], tiny_model: Path, folders: dict[str, Path], kind: str
+    system: Any, tiny_model: Path, folders: dict[str, Path], kind: str
 ) -> None:
     name = f"verified-{kind.replace('_', '-')}"
     add(system, name, folders[kind], "--no-probe")
     spelling = f"{name}:1" if kind == "multitask" else name
-    done = verify(spelling, "--model", str(tiny_model), "--prompt", "Hello there, my friend")
+    done = system.cli(
+        "adapter", "verify", spelling, "--model", str(tiny_model), "--prompt", "Hello there, my friend"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "equal: log-probabilities within 0.0001" in done.stdout
     assert done.stderr == ""
 
 
 def test_what_is_not_pefts_is_told_with_the_first_difference(
-    system: Any, verify: Callable[..., Any], tiny_model: Path, folders: dict[str, Path], tmp_path: Path
+    system: Any, tiny_model: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     add(system, "differs", folders["prompt_tuning"], "--no-probe")
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
@@ -192,16 +178,14 @@ def test_what_is_not_pefts_is_told_with_the_first_difference(
     told = system.cli("adapter", "verify", *arguments)
     assert told.returncode == 1
     assert "NOT EQUAL" in told.stdout
-    shown = json.loads(verify(*arguments, "--json").stdout)
+    shown = json.loads(system.cli("adapter", "verify", *arguments, "--json").stdout)
     assert not shown["equal"]
     assert shown["prompts"][0]["largest_delta"] > 1e-4
 
 
-def test_a_base_model_that_is_not_here_is_asked_for(
-    system: Any, verify: Callable[..., Any], folders: dict[str, Path]
-) -> None:
+def test_a_base_model_that_is_not_here_is_asked_for(system: Any, folders: dict[str, Path]) -> None:
     add(system, "nowhere", folders["prompt_tuning"], "--no-probe")
-    done = verify("nowhere", "--prompt", "Hello")
+    done = system.cli("adapter", "verify", "nowhere", "--prompt", "Hello")
     assert done.returncode == 1
     assert "say with --model where the base model is" in done.stderr
 

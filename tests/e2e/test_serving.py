@@ -419,11 +419,11 @@ def test_a_truncated_upload_is_refused_and_registers_nothing(
 
 
 def test_the_command_line_completes_and_chats(system: Any, client: openai.OpenAI) -> None:
-    done = system.cli("complete", PROMPT, "-m", "second", "--max-tokens", "12")
+    done = system.command("complete", PROMPT, "-m", "second", "--max-tokens", "12")
     assert done.stdout.rstrip("\n") == complete(client, "second").rstrip("\n"), done.stderr
-    talked = system.cli("chat", "-m", "second", "--max-tokens", "12", stdin="Hello\n")
+    talked = system.command("chat", "-m", "second", "--max-tokens", "12", stdin="Hello\n")
     assert talked.stdout.rstrip("\n") == chat(client, "second").rstrip("\n"), talked.stderr
-    wrong = system.cli("complete", "x", "-m", "nobody")
+    wrong = system.command("complete", "x", "-m", "nobody")
     assert wrong.returncode == 1
     assert "nobody" in wrong.stderr
 
