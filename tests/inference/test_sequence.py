@@ -206,7 +206,7 @@ def test_a_reset_sequence_keeps_its_ids_and_outputs(fakes, virtual_ids) -> None:
     sequence.accept(Sampled(token_id=9))
     sequence.reset(State.WAITING)
     assert (sequence.page_ids, sequence.num_computed) == ([], 0)
-    assert (sequence.token_ids, sequence.output_ids) == ([7, 8, 9], [9])
+    assert (sequence.token_ids, sequence.num_outputs) == ([7, 8, 9], 1)
 
 
 def test_cached_positions_are_told_with_the_first_output_only(fakes, virtual_ids) -> None:

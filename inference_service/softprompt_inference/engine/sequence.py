@@ -42,7 +42,6 @@ class Sequence:
         request: as it was added.
         token_ids: prompt (virtual and text ids) and then output; grows by one per sampled token.
         prompt_length: positions of the prompt.
-        output_ids: the ids generated so far.
         turn: place in the order in which sequences start, given by the line that it waited in.
         adapters: digests whose virtual tokens are in the prompt, and that of its LoRA.
         lora_slot: of the LoRA that computes it, while it is unfinished; −1: none.
@@ -82,7 +81,6 @@ class Sequence:
         "num_ends_registered",
         "num_given",
         "num_registered",
-        "output_ids",
         "page_ids",
         "prefix_len",
         "prompt_length",
@@ -112,7 +110,6 @@ class Sequence:
         self.request = request
         self.token_ids = prompt_ids
         self.prompt_length = len(prompt_ids)
-        self.output_ids: list[int] = []
         self.adapters = adapters
         self.lora_slot = lora_slot
         self.soft_prompt_ends = soft_prompt_ends
@@ -252,7 +249,7 @@ class Sequence:
             token_ids[start:stop],
             start,
             self.page_ids,
-            self._sample(len(self.output_ids)) if is_last else None,
+            self._sample(self.num_outputs) if is_last else None,
             self.lora_slot,
             self.prefix_len,
             self._scores(start, stop) if self.has_scores else None,
@@ -274,6 +271,11 @@ class Sequence:
         )
 
     @property
+    def num_outputs(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.prompt_length
+
+    @property
     def is_decoding(self) -> bool:
         """Whether only its newest token is left to compute."""
         return len(self.token_ids) - self.num_computed == 1
@@ -281,11 +283,11 @@ class Sequence:
     @property
     def ends_with_next_token(self) -> bool:
         """Whether the next token is the last whichever it is."""
-        return len(self.output_ids) + 1 >= self._max_outputs
+        return self.num_outputs + 1 >= self._max_outputs
 
     def following_chunk(self) -> Chunk:
         """The position behind token_ids, whose token is being chosen and stands here as 0."""
-        sample = self._sample(len(self.output_ids) + 1)
+        sample = self._sample(self.num_outputs + 1)
         return Chunk((0,), len(self.token_ids), self.page_ids, sample, self.lora_slot, self.prefix_len)
 
     def _sample(self, num_outputs: int) -> Sample:
@@ -337,12 +339,11 @@ class Sequence:
         token_id = sampled.token_id
         assert token_id is not None, "no token was asked for"
         self.token_ids.append(token_id)
-        self.output_ids.append(token_id)
         if self.matcher is not None:
             self.matcher.accept(token_id)
         if self._seen is not None:
             self._seen.add(token_id)
-        num_outputs = len(self.output_ids)
+        num_outputs = self.num_outputs
         finish: Finish | None = None
         stop_token_id: int | None = None
         if token_id in self._eos_ids:
