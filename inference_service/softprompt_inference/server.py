@@ -231,6 +231,7 @@ class InferenceServer:
             drop=drop,
             max_adapters=settings.max_prompt_adapters,
             max_rows=settings.max_adapter_rows,
+            max_key_value_rows=max(1, settings.max_key_value_bytes // engine.info.key_value_bytes),
             max_loras=settings.max_loras,
             host_cache=lasting.host_cache,
             max_wait_s=settings.max_queue_s,

@@ -65,6 +65,9 @@ class Settings(ClientTlsSettings):
     max_virtual_tokens: PositiveInt = Field(512, description="most virtual tokens of one adapter")
     max_prompt_adapters: PositiveInt = Field(1024, description="most soft prompts on the device at one time")
     max_adapter_rows: PositiveInt = Field(65_536, description="most virtual tokens on the device at one time")
+    max_key_value_bytes: ByteSize = Field(
+        ByteSize(_GIB), ge=_MIB, description="memory for soft prompts that are keys and values"
+    )
     max_loras: int = Field(
         16, ge=0, le=1024, description="most LoRAs on the device at one time; 0: LoRAs are refused"
     )

@@ -20,13 +20,19 @@ from softprompt_inference.adapters.residency import Residency
 
 
 def adapter(digest: str, num_rows: int = 1) -> Adapter:
-    """Rows; of a digest that begins with "lora", a LoRA."""
+    """Rows; of a digest that begins with "lora", a LoRA, and of one with "kv", keys and values."""
     if digest.startswith("lora"):
         module = LoraModule(
             name="q", rank=1, scale=1.0, in_features=1, out_features=1, a=bytes(4), b=bytes(4), dtype="float32"
         )
         return Adapter(digest=digest, spelling=f"{digest}@1", content=Lora(modules=(module,)))
-    rows = Rows(data=bytes(4 * num_rows), dtype="float32", num_virtual_tokens=num_rows, row_size=1)
+    rows = Rows(
+        data=bytes(4 * num_rows),
+        dtype="float32",
+        num_virtual_tokens=num_rows,
+        row_size=1,
+        are_key_values=digest.startswith("kv"),
+    )
     return Adapter(digest=digest, content=rows)
 
 
@@ -84,6 +90,7 @@ async def make(edge: Edge) -> AsyncIterator[Callable[..., Residency]]:
         *,
         max_adapters: int = 2,
         max_rows: int = 100,
+        max_key_value_rows: int = 100,
         max_loras: int = 2,
         host_bytes: int = 10_000,
         max_wait_s: float = math.inf,
@@ -94,6 +101,7 @@ async def make(edge: Edge) -> AsyncIterator[Callable[..., Residency]]:
             drop=edge.drop,
             max_adapters=max_adapters,
             max_rows=max_rows,
+            max_key_value_rows=max_key_value_rows,
             max_loras=max_loras,
             host_cache=HostCache(host_bytes),
             max_wait_s=max_wait_s,
@@ -331,6 +339,27 @@ async def test_a_lora_that_does_not_come_holds_up_no_soft_prompt(
     assert len(edge.fetched) > len(set(edge.fetched)) + 1
     edge.gates["lora c"].set()
     await loras[1].end()
+
+
+async def test_keys_and_values_have_room_of_their_own(edge: Edge, make: Callable[..., Residency]) -> None:
+    edge.num_rows = {"kv a": 3, "kv b": 3, "a": 5}
+    residency = make(max_adapters=2, max_rows=5, max_key_value_rows=4)
+    holders = await line_up(residency, [("kv a",), ("a",)])
+    [waiting] = await line_up(residency, [("kv b",)])
+    assert edge.engine == {"kv a", "a"}
+    await holders[1].end()
+    await settle()
+    assert not waiting.got.is_set()
+    await holders[0].end()
+    await settle()
+    assert edge.engine == {"kv b", "a"}
+    words = (
+        "needs 2 soft prompts of keys and values with 6 virtual tokens at one time; there is room for 2 with 4 v"
+    )
+    with pytest.raises(InvalidArgument, match=words):
+        async with residency.use("kv a", "kv b"):
+            pass
+    await waiting.end()
 
 
 async def test_who_would_wait_too_long_for_room_is_told_when_to_come_back(
@@ -774,6 +803,7 @@ async def test_an_engine_that_refuses_a_load_leaves_the_room_free(edge: Edge) ->
         drop=edge.drop,
         max_adapters=1,
         max_rows=9,
+        max_key_value_rows=9,
         max_loras=1,
         host_cache=HostCache(0),
     )
@@ -1187,7 +1217,7 @@ async def test_some_room_is_left_for_others_than_what_is_pinned(
             ("small",),
             "with 3 virtual tokens at one time; there is room for 2 with 1 virtual tokens beside 1 pinned",
         ),
-        (("lora b", "lora c"), "needs 2 LoRAs at one time; there is room for 1 beside 1 pinned"),
+        (("lora b", "lora c"), r"needs 2 LoRAs at one time; there is room for 1 beside 1 pinned \(max_loras\)"),
     ):
         with pytest.raises(InvalidArgument, match=message):
             async with residency.use(*digests):
@@ -1216,9 +1246,9 @@ async def test_a_storm_of_users_and_cancellations_keeps_every_invariant(
     edge: Edge, make: Callable[..., Residency], seed: int
 ) -> None:
     draw = random.Random(seed)
-    digests = [f"lora {number}" if number % 3 == 1 else str(number) for number in range(12)]
+    digests = [("", "lora ", "kv ")[number % 3] + str(number) for number in range(12)]
     edge.num_rows = {digest: 1 + number % 5 for number, digest in enumerate(digests)}
-    residency = make(max_adapters=3, max_rows=7, max_loras=2, host_bytes=20)
+    residency = make(max_adapters=2, max_rows=7, max_key_value_rows=6, max_loras=2, host_bytes=20)
     in_use: list[str] = []
 
     async def user(*wanted: str) -> None:
@@ -1248,7 +1278,7 @@ async def test_a_storm_of_users_and_cancellations_keeps_every_invariant(
         if draw.random() < 0.1:
             with contextlib.suppress(AdapterInUse):
                 residency.evict(draw.choice(digests))
-        # At most 3 soft prompts and some too large together, which are refused.
+        # Some are too many or too large together, and refused.
         tasks.append(asyncio.create_task(user(*draw.sample(digests, draw.choice([1, 1, 2, 3])))))
         if draw.random() < 0.3:
             draw.choice(tasks).cancel()
@@ -1265,5 +1295,5 @@ async def test_a_storm_of_users_and_cancellations_keeps_every_invariant(
     edge.failures.clear()
     for digest in digests:
         residency.evict(digest)
-    async with asyncio.timeout(5), residency.use("11", "0", "lora 1"):
+    async with asyncio.timeout(5), residency.use("kv 11", "0", "lora 1"):
         residency.check()

@@ -135,6 +135,7 @@ def make(engine: FakeEngine, source: FakeSource, *, idle_s: Callable[[], float] 
         drop=lambda _: None,
         max_adapters=1,
         max_rows=4,
+        max_key_value_rows=4,
         max_loras=1,
         host_cache=HostCache(0),
     )

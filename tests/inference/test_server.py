@@ -707,7 +707,7 @@ async def test_engines_that_die_are_replaced_until_they_do_so_again_and_again(
 class UnstartedEngine(EngineClient):
     """Keeps what it is told."""
 
-    info = cast(ModelInfo, SimpleNamespace(vocab_size=49152, max_model_len=100))
+    info = cast(ModelInfo, SimpleNamespace(vocab_size=49152, max_model_len=100, key_value_bytes=1000))
 
     def __init__(self) -> None:
         super().__init__(cast(asyncio.subprocess.Process, None), print)
@@ -774,6 +774,13 @@ async def test_who_waits_for_an_adapter_waits_by_the_same_setting_and_not_for_th
     await waiting
     assert admission._num_elsewhere() == 0
     assert {pace._max_wait_s for pace in (admission._pace, *(room.pace for room in residency._rooms))} == {12.0}
+
+
+async def test_memory_for_keys_and_values_of_adapters_is_counted_in_their_positions(
+    make_front: Callable[..., Front],
+) -> None:
+    residency = make_front(UnstartedEngine(), max_key_value_bytes=2**20).residency
+    assert residency._key_values.max_rows == 2**20 // 1000
 
 
 async def test_generations_do_not_wait_behind_what_is_tokenised(

@@ -274,6 +274,7 @@ async def world(
         drop=lambda digest: engine.submit(DropAdapter(digest=digest)),
         max_adapters=max_adapters,
         max_rows=64,
+        max_key_value_rows=64,
         max_loras=1,
         host_cache=HostCache(0),
     )

@@ -95,8 +95,9 @@ class Residency:
         fetch: gets a verified adapter by digest; see `Fetches`.
         load: tells the engine to take an adapter; ordered before later commands.
         drop: tells the engine to forget a digest.
-        max_adapters: most soft prompts in the engine.
-        max_rows: most virtual tokens of all adapters in the engine together; no adapter has more.
+        max_adapters: most soft prompts in the engine, and as many of those that are keys and values.
+        max_rows: most virtual tokens in the engine that are embeddings; no adapter has more.
+        max_key_value_rows: most that are keys and values.
         max_loras: most LoRAs in the engine.
         host_cache: adapters kept in host memory.
         max_wait_s: longest wait for room, as far as it can be foretold.
@@ -111,6 +112,7 @@ class Residency:
         drop: Callable[[str], None],
         max_adapters: int,
         max_rows: int,
+        max_key_value_rows: int,
         max_loras: int,
         host_cache: HostCache,
         max_wait_s: float = math.inf,
@@ -118,14 +120,22 @@ class Residency:
     ) -> None:
         self._load = load
         self._drop = drop
-        soft_prompts_pace, loras_pace = (
-            Pace(max_wait_s=max_wait_s, refusal=AdapterLoading, now=now) for _ in range(2)
+
+        def make_room(sort: str, settings: str, max_adapters: int, max_rows: int = 0) -> Room:
+            pace = Pace(max_wait_s=max_wait_s, refusal=AdapterLoading, now=now)
+            return Room(sort=sort, settings=settings, max_adapters=max_adapters, max_rows=max_rows, pace=pace)
+
+        self._soft_prompts = make_room(
+            "soft prompts", "max_prompt_adapters, max_adapter_rows", max_adapters, max_rows
         )
-        self._soft_prompts = Room(
-            sort="soft prompts", max_adapters=max_adapters, max_rows=max_rows, pace=soft_prompts_pace
+        self._key_values = make_room(
+            "soft prompts of keys and values",
+            "max_prompt_adapters, max_key_value_bytes",
+            max_adapters,
+            max_key_value_rows,
         )
-        self._loras = Room(sort="LoRAs", max_adapters=max_loras, pace=loras_pace)
-        self._rooms = (self._soft_prompts, self._loras)
+        self._loras = make_room("LoRAs", "max_loras", max_loras)
+        self._rooms = (self._soft_prompts, self._key_values, self._loras)
         self._line: list[Waiter] = []  # for all rooms: two who need the same two are never each before the other
         self._host_cache = host_cache
         self._entries: dict[str, Entry] = {}
@@ -565,7 +575,9 @@ class Residency:
         self._drop(entry.digest)
 
     def _room_of(self, entry: Entry) -> Room:
-        return self._loras if entry.info.is_lora else self._soft_prompts
+        if entry.info.is_lora:
+            return self._loras
+        return self._key_values if entry.info.are_key_values else self._soft_prompts
 
     def _rows_in(self, room: Room, entries: Iterable[Entry]) -> Mapping[str, int]:
         return {entry.digest: entry.num_rows for entry in entries if self._room_of(entry) is room}

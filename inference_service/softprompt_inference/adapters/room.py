@@ -15,6 +15,7 @@ class Room:
 
     Attributes:
         sort: what its adapters are, in words.
+        settings: that say how much there is.
         max_adapters, max_rows: how much there is.
         pace: at which those come in who were short of it.
         num_adapters, num_rows: how much is taken.
@@ -24,6 +25,7 @@ class Room:
     """
 
     sort: str
+    settings: str
     max_adapters: int
     max_rows: int = 0
     pace: Pace
@@ -45,7 +47,7 @@ class Room:
         needed = self._amount(f"{len(rows)} {self.sort}", num_rows)
         room = self._amount(f"{self.max_adapters - len(pinned)}", max_rows)
         beside = f" beside {len(pinned)} pinned" if pinned else ""
-        return f"{needed} at one time; there is room for {room}{beside}"
+        return f"{needed} at one time; there is room for {room}{beside} ({self.settings})"
 
     def _amount(self, adapters: str, num_rows: int) -> str:
         return f"{adapters} with {num_rows} virtual tokens" if self.max_rows else adapters

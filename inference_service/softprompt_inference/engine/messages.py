@@ -279,3 +279,9 @@ class ModelInfo:
     page_size: int
     no_key_values: str = ""
     vocabulary_norms: Norms | None = None
+
+    @property
+    def key_value_bytes(self) -> int:
+        """Keys and values of one position that an adapter gives, in all layers."""
+        item_bytes = 4 if self.dtype == "float32" else 2
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * item_bytes

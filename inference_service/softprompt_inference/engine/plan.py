@@ -11,8 +11,9 @@ from softprompt_api.structured import StructuredOutputsParams
 from softprompt_inference.engine.messages import LoadAdapter, LoadLora, Logprobs, ModelInfo, NearRow
 from softprompt_inference.engine.seen import Seen
 
-# A step has at most so many scores: for each of them there are logits as large as the vocabulary.
-MAX_SCORES = 128
+# A step has at most so many scores: each has logits as large as the vocabulary, and is told of in Python. It is as
+# many as a step on a CPU has tokens.
+MAX_SCORES = 512
 
 
 def looks_back(params: SamplingParams) -> bool:

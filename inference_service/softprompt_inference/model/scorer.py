@@ -15,6 +15,9 @@ from softprompt_inference.model.logprobs import as_logprobs, measure
 from softprompt_inference.model.sampler import NOT_FINITE, Choices
 from softprompt_inference.model.transfer import Download, upload
 
+# To measure rows takes a few copies of each, as long as the vocabulary.
+_ROWS_AT_ONCE = 128
+
 
 class ScoredChoices:
     """Tokens that the device is choosing, and scores that it computes beside them.
@@ -34,12 +37,16 @@ class ScoredChoices:
         ]
         scores = [each for _, each in self._asked if each is not None]
         token_ids = list(chain.from_iterable(each.token_ids for each in scores))
-        measured = measure(
-            logits,
-            upload(token_ids, torch.int64, logits.device),
-            num_top=max(each.num_top for each in scores),
+        given_ids = upload(token_ids, torch.int64, logits.device)
+        num_top = max(each.num_top for each in scores)
+        pieces = zip(torch.split(logits, _ROWS_AT_ONCE), torch.split(given_ids, _ROWS_AT_ONCE), strict=True)
+        measured = [measure(rows, ids, num_top=num_top) for rows, ids in pieces]
+        self._download = Download(
+            logits.amax(-1).isfinite(),
+            torch.cat([each.given for each in measured]),
+            torch.cat([each.values for each in measured]),
+            torch.cat([each.ids for each in measured]),
         )
-        self._download = Download(logits.amax(-1).isfinite(), measured.given, measured.values, measured.ids)
 
     @torch.inference_mode()
     def result(self) -> list[Sampled]:

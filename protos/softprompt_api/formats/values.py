@@ -146,7 +146,8 @@ class ValueScan:
 
     def _refuse(self, values: np.ndarray) -> None:
         # float64 holds every limit; negated, so that NaN counts as too large.
-        index = int(np.argmax(~(np.abs(values).astype(np.float64) < self.limits[1])))
+        with np.errstate(invalid="ignore"):  # signalling NaNs
+            index = int(np.argmax(~(np.abs(values).astype(np.float64) < self.limits[1])))
         row, column = divmod(self._num_seen + index, self.info.shape[-1])
         value = float(values[index])
         problem = f"has {value:g} at row {row}, column {column}"

@@ -11,6 +11,7 @@ from softprompt_api.params import SamplingParams
 from softprompt_inference.engine import scheduler
 from softprompt_inference.engine.messages import AddRequest, Logprobs, Output, TextPart
 from softprompt_inference.engine.plan import Chunk, Scores, StepPlan
+from softprompt_inference.model import scorer
 from softprompt_inference.model.loader import LoadedModel
 from softprompt_kernels import native
 from torch import Tensor
@@ -54,12 +55,18 @@ def test_every_kind_cold_and_warm(lab: Any, llama: Path, kind: str, count: int) 
         assert_equal(lab, llama, requests, lab.serve(engine, requests))
 
 
-@pytest.mark.parametrize("max_scores", [3, 128])
+@pytest.mark.parametrize(("max_scores", "rows_at_once"), [(3, 128), (512, 5)])
 @pytest.mark.parametrize("max_step_tokens", [7, 64])
 def test_all_kinds_and_loras_in_one_batch_in_small_steps(
-    lab: Any, llama: Path, monkeypatch: pytest.MonkeyPatch, max_step_tokens: int, max_scores: int
+    lab: Any,
+    llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    max_step_tokens: int,
+    max_scores: int,
+    rows_at_once: int,
 ) -> None:
     monkeypatch.setattr(scheduler, "MAX_SCORES", max_scores)
+    monkeypatch.setattr(scorer, "_ROWS_AT_ONCE", rows_at_once)
     requests = lab.requests([*(lab.adapter(llama, kind, 20) for kind in KINDS), None, None], max_tokens=3)
     lora, soft_prompt = lab.lora(llama), lab.adapter(llama, "prompt_tuning", 5)
     requests += [replace(request, lora=lora) for request in requests[-1:] + requests[:1] + requests[4:5]]
@@ -186,6 +193,7 @@ def test_a_prompt_of_several_steps_has_few_logits_at_a_time(
         sizes.append(len(logits))
         return logits
 
+    monkeypatch.setattr(scheduler, "MAX_SCORES", 128)
     engine = lab.engine(llama)
     monkeypatch.setattr(LoadedModel, "logits", noted)
     params = SamplingParams(max_tokens=1, prompt_logprobs=0)

@@ -250,6 +250,14 @@ def test_a_value_that_is_no_number_is_refused_with_its_place(value, dtype, piece
         verify(with_value(value, dtype), piece_bytes=piece_bytes)
 
 
+@pytest.mark.parametrize(("dtype", "bits"), [(np.float32, 0x7F80_0001), (np.float16, 0x7C01)])
+def test_a_signalling_nan_is_refused_as_any_other(dtype, bits):
+    rows = ROWS.astype(dtype)
+    rows.view(f"u{rows.itemsize}")[3, 2] = bits
+    with pytest.raises(AdapterInvalid, match="has nan at row 3, column 2"):
+        verify(file_of(rows))
+
+
 @pytest.mark.parametrize(
     ("value", "serving_dtype"),
     [(65_504.0, "float16"), (3.3895e38, "bfloat16"), (3.4e38, "float32"), (-65_519.0, "float16"), (3.4e38, "")],

@@ -99,23 +99,31 @@ def answers(loaded: LoadedModel, slots: Sequence[int] = ()) -> list[Tensor]:
     return found
 
 
-# Attention of several queries is native only for heads of a multiple of 32.
+# Several queries have a kernel in bfloat16 only for heads of a multiple of 32. For other heads those of
+# short prompts are answered one by one, and a stack makes way for the rest.
 @pytest.mark.parametrize(
-    ("kind", "tokens"),
+    ("kind", "most_one_by_one", "tokens"),
     [
-        ("llama_wide", [8, 7, 2, 9, 70, 3]),
+        ("llama_wide", 0, [8, 7, 2, 9, 70, 3]),
         # Layers with a window and those without stand in stacks of their own.
-        ("qwen2_windows", [8, 8, 7, 7, 2, 2, 9, 9, 70, 70, 3, 3]),
-        ("llama", [2, 3]),
-        ("mistral", [2, 3]),
-        ("qwen2", [2, 3]),
+        ("qwen2_windows", 0, [8, 8, 7, 7, 2, 2, 9, 9, 70, 70, 3, 3]),
+        ("llama", 0, [2, 3]),
+        ("mistral", 0, [2, 3]),
+        ("qwen2", 0, [2, 3]),
+        ("llama", 9 * 17, [8, 7, 2, 9, 3]),
     ],
 )
 @pytest.mark.usefixtures("pairs")
 def test_a_model_answers_the_same_with_stacks_and_without(
-    lab: Any, kind: str, tokens: list[int], calls: list[int], monkeypatch: pytest.MonkeyPatch
+    lab: Any,
+    kind: str,
+    most_one_by_one: int,
+    tokens: list[int],
+    calls: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(reference, "_MIN_PREFIX", 64)
+    monkeypatch.setattr(reference, "_MAX_ONE_BY_ONE", most_one_by_one)
     loaded = load(lab, kind)
     calls.clear()
     stacked = answers(loaded)
