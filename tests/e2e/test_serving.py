@@ -509,7 +509,7 @@ def test_ids_are_scored_as_an_evaluation_harness_asks_for_it(
 def test_a_stream_tells_the_same_in_pieces(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {
         "model": "first",
-        "prompt": "The quick brown fox jumps over the lazy dog. " * 20,
+        "prompt": "The quick brown fox jumps over the lazy dog. " * 60,  # more than a step tells of
         "max_tokens": 3,
         "temperature": 0,
         "echo": True,
