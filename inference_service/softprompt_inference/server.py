@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import grpc
 import structlog
-from softprompt_api.errors import Unavailable
+from softprompt_api.errors import InvalidArgument, Unavailable
 from softprompt_api.inference.v1 import inference_pb2, inference_pb2_grpc
 from softprompt_api.registry.v1 import registry_pb2, registry_pb2_grpc
 from softprompt_api.rpc.channel import open_channel
@@ -100,6 +100,7 @@ class InferenceServer:
         Raises:
             OSError: the address is taken.
             ModelSourceError, EngineStartError, Unsupported: the model cannot be served; the text says why.
+            InvalidArgument: a setting does not fit the model.
         """
         settings = self._settings
         await self._server.start(serving=False)
@@ -231,7 +232,7 @@ class InferenceServer:
             drop=drop,
             max_adapters=settings.max_prompt_adapters,
             max_rows=settings.max_adapter_rows,
-            max_key_value_rows=max(1, settings.max_key_value_bytes // engine.info.key_value_bytes),
+            max_key_value_rows=count_key_value_rows(settings.max_key_value_bytes, engine.info),
             max_loras=settings.max_loras,
             host_cache=lasting.host_cache,
             max_wait_s=settings.max_queue_s,
@@ -279,6 +280,18 @@ class InferenceServer:
             ready_unix_s=lasting.ready_unix_s,
             defaults=lasting.defaults,
         )
+
+
+def count_key_value_rows(max_bytes: int, info: ModelInfo) -> int:
+    """How many virtual tokens may be keys and values. InvalidArgument: fewer than those of one adapter."""
+    needed_bytes = info.max_virtual_tokens * info.key_value_row_bytes
+    if not info.no_key_values and max_bytes < needed_bytes:
+        raise InvalidArgument(
+            f"max_key_value_bytes {max_bytes} must hold one adapter of max_virtual_tokens "
+            f"{info.max_virtual_tokens}, which takes {needed_bytes}",
+            field="max_key_value_bytes",
+        )
+    return max_bytes // info.key_value_row_bytes
 
 
 def make_base_model(

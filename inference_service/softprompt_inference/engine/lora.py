@@ -4,9 +4,7 @@ import math
 
 from softprompt_api.errors import AdapterInvalid, Overloaded
 
-from softprompt_inference.engine.messages import LoadLora, LoraModule
-
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+from softprompt_inference.engine.messages import ITEM_BYTES, LoadLora, LoraModule
 
 
 class LoraSlots:

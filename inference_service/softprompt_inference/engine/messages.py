@@ -12,6 +12,9 @@ from softprompt_api.quality import Norms
 
 from softprompt_inference.engine.files import MemoryFile
 
+# Of the dtypes that rows, matrices and models have.
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextPart:
@@ -281,7 +284,11 @@ class ModelInfo:
     vocabulary_norms: Norms | None = None
 
     @property
-    def key_value_bytes(self) -> int:
-        """Keys and values of one position that an adapter gives, in all layers."""
-        item_bytes = 4 if self.dtype == "float32" else 2
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * item_bytes
+    def key_value_row_size(self) -> int:
+        """Values of one position's keys and values, in all layers, that an adapter gives."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
+    def key_value_row_bytes(self) -> int:
+        """Memory that they take."""
+        return self.key_value_row_size * ITEM_BYTES[self.dtype]

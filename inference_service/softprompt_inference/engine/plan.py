@@ -8,12 +8,13 @@ from typing import Protocol
 from softprompt_api.params import SamplingParams
 from softprompt_api.structured import StructuredOutputsParams
 
+from softprompt_inference.engine.config import CPU_STEP_TOKENS
 from softprompt_inference.engine.messages import LoadAdapter, LoadLora, Logprobs, ModelInfo, NearRow
 from softprompt_inference.engine.seen import Seen
 
-# A step has at most so many scores: each has logits as large as the vocabulary, and is told of in Python. It is as
-# many as a step on a CPU has tokens.
-MAX_SCORES = 512
+# A step has at most so many scores: each has logits as large as the vocabulary, and is told of in Python. On a CPU
+# that is every token of a prompt.
+MAX_SCORES = CPU_STEP_TOKENS
 
 
 def looks_back(params: SamplingParams) -> bool:
