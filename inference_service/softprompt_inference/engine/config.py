@@ -14,6 +14,7 @@ class Prepare:
 
     device: str
     native_cache_dir: str | None
+    num_threads: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ class EngineConfig:
 
     def preparation(self) -> Prepare:
         """What of it can be done before the model is known."""
-        return Prepare(device=self.device, native_cache_dir=self.native_cache_dir)
+        return Prepare(device=self.device, native_cache_dir=self.native_cache_dir, num_threads=self.num_threads)
 
     def step_tokens(self, device: str) -> int:
         """Most tokens computed in one step on a device like "cpu" or "cuda:0"."""

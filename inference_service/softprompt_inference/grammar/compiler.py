@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from softprompt_api.errors import InvalidArgument, Unsupported
 from softprompt_api.structured import FIELD, JSON_WHITESPACE, StructuredOutputsParams, parse_schema
 
+from softprompt_inference.cores import run_anywhere
 from softprompt_inference.engine.plan import Matcher
 from softprompt_inference.grammar.ascii import ascii_classes
 from softprompt_inference.grammar.limits import check_lark, check_patterns, check_regex, map_expressions
@@ -41,7 +42,7 @@ class GrammarCompiler:
         self._tokenizer: LLTokenizer | None = None
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[str, str], str] = OrderedDict()  # those that can be followed
-        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar")
+        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="grammar", initializer=run_anywhere)
 
     def start(self, wanted: StructuredOutputsParams) -> Future[Matcher]:
         """Begin to compile; see `compile`."""
