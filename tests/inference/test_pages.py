@@ -241,6 +241,31 @@ def test_virtual_ids_count_by_digest_and_row_not_by_number() -> None:
     assert page_key(root, list(ids_here[:2]), here) != page_key(root, list(ids_here[2:]), here)
 
 
+_SIZES = {"sha256:a": 3, "sha256:b": 2, "sha256:c": 1}
+_TOKENS = [0, 1, *((digest, row) for digest, size in _SIZES.items() for row in range(size))]
+# Also as adapters give them: row behind row.
+_PAGES = st.lists(
+    st.sampled_from([_TOKENS[:1], _TOKENS[2:5], _TOKENS[5:], *([token] for token in _TOKENS)]), min_size=1
+)
+
+
+@settings(deadline=None)
+@given(pages=st.tuples(_PAGES, _PAGES), order=st.permutations(list(_SIZES)))
+def test_keys_are_equal_where_contents_are_and_nowhere_else(
+    pages: tuple[list[list[int | tuple[str, int]]], ...], order: list[str]
+) -> None:
+    contents, keys = [], []
+    for page, digests in zip(pages, (list(_SIZES), order), strict=True):
+        virtual_ids = VirtualIds(100)
+        for digest in digests:
+            virtual_ids.assign(digest, _SIZES[digest])
+        content = [token for run in page for token in run]
+        ids = [t if isinstance(t, int) else virtual_ids.ids(t[0])[t[1]] for t in content]
+        contents.append(content)
+        keys.append(page_key(root_key(""), ids, virtual_ids))
+    assert (keys[0] == keys[1]) == (contents[0] == contents[1])
+
+
 def test_virtual_ids_are_never_given_twice() -> None:
     virtual_ids = VirtualIds(100)
     first = virtual_ids.assign("sha256:a", 3)
@@ -248,8 +273,8 @@ def test_virtual_ids_are_never_given_twice() -> None:
     assert virtual_ids.retire("sha256:a") == first
     third = virtual_ids.assign("sha256:a", 3)
     assert [first.start, second.start, third.start] == [100, 103, 105]
-    assert virtual_ids.row(104) == ("sha256:b", 1)
-    assert virtual_ids.row(107) == ("sha256:a", 2)
+    assert [virtual_ids.find(virtual_id)[1] for virtual_id in (104, 107)] == [second, third]
+    assert virtual_ids.find(104)[0] != virtual_ids.find(107)[0]
     assert len(virtual_ids) == 2
 
 
@@ -259,4 +284,4 @@ def test_a_retired_virtual_id_stands_for_nothing() -> None:
     second = virtual_ids.assign("sha256:b", 3)
     virtual_ids.retire("sha256:b")
     with pytest.raises(AssertionError):
-        virtual_ids.row(second.start)
+        virtual_ids.find(second.start)

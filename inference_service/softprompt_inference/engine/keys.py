@@ -30,6 +30,7 @@ class VirtualIds:
         # Parallel lists in rising order: the next range always lies above all others.
         self._first_ids: list[int] = []
         self._digests: list[str] = []
+        self._names: list[bytes] = []  # of 32 bytes, whatever the digests are
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._ranges
@@ -55,6 +56,7 @@ class VirtualIds:
             self._key_values.add(digest)
         self._first_ids.append(ids.start)
         self._digests.append(digest)
+        self._names.append(hashlib.sha256(digest.encode()).digest())
         return ids
 
     def retire(self, digest: str) -> range:
@@ -62,16 +64,15 @@ class VirtualIds:
         ids = self._ranges.pop(digest)
         self._key_values.discard(digest)
         index = bisect_right(self._first_ids, ids.start) - 1
-        del self._first_ids[index], self._digests[index]
+        del self._first_ids[index], self._digests[index], self._names[index]
         return ids
 
-    def row(self, virtual_id: int) -> tuple[str, int]:
-        """(digest, row) that a live virtual id stands for."""
+    def find(self, virtual_id: int) -> tuple[bytes, range]:
+        """32 bytes that name the digest which a live virtual id stands for, and all its ids."""
         index = bisect_right(self._first_ids, virtual_id) - 1
-        digest = self._digests[index]
-        ids = self._ranges[digest]
+        ids = self._ranges[self._digests[index]]
         assert virtual_id in ids, "a retired virtual id is in use"
-        return digest, virtual_id - ids.start
+        return self._names[index], ids
 
 
 def root_key(salt: str) -> PageKey:
@@ -90,13 +91,21 @@ def page_key(parent: PageKey, token_ids: Sequence[int], virtual_ids: VirtualIds)
     if max(token_ids) < virtual_ids.vocab_size:
         chain.update(array("q", token_ids).tobytes())
         return chain.digest()
-    # A text id is 8 bytes ≥ 0; a virtual token is 8 bytes < 0 and then 32 of its digest: no two pages read alike.
-    for token_id in token_ids:
-        if token_id < virtual_ids.vocab_size:
-            chain.update(array("q", (token_id,)).tobytes())
-        else:
-            digest, row = virtual_ids.row(token_id)
-            chain.update(array("q", (-1 - row,)).tobytes() + hashlib.sha256(digest.encode()).digest())
+    # A text id is 8 bytes ≥ 0; rows of an adapter that follow one another are 8 bytes < 0, then 8 for their number and
+    # 32 for its digest: no two pages read alike.
+    start = 0
+    while start < len(token_ids):
+        first = token_ids[start]
+        if first < virtual_ids.vocab_size:
+            chain.update(array("q", (first,)).tobytes())
+            start += 1
+            continue
+        name, ids = virtual_ids.find(first)
+        stop = start + 1
+        while stop < len(token_ids) and token_ids[stop] == first + stop - start < ids.stop:
+            stop += 1
+        chain.update(array("q", (ids.start - first - 1, stop - start)).tobytes() + name)
+        start = stop
     return chain.digest()
 
 

@@ -29,6 +29,7 @@ int softprompt_paged_prefix(float *prefix, const void *q, const void *keys, cons
 #include <string.h>
 
 enum { MOST_ROWS = AMX_ROWS, BLOCK = 32 };  // BLOCK: queries that share a packing
+enum { AHEAD = 2 * LANES };                 // positions that are fetched into the cache before they are packed
 
 typedef struct {
     uint16_t *keys;     // [positions / LANES][dim / 2][LANES][2]
@@ -87,6 +88,11 @@ static inline void transpose(uint16_t *to, const uint16_t *const rows[LANES], in
     }
 }
 
+// Where a position's keys, or values, begin.
+static inline int64_t place(const int32_t *pages, int64_t position, int64_t row, int page_size) {
+    return ((int64_t)pages[position / page_size] * page_size + position % page_size) * row;
+}
+
 // Positions first … first + positions of a head; zeros where the context has ended.
 static void pack(const Buffers *b, const uint16_t *keys, const uint16_t *values, const int32_t *pages, int64_t first,
                  int64_t positions, int64_t context, int64_t row, int dim, int page_size) {
@@ -94,10 +100,15 @@ static void pack(const Buffers *b, const uint16_t *keys, const uint16_t *values,
     for (int64_t j = 0; j < positions; j += LANES) {
         const uint16_t *k[LANES], *v[LANES];
         for (int i = 0; i < LANES; i++) {
-            int64_t p = first + j + i;
-            int64_t at = p < context ? ((int64_t)pages[p / page_size] * page_size + p % page_size) * row : 0;
+            const int64_t p = first + j + i, at = p < context ? place(pages, p, row, page_size) : 0;
             k[i] = p < context ? keys + at : zeros;
             v[i] = p < context ? values + at : zeros;
+            if (p + AHEAD >= context) continue;
+            const int64_t later = place(pages, p + AHEAD, row, page_size);
+            for (int d = 0; d < dim; d += 2 * LANES) {
+                _mm_prefetch((const char *)(keys + later + d), _MM_HINT_T0);
+                _mm_prefetch((const char *)(values + later + d), _MM_HINT_T0);
+            }
         }
         for (int d = 0; d < dim; d += 2 * LANES) transpose(b->keys + j * dim + d * LANES, k, d);
         for (int i = 0; i < LANES; i += 2)
