@@ -10,6 +10,7 @@ from typing import Any
 from softprompt_api.formats import adapter_digest, parse_config, read_folder
 from softprompt_api.params import SamplingParams
 from softprompt_inference.adapters.adapter import Adapter
+from softprompt_inference.cores import Binding
 from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.engine import Engine
 from softprompt_inference.engine.messages import (
@@ -20,7 +21,6 @@ from softprompt_inference.engine.messages import (
     SoftPromptPart,
     TextPart,
 )
-from softprompt_inference.model.runner import load_runner
 from softprompt_inference.model.source import native_kernels_dir
 
 from benchmarks.workers.protocol import main
@@ -115,9 +115,21 @@ def make(
         share=share,
         native_cache_dir=str(native_kernels_dir()),
     )
+    from softprompt_inference.model.runner import load_runner
+
     worker = EngineWorker(Engine(load_runner(config, print), config))
     gc.collect()
     gc.freeze()  # as the engine's process does
+    return worker
+
+
+def _make_bound(*, num_threads: int | None, **settings: Any) -> EngineWorker:
+    """An engine on cores of its own, as its service's is."""
+    binding = Binding()
+    with binding.importing(num_threads):
+        import torch  # noqa: F401
+    worker = make(num_threads=num_threads, **settings)
+    binding.bind()
     return worker
 
 
@@ -130,4 +142,4 @@ def _read(folder: Path) -> LoadAdapter | LoadLora:
 
 
 if __name__ == "__main__":
-    main(make, ["torch", "transformers"])
+    main(_make_bound, ["torch", "transformers"])

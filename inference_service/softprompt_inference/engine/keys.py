@@ -91,8 +91,8 @@ def page_key(parent: PageKey, token_ids: Sequence[int], virtual_ids: VirtualIds)
     if max(token_ids) < virtual_ids.vocab_size:
         chain.update(array("q", token_ids).tobytes())
         return chain.digest()
-    # A text id is 8 bytes ≥ 0; rows of an adapter that follow one another are 8 bytes < 0, then 8 for their number and
-    # 32 for its digest: no two pages read alike.
+    # A text id is 8 bytes ≥ 0; rows of an adapter that follow one another are 8 bytes < 0, their number in 8, and
+    # its digest in 32: no two pages read alike.
     start = 0
     while start < len(token_ids):
         first = token_ids[start]
