@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 
 # Whoever sets one of these has decided.
-_OPENMP_SETTINGS = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+OPENMP_SETTINGS = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
 
 def run_anywhere() -> None:
@@ -35,7 +35,7 @@ class Binding:
             num_threads: of a step; None: as OpenMP's own setting says, or one for each core.
         """
         wanted = os.environ.get("OMP_NUM_THREADS", len(_GIVEN)) if num_threads is None else num_threads
-        if str(wanted) == str(len(_GIVEN)) and not any(name in os.environ for name in _OPENMP_SETTINGS):
+        if str(wanted) == str(len(_GIVEN)) and not any(name in os.environ for name in OPENMP_SETTINGS):
             os.environ.update(OMP_PROC_BIND="true", OMP_PLACES="cores")
         yield
         self._own = _read_cores()

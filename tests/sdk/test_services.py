@@ -122,6 +122,7 @@ def test_replicas_share_processors_and_the_memory_of_their_device(monkeypatch: p
         settings = environment("inference", options, addresses(), replica=replica)
         assert settings["SOFTPROMPT_INFERENCE_ADDRESS"] == address
         assert settings["SOFTPROMPT_NUM_THREADS"] == "2"
+        assert (settings["OMP_PROC_BIND"], settings["OMP_PLACES"]) == ("true", ("{0},{1}", "{2},{3}")[replica])
         assert settings["SOFTPROMPT_KV_CACHE_BYTES"] == str(3 * 2**29)
         assert settings["SOFTPROMPT_GPU_MEMORY_UTILIZATION"] == "0.45"
 
@@ -134,8 +135,20 @@ def test_devices_are_given_to_replicas_in_turn_and_shared_by_those_that_have_the
     assert [one["SOFTPROMPT_GPU_MEMORY_UTILIZATION"] for one in settings] == ["0.4", "0.8", "0.4"]
 
 
+@pytest.mark.parametrize(("setting", "num_cpus"), [("OMP_PROC_BIND", 4), ("GOMP_CPU_AFFINITY", 4), (None, 1)])
+def test_threads_of_replicas_run_where_users_say_and_anywhere_if_there_are_too_few_processors(
+    setting: str | None, num_cpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(num_cpus)), raising=False)
+    if setting is not None:
+        monkeypatch.setenv(setting, "false")
+    settings = environment("inference", make_options({"replicas": 2}), addresses(), replica=1)
+    assert {name for name in settings if "OMP" in name} == {name for name in os.environ if "OMP" in name}
+
+
 def test_one_replica_has_the_whole_machine() -> None:
     settings = environment("inference", make_options({}), addresses())
+    assert "OMP_PLACES" not in settings
     assert "SOFTPROMPT_NUM_THREADS" not in settings
     assert "SOFTPROMPT_GPU_MEMORY_UTILIZATION" not in settings
 

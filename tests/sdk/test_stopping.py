@@ -54,6 +54,36 @@ def test_a_hang_up_that_nohup_has_ignore_stays_ignored() -> None:
     assert stop.asked()
 
 
+# Each stop is asked for while the process does nothing but begin and end to wait for it. Threads take turns whenever
+# they can, so that the signal may come anywhere within.
+ASKED_AT_ANY_MOMENT = """
+import os, signal, sys, threading
+from softprompt.cli.stopping import Stop
+
+sys.setswitchinterval(1e-6)
+waiting = threading.Semaphore(0)
+
+def ask():
+    for _ in range(500):
+        waiting.acquire()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+asking = threading.Thread(target=ask)
+asking.start()
+for _ in range(500):
+    stop = Stop()
+    stop.listen()
+    waiting.release()
+    while not stop.wait(0):
+        pass
+asking.join()
+"""
+
+
+def test_no_moment_is_a_wrong_one_to_ask() -> None:
+    subprocess.run([sys.executable, "-c", ASKED_AT_ANY_MOMENT], check=True, timeout=60)
+
+
 # Ctrl-C on `softprompt run | tee log` ends tee too.
 STOP_WITH_NOBODY_READING = """
 import signal, sys
@@ -115,7 +145,7 @@ def test_a_stop_does_not_wait_for_a_registry_that_does_not_answer(
 
         def ask_to_stop_once_called() -> None:
             with silent.accept()[0]:
-                stop._asked.set()
+                stop.ask()
                 left.wait()
 
         left = threading.Event()

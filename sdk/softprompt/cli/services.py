@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from softprompt_inference.cores import OPENMP_SETTINGS
+
 from softprompt.cli.options import RunOptions
 from softprompt.cli.problems import WrongUsage
 
@@ -130,7 +132,8 @@ def _registry(options: RunOptions, addresses: Addresses) -> dict[str, object]:
 def _inference(options: RunOptions, addresses: Addresses, *, replica: int) -> dict[str, object]:
     devices = options.device.split(",")
     device = devices[replica % len(devices)]
-    num_sharing = len([other for other in range(options.replicas) if devices[other % len(devices)] == device])
+    sharing = [other for other in range(options.replicas) if devices[other % len(devices)] == device]
+    num_sharing = len(sharing)
     return {
         "SOFTPROMPT_INFERENCE_ADDRESS": addresses.inference[replica],
         "SOFTPROMPT_REGISTRY_ADDRESS": addresses.registry,
@@ -139,6 +142,7 @@ def _inference(options: RunOptions, addresses: Addresses, *, replica: int) -> di
         "SOFTPROMPT_DEVICE": device,
         "SOFTPROMPT_DTYPE": options.dtype,
         "SOFTPROMPT_NUM_THREADS": _num_threads(num_sharing),
+        **_openmp(sharing.index(replica), num_sharing),
         "SOFTPROMPT_KV_CACHE_BYTES": _kv_cache_bytes(options, num_sharing),
         "SOFTPROMPT_GPU_MEMORY_UTILIZATION": _utilization(options, num_sharing),
         "SOFTPROMPT_MAX_MODEL_LEN": options.max_model_len,
@@ -158,12 +162,21 @@ def _num_threads(num_sharing: int) -> int | None:
     """Threads of one of several replicas; torch has its own idea of them for one, and users may have another."""
     if num_sharing == 1 or "SOFTPROMPT_NUM_THREADS" in os.environ:
         return None
-    return max(1, _num_cpus() // num_sharing)
+    return max(1, len(_cpus()) // num_sharing)
 
 
-def _num_cpus() -> int:
+def _openmp(place: int, num_sharing: int) -> Mapping[str, str]:
+    """Where the threads of one of several replicas run, which is told `place` of them: each on a processor of its own."""
+    num_threads, cpus = _num_threads(num_sharing), _cpus()
+    if num_threads is None or num_sharing > len(cpus) or any(name in os.environ for name in OPENMP_SETTINGS):
+        return {}
+    own = cpus[place * num_threads : (place + 1) * num_threads]
+    return {"OMP_PROC_BIND": "true", "OMP_PLACES": ",".join(f"{{{cpu}}}" for cpu in own)}
+
+
+def _cpus() -> Sequence[int]:
     """Processors that this process may use; not every system tells more than how many there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
 
 def _kv_cache_bytes(options: RunOptions, num_sharing: int) -> int | None:
