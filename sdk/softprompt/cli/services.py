@@ -166,7 +166,11 @@ def _num_threads(num_sharing: int) -> int | None:
 
 
 def _openmp(place: int, num_sharing: int) -> Mapping[str, str]:
-    """Where the threads of one of several replicas run, which is told `place` of them: each on a processor of its own."""
+    """Where the threads of one of several replicas run: each on a processor of its own.
+
+    Args:
+        place: of the replica, among those that share.
+    """
     num_threads, cpus = _num_threads(num_sharing), _cpus()
     if num_threads is None or num_sharing > len(cpus) or any(name in os.environ for name in OPENMP_SETTINGS):
         return {}
