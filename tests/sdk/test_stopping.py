@@ -54,8 +54,8 @@ def test_a_hang_up_that_nohup_has_ignore_stays_ignored() -> None:
     assert stop.asked()
 
 
-# Each stop is asked for while the process does nothing but begin and end to wait for it. Threads take turns whenever
-# they can, so that the signal may come anywhere within.
+# Each stop is asked for while the process does nothing but begin and end to wait for it. Threads take turns as
+# often as they can, so that the signal may come anywhere within.
 ASKED_AT_ANY_MOMENT = """
 import os, signal, sys, threading
 from softprompt.cli.stopping import Stop

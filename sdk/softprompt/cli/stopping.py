@@ -15,8 +15,8 @@ class Stop:
 
     def __init__(self) -> None:
         self._num_asked = 0
-        # A signal may come while `wait` holds a lock of what it waits on, and its handler would wait for that lock for
-        # ever. This queue alone can be put into from within itself.
+        # A signal may come while `wait` holds a lock of what it waits on, and its handler would wait for that lock
+        # for ever. This queue alone can be put into from within itself.
         self._wakes = queue.SimpleQueue[None]()
 
     def listen(self) -> None:
