@@ -131,6 +131,7 @@ class GpuBench:
         num_tokens = num_tokens or self._num_tokens
         length = self._context - num_tokens // 2
         return make_requests(
+            f"{self._name}, {count}",
             seed=1,
             repeat=repeat,
             count=count,

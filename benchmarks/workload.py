@@ -50,6 +50,7 @@ class Lengths:
 
 
 def make_requests(
+    what: str,
     *,
     seed: int,
     repeat: int,
@@ -59,13 +60,16 @@ def make_requests(
     vocab_size: int,
     adapters: Sequence[str | None] = (None,),
 ) -> list[Request]:
-    """Requests whose lengths depend on the seed alone, and whose ids on seed and repeat.
+    """Requests whose lengths depend on the seed alone, and whose ids on all of the first three arguments.
 
     So repeats are equally heavy, and no side can answer one from what it cached in another. The adapters take
     turns, and the turns go on from repeat to repeat.
+
+    Args:
+        what: they are for; another one for each measurement of a run, for the same reason.
     """
     lengths = Random(f"lengths {seed}")
-    ids = Random(f"ids {seed} {repeat}")
+    ids = Random(f"ids {what} {seed} {repeat}")
     first_id = min(_FIRST_TEXT_ID, vocab_size // 2)
     requests = []
     for index in range(count):

@@ -35,7 +35,7 @@ def run(bench: Bench) -> None:
     check_exact(bench, CASE, "one adapter", adapters)
 
     def make(repeat: int) -> list[Request]:
-        return requests_for(bench, repeat, adapters)
+        return requests_for(bench, CASE, repeat, adapters)
 
     ours = bench.side(OURS)
     ours.load(adapters)

@@ -61,6 +61,7 @@ def _use_each_once(bench: Bench, adapters: list[str]) -> None:
     ours = bench.side(OURS)
     ours.load(adapters)
     requests = make_requests(
+        CASE,
         seed=0,
         repeat=WARM_UP,
         count=len(adapters),
@@ -77,7 +78,7 @@ def _grow(bench: Bench, adapters: list[str]) -> dict[int, float]:
     rates: dict[int, list[float]] = {count: [] for count in bench.size.adapter_counts}
     for repeat in range(bench.size.num_repeats):
         for count in rates:
-            requests = requests_for(bench, repeat, adapters[:count])
+            requests = requests_for(bench, f"{CASE}, {_what(count)}", repeat, adapters[:count])
             rates[count].append(num_output_tokens(requests) / bench.side(OURS).run(requests).seconds)
             turn = f"{repeat + 1}/{bench.size.num_repeats}"
             bench.progress.turn(f"{_what(count)}, {turn}, ours alone: {rates[count][-1]:.0f} tokens/s")
@@ -101,7 +102,7 @@ def _contest(bench: Bench, adapters: list[str], peer: str, num_requests: int) ->
     label = f"{_what(len(adapters))}, {num_requests} requests"
 
     def make(repeat: int) -> list[Request]:
-        return requests_for(bench, repeat, adapters, count=num_requests)
+        return requests_for(bench, f"{CASE}, {label}, {peer}", repeat, adapters, count=num_requests)
 
     entrants = [Entrant(side=OURS)]
     for one in peers_ready(bench, [peer], adapters):

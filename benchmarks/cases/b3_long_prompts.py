@@ -59,7 +59,7 @@ def _what(length: int) -> str:
 def _entrants(bench: Bench, adapters: list[str]) -> list[Entrant]:
     ours = bench.side(OURS)
     ours.load(adapters)
-    requests = requests_for(bench, WARM_UP, adapters, count=bench.size.long_requests)
+    requests = requests_for(bench, CASE, WARM_UP, adapters, count=bench.size.long_requests)
     ours.run(requests)
     return [
         Entrant(side=OURS),
@@ -69,7 +69,7 @@ def _entrants(bench: Bench, adapters: list[str]) -> list[Entrant]:
 
 def _throughput(bench: Bench, length: int, adapters: list[str], entrants: list[Entrant]) -> dict[str, list[float]]:
     def make(repeat: int) -> list[Request]:
-        return requests_for(bench, repeat, adapters, count=bench.size.long_requests)
+        return requests_for(bench, CASE, repeat, adapters, count=bench.size.long_requests)
 
     rates = contest(bench, _what(length), entrants, make)
     note_equal_ids(bench, CASE, _what(length), entrants)
@@ -88,6 +88,7 @@ def _throughput(bench: Bench, length: int, adapters: list[str], entrants: list[E
 def _first_tokens(bench: Bench, length: int, adapters: list[str], entrants: list[Entrant]) -> dict[str, float]:
     """Milliseconds to the first token of a request that comes alone, the median, by side."""
     requests = make_requests(
+        f"{CASE}, first token",
         seed=SEED,
         repeat=0,
         count=bench.size.single_requests,

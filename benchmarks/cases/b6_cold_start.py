@@ -87,6 +87,7 @@ def run(bench: Bench) -> None:
 
 def _request(bench: Bench, number: int, num_tokens: int, *, output: int = 1) -> Request:
     [request] = make_requests(
+        CASE,
         seed=SEED,
         repeat=number,
         count=1,
@@ -223,7 +224,7 @@ def _row(
 def _while_others_stream(bench: Bench, system: System, fresh: FreshAdapters) -> None:
     """Gaps between tokens of running streams: nothing loaded, soft prompts loaded, LoRAs loaded, in turn."""
     names = _register_for_loading(bench, system, fresh)
-    _gaps_ms(bench, system, bench.size.num_repeats)  # warms up, and what was registered is probed meanwhile
+    _gaps_ms(bench, system)  # warms up, and what was registered is probed meanwhile
     seen: dict[str, list[float]] = {"nothing": [], **{kind: [] for kind in _PAUSES_S}}
     counts = dict.fromkeys(seen, 0)
     for repeat in range(bench.size.num_repeats):
@@ -231,7 +232,7 @@ def _while_others_stream(bench: Bench, system: System, fresh: FreshAdapters) -> 
             with _loading(
                 system, names[kind][repeat] if kind in names else [], _PAUSES_S.get(kind, 0.0)
             ) as loaded:
-                values += _gaps_ms(bench, system, repeat)
+                values += _gaps_ms(bench, system)
             counts[kind] += len(loaded)
             p50, p99 = median(values), percentile(values, 99)
             bench.progress.turn(f"{len(loaded)} {kind} loaded: gaps {p50:.1f} ms (p50), {p99:.1f} ms (p99)")
@@ -298,11 +299,12 @@ def _loading(system: System, names: list[str], pause_s: float) -> Iterator[list[
         raise SideFailed(f"an adapter was not loaded: {failures[0]}")
 
 
-def _gaps_ms(bench: Bench, system: System, repeat: int) -> list[float]:
+def _gaps_ms(bench: Bench, system: System) -> list[float]:
     size = bench.size
     requests = make_requests(
-        seed=SEED + 2,
-        repeat=repeat,
+        f"{CASE}, gaps",
+        seed=SEED,
+        repeat=next(_NUMBERS),
         count=min(size.streams, _MAX_STREAMS),
         prompts=Lengths(shortest=_PROMPT_TOKENS, longest=_PROMPT_TOKENS),
         outputs=Lengths(shortest=size.outputs.longest, longest=size.outputs.longest),

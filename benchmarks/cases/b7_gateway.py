@@ -52,6 +52,7 @@ def run(bench: Bench) -> None:
 def _requests(bench: Bench, repeat: int, adapter: str | None) -> list[Request]:
     size = bench.size
     return make_requests(
+        CASE,
         seed=SEED,
         repeat=repeat,
         count=size.streams,
@@ -138,7 +139,8 @@ def _first_tokens(bench: Bench, system: System, adapter: str) -> None:
     """Milliseconds to the first token of requests that come alone, over HTTP and from the engine in turn."""
     size = bench.size
     requests = make_requests(
-        seed=SEED + 1,
+        f"{CASE}, first token",
+        seed=SEED,
         repeat=0,
         count=size.single_requests,
         prompts=size.prompts,

@@ -228,7 +228,8 @@ def _until_known(port: int, count: int, start: float) -> float:
 def _ask(system: System, bench: Bench, names: list[str]) -> list[list[int]]:
     """The ids that each of these answers with, alone."""
     requests = make_requests(
-        seed=SEED + 1,
+        f"{CASE}, same answers",
+        seed=SEED,
         repeat=0,
         count=len(names),
         prompts=bench.size.prompts,
@@ -243,6 +244,7 @@ def _ask(system: System, bench: Bench, names: list[str]) -> list[list[int]]:
 def _warm_up(bench: Bench, system: System, asked: list[str]) -> None:
     """Use each once, the rarest first: what is then in the prefix cache is about what traffic leaves there."""
     requests = make_requests(
+        CASE,
         seed=SEED,
         repeat=-1,
         count=len(asked),
@@ -317,6 +319,7 @@ def _traffic(bench: Bench, system: System, asked: list[str]) -> None:
 def _requests(bench: Bench, repeat: int) -> list[Request]:
     size = bench.size
     return make_requests(
+        CASE,
         seed=SEED,
         repeat=repeat,
         count=size.asked_requests,

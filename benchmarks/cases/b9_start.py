@@ -49,6 +49,7 @@ def run(bench: Bench) -> None:
 def _start(bench: Bench, name: str) -> float:
     [adapter] = bench.adapters.make(1, _NUM_VIRTUAL_TOKENS)
     [request] = make_requests(
+        CASE,
         seed=SEED,
         repeat=0,
         count=1,

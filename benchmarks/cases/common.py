@@ -39,10 +39,11 @@ class Entrant:
 
 
 def requests_for(
-    bench: Bench, repeat: int, adapters: Sequence[str | None], *, count: int | None = None
+    bench: Bench, what: str, repeat: int, adapters: Sequence[str | None], *, count: int | None = None
 ) -> list[Request]:
-    """This size's requests for a repeat, the adapters in rotation."""
+    """This size's requests for a repeat of a measurement, the adapters in rotation."""
     return make_requests(
+        what,
         seed=SEED,
         repeat=repeat,
         count=bench.size.num_requests if count is None else count,
@@ -61,7 +62,7 @@ def check_exact(bench: Bench, case: str, what: str, adapters: Sequence[str | Non
     size = bench.size
     requests = [
         replace(request, num_tokens=size.check_tokens)
-        for request in requests_for(bench, CHECK, adapters, count=size.check_requests)
+        for request in requests_for(bench, f"{case}, {what}", CHECK, adapters, count=size.check_requests)
     ]
     used = [request.adapter for request in requests if request.adapter is not None]
     outputs = {}

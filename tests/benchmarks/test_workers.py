@@ -29,6 +29,7 @@ def peft(tiny_model: Path, adapters: list[str]) -> Peft:
 @pytest.fixture(scope="module")
 def requests(tiny_model: Path, adapters: list[str]) -> list[Request]:
     return make_requests(
+        "ours and PEFT's",
         seed=1,
         repeat=0,
         count=6,

@@ -1,10 +1,13 @@
+import pytest
+
 from benchmarks.workload import Lengths, Request, make_requests, num_output_tokens, without_adapters
 
 ADAPTERS = ("a", "b", "c")
 
 
-def requests(repeat: int, *, count: int = 5, vocab_size: int = 1000) -> list[Request]:
+def requests(repeat: int, *, what: str = "B0", count: int = 5, vocab_size: int = 1000) -> list[Request]:
     return make_requests(
+        what,
         seed=1,
         repeat=repeat,
         count=count,
@@ -19,8 +22,9 @@ def test_the_same_seed_and_repeat_make_the_same_requests() -> None:
     assert requests(0) == requests(0)
 
 
-def test_repeats_are_equally_heavy_and_share_no_prompt() -> None:
-    first, second = requests(0), requests(1)
+@pytest.mark.parametrize("second", [requests(1), requests(0, what="another measurement")])
+def test_repeats_and_measurements_are_equally_heavy_and_share_no_prompt(second: list[Request]) -> None:
+    first = requests(0)
     for one, other in zip(first, second, strict=True):
         assert len(one.prompt_ids) == len(other.prompt_ids)
         assert one.num_tokens == other.num_tokens
