@@ -35,7 +35,8 @@ class Binding:
             num_threads: of a step; None: as OpenMP's own setting says, or one for each core.
         """
         wanted = os.environ.get("OMP_NUM_THREADS", len(_GIVEN)) if num_threads is None else num_threads
-        if str(wanted) == str(len(_GIVEN)) and not any(name in os.environ for name in OPENMP_SETTINGS):
+        is_decided = any(name in os.environ for name in OPENMP_SETTINGS)
+        if _GIVEN and str(wanted) == str(len(_GIVEN)) and not is_decided:
             os.environ.update(OMP_PROC_BIND="true", OMP_PLACES="cores")
         yield
         self._own = _read_cores()
