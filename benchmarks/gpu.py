@@ -89,11 +89,11 @@ class GpuBench:
         side = bench.side(OURS)
         side.load([*prompts, *loras])
         for adapters in kinds.values():
-            side.run(self._requests(-1, count, adapters))
+            side.run(self._requests("B5", -1, count, adapters))
         rates: dict[str, list[float]] = {kind: [] for kind in kinds}
         for repeat in range(bench.size.num_repeats):
             for kind, adapters in kinds.items():
-                outcome = side.run(self._requests(repeat, count, adapters))
+                outcome = side.run(self._requests("B5", repeat, count, adapters))
                 rates[kind].append(steady_rate(outcome.token_times_s))
                 bench.progress.turn(f"{self._name}, {count} sequences, {kind}: {rates[kind][-1]:,.0f} tokens/s")
         for kind, values in rates.items():
@@ -111,9 +111,9 @@ class GpuBench:
         jobs: dict[str, list[float]] = {OURS: [], PEFT: []}
         try:
             bench.side(PEFT).load(loras)
-            bench.side(PEFT).run(self._requests(-1, count, loras, num_tokens=2), **options)
+            bench.side(PEFT).run(self._requests("B5, PEFT", -1, count, loras, num_tokens=2), **options)
             for repeat in range(bench.size.num_repeats):
-                requests = self._requests(repeat, count, loras, num_tokens=_NUM_PEFT_TOKENS)
+                requests = self._requests("B5, PEFT", repeat, count, loras, num_tokens=_NUM_PEFT_TOKENS)
                 for name, rates in jobs.items():
                     rates.append(num_output_tokens(requests) / bench.side(name).run(requests, **options).seconds)
                     bench.progress.turn(f"{self._name}, {_what_loras(count)}, {name}: {rates[-1]:,.0f} tokens/s")
@@ -125,13 +125,13 @@ class GpuBench:
         self._row("B5", what, ours, peer="PEFT, mixed batch", peer_value=theirs, goal=goals.LORA_OVER_PEFT)
 
     def _requests(
-        self, repeat: int, count: int, adapters: Sequence[str | None], *, num_tokens: int | None = None
+        self, what: str, repeat: int, count: int, adapters: Sequence[str | None], *, num_tokens: int | None = None
     ) -> list[Request]:
         """Prompts such that the mean context over the output is `context`."""
         num_tokens = num_tokens or self._num_tokens
         length = self._context - num_tokens // 2
         return make_requests(
-            f"{self._name}, {count}",
+            f"{what}, {self._name}, {count}",
             seed=1,
             repeat=repeat,
             count=count,
@@ -145,10 +145,10 @@ class GpuBench:
         bench = self._bench
         peer = BASE_ONLY if batch in _PEER_BATCHES or bench.size is TINY else ""
         ours = bench.side(OURS)
-        ours.run(self._requests(-1, batch, [None]))
+        ours.run(self._requests("B4", -1, batch, [None]))
         decode, jobs, peer_jobs = [], [], []
         for repeat in range(bench.size.num_repeats):
-            requests = self._requests(repeat, batch, [None])
+            requests = self._requests("B4", repeat, batch, [None])
             outcome = ours.run(requests)
             decode.append(steady_rate(outcome.token_times_s))
             jobs.append(num_output_tokens(requests) / outcome.seconds)
@@ -184,7 +184,7 @@ class GpuBench:
         try:
             side = bench.side(peer)
             if not warm:
-                side.run(self._requests(-1, len(requests), [None]))
+                side.run(self._requests("B4", -1, len(requests), [None]))
             rate = num_output_tokens(requests) / side.run(requests).seconds
         except SideFailed as error:
             self._leave_out(peer, f"{self._name}, batch {len(requests)}", error)

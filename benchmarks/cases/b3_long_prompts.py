@@ -42,7 +42,7 @@ def run(bench: Bench) -> None:
     for length in bench.size.virtual_tokens:
         adapters = bench.adapters.make(1, length)
         check_exact(bench, CASE, _what(length), adapters)
-        entrants = _entrants(bench, adapters)
+        entrants = _entrants(bench, length, adapters)
         rates = _throughput(bench, length, adapters, entrants)
         first_tokens[length] = _first_tokens(
             bench, length, adapters, [one for one in entrants if one.side in rates]
@@ -56,10 +56,10 @@ def _what(length: int) -> str:
     return f"{length} virtual tokens"
 
 
-def _entrants(bench: Bench, adapters: list[str]) -> list[Entrant]:
+def _entrants(bench: Bench, length: int, adapters: list[str]) -> list[Entrant]:
     ours = bench.side(OURS)
     ours.load(adapters)
-    requests = requests_for(bench, CASE, WARM_UP, adapters, count=bench.size.long_requests)
+    requests = requests_for(bench, f"{CASE}, {_what(length)}", WARM_UP, adapters, count=bench.size.long_requests)
     ours.run(requests)
     return [
         Entrant(side=OURS),
@@ -69,7 +69,7 @@ def _entrants(bench: Bench, adapters: list[str]) -> list[Entrant]:
 
 def _throughput(bench: Bench, length: int, adapters: list[str], entrants: list[Entrant]) -> dict[str, list[float]]:
     def make(repeat: int) -> list[Request]:
-        return requests_for(bench, CASE, repeat, adapters, count=bench.size.long_requests)
+        return requests_for(bench, f"{CASE}, {_what(length)}", repeat, adapters, count=bench.size.long_requests)
 
     rates = contest(bench, _what(length), entrants, make)
     note_equal_ids(bench, CASE, _what(length), entrants)
@@ -88,7 +88,7 @@ def _throughput(bench: Bench, length: int, adapters: list[str], entrants: list[E
 def _first_tokens(bench: Bench, length: int, adapters: list[str], entrants: list[Entrant]) -> dict[str, float]:
     """Milliseconds to the first token of a request that comes alone, the median, by side."""
     requests = make_requests(
-        f"{CASE}, first token",
+        f"{CASE}, first token, {_what(length)}",
         seed=SEED,
         repeat=0,
         count=bench.size.single_requests,

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import time
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def _make_bound(*, num_threads: int | None, **settings: Any) -> EngineWorker:
     """An engine on cores of its own, as its service's is."""
     binding = Binding()
     with binding.importing(num_threads):
-        import torch  # noqa: F401
+        import_module("torch")
     worker = make(num_threads=num_threads, **settings)
     binding.bind()
     return worker

@@ -11,7 +11,21 @@ import os
 from collections.abc import Iterator
 
 # Whoever sets one of these has decided.
-OPENMP_SETTINGS = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+_OPENMP_SETTINGS = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+
+
+def openmp_settings(places: str) -> dict[str, str]:
+    """Have OpenMP bind its threads.
+
+    Args:
+        places: as in OMP_PLACES; each thread gets one.
+
+    Returns:
+        Variables to set before it is loaded; none where somebody has decided, or where the system binds nothing.
+    """
+    if not hasattr(os, "sched_setaffinity") or any(name in os.environ for name in _OPENMP_SETTINGS):
+        return {}
+    return {"OMP_PROC_BIND": "true", "OMP_PLACES": places}
 
 
 def run_anywhere() -> None:
@@ -35,9 +49,8 @@ class Binding:
             num_threads: of a step; None: as OpenMP's own setting says, or one for each core.
         """
         wanted = os.environ.get("OMP_NUM_THREADS", len(_GIVEN)) if num_threads is None else num_threads
-        is_decided = any(name in os.environ for name in OPENMP_SETTINGS)
-        if _GIVEN and str(wanted) == str(len(_GIVEN)) and not is_decided:
-            os.environ.update(OMP_PROC_BIND="true", OMP_PLACES="cores")
+        if str(wanted) == str(len(_GIVEN)):
+            os.environ.update(openmp_settings("cores"))
         yield
         self._own = _read_cores()
         run_anywhere()

@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from softprompt_inference.cores import Binding
+from softprompt_inference.engine.client import EngineClient
+from softprompt_inference.engine.config import EngineConfig
 
 _GIVEN = os.sched_getaffinity(0)
 _SETTINGS = ("OMP_NUM_THREADS", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
@@ -44,19 +47,25 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def _siblings(core: int) -> str:
-    """The threads of a processor's core, as the system lists them."""
-    return Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list").read_text()
+    """The threads of a processor's core, as the system lists them; "" where it does not."""
+    path = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
+    return path.read_text() if path.exists() else ""
 
 
-def _told(environment: dict[str, str], num_threads: int | None) -> dict[str, list[int]]:
+# Threads of one core, or of cores that the system does not tell apart, cannot be kept from each other.
+on_several_cores = pytest.mark.skipif(
+    len({_siblings(core) for core in _GIVEN}) < 2, reason="there is one core, as far as the system tells"
+)
+
+
+def _told(environment: dict[str, str], num_threads: int | None) -> Any:
     words = [sys.executable, "-c", _ENGINE, json.dumps(num_threads)]
     done = subprocess.run(words, env=environment, capture_output=True, check=True, text=True)
     assert done.stderr == ""
-    told: dict[str, list[int]] = json.loads(done.stdout)
-    return told
+    return json.loads(done.stdout)
 
 
-@pytest.mark.skipif(len({_siblings(core) for core in _GIVEN}) < 2, reason="there is one core")
+@on_several_cores
 def test_no_two_threads_that_compute_have_a_core_in_common(environment: dict[str, str]) -> None:
     told = _told(environment, None)
     assert told["starting"] == told["other"] == sorted(_GIVEN)
@@ -65,9 +74,19 @@ def test_no_two_threads_that_compute_have_a_core_in_common(environment: dict[str
     assert sum(map(len, computing)) == len(set().union(*computing)), computing
 
 
-@pytest.mark.skipif(len(_GIVEN) < 2, reason="there is one core")
-def test_threads_that_are_fewer_than_cores_run_where_they_may(environment: dict[str, str]) -> None:
-    told = _told(environment, len(_GIVEN) - 1)
+@on_several_cores
+async def test_an_engine_with_a_thread_for_each_core_stays_on_its_own(tiny_model: Path) -> None:
+    config = EngineConfig(
+        model_path=str(tiny_model), device="cpu", kv_cache_bytes=2**24, num_threads=len(_GIVEN), max_step_tokens=32
+    )
+    client = await EngineClient.start(config, str)
+    bound = os.sched_getaffinity(client.pid)
+    await client.stop()
+    assert bound < _GIVEN
+
+
+def test_threads_that_are_not_as_many_as_cores_run_where_they_may(environment: dict[str, str]) -> None:
+    told = _told(environment, len(_GIVEN) + 1)
     assert all(cores == sorted(_GIVEN) for cores in (told["computing"], told["other"], *told["openmp"])), told
 
 

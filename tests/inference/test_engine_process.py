@@ -367,15 +367,6 @@ async def test_a_client_reports_progress_and_knows_the_model(config: EngineConfi
         client.submit(Abort(request_id="0"))
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core")
-async def test_an_engine_with_a_thread_for_each_core_stays_on_its_own(config: EngineConfig) -> None:
-    given = os.sched_getaffinity(0)
-    client = await EngineClient.start(replace(config, num_threads=len(given)), ignore)
-    bound = os.sched_getaffinity(client.pid)
-    await client.stop()
-    assert bound < given
-
-
 @pytest.mark.asyncio(loop_scope="module")
 async def test_requests_at_once_get_what_they_get_alone(client: EngineClient) -> None:
     rows = bytes(4 * 3 * 32)

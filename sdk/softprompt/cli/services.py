@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from softprompt_inference.cores import OPENMP_SETTINGS
+from softprompt_inference.cores import openmp_settings
 
 from softprompt.cli.options import RunOptions
 from softprompt.cli.problems import WrongUsage
@@ -172,10 +172,10 @@ def _openmp(place: int, num_sharing: int) -> Mapping[str, str]:
         place: of the replica, among those that share.
     """
     num_threads, cpus = _num_threads(num_sharing), _cpus()
-    if num_threads is None or num_sharing > len(cpus) or any(name in os.environ for name in OPENMP_SETTINGS):
+    if num_threads is None or num_sharing > len(cpus):
         return {}
     own = cpus[place * num_threads : (place + 1) * num_threads]
-    return {"OMP_PROC_BIND": "true", "OMP_PLACES": ",".join(f"{{{cpu}}}" for cpu in own)}
+    return openmp_settings(",".join(f"{{{cpu}}}" for cpu in own))
 
 
 def _cpus() -> Sequence[int]:
