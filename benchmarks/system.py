@@ -2,12 +2,10 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,6 +13,7 @@ from typing import Self
 from softprompt.cli import bound
 
 from benchmarks.http_load import stream_one
+from benchmarks.ports import free_ports
 from benchmarks.sides import SideFailed
 from benchmarks.workload import Request
 
@@ -194,10 +193,3 @@ def _command(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8").rstrip("\0").split("\0")
     except (FileNotFoundError, ProcessLookupError):
         return []
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all different."""
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in listeners]

@@ -27,11 +27,12 @@ from benchmarks.exposition import counted, exposition, percentile_bound
 from benchmarks.fresh import FreshAdapter, FreshAdapters, register_all
 from benchmarks.goals import Goal
 from benchmarks.http_load import stream_each, stream_one
+from benchmarks.ports import free_ports
 from benchmarks.results import Check, Row
 from benchmarks.sides import SideFailed
 from benchmarks.sizes import Size
 from benchmarks.stats import equal_share, median, percentile
-from benchmarks.system import System, free_ports
+from benchmarks.system import System
 from benchmarks.workload import Lengths, Request, make_requests, num_output_tokens
 
 CASE = "B8"

