@@ -8,6 +8,7 @@ import hmac
 import re
 import time
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import ClassVar, cast
 from urllib.parse import urlsplit
 
@@ -58,16 +59,21 @@ class Guard:
         if self._is_open:
             return self._anybody(headers, wanted)
         sent = _bearer(headers) if self._always_asks else b""
+        if not self._keyring.is_listed:
+            await self._wait_for_keys()
+        if not self._always_asks:
+            if not self._keyring.was_any_made:
+                return self._anybody(headers, wanted)
+            sent = _bearer(headers)
+        self._keyring.check_heard()
+        return await self._known(sent.decode("ascii"))
+
+    async def _wait_for_keys(self) -> None:
         try:
             async with asyncio.timeout(self._timeout_s):
-                if not self._always_asks:
-                    if not await self._keyring.was_any_made():
-                        return self._anybody(headers, wanted)
-                    sent = _bearer(headers)
-                await self._keyring.wait()
+                await self._keyring.wait_until_listed()
         except TimeoutError:
             raise Unavailable("API keys cannot be checked: the registry does not answer; try again") from None
-        return await self._known(sent.decode("ascii"))
 
     def _anybody(self, headers: list[tuple[bytes, bytes]], wanted: Scope) -> Caller:
         """Who needs no key; PermissionDenied for web pages of others, which a browser lets send requests too.
@@ -110,6 +116,7 @@ def _text_of(headers: list[tuple[bytes, bytes]], name: bytes) -> str:
     return next((value.decode("latin-1") for key, value in headers if key == name), "")
 
 
+@lru_cache(maxsize=64)  # a name may be as long as all headers
 def _is_this_machine(url: str) -> bool:
     try:
         host = urlsplit(url).hostname or ""

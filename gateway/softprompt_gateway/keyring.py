@@ -46,13 +46,22 @@ class Keyring:
         """The key with this sha256, if the registry has told of it."""
         return self._keys.get(sha256)
 
-    async def was_any_made(self) -> bool:
-        """Whether there was ever a key; waits for the registry's first list."""
+    @property
+    def is_listed(self) -> bool:
+        """Whether the registry has told which keys there are."""
+        return self._listed.is_set()
+
+    async def wait_until_listed(self) -> None:
+        """Return once it has."""
         await self._listed.wait()
+
+    @property
+    def was_any_made(self) -> bool:
+        """Whether there was ever a key; not to be asked before keys are listed."""
+        assert self.is_listed, "what was not told yet is not taken for no key"
         return self._ever_made
 
-    async def wait(self) -> None:
-        """Return once keys are known; Unavailable where the registry has not been heard of for too long."""
-        await self._listed.wait()
+    def check_heard(self) -> None:
+        """Raise Unavailable where the registry has not been heard of for too long."""
         if time.monotonic() - self._heard_s > self._trust_s:
             raise Unavailable("API keys cannot be checked: the registry has been away for too long; try again")

@@ -26,7 +26,7 @@ _MAX_WAITING = 64
 _MAX_AGE_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Delta:
     """New output of one choice."""
 

@@ -31,6 +31,7 @@ class Batch(Generic[Event]):
     def _clear(self) -> None:
         self.num_bytes = 0
         self._message = pb.GenerateManyResponse()
+        self._events = self._message.events
         self._calls: list[int] = []
         self._indexes: list[int] = []
         self._texts: list[str] = []
@@ -40,7 +41,7 @@ class Batch(Generic[Event]):
     def add(self, call: int, event: Event) -> None:
         """A generation's next event."""
         # Columns are read before events: what follows an event must be one.
-        if isinstance(event, Delta) and not event.logprobs and not self._message.events:
+        if isinstance(event, Delta) and not event.logprobs and not self._events:
             self._calls.append(call)
             self._indexes.append(event.index)
             self._texts.append(event.text)
@@ -48,25 +49,23 @@ class Batch(Generic[Event]):
             self._token_ids += event.token_ids
             self.num_bytes += 4 * len(event.text) + _TOKEN_BYTES * len(event.token_ids) + _NUMBERS_BYTES
             return
-        written = self._message.events.add(call=call)
+        written = self._events.add(call=call)
         self._write(event, written.response)
         self.num_bytes += written.ByteSize()
 
     def end(self, call: int, end: pb.CallEnd) -> None:
         """A generation's end."""
-        self.num_bytes += self._message.events.add(call=call, end=end).ByteSize()
+        self.num_bytes += self._events.add(call=call, end=end).ByteSize()
 
     def take(self) -> pb.GenerateManyResponse:
         """The message; an empty one follows it."""
         message = self._message
         if self._calls:
-            deltas = pb.Deltas(
-                calls=self._calls,
-                indexes=self._indexes,
-                texts=self._texts,
-                num_tokens=self._num_tokens,
-                token_ids=self._token_ids,
-            )
-            message.deltas.CopyFrom(deltas)
+            deltas = message.deltas
+            deltas.calls.extend(self._calls)
+            deltas.indexes.extend(self._indexes)
+            deltas.texts.extend(self._texts)
+            deltas.num_tokens.extend(self._num_tokens)
+            deltas.token_ids.extend(self._token_ids)
         self._clear()
         return message

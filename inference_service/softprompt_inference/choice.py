@@ -10,7 +10,7 @@ from softprompt_inference.engine.messages import Finish, Logprobs, Nearest, Outp
 from softprompt_inference.text import OutputText
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class Delta:
     """New output of one choice. `logprobs` has one entry per token, or none at all."""
 
@@ -89,13 +89,13 @@ class Choice:
                 if output.logprobs is not None:
                     logprobs.append(output.logprobs)
                 pieces.append(self._text.push(output.token_id, ends_choice=output.finish is Finish.STOP))
-            finished = self._end_of(output, pieces)
-            if finished is not None:
+            if output.finish is not None or self._text.stop_string is not None:
+                finished = self._end_of(output, pieces)
                 break
         self.num_tokens += len(token_ids)
         self.has_ended = finished is not None
         if token_ids:
-            events.append(Delta(index=self._index, text="".join(pieces), token_ids=token_ids, logprobs=logprobs))
+            events.append(Delta(self._index, "".join(pieces), token_ids, logprobs))
         if finished is not None:
             events.append(finished)
         if self.failure is not None and not events:
@@ -107,14 +107,13 @@ class Choice:
         told_ids, self._untold_ids = self._untold_ids[:count], self._untold_ids[count:]
         return PromptLogprobs(token_ids=told_ids, logprobs=logprobs)
 
-    def _end_of(self, output: Output, pieces: list[str]) -> Finished | None:
-        """The end, when the engine or a stop string ended the choice; what was held back joins `pieces`."""
+    def _end_of(self, output: Output, pieces: list[str]) -> Finished:
+        """The end, which the engine or a stop string brought; what was held back joins `pieces`."""
         if output.finish is not None:
             pieces.append(self._text.finish())
         if self._text.stop_string is not None:
             return Finished(index=self._index, reason=Finish.STOP, stop_string=self._text.stop_string)
-        if output.finish is None:
-            return None
+        assert output.finish is not None
         return Finished(index=self._index, reason=output.finish, stop_token_id=output.stop_token_id)
 
 

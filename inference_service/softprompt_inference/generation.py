@@ -137,7 +137,7 @@ class Generation:
         self._notify = notify
         notify()
 
-    def take(self) -> list[Event]:
+    def take(self) -> Sequence[Event]:
         """The next events, few enough for a message; none where nothing has come since the last.
 
         Raises the error that ended a choice.
@@ -145,20 +145,25 @@ class Generation:
         if not self._is_told:
             self._is_told = True
             return [self._accepted]
-        events: list[Event] = []
-        while not events and (index := self._next_ready()) is not None:
-            events += self._read(index)
-        if not events and not self._num_running and self.usage is None:
-            self.usage = self._count()
-            events.append(self.usage)
-        return events
+        while (index := self._next_ready()) is not None:
+            if events := self._read(index):
+                return events
+        if self._num_running or self.has_ended:
+            return []
+        self.usage = self._count()
+        return [self.usage]
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there may be something to take."""
+        return bool(self._ready) or not self._is_told or not (self._num_running or self.has_ended)
 
     @property
     def has_ended(self) -> bool:
         """Whether the last event was taken."""
         return self.usage is not None
 
-    async def next(self) -> list[Event]:
+    async def next(self) -> Sequence[Event]:
         """The next events, once there are any; none at the end."""
         changed = asyncio.Event()
         self._notify = changed.set

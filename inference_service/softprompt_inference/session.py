@@ -32,6 +32,8 @@ class Generation(Protocol[EventOut]):
     """A generation that runs; see `softprompt_inference.generation.Generation`."""
 
     @property
+    def has_more(self) -> bool: ...
+    @property
     def has_ended(self) -> bool: ...
     def follow(self, notify: Callable[[], None]) -> None: ...
     def take(self) -> Sequence[EventOut]: ...
@@ -136,17 +138,17 @@ class Session(Generic[Event]):
     def _send(self, call: "_Call[Event]", generation: Generation[Event]) -> None:
         """Send what a generation has to say now, as far as it may; its errors end the call, not the caller."""
         try:
-            while call.may_send and not call.ended.done():
+            while generation.has_more and call.may_send and not call.ended.done():
                 if self._batch.num_bytes >= _FULL_BYTES:
                     self._kept_back[call] = None
                     return
                 for event in (events := generation.take()):
                     self._batch.add(call.number, event)
-                    self._changed.set()
                 if generation.has_ended:
                     self._end(call, pb.CallEnd())
                 elif not events:
                     return
+                self._changed.set()
         except Exception as error:
             self._end(call, _how(error))
 

@@ -321,6 +321,10 @@ class _Generating:
         self._taken = asyncio.Event()
         self._notify: Callable[[], None] = lambda: None
 
+    @property
+    def has_more(self) -> bool:
+        return self.has_ended or self._end is not None or self._response is not None
+
     def follow(self, notify: Callable[[], None]) -> None:
         self._notify = notify
 

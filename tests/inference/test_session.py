@@ -23,6 +23,10 @@ class Generation:
         self.has_ended = False
         self._notify: Callable[[], None] = lambda: None
 
+    @property
+    def has_more(self) -> bool:
+        return bool(self.said)
+
     def follow(self, notify: Callable[[], None]) -> None:
         self._notify = notify
         notify()

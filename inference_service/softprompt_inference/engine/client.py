@@ -103,7 +103,7 @@ class OutputStream:
 
     def _hold(self, weight: int) -> None:
         self.held += weight
-        self._client._hold(weight)
+        self._client._num_held += weight
 
     def _break_off(self) -> None:
         """Let go of all that was not taken, and end with an error; the engine forgets the request."""
@@ -128,6 +128,8 @@ class OutputStream:
 
 def _weigh(output: Output) -> int:
     """Entries that an output is."""
+    if output.logprobs is None and output.prompt_logprobs is None:
+        return 1
     weight = 1 if output.logprobs is None else 1 + len(output.logprobs.top)
     if output.prompt_logprobs is not None:
         weight += sum(1 if told is None else 1 + len(told.top) for told in output.prompt_logprobs)
@@ -362,9 +364,6 @@ class EngineClient:
     def _are_held_up(self) -> bool:
         """Whether steps wait for other work here: on a CPU, where requests run; others only have not been read."""
         return self.info.device == "cpu" and not all(stream._has_ended for stream in self._streams.values())
-
-    def _hold(self, weight: int) -> None:
-        self._num_held += weight
 
     def _end_slowest(self) -> None:
         """Break off the request, with all its choices, of which most was not taken."""

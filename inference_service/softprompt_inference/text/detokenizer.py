@@ -1,6 +1,6 @@
 """The text of one choice, token by token."""
 
-import codecs
+from codecs import utf_8_decode
 
 from softprompt_api.params import SamplingParams
 
@@ -23,7 +23,7 @@ class OutputText:
         self._skipped_ids = vocabulary.special_ids if params.skip_special_tokens else frozenset()
         self._keeps_stop = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._rest = b""  # of a character that is not whole
         self._scanner = StopScanner(params.stop) if params.stop else None
         self._num_tokens = 0
         self._held = ""
@@ -40,17 +40,24 @@ class OutputText:
         self._num_tokens += 1
         if token_id in self._skipped_ids or (ends_choice and not self._keeps_stop):
             return ""
-        return self._take(self._decoder.decode(self._vocabulary.token_bytes(token_id)))
+        return self._take(self._decode(self._vocabulary.token_bytes(token_id)))
 
     def finish(self) -> str:
         """What was held back, once no token follows."""
         if self.stop_string is not None:
             return ""
-        shown = self._take(self._decoder.decode(b"", final=True))
+        shown = self._take(self._decode(b"", is_last=True))
         if self.stop_string is not None:
             return shown
         held, self._held = self._held, ""
         return shown + held
+
+    def _decode(self, data: bytes, *, is_last: bool = False) -> str:
+        if self._rest:
+            data = self._rest + data
+        text, num_read = utf_8_decode(data, "replace", is_last)
+        self._rest = data[num_read:]
+        return text
 
     def _take(self, text: str) -> str:
         if self._scanner is None:
