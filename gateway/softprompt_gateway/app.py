@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.telemetry import TelemetryConfig
 from softprompt_api.errors import InternalError, SoftpromptError
 from softprompt_api.tracing import Tracer
 from starlette.exceptions import HTTPException
@@ -40,6 +41,15 @@ from softprompt_gateway.watch import CatalogWatcher
 
 _DESCRIPTION = "OpenAI-compatible requests over one base model and its adapters, and the adapters' administration."
 
+# Requests are traced and counted by the edge; FastAPI's own would send exceptions' texts wherever the environment says.
+_NO_TELEMETRY: TelemetryConfig = {
+    "tracing": False,
+    "metrics": False,
+    "logs": False,
+    "operation_spans": False,
+    "auto_configure": False,
+}
+
 
 def make_app(
     settings: Settings, clients: Clients, admission: Admission | None = None, tracer: Tracer | None = None
@@ -72,6 +82,7 @@ def make_app(
         redoc_url=None,
         # A redirect's location would repeat the client's Host header.
         redirect_slashes=False,
+        telemetry=_NO_TELEMETRY,
     )
     app.router.routes += docs_routes()
     app.add_exception_handler(SoftpromptError, _explain)
