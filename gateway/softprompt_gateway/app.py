@@ -41,7 +41,7 @@ from softprompt_gateway.watch import CatalogWatcher
 
 _DESCRIPTION = "OpenAI-compatible requests over one base model and its adapters, and the adapters' administration."
 
-# Requests are traced and counted by the edge; FastAPI's own would send exceptions' texts wherever the environment says.
+# The edge traces and counts requests; FastAPI's own would send exceptions' texts wherever the environment says.
 _NO_TELEMETRY: TelemetryConfig = {
     "tracing": False,
     "metrics": False,
