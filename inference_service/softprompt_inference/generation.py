@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -22,6 +22,7 @@ from softprompt_api.composition import check_number
 from softprompt_api.errors import InvalidArgument, SoftpromptError
 from softprompt_api.names import AdapterRef, choose_task, parse_model, parse_requested, with_task
 from softprompt_api.params import SamplingParams
+from softprompt_api.registry.v1.registry_pb2 import AdapterVersion
 from softprompt_api.tracing import span
 
 from softprompt_inference.adapters.adapter import AdapterInfo
@@ -297,19 +298,25 @@ class Generator:
         told_ids = () if params.of_choice(index).prompt_logprobs is None else composed.text_ids
         return Choice(index, self._tokenizer.output_text(params), told_ids=told_ids)
 
-    async def bind(self, spelling: str, inside: Sequence[str] = ()) -> Bound:
-        """The versions that spellings stand for now: of what is in front of a prompt, and of what is inside."""
+    async def bind(self, spelling: str, inside: Sequence[str] = (), *, fetches: bool = False) -> Bound:
+        """The versions that spellings stand for now: of what is in front of a prompt, and of what is inside.
+
+        Args:
+            fetches: they are most likely not in memory, and are fetched next.
+        """
         front = self._parse(spelling)
         inner = {name: parse_requested(name, field="prompt") for name in inside}
         check_number(len(front) + len(inner), field="adapter")
         # Each once: two spellings of one request never stand for two versions of a name.
-        bound = {ref: await self._bind(ref) for ref in dict.fromkeys([*front, *inner.values()])}
+        resolve = self._source.resolve_to_fetch if fetches else self._source.resolve
+        bound = {ref: await self._bind(ref, resolve) for ref in dict.fromkeys([*front, *inner.values()])}
         return Bound(front=[bound[ref] for ref in front], inside={name: bound[ref] for name, ref in inner.items()})
 
-    async def _bind(self, ref: AdapterRef) -> BoundAdapter:
+    @staticmethod
+    async def _bind(ref: AdapterRef, resolve: Callable[[str], Awaitable[AdapterVersion]]) -> BoundAdapter:
         if ref.digest:  # its task is checked when it is fetched
             return BoundAdapter(spelling=str(ref), name="", version=0, digest=str(ref))
-        version = await self._source.resolve(str(ref.whole))
+        version = await resolve(str(ref.whole))
         digest = with_task(version.digest, choose_task(ref, version.num_tasks))
         return BoundAdapter(spelling=str(ref), name=version.name, version=version.version, digest=digest)
 

@@ -203,7 +203,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     async def Preload(self, request: pb.PreloadRequest, context: Context) -> pb.PreloadResponse:
         front = self._ready()
-        digest = (await _bound(front, request.adapter)).digest
+        digest = (await _bound(front, request.adapter, fetches=True)).digest
         async with front.residency.use(digest):
             if request.pin:
                 front.residency.pin(digest)
@@ -247,8 +247,8 @@ def _fitting(answer: Answer, *, field: str) -> Answer:
     return answer
 
 
-async def _bound(front: Front, spelling: str) -> BoundAdapter:
-    bound = await front.generator.bind(spelling)
+async def _bound(front: Front, spelling: str, *, fetches: bool = False) -> BoundAdapter:
+    bound = await front.generator.bind(spelling, fetches=fetches)
     if len(bound.front) != 1:
         raise InvalidArgument("one adapter is expected here, not the base model or several", field="adapter")
     return bound.front[0]

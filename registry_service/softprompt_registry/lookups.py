@@ -37,12 +37,14 @@ class Found:
     Attributes:
         record: its hash; empty where it is missing.
         pointers: what points to its name, as `pointers.decode` reads it.
+        start: of its tensor file, where that was asked for and is small.
         is_unchanged: everything is as it was read under the caller's seals, and not told again.
     """
 
     version_id: int = 0
     record: Record = field(default_factory=dict)
     pointers: Sequence[Any] = ()
+    start: BlobStart | None = None
     is_unchanged: bool = False
 
 
@@ -73,7 +75,7 @@ local function answer(id, name)
 end
 """
 _BY_NAME = f"""{_COMMON}
-local name, alias, number = ARGV[3], ARGV[4], ARGV[5]
+local name, alias, number, most = ARGV[3], ARGV[4], ARGV[5], tonumber(ARGV[6])
 local id
 if number ~= "" then
   id = redis.call("ZRANGEBYSCORE", versions(name), number, number)[1]
@@ -81,7 +83,16 @@ else
   id = redis.call("HGET", aliases(name), alias)
   if not id and alias == "{LATEST}" then id = redis.call("ZRANGE", versions(name), -1, -1)[1] end
 end
-return answer(id, name)
+local told = answer(id, name)
+if most == 0 or told == {_UNCHANGED} or #told == 0 then return told end
+local sha256 = redis.call("HGET", version(id), "tensors_sha256") or ""
+local blob = string.format("{keys.blob("%s")}", sha256)
+local size = tonumber(redis.call("HGET", blob, "size_bytes") or "")
+if size and size <= most then
+  told[4] = redis.call("HGETALL", blob)
+  told[5] = redis.call("GET", string.format("{keys.chunk("%s", 0)}", sha256))
+end
+return told
 """
 _BY_DIGEST = f"""{_COMMON}
 local ids = redis.call("ZRANGE", ARGV[3], 0, 1)
@@ -111,10 +122,21 @@ class Lookups:
         self._client = client
 
     async def by_name(
-        self, name: str, *, alias: str = "", number: int | None = None, seals: Seals | None = None
+        self,
+        name: str,
+        *,
+        alias: str = "",
+        number: int | None = None,
+        seals: Seals | None = None,
+        file_up_to_bytes: int = 0,
     ) -> Found | None:
-        """One of a name's versions: the numbered one, the alias's, or the latest; None where there is none."""
-        return await self._version(_BY_NAME, seals, name, alias or LATEST, "" if number is None else number)
+        """One of a name's versions: the numbered one, the alias's, or the latest; None where there is none.
+
+        Args:
+            file_up_to_bytes: tell of its tensor file too, where it has at most so many, which one chunk holds.
+        """
+        spelled = (name, alias or LATEST, "" if number is None else number)
+        return await self._version(_BY_NAME, seals, *spelled, file_up_to_bytes)
 
     async def by_digest(self, digest: str) -> Found | None:
         """The version with a digest; None where there is none, or more than one."""
@@ -141,8 +163,9 @@ class Lookups:
             return Found(is_unchanged=True)
         if not answer:
             return None
-        version_id, record, told = answer
-        return Found(version_id=int(version_id), record=pairs(record), pointers=told)
+        version_id, record, told, *file = answer
+        start = BlobStart(facts=pairs(file[0]), chunk=file[1]) if file else None
+        return Found(version_id=int(version_id), record=pairs(record), pointers=told, start=start)
 
     async def _run(self, script: str, *arguments: Any) -> Any:
         return await reply(self._client.eval(script, 0, *arguments))

@@ -13,7 +13,7 @@ from softprompt_api.tenants import local_name, tenant_of
 
 from softprompt_registry import catalog
 from softprompt_registry.amendments import Amendments, VersionUpdate
-from softprompt_registry.blobs import BlobReader, chunk_of
+from softprompt_registry.blobs import BlobReader, BlobStart, chunk_of
 from softprompt_registry.catalog import AdapterVersion, BaseModel, check_labels
 from softprompt_registry.changes import Changes
 from softprompt_registry.claim import Claim
@@ -213,9 +213,30 @@ class Registry:
         if found is None:
             raise catalog.not_found(ref)
         version, start = found
+        async for piece in self._pieces(ref, version, offset, start):
+            yield version, piece
+
+    async def read_named(self, spelling: str, *, up_to_bytes: int) -> AsyncIterator[tuple[AdapterVersion, Piece]]:
+        """The version that a name stands for, and its tensor file; of one with more bytes, an empty piece."""
+        ref = parse_adapter(spelling)
+        if ref.digest:
+            raise InvalidArgument("a name is expected here; a digest has a field of its own", field="adapter")
+        found = await self._store.find_with_file(ref, up_to_bytes=up_to_bytes)
+        if found is None:
+            raise await self._not_found(ref)
+        version, start = found
+        if start is None:
+            yield version, Piece(offset=0, data=b"")
+            return
+        async for piece in self._pieces(ref, version, 0, start):
+            yield version, piece
+
+    async def _pieces(
+        self, ref: AdapterRef, version: AdapterVersion, offset: int, start: BlobStart | None
+    ) -> AsyncIterator[Piece]:
         try:
             async for at, data in self._blobs.read(version.tensors_sha256, offset=offset, start=start):
-                yield version, Piece(offset=at, data=data)
+                yield Piece(offset=at, data=data)
         except AdapterNotFound:
             if await self._store.find(ref) is None:
                 raise

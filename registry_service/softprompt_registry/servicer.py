@@ -17,6 +17,7 @@ from softprompt_api.errors import AdapterConflict, AdapterNotFound, AliasMoved, 
 from softprompt_api.names import shown
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc
+from softprompt_api.rpc.channel import SMALL_FILE_BYTES
 from softprompt_api.rpc.context import enter_call
 from softprompt_api.rpc.quality import probe_from
 from softprompt_api.rpc.tracing import serve_call
@@ -138,7 +139,14 @@ class RegistryServicer(registry_pb2_grpc.RegistryServiceServicer):
 
     async def _read(self, request: pb.ReadTensorsRequest) -> AsyncIterator[pb.ReadTensorsResponse]:
         is_first = True
-        reading = self._registry.read(request.digest, offset=request.offset, base_model_id=request.base_model_id)
+        if not request.adapter:
+            reading = self._registry.read(
+                request.digest, offset=request.offset, base_model_id=request.base_model_id
+            )
+        elif request.digest or request.offset or request.base_model_id:
+            raise InvalidArgument("goes without a digest, an offset or a base model's id", field="adapter")
+        else:
+            reading = self._registry.read_named(request.adapter, up_to_bytes=SMALL_FILE_BYTES)
         async for version, piece in reading:
             chunk = pb.Chunk(offset=piece.offset, data=piece.data)
             yield pb.ReadTensorsResponse(

@@ -58,6 +58,19 @@ class Store:
         return version
 
     @reads
+    async def find_with_file(
+        self, ref: AdapterRef, *, up_to_bytes: int
+    ) -> tuple[AdapterVersion, BlobStart | None] | None:
+        """The version that a name stands for, and its file where it is no larger; None: there is none."""
+        found = await self._lookups.by_name(
+            ref.name, alias=ref.alias, number=ref.version, file_up_to_bytes=up_to_bytes
+        )
+        version, _ = _decode(ref, found)
+        if found is None or version is None:
+            return None
+        return pointers.decode(found.pointers).describe(version), found.start
+
+    @reads
     async def find_content(
         self, ref: AdapterRef, *, chunk: int, base_model_id: str
     ) -> tuple[AdapterVersion, BlobStart | None] | None:

@@ -41,7 +41,7 @@ from softprompt_api.errors import (
 from softprompt_api.formats import Lora, LoraModule, Rows, adapter_digest, parse_config, read_folder
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc
-from softprompt_api.rpc.channel import open_channel
+from softprompt_api.rpc.channel import SMALL_FILE_BYTES, open_channel
 from softprompt_api.rpc.context import enter_request
 from softprompt_api.rpc.server import ServiceServer
 from softprompt_inference.adapters import reading as reading_module
@@ -89,6 +89,7 @@ class FakeRegistry(registry_pb2_grpc.RegistryServiceServicer):
     files_per_stream: int | None = None  # then it ends
     ended: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))  # once for each that has ended
     contexts: list[dict[str, str]] = field(default_factory=list)  # of what was asked for
+    lookup_error: SoftpromptError | None = None  # where a name and its file are asked for together
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.GetAdapterResponse:
         if request.adapter not in self.versions:
@@ -110,6 +111,9 @@ class FakeRegistry(registry_pb2_grpc.RegistryServiceServicer):
         self.ended.release()
 
     async def _read(self, request: pb.ReadTensorsRequest) -> AsyncIterator[pb.ReadTensorsResponse]:
+        if request.adapter:
+            yield self._look_up(request.adapter)
+            return
         self.offsets.append(request.offset)
         self.bases.append(request.base_model_id)
         if request.digest not in self.versions:
@@ -122,6 +126,16 @@ class FakeRegistry(registry_pb2_grpc.RegistryServiceServicer):
             chunk = pb.Chunk(offset=start + self.shift, data=data[start : start + CHUNK_BYTES])
             adapter = self.versions[request.digest] if number == 0 else None
             yield pb.ReadTensorsResponse(chunk=chunk, size_bytes=len(data), adapter=adapter)
+
+    def _look_up(self, name: str) -> pb.ReadTensorsResponse:
+        if self.lookup_error is not None:
+            raise self.lookup_error
+        if name not in self.versions:
+            raise AdapterNotFound(f"there is no adapter {name}")
+        version = self.versions[name]
+        data = self.files[version.digest]
+        chunk = pb.Chunk(data=data if len(data) <= SMALL_FILE_BYTES else b"")
+        return pb.ReadTensorsResponse(chunk=chunk, size_bytes=len(data), adapter=version)
 
     def add(self, name: str, rows: np.ndarray[Any, Any]) -> pb.AdapterVersion:
         """Register rows as PEFT would save them."""
@@ -240,6 +254,98 @@ async def test_rows_arrive_as_they_were_registered(
     adapter = await source.fetch(version.digest)
     assert (adapter.digest, rows_of(adapter).dtype, adapter.num_virtual_tokens) == (version.digest, "float32", 8)
     np.testing.assert_array_equal(np.frombuffer(rows_of(adapter).data, np.float32).reshape(8, HIDDEN_SIZE), rows)
+
+
+async def test_a_small_file_comes_with_the_version_that_its_name_stands_for(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any]
+) -> None:
+    version = registry.add("tweets", rows)
+    assert await source.resolve_to_fetch("tweets") == version
+    assert rows_of(await source.fetch(version.digest)).data == rows.tobytes()
+    assert registry.offsets == [], "it was there"
+    assert rows_of(await source.fetch(version.digest)).data == rows.tobytes()
+    assert (registry.offsets, registry.num_streams) == ([0], 1), "and is not kept"
+
+
+async def test_what_came_with_a_version_is_verified_as_if_it_had_been_fetched(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any]
+) -> None:
+    version = registry.add("tweets", rows)
+    whole = registry.files[version.digest]
+    registry.files[version.digest] = whole[:-1] + b"?"
+    await source.resolve_to_fetch("tweets")
+    registry.files[version.digest] = whole
+    with pytest.raises(DataCorrupted):
+        await source.fetch(version.digest)
+    assert rows_of(await source.fetch(version.digest)).data == rows.tobytes()
+
+
+async def test_a_large_file_does_not_come_with_its_version(
+    registry: FakeRegistry, stub: registry_pb2_grpc.RegistryServiceAsyncStub
+) -> None:
+    rows = np.ones((SMALL_FILE_BYTES // HIDDEN_SIZE // 4, HIDDEN_SIZE), np.float32)
+    version = registry.add("long", rows)
+    base_model = pb.BaseModel()
+    base_model.CopyFrom(BASE_MODEL)
+    base_model.max_virtual_tokens = len(rows)
+    source = AdapterSource(stub, base_model)
+    assert await source.resolve_to_fetch("long") == version
+    assert rows_of(await source.fetch(version.digest)).data == rows.tobytes()
+    assert registry.offsets == [0]
+
+
+async def test_a_version_for_another_base_model_is_fetched_as_its_digest_is(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any]
+) -> None:
+    version = registry.add("tweets", rows)
+    version.base_model.id = "other"
+    await source.resolve_to_fetch("tweets")
+    await source.fetch(version.digest)
+    assert (registry.offsets, registry.bases) == ([0], ["tiny"])
+
+
+async def test_of_files_that_nobody_fetches_few_are_kept(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any]
+) -> None:
+    versions = [registry.add(f"tweets-{number}", rows + number) for number in range(6)]
+    for version in versions:
+        await source.resolve_to_fetch(version.name)
+    for version in versions:
+        await source.fetch(version.digest)
+    assert len(registry.offsets) == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Unavailable("the store is away"), DataCorrupted("a chunk is missing"), InvalidArgument("?")],
+)
+async def test_where_the_file_cannot_come_along_the_name_is_resolved_alone(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any], error: SoftpromptError
+) -> None:
+    version = registry.add("tweets", rows)
+    registry.lookup_error = error
+    assert await source.resolve_to_fetch("tweets") == version
+
+
+async def test_a_name_that_is_not_there_has_no_file_to_fetch(source: AdapterSource) -> None:
+    with pytest.raises(AdapterNotFound, match="nobody"):
+        await source.resolve_to_fetch("nobody")
+
+
+@pytest.mark.parametrize("damage", ["no version", "another size"])
+async def test_an_answer_that_cannot_be_is_not_taken(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any], damage: str
+) -> None:
+    version = registry.add("tweets", rows)
+    whole = pb.AdapterVersion()
+    whole.CopyFrom(version)
+    if damage == "no version":
+        registry.versions["tweets"] = pb.AdapterVersion()
+        registry.files[""] = b"?"
+    else:
+        registry.files[version.digest] += b"?"
+    with pytest.raises(DataCorrupted, match="did not say which version a name stands for, or sent another file"):
+        await source._reader.look_up("tweets")
 
 
 async def test_an_interrupted_transfer_goes_on_where_it_stopped(
@@ -437,7 +543,7 @@ async def test_a_fetch_that_is_cancelled_ends_only_when_its_thread_has_let_go_of
 
     version = registry.add("tweets", rows)
     monkeypatch.setattr(Transfer, "finish", read)
-    monkeypatch.setattr(transfer_module, "_SMALL_FILE_BYTES", 0)  # it goes to a thread, as a large one does
+    monkeypatch.setattr(transfer_module, "SMALL_FILE_BYTES", 0)  # it goes to a thread, as a large one does
     fetching = asyncio.create_task(source.fetch(version.digest))
     await asyncio.to_thread(has_begun.wait)
     fetching.cancel()
@@ -604,7 +710,7 @@ async def test_a_lora_above_the_rank_or_the_size_that_is_served_is_refused(
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """All files count as large, and two pieces of the registry's are a step's share."""
-    monkeypatch.setattr(transfer_module, "_SMALL_FILE_BYTES", 0)
+    monkeypatch.setattr(transfer_module, "SMALL_FILE_BYTES", 0)
     monkeypatch.setattr(transfer_module, "_MAX_BUFFER_BYTES", 0)
     monkeypatch.setattr(transfer_module, "_STEP_BYTES", 2 * CHUNK_BYTES)
     monkeypatch.setattr(transfer_module, "_MAX_STEPS", 1_000)

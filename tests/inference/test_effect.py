@@ -111,6 +111,9 @@ class FakeSource:
         self.asked.append(spelling)
         return self.version
 
+    async def resolve_to_fetch(self, name: str) -> pb.AdapterVersion:
+        return await self.resolve(name)
+
     async def record(self, version: pb.AdapterVersion, probe: Any) -> pb.AdapterVersion:
         if self.is_away:
             raise Unavailable("the adapter registry cannot be reached")

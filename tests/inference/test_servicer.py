@@ -87,6 +87,7 @@ class FakeEngine:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     searches: list[tuple[str, int]] = field(default_factory=list)
     nearest: Nearest = field(default_factory=lambda: Nearest(search_id=1))
+    _num_held: int = 0  # what streams hold that was not taken
 
     def submit(self, command: Command) -> None:
         self.commands.append(command)
@@ -101,9 +102,6 @@ class FakeEngine:
     async def find_nearest(self, digest: str, top_k: int) -> Nearest:
         self.searches.append((digest, top_k))
         return self.nearest
-
-    def _hold(self, weight: int) -> None:
-        """Take no notice of what is not taken."""
 
     def _forget(self, request_id: str, *, abort: bool) -> None:
         if self.streams.pop(request_id, None) is not None and abort:
@@ -160,11 +158,16 @@ class FakeSource:
     abandoned: asyncio.Event = field(default_factory=asyncio.Event)
     contents: dict[str, Content] = field(default_factory=dict)
     is_away: bool = False
+    brought: list[str] = field(default_factory=list)  # asked for together with their files
 
     async def resolve(self, spelling: str) -> registry_pb2.AdapterVersion:
         if self.is_away:
             raise Unavailable("the adapter registry cannot be reached")
         return self.versions[spelling]
+
+    async def resolve_to_fetch(self, name: str) -> registry_pb2.AdapterVersion:
+        self.brought.append(name)
+        return await self.resolve(name)
 
     async def record(self, version: registry_pb2.AdapterVersion, probe: Probe) -> registry_pb2.AdapterVersion:
         version.probe.CopyFrom(probe_to(probe))
@@ -754,6 +757,7 @@ async def test_an_adapter_is_pinned_as_it_is_brought_in(world: World) -> None:
         return {one.digest: one.pinned for one in answer.adapters}
 
     await world.stub.Preload(pb.PreloadRequest(adapter="tweets"))
+    assert world.source.brought == ["tweets"]
     assert await listed() == {DIGEST_A: False}
     await world.stub.Preload(pb.PreloadRequest(adapter="tweets", pin=True))
     assert await listed() == {DIGEST_A: True}

@@ -1,5 +1,7 @@
 """The scripts that run in the store: each tells what a spelling leads to, whole, or that nothing has changed."""
 
+from dataclasses import replace
+
 import pytest
 from softprompt_registry import keys, pointers
 from softprompt_registry.blobs import decode_blob
@@ -36,6 +38,20 @@ async def test_a_name_leads_to_a_version_with_what_points_to_it(lookups, tweets,
     assert (version.name, version.version, version.digest) == ("tweets", number, tweets[number - 1].digest)
     known = pointers.decode(found.pointers)
     assert (known.highest, dict(known.moved)) == (tweets[1].id, {"prod": tweets[0].id})
+
+
+async def test_a_file_that_is_small_enough_is_told_with_its_version(redis, client, lookups, tweets):
+    size_bytes = tweets[1].size_bytes
+    found = await lookups.by_name("tweets", file_up_to_bytes=size_bytes)
+    blob = decode_blob(found.start.facts, sha256=tweets[1].tensors_sha256)
+    assert (len(found.start.chunk), blob.size_bytes) == (size_bytes, size_bytes)
+    assert replace(found, start=None) == await lookups.by_name("tweets")
+    assert (await lookups.by_name("tweets", file_up_to_bytes=size_bytes - 1)).start is None
+    await redis.delete(keys.chunk(blob.sha256, 0))
+    assert (await lookups.by_name("tweets", file_up_to_bytes=size_bytes)).start.chunk is None
+    await redis.delete(keys.blob(blob.sha256))
+    assert (await lookups.by_name("tweets", file_up_to_bytes=size_bytes)).start is None
+    assert await lookups.by_name("nobody", file_up_to_bytes=size_bytes) is None
 
 
 @pytest.mark.parametrize("spelled", [{"alias": "stage"}, {"number": 3}])

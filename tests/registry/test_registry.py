@@ -19,6 +19,7 @@ from softprompt_api.errors import (
     Unavailable,
 )
 from softprompt_api.registry.v1 import registry_pb2 as pb
+from softprompt_api.rpc.channel import SMALL_FILE_BYTES
 from softprompt_api.rpc.status import from_rpc_error
 from softprompt_registry import catalog, scripts
 from softprompt_registry.server import RegistryServer
@@ -93,6 +94,53 @@ async def test_the_first_piece_of_a_file_tells_what_it_is_of(client, make_adapte
     assert b"".join(one.chunk.data for one in responses) == adapter.tensors
     assert responses[0].adapter == content(made)
     assert not any(one.HasField("adapter") for one in responses[1:])
+
+
+async def test_a_name_is_told_with_its_file_where_that_is_small(client, make_adapter):
+    # Of 32 values of four bytes each; a file has a header too.
+    sizes = {"small": 8, "large": SMALL_FILE_BYTES // 128}
+    adapters = {name: make_adapter(num_virtual_tokens=size) for name, size in sizes.items()}
+    for name, adapter in adapters.items():
+        await client.register(name, adapter)
+    await client.set_alias("small", "prod", 1)
+    spelled = ["small", "small@1", "small@prod", "large"]
+    requests = [pb.ReadTensorsRequest(adapter=spelling) for spelling in spelled]
+    told = [response async for response in client.stub.ReadTensors(requests)]
+    for spelling, response in zip(spelled, told, strict=True):
+        adapter = adapters[spelling.partition("@")[0]]
+        assert response.adapter == await client.get(spelling)
+        assert response.size_bytes == len(adapter.tensors)
+        assert response.chunk == pb.Chunk(data=adapter.tensors if spelling != "large" else b"")
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "field", "message"),
+    [
+        ({"adapter": "nobody"}, AdapterNotFound, "adapter", "nobody"),
+        ({"adapter": "Tweets"}, InvalidArgument, "adapter", "not an adapter name"),
+        ({"adapter": "sha256:" + "0" * 64}, InvalidArgument, "adapter", "a name is expected here"),
+        ({"adapter": "tweets", "digest": "sha256:" + "0" * 64}, InvalidArgument, "adapter", "without a digest"),
+        ({"adapter": "tweets", "offset": 1}, InvalidArgument, "adapter", "without a digest"),
+        ({"adapter": "tweets", "base_model_id": "x"}, InvalidArgument, "adapter", "without a digest"),
+    ],
+)
+async def test_a_name_that_makes_no_sense_ends_the_stream(client, make_adapter, request_, error, field, message):
+    await client.register("tweets", make_adapter())
+    with pytest.raises(grpc.RpcError) as ended:
+        async for _ in client.stub.ReadTensors([pb.ReadTensorsRequest(**request_)]):
+            pass
+    told = from_rpc_error(ended.value)
+    assert (type(told), told.field) == (error, field)
+    assert message in told.message
+
+
+async def test_a_name_whose_file_is_damaged_is_data_loss(client, make_adapter, redis):
+    made = await client.register("tweets", make_adapter())
+    await redis.setrange(f"sp:{{blob:{made.tensors_sha256}}}:c:0", 100, b"\xff\xff")
+    with pytest.raises(grpc.RpcError) as ended:
+        async for _ in client.stub.ReadTensors([pb.ReadTensorsRequest(adapter="tweets")]):
+            pass
+    assert type(from_rpc_error(ended.value)) is DataCorrupted
 
 
 async def test_files_come_over_one_stream_in_the_order_in_which_they_are_asked_for(client, make_adapter):

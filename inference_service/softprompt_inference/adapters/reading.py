@@ -3,7 +3,8 @@
 import asyncio
 import contextvars
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
@@ -49,22 +50,38 @@ class TensorReader:
             Unavailable: the link broke, or the registry cannot be reached, or its store.
             SoftpromptError: whatever else the registry says; DataCorrupted where it cannot be understood.
         """
-        stream = self._take_kept() or self._open()
-        is_whole = False
-        try:
-            await stream.ask(
-                pb.ReadTensorsRequest(
-                    digest=digest, offset=offset, base_model_id=base_model_id, context=dict(outgoing())
-                )
-            )
-            while not is_whole:
+        request = pb.ReadTensorsRequest(digest=digest, offset=offset, base_model_id=base_model_id)
+        async with self._asked(request) as stream:
+            while not stream.is_answered:
                 response = await stream.answer()
                 chunk, version = response.chunk, response.adapter if response.HasField("adapter") else None
-                piece = Piece(offset=chunk.offset, data=chunk.data, version=version)
-                is_whole = piece.offset + len(piece.data) >= response.size_bytes
-                yield piece
+                stream.is_answered = chunk.offset + len(chunk.data) >= response.size_bytes
+                yield Piece(offset=chunk.offset, data=chunk.data, version=version)
+
+    async def look_up(self, name: str) -> tuple[pb.AdapterVersion, bytes]:
+        """The version that a name stands for now, and its file where that is small; no bytes of a larger one.
+
+        Raises as `read`.
+        """
+        async with self._asked(pb.ReadTensorsRequest(adapter=name)) as stream:
+            response = await stream.answer()
+            stream.is_answered = True
+        version, data = response.adapter, response.chunk.data
+        if not version.digest or (data and len(data) != version.size_bytes):
+            raise DataCorrupted("the registry did not say which version a name stands for, or sent another file")
+        return version, data
+
+    @asynccontextmanager
+    async def _asked(self, request: pb.ReadTensorsRequest) -> AsyncIterator["_Stream"]:
+        """A stream that was asked; it is kept where it `is_answered`."""
+        stream = self._take_kept() or self._open()
+        stream.is_answered = False
+        request.context.update(outgoing())
+        try:
+            await stream.ask(request)
+            yield stream
         finally:
-            if is_whole and len(self._kept) < _MAX_KEPT:
+            if stream.is_answered and len(self._kept) < _MAX_KEPT:
                 self._kept.append(stream)
             else:
                 stream.call.cancel()
@@ -87,6 +104,7 @@ class _Stream:
     call: "grpc.aio.StreamStreamCall[pb.ReadTensorsRequest, pb.ReadTensorsResponse]"
     ending: Ending = field(init=False)
     usable_until_s: float = field(init=False)
+    is_answered: bool = True  # whole
 
     def __post_init__(self) -> None:
         self.ending = Ending(self.call)

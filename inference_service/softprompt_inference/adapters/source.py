@@ -1,13 +1,14 @@
 """Adapters from the registry: names resolved to versions, versions fetched and verified."""
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import aclosing
 from functools import partial
 
 import grpc
 import structlog
-from softprompt_api.errors import AdapterInvalid, DataCorrupted, Unavailable
+from softprompt_api.errors import AdapterInvalid, AdapterNotFound, DataCorrupted, SoftpromptError, Unavailable
 from softprompt_api.formats import (
     DEFAULT_MAX_LORA_RANK,
     AdapterSpec,
@@ -24,7 +25,7 @@ from softprompt_api.rpc.quality import probe_to
 from softprompt_api.tracing import span
 
 from softprompt_inference.adapters.adapter import Adapter
-from softprompt_inference.adapters.fetching import MakeWay, no_way_needed
+from softprompt_inference.adapters.fetching import MAX_FETCHES, MakeWay, no_way_needed
 from softprompt_inference.adapters.reading import TensorReader, readable, translated
 from softprompt_inference.adapters.transfer import Transfer, Wanted
 from softprompt_inference.engine.steps import FREE_STEPS, Steps
@@ -58,6 +59,7 @@ class AdapterSource:
         self._reader = TensorReader(stub)
         self._base_model = base_model
         self._max_lora_bytes = max_lora_bytes
+        self._in_hand: OrderedDict[str, tuple[pb.AdapterVersion, bytes]] = OrderedDict()
 
     async def resolve(self, spelling: str) -> pb.AdapterVersion:
         """The version that a name, `name@version` or digest stands for now.
@@ -70,6 +72,22 @@ class AdapterSource:
         except grpc.aio.AioRpcError as error:
             raise translated(error) from error
         return readable(answer).adapter
+
+    async def resolve_to_fetch(self, name: str) -> pb.AdapterVersion:
+        """As `resolve`, for a name whose adapter is fetched next: where its file is small, it comes along."""
+        try:
+            async with asyncio.timeout(RESOLVE_TIMEOUT_S):
+                version, data = await self._reader.look_up(name)
+        except AdapterNotFound:
+            raise
+        except (SoftpromptError, TimeoutError):  # the link, or the file, which may be in memory here
+            return await self.resolve(name)
+        # A version for another base model may not be the one that its digest would be fetched as.
+        if data and version.base_model.id == self._base_model.id:
+            self._in_hand[version.digest] = (version, data)
+            if len(self._in_hand) > MAX_FETCHES:
+                self._in_hand.popitem(last=False)
+        return version
 
     async def record(self, version: pb.AdapterVersion, probe: Probe) -> pb.AdapterVersion:
         """Have the registry keep what was measured of a version; the version as it is then."""
@@ -95,12 +113,17 @@ class AdapterSource:
         is not what was registered.
         """
         transfer = Transfer(ref=parse_requested(spelling))
-        try:
-            with span("fetch", "client"):
-                async with asyncio.timeout(FETCH_TIMEOUT_S):
-                    wanted = await self._read(transfer, make_way, steps)
-        except TimeoutError as error:
-            raise Unavailable("the registry is too slow to deliver the adapter; try again later") from error
+        version, data = self._in_hand.pop(transfer.ref.digest, (None, b""))
+        if version is not None:
+            wanted = transfer.wanted = self._check(transfer.ref, version)
+            transfer.new.append(data)
+        else:
+            try:
+                with span("fetch", "client"):
+                    async with asyncio.timeout(FETCH_TIMEOUT_S):
+                        wanted = await self._read(transfer, make_way, steps)
+            except TimeoutError as error:
+                raise Unavailable("the registry is too slow to deliver the adapter; try again later") from error
         if not transfer.is_small:
             await steps.next()
         adapter = await transfer.work(partial(transfer.finish, wanted, spelling, self._base_model.dtype))

@@ -11,11 +11,11 @@ from softprompt_api.errors import AdapterInvalid, DataCorrupted, Overloaded
 from softprompt_api.formats import AdapterSpec, AdapterVerifier
 from softprompt_api.names import AdapterRef, with_task
 from softprompt_api.registry.v1 import registry_pb2 as pb
+from softprompt_api.rpc.channel import SMALL_FILE_BYTES
 
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.engine.files import MemoryFile
 
-_SMALL_FILE_BYTES = 2**17
 _LARGE_FILE_BYTES = 2**22
 # The engine gets larger ones without a copy, and each is a file that stays open.
 _MAX_BUFFER_BYTES = 2**20
@@ -72,7 +72,7 @@ class Transfer:
     @property
     def is_small(self) -> bool:
         """Whether its file is read sooner than another thread would have begun."""
-        return self.wanted is not None and self.wanted.version.size_bytes <= _SMALL_FILE_BYTES
+        return self.wanted is not None and self.wanted.version.size_bytes <= SMALL_FILE_BYTES
 
     @property
     def is_large(self) -> bool:

@@ -11,6 +11,8 @@ from softprompt_api.rpc.tls import ClientTls
 MAX_CALL_S = 86_400
 MAX_MESSAGE_BYTES = 8 * 2**20
 CHUNK_BYTES = 2**20
+# A tensor file of so many bytes is read sooner than it is asked for by itself.
+SMALL_FILE_BYTES = 2**17
 
 # Only UNAVAILABLE is retried, and only for calls that change nothing; gRPC never retries once an answer began.
 _RETRIED = (

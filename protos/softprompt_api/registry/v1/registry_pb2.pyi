@@ -1067,6 +1067,7 @@ class ReadTensorsRequest(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     BASE_MODEL_ID_FIELD_NUMBER: _builtins.int
     CONTEXT_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """"sha256:" + 64 hex digits: the version's digest."""
     offset: _builtins.int
@@ -1074,6 +1075,11 @@ class ReadTensorsRequest(_message.Message):
     base_model_id: _builtins.str
     """Id of the base model that whoever asks serves. Of versions that share the digest, one that was registered for it is
     told as `adapter`. Empty, or where there is none: any.
+    """
+    adapter: _builtins.str
+    """Instead of a digest: a name, name@version or name@alias. The version that it stands for now is told, with what points
+    to it, and of its file all in one message where that has at most 128 KiB; of a larger one no byte is sent.
+    INVALID_ARGUMENT: with a digest, an offset, or a base model's id.
     """
     @_builtins.property
     def context(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -1088,10 +1094,11 @@ class ReadTensorsRequest(_message.Message):
         offset: _builtins.int = ...,
         base_model_id: _builtins.str = ...,
         context: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model_id", b"base_model_id", "context", b"context", "digest", b"digest", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "base_model_id", b"base_model_id", "context", b"context", "digest", b"digest", "offset", b"offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1114,7 +1121,9 @@ class ReadTensorsResponse(_message.Message):
 
     @_builtins.property
     def adapter(self) -> Global___AdapterVersion:
-        """In the first message of a file alone: a version that has the digest, without aliases and revision."""
+        """In the first message of a file alone: a version that has the digest, without aliases and revision. Of a name: the
+        version that it stands for.
+        """
 
     def __init__(
         self,

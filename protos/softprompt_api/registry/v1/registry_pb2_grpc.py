@@ -189,7 +189,7 @@ class RegistryServiceServicer:
     def ReadTensors(self, request_iterator, context):
         """ReadTensors streams versions' tensor files, each from an offset, in the order in which they are asked for. Whoever
         keeps the stream open spares each further file the beginning of a call; an error ends it. NOT_FOUND: no version has
-        that digest. DATA_LOSS: the stored bytes do not match their sha256.
+        that digest, or no such name. DATA_LOSS: the stored bytes do not match their sha256.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

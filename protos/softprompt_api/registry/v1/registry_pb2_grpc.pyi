@@ -70,7 +70,7 @@ class RegistryServiceStub:
     ReadTensors: _grpc.StreamStreamMultiCallable[_registry_pb2.ReadTensorsRequest, _registry_pb2.ReadTensorsResponse]
     """ReadTensors streams versions' tensor files, each from an offset, in the order in which they are asked for. Whoever
     keeps the stream open spares each further file the beginning of a call; an error ends it. NOT_FOUND: no version has
-    that digest. DATA_LOSS: the stored bytes do not match their sha256.
+    that digest, or no such name. DATA_LOSS: the stored bytes do not match their sha256.
     """
     WatchAdapters: _grpc.UnaryStreamMultiCallable[_registry_pb2.WatchAdaptersRequest, _registry_pb2.WatchAdaptersResponse]
     """WatchAdapters streams every change after a cursor, and a heartbeat at once and every few seconds.
@@ -141,7 +141,7 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     ReadTensors: _aio.StreamStreamMultiCallable[_registry_pb2.ReadTensorsRequest, _registry_pb2.ReadTensorsResponse]  # type: ignore[assignment]
     """ReadTensors streams versions' tensor files, each from an offset, in the order in which they are asked for. Whoever
     keeps the stream open spares each further file the beginning of a call; an error ends it. NOT_FOUND: no version has
-    that digest. DATA_LOSS: the stored bytes do not match their sha256.
+    that digest, or no such name. DATA_LOSS: the stored bytes do not match their sha256.
     """
     WatchAdapters: _aio.UnaryStreamMultiCallable[_registry_pb2.WatchAdaptersRequest, _registry_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
     """WatchAdapters streams every change after a cursor, and a heartbeat at once and every few seconds.
@@ -263,7 +263,7 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_registry_pb2.ReadTensorsResponse], _abc.AsyncIterator[_registry_pb2.ReadTensorsResponse]]:
         """ReadTensors streams versions' tensor files, each from an offset, in the order in which they are asked for. Whoever
         keeps the stream open spares each further file the beginning of a call; an error ends it. NOT_FOUND: no version has
-        that digest. DATA_LOSS: the stored bytes do not match their sha256.
+        that digest, or no such name. DATA_LOSS: the stored bytes do not match their sha256.
         """
 
     @_abc_1.abstractmethod
