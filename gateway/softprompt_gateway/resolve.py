@@ -324,14 +324,14 @@ def _told(version: AdapterVersion, caller: Caller) -> AdapterVersion:
 
 
 def _common_base(
-    named: GetModelResponse | None, versions: Mapping[_Asked, AdapterVersion], bases: Bases
+    named: GetModelResponse | None, bound: Sequence[tuple[_Asked, Bound]], bases: Bases
 ) -> GetModelResponse:
     """The base model that `model` names, or else its adapters are for; InvalidArgument: one is for another."""
-    own = {asked: bases.of(version) for asked, version in versions.items()}
-    first = next(iter(own.values()), named)
+    own = [bases.of(one.version) for _, one in bound]
+    first = own[0] if own else named
     assert first is not None, "a request without adapters names its base model"
     wanted_id = (first if named is None else named).base_model.id
-    for asked, base in own.items():
+    for (asked, _), base in zip(bound, own, strict=True):
         if base.base_model.id != wanted_id:
             raise errors.InvalidArgument(
                 f"the adapter {shown(asked.spelling, 128)} is for the base model "
@@ -349,16 +349,18 @@ def _target(
     inside: Sequence[_Asked],
     versions: Mapping[AdapterRef, AdapterVersion],
 ) -> Target:
-    served = _common_base(base, {asked: versions[asked.ref.whole] for asked in (*front, *inside)}, bases)
-    bound = {asked: _bind(asked, versions[asked.ref.whole]) for asked in (*front, *inside)}
-    check_front([_part(asked, bound[asked]) for asked in front], field=named.front_field)
-    check_inside([_part(asked, bound[asked]) for asked in inside], field=named.prompt_field)
+    in_front, within = (
+        [(asked, _bind(asked, versions[asked.ref.whole])) for asked in some] for some in (front, inside)
+    )
+    served = _common_base(base, [*in_front, *within], bases)
+    check_front([_part(asked, bound) for asked, bound in in_front], field=named.front_field)
+    check_inside([_part(asked, bound) for asked, bound in within], field=named.prompt_field)
     return Target(
         model=named.model,
         served=served,
         caller=named.caller,
-        front=[bound[asked] for asked in front],
-        inside={asked.spelling: bound[asked] for asked in inside},
+        front=[bound for _, bound in in_front],
+        inside={asked.spelling: bound for asked, bound in within},
     )
 
 
