@@ -148,7 +148,7 @@ async def test_an_upload_of_unknown_size_is_refused(stack: Any) -> None:
     assert response.status_code == 411
 
 
-@pytest.mark.parametrize("gateway_settings", [{"upload_timeout_s": 0.3, "registry_timeout_s": 0.3}])
+@pytest.mark.parametrize("gateway_settings", [{"upload_timeout_s": 1.0, "registry_timeout_s": 0.3}])
 async def test_an_upload_that_the_registry_does_not_read_is_answered(stack: Any) -> None:
     stack.registry.reads.clear()
     tensors = bytes(8 * 2**20)
