@@ -6,14 +6,16 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from benchmarks.workload import Request
 
-_READ_BYTES = 2**16
 _TIMEOUT_S = 600.0
 _EVENT = b"data: "
 # An event before the first token has an empty text and no ids.
 _TOKEN = re.compile(rb'"text": ?"[^"]|"token_ids": ?\[[0-9]')
+# The events of which more is read.
+_TOLD = re.compile(rb'"usage": ?\{|"token_ids": ?\[[0-9]')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,19 +85,46 @@ def stream_tokens(port: int, model: str, requests: Sequence[Request]) -> list[li
 
 async def _stream(port: int, request: bytes, seen: list[float] | None = None) -> Stream:
     """One answer; `seen` gets the time of each piece that has a token in it."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    loop = asyncio.get_running_loop()
+    transport, answer = await loop.create_connection(lambda: _Answer(request, seen), "127.0.0.1", port)
     try:
-        writer.write(request)
-        data, first_at = b"", 0.0
-        while piece := await reader.read(_READ_BYTES):
-            data += piece
-            if seen is not None and _TOKEN.search(piece):
-                seen.append(time.monotonic())
-            if not first_at and _TOKEN.search(data):
-                first_at = time.monotonic()
+        await answer.ended
     finally:
-        writer.close()
-    return _parse(data, first_at)
+        transport.close()
+    return _parse(b"".join(answer.pieces), answer.first_token_at)
+
+
+class _Answer(asyncio.Protocol):
+    """Keeps what comes; no task wakes for it.
+
+    Attributes:
+        ended: done when all has come, or the connection has failed.
+    """
+
+    def __init__(self, request: bytes, seen: list[float] | None) -> None:
+        self._request = request
+        self._seen = seen
+        self.pieces: list[bytes] = []
+        self.first_token_at = 0.0
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self.pieces.append(data)
+        if self._seen is not None and _TOKEN.search(data):
+            self._seen.append(time.monotonic())
+        if not self.first_token_at and _TOKEN.search(b"".join(self.pieces)):
+            self.first_token_at = time.monotonic()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.ended.done():
+            return
+        if exc is None:
+            self.ended.set_result(None)
+        else:
+            self.ended.set_exception(exc)
 
 
 def _http(port: int, model: str, request: Request, with_ids: bool) -> bytes:
@@ -129,7 +158,7 @@ def _parse(data: bytes, first_at: float) -> Stream:
         raise ValueError(f"the stream ended early: {body[-300:]!r}")
     token_ids: list[int] = []
     num_tokens = -1
-    for event in events[:-1]:
+    for event in filter(_TOLD.search, events[:-1]):
         message = json.loads(event)
         for choice in message["choices"]:
             token_ids += choice.get("token_ids") or []
