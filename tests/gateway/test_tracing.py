@@ -117,3 +117,16 @@ async def test_the_registrys_part_stands_under_the_gateways_question(
     assert answered.parent.span_id == asked.context.span_id
     assert f"{answered.context.trace_id:032x}" == TRACE_ID
     assert answered.attributes["error.type"] == "ADAPTER_NOT_FOUND"
+
+
+async def test_nothing_is_sent_to_what_the_process_has_for_traces_beside_ours(
+    stack: Any, ended: InMemorySpanExporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(ended))
+    monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", provider)
+    assert (await stack.http.get("/v1/models")).status_code == 200
+    assert (
+        await stack.http.post("/v1/completions", json={"model": "nobody", "prompt": "secret"})
+    ).status_code == 404
+    assert ended.get_finished_spans() == ()
