@@ -23,11 +23,13 @@ class Stream:
     """One streamed answer.
 
     Attributes:
-        first_token_at: time.monotonic() when its first token came.
+        began_at: time.monotonic() before it was connected.
+        first_token_at: when its first token came.
         num_tokens: as its usage says.
         token_ids: of the choice, where they were asked for.
     """
 
+    began_at: float
     first_token_at: float
     num_tokens: int
     token_ids: list[int]
@@ -85,13 +87,13 @@ def stream_tokens(port: int, model: str, requests: Sequence[Request]) -> list[li
 
 async def _stream(port: int, request: bytes, seen: list[float] | None = None) -> Stream:
     """One answer; `seen` gets the time of each piece that has a token in it."""
-    loop = asyncio.get_running_loop()
+    loop, began_at = asyncio.get_running_loop(), time.monotonic()
     transport, answer = await loop.create_connection(lambda: _Answer(request, seen), "127.0.0.1", port)
     try:
         await answer.ended
     finally:
         transport.close()
-    return _parse(b"".join(answer.pieces), answer.first_token_at)
+    return _parse(b"".join(answer.pieces), began_at, answer.first_token_at)
 
 
 class _Answer(asyncio.Protocol):
@@ -147,7 +149,7 @@ def _http(port: int, model: str, request: Request, with_ids: bool) -> bytes:
     return head.encode() + body
 
 
-def _parse(data: bytes, first_at: float) -> Stream:
+def _parse(data: bytes, began_at: float, first_at: float) -> Stream:
     head, _, body = data.partition(b"\r\n\r\n")
     if b" 200 " not in head.split(b"\r\n", 1)[0]:
         raise ValueError(f"the gateway answered {head[:80]!r} {body[:300]!r}")
@@ -164,7 +166,7 @@ def _parse(data: bytes, first_at: float) -> Stream:
             token_ids += choice.get("token_ids") or []
         if usage := message.get("usage"):
             num_tokens = usage["completion_tokens"]
-    return Stream(first_token_at=first_at, num_tokens=num_tokens, token_ids=token_ids)
+    return Stream(began_at=began_at, first_token_at=first_at, num_tokens=num_tokens, token_ids=token_ids)
 
 
 def _dechunk(body: bytes) -> bytes:

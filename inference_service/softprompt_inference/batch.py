@@ -31,7 +31,7 @@ class Batch(Generic[Event]):
     def _clear(self) -> None:
         self.num_bytes = 0
         self._message = pb.GenerateManyResponse()
-        self._events = self._message.events
+        self._calls_with_events: set[int] = set()
         self._calls: list[int] = []
         self._indexes: list[int] = []
         self._texts: list[str] = []
@@ -40,8 +40,8 @@ class Batch(Generic[Event]):
 
     def add(self, call: int, event: Event) -> None:
         """A generation's next event."""
-        # Columns are read before events: what follows an event must be one.
-        if isinstance(event, Delta) and not event.logprobs and not self._events:
+        # Columns are read before events: what follows an event of its call must be one.
+        if isinstance(event, Delta) and not event.logprobs and call not in self._calls_with_events:
             self._calls.append(call)
             self._indexes.append(event.index)
             self._texts.append(event.text)
@@ -49,13 +49,14 @@ class Batch(Generic[Event]):
             self._token_ids += event.token_ids
             self.num_bytes += 4 * len(event.text) + _TOKEN_BYTES * len(event.token_ids) + _NUMBERS_BYTES
             return
-        written = self._events.add(call=call)
+        self._calls_with_events.add(call)
+        written = self._message.events.add(call=call)
         self._write(event, written.response)
         self.num_bytes += written.ByteSize()
 
     def end(self, call: int, end: pb.CallEnd) -> None:
         """A generation's end."""
-        self.num_bytes += self._events.add(call=call, end=end).ByteSize()
+        self.num_bytes += self._message.events.add(call=call, end=end).ByteSize()
 
     def take(self) -> pb.GenerateManyResponse:
         """The message; an empty one follows it."""

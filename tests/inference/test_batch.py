@@ -53,10 +53,11 @@ def test_what_follows_an_event_is_an_event_so_that_a_reader_of_columns_first_kee
     made.add(1, delta("a"))
     made.add(2, Accepted(adapters=[], prompt_token_ids=[1], virtual_tokens=0))
     made.add(2, delta("b"))
+    made.add(1, delta("c"))
     made.add(1, Finished(index=0, reason=Finish.STOP))
     made.end(1, pb.CallEnd())
     message = made.take()
-    assert list(message.deltas.texts) == ["a"]
+    assert list(message.deltas.texts) == ["a", "c"], "another call's events are not in its way"
     kinds = [(event.call, event.response.WhichOneof("event")) for event in message.events]
     assert kinds == [(2, "accepted"), (2, "delta"), (1, "finished"), (1, None)]
     assert message.events[1].response.delta.text == "b"
