@@ -38,15 +38,14 @@ def expected_turns(size: Size, num_peers: int) -> int:
 
 def run(bench: Bench) -> None:
     """Measure and compare."""
-    first_tokens: dict[int, dict[str, float]] = {}
+    made: dict[int, list[str]] = {}
     for length in bench.size.virtual_tokens:
-        adapters = bench.adapters.make(1, length)
+        adapters = made[length] = bench.adapters.make(1, length)
         check_exact(bench, CASE, _what(length), adapters)
         entrants = _entrants(bench, length, adapters)
         rates = _throughput(bench, length, adapters, entrants)
-        first_tokens[length] = _first_tokens(
-            bench, length, adapters, [one for one in entrants if one.side in rates]
-        )
+        _first_tokens_of_others(bench, length, adapters, [one for one in entrants if one.side in rates])
+    first_tokens = _first_tokens(bench, made)
     shortest = min(first_tokens)
     for length in sorted(first_tokens)[1:]:
         _growth_row(bench, length, shortest, first_tokens)
@@ -85,31 +84,54 @@ def _throughput(bench: Bench, length: int, adapters: list[str], entrants: list[E
     return rates
 
 
-def _first_tokens(bench: Bench, length: int, adapters: list[str], entrants: list[Entrant]) -> dict[str, float]:
-    """Milliseconds to the first token of a request that comes alone, the median, by side."""
-    requests = make_requests(
+def _first_tokens(bench: Bench, adapters: dict[int, list[str]]) -> dict[int, float]:
+    """Milliseconds to the first token of our requests that come alone, the median, by length.
+
+    The lengths take turns: they are compared with each other, and a slow minute must not be one length's.
+    """
+    ours = bench.side(OURS)
+    requests = {length: _single_requests(bench, length, own, repeat=0) for length, own in adapters.items()}
+    for length, own in adapters.items():
+        ours.run(_single_requests(bench, length, own, repeat=WARM_UP)[:1])
+    values: dict[int, list[float]] = {length: [] for length in adapters}
+    for turn in zip(*requests.values(), strict=True):
+        for length, request in zip(requests, turn, strict=True):
+            values[length].append(1e3 * ours.run([request]).seconds)
+    for length, taken in values.items():
+        _tell_first_token(bench, length, OURS, taken)
+    return {length: median(taken) for length, taken in values.items()}
+
+
+def _first_tokens_of_others(bench: Bench, length: int, adapters: list[str], entrants: list[Entrant]) -> None:
+    requests = _single_requests(bench, length, adapters, repeat=0)
+    for entrant in entrants:
+        if entrant.side != OURS:
+            side = bench.side(entrant.side)
+            values = [1e3 * side.run([request], **entrant.options).seconds for request in requests]
+            _tell_first_token(bench, length, entrant.side, values)
+
+
+def _tell_first_token(bench: Bench, length: int, side: str, values: list[float]) -> None:
+    measured(bench, CASE, side, values, metric="time to first token", unit="ms", x=length)
+    bench.progress.turn(f"{_what(length)}, {side}: first token after {median(values):.1f} ms")
+
+
+def _single_requests(bench: Bench, length: int, adapters: list[str], *, repeat: int) -> list[Request]:
+    return make_requests(
         f"{CASE}, first token, {_what(length)}",
         seed=SEED,
-        repeat=0,
+        repeat=repeat,
         count=bench.size.single_requests,
         prompts=_FIRST_TOKEN_PROMPT,
         outputs=_ONE_TOKEN,
         vocab_size=bench.shape.vocab_size,
         adapters=adapters,
     )
-    medians = {}
-    for entrant in entrants:
-        side = bench.side(entrant.side)
-        values = [1e3 * side.run([request], **entrant.options).seconds for request in requests]
-        measured(bench, CASE, entrant.side, values, metric="time to first token", unit="ms", x=length)
-        medians[entrant.side] = median(values)
-        bench.progress.turn(f"{_what(length)}, {entrant.side}: first token after {medians[entrant.side]:.1f} ms")
-    return medians
 
 
-def _growth_row(bench: Bench, length: int, shortest: int, first_tokens: dict[int, dict[str, float]]) -> None:
+def _growth_row(bench: Bench, length: int, shortest: int, first_tokens: dict[int, float]) -> None:
     goal = goals.FIRST_TOKEN_GROWTH.get(length, goals.NONE)
-    ours, short = first_tokens[length][OURS], first_tokens[shortest][OURS]
+    ours, short = first_tokens[length], first_tokens[shortest]
     bench.results.rows.append(
         Row(
             case=CASE,
