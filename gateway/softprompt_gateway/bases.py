@@ -91,10 +91,10 @@ class Bases:
         made_for = version.base_model
         same = [served for served in self._every if served.base_model.id == made_for.id]
         if not same and self._is_whole and len(self._every) == 1:
-            return self._every[0]
-        if len(same) == 1:
-            return same[0]
-        return next((served for served in same if _fits(made_for, served.base_model)), same[0] if same else None)
+            same = self._every
+        if len(same) > 1:
+            return next((served for served in same if _fits(made_for, served.base_model)), same[0])
+        return same[0] if same else None
 
     def _choices(self) -> str:
         return ", ".join(shown(id_, 256) for id_ in self._by_id)

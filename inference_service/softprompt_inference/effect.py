@@ -90,8 +90,7 @@ class EffectProbe:
         if not 0 <= patience_s <= MAX_PATIENCE_S:
             raise InvalidArgument(f"patience_ms must be 0 to {MAX_PATIENCE_S * 1000:g}", field="patience_ms")
         await self._wait_for_lull(patience_s)
-        resolve = self._source.resolve if ref.digest else self._source.resolve_to_fetch
-        version = await resolve(str(ref))
+        version = await self._source.resolve_to_fetch(str(ref))
         if patience_s and version.HasField("probe"):
             return version
         effects = await self._measure(version.digest, version.num_tasks)

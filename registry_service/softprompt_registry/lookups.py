@@ -36,8 +36,8 @@ class Found:
 
     Attributes:
         record: its hash; empty where it is missing.
-        pointers: what points to its name, as `pointers.decode` reads it.
-        start: of its tensor file, where that was asked for and is small.
+        pointers: what points to its name, as `pointers.decode` reads it; empty where only content was asked for.
+        start: what `blobs` reads first of its tensor file, where that was asked for.
         is_unchanged: everything is as it was read under the caller's seals, and not told again.
     """
 
@@ -46,15 +46,6 @@ class Found:
     pointers: Sequence[Any] = ()
     start: BlobStart | None = None
     is_unchanged: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FoundContent:
-    """A version as it lies in the store, and of its tensor file what `blobs` reads first."""
-
-    version_id: int
-    record: Record
-    start: BlobStart
 
 
 _UNCHANGED = 1
@@ -146,7 +137,7 @@ class Lookups:
         """The version with a global id; None where there is none."""
         return await self._version(_BY_ID, seals, version_id)
 
-    async def content(self, digest: str, *, chunk: int) -> FoundContent | None:
+    async def content(self, digest: str, *, chunk: int) -> Found | None:
         """The version with a digest, and what lies in the store of its tensor file; None where there is none, or
         more than one."""
         answer = await self._run(_CONTENT, keys.digest(digest), chunk)
@@ -154,7 +145,7 @@ class Lookups:
             return None
         version_id, record, blob, data = answer
         start = BlobStart(facts=pairs(blob), chunk=data)
-        return FoundContent(version_id=int(version_id), record=pairs(record), start=start)
+        return Found(version_id=int(version_id), record=pairs(record), start=start)
 
     async def _version(self, script: str, seals: Seals | None, *arguments: Any) -> Found | None:
         known = seals or _NO_SEALS

@@ -18,7 +18,7 @@ from softprompt_registry.catalog import AdapterVersion, BaseModel
 from softprompt_registry.codec import decode_base_model, decode_version, encode_base_model
 from softprompt_registry.connection import reads, reply, writes
 from softprompt_registry.full import also_when_full
-from softprompt_registry.lookups import Found, FoundContent, Lookups, Seals
+from softprompt_registry.lookups import Found, Lookups, Seals
 from softprompt_registry.pointers import Pointers
 from softprompt_registry.recent import Kept, Recent
 from softprompt_registry.scripts import read_fields, read_hashes
@@ -337,7 +337,7 @@ def _readable_pointers(name: str, told: Sequence[Any]) -> Pointers | None:
         return None
 
 
-def _decode(ref: AdapterRef, found: Found | FoundContent | None) -> tuple[AdapterVersion | None, bytes]:
+def _decode(ref: AdapterRef, found: Found | None) -> tuple[AdapterVersion | None, bytes]:
     """The version that a spelling led to, and its record's sha256; None where there is none.
 
     Raises DataCorrupted when it is a version of something else.

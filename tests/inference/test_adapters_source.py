@@ -327,6 +327,14 @@ async def test_where_the_file_cannot_come_along_the_name_is_resolved_alone(
     assert await source.resolve_to_fetch("tweets") == version
 
 
+async def test_of_a_digest_the_version_comes_alone(
+    registry: FakeRegistry, source: AdapterSource, rows: np.ndarray[Any, Any]
+) -> None:
+    version = registry.add("tweets", rows)
+    assert await source.resolve_to_fetch(version.digest) == version
+    assert registry.num_streams == 0
+
+
 async def test_a_name_that_is_not_there_has_no_file_to_fetch(source: AdapterSource) -> None:
     with pytest.raises(AdapterNotFound, match="nobody"):
         await source.resolve_to_fetch("nobody")

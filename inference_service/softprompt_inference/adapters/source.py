@@ -16,7 +16,7 @@ from softprompt_api.formats import (
     ModelShape,
     parse_config,
 )
-from softprompt_api.names import AdapterRef, choose_task, parse_requested
+from softprompt_api.names import AdapterRef, choose_task, parse_adapter, parse_requested
 from softprompt_api.quality import Probe
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.registry.v1 import registry_pb2_grpc as pb_grpc
@@ -73,15 +73,18 @@ class AdapterSource:
             raise translated(error) from error
         return readable(answer).adapter
 
-    async def resolve_to_fetch(self, name: str) -> pb.AdapterVersion:
-        """As `resolve`, for a name whose adapter is fetched next: where its file is small, it comes along."""
+    async def resolve_to_fetch(self, spelling: str) -> pb.AdapterVersion:
+        """As `resolve`, where the adapter is fetched next: the file of a name comes along if it is small."""
+        if parse_adapter(spelling).digest:
+            return await self.resolve(spelling)
         try:
-            async with asyncio.timeout(RESOLVE_TIMEOUT_S):
-                version, data = await self._reader.look_up(name)
+            with span("fetch", "client"):
+                async with asyncio.timeout(RESOLVE_TIMEOUT_S):
+                    version, data = await self._reader.look_up(spelling)
         except AdapterNotFound:
             raise
         except (SoftpromptError, TimeoutError):  # the link, or the file, which may be in memory here
-            return await self.resolve(name)
+            return await self.resolve(spelling)
         # A version for another base model may not be the one that its digest would be fetched as.
         if data and version.base_model.id == self._base_model.id:
             self._in_hand[version.digest] = (version, data)
@@ -113,22 +116,29 @@ class AdapterSource:
         is not what was registered.
         """
         transfer = Transfer(ref=parse_requested(spelling))
-        version, data = self._in_hand.pop(transfer.ref.digest, (None, b""))
-        if version is not None:
-            wanted = transfer.wanted = self._check(transfer.ref, version)
-            transfer.new.append(data)
-        else:
-            try:
-                with span("fetch", "client"):
-                    async with asyncio.timeout(FETCH_TIMEOUT_S):
-                        wanted = await self._read(transfer, make_way, steps)
-            except TimeoutError as error:
-                raise Unavailable("the registry is too slow to deliver the adapter; try again later") from error
+        wanted = self._take_in_hand(transfer) or await self._read_in_time(transfer, make_way, steps)
         if not transfer.is_small:
             await steps.next()
         adapter = await transfer.work(partial(transfer.finish, wanted, spelling, self._base_model.dtype))
         _log.info("adapter fetched", adapter=wanted.version.name, version=wanted.version.version, digest=spelling)
         return adapter
+
+    def _take_in_hand(self, transfer: Transfer) -> Wanted | None:
+        """What came with its version, whole; None where nothing did."""
+        version, data = self._in_hand.pop(transfer.ref.digest, (None, b""))
+        if version is None:
+            return None
+        transfer.wanted = self._check(transfer.ref, version)
+        transfer.new.append(data)
+        return transfer.wanted
+
+    async def _read_in_time(self, transfer: Transfer, make_way: MakeWay, steps: Steps) -> Wanted:
+        try:
+            with span("fetch", "client"):
+                async with asyncio.timeout(FETCH_TIMEOUT_S):
+                    return await self._read(transfer, make_way, steps)
+        except TimeoutError as error:
+            raise Unavailable("the registry is too slow to deliver the adapter; try again later") from error
 
     async def _read(self, transfer: Transfer, make_way: MakeWay, steps: Steps) -> Wanted:
         """Read the tensor file, resumed where the link was cut."""
