@@ -26,7 +26,7 @@ class Caller:
     key_id: str = ""
     scopes: frozenset[Scope] = frozenset()
     adapters: frozenset[str] = frozenset()
-    limits: KeyLimits = field(default_factory=KeyLimits)
+    limits: KeyLimits = field(default_factory=KeyLimits, hash=False)
 
     @classmethod
     def of(cls, request: Request) -> "Caller":

@@ -83,6 +83,7 @@ class Catalog:
         self._names: list[str] = []  # of `_latest`, in order
         # By tenant/digest and by name@version, which mean one content for ever, and by name@alias.
         self._remembered: OrderedDict[str, Packed] = OrderedDict()
+        self._num_learned = 0
         self._num_forgotten = 0
         # By name, what the number was when something of it was last forgotten; of other names at most
         # `_all_forgotten`.
@@ -117,6 +118,11 @@ class Catalog:
                     await self._has_moved.wait()
 
     @property
+    def state(self) -> tuple[int, int]:
+        """Another one whenever something else is known."""
+        return self._num_learned, self._num_forgotten
+
+    @property
     def moment(self) -> int:
         """When something is asked for or changed; see `learn` and `forget`."""
         return self._num_forgotten
@@ -137,6 +143,7 @@ class Catalog:
             # Events arrive after answers: what was must not come back.
             if known != packed and _is_newer(version, known):
                 self._remembered[key] = packed
+                self._num_learned += 1
             self._remembered.move_to_end(key)
         while len(self._remembered) > _MAX_REMEMBERED:
             # Without it, an answer on its way would not be compared with what was later than it.
@@ -146,6 +153,7 @@ class Catalog:
             if known is None:
                 insort(self._names, version.name, key=_place)
             self._latest[version.name] = packed
+            self._num_learned += 1
         return True
 
     def forget_alias(self, name: str, alias: str, *, asked_at: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ from softprompt_gateway.placement import Place
 
 # A question that fails sooner keeps no request waiting.
 _LONG_S = 0.1
+# Some kilobytes each.
+_MAX_FOUND = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +50,8 @@ class Named:
 
     model: str
     caller: Caller
-    adapters: Sequence[str] = ()
-    inside: Sequence[str] = ()
+    adapters: tuple[str, ...] = ()
+    inside: tuple[str, ...] = ()
     prompt_field: str = "prompt"
 
     @property
@@ -75,9 +78,9 @@ class Bound:
         return with_task(self.version.digest, self.task)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Target:
-    """What a request is computed with.
+    """What a request is computed with; requests that name the same may share it.
 
     Attributes:
         model: as the request spelled it.
@@ -93,20 +96,20 @@ class Target:
     front: Sequence[Bound] = ()
     inside: Mapping[str, Bound] = field(default_factory=dict)
 
-    @property
-    def adapters(self) -> list[Bound]:
+    @functools.cached_property
+    def adapters(self) -> Sequence[Bound]:
         """Every adapter of the request, as responses name them: those in front, then each further one inside."""
         in_front = {bound.digest for bound in self.front}
         further = {bound.digest: bound for bound in self.inside.values() if bound.digest not in in_front}
         return [*self.front, *further.values()]
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """The adapters in front as the inference service is told; "" for the base model."""
         return join_model(bound.digest for bound in self.front)
 
     @property
-    def digests_inside(self) -> dict[str, str]:
+    def digests_inside(self) -> Mapping[str, str]:
         """The soft prompts inside the prompt as the inference service is told, by their spelling there."""
         return {spelling: bound.digest for spelling, bound in self.inside.items()}
 
@@ -118,18 +121,20 @@ class Target:
         bound = [(one.spelling, one.digest) for one in (*self.front, *self.inside.values())]
         return fingerprint(self.served.base_model), len(self.front), bound, tuple(self.inside)
 
-    def facts(self) -> dict[str, str]:
+    @functools.cached_property
+    def facts(self) -> Mapping[str, str]:
         """For the request's log line."""
         adapters = join_model(bound.spelling for bound in self.adapters)
         return {"model": self.model, **({"adapters": adapters} if adapters else {})}
 
-    @property
+    @functools.cached_property
     def place(self) -> Place:
         """Where the request is computed: with others that have its first adapter."""
         first = next(iter(self.front or self.inside.values()), None)
         return Place(served=self.served, digest=first.digest if first is not None else "")
 
-    def headers(self) -> dict[str, str]:
+    @functools.cached_property
+    def headers(self) -> Mapping[str, str]:
         """Response headers that say which versions answered."""
         adapters = self.adapters
         if not adapters:
@@ -173,6 +178,8 @@ class Resolver:
         self._catalog = catalog
         self._lease = lease
         self._looking: asyncio.Task[None] | None = None  # for a registry that takes long to be away
+        # By all that it depends on.
+        self._found = functools.lru_cache(_MAX_FOUND)(self._find)
 
     async def close(self) -> None:
         """Look for the registry no more."""
@@ -213,8 +220,9 @@ class Resolver:
     def known(self, named: Named) -> Target | None:
         """The same by what was last heard, without asking anybody; None where that is not enough to answer."""
         bases = self._inference.known_bases
-        if not bases:
-            return None
+        return self._found(named, bases, self._catalog.state) if bases else None
+
+    def _find(self, named: Named, bases: Bases, _state: tuple[int, int]) -> Target | None:
         try:
             base, front, inside = self._parse_all(named, bases)
             versions: dict[AdapterRef, AdapterVersion] = {}

@@ -50,6 +50,27 @@ def test_a_listed_version_is_found_by_every_spelling() -> None:
         assert _found(catalog, spelling) == version
 
 
+def test_its_state_is_another_one_whenever_something_else_is_known() -> None:
+    catalog, first, second = Catalog(), _version("a", 1), _version("a", 2, aliases=("latest", "stable"))
+    seen = [catalog.state]
+    for change in (
+        lambda: _list(catalog, first),
+        lambda: catalog.learn(first),  # by its other spellings
+        lambda: catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_REGISTERED, second)),
+        lambda: catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_ALIAS_REMOVED, second, "stable")),
+        lambda: catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_VERSION_DELETED, second)),
+        lambda: catalog.apply(_event(reg.ADAPTER_EVENT_TYPE_ADAPTER_DELETED, second)),
+        lambda: _list(catalog),
+    ):
+        change()
+        assert catalog.state not in seen
+        seen.append(catalog.state)
+    catalog.learn(first)
+    state = catalog.state
+    catalog.learn(first)
+    assert catalog.state == state
+
+
 def test_an_event_that_comes_late_does_not_bring_an_old_version_back() -> None:
     catalog = Catalog()
     catalog.learn(_version("a", 2))

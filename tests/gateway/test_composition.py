@@ -312,7 +312,7 @@ async def test_every_adapter_of_a_request_is_told_by_its_target(stack: Any, dige
         catalog = Catalog()
         resolver = Resolver(clients.registry, clients.inference, catalog, Lease(catalog, clients.registry))
         target = await resolver.resolve(
-            Named(model="a+lora", caller=ANYBODY, inside=["tasks:1", "a", digests["b@1"]])
+            Named(model="a+lora", caller=ANYBODY, inside=("tasks:1", "a", digests["b@1"]))
         )
         told = [(bound.version.name, bound.version.version, bound.task) for bound in target.adapters]
         assert told == [("a", 1, None), ("lora", 1, None), ("tasks", 1, 1), ("b", 1, None)]

@@ -29,7 +29,7 @@ class Answering:
         """
         job, generation = await self._starting.begin(named, job_with)
         if job.stream:
-            return EventStream(Streamed(job, generation, self._metrics), headers=job.target.headers())
+            return EventStream(Streamed(job, generation, self._metrics), headers=job.target.headers)
         num_choices = job.choices_per_prompt
         try:
             prompts = await generation.choices(num_choices)
@@ -47,4 +47,4 @@ class Answering:
             "usage": usage_of(generation.usage),
             **job.style.extras(generation.accepted),
         }
-        return Response(orjson.dumps(body), media_type="application/json", headers=job.target.headers())
+        return Response(orjson.dumps(body), media_type="application/json", headers=job.target.headers)

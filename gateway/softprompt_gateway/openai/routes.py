@@ -232,8 +232,8 @@ class _Routes:
         named = Named(
             model=await self._model_of(body.model),
             caller=Caller.of(request),
-            adapters=body.adapters or (),
-            inside=body.soft_prompts,
+            adapters=tuple(body.adapters or ()),
+            inside=tuple(body.soft_prompts),
             prompt_field=body.prompt_field,
         )
         target = await self._resolver.resolve(named)
@@ -259,8 +259,8 @@ def _named(
     return Named(
         model=body.model,
         caller=Caller.of(request),
-        adapters=body.adapters or (),
-        inside=body.soft_prompts,
+        adapters=tuple(body.adapters or ()),
+        inside=tuple(body.soft_prompts),
         prompt_field=prompt_field,
     )
 

@@ -35,8 +35,10 @@ class Starting:
         """
         began_s = time.perf_counter()
         known = self._resolver.known(named)
-        if known is None or not known.adapters:
+        if known is None:
             return await self._start(await work_with(await self._resolve(named)))
+        if not known.adapters:
+            return await self._start(await work_with(known))
         if self._resolver.knows_all():
             self._metrics.resolved("lease", time.perf_counter() - began_s)
             return await self._start(await work_with(known))
@@ -71,7 +73,7 @@ class Starting:
         return target
 
     async def _start(self, work: Some) -> tuple[Some, Generation]:
-        work.meter.facts |= work.target.facts()
+        work.meter.facts |= work.target.facts
         with fields_spelled(adapter="model"):
             return work, await Generation.start(self._inference, work.target.place, work.calls)
 

@@ -38,7 +38,7 @@ class Responding:
         work, generation = await self._starting.begin(named, work_with)
         events = Events() if work.stream else Unheard()
         answer = Answer(request, work.target, events)
-        headers = work.target.headers()
+        headers = work.target.headers
         if work.stream:
             streamed = StreamedResponse(work, answer, events, generation, self._metrics)
             return EventStream(streamed, headers=headers, broken=streamed.broken)
