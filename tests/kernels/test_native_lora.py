@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from softprompt_kernels import native
 from softprompt_kernels.lora_tiles import LoraTiles
 from softprompt_kernels.native.lora import LoraStep, PackedLoras
-from softprompt_kernels.native.memory import HugePages
+from softprompt_kernels.native.memory import PooledPages, RegionPool
 from softprompt_kernels.testing import assert_close
 from torch import Tensor
 
@@ -40,8 +40,9 @@ class Product:
         ]
         self.packed = native.pack_gated(*self.weights) if gated else native.pack_linear(torch.cat(self.weights))
         self.loras = PackedLoras(dtype)
-        memory = [HugePages(2**16) for _ in range(NUM_SLOTS)]
-        self.loras.prepare(widths, gated=gated, num_slots=NUM_SLOTS, memory=memory)
+        pool = RegionPool(2**16)
+        self.memory = [PooledPages(pool) for _ in range(NUM_SLOTS)]
+        self.loras.prepare(widths, gated=gated, num_slots=NUM_SLOTS, memory=self.memory)
         self.held: dict[tuple[int, int], tuple[Tensor, Tensor, float]] = {}
 
     def put(self, slot: int, index: int, rank: int) -> None:
@@ -51,6 +52,11 @@ class Product:
         scale = (0.5, 1.0, 0.3)[(slot + index) % 3]
         self.held[slot, index] = a, b, scale
         self.loras.put(slot, index, a, b, scale)
+
+    def drop(self, slot: int) -> None:
+        self.loras.drop(slot)
+        self.memory[slot].free()
+        self.held = {key: held for key, held in self.held.items() if key[0] != slot}
 
     def fill(self) -> "Product":
         for slot, ranks in enumerate(RANKS):
@@ -158,8 +164,7 @@ def test_a_slot_that_is_filled_anew_keeps_nothing_of_the_former(dtype: torch.dty
         out = product.compute(x, tiles(slots))
         assert_close(out, torch.cat(product.plain_answers(x, slots), 1))
         assert torch.equal(out[1], plain[1])
-        product.loras.drop(1)
-        product.held.clear()
+        product.drop(1)
         assert product.loras.num_bytes == 0
         assert torch.equal(product.compute(x, tiles(slots)), plain)
 
@@ -206,4 +211,4 @@ def test_panels_are_counted_as_the_products_lay_them_out(dtype: torch.dtype) -> 
                 assert not wanted[:start].any()
                 assert not wanted[stop:].any()
                 assert wanted[start:stop].float().mean() > 0.9
-            product.loras.drop(0)
+            product.drop(0)

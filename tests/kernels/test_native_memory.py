@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from softprompt_kernels.native import memory
-from softprompt_kernels.native.memory import HugePages
+from softprompt_kernels.native.memory import HugePages, PooledPages, RegionPool
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8])
@@ -31,13 +31,25 @@ def test_what_is_larger_than_a_region_has_one_of_its_own(monkeypatch: pytest.Mon
         assert torch.equal(copy, torch.full((size,), size % 251, dtype=torch.uint8))
 
 
-def test_small_regions_may_be_asked_for() -> None:
-    pages = HugePages(4096)
-    first = pages.empty((3000,), torch.uint8)
-    second = pages.empty((1000,), torch.uint8)
-    third = pages.empty((1000,), torch.uint8)
-    assert second.data_ptr() == first.data_ptr() + 3008
-    assert abs(third.data_ptr() - first.data_ptr()) >= 4096
+def test_regions_of_a_pool_are_used_again_once_they_are_free() -> None:
+    pool = RegionPool(4096)
+    first, second = PooledPages(pool), PooledPages(pool)
+    places = {first.empty((3000,), torch.uint8).fill_(7).data_ptr() for _ in range(3)}  # nobody has the tensors
+    assert len(places) == 3
+    assert second.empty((3000,), torch.uint8).data_ptr() not in places
+    first.free()
+    assert {second.empty((3000,), torch.uint8).data_ptr() for _ in range(3)} == places
+    assert first.empty((3000,), torch.uint8).data_ptr() not in places
+
+
+def test_what_is_larger_than_the_regions_of_a_pool_is_not_kept() -> None:
+    pool = RegionPool(4096)
+    pages = PooledPages(pool)
+    large = pages.empty((5000,), torch.uint8).fill_(1)
+    pages.free()
+    assert torch.equal(large, torch.ones(5000, dtype=torch.uint8))  # whoever has it keeps it
+    assert pool.take(100) is not pool.take(100)
+    assert len(pool.take(5000)) == 5000
 
 
 def test_a_region_goes_with_the_last_tensor_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from softprompt_kernels import native
-from softprompt_kernels.native.memory import HugePages
+from softprompt_kernels.native.memory import PooledPages, RegionPool
 from softprompt_kernels.native.panels import PANEL, pack_panels
 from torch import Tensor
 
@@ -13,13 +13,13 @@ def matrix(columns: int, size: int, dtype: torch.dtype) -> Tensor:
     return (1 + torch.arange(columns * size) % 251).view(columns, size).to(dtype)
 
 
-def pages() -> HugePages:
+def pages() -> PooledPages:
     """Memory that is not zero."""
-    memory = HugePages(2**21)
-    memory.empty((1,), torch.uint8)
-    assert memory._region is not None
-    memory._region[:] = b"\xff" * 2**21
-    return memory
+    pool = RegionPool(2**21)
+    region = pool.take(2**21)
+    region[:] = b"\xff" * 2**21
+    pool.give_back(region)
+    return PooledPages(pool)
 
 
 @pytest.mark.parametrize(("dtype", "beside"), [(torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 2)])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softprompt_kernels import native
 from softprompt_kernels.lora_tiles import LoraTiles
-from softprompt_kernels.native.memory import HugePages
+from softprompt_kernels.native.memory import PooledPages
 from softprompt_kernels.native.panels import PANEL, pack_panels
 
 # Panels that a product computes together.
@@ -62,16 +62,18 @@ class PackedLoras:
         """Whether linears of these widths, one beside the other, each begin with a panel."""
         return all(width % PANEL == 0 for width in widths[:-1])
 
-    def prepare(self, widths: Sequence[int], *, gated: bool, num_slots: int, memory: Sequence[HugePages]) -> None:
+    def prepare(
+        self, widths: Sequence[int], *, gated: bool, num_slots: int, memory: Sequence[PooledPages]
+    ) -> None:
         """Make room for LoRAs.
 
         Args:
             widths: columns of each linear that the product computes, one beside the other as `can_hold` allows,
                 or, gated, panel by panel in turn.
-            memory: for each slot.
+            memory: for each slot, to be freed when the slot has been dropped here.
         """
         self._memory = memory
-        self._held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._num_bytes = [0] * num_slots
         self._num_slices = len(widths)
         count = num_slots * self._num_slices
         # Arrays, not tensors: a LoRA of many modules sets a thousand of their values.
@@ -89,27 +91,30 @@ class PackedLoras:
     @property
     def num_bytes(self) -> int:
         """Memory of the weights."""
-        return sum(tensor.nbytes for held in self._held.values() for tensor in held)
+        return sum(self._num_bytes)
 
     def put(self, slot: int, index: int, a: Tensor, b: Tensor, scale: float) -> None:
         """Give an empty slot weights for the linear at `index`: a [rank, in], b [out, rank]."""
-        held_a, held_b = self._pack(slot, a), self._pack(slot, b)
-        self._held[slot, index] = held_a, held_b
         at = slot * self._num_slices + index
-        self._a[at], self._b[at] = held_a.data_ptr(), held_b.data_ptr()
+        self._a[at], self._b[at] = self._pack(slot, a), self._pack(slot, b)
         self._scales[at] = scale
         self._ranks[at] = len(a)
         self._table.max_rank = max(self._table.max_rank, _whole_panels(len(a)))
 
-    def _pack(self, slot: int, matrix: Tensor) -> Tensor:
+    def _pack(self, slot: int, matrix: Tensor) -> int:
+        """Lay a matrix out in the slot's memory; its address."""
         beside = 1 if self._dtype == torch.float32 else 2
-        return pack_panels(native.loaded(), [matrix.to(self._dtype)], self._memory[slot], beside=beside)
+        packed = pack_panels(native.loaded(), [matrix.to(self._dtype)], self._memory[slot], beside=beside)
+        self._num_bytes[slot] += packed.nbytes
+        return packed.data_ptr()
 
     def drop(self, slot: int) -> None:
         """Empty a slot."""
+        if not self._num_bytes[slot]:
+            return
         for at in range(slot * self._num_slices, (slot + 1) * self._num_slices):
             self._ranks[at] = 0
-        self._held = {key: held for key, held in self._held.items() if key[0] != slot}
+        self._num_bytes[slot] = 0
         self._table.max_rank = _whole_panels(max(self._ranks))
 
 

@@ -17,14 +17,9 @@ _ALIGNMENT = 64
 
 
 class HugePages:
-    """Gives out parts of large regions. A region is given back when the last tensor in it is gone.
+    """Gives out parts of large regions. A region is given back when the last tensor in it is gone."""
 
-    Args:
-        region_bytes: of each; None: many.
-    """
-
-    def __init__(self, region_bytes: int | None = None) -> None:
-        self._region_bytes = region_bytes
+    def __init__(self) -> None:
         self._region: mmap.mmap | None = None
         self._taken = 0
 
@@ -33,9 +28,57 @@ class HugePages:
         count = math.prod(shape)
         size = math.ceil(count * dtype.itemsize / _ALIGNMENT) * _ALIGNMENT
         if self._region is None or self._taken + size > len(self._region):
-            self._region, self._taken = _map(max(size, self._region_bytes or _REGION_BYTES)), 0
+            self._region, self._taken = self._next_region(size), 0
         place, self._taken = self._taken, self._taken + size
         return torch.frombuffer(self._region, dtype=dtype, count=count, offset=place).view(tuple(shape))
+
+    def _next_region(self, size: int) -> mmap.mmap:
+        return _map(max(size, _REGION_BYTES))
+
+
+class RegionPool:
+    """Regions that are used again and again.
+
+    The system clears a page before it gives it out, and the host of a virtual machine may first have to find it:
+    0.1 ms of a huge page, or 5.
+
+    Args:
+        region_bytes: of those that are kept.
+    """
+
+    def __init__(self, region_bytes: int) -> None:
+        self._region_bytes = region_bytes
+        self._free: list[mmap.mmap] = []
+
+    def take(self, size: int) -> mmap.mmap:
+        """One of at least so many bytes, with whatever was written into it."""
+        if size > self._region_bytes:
+            return _map(size)
+        return self._free.pop() if self._free else _map(self._region_bytes)
+
+    def give_back(self, region: mmap.mmap) -> None:
+        """Nobody uses it any more."""
+        if len(region) == self._region_bytes:
+            self._free.append(region)
+
+
+class PooledPages(HugePages):
+    """Gives out parts of a pool's regions. All that it gave out stays until `free`, whoever has the tensors."""
+
+    def __init__(self, pool: RegionPool) -> None:
+        super().__init__()
+        self._pool = pool
+        self._regions: list[mmap.mmap] = []
+
+    def free(self) -> None:
+        """Nothing that was given out is used any more."""
+        self._region = None
+        while self._regions:
+            self._pool.give_back(self._regions.pop())
+
+    def _next_region(self, size: int) -> mmap.mmap:
+        self._regions.append(self._pool.take(size))
+        return self._regions[-1]
 
 
 def _map(size: int) -> mmap.mmap:

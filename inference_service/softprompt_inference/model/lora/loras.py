@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from softprompt_api.errors import AdapterInvalid, InvalidArgument
-from softprompt_kernels.native.memory import HugePages
+from softprompt_kernels.native.memory import PooledPages, RegionPool
 from torch import nn
 
 from softprompt_inference.engine.messages import LoadLora, LoraModule
@@ -62,9 +62,10 @@ class Loras:
         self._model = model
         self._device = device
         self.products = find_products(model, linears) if max_loras else []
-        memory = [HugePages(_REGION_BYTES) for _ in range(max_loras)]
+        pool = RegionPool(_REGION_BYTES)
+        self._memory = [PooledPages(pool) for _ in range(max_loras)]
         self._weights = [
-            make_packed(product, context, max_loras, memory)
+            make_packed(product, context, max_loras, self._memory)
             or ProductWeights(product, context, max_loras, device, fixed_rank)
             for product in self.products
         ]
@@ -102,6 +103,7 @@ class Loras:
         """Empty a slot, however much of a LoRA is in it."""
         for weights in self._weights:
             weights.drop(slot)
+        self._memory[slot].free()
 
     def _check(self, module: LoraModule, item_bytes: int) -> None:
         if module.name not in self._places:

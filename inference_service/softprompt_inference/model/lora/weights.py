@@ -7,7 +7,7 @@ import torch
 from softprompt_kernels.lora_expand import lora_expand
 from softprompt_kernels.lora_shrink import lora_shrink
 from softprompt_kernels.native.lora import PackedLoras
-from softprompt_kernels.native.memory import HugePages
+from softprompt_kernels.native.memory import PooledPages
 from torch import Tensor
 
 from softprompt_inference.model.lora.context import LoraContext, attach, detach
@@ -19,7 +19,7 @@ _FIRST_SLOTS, _FIRST_RANK = 2, 16
 
 
 def make_packed(
-    product: Product, context: LoraContext, max_loras: int, memory: Sequence[HugePages]
+    product: Product, context: LoraContext, max_loras: int, memory: Sequence[PooledPages]
 ) -> PackedLoras | None:
     """Room for LoRAs that the product's own kernel adds; None: it does not.
 
