@@ -180,21 +180,31 @@ class BlobReader:
         first = chunk_of(offset)
         if start is None:
             start = await self._start(sha256, first)
-        info, chunk = decode_blob(start.facts, sha256=sha256), start.chunk
+        info = decode_blob(start.facts, sha256=sha256)
         if info is None:
             raise _deleted()
         if not 0 <= offset <= info.size_bytes:
             raise InvalidArgument(f"offset must be 0 to {info.size_bytes}, the file's size", field="offset")
+        chunk = start.chunk or b""
+        digest = hashlib.sha256(chunk)
+        pieces = [chunk[begin : begin + _PIECE_BYTES] for begin in range(0, len(chunk), _PIECE_BYTES)]
         for index in range(first, info.num_chunks):
-            if index > first:
-                chunk = await self._chunk(sha256, index)
-            if chunk is None and await self._info(sha256) is None:
-                raise _deleted()
-            if chunk is None or hashlib.sha256(chunk).digest() != info.digest_of(index):
+            if digest.digest() != info.digest_of(index):
+                if await self._info(sha256) is None:
+                    raise _deleted()
                 raise DataCorrupted("the stored tensors do not match their sha256; register the adapter again")
-            at = index * CHUNK_BYTES
-            for begin in range(max(0, offset - at), len(chunk), _PIECE_BYTES):
-                yield at + begin, chunk[begin : begin + _PIECE_BYTES]
+            # With each piece, one of the next chunk is read and checked: all of it at once would keep a processor
+            # for milliseconds, which a step of the model may need.
+            at, digest, following = index * CHUNK_BYTES, hashlib.sha256(), []
+            for number, piece in enumerate(pieces):
+                missing = max(0, offset - at)
+                if missing < len(piece):
+                    yield at + missing, piece[missing:]
+                at += len(piece)
+                if index + 1 < info.num_chunks:
+                    following.append(await self._piece(sha256, index + 1, number))
+                    digest.update(following[-1])
+            pieces = following
 
     @reads
     async def _start(self, sha256: str, index: int) -> BlobStart:
@@ -209,9 +219,13 @@ class BlobReader:
         return decode_blob(await reply(self._client.hgetall(keys.blob(sha256))), sha256=sha256)
 
     @reads
-    async def _chunk(self, sha256: str, index: int) -> bytes | None:
-        chunk: bytes | None = await reply(self._client.get(keys.chunk(sha256, index)))
-        return chunk
+    async def _piece(self, sha256: str, index: int, number: int) -> bytes:
+        """A part of a chunk; empty where there is none."""
+        begin = number * _PIECE_BYTES
+        piece: bytes = await reply(
+            self._client.getrange(keys.chunk(sha256, index), begin, begin + _PIECE_BYTES - 1)
+        )
+        return piece
 
 
 def _deleted() -> AdapterNotFound:
