@@ -35,6 +35,8 @@ _PROMPT_TOKENS = 32
 _VIRTUAL_TOKENS = (20, 100)
 _RANK = 16
 _MAX_STREAMS = 8
+# Of streaming, in each repeat: one has 127 steps, of which p99 is the second longest.
+_ROUNDS = 3
 # Loads while others stream: how long each waits behind the one before.
 _PAUSES_S = {"soft prompts": 0.1, "LoRAs": 0.4}
 _UPLOAD_TIMEOUT_S = 60.0
@@ -61,7 +63,7 @@ class _Taken:
 
 def expected_turns(size: Size, num_peers: int) -> int:  # noqa: ARG001 - no peer is asked
     """Each kind's first tokens, and each phase of streaming."""
-    return len(_VIRTUAL_TOKENS) + 1 + size.num_repeats * (1 + len(_PAUSES_S))
+    return len(_VIRTUAL_TOKENS) + 1 + _ROUNDS * size.num_repeats * (1 + len(_PAUSES_S))
 
 
 def run(bench: Bench) -> None:
@@ -226,10 +228,10 @@ def _while_others_stream(bench: Bench, system: System, fresh: FreshAdapters) -> 
     _gaps_ms(bench, system)  # warms up, and what was registered is probed meanwhile
     seen: dict[str, list[float]] = {"nothing": [], **{kind: [] for kind in _PAUSES_S}}
     counts = dict.fromkeys(seen, 0)
-    for repeat in range(bench.size.num_repeats):
+    for number in range(_ROUNDS * bench.size.num_repeats):
         for kind, values in seen.items():
             with _loading(
-                system, names[kind][repeat] if kind in names else [], _PAUSES_S.get(kind, 0.0)
+                system, names[kind][number] if kind in names else [], _PAUSES_S.get(kind, 0.0)
             ) as loaded:
                 values += _gaps_ms(bench, system)
             counts[kind] += len(loaded)
@@ -253,7 +255,7 @@ def _while_others_stream(bench: Bench, system: System, fresh: FreshAdapters) -> 
 
 
 def _register_for_loading(bench: Bench, system: System, fresh: FreshAdapters) -> dict[str, list[list[str]]]:
-    """Names of adapters that nobody uses, for each kind and repeat."""
+    """Names of adapters that nobody uses, for each kind and round."""
     size = bench.size
     makers: dict[str, Callable[[int], FreshAdapter]] = {
         "soft prompts": lambda number: fresh.soft_prompt(1000 + number, _VIRTUAL_TOKENS[0]),
@@ -262,7 +264,7 @@ def _register_for_loading(bench: Bench, system: System, fresh: FreshAdapters) ->
     counts = {"soft prompts": size.loads, "LoRAs": max(1, size.loads // 3)}
     names: dict[str, list[list[str]]] = {}
     for kind, make in makers.items():
-        count = counts[kind] * size.num_repeats
+        count = counts[kind] * _ROUNDS * size.num_repeats
         all_names = [f"load-{kind.lower().replace(' ', '-')}-{number}" for number in range(count)]
         register_all(system.registry, ((name, make(number)) for number, name in enumerate(all_names)), at_once=2)
         names[kind] = [all_names[start : start + counts[kind]] for start in range(0, count, counts[kind])]

@@ -78,6 +78,7 @@ class Uploads:
             sha256=registration.sha256,
             model=_shape_of(base),
             all_tasks=True,
+            with_norms=True,
         )
         # Longer than any upload may take: what is published cannot have expired.
         staged = StagedBlob(self._client, registration.sha256, ttl_s=int(self._limits.timeout_s) + 300)

@@ -4,7 +4,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import aclosing
-from functools import partial
+from functools import lru_cache, partial
 
 import grpc
 import structlog
@@ -40,6 +40,8 @@ _MAX_VALUE_BYTES = 4
 _GIB = 2**30
 _SHAPE_FIELDS = ("architecture", "hidden_size", "num_layers", "num_kv_heads", "head_dim", "vocab_size")
 
+# Adapters of one training script differ in their tensors alone.
+_parse_config = lru_cache(16)(parse_config)
 _log = structlog.get_logger()
 
 
@@ -184,7 +186,7 @@ class AdapterSource:
         """What is to come, before most of it has: nothing is taken in for a file that cannot be it."""
         if version.digest != ref.digest:
             raise DataCorrupted("the registry answered with another version than it was asked for")
-        spec = parse_config(version.config_json)
+        spec = _parse_config(version.config_json)
         task = choose_task(ref, spec.num_tasks)
         check_fits(version, self._base_model)
         verifier = AdapterVerifier(

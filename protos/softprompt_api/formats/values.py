@@ -16,7 +16,8 @@ FLOAT_DTYPES: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "
 _WITHOUT_SIGN: Mapping[int, np.ndarray] = {2: np.array(0x7FFF, dtype="<u2"), 4: np.array(0x7FFFFFFF, dtype="<u4")}
 
 # The smallest magnitude that rounds to infinity: halfway from a dtype's largest value to the next power of two.
-_OVERFLOW: Mapping[str, float] = {"float32": 2.0**128, "float16": 65520.0, "bfloat16": 2.0**128 - 2.0**119}
+# All are values of float32.
+_OVERFLOW: Mapping[str, float] = {"float32": np.inf, "float16": 65520.0, "bfloat16": 2.0**128 - 2.0**119}
 # The largest magnitude that rounds to zero in a dtype: half its smallest subnormal (ties go to even, to zero).
 _UNDERFLOW: Mapping[str, float] = {"float32": 0.0, "float16": 2.0**-25, "bfloat16": 2.0**-134}
 
@@ -77,8 +78,7 @@ def _are_sound(scans: Sequence["ValueScan"], data: memoryview) -> bool:
     sizes = [scan.missing_bytes // ITEM_BYTES[dtype] for scan in scans]
     starts = list(accumulate(sizes[:-1], initial=0))
     largest = as_float32(np.maximum.reduceat(_magnitudes(data, dtype), starts).tobytes(), dtype)
-    # float64 holds every limit; NaN is below none.
-    return bool(((largest > limits[0]) & (largest.astype(np.float64) < limits[1])).all())
+    return bool(((largest > limits[0]) & (largest < limits[1])).all())  # NaN is below none
 
 
 class ValueScan:
@@ -145,9 +145,9 @@ class ValueScan:
             self._norms.add(as_float32(data, self.info.dtype))
 
     def _refuse(self, values: np.ndarray) -> None:
-        # float64 holds every limit; negated, so that NaN counts as too large.
+        # Negated, so that NaN counts as too large.
         with np.errstate(invalid="ignore"):  # signalling NaNs
-            index = int(np.argmax(~(np.abs(values).astype(np.float64) < self.limits[1])))
+            index = int(np.argmax(~(np.abs(values) < self.limits[1])))
         row, column = divmod(self._num_seen + index, self.info.shape[-1])
         value = float(values[index])
         problem = f"has {value:g} at row {row}, column {column}"

@@ -28,7 +28,8 @@ class VerifiedAdapter:
         size_bytes: size of the file.
         sha256: hex, of the file.
         tensors: what is in it, by name, in order of their bytes.
-        row_norms: of the rows that stand for token embeddings; None for kinds without such rows.
+        row_norms: of the rows that stand for token embeddings; None for kinds without such rows, and where nobody
+            asked for them.
     """
 
     digest: str
@@ -58,6 +59,7 @@ class AdapterVerifier:
         model: the base model it is for.
         all_tasks: check at the end also what is computed of the tensors for each task, where that takes seconds
             at most, and 64 MiB; otherwise `read_adapter` does, for the task that it is asked for.
+        with_norms: measure the rows' norms.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class AdapterVerifier:
         sha256: str | None = None,
         model: ModelShape | None = None,
         all_tasks: bool = False,
+        with_norms: bool = False,
     ) -> None:
         self._model = model or ModelShape()
         spec.check_fits(self._model)
@@ -81,6 +84,7 @@ class AdapterVerifier:
         self._length_known = False
         self._tensors: dict[str, TensorInfo] | None = None
         self._scan: FileScan | None = None
+        self._with_norms = with_norms
         self._norms: RowNorms | None = None
         self._kept = bytearray() if all_tasks and spec.can_check_tasks() else None
 
@@ -157,7 +161,7 @@ class AdapterVerifier:
                 f"the adapter has rank {rank}; at most {self._model.max_lora_rank} is served", field="config.r"
             )
         embeddings = self._spec.embeddings()
-        if embeddings in self._tensors:
+        if self._with_norms and embeddings in self._tensors:
             self._norms = RowNorms(*self._tensors[embeddings].shape)
         self._scan = FileScan(
             ValueScan(info, self._model.dtype, self._norms if name == embeddings else None)

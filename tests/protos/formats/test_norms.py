@@ -37,7 +37,7 @@ def test_a_verified_embedding_adapter_has_the_norms_of_its_rows(dtype: type) -> 
     rows = np.random.default_rng(1).standard_normal((5, 16)).astype(dtype)
     data = save({"prompt_embeddings": rows}, metadata={"format": "pt"})
     config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 5, "token_dim": 16}
-    verifier = AdapterVerifier(parse_config(json.dumps(config)), size_bytes=len(data))
+    verifier = AdapterVerifier(parse_config(json.dumps(config)), size_bytes=len(data), with_norms=True)
     for start in range(0, len(data), 33):
         verifier.feed(data[start : start + 33])
     found, wanted = verifier.finish().row_norms, expected(rows)
@@ -55,7 +55,7 @@ def test_keys_and_values_have_no_norms_to_compare() -> None:
         "num_layers": 2,
         "num_attention_heads": 2,
     }
-    verifier = AdapterVerifier(parse_config(json.dumps(config)), size_bytes=len(data))
+    verifier = AdapterVerifier(parse_config(json.dumps(config)), size_bytes=len(data), with_norms=True)
     verifier.feed(data)
     assert verifier.finish().row_norms is None
 

@@ -4,11 +4,12 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import struct
 import tracemalloc
 import zipfile
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -48,11 +49,24 @@ def entry(dtype: str = "F32", shape: object = (NUM_ROWS, HIDDEN), offsets: objec
 
 
 def verify(data: bytes, *, piece_bytes: int = 1000, **expected: object):
+    """What is verified; whether norms are measured beside it changes nothing else."""
     shape = {field.name: expected.pop(field.name) for field in fields(ModelShape) if field.name in expected}
-    verifier = AdapterVerifier(SPEC, **{"size_bytes": len(data), **expected}, model=ModelShape(**shape))
-    for start in range(0, len(data), piece_bytes):
-        verifier.feed(data[start : start + piece_bytes])
-    return verifier.finish()
+
+    def feed_all(*, with_norms: bool):
+        options = {"size_bytes": len(data), **expected, "model": ModelShape(**shape), "with_norms": with_norms}
+        verifier = AdapterVerifier(SPEC, **options)
+        for start in range(0, len(data), piece_bytes):
+            verifier.feed(data[start : start + piece_bytes])
+        return verifier.finish()
+
+    try:
+        verified = feed_all(with_norms=False)
+    except AdapterInvalid as error:
+        with pytest.raises(AdapterInvalid, match=f"^{re.escape(error.message)}$"):
+            feed_all(with_norms=True)
+        raise
+    assert verified == replace(feed_all(with_norms=True), row_norms=None)
+    return verified
 
 
 @pytest.mark.parametrize(
