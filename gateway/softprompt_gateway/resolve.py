@@ -218,24 +218,28 @@ class Resolver:
         return self._lease.is_held()
 
     def known(self, named: Named) -> Target | None:
-        """The same by what was last heard, without asking anybody; None where that is not enough to answer."""
-        bases = self._inference.known_bases
-        return self._found(named, bases, self._catalog.state) if bases else None
+        """The same by what was last heard, without asking anybody; None where that is not enough to answer.
 
-    def _find(self, named: Named, bases: Bases, _state: tuple[int, int]) -> Target | None:
+        Raises ModelNotFound for what can be no name.
+        """
+        bases = self._inference.known_bases
         try:
-            base, front, inside = self._parse_all(named, bases)
-            versions: dict[AdapterRef, AdapterVersion] = {}
-            for asked in (*front, *inside):
-                whole = named.caller.own(asked.ref.whole)
-                # A digest may have to be looked for among all that there is, which takes longer than a question.
-                version = None if whole.digest else self._catalog.find(whole)
-                if version is None:
-                    return None
-                versions[asked.ref.whole] = _told(version, named.caller)
-            return _target(named, bases, base, front, inside, versions)
-        except errors.SoftpromptError:
+            return self._found(named, bases, self._catalog.state) if bases else None
+        except (errors.SoftpromptError, _Missing):
             return None
+
+    def _find(self, named: Named, bases: Bases, _state: tuple[int, int]) -> Target:
+        """What is known of it; it raises otherwise, so that nothing is kept of what strangers make up."""
+        base, front, inside = self._parse_all(named, bases)
+        versions: dict[AdapterRef, AdapterVersion] = {}
+        for asked in (*front, *inside):
+            whole = named.caller.own(asked.ref.whole)
+            # A digest may have to be looked for among all that there is, which takes longer than a question.
+            version = None if whole.digest else self._catalog.find(whole)
+            if version is None:
+                raise _Missing(asked)
+            versions[asked.ref.whole] = _told(version, named.caller)
+        return _target(named, bases, base, front, inside, versions)
 
     def _parse_all(self, named: Named, bases: Bases) -> tuple[GetModelResponse | None, list[_Asked], list[_Asked]]:
         """The base model that is named, the adapters in front, and those inside the prompt."""
