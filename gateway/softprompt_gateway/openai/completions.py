@@ -1,7 +1,6 @@
 """`POST /v1/completions`: the request, and how its answers are spelled."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Any, TypeGuard
 
 from pydantic import Field, PlainValidator, field_validator, model_validator
@@ -158,14 +157,10 @@ class CompletionRequest(GenerationFields):
 
     def _params(self) -> SamplingParams:
         is_ranked = self.generated_per_prompt > self.choices_per_prompt
-        params = self.sampling(
+        told = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return self.sampling(
             max_tokens=DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens,
             logprobs=0 if is_ranked and self.logprobs is None else self.logprobs,
-        )
-        told = [self.prompt_logprobs, self.logprobs if self.echo else None]
-        return replace(
-            params,
-            n=self.generated_per_prompt,
             prompt_logprobs=max((count for count in told if count is not None), default=None),
         )
 

@@ -233,6 +233,11 @@ class GenerationFields(RequestModel):
         return self.n or 1
 
     @property
+    def generated_per_prompt(self) -> int:
+        """As many, unless the best of several are answered."""
+        return self.choices_per_prompt
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
@@ -265,16 +270,19 @@ class GenerationFields(RequestModel):
         """The inference service's own fields as this route spells them."""
         return {STRUCTURED: self.form_field}
 
-    def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def sampling(
+        self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None
+    ) -> SamplingParams:
         """The checked parameters, the same that every service checks."""
         given = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
         bias = {int(key): value for key, value in (self.logit_bias or {}).items()}
         return SamplingParams(
             **given,
-            n=self.choices_per_prompt,
+            n=self.generated_per_prompt,
             logit_bias=bias,
             max_tokens=max_tokens,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             structured_outputs=self.form.params if self.form else None,
         )
 
