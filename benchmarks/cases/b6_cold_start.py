@@ -35,7 +35,7 @@ _PROMPT_TOKENS = 32
 _VIRTUAL_TOKENS = (20, 100)
 _RANK = 16
 _MAX_STREAMS = 8
-# Of streaming, in each repeat: one has 127 steps, of which p99 is the second longest.
+# Of streaming, in each repeat: one has 125 gaps between steps, of which p99 is the second longest.
 _ROUNDS = 3
 # Loads while others stream: how long each waits behind the one before.
 _PAUSES_S = {"soft prompts": 0.1, "LoRAs": 0.4}

@@ -47,6 +47,7 @@ from softprompt_inference.engine.messages import (
 )
 from softprompt_inference.model.runner import ModelRunner, load_runner
 from softprompt_inference.model.source import native_kernels_dir
+from softprompt_kernels import native
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -657,3 +658,27 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 def llama(lab: Lab) -> Path:
     """Folder of a tiny Llama."""
     return lab.model("llama")
+
+
+@pytest.fixture
+def native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native kernels are in use."""
+    monkeypatch.setattr(native, "_library", None)
+    try:
+        native.load(native_kernels_dir())
+    except native.CannotCompile as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def pairs(native_kernels: None) -> None:
+    """Native kernels are in use that can compute layers in bfloat16."""
+    if not native.supports_linear(torch.zeros(2, 2, dtype=torch.bfloat16)):
+        pytest.skip("this processor does not multiply pairs of bfloat16")
+
+
+@pytest.fixture
+def wide(native_kernels: None) -> None:
+    """Native kernels are in use that can compute layers in float32."""
+    if not native.supports_wide(torch.zeros(2, 2)):
+        pytest.skip("this processor has no wide vectors")

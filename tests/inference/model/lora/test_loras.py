@@ -12,7 +12,6 @@ from softprompt_inference.model.lora import loras as loras_module
 from softprompt_inference.model.lora.context import build_tiles, is_attached
 from softprompt_inference.model.lora.loras import Loras, plan_fixed_bytes
 from softprompt_inference.model.lora.weights import ProductWeights
-from softprompt_inference.model.source import native_kernels_dir
 from softprompt_inference.model.swaps.verify import relative_error
 from softprompt_kernels import native
 from softprompt_kernels.native import memory
@@ -25,13 +24,6 @@ Q = "model.layers.0.self_attn.q_proj"
 def load(lab: Any, name: str = "llama", dtype: str = "float32") -> LoadedModel:
     config = EngineConfig(model_path=str(lab.model(name)), device="cpu", dtype=dtype)
     return load_model(config, lambda _: None)
-
-
-def load_kernels() -> None:
-    try:
-        native.load(native_kernels_dir())
-    except native.CannotCompile as error:
-        pytest.skip(str(error))
 
 
 def make_loras(loaded: LoadedModel) -> Loras:
@@ -76,22 +68,26 @@ def logits(loaded: LoadedModel, x: Tensor, slots: list[int]) -> Tensor:
             detach(spec.module)
 
 
-def test_memory_of_a_dropped_lora_is_the_next_ones(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_library", None)
-    load_kernels()
+def test_memory_of_a_dropped_lora_is_the_next_ones(lab: Any, pairs: None, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(lab, dtype="bfloat16")
     loras, x = make_loras(loaded), torch.randn(1, 3, loaded.hidden_size).bfloat16()
+    sizes, make_region = [], memory._map
+
+    def noted(size: int) -> Any:
+        sizes.append(size)
+        return make_region(size)
+
+    monkeypatch.setattr(memory, "_map", noted)
     fill(loras, 1, lora(loaded, seed=1))
-    wanted = logits(loaded, x, [1] * 3)
+    wanted, needed = logits(loaded, x, [1] * 3), len(sizes)
+    assert needed
     loras.drop(1)
-    made: list[int] = []
-    monkeypatch.setattr(memory, "_map", made.append)
     fill(loras, 3, lora(loaded, seed=2))
     assert relative_error(logits(loaded, x, [3] * 3), wanted) > 0.1
     loras.drop(3)
     fill(loras, 0, lora(loaded, seed=1))
     assert torch.equal(logits(loaded, x, [0] * 3), wanted)
-    assert not made
+    assert len(sizes) == needed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -132,12 +128,13 @@ def test_a_slot_is_filled_piece_by_piece_and_the_others_compute_on(
 @pytest.mark.parametrize("with_kernels", [False, True])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
 def test_in_bfloat16_a_lora_is_as_exact_as_the_model(
-    lab: Any, name: str, with_kernels: bool, monkeypatch: pytest.MonkeyPatch
+    lab: Any, name: str, with_kernels: bool, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fused layers and packed weights included; beside the same in float32, no further off than without a LoRA."""
-    monkeypatch.setattr(native, "_library", None)
     if with_kernels:
-        load_kernels()
+        request.getfixturevalue("native_kernels")
+    else:
+        monkeypatch.setattr(native, "_library", None)
     exact, rounded = load(lab, name), load(lab, name, "bfloat16")
     x = torch.randn(1, 9, exact.hidden_size, generator=torch.Generator().manual_seed(1)).bfloat16()
     for loaded in (exact, rounded):

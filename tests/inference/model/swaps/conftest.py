@@ -1,4 +1,4 @@
-"""Native kernels, of which every part of a fused layer is one; and LoRAs for a loaded model."""
+"""LoRAs for a loaded model."""
 
 from collections.abc import Callable
 
@@ -7,32 +7,6 @@ import torch
 from softprompt_inference.engine.messages import LoadLora, LoraModule
 from softprompt_inference.model.loader import LoadedModel
 from softprompt_inference.model.lora.loras import Loras
-from softprompt_inference.model.source import native_kernels_dir
-from softprompt_kernels import native
-
-
-@pytest.fixture
-def native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Native kernels are in use."""
-    monkeypatch.setattr(native, "_library", None)
-    try:
-        native.load(native_kernels_dir())
-    except native.CannotCompile as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture
-def pairs(native_kernels: None) -> None:
-    """Native kernels are in use that can compute layers in bfloat16."""
-    if not native.supports_linear(torch.zeros(2, 2, dtype=torch.bfloat16)):
-        pytest.skip("this processor does not multiply pairs of bfloat16")
-
-
-@pytest.fixture
-def wide(native_kernels: None) -> None:
-    """Native kernels are in use that can compute layers in float32."""
-    if not native.supports_wide(torch.zeros(2, 2)):
-        pytest.skip("this processor has no wide vectors")
 
 
 @pytest.fixture
