@@ -1,8 +1,8 @@
 """CPU kernels in C, used where `load` could compile them; without them torch's operations do the same.
 
 They are plain C over pointers: every shape, dtype and stride is checked here or by the operation that calls.
-`ops.c`, `decode.c` with its parts and `panels.c` are for any processor, `wide.c` and `wide_chunk.c` for most, the
-others for those that multiply pairs of bfloat16 themselves.
+`ops.c`, `decode.c` with its parts, `layer.c` and `panels.c` are for any processor, `wide.c` and `wide_chunk.c` for
+most, the others for those that multiply pairs of bfloat16 themselves. How threads share the work is in `team.h`.
 """
 
 import ctypes
@@ -80,9 +80,9 @@ def load(cache_dir: Path) -> None:
     library.softprompt_rms_norm.argtypes = [*[c_void_p] * 5, *[c_int64] * 7, c_int, c_int, c_float, c_int]
     library.softprompt_rms_norm.restype = c_int
     library.softprompt_rope.argtypes = [*[c_void_p] * 6, *[c_int64] * 7, *[c_int] * 6]
-    library.softprompt_rope.restype = None
+    library.softprompt_rope.restype = c_int
     library.softprompt_has_linear.restype = c_int
-    library.softprompt_linear.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 2, *[c_void_p] * 2, c_int]
+    library.softprompt_linear.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 2, *[c_void_p] * 3, c_int]
     library.softprompt_linear.restype = c_int
     library.softprompt_has_wide.restype = c_int
     library.softprompt_wide_linear.argtypes = library.softprompt_linear.argtypes
@@ -90,14 +90,14 @@ def load(cache_dir: Path) -> None:
     for chunk in (library.softprompt_paged_chunk, library.softprompt_wide_chunk):
         chunk.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, *[c_int] * 5, c_float, c_int]
         chunk.restype = c_int
-    library.softprompt_layer_before.argtypes = [*[c_void_p] * 8, *[c_int64] * 3, c_int, c_void_p, c_int]
+    library.softprompt_layer_before.argtypes = [*[c_void_p] * 8, *[c_int64] * 3, c_int, *[c_void_p] * 2, c_int]
     library.softprompt_layer_before.restype = c_int
-    library.softprompt_layer_after.argtypes = [*[c_void_p] * 7, c_int64, c_void_p, c_int]
+    library.softprompt_layer_after.argtypes = [*[c_void_p] * 7, c_int64, *[c_void_p] * 2, c_int]
     library.softprompt_layer_after.restype = c_int
     library.softprompt_layers.argtypes = [
         *[c_void_p] * 3,
         c_int64,
-        *[c_void_p] * 6,
+        *[c_void_p] * 5,
         *[c_int64] * 3,
         c_int,
         c_void_p,
@@ -218,7 +218,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     assert _library is not None
     num_tokens, num_heads, dim = q.shape
     q_out, k_out = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
-    _library.softprompt_rope(
+    failed = _library.softprompt_rope(
         q_out.data_ptr(),
         k_out.data_ptr(),
         q.data_ptr(),
@@ -239,6 +239,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
         DTYPES[cos.dtype],
         torch.get_num_threads(),
     )
+    if failed:
+        raise MemoryError("a rotation found no memory for its threads")
     return q_out, k_out
 
 
@@ -366,6 +368,7 @@ def linear(
         gated,
         None if loras is None else loras.address,
         None if step is None else step.address,
+        None,
         torch.get_num_threads(),
     )
     if failed:

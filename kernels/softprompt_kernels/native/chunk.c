@@ -23,10 +23,8 @@ int softprompt_paged_prefix(float *prefix, const void *q, const void *keys, cons
 #else
 
 #include "amx.h"
+#include "team.h"
 #include "tile.h"
-
-#include <stdlib.h>
-#include <string.h>
 
 enum { MOST_ROWS = AMX_ROWS, BLOCK = 32 };  // BLOCK: queries that share a packing
 enum { AHEAD = 2 * LANES };                 // positions that are fetched into the cache before they are packed
@@ -39,22 +37,13 @@ typedef struct {
     uint16_t *weights;  // [MOST_ROWS][positions]
 } Buffers;
 
-// This thread's buffers; keys is NULL where memory was refused. They are kept from call to call, as large as the largest
-// was: memory that is new costs a fault for each of its pages.
+// This thread's buffers; keys is NULL where memory was refused.
 static Buffers allocate(int64_t positions, int dim) {
-    static _Thread_local void *memory;
-    static _Thread_local size_t size;
+    static _Thread_local Kept kept;
     size_t halves = (size_t)positions * dim, rows = MOST_ROWS * (size_t)positions;
     size_t bytes = (2 * halves + rows + (size_t)MOST_ROWS * dim) * sizeof(uint16_t) + rows * sizeof(float);
-    Buffers b = {0};
-    if (bytes > size) {
-        free(memory);
-        size = (bytes + 127) / 64 * 64;
-        memory = aligned_alloc(64, size);
-        if (!memory) size = 0;
-    }
-    if (!memory) return b;
-    b.keys = memory;
+    Buffers b = {.keys = softprompt_keep(&kept, bytes)};
+    if (!b.keys) return b;
     b.values = b.keys + halves;
     b.scores = (float *)(b.values + halves);
     b.weights = (uint16_t *)(b.scores + rows);
@@ -203,57 +192,53 @@ int softprompt_paged_chunk(void *out, const void *q, const void *keys, const voi
                            int64_t num_queries, int64_t context, int64_t q_row, int64_t q_head, int num_heads,
                            int num_kv_heads, int dim, int page_size, int window, float scale, int num_threads) {
     const int group = num_heads / num_kv_heads, amx = softprompt_has_amx(), most_rows = amx ? AMX_ROWS : MAX_ROWS;
+    const int64_t work = num_queries * context * dim;
+    if (num_threads)
+        TOGETHER(num_threads, work, 1,
+                 softprompt_paged_chunk(out, q, keys, values, pages, num_queries, context, q_row, q_head, num_heads,
+                                        num_kv_heads, dim, page_size, window, scale, 0));
     // Half blocks where whole ones would leave threads without work.
-    const int size = (num_queries + BLOCK - 1) / BLOCK * num_kv_heads < 4 * num_threads ? BLOCK / 2 : BLOCK;
+    const int size = (num_queries + BLOCK - 1) / BLOCK * num_kv_heads < 4 * softprompt_num_threads() ? BLOCK / 2 : BLOCK;
     const int blocks = (int)((num_queries + size - 1) / size);
     const int64_t row = (int64_t)num_kv_heads * dim, step = PANELS * LANES;
-    int failed = 0;
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && num_queries * context * dim > PARALLEL_WORK)
-    {
-        int shaped = 0;
-        Buffers b = allocate((context + 2 * step) / step * step, dim);
-        if (!b.keys) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(dynamic)
-        for (int task = 0; task < blocks * num_kv_heads; task++) {
-            if (!b.keys) continue;
-            // The longest contexts first.
-            const int head = task % num_kv_heads, block = blocks - 1 - task / num_kv_heads;
-            const int64_t start = (int64_t)block * size, stop = least(num_queries, start + size);
-            const int64_t ahead = context - num_queries;  // positions before the first query's own
-            const int64_t first = window ? most(0, ahead + start + 1 - window) / step * step : 0;
-            const int64_t positions = (ahead + stop - first + step - 1) / step * step;
-            pack(&b, (const uint16_t *)keys + head * dim, (const uint16_t *)values + head * dim, pages, first, positions,
-                 ahead + stop, row, dim, page_size);
-            const int64_t rows = (stop - start) * group;
-            for (int64_t r = 0; r < rows; r += most_rows) {
-                const int count = (int)least(most_rows, rows - r);
-                uint16_t *to[MOST_ROWS];
-                float scales[MOST_ROWS];
-                int64_t lows[MOST_ROWS], highs[MOST_ROWS];
-                for (int m = 0; m < count; m++) {
-                    const int64_t query = start + (r + m) / group, h = (int64_t)head * group + (r + m) % group;
-                    memcpy(b.queries + m * dim, (const uint16_t *)q + query * q_row + h * q_head, (size_t)dim * 2);
-                    to[m] = (uint16_t *)out + (query * num_heads + h) * dim;
-                    highs[m] = ahead + query + 1 - first;
-                    lows[m] = window ? most(0, highs[m] - window) : 0;
-                }
-                const int64_t from = lows[0] / step * step, end = (highs[count - 1] + step - 1) / step * step;
-                if (amx && count != shaped) amx_shape(shaped = count);
-                score(amx, count, &b, from, end, positions, dim);
-                for (int m = 0; m < count; m++) {
-                    float top;
-                    scales[m] = 1 / soften(b.scores + m * positions, b.weights + m * positions, from, end, lows[m],
-                                           highs[m], scale, &top);
-                }
-                mix(amx, count, &b, to, scales, from, end, positions, dim);
+    int shaped = 0;
+    Buffers b = allocate((context + 2 * step) / step * step, dim);
+    if (!b.keys) return 1;
+    for (Share s = softprompt_share(blocks * num_kv_heads, work); softprompt_next(&s);) {
+        // The longest contexts first.
+        const int head = (int)(s.pass % num_kv_heads), block = blocks - 1 - (int)(s.pass / num_kv_heads);
+        const int64_t start = (int64_t)block * size, stop = least(num_queries, start + size);
+        const int64_t ahead = context - num_queries;  // positions before the first query's own
+        const int64_t first = window ? most(0, ahead + start + 1 - window) / step * step : 0;
+        const int64_t positions = (ahead + stop - first + step - 1) / step * step;
+        pack(&b, (const uint16_t *)keys + head * dim, (const uint16_t *)values + head * dim, pages, first, positions,
+             ahead + stop, row, dim, page_size);
+        const int64_t rows = (stop - start) * group;
+        for (int64_t r = 0; r < rows; r += most_rows) {
+            const int count = (int)least(most_rows, rows - r);
+            uint16_t *to[MOST_ROWS];
+            float scales[MOST_ROWS];
+            int64_t lows[MOST_ROWS], highs[MOST_ROWS];
+            for (int m = 0; m < count; m++) {
+                const int64_t query = start + (r + m) / group, h = (int64_t)head * group + (r + m) % group;
+                memcpy(b.queries + m * dim, (const uint16_t *)q + query * q_row + h * q_head, (size_t)dim * 2);
+                to[m] = (uint16_t *)out + (query * num_heads + h) * dim;
+                highs[m] = ahead + query + 1 - first;
+                lows[m] = window ? most(0, highs[m] - window) : 0;
             }
+            const int64_t from = lows[0] / step * step, end = (highs[count - 1] + step - 1) / step * step;
+            if (amx && count != shaped) amx_shape(shaped = count);
+            score(amx, count, &b, from, end, positions, dim);
+            for (int m = 0; m < count; m++) {
+                float top;
+                scales[m] = 1 / soften(b.scores + m * positions, b.weights + m * positions, from, end, lows[m],
+                                       highs[m], scale, &top);
+            }
+            mix(amx, count, &b, to, scales, from, end, positions, dim);
         }
-        if (shaped) amx_release();
     }
-    return failed;
+    if (shaped) amx_release();
+    return 0;
 }
 
 // One query of each of n sequences, at `rows` of q, and the first `length` positions, whose pages they share: of each
@@ -265,46 +250,42 @@ int softprompt_paged_prefix(float *prefix, const void *q, const void *keys, cons
     const int group = num_heads / num_kv_heads, amx = softprompt_has_amx(), most_rows = amx ? AMX_ROWS : MAX_ROWS;
     const int64_t row = (int64_t)num_kv_heads * dim, step = PANELS * LANES, width = dim + LANES, total = n * group;
     const int64_t positions = (length + step - 1) / step * step, blocks = (total + most_rows - 1) / most_rows;
-    // Each task packs for itself: no more of them than keep all threads busy.
-    const int64_t parts = num_kv_heads % num_threads ? least(blocks, num_threads) : 1;
-    int failed = 0;
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && n * length * dim > PARALLEL_WORK)
-    {
-        int shaped = 0;
-        Buffers b = allocate(positions, dim);
-        if (!b.keys) {
-#pragma omp atomic write
-            failed = 1;
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < parts * num_kv_heads; task++) {
-            if (!b.keys) continue;
-            const int64_t head = task % num_kv_heads, part = task / num_kv_heads;
-            pack(&b, (const uint16_t *)keys + head * dim, (const uint16_t *)values + head * dim, pages, 0, positions,
-                 length, row, dim, page_size);
-            for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; block++) {
-                const int64_t start = total * block / blocks;
-                const int count = (int)(total * (block + 1) / blocks - start);
-                float *to[MOST_ROWS], sums[MOST_ROWS][PANELS * LANES];
-                for (int m = 0; m < count; m++) {
-                    const int64_t at = rows[(start + m) / group], h = head * group + (start + m) % group;
-                    memcpy(b.queries + m * dim, (const uint16_t *)q + at * q_row + h * q_head, (size_t)dim * 2);
-                    to[m] = prefix + (at * num_heads + h) * width;
-                }
-                if (amx && count != shaped) amx_shape(shaped = count);
-                score(amx, count, &b, 0, positions, positions, dim);
-                for (int m = 0; m < count; m++)
-                    to[m][dim + 1] = soften(b.scores + m * positions, b.weights + m * positions, 0, positions, 0,
-                                            length, scale, to[m] + dim);
-                for (int d = 0; d < dim; d += PANELS * LANES) {
-                    mix_columns(amx, count, sums[0], PANELS * LANES, &b, 0, positions, positions, d);
-                    for (int m = 0; m < count; m++) memcpy(to[m] + d, sums[m], sizeof sums[m]);
-                }
+    const int64_t work = n * length * dim;
+    if (num_threads)
+        TOGETHER(num_threads, work, 1,
+                 softprompt_paged_prefix(prefix, q, keys, values, pages, rows, n, length, q_row, q_head, num_heads,
+                                         num_kv_heads, dim, page_size, scale, 0));
+    // Each part packs for itself: no more of them than keep all threads busy.
+    const int64_t parts = num_kv_heads % softprompt_num_threads() ? least(blocks, softprompt_num_threads()) : 1;
+    int shaped = 0;
+    Buffers b = allocate(positions, dim);
+    if (!b.keys) return 1;
+    for (Share s = softprompt_share(parts * num_kv_heads, work); softprompt_next(&s);) {
+        const int64_t head = s.pass % num_kv_heads, part = s.pass / num_kv_heads;
+        pack(&b, (const uint16_t *)keys + head * dim, (const uint16_t *)values + head * dim, pages, 0, positions,
+             length, row, dim, page_size);
+        for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; block++) {
+            const int64_t start = total * block / blocks;
+            const int count = (int)(total * (block + 1) / blocks - start);
+            float *to[MOST_ROWS], sums[MOST_ROWS][PANELS * LANES];
+            for (int m = 0; m < count; m++) {
+                const int64_t at = rows[(start + m) / group], h = head * group + (start + m) % group;
+                memcpy(b.queries + m * dim, (const uint16_t *)q + at * q_row + h * q_head, (size_t)dim * 2);
+                to[m] = prefix + (at * num_heads + h) * width;
+            }
+            if (amx && count != shaped) amx_shape(shaped = count);
+            score(amx, count, &b, 0, positions, positions, dim);
+            for (int m = 0; m < count; m++)
+                to[m][dim + 1] = soften(b.scores + m * positions, b.weights + m * positions, 0, positions, 0,
+                                        length, scale, to[m] + dim);
+            for (int d = 0; d < dim; d += PANELS * LANES) {
+                mix_columns(amx, count, sums[0], PANELS * LANES, &b, 0, positions, positions, d);
+                for (int m = 0; m < count; m++) memcpy(to[m] + d, sums[m], sizeof sums[m]);
             }
         }
-        if (shaped) amx_release();
     }
-    return failed;
+    if (shaped) amx_release();
+    return 0;
 }
 
 #endif

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from softprompt_kernels import native
-from softprompt_kernels.native.attention import prefix_room
 from softprompt_kernels.native.lora import LoraStep, PackedLoras
 from softprompt_kernels.paged_attention.reference import Plan
 
@@ -45,7 +44,7 @@ class _Layer(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = [
         *[(name, c_void_p) for name in ("slots", "page_table", "rows", "sequences", "ends", "starts")],
-        *[(name, c_void_p) for name in ("chunks", "prefixes", "prefix")],
+        *[(name, c_void_p) for name in ("chunks", "prefixes")],
         *[(name, c_int64) for name in ("num_decodes", "num_chunks", "num_prefixes", "table_width")],
         ("page_size", c_int),
     ]
@@ -154,10 +153,11 @@ class DecoderLayer:
             sin.stride(0),
             native.DTYPES[cos.dtype],
             None if step is None else step.address,
+            None,
             torch.get_num_threads(),
         )
         if failed:
-            raise MemoryError("a norm found no memory for a row")
+            raise MemoryError("a layer found no memory for its threads' rows")
         return q, k, qkv[:, -num_kv_heads * dim :].view(rows, num_kv_heads, dim)
 
     def after(self, attended: Tensor, hidden: Tensor, step: LoraStep | None = None) -> Tensor:
@@ -179,10 +179,11 @@ class DecoderLayer:
             hidden.data_ptr(),
             rows,
             None if step is None else step.address,
+            None,
             torch.get_num_threads(),
         )
         if failed:
-            raise MemoryError("a norm found no memory for a row")
+            raise MemoryError("a layer found no memory for its threads' rows")
         return out
 
 
@@ -197,11 +198,6 @@ class DecoderLayers:
             raise ValueError(f"layers of one shape are needed, not of {sorted({each.shape for each in layers})}")
         self._weights = tuple(layers)
         self._layers = (_Layer * len(layers))(*(layer._layer for layer in layers))
-        heads, kv_heads, dim, qkv, gated, hidden = layers[0].shape
-        self._heads = (heads, dim)
-        self._row_elements = 2 * heads * dim + kv_heads * dim + qkv + gated + 3 * hidden
-        # Kept from step to step: memory that is new costs a fault for each of its pages.
-        self._scratch = torch.empty(0, dtype=layers[0].dtype)
 
     def __call__(
         self,
@@ -227,10 +223,7 @@ class DecoderLayers:
         """
         assert not plan.groups, "torch's part of a plan is not done here"
         rows, (keys, values) = len(hidden), zip(*pages, strict=True)
-        if self._scratch.numel() < rows * self._row_elements:
-            self._scratch = torch.empty(rows * self._row_elements, dtype=self._scratch.dtype)
         decodes = plan.decodes
-        prefix = prefix_room(rows if plan.prefixes else 0, *self._heads)
         chunks = torch.tensor([(each.sequence, each.start, each.stop, each.context) for each in plan.chunks])
         prefixes = torch.tensor(
             [(each.rows.data_ptr(), each.pages.data_ptr(), len(each.rows), each.length) for each in plan.prefixes]
@@ -244,7 +237,6 @@ class DecoderLayers:
             starts=None if decodes is None or decodes.starts is None else decodes.starts.data_ptr(),
             chunks=chunks.data_ptr(),
             prefixes=prefixes.data_ptr(),
-            prefix=prefix.data_ptr(),
             num_decodes=0 if decodes is None else len(decodes.rows),
             num_chunks=len(chunks),
             num_prefixes=len(prefixes),
@@ -259,7 +251,6 @@ class DecoderLayers:
             len(self._layers),
             ctypes.byref(step),
             out.data_ptr(),
-            self._scratch.data_ptr(),
             hidden.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),

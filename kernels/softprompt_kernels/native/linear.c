@@ -13,7 +13,7 @@ int softprompt_has_linear(void) { return 0; }
 
 int softprompt_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
                       int64_t rows, int64_t x_row, int64_t columns, int64_t pairs, int activation, int gated,
-                      const LoraTable *table, const LoraStep *step, int num_threads) {
+                      const LoraTable *table, const LoraStep *step, void *h, int num_threads) {
     return 0;
 }
 
@@ -21,9 +21,8 @@ int softprompt_linear(void *out, const void *x, const void *weights, const float
 
 #include "amx.h"
 #include "lora.h"
+#include "team.h"
 #include "tile.h"
-
-#include <stdlib.h>
 
 enum { IDENTITY = 0, SILU = 1, GELU_TANH = 2 };
 
@@ -125,46 +124,50 @@ static void amx_rows(int64_t rows, const uint16_t *x, int64_t x_row, const Panel
 
 // out [rows, columns] = act(x [rows, K] @ w.T + bias) + addend (like out, or NULL); gated: act(x @ gate.T + bias) *
 // (x @ up.T + bias), where gate's and up's panels take turns. The weights' columns, and the bias in float32, are padded
-// to pairs of panels. `table` and `step`: LoRA, or NULL.
+// to pairs of panels. `table` and `step`: LoRA, or NULL; a team has room for `h` then, see softprompt_lora_room. Returns
+// 0, or 1 where memory was refused.
 int softprompt_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
                       int64_t rows, int64_t x_row, int64_t columns, int64_t pairs, int activation, int gated,
-                      const LoraTable *table, const LoraStep *step, int num_threads) {
-    LoraRows lora;
-    if (softprompt_lora_begin(&lora, table, step, rows, sizeof(uint16_t))) return 1;
+                      const LoraTable *table, const LoraStep *step, void *h, int num_threads) {
     const int64_t width = gated ? LANES : PANELS * LANES, both = pairs * 2 * LANES * PANELS;
     const int amx = has_amx && pairs % AMX_PAIRS == 0, most = amx ? AMX_ROWS : MAX_ROWS;
     const int64_t groups = (columns + width - 1) / width, blocks = (rows + most - 1) / most;
     const int64_t work = rows * groups * both;
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && work > PARALLEL_WORK)
-    {
-        if (lora.h) softprompt_lora_shrink(&lora, step, x, x_row, pairs);
-        int64_t shaped = 0;
-#pragma omp for schedule(static)
-        for (int64_t group = 0; group < groups; group++) {
-            Panels w = {.pairs = pairs, .activation = activation, .gated = gated, .panel = group * PANELS};
-            w.lora = lora.h ? &lora : 0;
-            w.weights = (const uint16_t *)weights + group * both;
-            w.bias = bias ? bias + group * PANELS * LANES : 0;
-            for (int64_t block = 0; block < blocks; block++) {
-                const int64_t start = rows * block / blocks, count = rows * (block + 1) / blocks - start;
-                const uint16_t *from = (const uint16_t *)x + start * x_row;
-                const int64_t place = start * columns + group * width, rest = columns - group * width;
-                uint16_t *to = (uint16_t *)out + place;
-                const uint16_t *plus = addend ? (const uint16_t *)addend + place : 0;
-                w.row = start;
-                // The last pass over a group fetches the next one.
-                w.next = block == blocks - 1 && group + 1 < groups ? w.weights + both : 0;
-                if (amx) {
-                    if (count != shaped) amx_shape(shaped = count);
-                    amx_rows(count, from, x_row, &w, to, plus, columns, rest);
-                } else {
-                    some_rows(count, from, x_row, &w, to, plus, columns, rest);
-                }
+    if (num_threads) {
+        LoraStep whole;
+        const size_t room = softprompt_lora_room(table, step, rows, sizeof(uint16_t));
+        if (softprompt_lora_prepare(&whole, &step, rows, &h, room)) return 1;
+        TOGETHER(num_threads, work, 2,
+                 softprompt_linear(out, x, weights, bias, addend, rows, x_row, columns, pairs, activation, gated, table,
+                                   step, h, 0));
+    }
+    const LoraRows lora = softprompt_lora_rows(table, step, h);
+    if (lora.h) softprompt_lora_shrink(&lora, step, x, x_row, pairs);
+    int64_t shaped = 0;
+    for (Share s = softprompt_share(groups, work); softprompt_next(&s);) {
+        const int64_t group = s.pass;
+        Panels w = {.pairs = pairs, .activation = activation, .gated = gated, .panel = group * PANELS};
+        w.lora = lora.h ? &lora : 0;
+        w.weights = (const uint16_t *)weights + group * both;
+        w.bias = bias ? bias + group * PANELS * LANES : 0;
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t start = rows * block / blocks, count = rows * (block + 1) / blocks - start;
+            const uint16_t *from = (const uint16_t *)x + start * x_row;
+            const int64_t place = start * columns + group * width, rest = columns - group * width;
+            uint16_t *to = (uint16_t *)out + place;
+            const uint16_t *plus = addend ? (const uint16_t *)addend + place : 0;
+            w.row = start;
+            // The last pass over a group fetches the next one.
+            w.next = block == blocks - 1 && group + 1 < groups ? w.weights + both : 0;
+            if (amx) {
+                if (count != shaped) amx_shape(shaped = count);
+                amx_rows(count, from, x_row, &w, to, plus, columns, rest);
+            } else {
+                some_rows(count, from, x_row, &w, to, plus, columns, rest);
             }
         }
-        if (shaped) amx_release();
     }
-    free(lora.slots);
+    if (shaped) amx_release();
     return 0;
 }
 

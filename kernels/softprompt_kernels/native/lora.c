@@ -2,26 +2,33 @@
 
 #include "lora.h"
 
-#include <stdlib.h>
-
-int softprompt_lora_begin(LoraRows *lora, const LoraTable *table, const LoraStep *step, int64_t rows,
-                          int64_t item_bytes) {
-    *lora = (LoraRows){.table = table};
-    if (!table || !step || !table->max_rank) return 0;
+LoraRows softprompt_lora_rows(const LoraTable *table, const LoraStep *step, void *h) {
     int changes = 0;
-    for (int64_t i = 0; i < step->num_tiles; i++)
+    for (int64_t i = 0; table && step && table->max_rank && i < step->num_tiles; i++)
         for (int64_t slice = 0; slice < table->num_slices; slice++)
             changes |= step->tiles[3 * i + 2] && table->ranks[step->tiles[3 * i] * table->num_slices + slice];
-    if (!changes) return 0;
-    const size_t values = (size_t)rows * table->num_slices * table->max_rank;
-    lora->slots = malloc((size_t)rows * sizeof *lora->slots + values * (size_t)item_bytes);
-    if (!lora->slots) return 1;
-    lora->h = lora->slots + rows;
-    for (int64_t row = 0; row < rows; row++) lora->slots[row] = -1;
-    for (int64_t i = 0; i < step->num_tiles; i++) {
-        const int32_t *tile = step->tiles + 3 * i;
-        for (int32_t place = tile[1]; place < tile[1] + tile[2]; place++) lora->slots[step->order[place]] = tile[0];
+    return (LoraRows){.table = table, .slots = changes ? step->slots : 0, .h = changes ? h : 0};
+}
+
+size_t softprompt_lora_room(const LoraTable *table, const LoraStep *step, int64_t rows, int64_t item_bytes) {
+    if (!table || !step) return 0;
+    return whole_lines((size_t)rows * table->num_slices * table->max_rank * (size_t)item_bytes);
+}
+
+int softprompt_lora_prepare(LoraStep *whole, const LoraStep **step, int64_t rows, void **h, size_t room) {
+    static _Thread_local Kept kept;
+    if (!*step) return 0;
+    *h = softprompt_keep(&kept, room + (size_t)rows * sizeof(int32_t));
+    if (!*h) return 1;
+    int32_t *slots = (int32_t *)((char *)*h + room);
+    for (int64_t row = 0; row < rows; row++) slots[row] = -1;
+    for (int64_t i = 0; i < (*step)->num_tiles; i++) {
+        const int32_t *tile = (*step)->tiles + 3 * i;
+        for (int32_t place = tile[1]; place < tile[1] + tile[2]; place++) slots[(*step)->order[place]] = tile[0];
     }
+    *whole = **step;
+    whole->slots = slots;
+    *step = whole;
     return 0;
 }
 
@@ -95,9 +102,8 @@ void softprompt_lora_shrink(const LoraRows *lora, const LoraStep *step, const ui
     const int64_t h_row = table->num_slices * table->max_rank;
     const int amx = softprompt_has_amx() && pairs % AMX_PAIRS == 0;
     int64_t shaped = 0;
-#pragma omp for schedule(dynamic)
-    for (int64_t index = 0; index < lora_num_parts(table, step); index++) {
-        const LoraPart part = lora_part(table, step, index);
+    for (Share s = lora_share_parts(table, step, 2 * pairs); softprompt_next(&s);) {
+        const LoraPart part = lora_part(table, step, s.pass);
         const uint16_t *a = (const uint16_t *)table->a[part.at] + part.panel * pairs * 2 * LANES;
         for (int64_t i = 0, count; i < part.count; i += count) {
             uint16_t *h = (uint16_t *)lora->h + part.rows[i] * h_row + part.column;

@@ -6,18 +6,24 @@
 #ifndef SOFTPROMPT_LORA_H
 #define SOFTPROMPT_LORA_H
 
-#include "native.h"
+#include "team.h"
 
 // The tokens of one product. Without a LoRA among them that changes it, h is NULL.
 typedef struct {
     const LoraTable *table;
-    int32_t *slots;  // of each row; -1: none
-    void *h;         // [rows][slices][max_rank], of the product's dtype
+    const int32_t *slots;  // of each row; -1: none
+    void *h;               // [rows][slices][max_rank], of the product's dtype
 } LoraRows;
 
-// Returns 0, or 1 where memory was refused. Table and step may be NULL: no token has a LoRA. `slots` is to be freed.
-int softprompt_lora_begin(LoraRows *lora, const LoraTable *table, const LoraStep *step, int64_t rows,
-                          int64_t item_bytes);
+// `h` has room as softprompt_lora_room says. Table and step may be NULL: no token has a LoRA.
+LoraRows softprompt_lora_rows(const LoraTable *table, const LoraStep *step, void *h);
+
+// Bytes of h for one product, in whole cache lines.
+size_t softprompt_lora_room(const LoraTable *table, const LoraStep *step, int64_t rows, int64_t item_bytes);
+
+// Has `step`, unless NULL, be `whole`, a copy that knows the slots of `rows` rows, and `h` have so much room. Both are this
+// thread's, until it is called again. Returns 0, or 1 where memory was refused.
+int softprompt_lora_prepare(LoraStep *whole, const LoraStep **step, int64_t rows, void **h, size_t room);
 
 // Makes h in bfloat16. To be called by all threads of a team; it is there for all of them when they return.
 void softprompt_lora_shrink(const LoraRows *lora, const LoraStep *step, const uint16_t *x, int64_t x_row,
@@ -35,6 +41,13 @@ typedef struct {
 
 static inline int64_t lora_num_parts(const LoraTable *table, const LoraStep *step) {
     return step->num_tiles * table->num_slices * (table->max_rank / LANES);
+}
+
+// The parts, shared by a team; `size` is that of a token.
+static inline Share lora_share_parts(const LoraTable *table, const LoraStep *step, int64_t size) {
+    int64_t rows = 0;
+    for (int64_t i = 0; i < step->num_tiles; i++) rows += step->tiles[3 * i + 2];
+    return softprompt_share(lora_num_parts(table, step), rows * table->num_slices * table->max_rank * size);
 }
 
 // Part `index`; count 0 where the slot's rank is lower.

@@ -26,7 +26,7 @@ class _Table(ctypes.Structure):
 
 
 class _Step(ctypes.Structure):
-    _fields_ = [("order", c_void_p), ("tiles", c_void_p), ("num_tiles", c_int64)]
+    _fields_ = [("order", c_void_p), ("tiles", c_void_p), ("num_tiles", c_int64), ("slots", c_void_p)]
 
 
 class LoraStep:

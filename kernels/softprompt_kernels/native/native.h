@@ -36,14 +36,15 @@ static inline float exp_within(float x) {
     return p * scale;
 }
 
-// Below so many multiplications, waking another thread costs more than it saves.
+// Below so many multiplications, a second thread costs more than it saves.
 static const int64_t PARALLEL_WORK = 150000;
 
 int softprompt_paged_decode(void *out, const void *q, const void *keys, const void *values, const int32_t *page_table,
                             const int32_t *ends, const int32_t *rows, const int32_t *sequences,
                             const float *sinks, const int32_t *starts, const float *prefix, int64_t n,
-                            int64_t table_width, int64_t q_row_stride, int64_t q_head_stride, int num_heads, int num_kv_heads, int dim, int page_size, int dtype,
-                            int window, float scale, float softcap, int num_threads);
+                            int64_t table_width, int64_t q_row_stride, int64_t q_head_stride, int num_heads,
+                            int num_kv_heads, int dim, int page_size, int dtype, int window, float scale,
+                            float softcap, int num_threads);
 
 int softprompt_paged_prefix(float *prefix, const void *q, const void *keys, const void *values, const int32_t *pages,
                             const int32_t *rows, int64_t n, int64_t length, int64_t q_row, int64_t q_head,
@@ -70,10 +71,10 @@ int softprompt_rms_norm(void *out, void *sum, const void *x, const void *residua
                         int64_t residual_outer_stride, int64_t residual_inner_stride, int dtype, int unit_offset,
                         float eps, int num_threads);
 
-void softprompt_rope(void *q_out, void *k_out, const void *q, const void *k, const void *cosines, const void *sines,
-                     int64_t n, int64_t q_row_stride, int64_t q_head_stride, int64_t k_row_stride,
-                     int64_t k_head_stride, int64_t cos_stride, int64_t sin_stride, int num_heads, int num_kv_heads,
-                     int dim, int dtype, int table_dtype, int num_threads);
+int softprompt_rope(void *q_out, void *k_out, const void *q, const void *k, const void *cosines, const void *sines,
+                    int64_t n, int64_t q_row_stride, int64_t q_head_stride, int64_t k_row_stride,
+                    int64_t k_head_stride, int64_t cos_stride, int64_t sin_stride, int num_heads, int num_kv_heads,
+                    int dim, int dtype, int table_dtype, int num_threads);
 
 int softprompt_has_linear(void);
 
@@ -100,15 +101,15 @@ typedef struct {
     const int64_t *order;
     const int32_t *tiles;  // [num_tiles][3]: slot, first, count
     int64_t num_tiles;
+    const int32_t *slots;  // of each row, -1: none; see softprompt_lora_prepare
 } LoraStep;
 
-// Returns 0, or 1 where memory for LoRA was refused.
 int softprompt_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
                       int64_t rows, int64_t x_row, int64_t columns, int64_t pairs, int activation, int gated,
-                      const LoraTable *table, const LoraStep *step, int num_threads);
+                      const LoraTable *table, const LoraStep *step, void *h, int num_threads);
 
 int softprompt_wide_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
                            int64_t rows, int64_t x_row, int64_t columns, int64_t size, int activation, int gated,
-                           const LoraTable *table, const LoraStep *step, int num_threads);
+                           const LoraTable *table, const LoraStep *step, void *h, int num_threads);
 
 #endif

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "team.h"
 #include "vectors.h"
 
 // keys[slots[t]] = k[t] and the same for values; [slots, num_kv_heads, dim] with dense rows, k and v with strides.
@@ -38,39 +39,34 @@ int softprompt_rms_norm(
     int64_t size, int64_t x_outer_stride, int64_t x_inner_stride, int64_t residual_outer_stride,
     int64_t residual_inner_stride, int dtype, int unit_offset, float eps, int num_threads) {
     Rows from = {x, x_outer_stride, x_inner_stride}, plus = {residual, residual_outer_stride, residual_inner_stride};
-    int64_t count = outer * inner;
-    int failed = 0;
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && count * size > PARALLEL_WORK)
-    {
-        float *restrict h = malloc((size_t)size * 3 * sizeof(float)), *restrict w = h + size, *restrict r = w + size;
-        if (!h) {
-#pragma omp atomic write
-            failed = 1;
-        } else {
-            load(w, weight, 0, (int)size, dtype);
-            if (unit_offset)
-                for (int64_t i = 0; i < size; i++) w[i] += 1;
+    const int64_t count = outer * inner, work = count * size;
+    if (num_threads)
+        TOGETHER(num_threads, work, 1,
+                 softprompt_rms_norm(out, sum, x, residual, weight, outer, inner, size, x_outer_stride, x_inner_stride,
+                                     residual_outer_stride, residual_inner_stride, dtype, unit_offset, eps, 0));
+    static _Thread_local Kept kept;
+    float *restrict h = softprompt_keep(&kept, (size_t)size * 3 * sizeof(float));
+    if (!h) return 1;
+    float *restrict w = h + size, *restrict r = w + size;
+    load(w, weight, 0, (int)size, dtype);
+    if (unit_offset)
+        for (int64_t i = 0; i < size; i++) w[i] += 1;
+    for (Share s = softprompt_share(count, work); softprompt_next(&s);) {
+        load(h, from.data, row_offset(&from, s.pass, inner), (int)size, dtype);
+        if (residual) {
+            load(r, plus.data, row_offset(&plus, s.pass, inner), (int)size, dtype);
+            for (int64_t i = 0; i < size; i++) h[i] += r[i];
+            store(sum, s.pass * size, h, (int)size, dtype);
+            load(h, sum, s.pass * size, (int)size, dtype);
         }
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < count; row++) {
-            if (!h) continue;
-            load(h, from.data, row_offset(&from, row, inner), (int)size, dtype);
-            if (residual) {
-                load(r, plus.data, row_offset(&plus, row, inner), (int)size, dtype);
-                for (int64_t i = 0; i < size; i++) h[i] += r[i];
-                store(sum, row * size, h, (int)size, dtype);
-                load(h, sum, row * size, (int)size, dtype);
-            }
-            float squares = 0;
+        float squares = 0;
 #pragma omp simd reduction(+ : squares)
-            for (int64_t i = 0; i < size; i++) squares += h[i] * h[i];
-            float scale = 1 / sqrtf(squares / (float)size + eps);
-            for (int64_t i = 0; i < size; i++) h[i] = h[i] * scale * w[i];
-            store(out, row * size, h, (int)size, dtype);
-        }
-        free(h);
+        for (int64_t i = 0; i < size; i++) squares += h[i] * h[i];
+        float scale = 1 / sqrtf(squares / (float)size + eps);
+        for (int64_t i = 0; i < size; i++) h[i] = h[i] * scale * w[i];
+        store(out, s.pass * size, h, (int)size, dtype);
     }
-    return failed;
+    return 0;
 }
 
 static inline void rotate(void *out, const void *x, int64_t to, int64_t from, const float *restrict cosine,
@@ -85,14 +81,20 @@ static inline void rotate(void *out, const void *x, int64_t to, int64_t from, co
     store(out, to, turned, 2 * half, dtype);
 }
 
-// Half-split rotary embedding of q [n, num_heads, dim] and k [n, num_kv_heads, dim] by tables [n, dim].
-void softprompt_rope(
+// Half-split rotary embedding of q [n, num_heads, dim] and k [n, num_kv_heads, dim] by tables [n, dim]. Returns 0, or 1
+// where memory was refused.
+int softprompt_rope(
     void *q_out, void *k_out, const void *q, const void *k, const void *cosines, const void *sines, int64_t n,
     int64_t q_row_stride, int64_t q_head_stride, int64_t k_row_stride, int64_t k_head_stride, int64_t cos_stride,
     int64_t sin_stride, int num_heads, int num_kv_heads, int dim, int dtype, int table_dtype, int num_threads) {
-    int64_t work = n * (num_heads + num_kv_heads) * dim;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && work > PARALLEL_WORK)
-    for (int64_t t = 0; t < n; t++) {
+    const int64_t work = n * (num_heads + num_kv_heads) * dim;
+    if (num_threads)
+        TOGETHER(num_threads, work, 1,
+                 softprompt_rope(q_out, k_out, q, k, cosines, sines, n, q_row_stride, q_head_stride, k_row_stride,
+                                 k_head_stride, cos_stride, sin_stride, num_heads, num_kv_heads, dim, dtype, table_dtype,
+                                 0));
+    for (Share s = softprompt_share(n, work); softprompt_next(&s);) {
+        const int64_t t = s.pass;
         float cosine[MAX_DIM], sine[MAX_DIM];
         load(cosine, cosines, t * cos_stride, dim, table_dtype);
         load(sine, sines, t * sin_stride, dim, table_dtype);
@@ -103,6 +105,7 @@ void softprompt_rope(
             rotate(k_out, k, (t * num_kv_heads + h) * dim, t * k_row_stride + h * k_head_stride, cosine, sine,
                    dim / 2, dtype);
     }
+    return 0;
 }
 
 // columns[i]: the first of the largest values of row i, of x [n, size]; -1 where that is not finite, or a value is NaN.

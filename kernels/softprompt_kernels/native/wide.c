@@ -6,9 +6,8 @@
 // are cut: a single sum of all products would be off by two or three times as much.
 
 #include "lora.h"
+#include "team.h"
 #include "wide.h"
-
-#include <stdlib.h>
 
 #ifdef SOFTPROMPT_HAS_WIDE
 
@@ -68,11 +67,10 @@ static inline void activate(float *values, int activation) {
 // One row of a panel, or of gate's and up's: bias, activation, gate times up, what is added.
 static inline void finish(float *out, const float *addend, const float *sums, const float *up, const float *bias,
                           int64_t columns, int activation) {
-    float values[LANES], added[LANES] = {0};
+    float added[LANES] = {0};
     const int64_t count = columns < LANES ? columns : LANES;
-    const int is_whole = count == LANES;
-    if (addend && !is_whole) memcpy(added, addend, (size_t)count * sizeof *addend), addend = added;
-    vec *v = (vec *)(is_whole ? out : values);
+    if (addend && count < LANES) memcpy(added, addend, (size_t)count * sizeof *addend), addend = added;
+    vec v[PARTS];
     for (int p = 0; p < PARTS; p++) {
         v[p] = ((const vec *)sums)[p];
         if (bias) v[p] += ((const vec *)bias)[p];
@@ -84,16 +82,16 @@ static inline void finish(float *out, const float *addend, const float *sums, co
         v[p] *= sum;
     }
     for (int p = 0; addend && p < PARTS; p++) v[p] += ((const vec *)addend)[p];
-    if (!is_whole) memcpy(out, values, (size_t)count * sizeof *out);
+    if (count == LANES) memcpy(out, v, sizeof v);
+    else memcpy(out, v, (size_t)count * sizeof *out);
 }
 
 // Makes h of every token, see lora.h. To be called by all threads of a team.
 static void shrink(const LoraRows *lora, const LoraStep *step, const float *x, int64_t x_row, int64_t size) {
     const LoraTable *table = lora->table;
     const int64_t h_row = table->num_slices * table->max_rank;
-#pragma omp for schedule(dynamic)
-    for (int64_t index = 0; index < lora_num_parts(table, step); index++) {
-        const LoraPart part = lora_part(table, step, index);
+    for (Share s = lora_share_parts(table, step, size); softprompt_next(&s);) {
+        const LoraPart part = lora_part(table, step, s.pass);
         const float *a = (const float *)table->a[part.at] + part.panel * size * LANES;
         for (int64_t i = 0, count; i < part.count; i += count) {
             float sums[MAX_ROWS * LANES];
@@ -126,38 +124,42 @@ static void expand(float *sums, const LoraRows *lora, int64_t first, int64_t cou
 
 // out [rows, columns] = act(x [rows, size] @ w.T + bias) + addend (like out, or NULL); gated: act(x @ gate.T + bias) *
 // (x @ up.T + bias), where gate's and up's panels take turns. The weights are [panels][size][LANES] in bfloat16; their
-// columns, and the bias, are padded to whole panels. `table` and `step`: LoRA, or NULL.
+// columns, and the bias, are padded to whole panels. `table`, `step`, `h` and what it returns: as of softprompt_linear.
 int softprompt_wide_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
                            int64_t rows, int64_t x_row, int64_t columns, int64_t size, int activation, int gated,
-                           const LoraTable *table, const LoraStep *step, int num_threads) {
-    LoraRows lora;
-    if (softprompt_lora_begin(&lora, table, step, rows, sizeof(float))) return 1;
+                           const LoraTable *table, const LoraStep *step, void *h, int num_threads) {
     const int64_t panels = (columns + LANES - 1) / LANES, each = gated ? 2 : 1, whole = size * LANES;
-#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && rows * panels * each * whole > PARALLEL_WORK)
-    {
-        if (lora.h) shrink(&lora, step, x, x_row, size);
-#pragma omp for schedule(static)
-        for (int64_t panel = 0; panel < panels; panel++) {
-            float sums[2][BLOCK_ROWS * LANES];
-            const uint16_t *mine = (const uint16_t *)weights + panel * each * whole;
-            for (int64_t start = 0; start < rows; start += BLOCK_ROWS) {
-                const int64_t count = rows - start < BLOCK_ROWS ? rows - start : BLOCK_ROWS;
-                for (int64_t part = 0; part < each; part++) {
-                    const int is_last = panel + 1 == panels && part + 1 == each;
-                    product(sums[part], (const float *)x + start * x_row, x_row, count, mine + part * whole, size,
-                            is_last ? 0 : mine + (part + 1) * whole);
-                    if (lora.h) expand(sums[part], &lora, start, count, panel * each + part);
-                }
-                for (int64_t m = 0; m < count; m++) {
-                    const int64_t place = (start + m) * columns + panel * LANES;
-                    finish((float *)out + place, addend ? (const float *)addend + place : 0, sums[0] + m * LANES,
-                           gated ? sums[1] + m * LANES : 0, bias ? bias + panel * each * LANES : 0,
-                           columns - panel * LANES, activation);
-                }
+    const int64_t work = rows * panels * each * whole;
+    if (num_threads) {
+        LoraStep all;
+        const size_t room = softprompt_lora_room(table, step, rows, sizeof(float));
+        if (softprompt_lora_prepare(&all, &step, rows, &h, room)) return 1;
+        TOGETHER(num_threads, work, 2,
+                 softprompt_wide_linear(out, x, weights, bias, addend, rows, x_row, columns, size, activation, gated,
+                                        table, step, h, 0));
+    }
+    const LoraRows lora = softprompt_lora_rows(table, step, h);
+    if (lora.h) shrink(&lora, step, x, x_row, size);
+    for (Share s = softprompt_share(panels, work); softprompt_next(&s);) {
+        const int64_t panel = s.pass;
+        float sums[2][BLOCK_ROWS * LANES];
+        const uint16_t *mine = (const uint16_t *)weights + panel * each * whole;
+        for (int64_t start = 0; start < rows; start += BLOCK_ROWS) {
+            const int64_t count = rows - start < BLOCK_ROWS ? rows - start : BLOCK_ROWS;
+            for (int64_t part = 0; part < each; part++) {
+                const int is_last = panel + 1 == panels && part + 1 == each;
+                product(sums[part], (const float *)x + start * x_row, x_row, count, mine + part * whole, size,
+                        is_last ? 0 : mine + (part + 1) * whole);
+                if (lora.h) expand(sums[part], &lora, start, count, panel * each + part);
+            }
+            for (int64_t m = 0; m < count; m++) {
+                const int64_t place = (start + m) * columns + panel * LANES;
+                finish((float *)out + place, addend ? (const float *)addend + place : 0, sums[0] + m * LANES,
+                       gated ? sums[1] + m * LANES : 0, bias ? bias + panel * each * LANES : 0, columns - panel * LANES,
+                       activation);
             }
         }
     }
-    free(lora.slots);
     return 0;
 }
 
@@ -167,7 +169,7 @@ int softprompt_has_wide(void) { return 0; }
 
 int softprompt_wide_linear(void *out, const void *x, const void *weights, const float *bias, const void *addend,
                            int64_t rows, int64_t x_row, int64_t columns, int64_t size, int activation, int gated,
-                           const LoraTable *table, const LoraStep *step, int num_threads) {
+                           const LoraTable *table, const LoraStep *step, void *h, int num_threads) {
     return 0;
 }
 

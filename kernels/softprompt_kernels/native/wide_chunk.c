@@ -5,11 +5,10 @@
 // A row's answer is the same whichever rows stand beside it: sums over positions are cut where whole CUTs of them end, and
 // what a row does not see has the weight 0.
 
+#include "team.h"
 #include "wide.h"
 
 #include <math.h>
-#include <omp.h>
-#include <stdlib.h>
 
 #ifndef SOFTPROMPT_HAS_WIDE
 
@@ -46,18 +45,10 @@ typedef struct {
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Scores of each thread of a team, [threads][positions][LANES]; NULL where memory was refused. They are kept from call to
-// call, as many as the most were: memory that is new costs a fault for each of its pages.
-static float *room(int64_t threads, int64_t positions) {
-    static _Thread_local float *scores;
-    static _Thread_local int64_t size;
-    if (threads * positions > size) {
-        free(scores);
-        size = threads * positions;
-        scores = aligned_alloc(64, (size_t)size * LANES * sizeof *scores);
-        if (!scores) size = 0;
-    }
-    return scores;
+// This thread's scores, [positions][LANES]; NULL where memory was refused.
+static float *room(int64_t positions) {
+    static _Thread_local Kept kept;
+    return softprompt_keep(&kept, (size_t)positions * LANES * sizeof(float));
 }
 
 static Head head_of(const void *keys, const void *values, const int32_t *pages, int64_t kv_head, int num_kv_heads,
@@ -193,13 +184,16 @@ int softprompt_wide_chunk(void *out, const void *q, const void *keys, const void
     const int group = num_heads / num_kv_heads;
     const int64_t total = num_queries * group, blocks = (total + LANES - 1) / LANES;
     const int64_t ahead = context - num_queries;  // positions before the first query's own
-    float *scores = room(num_threads, context);
+    const int64_t work = num_queries * context * dim;
+    if (num_threads)
+        TOGETHER(num_threads, work, 1,
+                 softprompt_wide_chunk(out, q, keys, values, pages, num_queries, context, q_row, q_head, num_heads,
+                                       num_kv_heads, dim, page_size, window, scale, 0));
+    float *scores = room(context);
     if (!scores) return 1;
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads) \
-    if (num_threads > 1 && num_queries * context * dim > PARALLEL_WORK)
-    for (int64_t task = 0; task < blocks * num_kv_heads; task++) {
+    for (Share s = softprompt_share(blocks * num_kv_heads, work); softprompt_next(&s);) {
         // The longest contexts first.
-        const int64_t kv_head = task % num_kv_heads, start = (blocks - 1 - task / num_kv_heads) * LANES;
+        const int64_t kv_head = s.pass % num_kv_heads, start = (blocks - 1 - s.pass / num_kv_heads) * LANES;
         const Head head = head_of(keys, values, pages, kv_head, num_kv_heads, page_size, dim);
         Rows rows = {.count = (int)least(LANES, total - start)};
         float *to[LANES];
@@ -210,7 +204,7 @@ int softprompt_wide_chunk(void *out, const void *q, const void *keys, const void
             rows.lows[m] = window && window < rows.highs[m] ? rows.highs[m] - window : 0;
             to[m] = (float *)out + (query * num_heads + h) * dim;
         }
-        attend(&head, &rows, scores + omp_get_thread_num() * context * LANES, scale);
+        attend(&head, &rows, scores, scale);
         for (int m = 0; m < rows.count; m++) {
             const float share = 1 / rows.totals[m];
             for (int d = 0; d < dim; d++) to[m][d] = rows.sums[m][d] * share;
@@ -225,12 +219,15 @@ int softprompt_wide_prefix(float *prefix, const void *q, const void *keys, const
                            int num_heads, int num_kv_heads, int dim, int page_size, float scale, int num_threads) {
     const int group = num_heads / num_kv_heads;
     const int64_t width = dim + LANES, total = n * group, blocks = (total + LANES - 1) / LANES;
-    float *scores = room(num_threads, length);
+    const int64_t work = n * length * dim;
+    if (num_threads)
+        TOGETHER(num_threads, work, 1,
+                 softprompt_wide_prefix(prefix, q, keys, values, pages, rows_of_q, n, length, q_row, q_head, num_heads,
+                                        num_kv_heads, dim, page_size, scale, 0));
+    float *scores = room(length);
     if (!scores) return 1;
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads) \
-    if (num_threads > 1 && n * length * dim > PARALLEL_WORK)
-    for (int64_t task = 0; task < blocks * num_kv_heads; task++) {
-        const int64_t kv_head = task % num_kv_heads, block = task / num_kv_heads, start = total * block / blocks;
+    for (Share s = softprompt_share(blocks * num_kv_heads, work); softprompt_next(&s);) {
+        const int64_t kv_head = s.pass % num_kv_heads, block = s.pass / num_kv_heads, start = total * block / blocks;
         const Head head = head_of(keys, values, pages, kv_head, num_kv_heads, page_size, dim);
         Rows rows = {.count = (int)(total * (block + 1) / blocks - start)};
         float *to[LANES];
@@ -240,7 +237,7 @@ int softprompt_wide_prefix(float *prefix, const void *q, const void *keys, const
             rows.highs[m] = (int32_t)length;
             to[m] = prefix + (at * num_heads + h) * width;
         }
-        attend(&head, &rows, scores + omp_get_thread_num() * length * LANES, scale);
+        attend(&head, &rows, scores, scale);
         for (int m = 0; m < rows.count; m++) {
             memcpy(to[m], rows.sums[m], (size_t)dim * sizeof(float));
             to[m][dim] = rows.tops[m];
