@@ -16,6 +16,7 @@ from softprompt_inference.model.swaps import (
     residuals,
     rotary,
     stacks,
+    whole_model,
 )
 from softprompt_inference.model.swaps.verify import Swap, verify
 
@@ -39,6 +40,7 @@ def apply_swaps(model: nn.Module, lora: LoraContext, run: Callable[[], object]) 
         ("rotary embeddings with attention", lambda: deferred_rotary.find(model, run)),
         ("residual sums", lambda: residuals.find(model, run)),
         ("stacks of decoder layers", lambda: stacks.find(model, run)),
+        ("whole models", lambda: whole_model.find(model, run)),
     )
     for kind, find in finders:
         swaps = find()

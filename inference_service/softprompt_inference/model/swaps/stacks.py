@@ -87,12 +87,44 @@ def _stacks(calls: Sequence[_Call]) -> list[list[_Call]]:
     return stacks
 
 
-class _Stack:
-    def __init__(self, forwards: Sequence[FusedForward]) -> None:
-        self._forwards = forwards
+class Stack:
+    """Layers that one call computes.
+
+    Attributes:
+        layers: the modules.
+        forwards: theirs, one by one.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], forwards: Sequence[FusedForward]) -> None:
+        self.layers = layers
+        self.forwards = forwards
         self._attentions = [forward.attention for forward in forwards]
         self._layers = DecoderLayers([forward.decoder for forward in forwards])
         self._answer: Tensor | None = None
+
+    def compute(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+        """What the layers answer [1, T, hidden]; None for a step that goes through them one by one.
+
+        hidden_states  [1, T, hidden]
+        cos, sin       [T, D]
+        """
+        forward = self.forwards[0]
+        if forward.lora.step is not None and not all(each.takes_loras for each in self.forwards):
+            return None
+        step = paged_step(self._attentions, forward.call.sliding_window)
+        if step is None:
+            return None
+        answer = self._layers(
+            hidden_states[0],
+            cos,
+            sin,
+            step.pages,
+            slots=step.batch.slots,
+            page_table=step.batch.page_table,
+            plan=step.plan,
+            loras=forward.lora.step,
+        )
+        return answer[None]
 
     def first(
         self,
@@ -102,46 +134,48 @@ class _Stack:
         **others: Any,
     ) -> Tensor:
         """The forward of the first layer: hidden_states [1, T, hidden], cos and sin [1, T, D]"""
+        forward = self.forwards[0]
         self._answer = None
-        forward = self._forwards[0]
-        fits = forward.fits(hidden_states, attention_mask, position_embeddings)
-        fits = fits and all(each.takes_loras for each in self._forwards)
-        step = paged_step(self._attentions, forward.call.sliding_window) if fits else None
-        if step is None or position_embeddings is None:
-            return forward(
-                hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **others
-            )
-        cos, sin = position_embeddings
-        answer = self._layers(
-            hidden_states[0],
-            cos[0],
-            sin[0],
-            step.pages,
-            slots=step.batch.slots,
-            page_table=step.batch.page_table,
-            plan=step.plan,
-            loras=forward.lora.step,
+        if position_embeddings is not None and forward.fits(hidden_states, attention_mask, position_embeddings):
+            cos, sin = position_embeddings
+            self._answer = self.compute(hidden_states, cos[0], sin[0])
+        if self._answer is not None:
+            return self._answer
+        return forward(
+            hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **others
         )
-        self._answer = answer[None]
-        return self._answer
 
     def follow(self, index: int, hidden_states: Tensor, **others: Any) -> Tensor:
         """The forward of a later layer."""
         if hidden_states is not self._answer:
-            return self._forwards[index](hidden_states, **others)
-        if index == len(self._forwards) - 1:
+            return self.forwards[index](hidden_states, **others)
+        if index == len(self.forwards) - 1:
             self._answer = None
         return hidden_states
 
 
+def stack_of(layer: nn.Module) -> Stack | None:
+    """The stack that a layer is the first of, if there is one."""
+    forward = layer.__dict__.get("forward")
+    owner = getattr(forward, "__self__", None)
+    return owner if isinstance(owner, Stack) and forward == owner.first else None
+
+
 def _swap(calls: Sequence[_Call]) -> Swap:
     layers = [call.layer for call in calls]
-    stack = _Stack([call.forward for call in calls])
+    stack = Stack(layers, [call.forward for call in calls])
     forwards: list[Callable[..., Tensor]] = [stack.first]
     forwards += [partial(stack.follow, index) for index in range(1, len(layers))]
 
     def run(generator: Generator) -> Tensor:
-        return _run(layers, [call.forward for call in calls], generator)
+        def compute(hidden: Tensor, _positions: Tensor) -> Tensor:
+            shape = (1, hidden.shape[1], stack.forwards[0].call.q.shape[2])
+            cos, sin = (random_like(hidden, *shape, generator=generator) for _ in range(2))
+            for layer in layers:
+                hidden = layer(hidden, attention_mask=None, position_embeddings=(cos, sin))
+            return hidden
+
+        return run_steps(stack.forwards, compute, generator)
 
     parts = [
         swap_forward(layer, forward, name="", run=run) for layer, forward in zip(layers, forwards, strict=True)
@@ -149,15 +183,17 @@ def _swap(calls: Sequence[_Call]) -> Swap:
     return together(parts, name=f"stack of {len(layers)} decoder layers", run=run)
 
 
-def _run(layers: Sequence[nn.Module], forwards: Sequence[FusedForward], generator: Generator) -> Tensor:
-    """What the layers answer, one after the other, in steps over pages of their own."""
-    like, dim, context = forwards[0].norm_weight, forwards[0].call.q.shape[2], StepContext()
+def run_steps(
+    forwards: Sequence[FusedForward], compute: Callable[[Tensor, Tensor], Tensor], generator: Generator
+) -> Tensor:
+    """What `compute` makes of hidden states [1, T, hidden] at positions [1, T], in steps over pages of its own."""
+    like, context = forwards[0].norm_weight, StepContext()
     specs = [
         LayerSpec(
             module=forward.attention,
             num_heads=forward.call.q.shape[1],
             num_kv_heads=forward.call.k.shape[1],
-            head_dim=dim,
+            head_dim=forward.call.q.shape[2],
             sliding_window=forward.call.sliding_window,
         )
         for forward in forwards
@@ -168,12 +204,9 @@ def _run(layers: Sequence[nn.Module], forwards: Sequence[FusedForward], generato
     try:
         for spans in _STEPS:
             context.batch = build_step_batch(spans, page_size=_PAGE_SIZE, device=like.device)
-            num_tokens = sum(count for _, count, _ in spans)
-            hidden = random_like(like, 1, num_tokens, like.shape[0], generator=generator)
-            cos, sin = (random_like(like, 1, num_tokens, dim, generator=generator) for _ in range(2))
-            for layer in layers:
-                hidden = layer(hidden, attention_mask=None, position_embeddings=(cos, sin))
-            answers.append(hidden)
+            positions = context.batch.positions[None]
+            hidden = random_like(like, 1, positions.shape[1], like.shape[0], generator=generator)
+            answers.append(compute(hidden, positions))
     finally:
         for spec in specs:
             detach(spec.module)

@@ -63,12 +63,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def without_stacks(loaded: LoadedModel) -> LoadedModel:
+    loaded.model.__dict__.pop("forward", None)  # see whole_model
     for module in loaded.model.modules():
         forward = module.__dict__.get("forward")
         owner = getattr(getattr(forward, "func", forward), "__self__", None)
-        if isinstance(owner, stacks._Stack):
+        if isinstance(owner, stacks.Stack):
             index = forward.args[0] if hasattr(forward, "args") else 0
-            module.__dict__["forward"] = owner._forwards[index]
+            module.__dict__["forward"] = owner.forwards[index]
     return loaded
 
 
