@@ -230,21 +230,26 @@ def build_step_batch(
         prefix_lens: positions of the soft prompt that each begins with; empty: none of any.
         in_prompt: whether each one's tokens are of its prompt; empty: of none.
     """
-    starts, counts = (np.array([span[i] for span in spans]) for i in (0, 1))
-    num_pages = -(-(starts + counts) // page_size)
-    table = np.zeros((len(spans), num_pages.max()), dtype=np.int32)
-    for row, (_, _, page_ids), num in zip(table, spans, num_pages.tolist(), strict=True):
-        row[:num] = page_ids[:num]
-    query_start = np.concatenate([[0], counts.cumsum()])
-    sequences = np.repeat(np.arange(len(spans)), counts)
-    positions = np.arange(query_start[-1]) + (starts - query_start[:-1])[sequences]
-    slots = table[sequences, positions // page_size].astype(np.int64) * page_size + positions % page_size
+    # Lists, not arrays: of the few tokens of most steps, one operation of numpy takes as long as the whole loop.
+    positions: list[int] = []
+    slots: list[int] = []
+    query_start, context_lens = [0], []
+    for start, count, page_ids in spans:
+        stop = start + count
+        positions += range(start, stop)
+        slots += page_slots(page_ids, start, stop, page_size=page_size)
+        query_start.append(query_start[-1] + count)
+        context_lens.append(stop)
+    table = np.zeros((len(spans), -(-max(context_lens) // page_size)), dtype=np.int32)
+    for row, (_, _, page_ids), context_len in zip(table, spans, context_lens, strict=True):
+        num_pages = -(-context_len // page_size)
+        row[:num_pages] = page_ids[:num_pages]
     return StepBatch(
         positions=upload(positions, torch.int64, device),
         slots=upload(slots, torch.int64, device),
         page_table=upload(table, torch.int32, device),
         query_start=upload(query_start, torch.int32, device),
-        context_lens=upload(starts + counts, torch.int32, device),
+        context_lens=upload(context_lens, torch.int32, device),
         page_size=page_size,
         prefix_lens=prefix_lens,
         in_prompt=in_prompt,
