@@ -1,4 +1,4 @@
-"""Memory in huge pages, for weights that every step reads from end to end.
+"""Memory for weights: in huge pages for those that every step reads from end to end, or used again and again.
 
 Where an ordinary page of 4 KB ends, so does what the processor reads ahead, and the next has to be looked up; in a
 virtual machine, twice.
@@ -16,7 +16,7 @@ _REGION_BYTES = 64 * 2**20
 _ALIGNMENT = 64
 
 
-class HugePages:
+class Regions:
     """Gives out parts of large regions. A region is given back when the last tensor in it is gone."""
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class HugePages:
         self._taken = 0
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor of at least one value, in huge pages where the system has some."""
+        """A contiguous tensor of at least one value."""
         count = math.prod(shape)
         size = math.ceil(count * dtype.itemsize / _ALIGNMENT) * _ALIGNMENT
         if self._region is None or self._taken + size > len(self._region):
@@ -33,14 +33,27 @@ class HugePages:
         return torch.frombuffer(self._region, dtype=dtype, count=count, offset=place).view(tuple(shape))
 
     def _next_region(self, size: int) -> mmap.mmap:
-        return _map(max(size, _REGION_BYTES))
+        """Where the next of so many bytes goes."""
+        raise NotImplementedError
+
+
+class HugePages(Regions):
+    """In huge pages where the system has some."""
+
+    def _next_region(self, size: int) -> mmap.mmap:
+        region = _map(max(size, _REGION_BYTES))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            # A system without them says so; ordinary pages do too.
+            with contextlib.suppress(OSError):
+                region.madvise(mmap.MADV_HUGEPAGE)
+        return region
 
 
 class RegionPool:
-    """Regions that are used again and again.
+    """Regions that are used again and again, for what is loaded beside steps.
 
-    The system clears a page before it gives it out, and the host of a virtual machine may first have to find it:
-    0.1 ms of a huge page, or 5.
+    The system clears a page before it gives it out, and the host of a virtual machine may first have to find it.
+    That takes 5 ms at once where it is a huge one, and 10 µs for each of the 512 ordinary ones in its place.
 
     Args:
         region_bytes: of those that are kept.
@@ -62,7 +75,7 @@ class RegionPool:
             self._free.append(region)
 
 
-class PooledPages(HugePages):
+class PooledPages(Regions):
     """Gives out parts of a pool's regions. All that it gave out stays until `free`, whoever has the tensors."""
 
     def __init__(self, pool: RegionPool) -> None:
@@ -82,9 +95,4 @@ class PooledPages(HugePages):
 
 
 def _map(size: int) -> mmap.mmap:
-    region = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # A system without them says so; ordinary pages do too.
-        with contextlib.suppress(OSError):
-            region.madvise(mmap.MADV_HUGEPAGE)
-    return region
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from softprompt_kernels.native.memory import HugePages
+from softprompt_kernels.native.memory import Regions
 
 PANEL = 16
 
 
 def pack_panels(
-    library: ctypes.CDLL, matrices: Sequence[Tensor], memory: HugePages, *, beside: int, together: int = 1
+    library: ctypes.CDLL, matrices: Sequence[Tensor], memory: Regions, *, beside: int, together: int = 1
 ) -> Tensor:
     """[columns, size] → [panels, size / beside, 16, beside]; zeros fill it to multiples of both.
 

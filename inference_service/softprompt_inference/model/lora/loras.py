@@ -14,7 +14,7 @@ from softprompt_inference.model.lora.linears import Linear, find_products
 from softprompt_inference.model.lora.weights import ProductWeights, make_packed
 from softprompt_inference.model.transfer import upload_bytes
 
-# Some huge pages: what a LoRA leaves of its last region is lost while it is there.
+# What a LoRA leaves of its last region is lost while it is there.
 _REGION_BYTES = 4 * 2**20
 # What is loaded between two steps: about two milliseconds on a CPU, and one on a GPU.
 _PIECE_BYTES = {"cpu": 2**19, "cuda": 2**23}
@@ -88,6 +88,8 @@ class Loras:
         for module in lora.modules:
             self._check(module, DTYPES[lora.dtype].itemsize)
         num_bytes, piece_bytes = 0, _PIECE_BYTES[self._device.type]
+        if sum(len(module.a) + len(module.b) for module in lora.modules) > piece_bytes:
+            yield  # reading and checking what came was a piece
         for module in lora.modules:
             linear, weights, index = self._places[module.name]
             dtype = DTYPES[lora.dtype]
