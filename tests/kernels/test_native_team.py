@@ -188,6 +188,13 @@ def assert_same(answer: list[Tensor], expected: list[Tensor]) -> None:
         assert torch.equal(one, other)
 
 
+def assert_stalls_nobody(compute: Callable[[], list[Tensor]], stall: Stall, expected: list[Tensor]) -> None:
+    with before_parts(stall):
+        answer = compute()
+    assert stall.was_over, f"others waited in loop {stall.loop}"
+    assert_same(answer, expected)
+
+
 def test_a_step_has_loops_of_all_sorts(stack: Callable[[int], Stack]) -> None:
     plan = stack(40).plan
     assert len(plan.prefixes) == 1
@@ -205,11 +212,7 @@ def test_a_thread_put_aside_in_any_loop_holds_nobody_up_and_harms_nothing(
     torch.set_num_threads(threads)
     num_loops = count_loops(step.compute)
     for loop in range(num_loops):
-        stall = Stall(loop, until=num_loops - 1)
-        with before_parts(stall):
-            answer = step.compute()
-        assert stall.was_over, f"others waited in loop {loop}"
-        assert_same(answer, expected)
+        assert_stalls_nobody(step.compute, Stall(loop, until=num_loops - 1), expected)
 
 
 def test_memory_of_a_step_with_many_tokens_is_not_used_anew_while_a_thread_may_write_it(
@@ -220,11 +223,7 @@ def test_memory_of_a_step_with_many_tokens_is_not_used_anew_while_a_thread_may_w
     expected = step.compute()
     loops_of_a_layer = count_loops(step.compute) // _NUM_LAYERS
     for loop in range(loops_of_a_layer):
-        stall = Stall(loop, until=loops_of_a_layer - 1)
-        with before_parts(stall):
-            answer = step.compute()
-        assert stall.was_over, f"others waited in loop {loop}"
-        assert_same(answer, expected)
+        assert_stalls_nobody(step.compute, Stall(loop, until=loops_of_a_layer - 1), expected)
     stall = Stall(0, until=loops_of_a_layer, timeout_s=0.2)
     with before_parts(stall):
         answer = step.compute()
@@ -246,9 +245,4 @@ def test_a_product_alone_waits_for_nobody_either(
     def compute() -> list[Tensor]:
         return [native.linear(x, packed, None, columns=160, loras=loras, step=step)]
 
-    expected = compute()
-    stall = Stall(loop, until=1)
-    with before_parts(stall):
-        answer = compute()
-    assert stall.was_over
-    assert_same(answer, expected)
+    assert_stalls_nobody(compute, Stall(loop, until=1), expected=compute())

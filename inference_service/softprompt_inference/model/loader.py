@@ -143,7 +143,7 @@ def load_model(config: EngineConfig, report: Callable[[str], None]) -> LoadedMod
         if device.type == "cpu":
             _leave_file(model)
         with refused("its forward fails once its weights are prepared"):
-            apply_swaps(model, loaded.lora, lambda: run_once(model))
+            apply_swaps(model, loaded.lora, lambda: run_once(model), max_positions=max_positions)
             check_against_eager(loaded, reference)
     except Unsupported as error:
         raise _unsupported(type(model).__name__, error.message) from error

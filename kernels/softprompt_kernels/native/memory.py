@@ -7,6 +7,7 @@ virtual machine, twice.
 import contextlib
 import math
 import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ _REGION_BYTES = 64 * 2**20
 _ALIGNMENT = 64
 
 
-class Regions:
+class Regions(ABC):
     """Gives out parts of large regions. A region is given back when the last tensor in it is gone."""
 
     def __init__(self) -> None:
@@ -32,9 +33,9 @@ class Regions:
         place, self._taken = self._taken, self._taken + size
         return torch.frombuffer(self._region, dtype=dtype, count=count, offset=place).view(tuple(shape))
 
+    @abstractmethod
     def _next_region(self, size: int) -> mmap.mmap:
         """Where the next of so many bytes goes."""
-        raise NotImplementedError
 
 
 class HugePages(Regions):

@@ -75,6 +75,12 @@ _WINDOW = 24
 TINY_CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": transformers.LlamaConfig(**_GQA),
     "llama_wide": transformers.LlamaConfig(**_GQA, head_dim=32),
+    # Frequencies change for all positions once there is one behind the 1,026th.
+    "llama_dynamic": transformers.LlamaConfig(
+        **{**_GQA, "max_position_embeddings": 1026},
+        head_dim=32,
+        rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    ),
     "llama_widest": transformers.LlamaConfig(**_GQA, head_dim=320),
     "mistral": transformers.MistralConfig(**_GQA, sliding_window=_WINDOW),
     "qwen2": transformers.Qwen2Config(**_GQA),

@@ -23,12 +23,13 @@ from softprompt_inference.model.swaps.verify import Swap, verify
 _log = logging.getLogger(__name__)
 
 
-def apply_swaps(model: nn.Module, lora: LoraContext, run: Callable[[], object]) -> None:
+def apply_swaps(model: nn.Module, lora: LoraContext, run: Callable[[], object], *, max_positions: int) -> None:
     """Replace what can be computed faster, in place; whatever does not verify stays as it was.
 
     Args:
         lora: of the steps to come.
         run: runs the model once on a few tokens.
+        max_positions: longest sequence it will be given.
     """
     finders: tuple[tuple[str, Callable[[], list[Swap]]], ...] = (
         ("norms", lambda: norms.find(model)),
@@ -40,7 +41,7 @@ def apply_swaps(model: nn.Module, lora: LoraContext, run: Callable[[], object]) 
         ("rotary embeddings with attention", lambda: deferred_rotary.find(model, run)),
         ("residual sums", lambda: residuals.find(model, run)),
         ("stacks of decoder layers", lambda: stacks.find(model, run)),
-        ("whole models", lambda: whole_model.find(model, run)),
+        ("whole models", lambda: whole_model.find(model, run, max_positions=max_positions)),
     )
     for kind, find in finders:
         swaps = find()

@@ -36,8 +36,12 @@ class _Call:
 
 
 @torch.inference_mode()
-def find(model: nn.Module, run: Callable[[], object]) -> list[Swap]:
-    """The model itself, if one run of it shows no more than that."""
+def find(model: nn.Module, run: Callable[[], object], *, max_positions: int) -> list[Swap]:
+    """The model itself, if one run of it shows no more than that.
+
+    Args:
+        max_positions: longest sequence for which a position's rotary embedding does not depend on others.
+    """
     calls: list[_Call] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any, answer: Any) -> None:
@@ -62,7 +66,7 @@ def find(model: nn.Module, run: Callable[[], object]) -> list[Swap]:
             stack=stack,
             norm=norm.module,
             head=head.module,
-            tables=_Tables(rotary.module),
+            tables=_Tables(rotary.module, max_positions),
             original=model.forward,
             answer=type(whole.answer),
         )
@@ -89,17 +93,22 @@ def _swap(model: nn.Module, forward: "_Forward") -> Swap:
 class _Tables:
     """Cosines and sines of the rotary embedding by position.
 
-    They depend on no other position: the loader lets none come where they would.
+    None is kept from behind `max_positions`, where some embeddings become others for all positions.
     """
 
-    def __init__(self, rotary: nn.Module) -> None:
+    def __init__(self, rotary: nn.Module, max_positions: int) -> None:
         self._rotary = rotary
+        self._max_positions = max_positions
         self._cos = self._sin = torch.empty(0)
 
     def find(self, hidden_states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [T, D] of positions [T], as for hidden states like these."""
-        if (last := int(positions.max())) >= len(self._cos):
-            every = torch.arange((last // _BLOCK + 1) * _BLOCK)
+        last = int(positions.max())
+        if last >= self._max_positions:
+            cos, sin = self._rotary(hidden_states, positions[None])
+            return cos[0], sin[0]
+        if last >= len(self._cos):
+            every = torch.arange(min((last // _BLOCK + 1) * _BLOCK, self._max_positions))
             self._cos, self._sin = (table[0] for table in self._rotary(hidden_states, every[None]))
         return self._cos[positions], self._sin[positions]
 

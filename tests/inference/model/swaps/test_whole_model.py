@@ -10,7 +10,7 @@ from softprompt_inference.model.attention import CallRecorder, StepContext, atta
 from softprompt_inference.model.loader import LoadedModel, load_model
 from softprompt_inference.model.lora.context import build_tiles
 from softprompt_inference.model.swaps import whole_model
-from softprompt_inference.model.swaps.verify import verify
+from softprompt_inference.model.swaps.verify import Swap, verify
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
@@ -74,7 +74,9 @@ def without(loaded: LoadedModel) -> LoadedModel:
 
 
 @pytest.mark.parametrize(
-    ("kind", "steps"), [(kind, _STEPS) for kind in ("llama", "mistral", "qwen2")] + [("llama_wide", _LONG_STEPS)]
+    ("kind", "steps"),
+    [(kind, _STEPS) for kind in ("llama", "mistral", "qwen2")]
+    + [(kind, _LONG_STEPS) for kind in ("llama_wide", "llama_dynamic")],
 )
 def test_a_model_in_one_piece_answers_the_same(lab: Any, kind: str, steps: Any, dtype: torch.dtype) -> None:
     loaded = load(lab, kind, dtype)
@@ -114,7 +116,7 @@ def test_a_head_whose_logits_are_changed_behind_it_is_left_alone(
         return answer
 
     monkeypatch.setattr(type(loaded.model), "forward", scaled)
-    assert whole_model.find(loaded.model, lambda: run(loaded)) == []
+    assert find(loaded) == []
 
 
 def test_embeddings_that_are_changed_before_the_layers_are_left_alone(
@@ -128,12 +130,12 @@ def test_embeddings_that_are_changed_before_the_layers_are_left_alone(
         return original(self, *args, inputs_embeds=inputs_embeds * 2, **kwargs)
 
     monkeypatch.setattr(decoder, "forward", scaled)
-    assert whole_model.find(loaded.model, lambda: run(loaded)) == []
+    assert find(loaded) == []
 
 
 def test_what_answers_otherwise_is_undone(lab: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = without(load(lab, "llama", dtype))
-    [swap] = whole_model.find(loaded.model, lambda: run(loaded))
+    [swap] = find(loaded)
     original = whole_model._Tables.find
     monkeypatch.setattr(whole_model._Tables, "find", lambda self, x, positions: original(self, x, positions * 2))
     assert not verify(swap)
@@ -156,6 +158,10 @@ def test_calls_of_another_kind_go_through_transformers_code(lab: Any, dtype: tor
     assert len(calls) == 4
     assert torch.equal(whole.logits[:, -1:], last.logits)
     assert by_ids.logits.shape == whole.logits.shape
+
+
+def find(loaded: LoadedModel) -> list[Swap]:
+    return whole_model.find(loaded.model, lambda: run(loaded), max_positions=loaded.max_positions)
 
 
 def run(loaded: LoadedModel) -> None:
