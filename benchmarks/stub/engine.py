@@ -63,6 +63,10 @@ class FixedStepRunner:
     def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
         """Take no notice: nothing is computed from rows."""
 
+    def load_key_values(self, first_id: int, adapter: LoadAdapter) -> Iterator[None]:  # noqa: ARG002
+        """Take no notice."""
+        return iter(())
+
     def drop_rows(self, first_id: int) -> None:
         """Take no notice."""
 

@@ -119,7 +119,9 @@ class FakeRunner:
     searches: list[FakeSearch] = field(default_factory=list)
     copied_positions: int = 0
     written_positions: int = 0
-    _given: set[int] = field(default_factory=set)  # first ids of adapters of keys and values
+    key_value_pieces: int = 1  # in which keys and values come in
+    key_values: dict[int, str] = field(default_factory=dict)  # first id → digest, of those that have come in
+    _given: set[int] = field(default_factory=set)  # ids that stand for keys and values
     events: list[str] = field(default_factory=list)  # launches, with what they are, and results
     _tokens: list[int] = field(default_factory=list)  # of the last step, as the device has them
     _cells: dict[tuple[int, int], tuple[int, bytes]] = field(default_factory=dict)
@@ -137,19 +139,32 @@ class FakeRunner:
         return len(self.computed_ids)
 
     def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
+        assert not adapter.are_key_values
         if self.load_error:
             raise self.load_error
+        self._put_rows(first_id, adapter)
+
+    def load_key_values(self, first_id: int, adapter: LoadAdapter) -> Iterator[None]:
+        assert adapter.are_key_values
+        for _ in range(self.key_value_pieces - 1):
+            yield
+        if self.load_error:
+            raise self.load_error
+        self._put_rows(first_id, adapter)
+        self._given.update(range(first_id, first_id + adapter.num_virtual_tokens))
+        self.key_values[first_id] = adapter.digest
+
+    def _put_rows(self, first_id: int, adapter: LoadAdapter) -> None:
         row_bytes = len(adapter.rows) // adapter.num_virtual_tokens
         self._lengths[first_id] = adapter.num_virtual_tokens
         for row in range(adapter.num_virtual_tokens):
             assert first_id + row not in self.rows
-            if adapter.are_key_values:
-                self._given.add(first_id + row)
             self.rows[first_id + row] = adapter.rows[row * row_bytes : (row + 1) * row_bytes]
 
     def drop_rows(self, first_id: int) -> None:
         self.dropped.append(first_id)
-        for row in range(self._lengths.pop(first_id)):
+        self.key_values.pop(first_id, None)
+        for row in range(self._lengths.pop(first_id, 0)):
             del self.rows[first_id + row]
             self._given.discard(first_id + row)
 
@@ -161,6 +176,11 @@ class FakeRunner:
         if self.load_error:
             raise self.load_error
         self.loras[slot] = lora.digest
+
+    @property
+    def arrived(self) -> list[str]:
+        """Digests of LoRAs, and of keys and values, that have come in."""
+        return [*self.loras.values(), *self.key_values.values()]
 
     def drop_lora(self, slot: int) -> None:
         self._begun.discard(slot)

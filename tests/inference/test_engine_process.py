@@ -84,6 +84,16 @@ def receive_until(connection: Connection, wanted: type | None = None, *, last_of
                 return messages
 
 
+KEY_VALUES = LoadAdapter(
+    digest="sha256:k",
+    rows=bytes(range(64)),
+    dtype="float32",
+    num_virtual_tokens=2,
+    row_size=8,
+    are_key_values=True,
+)
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -101,6 +111,7 @@ def receive_until(connection: Connection, wanted: type | None = None, *, last_of
         ),
         Abort(request_id="0"),
         LoadAdapter(digest="sha256:a", rows=bytes(range(256)), dtype="float32", num_virtual_tokens=4, row_size=16),
+        KEY_VALUES,
         LoadLora(
             digest="sha256:b",
             modules=[LoraModule(name="layers.0.q", rank=2, scale=0.5, a=bytes(range(9)), b=bytes(range(7)))],
@@ -145,12 +156,29 @@ def test_matrices_that_were_read_from_a_file_go_as_that_file() -> None:
     assert decode(encode(message)[HEADER.size :], lambda: whole) == message
 
 
+def test_keys_and_values_that_were_read_from_a_file_go_as_that_file() -> None:
+    file = MemoryFile([b"head", KEY_VALUES.rows, b"tail"])
+    message = replace(KEY_VALUES, rows=file.read()[4:68], file=file)
+    assert contents_of(message) is file
+    assert decode(encode(message)[HEADER.size :], file.read) == KEY_VALUES
+
+
+def test_keys_and_values_go_beside_their_frame_and_none_have_nothing_there() -> None:
+    assert b"".join(contents_of(KEY_VALUES)) == KEY_VALUES.rows
+    assert bytes(KEY_VALUES.rows) not in encode(KEY_VALUES)
+    with pytest.raises(msgspec.DecodeError, match="64 bytes at 0 of an adapter that came with 63"):
+        decode(encode(KEY_VALUES)[HEADER.size :], lambda: memoryview(bytes(63)))
+    empty = replace(KEY_VALUES, rows=b"")
+    assert contents_of(empty) == ()
+    assert decode(encode(empty)[HEADER.size :]) == empty
+
+
 @pytest.mark.parametrize("size", [0, 8, 23])
 def test_matrices_that_are_not_in_what_came_are_refused(size: int) -> None:
     module = LoraModule(name="layers.0.q", rank=2, scale=0.5, a=bytes(8), b=bytes(4))
     frame = encode(LoadLora(digest="sha256:b", modules=[module, module], dtype="bfloat16"))
     assert len(frame) < 200
-    with pytest.raises(msgspec.DecodeError, match=f"of a LoRA that came with {size}"):
+    with pytest.raises(msgspec.DecodeError, match=f"of an adapter that came with {size}"):
         decode(frame[HEADER.size :], lambda: memoryview(bytes(size)))
     with pytest.raises(msgspec.DecodeError, match="nothing came beside"):
         decode(frame[HEADER.size :])
@@ -162,7 +190,7 @@ def test_places_below_zero_are_refused(place: list[int]) -> None:
     body = encode(LoadLora(digest="sha256:b", modules=[module], dtype="bfloat16"))[HEADER.size :]
     below_zero = body.replace(msgspec.msgpack.encode({"a": [0, 8]})[1:], msgspec.msgpack.encode({"a": place})[1:])
     assert below_zero != body
-    with pytest.raises(msgspec.DecodeError, match="of a LoRA that came with 16"):
+    with pytest.raises(msgspec.DecodeError, match="of an adapter that came with 16"):
         decode(below_zero, lambda: memoryview(bytes(16)))
 
 

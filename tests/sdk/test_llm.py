@@ -24,7 +24,7 @@ from softprompt_api.errors import (
     InvalidArgument,
     Unsupported,
 )
-from softprompt_inference.model.lora import loras as loras_module
+from softprompt_inference.model.transfer import PIECE_BYTES
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 MakeAdapter = Callable[..., Path]
@@ -561,7 +561,7 @@ def test_a_lora_that_did_not_come_in_to_its_end_is_loaded_anew(
     failure: type[BaseException],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(loras_module._PIECE_BYTES, "cpu", 1)
+    monkeypatch.setitem(PIECE_BYTES, "cpu", 1)
     lora = make_lora(9)
     expected = ids(make_llm(tiny_model).generate("Hello", GREEDY, lora_request=lora))
     llm = make_llm(tiny_model, max_loras=1)

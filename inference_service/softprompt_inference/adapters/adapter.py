@@ -37,7 +37,7 @@ class Adapter:
     Attributes:
         digest: the version's digest, and its task where it has several.
         spelling: `name@version` of one of the versions that have it.
-        file: that the matrices of a LoRA were read from; None: there is none.
+        file: that matrices, or keys and values, were read from; None: there is none.
     """
 
     digest: str
@@ -65,9 +65,8 @@ class Adapter:
         """
         content = read_adapter(spec, data, infos=infos, task=task, dtype=dtype)
         # Others go to the engine in their messages.
-        return cls(
-            digest=digest, spelling=spelling, content=content, file=file if isinstance(content, Lora) else None
-        )
+        is_in_file = isinstance(content, Lora) or content.are_key_values
+        return cls(digest=digest, spelling=spelling, content=content, file=file if is_in_file else None)
 
     @property
     def info(self) -> AdapterInfo:
@@ -115,6 +114,7 @@ class Adapter:
             num_virtual_tokens=rows.num_virtual_tokens,
             row_size=rows.row_size,
             are_key_values=rows.are_key_values,
+            file=self.file,
         )
 
 

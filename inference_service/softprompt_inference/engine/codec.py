@@ -2,7 +2,8 @@
 
     frame = length of the body: 4 bytes, little-endian | body
 
-The matrices of a LoRA are megabytes. They go beside the frame, in a file, and it has their places there alone.
+The matrices of a LoRA are megabytes, and so are keys and values. They go beside the frame, in a file, and it has
+their places there alone.
 Decoding checks every type; nothing in a frame can name code.
 """
 
@@ -66,15 +67,30 @@ class _AddRequest:
     all_logprobs: bool
 
 
+# Where a part of the file begins, and how many bytes it is.
+_Place = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LoadAdapter:
+    """A LoadAdapter on the wire: with its rows, or with their place where they are keys and values."""
+
+    digest: str
+    rows: bytes | _Place
+    dtype: str
+    num_virtual_tokens: int
+    row_size: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _LoraModule:
-    """A LoraModule on the wire: where its matrices begin, and how many bytes they are."""
+    """A LoraModule on the wire."""
 
     name: str
     rank: int
     scale: float
-    a: tuple[int, int]
-    b: tuple[int, int]
+    a: _Place
+    b: _Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +124,7 @@ _KINDS: dict[str, type[Any]] = {
     "config": EngineConfig,
     "add": _AddRequest,
     "abort": Abort,
-    "load": LoadAdapter,
+    "load": _LoadAdapter,
     "load-lora": _LoadLora,
     "drop": DropAdapter,
     "nearest": FindNearest,
@@ -131,14 +147,18 @@ def encode(message: Message) -> bytes:
         return _frame("add", _to_wire(message))
     if isinstance(message, LoadLora):
         return _frame("load-lora", _without_matrices(message))
+    if isinstance(message, LoadAdapter):
+        return _frame("load", _without_key_values(message))
     return _frame(_KIND_OF[type(message)], message)
 
 
 def contents_of(message: Message) -> MemoryFile | Sequence[bytes | memoryview]:
     """What goes beside the frame of a message, before it: a file, or what becomes one; most have nothing."""
-    if not isinstance(message, LoadLora):
-        return ()
-    return message.file or [matrix for matrix in _matrices(message) if matrix]
+    if isinstance(message, LoadLora):
+        return message.file or [matrix for matrix in _matrices(message) if matrix]
+    if isinstance(message, LoadAdapter) and message.are_key_values and message.rows:
+        return message.file or [message.rows]
+    return ()
 
 
 def _frame(kind: str, message: object) -> bytes:
@@ -159,10 +179,16 @@ def decode(body: bytes | memoryview, take_contents: Callable[[], memoryview] = _
     kind, raw = _ENVELOPE.decode(body)
     if kind not in _DECODERS:
         raise msgspec.DecodeError(f"unknown kind of message: {kind!r}")
-    message: Message | _AddRequest | _LoadLora = _DECODERS[kind].decode(raw)
-    if isinstance(message, _AddRequest):
-        return _from_wire(message)
-    return _with_matrices(message, take_contents) if isinstance(message, _LoadLora) else message
+    message: Message | _AddRequest | _LoadAdapter | _LoadLora = _DECODERS[kind].decode(raw)
+    match message:
+        case _AddRequest():
+            return _from_wire(message)
+        case _LoadLora():
+            return _with_matrices(message, take_contents)
+        case _LoadAdapter():
+            return _with_rows(message, take_contents)
+        case _:
+            return message
 
 
 def _to_wire(request: AddRequest) -> _AddRequest:
@@ -201,10 +227,7 @@ def _matrices(lora: LoadLora) -> list[bytes | memoryview]:
 
 
 def _without_matrices(lora: LoadLora) -> _LoadLora:
-    matrices = _matrices(lora)
-    sizes = [len(matrix) for matrix in matrices]
-    begins = _places_in(lora.file, matrices) if lora.file else itertools.accumulate(sizes, initial=0)
-    places = zip(begins, sizes, strict=False)  # the sum of all is no place
+    places = iter(_places(lora.file, _matrices(lora)))
     return _LoadLora(
         digest=lora.digest,
         modules=[
@@ -215,23 +238,53 @@ def _without_matrices(lora: LoadLora) -> _LoadLora:
     )
 
 
-def _places_in(file: MemoryFile, matrices: Sequence[bytes | memoryview]) -> list[int]:
+def _without_key_values(adapter: LoadAdapter) -> _LoadAdapter:
+    return _LoadAdapter(
+        digest=adapter.digest,
+        rows=_places(adapter.file, [adapter.rows])[0] if adapter.are_key_values else bytes(adapter.rows),
+        dtype=adapter.dtype,
+        num_virtual_tokens=adapter.num_virtual_tokens,
+        row_size=adapter.row_size,
+    )
+
+
+def _places(file: MemoryFile | None, parts: Sequence[bytes | memoryview]) -> list[_Place]:
+    """Where parts of a file are; without one, they become it, one behind the other."""
+    sizes = [len(part) for part in parts]
+    if file is None:
+        return list(zip(itertools.accumulate(sizes, initial=0), sizes, strict=False))  # the sum of all is no place
     start = _address(file.read())
-    return [_address(matrix) - start for matrix in matrices]
+    return [(_address(part) - start, size) for part, size in zip(parts, sizes, strict=True)]
 
 
-def _address(matrix: bytes | memoryview) -> int:
-    address: int = np.frombuffer(matrix, np.uint8).__array_interface__["data"][0]
+def _address(part: bytes | memoryview) -> int:
+    address: int = np.frombuffer(part, np.uint8).__array_interface__["data"][0]
     return address
+
+
+def _take_parts(places: Sequence[_Place], take_contents: Callable[[], memoryview]) -> list[memoryview]:
+    contents = take_contents() if any(size for _, size in places) else memoryview(b"")
+    for begin, size in places:
+        if min(begin, size) < 0 or begin + size > len(contents):
+            raise msgspec.DecodeError(f"{size} bytes at {begin} of an adapter that came with {len(contents)}")
+    return [contents[begin : begin + size] for begin, size in places]
+
+
+def _with_rows(adapter: _LoadAdapter, take_contents: Callable[[], memoryview]) -> LoadAdapter:
+    rows = adapter.rows
+    return LoadAdapter(
+        digest=adapter.digest,
+        rows=rows if isinstance(rows, bytes) else _take_parts([rows], take_contents)[0],
+        dtype=adapter.dtype,
+        num_virtual_tokens=adapter.num_virtual_tokens,
+        row_size=adapter.row_size,
+        are_key_values=not isinstance(rows, bytes),
+    )
 
 
 def _with_matrices(lora: _LoadLora, take_contents: Callable[[], memoryview]) -> LoadLora:
     places = [place for module in lora.modules for place in (module.a, module.b)]
-    contents = take_contents() if any(size for _, size in places) else memoryview(b"")
-    for begin, size in places:
-        if min(begin, size) < 0 or begin + size > len(contents):
-            raise msgspec.DecodeError(f"{size} bytes at {begin} of a LoRA that came with {len(contents)}")
-    matrices = iter([contents[begin : begin + size] for begin, size in places])
+    matrices = iter(_take_parts(places, take_contents))
     return LoadLora(
         digest=lora.digest,
         modules=[

@@ -6,7 +6,7 @@ one request holds can end another, and no exception leaves `handle` or `step` bu
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -133,9 +133,8 @@ class Engine:
                 pass
 
     def add(self, request: AddRequest) -> None:
-        """Queue a request, once its LoRA is loaded; a refusal is an output of the next step."""
-        if request.lora in self._loading and not self._has(request.request_id):
-            self._loading.wait(request.lora, request)
+        """Queue a request, once its adapters are loaded; a refusal is an output of the next step."""
+        if self._loading and not self._has(request.request_id) and self._loading.keep(request):
             return
         wanted = request.params.structured_outputs
         try:
@@ -152,11 +151,10 @@ class Engine:
     def _make_sequence(self, request: AddRequest) -> Sequence:
         if self._has(request.request_id):
             raise InvalidArgument(f"request id {request.request_id} is in use", field="request_id")
-        soft_prompts = [part.digest for part in request.prompt if isinstance(part, SoftPromptPart)]
-        for digest in (*soft_prompts, request.lora):
+        for digest in request.adapters:
             if error := self.load_error(digest):
                 raise error
-        if soft_prompts and not self._shares:
+        if not self._shares and any(isinstance(part, SoftPromptPart) for part in request.prompt):
             # Nobody else's pages begin like these; its own are still found when it was preempted.
             request = replace(request, salt=f"{request.salt}\0{next(self._own_salts)}")
         sequence = make_sequence(
@@ -180,14 +178,18 @@ class Engine:
         self._scheduler.abort(request_id)
 
     def load_adapter(self, adapter: LoadAdapter) -> None:
-        """Give an adapter virtual ids; a failure is told to the requests that ask for it."""
+        """Give an adapter virtual ids; the next steps take in keys and values.
+
+        A failure is told to the requests that ask for it.
+        """
         if not self._is_resident(adapter.digest):
-            self._load(adapter.digest, partial(self._load_rows, adapter))
+            load = self._begin_key_values if adapter.are_key_values else self._load_rows
+            self._load(adapter.digest, partial(load, adapter))
 
     def load_lora(self, lora: LoadLora) -> None:
         """Give a LoRA a slot, which the next steps fill; a failure is told to the requests that ask for it."""
         if not self._is_resident(lora.digest):
-            self._load(lora.digest, partial(self._begin_loading, lora))
+            self._load(lora.digest, partial(self._begin_lora, lora))
 
     def load_error(self, digest: str) -> SoftpromptError | None:
         """Why the adapter that was to be loaded last under this digest is not there; None where it is."""
@@ -216,22 +218,28 @@ class Engine:
 
     def _load_rows(self, adapter: LoadAdapter) -> None:
         self._check_rows(adapter)
-        ids = self._virtual_ids.assign(
-            adapter.digest, adapter.num_virtual_tokens, are_key_values=adapter.are_key_values
-        )
+        ids = self._virtual_ids.assign(adapter.digest, adapter.num_virtual_tokens)
         try:
             self._runner.load_rows(ids.start, adapter)
         except BaseException:  # Ctrl-C too: who called may go on, and load it anew
             self._virtual_ids.retire(adapter.digest)
             raise
 
-    def _begin_loading(self, lora: LoadLora) -> None:
+    def _begin_key_values(self, adapter: LoadAdapter) -> None:
+        self._check_rows(adapter)
+        ids = self._virtual_ids.assign(adapter.digest, adapter.num_virtual_tokens, are_key_values=True)
+        self._begin(adapter.digest, self._runner.load_key_values(ids.start, adapter))
+
+    def _begin_lora(self, lora: LoadLora) -> None:
         check_lora(lora, max_rank=self._max_lora_rank)
-        self._loading.begin(lora.digest, self._runner.load_lora(self._lora_slots.assign(lora.digest), lora))
+        self._begin(lora.digest, self._runner.load_lora(self._lora_slots.assign(lora.digest), lora))
+
+    def _begin(self, digest: str, pieces: Iterator[None]) -> None:
+        self._loading.begin(digest, pieces)
         self._load_piece()  # small ones are there at once
 
     def _load_piece(self) -> None:
-        """Load one piece of one LoRA; once it is there, or failed, queue or refuse those who waited for it."""
+        """Load one piece of one adapter; once it is there, or failed, queue or refuse those who waited for it."""
         if not self._loading:
             return
         digest = self._loading.first
@@ -240,19 +248,22 @@ class Engine:
                 return
         except Exception as error:
             self._keep_load_error(digest, error)
-            self._unload(digest)
+            self._free(digest)
         except BaseException:  # Ctrl-C: who called may go on with other requests
             self._load_errors[digest] = partial(InternalError, "the adapter's loading was interrupted")
-            self._unload(digest)
+            self._free(digest)
             self._loading.end(digest)
             raise
         for request in self._loading.end(digest):
             self.add(request)
 
-    def _unload(self, digest: str) -> None:
-        """Empty the slot of a LoRA that has not come in to its end."""
-        self._runner.drop_lora(self._lora_slots.retire(digest))
-        self._dropping.discard(digest)  # nothing is left to drop
+    def _free(self, digest: str) -> None:
+        """Take an adapter off the device, however much of it has come in."""
+        if digest in self._lora_slots:
+            self._runner.drop_lora(self._lora_slots.retire(digest))
+        else:
+            self._runner.drop_rows(self._virtual_ids.retire(digest).start)
+        self._dropping.discard(digest)
 
     def _check_rows(self, adapter: LoadAdapter) -> None:
         info = self.info
@@ -285,12 +296,8 @@ class Engine:
 
     def _drop_unused(self) -> None:
         for digest in [digest for digest in self._dropping if not self._uses(digest)]:
-            self._dropping.remove(digest)
-            if digest in self._lora_slots:
-                self._loading.end(digest)
-                self._runner.drop_lora(self._lora_slots.retire(digest))
-            else:
-                self._runner.drop_rows(self._virtual_ids.retire(digest).start)
+            self._loading.end(digest)
+            self._free(digest)
 
     def _uses(self, digest: str) -> bool:
         return self._scheduler.uses(digest) or self._compiling.uses(digest) or self._loading.uses(digest)

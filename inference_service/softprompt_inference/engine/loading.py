@@ -1,4 +1,4 @@
-"""LoRAs on their way to the device, a piece beside each step, and the requests that wait for them."""
+"""Adapters on their way to the device, a piece beside each step, and the requests that wait for them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,9 +21,6 @@ class Loading:
     def __bool__(self) -> bool:
         return bool(self._coming)
 
-    def __contains__(self, digest: str) -> bool:
-        return digest in self._coming
-
     @property
     def first(self) -> str:
         """The digest whose turn it is."""
@@ -42,9 +39,13 @@ class Loading:
         coming = self._coming.pop(digest, None)
         return [] if coming is None else list(coming.waiting.values())
 
-    def wait(self, digest: str, request: AddRequest) -> None:
-        """Keep a request until this LoRA is there."""
-        self._coming[digest].waiting[request.request_id] = request
+    def keep(self, request: AddRequest) -> bool:
+        """Keep a request while its first adapter that is coming comes; False: none is, and it was not kept."""
+        coming = next((self._coming[digest] for digest in request.adapters if digest in self._coming), None)
+        if coming is None:
+            return False
+        coming.waiting[request.request_id] = request
+        return True
 
     def holds(self, request_id: str) -> bool:
         """Whether a request waits here."""
@@ -56,5 +57,7 @@ class Loading:
             coming.waiting.pop(request_id, None)
 
     def uses(self, digest: str) -> bool:
-        """Whether some request waits for this LoRA."""
-        return digest in self._coming and bool(self._coming[digest].waiting)
+        """Whether some request that waits has this adapter."""
+        return any(
+            digest in request.adapters for coming in self._coming.values() for request in coming.waiting.values()
+        )

@@ -57,6 +57,12 @@ class AddRequest:
     lora: str = ""
     all_logprobs: bool = False
 
+    @property
+    def adapters(self) -> list[str]:
+        """Digests of all that it needs: of its soft prompts in order, and of its LoRA."""
+        soft_prompts = [part.digest for part in self.prompt if isinstance(part, SoftPromptPart)]
+        return [*soft_prompts, self.lora] if self.lora else soft_prompts
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Abort:
@@ -76,14 +82,16 @@ class LoadAdapter:
         num_virtual_tokens, row_size: shape of the rows.
         are_key_values: row r is `[layers, 2, key heads, head dimension]`, for the KV pages at position r; or else,
             it is an embedding.
+        file: that keys and values were read from; None: there is none.
     """
 
     digest: str
-    rows: bytes
+    rows: bytes | memoryview
     dtype: str
     num_virtual_tokens: int
     row_size: int
     are_key_values: bool = False
+    file: MemoryFile | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -192,10 +192,13 @@ class Runner(Protocol):
         """Copy and write, then compute; the device may go on after the return."""
 
     def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
-        """Make ids first_id … first_id + num_virtual_tokens − 1 stand for the adapter's rows."""
+        """Make ids first_id … first_id + num_virtual_tokens − 1 stand for an adapter's embeddings."""
+
+    def load_key_values(self, first_id: int, adapter: LoadAdapter) -> Iterator[None]:
+        """Make these ids stand for keys and values; they do at the end of the pieces, each of which is short."""
 
     def drop_rows(self, first_id: int) -> None:
-        """Forget the rows that were loaded at first_id."""
+        """Forget the rows that were loaded at first_id, or have begun to be."""
 
     def find_nearest(self, first_id: int, top_k: int) -> Search:
         """Begin to search for the tokens nearest to the embeddings that were loaded at first_id."""

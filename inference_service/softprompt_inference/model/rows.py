@@ -1,13 +1,13 @@
 """The rows of adapters that are loaded: embeddings on the device, and keys and values until a step writes them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from softprompt_inference.engine.messages import LoadAdapter
 from softprompt_inference.model.hardware import DTYPES
-from softprompt_inference.model.transfer import upload, upload_bytes
+from softprompt_inference.model.transfer import PIECE_BYTES, upload, upload_bytes
 
 _FIRST_CAPACITY = 256
 
@@ -35,8 +35,8 @@ class VirtualRows:
         self._num_rows_at[first_id] = len(rows)
 
     def drop(self, first_id: int) -> None:
-        """Forget the rows that were loaded at first_id."""
-        count = self._num_rows_at.pop(first_id)
+        """Forget the rows that were loaded at first_id, if any were."""
+        count = self._num_rows_at.pop(first_id, 0)
         self._free += [self._row_of.pop(first_id + i) for i in range(count)]
 
     def find(self, virtual_ids: Sequence[int]) -> list[int]:
@@ -65,29 +65,34 @@ class KeyValueRows:
     Args:
         shape: (layers, key heads, head dimension) of the model.
         dtype: of its pages.
-        is_pinned: a device copies them without the host waiting.
+        device: that the pages are on; one that is no CPU copies them without the host waiting.
     """
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, *, is_pinned: bool) -> None:
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
         self._shape = shape
         self._dtype = dtype
-        self._is_pinned = is_pinned
+        self._device = device
         self._rows_at: dict[int, Tensor] = {}
 
-    def __contains__(self, first_id: int) -> bool:
-        return first_id in self._rows_at
-
-    def load(self, first_id: int, adapter: LoadAdapter) -> None:
-        """Take rows that have been checked."""
+    def load(self, first_id: int, adapter: LoadAdapter) -> Iterator[None]:
+        """Take rows that have been checked, piece by piece; they are there at the end."""
         layers, heads, head_dim = self._shape
-        shape = (adapter.num_virtual_tokens, layers, 2, heads, head_dim)
-        rows = upload_bytes(adapter.rows, shape, DTYPES[adapter.dtype], torch.device("cpu"))
-        placed = torch.empty(layers, 2, len(rows), heads, head_dim, dtype=self._dtype, pin_memory=self._is_pinned)
-        self._rows_at[first_id] = placed.copy_(rows.permute(1, 2, 0, 3, 4))
+        count, is_pinned = adapter.num_virtual_tokens, self._device.type == "cuda"
+        placed = torch.empty(layers, 2, count, heads, head_dim, dtype=self._dtype, pin_memory=is_pinned)
+        data, row_bytes = memoryview(adapter.rows), len(adapter.rows) // count
+        num_rows = max(1, PIECE_BYTES[self._device.type] // row_bytes)
+        for start in range(0, count, num_rows):
+            if start:
+                yield
+            piece = data[start * row_bytes : (start + num_rows) * row_bytes]
+            shape = (len(piece) // row_bytes, layers, 2, heads, head_dim)
+            rows = upload_bytes(piece, shape, DTYPES[adapter.dtype], torch.device("cpu"))
+            placed[:, :, start : start + num_rows] = rows.permute(1, 2, 0, 3, 4)
+        self._rows_at[first_id] = placed
 
     def drop(self, first_id: int) -> None:
-        """Forget the rows that were loaded at first_id."""
-        del self._rows_at[first_id]
+        """Forget the rows that were loaded at first_id, if any were."""
+        self._rows_at.pop(first_id, None)
 
     def find(self, first_id: int) -> Tensor:
         """All that was loaded at first_id: [layers, 2, n, Hkv, D]. A part could not be copied without a wait."""

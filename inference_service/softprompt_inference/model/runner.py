@@ -89,7 +89,7 @@ class ModelRunner:
         self._key_values = KeyValueRows(
             (len(loaded.layers), first.num_kv_heads, first.head_dim),
             loaded.dtype,
-            is_pinned=loaded.device.type == "cuda",
+            loaded.device,
         )
         self._max_loras = max_loras
         self._loras = Loras(
@@ -107,12 +107,17 @@ class ModelRunner:
         return self._loras.num_bytes
 
     def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
-        """Make ids first_id … first_id + num_virtual_tokens − 1 stand for the adapter's rows."""
-        (self._key_values if adapter.are_key_values else self._rows).load(first_id, adapter)
+        """Make ids first_id … first_id + num_virtual_tokens − 1 stand for embeddings."""
+        self._rows.load(first_id, adapter)
+
+    def load_key_values(self, first_id: int, adapter: LoadAdapter) -> Iterator[None]:
+        """Make these ids stand for keys and values, piece by piece."""
+        return self._key_values.load(first_id, adapter)
 
     def drop_rows(self, first_id: int) -> None:
         """Forget the rows that were loaded at first_id."""
-        (self._key_values if first_id in self._key_values else self._rows).drop(first_id)
+        self._rows.drop(first_id)
+        self._key_values.drop(first_id)
 
     def find_nearest(self, first_id: int, top_k: int) -> NearestTokens:
         """Begin to search for the tokens nearest to the embeddings that were loaded at first_id."""

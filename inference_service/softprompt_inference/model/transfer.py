@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# What is loaded between two steps: about two milliseconds on a CPU, and one on a GPU.
+PIECE_BYTES = {"cpu": 2**19, "cuda": 2**23}
+
 
 def upload(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers, or lists of one length, on the device."""

@@ -73,7 +73,7 @@ class KeyValuesSpec(AdapterSpec):
         """See AdapterSpec."""
         tensor = tensors[TENSOR]
         return Rows(
-            data=bytes(tensor.data),
+            data=tensor.data,
             dtype=FLOAT_DTYPES[tensor.info.dtype],
             num_virtual_tokens=self.num_virtual_tokens,
             row_size=self.row_size,

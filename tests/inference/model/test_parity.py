@@ -298,7 +298,7 @@ def test_swapped_adapters_are_noticed(lab: Any, llama: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["prompt_tuning", "cartridge"])
 def test_a_dropped_virtual_token_is_noticed(lab: Any, llama: Path, kind: str, row: int) -> None:
     [request] = lab.requests([lab.adapter(llama, kind, 20)])
-    rows = request.adapter.load.rows
+    rows = bytes(request.adapter.load.rows)
     row_bytes = len(rows) // 20
     shorter = with_rows(request, rows[: row * row_bytes] + rows[(row + 1) * row_bytes :])
     assert lab.compare(llama, [request], lab.serve(lab.engine(llama), [shorter])).problems

@@ -4,6 +4,7 @@ import pytest
 import torch
 from softprompt_inference.engine.messages import LoadAdapter
 from softprompt_inference.model.rows import KeyValueRows, VirtualRows
+from softprompt_inference.model.transfer import PIECE_BYTES
 from torch import Tensor
 
 HIDDEN = 6
@@ -63,16 +64,27 @@ def test_dropped_ids_stand_for_nothing(rows: VirtualRows) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_keys_and_values_are_laid_out_layer_by_layer_as_peft_reads_them(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("rows_a_piece", "num_pieces"), [(0.5, 5), (1, 5), (2, 3), (5, 1), (99, 1)])
+def test_keys_and_values_are_laid_out_layer_by_layer_as_peft_reads_them_in_however_many_pieces(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows_a_piece: float, num_pieces: int
+) -> None:
     values = torch.randn(5, 3 * 2 * 2 * 4).to(dtype)
-    held = KeyValueRows((3, 2, 4), torch.float32, is_pinned=False)
-    held.load(70, adapter(values))
+    row_bytes = values[0].numel() * dtype.itemsize
+    monkeypatch.setitem(PIECE_BYTES, "cpu", int(rows_a_piece * row_bytes))
+    held = KeyValueRows((3, 2, 4), torch.float32, torch.device("cpu"))
+    pieces = held.load(70, adapter(values))
+    for _ in range(num_pieces - 1):
+        next(pieces)
+        with pytest.raises(KeyError):
+            held.find(70)
+    assert next(pieces, None) is None
     found = held.find(70)
     as_peft_does = values.float().view(5, 2 * 3, 2, 4)
     assert found.shape == (3, 2, 5, 2, 4)
     for layer in range(3):
         for kind in range(2):
             assert torch.equal(found[layer, kind], as_peft_does[:, 2 * layer + kind])
-    assert 70 in held
     held.drop(70)
-    assert 70 not in held
+    with pytest.raises(KeyError):
+        held.find(70)
+    held.drop(70)

@@ -12,12 +12,10 @@ from softprompt_inference.model.hardware import DTYPES
 from softprompt_inference.model.lora.context import LoraContext
 from softprompt_inference.model.lora.linears import Linear, find_products
 from softprompt_inference.model.lora.weights import ProductWeights, make_packed
-from softprompt_inference.model.transfer import upload_bytes
+from softprompt_inference.model.transfer import PIECE_BYTES, upload_bytes
 
 # What a LoRA leaves of its last region is lost while it is there.
 _REGION_BYTES = 4 * 2**20
-# What is loaded between two steps: about two milliseconds on a CPU, and one on a GPU.
-_PIECE_BYTES = {"cpu": 2**19, "cuda": 2**23}
 
 
 def plan_fixed_bytes(linears: Sequence[Linear], *, max_loras: int, max_rank: int, free_bytes: int) -> int:
@@ -87,7 +85,7 @@ class Loras:
         """
         for module in lora.modules:
             self._check(module, DTYPES[lora.dtype].itemsize)
-        num_bytes, piece_bytes = 0, _PIECE_BYTES[self._device.type]
+        num_bytes, piece_bytes = 0, PIECE_BYTES[self._device.type]
         if sum(len(module.a) + len(module.b) for module in lora.modules) > piece_bytes:
             yield  # reading and checking what came was a piece
         for module in lora.modules:

@@ -8,11 +8,11 @@ from softprompt_inference.engine.config import EngineConfig
 from softprompt_inference.engine.messages import LoadLora, LoraModule
 from softprompt_inference.model.attention import CallRecorder, attach, detach
 from softprompt_inference.model.loader import LoadedModel, load_model
-from softprompt_inference.model.lora import loras as loras_module
 from softprompt_inference.model.lora.context import build_tiles, is_attached
 from softprompt_inference.model.lora.loras import Loras, plan_fixed_bytes
 from softprompt_inference.model.lora.weights import ProductWeights
 from softprompt_inference.model.swaps.verify import relative_error
+from softprompt_inference.model.transfer import PIECE_BYTES
 from softprompt_kernels import native
 from softprompt_kernels.native import memory
 from torch import Tensor
@@ -110,7 +110,7 @@ def test_a_slot_is_filled_piece_by_piece_and_the_others_compute_on(
     loras, x = make_loras(loaded), torch.randn(1, 5, loaded.hidden_size)
     fill(loras, 0, lora(loaded))
     before = logits(loaded, x, [0] * 5)
-    monkeypatch.setitem(loras_module._PIECE_BYTES, "cpu", 1)
+    monkeypatch.setitem(PIECE_BYTES, "cpu", 1)
     num_pieces = 0
     for _ in loras.load(1, lora(loaded, seed=1)):
         num_pieces += 1
