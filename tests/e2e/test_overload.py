@@ -5,6 +5,7 @@ form measures the real one too.
 """
 
 import asyncio
+import json
 import random
 import time
 from collections import Counter
@@ -42,10 +43,10 @@ def client(system: Any) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=system.url, timeout=120, limits=limits)
 
 
-def check(response: httpx.Response) -> bool:
+def check(response: httpx.Response, tokens: int = TOKENS) -> bool:
     """Whether it was served, and whole; who was not was told to come back."""
     if response.status_code == 200:
-        assert response.json()["usage"]["completion_tokens"] == TOKENS
+        assert response.json()["usage"]["completion_tokens"] == tokens
         return True
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["type"]) == (503, "overloaded", "server_error")
@@ -95,13 +96,31 @@ async def test_lines_are_bounded_and_who_is_let_in_is_served(
         assert check(await http.post("/v1/completions", json=BODY)), "served again as soon as there is room"
 
 
-async def send_openly(http: httpx.AsyncClient, rate: float, seconds: float) -> list[Answer]:
+async def ask(system: Any, tokens: int) -> httpx.Response:
+    """One request over a connection of its own: a client with a pool of hundreds would be what cannot keep up."""
+    url, body = httpx.URL(system.url), json.dumps(BODY | {"max_tokens": tokens}).encode()
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    head = (
+        "POST /v1/completions HTTP/1.1",
+        f"host: {url.host}",
+        "connection: close",
+        f"content-length: {len(body)}",
+    )
+    writer.write("\r\n".join([*head, "content-type: application/json", "", ""]).encode() + body)
+    told, _, content = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    status, *headers = told.decode().split("\r\n")
+    pairs = [tuple(header.split(": ", 1)) for header in headers]
+    return httpx.Response(int(status.split()[1]), headers=pairs, content=content)
+
+
+async def send_openly(system: Any, tokens: int, rate: float, seconds: float) -> list[Answer]:
     """Requests that come when they are due, whether others were answered or not."""
     rng, began_s, due_s = random.Random(7), time.perf_counter(), 0.0
 
     async def send(due_s: float) -> Answer:
         await asyncio.sleep(began_s + due_s - time.perf_counter())
-        response = await http.post("/v1/completions", json=BODY)
+        response = await ask(system, tokens)
         return Answer(response, time.perf_counter() - began_s - due_s)
 
     tasks = []
@@ -111,38 +130,38 @@ async def send_openly(http: httpx.AsyncClient, rate: float, seconds: float) -> l
     return await asyncio.gather(*tasks)
 
 
-async def measure_capacity(http: httpx.AsyncClient) -> float:
+async def measure_capacity(system: Any, tokens: int) -> float:
     """Requests per second of a closed loop that keeps every place taken."""
     began_s = time.perf_counter()
     for _ in range(5):
-        await asyncio.gather(*[http.post("/v1/completions", json=BODY) for _ in range(AT_ONCE)])
+        await asyncio.gather(*[ask(system, tokens) for _ in range(AT_ONCE)])
     return 5 * AT_ONCE / (time.perf_counter() - began_s)
 
 
-async def measure_goodput(http: httpx.AsyncClient, load: float, capacity: float) -> float:
+async def measure_goodput(system: Any, tokens: int, load: float, capacity: float) -> float:
     """Good answers per second at so many times the capacity.
 
     Good is what has waited no longer than it may, and was then served as fast as a full batch is.
     """
     limit_s = MAX_QUEUE_S + 2 * AT_ONCE / capacity
-    answers = await send_openly(http, load * capacity, SECONDS)
-    return sum(check(answer.response) and answer.seconds < limit_s for answer in answers) / SECONDS
+    answers = await send_openly(system, tokens, load * capacity, SECONDS)
+    return sum(check(answer.response, tokens) and answer.seconds < limit_s for answer in answers) / SECONDS
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("program", ["benchmarks.stub.run", "softprompt.cli"])
+# The real one computes so many that an answer costs both processors much more than telling others to come back.
+@pytest.mark.parametrize(("program", "tokens"), [("benchmarks.stub.run", TOKENS), ("softprompt.cli", 4 * TOKENS)])
 async def test_at_twice_what_it_can_do_it_does_nine_tenths_of_its_best(
-    start_fixed: Callable[..., Any], program: str
+    start_fixed: Callable[..., Any], program: str, tokens: int
 ) -> None:
     # A machine's speed may change from one minute to the next: what is compared is measured within one round, in a
     # random order, and the median over rounds counts.
     system, rng = start_fixed(MAX_QUEUE_S, program), random.Random(7)
     rounds: list[dict[float, float]] = []
-    async with client(system) as http:
-        await measure_capacity(http)  # warms up
-        for _ in range(ROUNDS):
-            capacity = await measure_capacity(http)
-            loads = rng.sample((*LIGHTER, 2.0), len(LIGHTER) + 1)
-            rounds.append({load: await measure_goodput(http, load, capacity) for load in loads})
+    await measure_capacity(system, tokens)  # warms up
+    for _ in range(ROUNDS):
+        capacity = await measure_capacity(system, tokens)
+        loads = rng.sample((*LIGHTER, 2.0), len(LIGHTER) + 1)
+        rounds.append({load: await measure_goodput(system, tokens, load, capacity) for load in loads})
     shares = {load: median(goodput[2.0] / goodput[load] for goodput in rounds) for load in LIGHTER}
     assert min(shares.values()) >= 0.9, (shares, rounds)
