@@ -555,15 +555,22 @@ def test_a_call_that_was_interrupted_within_a_step_does_not_disturb_the_next(
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError])
-def test_a_lora_that_did_not_come_in_to_its_end_is_loaded_anew(
+@pytest.mark.parametrize("kind", ["lora", "prefix_tuning"])
+def test_what_did_not_come_in_to_its_end_is_loaded_anew(
     tiny_model: Path,
+    make_adapter: MakeAdapter,
     make_lora: Callable[..., LoRARequest],
+    kind: str,
     failure: type[BaseException],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(PIECE_BYTES, "cpu", 1)
-    lora = make_lora(9)
-    expected = ids(make_llm(tiny_model).generate("Hello", GREEDY, lora_request=lora))
+    adapter: dict[str, Any] = (
+        {"lora_request": make_lora(9)}
+        if kind == "lora"
+        else {"prompt_adapter_request": PromptAdapterRequest("prefix", 22, make_adapter(22, 5, kind))}
+    )
+    expected = ids(make_llm(tiny_model).generate("Hello", GREEDY, **adapter))
     llm = make_llm(tiny_model, max_loras=1)
     loading = llm._engine._loading
     advance, calls = loading.advance, []
@@ -576,10 +583,10 @@ def test_a_lora_that_did_not_come_in_to_its_end_is_loaded_anew(
 
     monkeypatch.setattr(loading, "advance", failing)
     with pytest.raises((failure, InternalError)):
-        llm.generate("Hello", GREEDY, lora_request=lora)
+        llm.generate("Hello", GREEDY, **adapter)
     assert not llm._engine.has_work
     llm._engine.check()
-    assert ids(llm.generate("Hello", GREEDY, lora_request=lora)) == expected
+    assert ids(llm.generate("Hello", GREEDY, **adapter)) == expected
     llm._engine.check()
 
 
