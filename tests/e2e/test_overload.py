@@ -100,13 +100,8 @@ async def ask(system: Any, tokens: int) -> httpx.Response:
     """One request over a connection of its own: a client with a pool of hundreds would be what cannot keep up."""
     url, body = httpx.URL(system.url), json.dumps(BODY | {"max_tokens": tokens}).encode()
     reader, writer = await asyncio.open_connection(url.host, url.port)
-    head = (
-        "POST /v1/completions HTTP/1.1",
-        f"host: {url.host}",
-        "connection: close",
-        f"content-length: {len(body)}",
-    )
-    writer.write("\r\n".join([*head, "content-type: application/json", "", ""]).encode() + body)
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: {url.host}\r\nconnection: close\r\n"
+    writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
     told, _, content = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()
     status, *headers = told.decode().split("\r\n")

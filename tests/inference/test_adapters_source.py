@@ -660,14 +660,20 @@ async def test_a_digest_without_a_task_of_its_own_is_refused(
         await source.fetch(f"{two_tasks.digest}{task}")
 
 
-async def test_keys_and_values_are_fetched_for_the_layers_and_heads_of_the_model(
-    registry: FakeRegistry, source: AdapterSource, tmp_path: Path
-) -> None:
+@pytest.fixture
+def prefix(registry: FakeRegistry, tmp_path: Path) -> pb.AdapterVersion:
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    version = registry.add_folder("prefix", save_adapter(tmp_path, config))
-    adapter = await source.fetch(version.digest)
+    return registry.add_folder("prefix", save_adapter(tmp_path, config))
+
+
+async def test_keys_and_values_are_fetched_for_the_layers_and_heads_of_the_model(
+    source: AdapterSource, prefix: pb.AdapterVersion, tmp_path: Path
+) -> None:
+    adapter = await source.fetch(prefix.digest)
     assert (adapter.num_virtual_tokens, rows_of(adapter).row_size) == (3, 2 * 2 * 2 * 4)
     assert adapter.are_key_values
+    [saved] = load_file(tmp_path / "adapter_model.safetensors").values()
+    assert rows_of(adapter).data == saved.tobytes()
 
 
 @pytest.fixture
@@ -781,12 +787,12 @@ async def test_a_large_file_is_read_on_only_once_there_is_way_for_it(
 
 
 @pytest.mark.usefixtures("large")
-async def test_the_matrices_of_a_large_lora_are_parts_of_a_file_for_the_engine(
-    source: AdapterSource, lora: pb.AdapterVersion
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+async def test_what_a_large_adapter_holds_is_a_part_of_a_file_for_the_engine(
+    source: AdapterSource, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    adapter = await source.fetch(lora.digest)
+    adapter = await source.fetch(request.getfixturevalue(kind).digest)
     command = adapter.load_command()
-    assert isinstance(command, LoadLora)
     assert command.file is not None
     assert decode(encode(command)[HEADER.size :], command.file.read) == command
 
