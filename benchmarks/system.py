@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from softprompt.cli import bound
+from softprompt.cli.bound import bound_to_this_process
 
 from benchmarks.http_load import stream_one
 from benchmarks.ports import free_ports
@@ -79,10 +79,7 @@ class System:
         self.started_s = time.monotonic()
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-I", "-S", bound.__file__, str(os.getpid())),
-                    *(sys.executable, "-P", "-m", module, "run", str(model), *words),
-                ],
+                bound_to_this_process([sys.executable, "-P", "-m", module, "run", str(model), *words]),
                 env=dict(env),
                 stdin=subprocess.DEVNULL,
                 stdout=output,

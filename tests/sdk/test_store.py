@@ -185,6 +185,15 @@ def test_a_server_that_cannot_read_what_another_one_wrote_names_it(data_dir: Pat
     assert remembered.read_text() == "Valkey 99.0.0\n"
 
 
+def test_no_data_is_blamed_where_there_is_none(data_dir: Path) -> None:
+    store = store_in(data_dir)
+    store._server = Path(sys.executable)  # a program that does not know the server's flags
+    with pytest.raises(Problem) as raised:
+        store.start()
+    assert raised.value.message.startswith(f"the store ({store._name}) did not start: ")
+    assert "data" not in raised.value.message
+
+
 def test_who_hangs_is_no_server_that_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "s"
     monkeypatch.setattr(embedded, "_ASK_TIMEOUT_S", 0.01)

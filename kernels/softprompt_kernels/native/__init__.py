@@ -162,7 +162,9 @@ def supports_rows(x: Tensor) -> bool:
 
 
 def argmax(x: Tensor) -> Tensor:
-    """The first column of each row's largest value; −1 where that is not finite, or a value is NaN: [n] int64.
+    """The first column of each row's largest value: [n] int64.
+
+    It is −1 where a value is NaN, or the largest is not finite, or is the least number of float32.
 
     x  [n, m]  dense in its last axis, m at least 1
     """

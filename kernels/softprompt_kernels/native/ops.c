@@ -2,6 +2,7 @@
 // Plain C for any compiler with OpenMP; the compiler vectorises the inner loops. Sums and softmax in float32.
 // Bounds, shapes and dtypes are the caller's duty: see __init__.py.
 
+#include <float.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -130,7 +131,8 @@ void softprompt_argmax(int64_t *columns, const void *x, int64_t n, int64_t size,
             is_nan |= nans;
             if (top > best) best = top, best_start = start;
         }
-        if (is_nan || !isfinite(best)) {
+        // OpenMP lets a compiler begin a maximum at the least finite number (clang does): then no element may be it.
+        if (is_nan || !(best > -FLT_MAX && best <= FLT_MAX)) {
             columns[row] = -1;
             continue;
         }

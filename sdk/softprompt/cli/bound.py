@@ -8,8 +8,17 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterable
 
 _PR_SET_PDEATHSIG = 1
+
+
+def bound_to_this_process(command: Iterable[str]) -> list[str]:
+    """The words that start `command`, a program by its path, so that it is asked to end when this process ends.
+
+    On Linux what counts is the thread that starts it, which must live as long as the process.
+    """
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
 
 
 def main() -> None:

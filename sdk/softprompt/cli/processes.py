@@ -7,12 +7,11 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from softprompt.cli import bound
+from softprompt.cli.bound import bound_to_this_process
 
 # A log that has grown so large takes the place of the one before.
 MAX_LOG_BYTES = 64 * 2**20
@@ -51,7 +50,7 @@ class Child:
         # Appended to, so that it goes on at the beginning of what was emptied.
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", bound.__file__, str(os.getpid()), *command],
+                bound_to_this_process(command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -26,7 +26,9 @@ _ASK_TIMEOUT_S = 5.0
 _MAX_SOCKET_PATH_BYTES = 103
 # What would end a URL's path, or is taken out of it. Bytes that are no text cannot be quoted, and go as they are.
 _QUOTED = str.maketrans({character: quote(character) for character in "%?#\t\r\n"})
-# Older ones know no folder of append-only files: they start empty, and what was acknowledged would seem lost.
+# Where servers keep append-only files.
+_DATA = "appendonlydir"
+# Older ones know no such folder: they start empty, and what was acknowledged would seem lost.
 _MIN_VERSION = 7
 _THREE_WAYS = (
     "give a running Redis or Valkey with --redis-url, install valkey-server or redis-server, "
@@ -166,17 +168,17 @@ class EmbeddedStore:
         self._remember_server()
 
     def _failure(self, child: Child) -> Problem:
+        reason = child.last_error() or "its log tells no reason"
+        message = f"the store ({self._name}) did not start: {reason}"
         before = self._server_before()
         if before not in ("", self._name):
             remedy = f"was written by {before}: start it with that or a later one"
         else:
             remedy = "may be damaged: put a copy in its place"
-        reason = child.last_error() or "its log tells no reason"
-        return Problem(
-            f"the store ({self._name}) did not start: {reason}. Its data in {self._folder} {remedy}, or choose "
-            f"another folder with --data-dir",
-            detail=f"{self._server} ended; its log {self._log} ends with\n{child.log_tail()}",
-        )
+        if (self._folder / _DATA).exists():
+            message += f". Its data in {self._folder} {remedy}, or choose another folder with --data-dir"
+        detail = f"{self._server} ended; its log {self._log} ends with\n{child.log_tail()}"
+        return Problem(message, detail=detail)
 
     def _server_before(self) -> str:
         """What last read and wrote the data; "" where that is not known."""
