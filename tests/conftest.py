@@ -297,7 +297,8 @@ class Authority:
         self._num_issued = 0
         # The machine's own would add extensions.
         (folder / "openssl.cnf").write_text("[req]\ndistinguished_name=name\n[name]\n")
-        self.cert, self._key = self._write(name, "-addext", "basicConstraints=critical,CA:TRUE")
+        rules = ("basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign,cRLSign")
+        self.cert, self._key = self._write(name, *(word for rule in rules for word in ("-addext", rule)))
 
     def issue(self, *, names: str = "IP:127.0.0.1,DNS:localhost") -> tuple[Path, Path]:
         """A certificate for these names, and its private key."""

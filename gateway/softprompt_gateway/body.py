@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, TypeVar, get_args
 
 import orjson
+from softprompt_api.nesting import is_nested_deeper
 from starlette.requests import ClientDisconnect, Request
 
 from softprompt_gateway.errors import ClientGone, Refused
@@ -22,6 +23,8 @@ Body = TypeVar("Body")
 _DISCARDED_BYTES = 16 * 2**20
 # A larger body takes longer to parse and to check than others should wait.
 _READ_AT_ONCE_BYTES = 64 * 2**10
+# What a field allows is less.
+_MAX_DEPTH = 256
 # Objects and lists of one request that are looked through for what is unknown: no conversation has as many.
 _MAX_LOOKED_THROUGH = 16 * 2**10
 
@@ -117,13 +120,19 @@ def parse_object(body: bytes) -> dict[str, Any]:
         value = json.loads(body, object_pairs_hook=_unique)
     except orjson.JSONDecodeError as error:
         raise Refused(_not_json(body, error), code="invalid_json") from None
-    except (RecursionError, ValueError):
-        raise Refused(
-            "the body is not valid JSON: nested too deep, or a number too long", code="invalid_json"
-        ) from None
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError:
+        raise Refused("the body is not valid JSON: a number too long", code="invalid_json") from None
+    if is_nested_deeper(value, _MAX_DEPTH):
+        raise _too_deep()
     if not isinstance(value, dict):
         raise Refused("the body must be a JSON object", code="invalid_json")
     return value
+
+
+def _too_deep() -> Refused:
+    return Refused(f"the body is nested deeper than {_MAX_DEPTH}", code="invalid_json")
 
 
 def _not_json(body: bytes, error: orjson.JSONDecodeError) -> str:

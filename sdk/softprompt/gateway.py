@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import ssl
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -36,6 +37,18 @@ def authorization(api_key: str | None) -> dict[str, str]:
     if not api_key.isascii() or not api_key.isprintable():
         raise errors.InvalidArgument("an API key consists of printable ASCII characters", field="api_key")
     return {"authorization": f"Bearer {api_key}"}
+
+
+def tls_problem(url: str, error: BaseException | None) -> str:
+    """Why there is no TLS connection, and what to do; "" where an error has another reason."""
+    while error is not None and not isinstance(error, ssl.SSLError):
+        error = error.__cause__ or error.__context__
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (
+            f"the certificate of {url} is refused: {error.verify_message}. It must be for this host, and of an "
+            "authority that is known here: --tls-ca or SOFTPROMPT_TLS_CA names one"
+        )
+    return "" if error is None else f"no TLS with {url}: {error}; without TLS its address begins with http://"
 
 
 class GatewayClient:
@@ -120,9 +133,8 @@ class GatewayClient:
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            raise errors.Unavailable(
-                f"no gateway answers at {self._url}: start one with `softprompt run`, or give its address"
-            ) from error
+            nobody = f"no gateway answers at {self._url}: start one with `softprompt run`, or give its address"
+            raise errors.Unavailable(tls_problem(self._url, error) or nobody) from error
         except httpx.HTTPError as error:
             raise errors.Unavailable(f"the gateway at {self._url} broke off: {error}") from error
         except UnicodeError as error:  # bytes among the arguments that no text has, or a host that no name can be

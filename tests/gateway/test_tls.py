@@ -150,7 +150,10 @@ async def test_our_own_client_believes_an_authority_of_choice(stack: Any, https:
         with GatewayClient(f"https://127.0.0.1:{port}", tls=tls) as gateway:
             return [model["id"] for model in gateway.models()]
 
+    port = stack.port
+    with pytest.raises(Unavailable, match=f"no TLS with https://127.0.0.1:{port}: .*begins with http://"):
+        await asyncio.to_thread(models, None)
     async with https() as port:
         assert await asyncio.to_thread(models, ClientTls(ca=authority.cert)) == [stack.base]
-        with pytest.raises(Unavailable, match="no gateway answers"):
+        with pytest.raises(Unavailable, match="is refused: unable to get local issuer certificate"):
             await asyncio.to_thread(models, None)

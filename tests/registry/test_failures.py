@@ -121,7 +121,7 @@ class ForgetfulLink:
     async def __aexit__(self, *error: object) -> None:
         self._server.close()
         await self._server.wait_closed()
-        self._path.unlink()
+        self._path.unlink(missing_ok=True)  # from Python 3.13 on the server does it
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         up_reader, up_writer = await asyncio.open_unix_connection(self._target)

@@ -139,11 +139,12 @@ class CallReader:
         """A call whose members come in another order, or what is none."""
         try:
             call = json.loads(inside)
+            name, arguments = (call.get("name"), call.get("arguments")) if isinstance(call, dict) else (None, None)
+            text = json.dumps(arguments, ensure_ascii=False)
         except (ValueError, RecursionError):
-            call = None
-        name, arguments = (call.get("name"), call.get("arguments")) if isinstance(call, dict) else (None, None)
+            name = arguments = None
         if isinstance(name, str) and name in self._names and isinstance(arguments, dict):
-            self._begin(said, name, arguments=json.dumps(arguments, ensure_ascii=False)).is_last = True
+            self._begin(said, name, arguments=text).is_last = True
         else:
             said.say(f"{self._gap}{CALL_START}{inside}{CALL_END}")
 

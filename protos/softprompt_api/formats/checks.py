@@ -28,12 +28,7 @@ def unsupported(key: str, value: Any, supported: str, *, verb: str = "is", becau
 
 def found(value: Any) -> str:
     """A value of a config for a message: as JSON, but text as `shown` has it; short and harmless in a log line."""
-    if isinstance(value, str):
-        return shown(value)
-    try:
-        return printable(json.dumps(value))
-    except RecursionError:  # it was parsed with a few frames more
-        return "nested too deeply"
+    return shown(value) if isinstance(value, str) else printable(json.dumps(value))
 
 
 def printable(key: str) -> str:

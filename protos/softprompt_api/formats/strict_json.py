@@ -8,6 +8,10 @@ from typing import Any, NoReturn
 from softprompt_api.errors import AdapterInvalid
 from softprompt_api.formats.checks import found
 from softprompt_api.names import shown
+from softprompt_api.nesting import is_nested_deeper
+
+MAX_DEPTH = 64
+_TOO_DEEP = f"is nested deeper than {MAX_DEPTH}"
 
 
 def parse_object(text: str | bytes | bytearray, *, what: str, field: str) -> dict[str, Any]:
@@ -45,10 +49,12 @@ def parse_object(text: str | bytes | bytearray, *, what: str, field: str) -> dic
     except UnicodeDecodeError:
         refuse("is not UTF-8")
     except RecursionError:
-        refuse("is nested too deeply")
+        refuse(_TOO_DEEP)
     except ValueError as error:  # also an integer with thousands of digits
         where = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
         refuse(f"is not JSON{where}")
+    if is_nested_deeper(value, MAX_DEPTH):
+        refuse(_TOO_DEEP)
     if not isinstance(value, dict):
         refuse(f"is not a JSON object, but {found(value)}")
     return value

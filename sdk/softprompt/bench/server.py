@@ -10,7 +10,7 @@ import httpx
 from softprompt_api.errors import AdapterNotFound, InternalError, SoftpromptError, Unauthenticated, Unavailable
 
 from softprompt.bench.workload import Request
-from softprompt.gateway import authorization
+from softprompt.gateway import authorization, tls_problem
 
 if TYPE_CHECKING:
     from softprompt_api.rpc.tls import ClientTls
@@ -89,7 +89,8 @@ class Server:
             answer = await self._http.get(f"{self.url}/v1/models", timeout=_QUICK_TIMEOUT_S)
             cards = answer.raise_for_status().json()["data"]
         except (httpx.TransportError, httpx.InvalidURL) as error:
-            raise Unavailable(f"no server answers at {self.url}: start one, or give --base-url") from error
+            nobody = f"no server answers at {self.url}: start one, or give --base-url"
+            raise Unavailable(tls_problem(self.url, error) or nobody) from error
         except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403):
                 raise Unauthenticated(

@@ -146,8 +146,9 @@ def test_a_missing_size_is_refused():
         ('{"token_dim": -Infinity}', "not finite"),
         ('{"token_dim": 1e999}', "not finite"),
         ('{"token_dim": ' + "9" * 5000 + "}", "is not JSON"),
-        ("[" * 500_000, "is nested too deeply"),
-        ('{"a":' * 100_000, "is nested too deeply"),
+        ("[" * 500_000, "is nested deeper than 64"),
+        ('{"a":' * 100_000, "is nested deeper than 64"),
+        ('{"a":' * 65 + "1" + "}" * 65, "is nested deeper than 64"),
         ("\ufeff{}", "is not JSON"),
         ('{"a": "\x00"}', "is not JSON"),
         (b"\xff\xfe{\x00}\x00", "is not UTF-8"),
@@ -155,7 +156,7 @@ def test_a_missing_size_is_refused():
         (" " * MAX_CONFIG_BYTES + "{}", "at most"),
         ("é" * (MAX_CONFIG_BYTES // 2 + 1), "at most"),
     ],
-    ids=range(19),
+    ids=range(20),
 )
 def test_what_is_no_plain_json_object_is_refused(text, problem):
     with pytest.raises(AdapterInvalid, match=problem) as refused:
