@@ -229,6 +229,19 @@ def test_a_torch_that_cannot_be_imported_is_told_with_all_else(
     assert "data folder" in text
 
 
+def test_a_machine_without_a_compiler_is_advised_to_have_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setattr(doctor, "_ports", list)  # others may have them
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", "--data-dir", str(tmp_path)])
+    assert ended.value.code == 0
+    text = " ".join(capfd.readouterr().out.split())
+    assert "~ CPU kernels false failed" in text
+    assert "→ install gcc" in text
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [

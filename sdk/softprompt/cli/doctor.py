@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated
 
 import typer
@@ -23,11 +24,17 @@ _REQUIREMENT = re.compile(r"""(?P<name>[\w.-]+).*extra == ["'](?P<extra>\w+)["']
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that was looked at; `remedy` says what to do where it is not well."""
+    """One thing that was looked at.
+
+    Attributes:
+        remedy: what must be done before `softprompt run` can work.
+        advice: what would make it better.
+    """
 
     subject: str
     state: str
     remedy: str = ""
+    advice: str = ""
 
 
 def doctor(
@@ -36,13 +43,16 @@ def doctor(
     ] = None,
 ) -> None:
     """Print every finding; exit 1 when something must be done before `softprompt run` can work."""
-    findings = [*_python(), *_extras(), *_torch(), *_store(), *_ports(), _folder(data_dir or default_data_dir())]
-    for finding in findings:
-        mark = "!" if finding.remedy else "ok"
+    folder = [_folder(data_dir or default_data_dir())]
+    is_well = True
+    # Each is printed as it is found: the last may take half a minute.
+    for finding in chain(_python(), _extras(), _torch(), _store(), _ports(), folder, _kernels()):
+        mark = "!" if finding.remedy else "~" if finding.advice else "ok"
         typer.echo(f"{mark:>2}  {finding.subject:<14} {finding.state}")
-        if finding.remedy:
-            typer.echo(f"{'':<19}→ {finding.remedy}")
-    if any(finding.remedy for finding in findings):
+        if finding.remedy or finding.advice:
+            typer.echo(f"{'':<19}→ {finding.remedy or finding.advice}")
+        is_well &= not finding.remedy
+    if not is_well:
         raise typer.Exit(1)
 
 
@@ -112,3 +122,21 @@ def _folder(data_dir: str) -> Finding:
         return Finding(subject="data folder", state=str(folder))
     state = f"{folder} cannot be written" if existing.is_dir() else f"{existing} is not a folder"
     return Finding(subject="data folder", state=state, remedy="choose another with --data-dir")
+
+
+def _kernels() -> Iterator[Finding]:
+    """Compiled for real, where that was not done before: only then it is known that it can be."""
+    try:
+        from softprompt_inference.model.source import native_kernels_dir
+        from softprompt_kernels import native
+    except Exception:  # what is missing, or wrong with torch, was told before
+        return
+    try:
+        native.load(native_kernels_dir())
+    except native.CannotCompile as error:
+        advice = (
+            "install gcc, or another C compiler with OpenMP: a CPU runs models several times as slowly without"
+        )
+        yield Finding(subject="CPU kernels", state=str(error), advice=advice)
+    else:
+        yield Finding(subject="CPU kernels", state="compiled for this processor")
