@@ -1,4 +1,4 @@
-# make run: serve. make test: test. Each needs Python 3.11 to 3.13, pip and make, and nothing else.
+# make run: serve. make test: test. Each needs Python 3.11 to 3.14, pip and make, and nothing else.
 VENV ?= .venv
 # Asked only when the environment has to be made.
 PYTHON ?= $(shell tools/find_python.sh)

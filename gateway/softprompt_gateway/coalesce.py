@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
+from softprompt_api.waiting import wait_for_shared
+
 Key = TypeVar("Key", bound=Hashable)
 Answer = TypeVar("Answer")
 
@@ -27,8 +29,7 @@ class Coalesced(Generic[Key, Answer]):
         """The answer, or the error that it is for all who share it; one of them leaving does not end it."""
         if (task := self._next.get(key)) is None:
             task = self._next[key] = asyncio.create_task(self._ask_after(self._asked.get(key), key))
-            task.add_done_callback(_look_at_error)
-        return await asyncio.shield(task)
+        return await wait_for_shared(task)
 
     async def _ask_after(self, asked: asyncio.Task[Answer] | None, key: Key) -> Answer:
         if asked is not None:
@@ -38,9 +39,3 @@ class Coalesced(Generic[Key, Answer]):
             return await self._ask(key)
         finally:
             del self._asked[key]
-
-
-def _look_at_error(task: "asyncio.Task[Answer]") -> None:
-    # Where all who waited have left, nobody else does, and asyncio would complain.
-    if not task.cancelled():
-        task.exception()

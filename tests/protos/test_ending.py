@@ -1,6 +1,7 @@
 """The end of a process: its status and its words are those of `sys.exit`, and nothing else is waited for."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -41,7 +42,7 @@ def test_a_failure_is_told_as_ever() -> None:
     code = "from softprompt_api.ending import run_to_end\nrun_to_end(lambda: 1 // 0)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 1
-    assert ended.stderr.endswith("ZeroDivisionError: integer division or modulo by zero\n")
+    assert re.search("^ZeroDivisionError: .* by zero\n$", ended.stderr, re.MULTILINE)
 
 
 def test_output_that_nobody_reads_any_more_is_no_failure() -> None:

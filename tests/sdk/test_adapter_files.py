@@ -101,5 +101,6 @@ def test_a_file_url_is_its_folder(folder: Path) -> None:
 
 
 def test_a_path_that_the_system_cannot_look_up_is_told() -> None:
-    with pytest.raises(AdapterInvalid, match=r"^cannot read .*: File name too long$"):
+    # From Python 3.14 on, what cannot be looked up does not exist.
+    with pytest.raises(AdapterInvalid, match=r"^cannot read .*: File name too long$|^there is no folder "):
         find_adapter("x" * 300)

@@ -27,6 +27,7 @@ from typing import Literal
 
 from softprompt_api.errors import AdapterInUse, AdapterLoading, InvalidArgument, Overloaded, Unavailable
 from softprompt_api.tracing import span
+from softprompt_api.waiting import wait_for_shared
 
 from softprompt_inference.adapters.adapter import Adapter, AdapterInfo
 from softprompt_inference.adapters.entry import Entry, Waiter
@@ -380,8 +381,7 @@ class Residency:
     async def _fetched(self, entry: Entry) -> AdapterInfo:
         if entry.found is None:
             assert entry.fetching is not None
-            # The task is everybody's: one waiter's cancellation must not reach it.
-            await asyncio.shield(entry.fetching)
+            await wait_for_shared(entry.fetching)
         return entry.info
 
     def _forget(self, entry: Entry) -> None:

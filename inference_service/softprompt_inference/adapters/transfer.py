@@ -12,6 +12,7 @@ from softprompt_api.formats import AdapterSpec, AdapterVerifier
 from softprompt_api.names import AdapterRef, with_task
 from softprompt_api.registry.v1 import registry_pb2 as pb
 from softprompt_api.rpc.channel import SMALL_FILE_BYTES
+from softprompt_api.waiting import wait_for_shared
 
 from softprompt_inference.adapters.adapter import Adapter
 from softprompt_inference.engine.files import MemoryFile
@@ -154,7 +155,7 @@ async def _in_thread(function: Callable[[], T]) -> T:
     """As asyncio.to_thread, but it is cancelled only when the thread has ended, which has memory until then."""
     working = asyncio.ensure_future(asyncio.to_thread(function))
     try:
-        return await asyncio.shield(working)
+        return await wait_for_shared(working)
     except asyncio.CancelledError:
         await asyncio.wait([working])
         raise

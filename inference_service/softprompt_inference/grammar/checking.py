@@ -21,6 +21,7 @@ from softprompt_api.errors import InvalidArgument, Overloaded, SoftpromptError, 
 from softprompt_api.rpc.status import BY_REASON
 from softprompt_api.shares import Shares
 from softprompt_api.structured import FIELD, StructuredOutputsParams
+from softprompt_api.waiting import wait_for_shared
 
 from softprompt_inference.grammar import checker
 from softprompt_inference.turns import Places
@@ -113,11 +114,10 @@ class GrammarChecks:
         check = self._checks.get(key)
         if check is None:
             check = self._checks[key] = _Check(asyncio.create_task(self._find(key, wanted, tenant)))
-            check.task.add_done_callback(_hear)
         check.num_waiting += 1
         try:
             async with asyncio.timeout(_PATIENCE_S):
-                return await asyncio.shield(check.task)
+                return await wait_for_shared(check.task)
         except TimeoutError:
             raise Overloaded("too many grammars wait to be compiled; try again later") from None
         finally:
@@ -181,7 +181,7 @@ class GrammarChecks:
                 # Whoever asked may leave before it is ready: where that takes long, it would never be.
                 self._starting = asyncio.create_task(self._start())
                 self._starting.add_done_callback(self._end_start)
-            await asyncio.shield(self._starting)
+            await wait_for_shared(self._starting)
 
     async def _start(self) -> None:
         process = await asyncio.create_subprocess_exec(
@@ -193,21 +193,14 @@ class GrammarChecks:
         if not await self._read(process):
             raise Unavailable("the process that checks grammars does not start; its error is in the service's log")
 
-    def _end_start(self, started: asyncio.Task[None]) -> None:
+    def _end_start(self, _started: asyncio.Task[None]) -> None:
         self._starting = None
-        _hear(started)
 
 
 @dataclass(slots=True)
 class _Check:
     task: asyncio.Task[Verdict]
     num_waiting: int = field(default=0)
-
-
-def _hear(done: asyncio.Future[Verdict] | asyncio.Future[None]) -> None:
-    """A failure is told to who waits; when they have all gone, nobody is left to be told."""
-    if not done.cancelled():
-        done.exception()
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
