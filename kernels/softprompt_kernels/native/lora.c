@@ -124,19 +124,22 @@ void softprompt_lora_shrink(const LoraRows *lora, const LoraStep *step, const ui
     if (shaped) amx_release();
 }
 
-// Adds b @ h to the sums of rows with the same LoRA in one panel. `rows` is a number the compiler knows, so they stay in
-// registers meanwhile.
+// Adds b @ h to the sums of rows with the same LoRA in one panel. `rows` is a number the compiler knows.
 static inline __attribute__((always_inline)) void expand(int rows, float *sums, const uint16_t *h, int64_t h_row,
                                                          const uint16_t *b, int64_t pairs) {
-    __m512 wide[MAX_ROWS];
-#pragma GCC unroll 12
-    for (int m = 0; m < rows; m++) wide[m] = _mm512_loadu_ps(sums + m * PANELS * LANES);
+#define BEGIN(m) __m512 sum##m = rows > m ? _mm512_loadu_ps(sums + m * PANELS * LANES) : _mm512_setzero_ps();
+#define ADD(m) \
+    if (rows > m) sum##m = dot_pair(sum##m, h + m * h_row + 2 * k, b + k * 2 * LANES);
+#define GIVE(m) \
+    if (rows > m) _mm512_storeu_ps(sums + m * PANELS * LANES, sum##m);
+    EACH_ROW(BEGIN)
     for (int64_t k = 0; k < pairs; k++) {
-#pragma GCC unroll 12
-        for (int m = 0; m < rows; m++) wide[m] = dot_pair(wide[m], h + m * h_row + 2 * k, b + k * 2 * LANES);
+        EACH_ROW(ADD)
     }
-#pragma GCC unroll 12
-    for (int m = 0; m < rows; m++) _mm512_storeu_ps(sums + m * PANELS * LANES, wide[m]);
+    EACH_ROW(GIVE)
+#undef BEGIN
+#undef ADD
+#undef GIVE
 }
 
 static void add_panel(float *sums, const LoraRows *lora, int64_t first, int64_t count, int64_t panel) {

@@ -18,6 +18,10 @@ enum { WIDTH = 16 };
 enum { WIDTH = 8 };
 #endif
 
+// Rows by number, for sums that have a name each: what stands in an array goes through memory at every step of a loop, with
+// one compiler or another.
+#define EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
+
 // e^x for x from -87 to 88: range reduction to |r| <= ln(2)/2 and a polynomial of degree 6, relative error below 3e-7. A
 // NaN stays one.
 static inline float exp_within(float x) {

@@ -12,30 +12,39 @@
 
 enum { PANELS = 2, MAX_ROWS = 12 };
 
-// sums[m] = x[m] times two panels that lie `panel` elements apart. `rows` is a number the compiler knows, so the sums
-// stay in registers. `next`, unless NULL, is fetched into the cache meanwhile: so much of two panels from there on.
+static inline __m512bh pair_at(const uint16_t *x) {
+    int32_t pair;
+    __builtin_memcpy(&pair, x, sizeof pair);
+    return (__m512bh)_mm512_set1_epi32(pair);
+}
+
+// sums[m] = x[m] times two panels that lie `panel` elements apart. `rows` is a number the compiler knows. `next`, unless NULL, is fetched into the cache meanwhile: so much of two panels from there on.
 static inline __attribute__((always_inline)) void multiply(int rows, __m512 sums[MAX_ROWS][PANELS], const uint16_t *x,
                                                            int64_t x_row, const uint16_t *panels, int64_t panel,
                                                            int64_t pairs, const uint16_t *next) {
-#pragma GCC unroll 12
-    for (int m = 0; m < rows; m++)
-        for (int v = 0; v < PANELS; v++) sums[m][v] = _mm512_setzero_ps();
+#define BEGIN(m) __m512 left##m = _mm512_setzero_ps(), right##m = left##m;
+#define ADD(m)                                                \
+    if (rows > m) {                                           \
+        const __m512bh both = pair_at(x + m * x_row + 2 * k); \
+        left##m = _mm512_dpbf16_ps(left##m, both, a);         \
+        right##m = _mm512_dpbf16_ps(right##m, both, b);       \
+    }
+#define GIVE(m) \
+    if (rows > m) sums[m][0] = left##m, sums[m][1] = right##m;
+    EACH_ROW(BEGIN)
     for (int64_t k = 0; k < pairs; k++) {
-        __m512bh a = (__m512bh)_mm512_loadu_si512(panels + k * 2 * LANES);
-        __m512bh b = (__m512bh)_mm512_loadu_si512(panels + panel + k * 2 * LANES);
+        const __m512bh a = (__m512bh)_mm512_loadu_si512(panels + k * 2 * LANES);
+        const __m512bh b = (__m512bh)_mm512_loadu_si512(panels + panel + k * 2 * LANES);
         if (next) {
             _mm_prefetch((const char *)(next + k * 2 * LANES), _MM_HINT_T0);
             _mm_prefetch((const char *)(next + panel + k * 2 * LANES), _MM_HINT_T0);
         }
-#pragma GCC unroll 12
-        for (int m = 0; m < rows; m++) {
-            int32_t pair;
-            __builtin_memcpy(&pair, x + m * x_row + 2 * k, sizeof pair);
-            __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-            sums[m][0] = _mm512_dpbf16_ps(sums[m][0], both, a);
-            sums[m][1] = _mm512_dpbf16_ps(sums[m][1], both, b);
-        }
+        EACH_ROW(ADD)
     }
+    EACH_ROW(GIVE)
+#undef BEGIN
+#undef ADD
+#undef GIVE
 }
 
 // e^x, relative error below 3e-7, by the same reduction as in native.h; infinity from 89 on, and a NaN stays one.

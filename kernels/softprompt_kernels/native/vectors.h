@@ -5,6 +5,10 @@
 
 #include "native.h"
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 static inline float from_bf16(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
     float value;
@@ -41,6 +45,17 @@ static inline void store(void *to, int64_t offset, const float *restrict from, i
 typedef float vec __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
 typedef uint32_t int_vec __attribute__((vector_size(WIDTH * sizeof(uint32_t))));
 typedef uint16_t half_vec __attribute__((vector_size(WIDTH * sizeof(uint16_t)), aligned(2), may_alias));
+
+// In one instruction and a shift, where compilers convert halves of a vector one by one.
+static inline vec widen(const uint16_t *from) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
+#elif defined(__AVX2__)
+    return (vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)), 16);
+#else
+    return (vec)(__builtin_convertvector(*(const half_vec *)from, int_vec) << 16);
+#endif
+}
 
 static inline void load_padded(vec *to, const void *from, int64_t offset, int n, int vectors, int dtype) {
     if (n < vectors * WIDTH) memset(to + n / WIDTH, 0, (size_t)(vectors - n / WIDTH) * sizeof(vec));
@@ -100,7 +115,7 @@ static inline vec sum_lanes(const vec *v) {
 static inline vec load_vector(const void *from, int64_t offset, int dtype) {
     // Copied with memcpy, GCC takes a vector through memory in pieces.
     if (dtype == FLOAT32) return *(const vec *)((const float *)from + offset);
-    return (vec)(__builtin_convertvector(*(const half_vec *)((const uint16_t *)from + offset), int_vec) << 16);
+    return widen((const uint16_t *)from + offset);
 }
 
 #endif

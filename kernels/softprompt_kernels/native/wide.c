@@ -22,7 +22,8 @@ static void some_rows(int64_t rows, float *sums, int first, const float *x, int6
 #define CASE(n)                                                                            \
     case n:                                                                                       \
         if (dtype == FLOAT32) multiply(n, LANES, sums, first, x, x_row, panel, size, FLOAT32, 0); \
-        else multiply(n, LANES, sums, first, x, x_row, panel, size, BFLOAT16, next);              \
+        else if (next) multiply(n, LANES, sums, first, x, x_row, panel, size, BFLOAT16, next);    \
+        else multiply(n, LANES, sums, first, x, x_row, panel, size, BFLOAT16, 0);                 \
         break;
         FOR_ROWS(CASE)
 #undef CASE

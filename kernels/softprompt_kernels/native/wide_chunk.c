@@ -122,26 +122,33 @@ static __attribute__((noinline, noclone)) void soften(float *scores, int64_t lan
 // sums[m][d … d + LANES] of rows m += weights times values of some positions.
 static inline __attribute__((always_inline)) void add(int count, int lanes, const Head *head, float (*sums)[MAX_DIM],
                                                       const float *weights, int64_t p, int64_t stop, int d) {
-    vec held[MAX_ROWS][PARTS];
-#pragma GCC unroll 12
-    for (int m = 0; m < count; m++)
-        for (int i = 0; i < PARTS; i++) held[m][i] = (vec){0};
+#define BEGIN(m) vec low##m = {0}, high##m = {0};
+#define ADD(m)                                               \
+    if (count > m) {                                         \
+        const vec each = weights[m] - (vec){0};              \
+        low##m = fused(each, v[0], low##m);                  \
+        if (PARTS > 1) high##m = fused(each, v[1], high##m); \
+    }
+#define GIVE(m)                               \
+    if (count > m) {                          \
+        vec *sum = (vec *)(sums[m] + d);      \
+        sum[0] += low##m;                     \
+        if (PARTS > 1) sum[1] += high##m;     \
+    }
+    EACH_ROW(BEGIN)
     for (int64_t beside; p < stop; p += beside) {
         beside = in_page(head, p, stop);
         const float *values = head->values + place(head, p) + d;
         for (int64_t k = 0; k < beside; k++, values += head->row, weights += lanes) {
-            vec v[PARTS];
+            vec v[2];
             for (int i = 0; i < PARTS; i++) v[i] = ((const vec *)values)[i];
-#pragma GCC unroll 12
-            for (int m = 0; m < count; m++) {
-                const vec each = weights[m] - (vec){0};
-                for (int i = 0; i < PARTS; i++) held[m][i] = fused(each, v[i], held[m][i]);
-            }
+            EACH_ROW(ADD)
         }
     }
-#pragma GCC unroll 12
-    for (int m = 0; m < count; m++)
-        for (int i = 0; i < PARTS; i++) ((vec *)(sums[m] + d))[i] += held[m][i];
+    EACH_ROW(GIVE)
+#undef BEGIN
+#undef ADD
+#undef GIVE
 }
 
 static inline __attribute__((always_inline)) void mix(int lanes, const Head *head, Rows *rows, const float *weights,
