@@ -18,7 +18,8 @@ static inline __m512bh pair_at(const uint16_t *x) {
     return (__m512bh)_mm512_set1_epi32(pair);
 }
 
-// sums[m] = x[m] times two panels that lie `panel` elements apart. `rows` is a number the compiler knows. `next`, unless NULL, is fetched into the cache meanwhile: so much of two panels from there on.
+// sums[m] = x[m] times two panels that lie `panel` elements apart. `rows` is a number the compiler knows. `next`, unless
+// NULL, is fetched into the cache meanwhile: so much of two panels from there on.
 static inline __attribute__((always_inline)) void multiply(int rows, __m512 sums[MAX_ROWS][PANELS], const uint16_t *x,
                                                            int64_t x_row, const uint16_t *panels, int64_t panel,
                                                            int64_t pairs, const uint16_t *next) {

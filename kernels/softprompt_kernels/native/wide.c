@@ -18,8 +18,9 @@ int softprompt_has_wide(void) { return 1; }
 
 static void some_rows(int64_t rows, float *sums, int first, const float *x, int64_t x_row, const void *panel,
                       int64_t size, int dtype, const uint16_t *next) {
+    // Asked here, `next` is not asked for at each step of the loop; left to GCC, that made one copy of it move all sums about.
     switch (rows) {
-#define CASE(n)                                                                            \
+#define CASE(n)                                                                                   \
     case n:                                                                                       \
         if (dtype == FLOAT32) multiply(n, LANES, sums, first, x, x_row, panel, size, FLOAT32, 0); \
         else if (next) multiply(n, LANES, sums, first, x, x_row, panel, size, BFLOAT16, next);    \
