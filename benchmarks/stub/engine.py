@@ -63,7 +63,7 @@ class FixedStepRunner:
     def load_rows(self, first_id: int, adapter: LoadAdapter) -> None:
         """Take no notice: nothing is computed from rows."""
 
-    def load_key_values(self, first_id: int, adapter: LoadAdapter) -> Iterator[None]:  # noqa: ARG002 - nor from these
+    def load_key_values(self, first_id: int, adapter: LoadAdapter) -> Iterator[None]:  # noqa: ARG002 - as for rows
         """Take no notice."""
         return iter(())
 

@@ -1,7 +1,7 @@
-"""Waiting for work that goes on whoever leaves."""
+"""Waiting for work that goes on whoever leaves, and errors of it that nobody is left to hear of."""
 
 import asyncio
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
@@ -14,12 +14,11 @@ async def wait_for_shared(work: asyncio.Future[Result]) -> Result:
     try:
         await asyncio.wait([work])
     except asyncio.CancelledError:
-        work.add_done_callback(_hear)
+        hear_error(work)
         raise
     return work.result()
 
 
-def _hear(work: asyncio.Future[Result]) -> None:
-    """Where all have left, an error is nobody's, and asyncio would complain."""
-    if not work.cancelled():
-        work.exception()
+def hear_error(work: asyncio.Future[Any]) -> None:
+    """Let an error of this work be nobody's where nobody waits for it: asyncio would complain."""
+    work.add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from softprompt_api.errors import SoftpromptError
+from softprompt_api.waiting import hear_error
 
 from softprompt_gateway.clients import InferenceClient
 from softprompt_gateway.errors import Refused, fields_spelled
@@ -43,7 +44,7 @@ class Starting:
             self._metrics.resolved("lease", time.perf_counter() - began_s)
             return await self._start(await work_with(known))
         asking = asyncio.create_task(self._resolve(named))
-        asking.add_done_callback(_look_at_error)
+        hear_error(asking)  # the client may leave
         begun: tuple[Some, Generation] | None = None
         failed: SoftpromptError | Refused | None = None
         is_kept = False
@@ -76,9 +77,3 @@ class Starting:
         work.meter.facts |= work.target.facts
         with fields_spelled(adapter="model"):
             return work, await Generation.start(self._inference, work.target.place, work.calls)
-
-
-def _look_at_error(task: "asyncio.Task[Target]") -> None:
-    # Where the client has left, nobody else does, and asyncio would complain.
-    if not task.cancelled():
-        task.exception()

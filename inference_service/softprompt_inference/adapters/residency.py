@@ -27,7 +27,7 @@ from typing import Literal
 
 from softprompt_api.errors import AdapterInUse, AdapterLoading, InvalidArgument, Overloaded, Unavailable
 from softprompt_api.tracing import span
-from softprompt_api.waiting import wait_for_shared
+from softprompt_api.waiting import hear_error, wait_for_shared
 
 from softprompt_inference.adapters.adapter import Adapter, AdapterInfo
 from softprompt_inference.adapters.entry import Entry, Waiter
@@ -350,8 +350,7 @@ class Residency:
 
     def _begin_fetch(self, entry: Entry) -> None:
         entry.fetching = asyncio.create_task(self._bring(entry), name=f"fetch {entry.digest}")
-        # Its failure is told to who waits for it; when they have all gone, nobody is left to be told.
-        entry.fetching.add_done_callback(lambda done: done.cancelled() or done.exception())
+        hear_error(entry.fetching)  # those in line are told by `_give_up`
 
     async def _bring(self, entry: Entry) -> None:
         try:

@@ -45,8 +45,8 @@ def doctor(
     """Print every finding; exit 1 when something must be done before `softprompt run` can work."""
     folder = [_folder(data_dir or default_data_dir())]
     is_well = True
-    # Each is printed as it is found: the last may take half a minute.
-    for finding in chain(_python(), _extras(), _torch(), _store(), _ports(), folder, _kernels()):
+    # Each is printed as it is found: torch, and the kernels behind it, may take half a minute.
+    for finding in chain(_python(), _extras(), _store(), _ports(), folder, _torch()):
         mark = "!" if finding.remedy else "~" if finding.advice else "ok"
         typer.echo(f"{mark:>2}  {finding.subject:<14} {finding.state}")
         if finding.remedy or finding.advice:
@@ -92,6 +92,7 @@ def _torch() -> Iterator[Finding]:
         return
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device, so the CPU is used"
     yield Finding(subject="torch", state=f"{torch.__version__}, {cuda}")
+    yield from _kernels()
 
 
 def _store() -> Iterator[Finding]:
@@ -129,7 +130,7 @@ def _kernels() -> Iterator[Finding]:
     try:
         from softprompt_inference.model.source import native_kernels_dir
         from softprompt_kernels import native
-    except Exception:  # what is missing, or wrong with torch, was told before
+    except ImportError:  # told with the extras
         return
     try:
         native.load(native_kernels_dir())

@@ -170,12 +170,12 @@ class EmbeddedStore:
     def _failure(self, child: Child) -> Problem:
         reason = child.last_error() or "its log tells no reason"
         message = f"the store ({self._name}) did not start: {reason}"
-        before = self._server_before()
-        if before not in ("", self._name):
-            remedy = f"was written by {before}: start it with that or a later one"
-        else:
-            remedy = "may be damaged: put a copy in its place"
         if (self._folder / _DATA).exists():
+            before = self._server_before()
+            if before not in ("", self._name):
+                remedy = f"was written by {before}: start it with that or a later one"
+            else:
+                remedy = "may be damaged: put a copy in its place"
             message += f". Its data in {self._folder} {remedy}, or choose another folder with --data-dir"
         detail = f"{self._server} ended; its log {self._log} ends with\n{child.log_tail()}"
         return Problem(message, detail=detail)
