@@ -3,7 +3,7 @@
 #include "decode.h"
 
 #ifdef __AVX512BF16__
-#include <immintrin.h>
+#include "tile.h"
 #endif
 
 int softprompt_attend_bfloat16(const Head *head, vec *out, const vec *q, float *scores, Start start, int first, int length,
@@ -58,11 +58,7 @@ static inline __attribute__((always_inline)) void attend_pairs(
         if (count < WIDTH) rows[count] = rows[count - 1];
         for (int j = 0; j < count; j += 2) {
             __m512bh pairs[MAX_HEADS];
-            for (int g = 0; g < heads; g++) {
-                int32_t pair;
-                memcpy(&pair, weights + g * padded + begin + j, sizeof pair);
-                pairs[g] = (__m512bh)_mm512_set1_epi32(pair);
-            }
+            for (int g = 0; g < heads; g++) pairs[g] = pair_at(weights + g * padded + begin + j);
             for (int c = 0; c < halves; c++) {
                 __m512i one = _mm512_loadu_si512(values + rows[j] + c * 2 * WIDTH);
                 __m512i other = _mm512_loadu_si512(values + rows[j + 1] + c * 2 * WIDTH);

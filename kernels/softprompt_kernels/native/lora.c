@@ -38,9 +38,7 @@ int softprompt_lora_prepare(LoraStep *whole, const LoraStep **step, int64_t rows
 #include "tile.h"
 
 static inline __m512 dot_pair(__m512 sums, const uint16_t *pair, const uint16_t *panel) {
-    int32_t both;
-    __builtin_memcpy(&both, pair, sizeof both);
-    return _mm512_dpbf16_ps(sums, (__m512bh)_mm512_set1_epi32(both), (__m512bh)_mm512_loadu_si512(panel));
+    return _mm512_dpbf16_ps(sums, pair_at(pair), (__m512bh)_mm512_loadu_si512(panel));
 }
 
 // One row times a panel. Four sums, as each waits for its last addition.

@@ -1,4 +1,4 @@
-// Products of pairs of bfloat16 in registers (AVX512-BF16), for linear.c and chunk.c.
+// Products of pairs of bfloat16 in registers (AVX512-BF16), for all kernels that make them.
 //
 // The right factor comes in panels of LANES columns; a panel holds, for each pair of elements of the left factor's
 // rows, one register: [panels][K / 2][LANES][2].
@@ -12,6 +12,7 @@
 
 enum { PANELS = 2, MAX_ROWS = 12 };
 
+// One pair for every lane.
 static inline __m512bh pair_at(const uint16_t *x) {
     int32_t pair;
     __builtin_memcpy(&pair, x, sizeof pair);
