@@ -150,8 +150,12 @@ async def write_and_kill(
     kills: int,
     acks_between: tuple[int, int],
     sync_s: float = 0.0,
+    is_time: Callable[[], Awaitable[bool]] | None = None,
 ) -> None:
-    """Kill a victim at a random moment, so many times, while writers write over a disk that is `sync_s` slow."""
+    """Kill a victim at a random moment, so many times, while writers write over a disk that is `sync_s` slow.
+
+    With `is_time`, which is asked after each further acknowledgement, only at a moment that it finds right.
+    """
     stop, turns = asyncio.Event(), asyncio.Queue()
     order: list[Any] = []  # of the next victims: each dies as often as any other
     async with asyncio.TaskGroup() as group:
@@ -166,6 +170,9 @@ async def write_and_kill(
                     await turns.get()
             # Anywhere between two acknowledgements.
             await asyncio.sleep(rng.uniform(0, _PAUSE_S))
+            async with asyncio.timeout(_AWAY_S):
+                while is_time is not None and not await is_time():
+                    await turns.get()
             order = order or rng.sample(victims, len(victims))
             victim = order.pop()
             victim.kill()
@@ -330,7 +337,22 @@ async def test_a_store_that_does_not_sync_every_write_loses_acknowledged_ones_an
     await client.put_base_model()
     for trial in range(5):
         writers = [Writer(3 * trial + number, client, adapter, random.Random(number)) for number in range(3)]
-        await write_and_kill(writers, [store], store, rng, kills=1, acks_between=(150, 300), sync_s=3.0)
+        look = look_into(store)
+
+        async def has_acknowledged_what_it_has_not_written(look: Any = look) -> bool:
+            told = await look.info("persistence")
+            return bool(told["aof_pending_bio_fsync"] and told["aof_buffer_length"])
+
+        await write_and_kill(
+            writers,
+            [store],
+            store,
+            rng,
+            kills=1,
+            acks_between=(150, 300),
+            sync_s=3.0,
+            is_time=has_acknowledged_what_it_has_not_written,
+        )
         wrong = await verify(writers, client, look_into(store))
         if any("is lost" in problem for problem in wrong):
             return
